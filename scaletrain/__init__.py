@@ -1,0 +1,3 @@
+"""Data-parallel PyTorch training where you choose how gradients are exchanged, and see, explain and predict how well it scales."""
+
+__version__ = "0.1.0"

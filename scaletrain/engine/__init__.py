@@ -1,0 +1,1 @@
+"""Runs schedules: moves tensors over a transport, picks the algorithm, and serves torch.distributed as a backend. torch starts here."""

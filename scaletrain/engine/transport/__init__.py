@@ -1,0 +1,1 @@
+"""The contract of a transport; every other file here is one wire."""

@@ -1,0 +1,1 @@
+"""Parameter servers: they own the optimizer; workers push gradients and pull weights."""

@@ -1,0 +1,1 @@
+"""One file a model: ``model(*, <options>) -> torch.nn.Module``."""
