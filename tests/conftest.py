@@ -1,0 +1,15 @@
+"""Shared by all tests: parts a machine may lack, and a run directory."""
+
+import os
+
+import pytest
+
+
+def require(part: str, condition: bool, how: str) -> None:
+    """Go on when ``condition`` holds; else skip, saying how to get ``part``. Where SCALETRAIN_REQUIRE lists it (CI), fail instead."""
+    if condition:
+        return
+    message = f"needs {part}: {how}"
+    if part in os.environ.get("SCALETRAIN_REQUIRE", "").split(","):
+        pytest.fail(f"{message} (required by SCALETRAIN_REQUIRE)", pytrace=False)
+    pytest.skip(message)
