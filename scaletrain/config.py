@@ -75,7 +75,9 @@ class RunConfig(Strict):
     data: NameOrOptions
     loss: str = "cross_entropy"
     batch_size: Annotated[int, Field(ge=1)]
-    batch_mode: Literal["strong", "weak"] = "strong"  # strong: batch_size is global and fixed; weak: it is each worker's
+    batch_mode: Literal["strong", "weak"] = (
+        "strong"  # strong: batch_size is global and fixed; weak: it is each worker's
+    )
     accumulate: Annotated[int, Field(ge=1)] = 1  # backward passes a step; the batch is split over them, not multiplied
     epochs: Annotated[float, Field(gt=0)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = None  # exactly one of epochs and steps
@@ -221,7 +223,9 @@ def _validate(schema: type[Model], tree: dict[str, Any], where: str, prefix: str
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if str(part).replace("_", "").isidentifier() or isinstance(part, int)]
+        path = [
+            str(part) for part in first["loc"] if str(part).replace("_", "").isidentifier() or isinstance(part, int)
+        ]
         key = prefix + ".".join(path)
         if first["type"] == "extra_forbidden":
             inner = _schema_at(schema, first["loc"][:-1])

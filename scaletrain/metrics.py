@@ -27,7 +27,9 @@ class StepRecord:
     forward_s: float
     backward_s: float  # the exchange included, where it overlaps
     update_s: float  # optimizer, or waiting for the server's weights
-    exchange: dict[str, float] = dataclasses.field(default_factory=dict)  # the exchange's own numbers (bytes, staleness, ...)
+    exchange: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # the exchange's own numbers (bytes, staleness, ...)
 
 
 class RecordWriter:

@@ -36,8 +36,8 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     def step(self, lr: float) -> None:
-        """After backward: bring the weights to the next step. Allreduce styles run the local optimizer, whose gradients are already the
-        mean over all ranks; a parameter server, which owns the optimizer, waits for the new weights."""
+        """After backward: bring the weights to the next step. Allreduce styles run the
+        local optimizer, whose gradients are already the mean over all ranks; a parameter server waits for the new weights."""
 
     @abc.abstractmethod
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -51,5 +51,5 @@ class Exchange(abc.ABC):
         """The exchange's own numbers of the last step, for the StepRecord. Local: does not communicate."""
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most have nothing to do)
         """Leave in good order: waits for what is under way. Not called after a failure."""

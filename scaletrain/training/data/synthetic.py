@@ -1,0 +1,20 @@
+"""Random images with labels from a fixed random linear teacher: any shape and size, for measuring."""
+
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+
+def data(
+    *,
+    samples: int = 4096,
+    shape: list[int] = [3, 32, 32],  # noqa: B006 (never changed)
+    classes: int = 10,
+    test_samples: int = 512,
+    seed: int = 0,
+) -> tuple[Dataset, Dataset]:
+    """(train, test): inputs ``shape`` float32 standard normal; targets int64, the teacher's largest output."""
+    random = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(samples + test_samples, *shape, generator=random)
+    teacher = torch.randn(inputs[0].numel(), classes, generator=random)
+    targets = (inputs.flatten(1) @ teacher).argmax(1)
+    return TensorDataset(inputs[:samples], targets[:samples]), TensorDataset(inputs[samples:], targets[samples:])

@@ -1,0 +1,48 @@
+"""What the allreduce exchanges share: DistributedDataParallel over the default process group; the worker runs the optimizer."""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from scaletrain.training.exchange import Exchange, Setup
+from scaletrain.world import World
+
+
+class AllreduceExchange(Exchange):
+    """Averages gradients by allreduce, bucket by bucket while backward runs, through whichever backend is given.
+
+    Constructed by all ranks; initialises torch.distributed's default process group.
+    """
+
+    def __init__(self, world: World, setup: Setup, *, backend: str, bucket_mb: float):
+        dist.init_process_group(
+            backend, store=setup.store, rank=world.rank, world_size=world.size, timeout=setup.timeout
+        )
+        self.world = world
+        self._bucket_mb = bucket_mb
+        self._device = setup.device
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        self._optimizer = optimizer
+        self._ddp = DistributedDataParallel(model, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True)
+        return self._ddp
+
+    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        return self._ddp.no_sync()
+
+    def step(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        total = values.to(self._device)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def close(self) -> None:
+        dist.barrier()
+        dist.destroy_process_group()

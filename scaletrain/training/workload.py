@@ -1,0 +1,74 @@
+"""What is trained: model, loss, optimizer and data, built from a configuration; the same on every rank."""
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from scaletrain import plugins
+from scaletrain.config import RunConfig
+from scaletrain.errors import UserError, unknown
+
+
+class Workload(NamedTuple):
+    """The parts of a training job that do not know about workers."""
+
+    model: nn.Module  # on the device, initialised from the seed
+    loss: Callable[[Tensor, Tensor], Tensor]  # (output, target) -> mean over the batch, scalar
+    optimizer: torch.optim.Optimizer
+    train: Dataset
+    test: Dataset
+
+
+def build(config: RunConfig, device: torch.device) -> Workload:
+    """Build the job's parts. Seeds torch first, so every rank starts from the same weights.
+
+    Raises:
+        UserError: a name that is not there, an option that the optimizer does not have, a factory that returns something else.
+    """
+    torch.manual_seed(config.seed)
+    model = config.load("model")(**config.model.options)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model: {config.model.name} returned a {type(model).__name__}, not a torch.nn.Module")
+    datasets = config.load("data")(**config.data.options)
+    if not (isinstance(datasets, tuple) and len(datasets) == 2 and all(hasattr(d, "__getitem__") for d in datasets)):
+        raise UserError(f"data: {config.data.name} must return two datasets with [index] and len(): (train, test)")
+    model = model.to(device)
+    return Workload(model, _loss(config), _optimizer(config, model), *datasets)
+
+
+def _loss(config: RunConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    if ":" in config.loss:
+        return plugins.load("loss", config.loss, config.search_path)
+    function = getattr(nn.functional, config.loss, None)
+    if function is None or "reduction" not in inspect.signature(function).parameters:
+        losses = [
+            n
+            for n, f in vars(nn.functional).items()
+            if callable(f) and n.endswith(("loss", "entropy", "div", "logits"))
+        ]
+        raise unknown("loss", config.loss, [n for n in losses if not n.startswith("_")])
+    return function
+
+
+def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    classes = {
+        name.lower(): value
+        for name, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    kind = classes.get(config.optimizer.name.lower())
+    if kind is None:
+        raise unknown("optimizer", config.optimizer.name, classes)
+    options = config.optimizer.options
+    allowed = [name for name in inspect.signature(kind).parameters if name != "params"]
+    for key in options:
+        if key not in allowed:
+            raise unknown(f"optimizer: option of {config.optimizer.name}", key, allowed)
+    try:
+        return kind(model.parameters(), **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer: {config.optimizer.name}: {error}") from None
