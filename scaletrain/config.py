@@ -4,6 +4,7 @@ Workers read that file and their rank variables, nothing else. Every mistake end
 would be right. This module imports no torch.
 """
 
+import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -111,6 +112,15 @@ class RunConfig(Strict):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-3 is one (in YAML 1.1, pyyaml's, it is a string unless it is written 1.0e-3)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
 def load(path: Path, settings: dict[str, Any] | None = None) -> RunConfig:
     """Read and check a YAML file; ``settings`` (dotted key: value) replace what it says.
 
@@ -124,7 +134,7 @@ def load(path: Path, settings: dict[str, Any] | None = None) -> RunConfig:
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file (UTF-8)") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -143,15 +153,10 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
     if isinstance(tree.get("exchange"), str):
         tree = {**tree, "exchange": expand_exchange(tree["exchange"])}
     config = _validate(RunConfig, tree, where)
-    for kind in ("model", "data", "exchange", "launcher"):
+    for kind in ("model", "data", "exchange"):
         named: Named = getattr(config, kind)
-        if ":" not in named.name and named.name not in plugins.names(kind):
-            raise unknown(f"{where}: {kind}", named.name, plugins.names(kind))
-        schema = plugins.options(kind, named.name, config.search_path)
-        if schema is not None:
-            filled = _validate(schema, named.options, where, f"{kind}.").model_dump()
-            filled = {key: value for key, value in filled.items() if value != plugins.COMPUTED}
-            setattr(config, kind, Named(name=named.name, **filled))
+        options = plugin_options(kind, named.name, named.options, where, config.search_path)
+        setattr(config, kind, Named(name=named.name, **options))
     if (config.epochs is None) == (config.steps is None):
         raise UserError(f"{where}: give exactly one of epochs and steps (now: {config.epochs} and {config.steps})")
     if config.batch_mode == "strong" and config.workers > config.batch_size:
@@ -160,6 +165,19 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
             f" (allowed: 1 to {config.batch_size} workers, a larger batch_size, or batch_mode: weak)"
         )
     return config
+
+
+def plugin_options(
+    kind: str, name: str, given: dict[str, Any], where: str = "options", search_path: Path | None = None
+) -> dict[str, Any]:
+    """A plugin's options, checked against its signature and completed with its defaults. Raises ``UserError``."""
+    if ":" not in name and name not in plugins.names(kind):
+        raise unknown(f"{where}: {kind}", name, plugins.names(kind))
+    schema = plugins.options(kind, name, search_path)
+    if schema is None:
+        return given
+    filled = _validate(schema, given, where, f"{kind}.").model_dump()
+    return {key: value for key, value in filled.items() if value != plugins.COMPUTED}
 
 
 def expand_exchange(text: str) -> dict[str, Any]:
@@ -202,12 +220,18 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"--set {text}: expected KEY=VALUE, such as optimizer.lr=0.05")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise UserError(f"--set {text}: the value is not YAML") from None
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    if "." not in dotted and isinstance(value, str) and isinstance(tree.get(dotted), dict):
+        # Another name replaces a plugin with its options; the same name keeps the options that the file gives it.
+        named = expand_exchange(value) if dotted == "exchange" else {"name": value}
+        before = tree[dotted]
+        tree[dotted] = before | named if before.get("name") == named["name"] else named
+        return
     *parents, last = dotted.split(".")
     for parent in parents:
         below = tree.get(parent)
@@ -222,7 +246,8 @@ def _validate(schema: type[Model], tree: dict[str, Any], where: str, prefix: str
     try:
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is also a missing one: the misspelling is the news.
+        first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] == "missing"))
         path = [
             str(part) for part in first["loc"] if str(part).replace("_", "").isidentifier() or isinstance(part, int)
         ]

@@ -1,6 +1,7 @@
 """What the allreduce exchanges share: DistributedDataParallel over the default process group; the worker runs the optimizer."""
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,14 @@ class AllreduceExchange(Exchange):
     Constructed by all ranks; initialises torch.distributed's default process group.
     """
 
-    def __init__(self, world: World, setup: Setup, *, backend: str, bucket_mb: float):
+    def __init__(self, world: World, setup: Setup, *, backend: str, bucket_mb: float, options: Any = None):
         dist.init_process_group(
-            backend, store=setup.store, rank=world.rank, world_size=world.size, timeout=setup.timeout
+            backend,
+            store=setup.store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=setup.timeout,
+            pg_options=options,
         )
         self.world = world
         self._bucket_mb = bucket_mb

@@ -37,6 +37,10 @@ def build(config: RunConfig, device: torch.device) -> Workload:
     if not (isinstance(datasets, tuple) and len(datasets) == 2 and all(hasattr(d, "__getitem__") for d in datasets)):
         raise UserError(f"data: {config.data.name} must return two datasets with [index] and len(): (train, test)")
     model = model.to(device)
+    if config.compute:
+        from scaletrain.training.emulation import emulate
+
+        model = emulate(model, config.compute.step_s, config.compute.sample_s)
     return Workload(model, _loss(config), _optimizer(config, model), *datasets)
 
 

@@ -1,0 +1,221 @@
+"""The verbs of ``scaletrain``. Each imports what it needs when it runs: help is quick, and login nodes need no torch."""
+
+import importlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scaletrain import __version__, plugins
+from scaletrain.errors import UserError
+
+
+class _Verbs(click.Group):
+    """Commands by name, imported when asked for: ``module:command``, and for ``bench`` every file of its folder."""
+
+    def __init__(self, *args: Any, modules: dict[str, str] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._modules = modules or {}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *self._modules])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in self._modules:
+            module, _, attribute = self._modules[name].partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        return super().get_command(ctx, name)
+
+
+@click.group(
+    cls=_Verbs,
+    modules={
+        "doctor": "scaletrain.doctor:doctor",
+        "report": "scaletrain.scaling.commands:report",
+        "simulate": "scaletrain.scaling.commands:simulate",
+        "fit": "scaletrain.scaling.commands:fit",
+    },
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__)
+def cli() -> None:
+    """Train a PyTorch model on 1..N workers, choose how gradients are exchanged; measure, explain and predict how it scales."""
+
+
+@cli.command()
+@click.argument("path", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.option("--workers", type=int, help="Number of workers.")
+@click.option("--launcher", help="What starts them: local, torchrun, ... (see `scaletrain list`).")
+@click.option("--exchange", help="native, none, scheduled:ring (or ring), parameter_server:async, ...")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key, such as optimizer.lr=0.05; repeatable."
+)
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where records go [default: runs/NAME-TIME].")
+@click.option("--resume", is_flag=True, help="Go on from the run directory's last checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Print what would be started, and start nothing.")
+def train(
+    path: Path,
+    workers: int | None,
+    launcher: str | None,
+    exchange: str | None,
+    settings: tuple[str, ...],
+    run_dir: Path | None,
+    resume: bool,
+    dry_run: bool,
+) -> None:
+    """Train the job that CONFIG (a YAML file) describes."""
+    from scaletrain import config as configuration
+    from scaletrain import live
+    from scaletrain.launching import supervise
+
+    given = {"workers": workers, "launcher": launcher, "exchange": exchange}
+    changes = {key: value for key, value in given.items() if value is not None}
+    changes |= dict(configuration.parse_setting(text) for text in settings)
+    run = configuration.load(path, changes)
+    run_dir = run_dir or Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    job = _job(run, run_dir.resolve(), resume)
+    plan = plugins.load("launcher", run.launcher.name)(job, **run.launcher.options)
+    if dry_run:
+        click.echo(str(plan))
+        return
+    _claim(run_dir, resume)
+    (run_dir / "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    click.echo(f"run directory: {run_dir}")
+    with live.progress(run_dir):
+        status = supervise.run(plan, job)
+    sys.exit(status)
+
+
+def _job(run: Any, run_dir: Path, resume: bool) -> Any:
+    """The launcher's view of a training run."""
+    from scaletrain.launching.job import Job
+
+    argv = (sys.executable, "-m", "scaletrain.training.worker", str(run_dir), *(["--resume"] if resume else []))
+    threads = None if run.threads == "auto" else run.threads
+    job = Job(argv=argv, workers=run.workers, run_dir=run_dir, timeout_s=run.timeout_s, threads=threads)
+    if run.exchange.name == "parameter_server":  # the one exchange that brings processes of its own
+        from scaletrain.parameter_server import placement
+
+        job = job._replace(companions=placement.companions(run, run_dir), min_workers=placement.min_workers(run))
+    return job
+
+
+def _claim(run_dir: Path, resume: bool) -> None:
+    """Make the run directory; never write over another run's records."""
+    if (run_dir / "config.yaml").exists() and not resume:
+        raise UserError(
+            f"--run-dir {run_dir}: holds a run already (allowed: another directory, --resume to go on with it)"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: {error.strerror}") from None
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.option("-n", "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of workers.")
+@click.option("--launcher", default="local", show_default=True, help="What starts them (see `scaletrain list`).")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the launcher; repeatable.")
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="Where failures are recorded [default: runs/launch-TIME]."
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for workers to meet and to stop.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be started, and start nothing.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def launch(
+    workers: int,
+    launcher: str,
+    settings: tuple[str, ...],
+    run_dir: Path | None,
+    timeout_s: float,
+    dry_run: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Run your own script as workers: scaletrain launch -n 2 -- script.py --its-own-arguments
+
+    The script finds what torch.distributed needs (RANK, WORLD_SIZE, MASTER_ADDR, ...) in its environment.
+    """
+    from scaletrain import config as configuration
+    from scaletrain.launching import supervise
+    from scaletrain.launching.job import script_job
+
+    run_dir = (run_dir or Path("runs") / f"launch-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    job = script_job(command, workers, run_dir, timeout_s)
+    options = configuration.plugin_options(
+        "launcher", launcher, dict(configuration.parse_setting(text) for text in settings)
+    )
+    plan = plugins.load("launcher", launcher)(job, **options)
+    if dry_run:
+        click.echo(str(plan))
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    sys.exit(supervise.run(plan, job))
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
+def worker(run_dir: Path, resume: bool) -> None:
+    """Be one worker of the run in RUN_DIR, as mpirun or srun starts it; rank variables say which."""
+    from scaletrain.training.worker import main as work
+
+    sys.exit(work(run_dir, resume))
+
+
+@cli.group(
+    cls=_Verbs, modules={name.replace("_", "-"): f"scaletrain.bench.{name}:command" for name in plugins.names("bench")}
+)
+def bench() -> None:
+    """Measure: scaling, collectives, the parameter server, a model."""
+
+
+@cli.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def list_plugins(as_json: bool) -> None:
+    """Every exchange, collective, transport, launcher, model, data set and benchmark on disk, with its options."""
+    menu = {
+        kind: [
+            {"name": name, "description": plugins.describe(kind, name), "options": _options(kind, name)}
+            for name in plugins.names(kind)
+        ]
+        for kind in plugins.KINDS
+    }
+    if as_json:
+        import json
+
+        click.echo(json.dumps(menu, indent=2))
+        return
+    for kind, entries in menu.items():
+        click.secho(kind, bold=True)
+        for entry in entries:
+            click.echo(f"  {entry['name']:<18} {entry['description']}")
+            if entry["options"]:
+                click.secho(f"  {'':<18} options: {', '.join(entry['options'])}", dim=True)
+
+
+def _options(kind: str, name: str) -> list[str]:
+    schema = None if kind == "bench" else plugins.options(kind, name)
+    fields = schema.model_fields.items() if schema else []
+    return [f"{key}={field.default!r}" if not field.is_required() else key for key, field in fields]
+
+
+def main() -> None:
+    """The console script: a person's mistake ends in one line and status 2."""
+    try:
+        cli(prog_name="scaletrain")
+    except UserError as error:
+        click.echo(f"scaletrain: error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What every launcher starts: one worker of a training job. It reads RUN_DIR/config.yaml and its rank variables, nothing else.
+
+``python -m scaletrain.training.worker RUN_DIR [--resume]`` (or ``scaletrain worker RUN_DIR`` under mpirun or srun by hand).
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scaletrain import config as configuration
+from scaletrain.config import RunConfig
+from scaletrain.engine import rendezvous
+from scaletrain.errors import UserError
+from scaletrain.launching import progress
+from scaletrain.metrics import StepRecord, environment, write_json
+from scaletrain.training import workload
+from scaletrain.training.exchange import Setup
+from scaletrain.training.trainer import Trainer
+from scaletrain.world import World
+
+
+def main(run_dir: Path, resume: bool = False) -> int:
+    """Train; returns the exit status: 0, or 128 + the signal that stopped the run early (its checkpoint is written)."""
+    world = World.from_env()
+    with progress.reporting(run_dir, world) as report:
+        config = configuration.load(run_dir / "config.yaml")
+        device = choose_device(config, world)
+        torch.set_num_threads(threads(config, world))
+        timeout = timedelta(seconds=config.timeout_s)
+        store = rendezvous.join(world, run_dir, timeout)
+        setup = Setup(store, device, timeout, run_dir)
+        parts = workload.build(config, device)
+        exchange = config.load("exchange")(world, setup, **config.exchange.options)
+        trainer = Trainer(config, world, parts, exchange, device, run_dir, resume)
+        stop = StopTogether(store, config.log_every)
+        say = _Narrator(config, world, trainer) if world.rank == 0 else None
+        write_json(run_dir / f"rank-{world.rank}.json", _header(world, trainer))
+
+        def on_step(record: StepRecord) -> None:
+            report(record.step + 1)
+            if say:
+                say(record)
+
+        summary = trainer.fit(on_step, stop)
+        if world.rank == 0:
+            write_json(run_dir / "summary.json", summary | _emulation(run_dir, config))
+            if say:
+                say.close(summary)
+        exchange.close()
+    return 128 + stop.signal if stop.signal and not summary["finished"] else 0
+
+
+def choose_device(config: RunConfig, world: World) -> torch.device:
+    """This worker's device: ``cuda:<local rank>`` (wrapping around when workers share GPUs) where CUDA is there, else the CPU."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device: 'cuda' is not there (torch.cuda.is_available() is false); allowed here: cpu, auto")
+    # A launcher may have narrowed CUDA_VISIBLE_DEVICES to this worker's own GPU: then there is one, number 0.
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def threads(config: RunConfig, world: World) -> int:
+    """Compute threads of this worker: what the configuration says, else its share of the host's cores."""
+    if config.threads != "auto":
+        return config.threads
+    return max(1, len(os.sched_getaffinity(0)) // world.local_size)
+
+
+class StopTogether:
+    """SIGINT and SIGTERM stop all ranks before the same step.
+
+    The rank that hears a signal at step s writes the step to stop at into the store; every rank looks there at each multiple of ``every``.
+    The stop lies at the second multiple after s. In synchronous training ranks are less than two steps apart, so each
+    of them looks before it gets there. A second signal ends the process at once.
+    """
+
+    def __init__(self, store: dist.Store, every: int):
+        self._store, self._every = store, every
+        self._stop_at: int | None = None
+        self._announced = False
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        self.signal = number
+        for heard in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(heard, signal.SIG_DFL)
+
+    def __call__(self, step: int) -> bool:
+        if self.signal and not self._announced:
+            at = (step // self._every + 2) * self._every
+            self._store.compare_set("scaletrain/stop_at", "", str(at))
+            self._announced = True
+        if self._stop_at is None and step % self._every == 0 and self._store.check(["scaletrain/stop_at"]):
+            self._stop_at = int(self._store.get("scaletrain/stop_at"))
+        return self._stop_at is not None and step >= self._stop_at
+
+
+class _Narrator:
+    """Rank 0's lines for people. Silent about steps when a progress bar follows the records (SCALETRAIN_FOLLOWED)."""
+
+    def __init__(self, config: RunConfig, world: World, trainer: Trainer):
+        self._trainer, self._every, self._said = trainer, config.log_every, time.monotonic()
+        self._samples, self._seconds = 0.0, 0.0
+        self._followed = bool(os.environ.get("SCALETRAIN_FOLLOWED"))
+        if trainer.resumed:
+            print(f"resumed at step {trainer.next_step}", flush=True)
+        threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} a worker"
+        exchange = configuration.exchange_label(config.exchange)
+        print(f"workers: {world.size} ({world.launcher}), exchange {exchange}, {trainer.device.type}, {threads}")
+        print(*trainer.describe(), sep="\n", flush=True)
+
+    def __call__(self, record: StepRecord) -> None:
+        self._samples += record.samples
+        self._seconds += record.step_s
+        done, total = record.step + 1, self._trainer.num_steps
+        now = time.monotonic()
+        if self._followed or done % self._every or (now - self._said < 1 and done < total):
+            return
+        rate = self._samples / self._seconds * self._trainer.world.size
+        left = (total - done) * self._seconds * self._trainer.global_batch / self._samples / self._trainer.world.size
+        print(f"step {done}/{total}  loss {record.loss:.4f}  {rate:,.0f} samples/s  {left:.0f} s left", flush=True)
+        self._said, self._samples, self._seconds = now, 0.0, 0.0
+
+    def close(self, summary: dict[str, Any]) -> None:
+        accuracy = summary["test_accuracy"]
+        shown = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
+        end = "done" if summary["finished"] else "stopped early"
+        print(
+            f"{end}: {summary['steps']} steps, final loss {summary['final_loss']:.6g}{shown},"
+            f" {summary['samples_per_s']:,.0f} samples/s, {summary['wall_s']:.1f} s",
+            flush=True,
+        )
+
+
+def _header(world: World, trainer: Trainer) -> dict[str, Any]:
+    device = trainer.device
+    return {
+        **world._asdict(),
+        "pid": os.getpid(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "num_steps": trainer.num_steps,
+        "global_batch": trainer.global_batch,
+        "threads": torch.get_num_threads(),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "environment": environment(),
+    }
+
+
+def _emulation(run_dir: Path, config: RunConfig) -> dict[str, Any]:
+    """What of this run is emulated: the network (the launcher's emulation.json), the accelerators (``compute``)."""
+    path = run_dir / "emulation.json"
+    network = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    compute = config.compute.model_dump() if config.compute else None
+    return {"emulated": bool(network or compute), "emulation": {"network": network, "compute": compute}}
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), "--resume" in sys.argv[2:]))
