@@ -151,9 +151,9 @@ def load(path: Path, settings: dict[str, Any] | None = None) -> RunConfig:
 def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
     """A mapping as a RunConfig, plugins' options included and their defaults filled in. Raises ``UserError``."""
     if isinstance(tree.get("exchange"), str):
-        tree = {**tree, "exchange": expand_exchange(tree["exchange"])}
+        tree = {**tree, "exchange": expand_exchange(tree["exchange"], f"{where}: ")}
     config = _validate(RunConfig, tree, where)
-    for kind in ("model", "data", "exchange"):
+    for kind in ("model", "data", "exchange", "launcher"):
         named: Named = getattr(config, kind)
         options = plugin_options(kind, named.name, named.options, where, config.search_path)
         setattr(config, kind, Named(name=named.name, **options))
@@ -164,23 +164,35 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
             f"{where}: workers: {config.workers} workers cannot share a global batch_size of {config.batch_size}"
             f" (allowed: 1 to {config.batch_size} workers, a larger batch_size, or batch_mode: weak)"
         )
+    smallest_share = config.batch_size // (config.workers if config.batch_mode == "strong" else 1)
+    if config.accumulate > smallest_share:
+        raise UserError(
+            f"{where}: accumulate: {config.accumulate} backward passes need as many samples, a worker has {smallest_share} of the"
+            f" batch_size of {config.batch_size} (allowed: 1 to {smallest_share})"
+        )
     return config
 
 
 def plugin_options(
     kind: str, name: str, given: dict[str, Any], where: str = "options", search_path: Path | None = None
 ) -> dict[str, Any]:
-    """A plugin's options, checked against its signature and completed with its defaults. Raises ``UserError``."""
+    """A plugin's options, checked against its signature and completed with its defaults. Raises ``UserError``.
+
+    An option that is called like a kind of plugin (``collective``, ``transport``) takes a name of that kind, or ``auto``.
+    """
     if ":" not in name and name not in plugins.names(kind):
         raise unknown(f"{where}: {kind}", name, plugins.names(kind))
     schema = plugins.options(kind, name, search_path)
     if schema is None:
         return given
     filled = _validate(schema, given, where, f"{kind}.").model_dump()
+    for key, value in filled.items():
+        if key in plugins.KINDS and value != "auto" and value not in plugins.names(key):
+            raise unknown(f"{where}: {kind}.{key}", str(value), ["auto", *plugins.names(key)])
     return {key: value for key, value in filled.items() if value != plugins.COMPUTED}
 
 
-def expand_exchange(text: str) -> dict[str, Any]:
+def expand_exchange(text: str, where: str = "") -> dict[str, Any]:
     """The short forms people type: ``native``, ``ring`` (= ``scheduled:ring``), ``scheduled:ring@gloo``, ``parameter_server:async``.
 
     ``NAME:VALUE`` sets the exchange's first option, ``@VALUE`` its option ``transport``.
@@ -190,7 +202,7 @@ def expand_exchange(text: str) -> dict[str, Any]:
     if name in plugins.names("collective"):
         name, value = "scheduled", name
     if name not in plugins.names("exchange"):
-        raise unknown("exchange", name, [*plugins.names("exchange"), *plugins.names("collective")])
+        raise unknown(f"{where}exchange", name, [*plugins.names("exchange"), *plugins.names("collective")])
     tree: dict[str, Any] = {"name": name}
     if value:
         schema = plugins.options("exchange", name)

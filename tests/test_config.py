@@ -1,0 +1,121 @@
+"""A person's mistake ends in one line that names the key, the value, what is allowed and the nearest match."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scaletrain import config, plugins
+from scaletrain.errors import UserError
+
+DIGITS = Path(__file__).parents[1] / "examples" / "digits.yaml"
+SMALL = {"model": "digits_cnn", "data": "digits", "batch_size": 32, "steps": 3}
+
+
+def message(tree: dict, **settings) -> str:
+    with pytest.raises(UserError) as caught:
+        config.check({**tree, **settings}, "job.yaml")
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch_sise": 3}, ["batch_sise", "did you mean 'batch_size'"]),
+        ({"batch_size": "many"}, ["batch_size", "'many'", "integer"]),
+        ({"workers": 0}, ["workers", "0", "greater than or equal to 1"]),
+        ({"workers": 33}, ["workers", "33", "batch_size of 32", "1 to 32"]),
+        ({"accumulate": 5, "workers": 8}, ["accumulate", "5", "32"]),
+        ({"exchange": "rinj"}, ["exchange", "'rinj'", "did you mean 'ring'"]),
+        ({"exchange": {"name": "native", "bucket_md": 3}}, ["exchange", "bucket_md", "did you mean 'bucket_mb'"]),
+        ({"exchange": {"name": "native", "bucket_mb": -1}}, ["exchange.bucket_mb", "-1", "greater than 0"]),
+        ({"exchange": {"name": "scheduled", "collective": "treee"}}, ["collective", "treee", "did you mean 'tree'"]),
+        ({"model": "digit_cnn"}, ["model", "digit_cnn", "did you mean 'digits_cnn'"]),
+        ({"model": {"name": "digits_cnn", "widht": 3}}, ["model", "widht", "did you mean 'width'"]),
+        ({"launcher": "slurmm"}, ["launcher", "slurmm"]),
+        ({"steps": None}, ["exactly one of epochs and steps"]),
+        ({"epochs": 1}, ["exactly one of epochs and steps"]),
+        ({"lr_schedule": {"name": "cosin"}}, ["lr_schedule", "cosin", "cosine"]),
+        ({"checkpoint": {"evry_steps": 1}}, ["checkpoint", "evry_steps", "did you mean 'every_steps'"]),
+        ({"model": 7}, ["model", "7"]),
+    ],
+)
+def test_a_mistake_is_named(settings: dict, words: list[str]):
+    text = message(SMALL, **settings)
+    assert "job.yaml" in text
+    for word in words:
+        assert word in text, text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", ["job.yaml:1", "not YAML"]),
+        ("- 1\n- 2", ["a mapping", "a list"]),
+        ("", ["a mapping", "nothing"]),
+        ("batch_size: 3", ["model", "is missing"]),
+    ],
+)
+def test_a_file_that_is_not_a_job(text: str, words: list[str], tmp_path: Path):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        config.load(path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_file_and_a_binary_file(tmp_path: Path):
+    with pytest.raises(UserError, match="No such file"):
+        config.load(tmp_path / "nothing.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a text file"):
+        config.load(tmp_path / "binary.yaml")
+
+
+def test_the_command_line_ends_in_one_line_and_status_2(tmp_path: Path):
+    command = [sys.executable, "-m", "scaletrain.cli", "train", str(DIGITS), "--set", "optimizer.lr", "--run-dir", str(tmp_path / "r")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == ["scaletrain: error: --set optimizer.lr: expected KEY=VALUE, such as optimizer.lr=0.05"]
+
+
+def test_settings_take_the_same_checks():
+    with pytest.raises(UserError, match="did you mean 'batch_size'"):
+        config.load(DIGITS, {"batch_sizes": 3})
+    run = config.load(DIGITS, dict(config.parse_setting(text) for text in ("optimizer.lr=1e-3", "model.width=8", "exchange=ring@gloo")))
+    assert run.optimizer.options["lr"] == 1e-3
+    assert run.model.options["width"] == 8
+    assert (run.exchange.options["collective"], run.exchange.options["transport"]) == ("ring", "gloo")
+
+
+def test_resolved_config_reads_back_equal(tmp_path: Path):
+    run = config.load(DIGITS, {"exchange": "tree", "workers": 3})
+    path = tmp_path / "config.yaml"
+    path.write_text(run.to_yaml())
+    again = config.load(path)
+    assert again == run
+    assert yaml.safe_load(path.read_text())["model"] == {"name": "digits_cnn", "width": 32, "classes": 10}, "defaults are filled in"
+    assert again.search_path == DIGITS.parent, "user modules are still looked for beside the file people wrote"
+
+
+@pytest.mark.parametrize("text", ["native", "none", "ring", "tree@gloo", "scheduled"])
+def test_exchange_labels_are_what_people_type(text: str):
+    run = config.check({**SMALL, "exchange": text})
+    assert config.exchange_label(run.exchange) == text
+
+
+def test_naming_the_same_exchange_keeps_the_files_options():
+    tree = {**SMALL, "exchange": {"name": "scheduled", "collective": "tree", "bucket_mb": 3.0}}
+    config._set(tree, "exchange", "ring")
+    assert tree["exchange"] == {"name": "scheduled", "collective": "ring", "bucket_mb": 3.0}
+    config._set(tree, "exchange", "native")
+    assert tree["exchange"] == {"name": "native"}
+
+
+def test_names_that_people_type_are_unique():
+    assert not set(plugins.names("exchange")) & set(plugins.names("collective"))

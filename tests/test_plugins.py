@@ -1,0 +1,49 @@
+"""Plugins are files: every one has a menu line and readable options; a person's own module is found beside the config."""
+
+from pathlib import Path
+
+import pytest
+
+from scaletrain import config, plugins
+from scaletrain.errors import UserError
+
+ALL = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_a_plugin_has_a_menu_line(kind: str, name: str):
+    line = plugins.describe(kind, name)
+    assert 10 <= len(line) <= 140 and line.endswith("."), line
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name in ALL if kind != "bench"])
+def test_options_have_types_and_literal_defaults(kind: str, name: str):
+    schema = plugins.options(kind, name)
+    assert schema is not None
+    for key, field in schema.model_fields.items():
+        assert field.default != plugins.COMPUTED, f"{kind} {name}: the default of {key} is not a literal"
+
+
+def test_a_persons_module_is_found_beside_the_config(tmp_path: Path):
+    (tmp_path / "mine.py").write_text("def net(*, hidden: int = 4, scale=2 * 3):\n    return hidden, scale\n")
+    tree = {"model": {"name": "mine:net", "hidden": "8"}, "data": "digits", "batch_size": 8, "steps": 1, "source": str(tmp_path / "c.yaml")}
+    run = config.check(tree)
+    assert run.model.options == {"hidden": 8}, "checked by its signature; a computed default is left to Python"
+    assert run.load("model")(**run.model.options) == (8, 6)
+    tree["model"] = {"name": "mine:net", "hiden": 8}
+    with pytest.raises(UserError, match="did you mean 'hidden'"):
+        config.check(tree)
+
+
+def test_a_module_that_is_not_there(tmp_path: Path):
+    with pytest.raises(UserError, match="no module 'nowhere'"):
+        plugins.load("model", "nowhere:net", tmp_path)
+    (tmp_path / "mine2.py").write_text("def network(): ...\n")
+    with pytest.raises(UserError, match="did you mean 'network'"):
+        plugins.load("model", "mine2:netwrk", tmp_path)
+
+
+def test_an_import_error_inside_a_persons_module_is_theirs_to_see(tmp_path: Path):
+    (tmp_path / "mine3.py").write_text("import a_package_that_is_not_there\ndef net(): ...\n")
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+        plugins.load("model", "mine3:net", tmp_path)

@@ -1,0 +1,106 @@
+"""N workers train as one worker does on the same global batch, for every synchronous exchange.
+
+Bugs it catches: a gradient averaged with the wrong weight when shares are uneven, an accumulation that exchanges too often or too early,
+an exchange that loses or doubles a contribution (every rank's share is different), an evaluation that counts a sample twice.
+"""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from scaletrain import config
+from scaletrain.metrics import read_records, records_path
+from scaletrain.training import workload
+from scaletrain.training.exchange import Setup
+from scaletrain.training.trainer import Trainer
+from scaletrain.world import World
+from tests.ranks import run_ranks
+
+JOB = {
+    "model": {"name": "digits_cnn", "width": 4},
+    "data": "digits",
+    "batch_size": 50,
+    "steps": 6,
+    "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+    "lr_schedule": {"name": "cosine", "warmup_steps": 2},
+}
+SYNCHRONOUS = ["native", "ring@gloo", "tree@gloo", "star@gloo", "scheduled"]
+
+
+def train(rank: int, size: int, tree: dict[str, Any], run_dir: Path, resume: bool = False, stop_at: int | None = None) -> dict[str, Any]:
+    run = config.check(tree | {"workers": size})
+    world = World(rank, size, rank, size)
+    store = dist.FileStore(str(run_dir / f"store-{resume}-{size}"), size)
+    setup = Setup(store, torch.device("cpu"), timedelta(seconds=20), run_dir)
+    exchange = run.load("exchange")(world, setup, **run.exchange.options)
+    parts = workload.build(run, setup.device)
+    trainer = Trainer(run, world, parts, exchange, setup.device, run_dir, resume)
+    summary = trainer.fit(lambda record: None, lambda step: step == stop_at)
+    exchange.close()
+    weights = torch.cat([p.detach().flatten() for p in parts.model.parameters()])
+    return {"summary": summary, "weights": weights.numpy(), "losses": [r.loss * r.samples for r in trainer.records]}
+
+
+def losses(results: list[dict[str, Any]], batch: int) -> torch.Tensor:
+    """The loss of every step over the whole global batch."""
+    return torch.tensor([result["losses"] for result in results]).sum(0) / batch
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_ranks(train, 1, JOB | {"exchange": "none"}, tmp_path_factory.mktemp("alone"))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("exchange", SYNCHRONOUS)
+def test_the_trajectory_is_that_of_one_worker(exchange: str, size: int, alone: dict[str, Any], tmp_path: Path):
+    results = run_ranks(train, size, JOB | {"exchange": exchange}, tmp_path)
+    torch.testing.assert_close(losses(results, 50), losses([alone], 50), rtol=1e-4, atol=1e-5)
+    for result in results:
+        assert (result["weights"] == results[0]["weights"]).all(), "replicas are bitwise equal"
+        torch.testing.assert_close(torch.from_numpy(result["weights"]), torch.from_numpy(alone["weights"]), rtol=1e-3, atol=1e-5)
+        assert result["summary"]["test_accuracy"] == pytest.approx(alone["summary"]["test_accuracy"], abs=1 / 360 + 1e-9)
+        assert result["summary"]["final_loss"] == pytest.approx(alone["summary"]["final_loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_accumulation_changes_nothing_but_memory(alone: dict[str, Any], tmp_path: Path):
+    results = run_ranks(train, 3, JOB | {"exchange": "native", "accumulate": 4}, tmp_path)
+    torch.testing.assert_close(losses(results, 50), losses([alone], 50), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_no_exchange_drifts_apart_and_weak_scaling_grows_the_batch(tmp_path: Path):
+    results = run_ranks(train, 2, JOB | {"exchange": "none", "batch_mode": "weak"}, tmp_path)
+    assert (results[0]["weights"] != results[1]["weights"]).any()
+    assert [result["summary"]["batch_size"] for result in results] == [100, 100]
+    assert all(record.samples == 50 for rank in (0, 1) for record in read_records(records_path(tmp_path, rank)))
+
+
+@pytest.mark.slow
+def test_resume_goes_on_as_if_never_stopped_with_another_number_of_workers(alone: dict[str, Any], tmp_path: Path):
+    tree = JOB | {"exchange": "native", "checkpoint": {"every_steps": 1, "keep": 1}}
+    stopped = run_ranks(train, 2, tree, tmp_path, False, 4)
+    assert stopped[0]["summary"]["finished"] is False
+    results = run_ranks(train, 3, tree, tmp_path, True)
+    torch.testing.assert_close(losses(results, 50), losses([alone], 50)[4:], rtol=1e-4, atol=1e-5)
+    assert [record.step for record in read_records(records_path(tmp_path, 0))] == list(range(6))
+    assert [record.step for record in read_records(records_path(tmp_path, 2))] == [4, 5]
+
+
+def test_records_add_up(tmp_path: Path):
+    run_ranks(train, 1, JOB | {"exchange": "none"}, tmp_path)
+    records = list(read_records(records_path(tmp_path, 0)))
+    assert len(records) == 6
+    for record in records:
+        assert record.step_s == pytest.approx(record.input_s + record.forward_s + record.backward_s + record.update_s, rel=1e-6)
+        assert record.samples == 50 and record.step_s > 0 and record.forward_s > 0 and record.backward_s > 0
+    text = (tmp_path / "rank-0.jsonl").read_text()
+    (tmp_path / "rank-0.jsonl").write_text(text + json.dumps({"step": 6})[:5])
+    assert len(list(read_records(records_path(tmp_path, 0)))) == 6, "a line that was cut is left out"
