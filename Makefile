@@ -1,0 +1,30 @@
+# make setup | bench | test | test-fast | lint. Everything goes into .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup bench test test-fast lint clean
+
+setup: $(VENV)/.ready
+
+# Made again when what to install changes. The stamp comes last: a set-up that was cut off is done again.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"scaletrain needs Python 3.11 or newer; this is {v.major}.{v.minor} (say which with make PYTHON=...)")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+bench: setup
+	$(BIN)/scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --repeats 2 --out runs/bench-$$(date +%Y%m%d-%H%M%S)
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
