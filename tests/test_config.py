@@ -78,16 +78,31 @@ def test_a_missing_file_and_a_binary_file(tmp_path: Path):
 
 
 def test_the_command_line_ends_in_one_line_and_status_2(tmp_path: Path):
-    command = [sys.executable, "-m", "scaletrain.cli", "train", str(DIGITS), "--set", "optimizer.lr", "--run-dir", str(tmp_path / "r")]
+    command = [
+        sys.executable,
+        "-m",
+        "scaletrain.cli",
+        "train",
+        str(DIGITS),
+        "--set",
+        "optimizer.lr",
+        "--run-dir",
+        str(tmp_path / "r"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == ["scaletrain: error: --set optimizer.lr: expected KEY=VALUE, such as optimizer.lr=0.05"]
+    assert done.stderr.strip().splitlines() == [
+        "scaletrain: error: --set optimizer.lr: expected KEY=VALUE, such as optimizer.lr=0.05"
+    ]
 
 
 def test_settings_take_the_same_checks():
     with pytest.raises(UserError, match="did you mean 'batch_size'"):
         config.load(DIGITS, {"batch_sizes": 3})
-    run = config.load(DIGITS, dict(config.parse_setting(text) for text in ("optimizer.lr=1e-3", "model.width=8", "exchange=ring@gloo")))
+    run = config.load(
+        DIGITS,
+        dict(config.parse_setting(text) for text in ("optimizer.lr=1e-3", "model.width=8", "exchange=ring@gloo")),
+    )
     assert run.optimizer.options["lr"] == 1e-3
     assert run.model.options["width"] == 8
     assert (run.exchange.options["collective"], run.exchange.options["transport"]) == ("ring", "gloo")
@@ -99,7 +114,9 @@ def test_resolved_config_reads_back_equal(tmp_path: Path):
     path.write_text(run.to_yaml())
     again = config.load(path)
     assert again == run
-    assert yaml.safe_load(path.read_text())["model"] == {"name": "digits_cnn", "width": 32, "classes": 10}, "defaults are filled in"
+    assert yaml.safe_load(path.read_text())["model"] == {"name": "digits_cnn", "width": 32, "classes": 10}, (
+        "defaults are filled in"
+    )
     assert again.search_path == DIGITS.parent, "user modules are still looked for beside the file people wrote"
 
 

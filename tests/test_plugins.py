@@ -26,7 +26,13 @@ def test_options_have_types_and_literal_defaults(kind: str, name: str):
 
 def test_a_persons_module_is_found_beside_the_config(tmp_path: Path):
     (tmp_path / "mine.py").write_text("def net(*, hidden: int = 4, scale=2 * 3):\n    return hidden, scale\n")
-    tree = {"model": {"name": "mine:net", "hidden": "8"}, "data": "digits", "batch_size": 8, "steps": 1, "source": str(tmp_path / "c.yaml")}
+    tree = {
+        "model": {"name": "mine:net", "hidden": "8"},
+        "data": "digits",
+        "batch_size": 8,
+        "steps": 1,
+        "source": str(tmp_path / "c.yaml"),
+    }
     run = config.check(tree)
     assert run.model.options == {"hidden": 8}, "checked by its signature; a computed default is left to Python"
     assert run.load("model")(**run.model.options) == (8, 6)

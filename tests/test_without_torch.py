@@ -25,7 +25,9 @@ main()
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", REFUSE, *arguments], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-c", REFUSE, *arguments], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
 
 
 def test_the_guard_guards():
@@ -35,7 +37,17 @@ def test_the_guard_guards():
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--help", "train --help", "launch --help", "report --help", "simulate --help", "fit --help", "doctor --help", "list", "bench --help"],
+    [
+        "--help",
+        "train --help",
+        "launch --help",
+        "report --help",
+        "simulate --help",
+        "fit --help",
+        "doctor --help",
+        "list",
+        "bench --help",
+    ],
 )
 def test_command_runs_without_torch(arguments: str):
     done = run(*arguments.split())
@@ -45,7 +57,17 @@ def test_command_runs_without_torch(arguments: str):
 
 @pytest.mark.parametrize("launcher", plugins.names("launcher"))
 def test_a_plan_is_made_without_torch(launcher: str, tmp_path: Path):
-    done = run("train", "examples/digits.yaml", "--workers", "2", "--launcher", launcher, "--run-dir", str(tmp_path / "r"), "--dry-run")
+    done = run(
+        "train",
+        "examples/digits.yaml",
+        "--workers",
+        "2",
+        "--launcher",
+        launcher,
+        "--run-dir",
+        str(tmp_path / "r"),
+        "--dry-run",
+    )
     assert done.returncode == 0, done.stderr
     assert "scaletrain" in done.stdout
     assert not (tmp_path / "r").exists(), "a dry run writes nothing"

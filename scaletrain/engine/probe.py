@@ -23,6 +23,7 @@ def main(backend: str, run_dir: Path) -> None:
     """All ranks. Raises ``ArithmeticError`` when a sum is wrong."""
     world, timeout = World.from_env(), timedelta(seconds=30)
     store = rendezvous.join(world, run_dir, timeout)
+    world = rendezvous.place(world, store)
     device = torch.device("cpu")
     if backend == "nccl":
         device = torch.device("cuda", world.local_rank)

@@ -32,10 +32,11 @@ def main(run_dir: Path, resume: bool = False) -> int:
     world = World.from_env()
     with progress.reporting(run_dir, world) as report:
         config = configuration.load(run_dir / "config.yaml")
-        device = choose_device(config, world)
-        torch.set_num_threads(threads(config, world))
         timeout = timedelta(seconds=config.timeout_s)
         store = rendezvous.join(world, run_dir, timeout)
+        world = rendezvous.place(world, store)
+        device = choose_device(config, world)
+        torch.set_num_threads(threads(config, world))
         setup = Setup(store, device, timeout, run_dir)
         parts = workload.build(config, device)
         exchange = config.load("exchange")(world, setup, **config.exchange.options)
@@ -156,7 +157,7 @@ def _header(world: World, trainer: Trainer) -> dict[str, Any]:
         "global_batch": trainer.global_batch,
         "threads": torch.get_num_threads(),
         "cores": sorted(os.sched_getaffinity(0)),
-        "environment": environment(),
+        "environment": environment() if world.local_rank == 0 else None,
     }
 
 

@@ -49,7 +49,9 @@ def test_nothing_to_load(tmp_path: Path):
     assert checkpoint.load_latest(tmp_path, *job()) is None
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b[: len(b) - 7], lambda b: b"", lambda b: b"\xff" * 64 + b[64:]])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:100], lambda b: b[: len(b) - 7], lambda b: b"", lambda b: b"\xff" * 64 + b[64:]]
+)
 def test_a_damaged_file_is_refused(damage, tmp_path: Path):
     path = checkpoint.save(tmp_path, 1, *job(), keep=1)
     path.write_bytes(damage(path.read_bytes()))

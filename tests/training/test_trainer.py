@@ -32,7 +32,9 @@ JOB = {
 SYNCHRONOUS = ["native", "ring@gloo", "tree@gloo", "star@gloo", "scheduled"]
 
 
-def train(rank: int, size: int, tree: dict[str, Any], run_dir: Path, resume: bool = False, stop_at: int | None = None) -> dict[str, Any]:
+def train(
+    rank: int, size: int, tree: dict[str, Any], run_dir: Path, resume: bool = False, stop_at: int | None = None
+) -> dict[str, Any]:
     run = config.check(tree | {"workers": size})
     world = World(rank, size, rank, size)
     store = dist.FileStore(str(run_dir / f"store-{resume}-{size}"), size)
@@ -64,8 +66,12 @@ def test_the_trajectory_is_that_of_one_worker(exchange: str, size: int, alone: d
     torch.testing.assert_close(losses(results, 50), losses([alone], 50), rtol=1e-4, atol=1e-5)
     for result in results:
         assert (result["weights"] == results[0]["weights"]).all(), "replicas are bitwise equal"
-        torch.testing.assert_close(torch.from_numpy(result["weights"]), torch.from_numpy(alone["weights"]), rtol=1e-3, atol=1e-5)
-        assert result["summary"]["test_accuracy"] == pytest.approx(alone["summary"]["test_accuracy"], abs=1 / 360 + 1e-9)
+        torch.testing.assert_close(
+            torch.from_numpy(result["weights"]), torch.from_numpy(alone["weights"]), rtol=1e-3, atol=1e-5
+        )
+        assert result["summary"]["test_accuracy"] == pytest.approx(
+            alone["summary"]["test_accuracy"], abs=1 / 360 + 1e-9
+        )
         assert result["summary"]["final_loss"] == pytest.approx(alone["summary"]["final_loss"], abs=1e-4)
 
 
@@ -99,7 +105,9 @@ def test_records_add_up(tmp_path: Path):
     records = list(read_records(records_path(tmp_path, 0)))
     assert len(records) == 6
     for record in records:
-        assert record.step_s == pytest.approx(record.input_s + record.forward_s + record.backward_s + record.update_s, rel=1e-6)
+        assert record.step_s == pytest.approx(
+            record.input_s + record.forward_s + record.backward_s + record.update_s, rel=1e-6
+        )
         assert record.samples == 50 and record.step_s > 0 and record.forward_s > 0 and record.backward_s > 0
     text = (tmp_path / "rank-0.jsonl").read_text()
     (tmp_path / "rank-0.jsonl").write_text(text + json.dumps({"step": 6})[:5])
