@@ -1,0 +1,388 @@
+"""A cluster of hosts on this machine: a namespace a host, a switch between them, links of a given bandwidth.
+
+    with Cluster(hosts=4, bandwidth="1Gbit") as cluster:
+        cluster.run(0, ["hostname"])              # h0
+        before = cluster.counters()
+        cluster.cut(3); cluster.heal(3); cluster.shape(2, "100Mbit")
+
+Host i is called ``h<i>``, has the address ``cluster.addresses[i]`` on its one interface ``eth0``, its own host name, /etc/hosts, /dev/shm
+and IPC; files are shared, as on a cluster with a network file system. What runs on it is EMULATED: all hosts share this machine's cores.
+"""
+
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scaletrain.errors import UserError
+from scaletrain.launching.rehearsal import keeper
+
+MAX_HOSTS = 250
+INTERFACE = "eth0"
+MARK = "SCALETRAIN_CLUSTER"  # in the environment of everything started on a host: how leftovers are known
+_SETUP_S = 60.0
+
+# What libraries must be told so that they use the link, and nothing else, between processes.
+_ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": INTERFACE,
+    "TP_SOCKET_IFNAME": INTERFACE,
+    "NCCL_SOCKET_IFNAME": INTERFACE,
+    "NCCL_SHM_DISABLE": "1",
+    "NCCL_P2P_DISABLE": "1",
+    "HOROVOD_GLOO_IFACE": INTERFACE,
+    "UCX_TLS": "tcp,self",  # MPICH would copy between the processes' memories
+    "UCX_NET_DEVICES": INTERFACE,
+    "OMPI_MCA_btl": "tcp,self",
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl_tcp_if_include": INTERFACE,
+}
+
+
+class Traffic(NamedTuple):
+    """Bytes on a host's link since the cluster began, framing of large packets counted once (the wire carries about 4 % more)."""
+
+    sent_bytes: int
+    received_bytes: int
+
+
+class Cluster:
+    """``hosts`` emulated hosts. Made on ``__enter__``, gone after ``__exit__`` with every process on them.
+
+    They go as well when this process dies, however it dies. Needs Linux, iproute2, util-linux, and root or unprivileged user namespaces.
+
+    Args:
+        hosts: how many, 1 to 250.
+        bandwidth: of each link, in each direction, as ``tc`` writes it (``1Gbit``, ``100Mbit``); ``None``: unshaped.
+        latency: one way, host to host (``100us``, ``1ms``); needs the kernel's netem.
+        loss: probability that a packet is dropped on its way into a host.
+
+    Raises:
+        UserError: something that was asked for cannot be had on this machine; says what is missing.
+    """
+
+    def __init__(self, hosts: int, *, bandwidth: str | None = "1Gbit", latency: str = "0", loss: float = 0.0):
+        if not 1 <= hosts <= MAX_HOSTS:
+            raise UserError(f"hosts: {hosts} is not allowed (allowed: 1 to {MAX_HOSTS})")
+        if not 0 <= loss < 1:
+            raise UserError(f"loss: {loss} is not allowed (allowed: a probability, from 0 to below 1)")
+        self.bandwidth, self.latency_s, self.loss = bandwidth, seconds(latency), loss
+        self._bits_per_s = bits_per_s(bandwidth) if bandwidth else None
+        self.id = secrets.token_hex(4)
+        self.names = tuple(f"h{i}" for i in range(hosts))
+        self.addresses = tuple(f"10.77.0.{i + 1}" for i in range(hosts))
+        self._user = os.geteuid() != 0
+        self._keeper: subprocess.Popen[str] | None = None
+        self._switch, self._pids = 0, (0,) * hosts
+
+    # --- life ---------------------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Cluster":
+        check_machine()
+        remove_leftovers()
+        record = _records() / f"{self.id}.json"
+        hosts_file = _records() / f"{self.id}.hosts"
+        lines = ["127.0.0.1 localhost", *(f"{a} {n}" for a, n in zip(self.addresses, self.names, strict=True))]
+        hosts_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        record.write_text(json.dumps({"owner": os.getpid(), "started": _start_time(os.getpid())}), encoding="utf-8")
+        request = {"hosts": self.names, "hosts_file": str(hosts_file), "user": self._user}
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-I", keeper.__file__, json.dumps(request)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            assert self._keeper.stdout and self._keeper.stderr
+            answer = self._keeper.stdout.readline()
+            if not answer:
+                raise UserError(f"the rehearsal cluster could not be made: {self._keeper.stderr.read().strip()}")
+            made = json.loads(answer)
+            self._switch, self._pids = made["switch"], tuple(made["hosts"])
+            self._wire()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every process on the hosts, then the hosts."""
+        if self._keeper:
+            assert self._keeper.stdin and self._keeper.stdout and self._keeper.stderr
+            self._keeper.stdin.close()
+            try:
+                self._keeper.wait(_SETUP_S)
+            except subprocess.TimeoutExpired:  # its death takes the namespaces' holders along
+                self._keeper.kill()
+                self._keeper.wait()
+            self._keeper.stdout.close()
+            self._keeper.stderr.close()
+            self._keeper = None
+        for suffix in ("json", "hosts"):
+            (_records() / f"{self.id}.{suffix}").unlink(missing_ok=True)
+
+    # --- running --------------------------------------------------------------------------------------------------------------------
+
+    def environment(self, host: int) -> dict[str, str]:
+        """Variables that a process on this host is started with (``command`` sets them)."""
+        return {**_ENVIRONMENT, "SCALETRAIN_HOST": self.names[host], MARK: self.id}
+
+    def command(self, host: int, argv: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[str, ...]:
+        """The command line that runs ``argv`` on a host, in this directory; the process started is ``argv`` itself (no fork)."""
+        variables = self.environment(host) | dict(env or {})
+        assignments = [f"{key}={value}" for key, value in variables.items()]
+        return (*self._enter(self._pids[host], True), "env", f"--chdir={os.getcwd()}", *assignments, *argv)
+
+    def start(
+        self, host: int, argv: Sequence[str], env: Mapping[str, str] | None = None, **popen: Any
+    ) -> subprocess.Popen:
+        """``subprocess.Popen`` on a host; ``env`` is added to this process's environment."""
+        return subprocess.Popen(self.command(host, argv, env), **popen)
+
+    def run(
+        self,
+        host: int,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        *,
+        timeout_s: float = 60.0,
+        **popen: Any,
+    ) -> subprocess.CompletedProcess:
+        """``subprocess.run`` on a host, with text output captured; raises CalledProcessError and TimeoutExpired."""
+        options: dict[str, Any] = {"capture_output": True, "text": True, "check": True} | popen
+        return subprocess.run(self.command(host, argv, env), timeout=timeout_s, **options)
+
+    def processes(self, host: int) -> list[int]:
+        """Process ids of what runs on a host."""
+        namespace = os.readlink(f"/proc/{self._pids[host]}/ns/net")
+        return [pid for pid in keeper.processes_within({namespace}) if pid != self._pids[host]]
+
+    # --- links ----------------------------------------------------------------------------------------------------------------------
+
+    def counters(self) -> list[Traffic]:
+        """Each host's traffic so far, counted at the switch."""
+        text = _output([*self._enter(self._switch), "cat", "/proc/net/dev"])
+        fields = {line.split(":")[0].strip(): line.split(":")[1].split() for line in text.splitlines() if ":" in line}
+        return [Traffic(int(fields[f"p{i}"][0]), int(fields[f"p{i}"][8])) for i in range(len(self.names))]
+
+    def cut(self, host: int) -> None:
+        """Pull a host's cable at the switch: packets vanish, connections stay open, nobody is told."""
+        self._ip(self._switch, [f"link set p{host} nomaster"])
+
+    def heal(self, host: int) -> None:
+        """Put the cable back."""
+        self._ip(self._switch, [f"link set p{host} master switch"])
+
+    def shape(self, host: int, bandwidth: str | None) -> None:
+        """Give a host's link another bandwidth, in both directions."""
+        rate = bits_per_s(bandwidth) if bandwidth else None
+        self._tc(self._switch, f"p{host}", rate)
+        self._tc(self._pids[host], INTERFACE, rate)
+
+    def kill(self, host: int) -> int:
+        """SIGKILL everything on a host, as if its power failed; returns how many processes there were."""
+        namespace = os.readlink(f"/proc/{self._pids[host]}/ns/net")
+        return keeper.kill_within({namespace}, spare={self._pids[host]})
+
+    def describe(self) -> dict[str, Any]:
+        """What is emulated, for records and reports."""
+        return {
+            "emulated": True,
+            "kind": "hosts in network namespaces of one machine",
+            "hosts": len(self.names),
+            "bandwidth": self.bandwidth or "unshaped",
+            "bandwidth_bytes_per_s": self._bits_per_s / 8 if self._bits_per_s else None,
+            "latency_s": self.latency_s,
+            "loss": self.loss,
+            "cores": len(os.sched_getaffinity(0)),
+        }
+
+    # --- wiring ---------------------------------------------------------------------------------------------------------------------
+
+    def _wire(self) -> None:
+        links = ["link add switch type bridge mcast_snooping 0", "link set switch up", "link set lo up"]
+        for i, pid in enumerate(self._pids):
+            links += [f"link add p{i} type veth peer name {INTERFACE} netns {pid}", f"link set p{i} master switch up"]
+        self._ip(self._switch, links)
+        for i, pid in enumerate(self._pids):
+            self._ip(
+                pid, ["link set lo up", f"addr add {self.addresses[i]}/24 dev {INTERFACE}", f"link set {INTERFACE} up"]
+            )
+        delay = self.latency_s > 0 and self._has_netem()
+        if self.latency_s > 0 and not delay:
+            raise UserError(
+                f"latency: {self.latency_s:g} s needs netem, which this kernel does not have (allowed here: 0;"
+                " elsewhere: modprobe sch_netem)"
+            )
+        for i, pid in enumerate(self._pids):
+            self._tc(self._switch, f"p{i}", self._bits_per_s, self.latency_s)
+            self._tc(pid, INTERFACE, self._bits_per_s)
+            if self.loss:
+                self._drop(pid)
+
+    def _tc(self, pid: int, device: str, rate: float | None, delay_s: float = 0.0) -> None:
+        commands = []
+        if rate:
+            # The bucket holds 2 ms, and at least one large packet; the queue never drops: TCP slows down by itself.
+            burst = max(round(rate / 8 * 0.002), 65536)
+            limit = max(round(rate / 8 * 0.5), 1 << 26)
+            commands.append(
+                f"qdisc replace dev {device} root handle 1: tbf rate {rate:.0f}bit burst {burst} limit {limit}"
+            )
+        else:
+            subprocess.run(
+                [*self._enter(pid), *_tool("tc"), "qdisc", "del", "dev", device, "root"], capture_output=True
+            )
+        if delay_s:
+            parent = "parent 1:1" if rate else "root"
+            commands.append(f"qdisc replace dev {device} {parent} netem delay {delay_s * 1e6:.0f}us limit 100000")
+        if commands:
+            _batch([*self._enter(pid), *_tool("tc"), "-batch", "-"], commands)
+
+    def _has_netem(self) -> bool:
+        probe = [
+            *self._enter(self._switch),
+            *_tool("tc"),
+            "qdisc",
+            "replace",
+            "dev",
+            "lo",
+            "root",
+            "netem",
+            "delay",
+            "1ms",
+        ]
+        return subprocess.run(probe, capture_output=True, timeout=_SETUP_S).returncode == 0
+
+    def _drop(self, pid: int) -> None:
+        """Packets are dropped where they enter the host. Without netem that takes iptables."""
+        if not shutil.which("iptables", path=_PATH):
+            raise UserError("loss: needs iptables (apt install iptables)")
+        rule = f"-A INPUT -i {INTERFACE} -m statistic --mode random --probability {self.loss} -j DROP"
+        done = subprocess.run(
+            [*self._enter(pid), *_tool("iptables"), *rule.split()], capture_output=True, text=True, timeout=_SETUP_S
+        )
+        if done.returncode != 0:
+            raise UserError(
+                f"loss: this kernel's iptables cannot drop at random: {done.stderr.strip().splitlines()[0]}"
+            )
+
+    def _enter(self, pid: int, all_namespaces: bool = False) -> list[str]:
+        user = ["--user", "--preserve-credentials"] if self._user else []
+        more = ["--uts", "--mount", "--ipc"] if all_namespaces else []
+        return [*_tool("nsenter"), f"--target={pid}", *user, "--net", *more, "--"]
+
+    def _ip(self, pid: int, commands: list[str]) -> None:
+        _batch([*self._enter(pid), *_tool("ip"), "-batch", "-"], commands)
+
+
+def check_machine() -> None:
+    """Raises ``UserError`` if no cluster can be rehearsed here, saying what is missing."""
+    if not sys.platform.startswith("linux"):
+        raise UserError(f"a rehearsal cluster needs Linux (this is {sys.platform})")
+    for tool, package in (("ip", "iproute2"), ("tc", "iproute2"), ("nsenter", "util-linux"), ("env", "coreutils")):
+        if not shutil.which(tool, path=_PATH):
+            raise UserError(f"a rehearsal cluster needs {tool} (apt install {package})")
+    probe = [
+        "unshare",
+        "--net",
+        "--uts",
+        "--mount",
+        "--ipc",
+        *(["--user", "--map-root-user"] if os.geteuid() else []),
+        "true",
+    ]
+    done = subprocess.run(probe, capture_output=True, text=True, timeout=_SETUP_S)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["refused"])[0]
+        raise UserError(
+            f"a rehearsal cluster needs root, or unprivileged user namespaces, which are not allowed here ({reason});"
+            " an administrator can allow them: sysctl kernel.unprivileged_userns_clone=1, or"
+            " kernel.apparmor_restrict_unprivileged_userns=0"
+        )
+
+
+def remove_leftovers() -> list[str]:
+    """End what owners that were killed have left running; returns their clusters' ids.
+
+    Namespaces end with their last process, so only processes can be left. They are known by the mark in their environment.
+    """
+    dead = []
+    for record in _records().glob("*.json"):
+        try:
+            owner = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # another start is removing or writing it right now
+            continue
+        if _start_time(owner["owner"]) != owner["started"]:
+            dead.append(record.stem)
+    marks = {f"{MARK}={name}".encode() for name in dead}
+    for entry in os.listdir("/proc") if marks else []:
+        try:
+            if entry.isdigit() and marks & set(Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")):
+                os.kill(int(entry), signal.SIGKILL)
+        except OSError:
+            continue
+    for name in dead:
+        for suffix in ("json", "hosts"):
+            (_records() / f"{name}.{suffix}").unlink(missing_ok=True)
+    return dead
+
+
+def bits_per_s(bandwidth: str) -> float:
+    """``1Gbit`` -> 1e9. Raises ``UserError`` for what is not a rate."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)bit(?:/s)?", bandwidth.strip(), re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise UserError(f"bandwidth: {bandwidth!r} is not a rate (allowed: 1Gbit, 100Mbit, 2.5Gbit, ...)")
+    return float(match[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()]
+
+
+def seconds(latency: str) -> float:
+    """``100us`` -> 1e-4. Raises ``UserError`` for what is not a duration."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s)", str(latency).strip()) if str(latency) != "0" else None
+    if str(latency) == "0":
+        return 0.0
+    if not match:
+        raise UserError(f"latency: {latency!r} is not a duration (allowed: 0, 100us, 1.5ms, 0.1s, ...)")
+    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
+
+
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])  # ip and tc live there
+
+
+def _tool(name: str) -> list[str]:
+    return [shutil.which(name, path=_PATH) or name]
+
+
+def _records() -> Path:
+    """Where owners of clusters leave their records: this user's own folder."""
+    folder = Path("/tmp") / f"scaletrain-rehearsal-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder}: belongs to somebody else; a rehearsal keeps its owner records there")
+    return folder
+
+
+def _start_time(pid: int) -> int | None:
+    """When a process started (clock ticks since boot); with its id it names a process for good. ``None``: there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
+
+
+def _output(argv: Sequence[str]) -> str:
+    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=_SETUP_S).stdout
+
+
+def _batch(argv: Sequence[str], commands: Sequence[str]) -> None:
+    done = subprocess.run(argv, input="\n".join(commands) + "\n", capture_output=True, text=True, timeout=_SETUP_S)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(argv)}: {done.stderr.strip()}\n" + "\n".join(commands))
