@@ -1,15 +1,18 @@
 """What a launcher is given (Job) and what it answers (LaunchPlan): values first, then carried out.
 
 ``plan(job)`` of every file in ``launchers/`` is pure: the same job gives the same plan, and ``--dry-run`` prints it.
+``supervise.run(plan, job)`` carries it out.
 """
 
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 
 class Companion(NamedTuple):
-    """A process beside the workers, such as a parameter server: started before them, ended after them."""
+    """A process beside the workers, such as a parameter server: started before them, ended (SIGTERM) after them."""
 
     name: str  # shown in messages, "server 0"
     argv: tuple[str, ...]
@@ -29,13 +32,34 @@ class Job(NamedTuple):
     env: tuple[tuple[str, str], ...] = ()
     companions: tuple[Companion, ...] = ()
 
+    @property
+    def serves_store(self) -> bool:
+        """Whether rank 0 of these workers serves the job's store itself, as everything that calls ``rendezvous.join`` does.
+
+        Other programs get a process beside them that serves it. So do jobs that outlive rank 0.
+        """
+        return self.argv[1:2] == ("-m",) and self.argv[2].startswith("scaletrain.") and self.min_workers is None
+
+
+def script_job(command: Sequence[str], workers: int, run_dir: Path, timeout_s: float = 60.0) -> Job:
+    """The job of a person's own program. A ``.py`` file runs inside ``scaletrain.training.script``, which reports its traceback
+    and sets the variables torch.distributed needs under every launcher; any other command runs as it is."""
+    argv = tuple(command)
+    if argv[0].endswith(".py"):
+        argv = (sys.executable, "-m", "scaletrain.training.script", str(run_dir), *argv)
+    return Job(argv, workers, run_dir, timeout_s=timeout_s)
+
 
 class Command(NamedTuple):
-    """One process to start. Its output is shown prefixed with ``name``."""
+    """One process to start. Its output is shown prefixed with ``name`` when there are several."""
 
     name: str
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...] = ()  # added to the launcher's environment
+    rank: int | None = None  # the worker this is; None: a launcher such as mpirun, which starts workers of its own
+    stop_s: float = (
+        3.0  # how long it may take to end after SIGTERM, before SIGKILL: a launcher must pass the signal on first
+    )
 
 
 class LaunchPlan(NamedTuple):
@@ -44,14 +68,18 @@ class LaunchPlan(NamedTuple):
     commands: tuple[Command, ...]
     files: tuple[tuple[Path, str], ...] = ()
     explain: tuple[str, ...] = ()
+    store_address: str = (
+        ""  # bind a free port here, hand the socket to who serves the store, tell all as MASTER_ADDR and MASTER_PORT
+    )
 
     def __str__(self) -> str:
         """The plan as shell text, as ``--dry-run`` prints it."""
         parts = [f"# {line}" for line in self.explain]
         parts += [f"# file {path}\n{text.rstrip()}" for path, text in self.files]
+        bound = f"MASTER_ADDR={self.store_address} MASTER_PORT=$PORT " if self.store_address else ""
         for command in self.commands:
             assignments = [f"{key}={shlex.quote(value)}" for key, value in command.env]
-            parts.append(" ".join([*assignments, shlex.join(command.argv)]))
+            parts.append(bound + " ".join([*assignments, shlex.join(command.argv)]))
         return "\n".join(parts)
 
 
@@ -61,11 +89,12 @@ class Failure(NamedTuple):
     rank: int | None
     host: str
     step: int | None
-    time: float  # unix seconds; the earliest is the cause, the others are consequences
-    kind: str  # "exception", "signal", "exit", "hang", "user" (a person's mistake: one line, no traceback)
+    time: float  # unix seconds; among equals the earliest is the cause, the others are consequences
+    kind: str  # "exception", "signal", "exit", "hang", "user" (a person's mistake: one line), "peer" (lost another rank: a consequence)
     message: str
     traceback: str = ""
     collective: str = ""  # the last collective this rank entered, when known
+    exit_code: int = 1
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Failure":

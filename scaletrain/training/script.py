@@ -24,6 +24,7 @@ def main(run_dir: Path, script: str, arguments: list[str]) -> None:
         if not Path(script).is_file():
             raise UserError(f"{script}: there is no such file")
         os.environ.update(variables(world, run_dir))
+        progress.alive(progress.SCRIPT)
         sys.argv = [script, *arguments]
         sys.path[0] = str(Path(script).resolve().parent)
         runpy.run_path(script, run_name="__main__")
@@ -39,10 +40,8 @@ def variables(world: World, run_dir: Path) -> dict[str, str]:
     store = rendezvous.connect(world, run_dir, _MEET)
     world = rendezvous.place(world, store)
     found |= {"LOCAL_RANK": str(world.local_rank), "LOCAL_WORLD_SIZE": str(world.local_size)}
-    address, port = rendezvous.address_of(store) or ("127.0.0.1", 0)
-    if port:
-        found |= {"MASTER_ADDR": address, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    return found
+    address, port = rendezvous.address_of(store)
+    return found | {"MASTER_ADDR": address, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 if __name__ == "__main__":
