@@ -1,0 +1,134 @@
+"""The commands as people type them: what they print, what they leave, and their exit status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scaletrain import plugins
+
+ROOT = Path(__file__).parents[1]
+DIGITS = "examples/digits.yaml"
+SUMMARY = {
+    "workers", "exchange", "device", "steps", "samples_per_s", "step_s_p50", "step_s_p95", "final_loss", "test_accuracy", "wall_s",
+}  # fmt: skip
+
+pytestmark = pytest.mark.slow
+
+
+def scaletrain(*arguments: str | Path, timeout: float = 90) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "scaletrain.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+def test_train_leaves_a_run_directory(tmp_path: Path):
+    done = scaletrain("train", DIGITS, "--workers", "2", "--set", "steps=12", "--set", "epochs=null", "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "48 (fixed global batch, strong scaling)" in done.stdout and "learning rate: 0.1 for 96 samples" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary) >= SUMMARY
+    assert (summary["workers"], summary["exchange"], summary["steps"], summary["emulated"]) == (2, "native", 12, False)
+    for rank in (0, 1):
+        records = [json.loads(line) for line in (tmp_path / "run" / f"rank-{rank}.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records] == list(range(12))
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert resolved["steps"] == 12 and resolved["exchange"]["name"] == "native" and resolved["batch_mode"] == "strong"
+    assert list((tmp_path / "run").glob("step-12.safetensors"))
+    again = scaletrain("train", DIGITS, "--run-dir", tmp_path / "run")
+    assert again.returncode == 2 and "holds a run already" in again.stderr, "records are never written over"
+
+
+def test_a_persons_own_model_and_data(tmp_path: Path):
+    done = scaletrain("train", "examples/own/job.yaml", "--workers", "2", "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] >= 0.97
+
+
+def test_a_mistake_that_only_a_worker_can_see_is_one_line(tmp_path: Path):
+    done = scaletrain("train", DIGITS, "--workers", "2", "--set", "optimizer.momentun=0.9", "--run-dir", tmp_path / "run")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.count("did you mean 'momentum'") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_ranks_and_the_run_goes_on_with_resume(number: signal.Signals, tmp_path: Path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "scaletrain.cli", "train", DIGITS, "--workers", "3", "--set", "epochs=200", "--run-dir", str(run)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "rank-2.jsonl").exists() or (run / "rank-2.jsonl").read_text().count("\n") < 20:
+            assert time.monotonic() < deadline and process.poll() is None, process.stdout and process.stdout.read()
+            time.sleep(0.1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 128 + number, output
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["finished"] is False and 20 <= summary["steps"] < 2800
+    counts = {(run / f"rank-{rank}.jsonl").read_text().count("\n") for rank in range(3)}
+    assert counts == {summary["steps"]}, "all ranks stopped at the same step"
+    more = str(summary["steps"] + 5)
+    done = scaletrain("train", DIGITS, "--workers", "2", "--set", f"steps={more}", "--set", "epochs=null", "--run-dir", run, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at step {summary['steps']}" in done.stdout
+    assert json.loads((run / "summary.json").read_text())["steps"] == summary["steps"] + 5
+
+
+@pytest.mark.parametrize("backend", ["scaletrain", "gloo"])
+def test_launch_runs_a_persons_script(backend: str, tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text((ROOT / "examples" / "ddp_script.py").read_text().replace('group("scaletrain")', f'group("{backend}")'))
+    done = scaletrain("launch", "-n", "3", "--run-dir", tmp_path / "run", "--", script)
+    assert done.returncode == 0, done.stderr
+    assert "3 workers, loss" in done.stdout
+
+
+def test_attach_in_a_persons_loop_equals_one_process(tmp_path: Path):
+    script = tmp_path / "loop.py"
+    script.write_text(
+        "import os, torch, scaletrain\n"
+        "torch.manual_seed(0)\n"
+        "net = torch.nn.Linear(4, 1)\n"
+        "opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)\n"
+        "model, exchange = scaletrain.attach(net, opt, exchange='tree')\n"
+        "x = torch.randn(12, 4); y = x.sum(1, keepdim=True)\n"
+        "r, n = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])\n"
+        "for _ in range(10):\n"
+        "    model.zero_grad()\n"
+        "    torch.nn.functional.mse_loss(model(x[r::n]), y[r::n]).backward()\n"
+        "    exchange.step(0.1)\n"
+        "if r == 0: print('weights', net.weight.detach().flatten().tolist())\n"
+        "exchange.close()\n"
+    )
+    found = []
+    for workers in ("1", "3"):
+        done = scaletrain("launch", "-n", workers, "--run-dir", tmp_path / workers, "--", script)
+        assert done.returncode == 0, done.stderr
+        line = next(line for line in done.stdout.splitlines() if "weights" in line)
+        found.append(json.loads(line[line.index("[", line.index("weights")) :]))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_doctor_tries_and_says_how_to_mend():
+    done = scaletrain("doctor", "--json", timeout=300)
+    report = json.loads(done.stdout)
+    assert done.returncode == (0 if report["ok"] else 1)
+    found = {check["name"]: check for check in report["checks"]}
+    assert found["native"]["status"] == "ok" and found["scheduled"]["status"] == "ok", found
+    assert all(check["fix"] for check in report["checks"] if check["status"] != "ok")
+
+
+def test_list_shows_every_plugin_on_disk():
+    menu = json.loads(scaletrain("list", "--json").stdout)
+    for kind in plugins.KINDS:
+        assert [entry["name"] for entry in menu[kind]] == plugins.names(kind)
