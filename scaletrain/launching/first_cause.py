@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import re
+import signal
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +21,8 @@ _STACKS_S = 1.0  # how long a worker may take to write its stacks
 _WAITING = re.compile(
     r'/(distributed_c10d|rendezvous|autograd/graph|process_group|execute|futures/__init__)\.py"|/(engine|parameter_server)/'
 )
+
+_RUNNERS = re.compile(r'\n  File "(<frozen runpy>|[^"\n]*/training/script\.py)".*')  # frames around a person's script
 
 
 class Known(NamedTuple):
@@ -83,6 +87,38 @@ def reported(run_dir: Path, workers: int, since: float) -> list[Failure]:
     return found
 
 
+# What launchers say of a rank that a signal ended: Open MPI, srun ("srun: error: h2: task 2: Killed").
+_ENDED_BY_SIGNAL = (
+    re.compile(r"process rank (?P<rank>\d+) with PID \d+ on node (?P<host>\S+) exited on\s+signal (?P<signal>\d+)"),
+    re.compile(r"error: (?P<host>\S+): tasks? (?P<rank>\d+): (?P<signal>Killed|Segmentation fault|Aborted|Bus error)"),
+    re.compile(r"error: (?P<host>\S+): tasks? (?P<rank>\d+): (?P<signal>Out Of Memory)"),
+)
+_SIGNALS = {"Killed": 9, "Segmentation fault": 11, "Aborted": 6, "Bus error": 7, "Out Of Memory": 9}
+
+
+def told(output: str, progress: Progress, now: float) -> Failure | None:
+    """The rank that a launcher says was ended by a signal; ``output`` is what it wrote."""
+    for pattern in _ENDED_BY_SIGNAL:
+        match = pattern.search(output)
+        if match:
+            rank, given = int(match["rank"]), match["signal"]
+            number = _SIGNALS.get(given) or int(given)
+            known = progress.read(rank)
+            message = f"was ended by {signal_name(number)}" + (" (out of memory? see dmesg)" if number == 9 else "")
+            return Failure(
+                rank, match["host"], known.step if known else None, now, "signal", message,
+                collective=known.collective if known else "", exit_code=128 + number,
+            )  # fmt: skip
+    return None
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def choose(failures: Iterable[Failure]) -> Failure:
     """The cause among failures: the earliest of the strongest kind (a rank's own, then a hang, then a lost peer, then a launcher's end)."""
     return min(failures, key=lambda failure: (_ORDER[failure.kind], failure.time))
@@ -142,7 +178,7 @@ def _stacks(run_dir: Path, living: list[Known]) -> dict[int, str]:
         with contextlib.suppress(OSError):
             text = stacks_path(run_dir, known.rank).read_text(encoding="utf-8", errors="replace")
             main = re.split(r"\n\n", text.strip())[-1]
-            found[known.rank] = main
+            found[known.rank] = re.sub(_RUNNERS, "", main)
     return {rank: text for rank, text in found.items() if text}
 
 
@@ -188,3 +224,20 @@ def text(failure: Failure, stopped: list[str]) -> str:
 def _ranks(ranks: Iterable[int]) -> str:
     listed = sorted(ranks)
     return f"rank{'s' * (len(listed) > 1)} {', '.join(map(str, listed))}"
+
+
+def main(run_dir: Path, output: Path | None) -> int:
+    """Show the first cause of a job that has ended, for batch scripts: ``python -m scaletrain.launching.first_cause RUN_DIR [OUTPUT]``."""
+    workers = len(list(run_dir.glob("progress-*.json")))
+    since = min((path.stat().st_ctime for path in run_dir.glob("progress-*.json")), default=0.0) - 86400
+    found = reported(run_dir, workers, since)
+    if output and output.exists():
+        said = told(output.read_text(encoding="utf-8", errors="replace"), Progress(run_dir, workers), time.time())
+        found += [said] if said else []
+    if found:
+        print(text(choose(found), []), file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None))

@@ -57,9 +57,8 @@ class Command(NamedTuple):
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...] = ()  # added to the launcher's environment
     rank: int | None = None  # the worker this is; None: a launcher such as mpirun, which starts workers of its own
-    stop_s: float = (
-        3.0  # how long it may take to end after SIGTERM, before SIGKILL: a launcher must pass the signal on first
-    )
+    restarts_workers: bool = False  # a launcher that goes on when a worker fails; only its own end ends the job
+    stop_s: float = 3.0  # from SIGTERM to SIGKILL; a launcher must pass the signal on first
 
 
 class LaunchPlan(NamedTuple):
@@ -68,9 +67,8 @@ class LaunchPlan(NamedTuple):
     commands: tuple[Command, ...]
     files: tuple[tuple[Path, str], ...] = ()
     explain: tuple[str, ...] = ()
-    store_address: str = (
-        ""  # bind a free port here, hand the socket to who serves the store, tell all as MASTER_ADDR and MASTER_PORT
-    )
+    # If set: bind a free port here, hand the socket to who serves the store, tell all as MASTER_ADDR and MASTER_PORT.
+    store_address: str = ""
 
     def __str__(self) -> str:
         """The plan as shell text, as ``--dry-run`` prints it."""
@@ -90,7 +88,8 @@ class Failure(NamedTuple):
     host: str
     step: int | None
     time: float  # unix seconds; among equals the earliest is the cause, the others are consequences
-    kind: str  # "exception", "signal", "exit", "hang", "user" (a person's mistake: one line), "peer" (lost another rank: a consequence)
+    # "exception", "user" (a person's mistake: one line), "signal", "exit", "hang"; consequences: "peer" (lost another rank), "launcher"
+    kind: str
     message: str
     traceback: str = ""
     collective: str = ""  # the last collective this rank entered, when known

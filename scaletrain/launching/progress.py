@@ -22,6 +22,7 @@ from scaletrain.launching.job import Failure
 from scaletrain.metrics import write_json
 from scaletrain.world import World
 
+SUPERVISED = "SCALETRAIN_SUPERVISED"  # set by batch scripts, which show the first cause when their workers have ended
 _WIDTH = 320  # bytes of a progress file, so that an overwrite is one small write
 _SYNC_S = 2.0  # on several hosts the shared folder is brought up to date this often
 SCRIPT = "running a script"  # what a worker does that promises no signs of life
@@ -78,9 +79,12 @@ def reporting(run_dir: Path, world: World) -> Iterator[Callable[[int], None]]:
             state.doing = "failed"
             failure = failure_of(error)
             write_json(failure_path(run_dir, world.rank), failure._asdict())
-            if "SCALETRAIN_LAUNCH" not in os.environ:
+            if not {"SCALETRAIN_LAUNCH", SUPERVISED} & set(os.environ):
                 print(f"scaletrain: rank {world.rank} failed: {failure.message}\n{failure.traceback}", file=sys.stderr)
             raise SystemExit(failure.exit_code) from error
+        except KeyboardInterrupt:
+            state.doing = "failed"
+            raise SystemExit(128 + signal.SIGINT) from None
         except SystemExit as end:
             state.doing = "finished" if end.code in (None, 0) else "failed"
             raise

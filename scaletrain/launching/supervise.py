@@ -31,6 +31,8 @@ STORE_FD = "SCALETRAIN_STORE_FD"  # the listening socket that the store is to be
 HUNG_STATUS = 124  # as timeout(1)
 _TICK_S = 0.1
 _GRACE_S = 1.0  # after a failure, time for others to report an earlier or better cause
+_LAUNCHER_S = 8.0  # how long another launcher may take to end after one of its workers failed
+_NOTICED_S = 0.1  # how late the end of another launcher's worker is noticed, at most
 _STARTING_S = 180.0  # a worker that has not begun its first step may take this long, if timeout_s is less
 _INTERRUPT_S = 30.0  # after Ctrl-C or SIGTERM, time for workers to write a checkpoint and end
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -77,7 +79,10 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
         supervisor.wait()
         supervisor.stdout.close()
     if status < 0:
-        show(f"scaletrain: the supervisor was ended by {_signal_name(-status)}; its workers were stopped", True)
+        show(
+            f"scaletrain: the supervisor was ended by {first_cause.signal_name(-status)}; its workers were stopped",
+            True,
+        )
     return 128 - status if status < 0 else status
 
 
@@ -138,6 +143,7 @@ class _Process:
     def __init__(self, command: Command, environ: dict[str, str], companion: Companion | None = None, fd: int = -1):
         self.name, self.rank, self.stop_s = command.name, command.rank, command.stop_s
         self.companion, self.restarts = companion, 0
+        self.restarts_workers = command.restarts_workers
         self.is_launcher = self.rank is None and companion is None
         # A launcher gets the chance to end its own workers; a worker has no business without its supervisor.
         death_signal = signal.SIGTERM if self.is_launcher else signal.SIGKILL
@@ -182,6 +188,8 @@ class _Supervisor:
         self.lost: set[int] = set()  # ranks that ended badly while the job goes on without them
         self.pids: set[int] = set()  # workers of other launchers that are watched
         self.vanished: dict[int, Failure] = {}  # those of them that ended without a report, by rank
+        self.failing_since = 0.0  # when a launcher's worker was first seen to have failed
+        self.said = ""  # the last of what other launchers wrote
         self.socket: socket.socket | None = None
         self.many = len(plan.commands) + len(job.companions) > 1
         self.progress = first_cause.Progress(job.run_dir, job.workers)
@@ -214,9 +222,10 @@ class _Supervisor:
         if failure:
             status = failure.exit_code or 1
             write_json(self.job.run_dir / "failure.json", failure._asdict())
-            running = [process.name for process in self.processes if process.status is None]
+            running = [p.name for p in self.processes if p.status is None and p.rank != failure.rank]
             self._stop()
-            self._say(first_cause.text(failure, running), error=True)
+            if first_cause.headline(failure) not in self.said:  # a batch script says it itself
+                self._say(first_cause.text(failure, running), error=True)
         self._stop()
         return status
 
@@ -256,7 +265,7 @@ class _Supervisor:
         for pipe, stream in ((process.popen.stdout, b"1"), (process.popen.stderr, b"2")):
             assert pipe
             os.set_blocking(pipe.fileno(), False)
-            self.selector.register(pipe, selectors.EVENT_READ, _Lines(self._prefix(process), stream))
+            self.selector.register(pipe, selectors.EVENT_READ, _Lines(process, self._prefix(process), stream))
 
     def _prefix(self, process: _Process) -> bytes:
         return f"[{process.name}] ".encode() if self.many else b""
@@ -281,7 +290,10 @@ class _Supervisor:
                 data = os.read(pipe.fileno(), 65536)
             except BlockingIOError:
                 continue
-            self._emit(key.data.feed(data))
+            lines = key.data.feed(data)
+            if key.data.process.is_launcher:
+                self.said = (self.said + lines.decode(errors="replace"))[-20000:]
+            self._emit(lines)
             if not data:
                 self.selector.unregister(pipe)
                 pipe.close()
@@ -307,7 +319,7 @@ class _Supervisor:
                 return self._settle()
         bad = [p for p in self.processes if p.ended_at is not None and p.status != 0 and p.rank not in self.lost]
         if not bad:
-            return None
+            return self._failed_inside()
         if self.job.min_workers is None or any(process.rank is None for process in bad):
             return self._settle()
         living = sum(process.status is None or process.status == 0 for process in self.processes)
@@ -319,6 +331,17 @@ class _Supervisor:
             goes_on = f"the job goes on with {living} of {self.job.workers} workers (at least {self.job.min_workers})"
             self._say(f"{first_cause.headline(failure)}; {goes_on}", error=True)
         return None
+
+    def _failed_inside(self) -> Failure | None:
+        """A launcher ends when one of its workers fails. When it does not within a few seconds, we do not wait for it."""
+        if not any(process.is_launcher and process.status is None for process in self.processes):
+            return None
+        if any(process.restarts_workers for process in self.processes) or not (
+            self.vanished or first_cause.reported(self.job.run_dir, self.job.workers, self.started_at)
+        ):
+            return None
+        self.failing_since = self.failing_since or time.monotonic()
+        return self._settle() if time.monotonic() - self.failing_since > _LAUNCHER_S else None
 
     def _companion_ended(self, process: _Process) -> bool:
         """Start a companion again while it may be; say whether its end is the job's."""
@@ -342,9 +365,11 @@ class _Supervisor:
         failures = [self._failure_of(p) for p in self.processes if p.ended_at is not None and p.status]
         failures += [self._failure_of(p) for p in self.companions if p.ended_at is not None]
         failures += first_cause.reported(self.job.run_dir, self.job.workers, self.started_at)
+        said = first_cause.told(self.said, self.progress, time.time())
+        failures += [said] if said else []
         # Only the ends that came before every report: later ones are the launcher's doing.
         first = min((failure.time for failure in failures), default=time.time())
-        failures += [failure for failure in self.vanished.values() if failure.time <= first]
+        failures += [failure for failure in self.vanished.values() if failure.time <= first + _NOTICED_S]
         cause = first_cause.choose(failures)
         if cause.kind == "peer":  # somebody lost a peer: is one of those that still run the one that hangs?
             cause = self._who_hangs() or cause
@@ -413,7 +438,7 @@ class _Supervisor:
                 until = time.monotonic() + _INTERRUPT_S
         self._stop()
         statuses = [process.status for process in self.processes]
-        self._say(f"scaletrain: stopped by {_signal_name(number)}", error=True)
+        self._say(f"scaletrain: stopped by {first_cause.signal_name(number)}", error=True)
         return 0 if all(status == 0 for status in statuses) else 128 + number
 
     def _stop(self) -> None:
@@ -446,7 +471,8 @@ class _Supervisor:
 class _Lines:
     """Cuts a stream into whole lines, each marked with its stream and prefixed with its process."""
 
-    def __init__(self, prefix: bytes, stream: bytes):
+    def __init__(self, process: _Process, prefix: bytes, stream: bytes):
+        self.process = process
         self._prefix, self._stream, self._rest = prefix, stream, b""
 
     def feed(self, data: bytes) -> bytes:
@@ -461,15 +487,8 @@ class _Lines:
 def _how_it_ended(status: int) -> str:
     if status < 0:
         hint = " (out of memory? see dmesg)" if -status == signal.SIGKILL else ""
-        return f"was ended by {_signal_name(-status)}{hint}"
+        return f"was ended by {first_cause.signal_name(-status)}{hint}"
     return f"ended with status {status}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _to_json(value: Any) -> Any:

