@@ -113,7 +113,10 @@ class Launcher(NamedTuple):
         if self.name != "slurm":
             return self._number(env, self.local_size)
         node = self._number(env, self.node) if self.node in env else 0
-        return expand_tasks_per_node(env[self.local_size])[node]
+        counts = expand_tasks_per_node(env[self.local_size])
+        if node >= len(counts):
+            raise UserError(f"{self.local_size}={env[self.local_size]} has no node {self.node}={env[self.node]}")
+        return counts[node]
 
     def _number(self, env: Mapping[str, str], name: str) -> int:
         if not re.fullmatch(r"\d{1,9}", env[name]):

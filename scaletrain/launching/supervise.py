@@ -191,7 +191,8 @@ class _Supervisor:
         self.failing_since = 0.0  # when a launcher's worker was first seen to have failed
         self.said = ""  # the last of what other launchers wrote
         self.socket: socket.socket | None = None
-        self.many = len(plan.commands) + len(job.companions) > 1
+        self.asked_companions = job.companions if plan.companions is None else plan.companions
+        self.many = len(plan.commands) + len(self.asked_companions) > 1
         self.progress = first_cause.Progress(job.run_dir, job.workers)
 
     def run(self) -> int:
@@ -242,7 +243,7 @@ class _Supervisor:
         if self.socket and not self.job.serves_store:
             argv = (sys.executable, "-m", "scaletrain.engine.rendezvous")
             self._start_companion(Companion("store", argv), fd=store_fd)
-        for companion in self.job.companions:
+        for companion in self.asked_companions:
             self._start_companion(companion)
         for command in self.plan.commands:
             served = command.rank == 0 and self.job.serves_store and self.socket is not None
@@ -509,16 +510,18 @@ def _command(value: dict[str, Any]) -> Command:
 
 
 def _job(value: dict[str, Any]) -> Job:
-    companions = tuple(
-        Companion(**{**c, "argv": tuple(c["argv"]), "env": _pairs(c["env"])}) for c in value["companions"]
-    )
     fields = {"argv": tuple(value["argv"]), "run_dir": Path(value["run_dir"]), "env": _pairs(value["env"])}
-    return Job(**{**value, **fields, "companions": companions})
+    return Job(**{**value, **fields, "companions": _companions(value["companions"])})
+
+
+def _companions(values: list[dict[str, Any]]) -> tuple[Companion, ...]:
+    return tuple(Companion(**{**c, "argv": tuple(c["argv"]), "env": _pairs(c["env"])}) for c in values)
 
 
 def _plan(value: dict[str, Any]) -> LaunchPlan:
     commands = tuple(_command(command) for command in value["commands"])
-    return LaunchPlan(commands, explain=tuple(value["explain"]), store_address=value["store_address"])
+    companions = None if value["companions"] is None else _companions(value["companions"])
+    return LaunchPlan(commands, (), tuple(value["explain"]), value["store_address"], companions)
 
 
 def _first_line(fd: int) -> bytes:

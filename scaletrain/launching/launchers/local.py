@@ -1,4 +1,4 @@
-"""workers on this host, under our own supervisor (the default)"""
+"""Workers on this host, under our own supervisor (the default)."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""torchrun, on this host or on several (run the same command on each)"""
+"""torchrun on this host, or on several (run the same command on each)."""
 
 import os
 import sys
