@@ -69,17 +69,14 @@ class LaunchPlan(NamedTuple):
     explain: tuple[str, ...] = ()
     # If set: bind a free port here, hand the socket to who serves the store, tell all as MASTER_ADDR and MASTER_PORT.
     store_address: str = ""
-    companions: tuple[Companion, ...] | None = (
-        None  # in place of the job's, where the launcher starts them in its own way
-    )
-    companions: tuple[Companion, ...] = ()  # if any, these instead of the job's: placed by the launcher, or its own
+    companions: tuple[Companion, ...] | None = None  # in place of the job's, where the launcher starts them its own way
 
     def __str__(self) -> str:
         """The plan as shell text, as ``--dry-run`` prints it."""
         parts = [f"# {line}" for line in self.explain]
         parts += [f"# file {path}\n{text.rstrip()}" for path, text in self.files]
         bound = f"MASTER_ADDR={self.store_address} MASTER_PORT=$PORT " if self.store_address else ""
-        for companion in self.companions:
+        for companion in self.companions or ():
             assignments = [f"{key}={shlex.quote(value)}" for key, value in companion.env]
             parts.append(" ".join([*assignments, shlex.join(companion.argv), "&"]))
         for command in self.commands:

@@ -60,7 +60,7 @@ def plan(
     if elsewhere:
         explain.append("the run directory must be a folder that all hosts share")
     argv += [*map(str, arguments), *job.argv]
-    return LaunchPlan((Command("mpirun", tuple(argv), stop_s=10.0),), explain=tuple(explain))
+    return LaunchPlan((Command("mpirun", tuple(argv), stop_s=10.0),), explain=tuple(explain), companions=job.companions)
 
 
 def _which(command: str) -> str:

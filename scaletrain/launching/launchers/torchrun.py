@@ -66,4 +66,4 @@ def plan(
     agent_command = Command(
         "torchrun", (*agent, *command), env, restarts_workers=max_restarts > 0 or bool(high), stop_s=15.0
     )
-    return LaunchPlan((agent_command,), explain=tuple(explain))
+    return LaunchPlan((agent_command,), explain=tuple(explain), companions=job.companions)
