@@ -187,7 +187,7 @@ class _Supervisor:
         self.orphaned = False
         self.lost: set[int] = set()  # ranks that ended badly while the job goes on without them
         self.pids: set[int] = set()  # workers of other launchers that are watched
-        self.vanished: dict[int, Failure] = {}  # those of them that ended without a report, by rank
+        self.vanished: dict[first_cause.Known, Failure] = {}  # those of them that ended without a report
         self.failing_since = 0.0  # when a launcher's worker was first seen to have failed
         self.said = ""  # the last of what other launchers wrote
         self.socket: socket.socket | None = None
@@ -370,7 +370,7 @@ class _Supervisor:
         failures += [said] if said else []
         # Only the ends that came before every report: later ones are the launcher's doing.
         first = min((failure.time for failure in failures), default=time.time())
-        failures += [failure for failure in self.vanished.values() if failure.time <= first + _NOTICED_S]
+        failures += [failure for failure in self._vanished() if failure.time <= first + _NOTICED_S]
         cause = first_cause.choose(failures)
         if cause.kind == "peer":  # somebody lost a peer: is one of those that still run the one that hangs?
             cause = self._who_hangs() or cause
@@ -403,11 +403,16 @@ class _Supervisor:
     def _pid_ended(self, then: first_cause.Known) -> None:
         known = self.progress.read(then.rank) or then
         if known.pid == then.pid and not known.ended:
-            self.vanished[then.rank] = Failure(
+            self.vanished[then] = Failure(
                 then.rank, then.host, known.step, time.time(), "signal",
                 "was killed (it ended without a word; out of memory? see dmesg)", collective=known.collective,
                 exit_code=128 + signal.SIGKILL,
             )  # fmt: skip
+
+    def _vanished(self) -> list[Failure]:
+        """Of the workers that ended without a report, those that no later attempt has replaced."""
+        now = {known.rank: known.pid for known in self.progress.all()}
+        return [failure for then, failure in self.vanished.items() if now.get(then.rank) == then.pid]
 
     def _hung(self) -> Failure | None:
         if any(process.is_launcher for process in self.processes):

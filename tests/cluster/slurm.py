@@ -1,0 +1,179 @@
+"""A real SLURM on this machine for the tests: munged, slurmctld and a slurmd for each emulated node, all in a folder of their own.
+
+Nothing under /etc is read or written. ``with Slurm(folder, nodes=4) as slurm: subprocess.run(["srun", ...], env=slurm.env)``.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+SwitchType=switch/none
+MpiDefault=none
+SchedulerType=sched/builtin
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+ReturnToService=2
+JobRequeue=1
+KillWait=5
+MinJobAge=60
+SlurmctldTimeout=30
+SlurmdTimeout=8
+InactiveLimit=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,requeue_delay=1
+{nodes}
+PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def missing() -> list[str]:
+    """What this machine lacks for it; empty when it can be started."""
+    lacking = [name for name in DAEMONS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    return lacking + ([] if os.geteuid() == 0 else ["root"])
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class Slurm:
+    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 1):
+        self.folder, self.num_nodes = folder, nodes
+        self.daemons: dict[str, subprocess.Popen] = {}
+        ports = _free_ports(nodes + 1)
+        host = socket.gethostname()
+        lines = "\n".join(
+            f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i + 1]} CPUs={cpus} RealMemory=4000 State=UNKNOWN"
+            for i in range(nodes)
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "state").mkdir()
+        (folder / "slurm.conf").write_text(CONF.format(host=host, ports=ports, folder=folder, nodes=lines))
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+        }
+
+    def __enter__(self) -> "Slurm":
+        try:
+            self._start_all()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start_all(self) -> None:
+        key, munge = self.folder / "munge.key", self.folder / "munge.socket"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o600)
+        self.folder.chmod(0o755)
+        paths = {"key-file": key, "socket": munge, "pid-file": self.folder / "munged.pid"}
+        paths |= {"log-file": self.folder / "munged.log", "seed-file": self.folder / "munged.seed"}
+        self._start("munged", "munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in paths.items()))
+        self._until(munge.exists, "munged's socket")
+        self.start_controller("-c")
+        for node in range(self.num_nodes):
+            self.start_node(node)
+        self._until(lambda: self._sinfo().count("idle") == self.num_nodes, "idle nodes")
+
+    def start_controller(self, *arguments: str) -> None:
+        self._start("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"), *arguments)
+
+    def start_node(self, node: int) -> None:
+        self._start(f"n{node}", "slurmd", "-D", "-N", f"n{node}", "-f", str(self.folder / "slurm.conf"))
+
+    def kill(self, name: str) -> None:
+        """``kill -9`` of one daemon: "slurmctld", or a node such as "n2"."""
+        self.daemons[name].kill()
+        self.daemons.pop(name).wait()
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(subprocess.SubprocessError, OSError):
+            self.run("scancel", "--user=root", "--signal=KILL", "--full", timeout=5)
+        for name in sorted(self.daemons, key=lambda name: name == "munged"):
+            self.daemons[name].terminate()
+            try:
+                self.daemons[name].wait(5)
+            except subprocess.TimeoutExpired:
+                self.daemons[name].kill()
+                self.daemons[name].wait()
+        self._end_step_daemons()
+
+    def _end_step_daemons(self) -> None:
+        """slurmstepd has no parent; it is ours when it was started with our configuration."""
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if f"SLURM_CONF={self.folder}".encode() in Path(f"/proc/{entry}/environ").read_bytes():
+                    os.kill(int(entry), signal.SIGKILL) if int(entry) != os.getpid() else None
+
+    def run(self, *command: str, timeout: float = 30) -> str:
+        """The output of a SLURM command; raises when it fails."""
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def state(self, job: str) -> dict[str, str]:
+        text = self.run("scontrol", "show", "job", "-o", job)
+        return dict(field.split("=", 1) for field in text.split() if "=" in field)
+
+    def release(self, job: str) -> None:
+        """Let a requeued job start now instead of after its penalty."""
+        with contextlib.suppress(AssertionError):
+            self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+
+    def _sinfo(self) -> str:
+        return subprocess.run(
+            ["sinfo", "-h", "-N", "-p", "low", "-o", "%N %T"], env=self.env, capture_output=True, text=True, timeout=20
+        ).stdout
+
+    def _start(self, name: str, *command: str) -> None:
+        log = open(self.folder / f"{name}.out", "a")  # noqa: SIM115 (the daemon keeps it)
+        env = {**self.env, "SLURMD_NODENAME": name} if command[0] == "slurmd" else self.env
+        self.daemons[name] = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+        log.close()
+
+    def _until(self, condition, what: str, timeout_s: float = 20) -> None:
+        until = time.monotonic() + timeout_s
+        while not condition():
+            dead = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
+            assert not dead, f"{dead} ended: {(self.folder / f'{dead[0]}.out').read_text()[-2000:]}"
+            assert time.monotonic() < until, f"SLURM: no {what} after {timeout_s} s: {self._sinfo()}"
+            time.sleep(0.1)
