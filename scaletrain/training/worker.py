@@ -72,9 +72,11 @@ def choose_device(config: RunConfig, world: World) -> torch.device:
 
 
 def threads(config: RunConfig, world: World) -> int:
-    """Compute threads of this worker: what the configuration says, else its share of the host's cores."""
+    """Compute threads of this worker: what the configuration says, else its launcher, else its share of the host's cores."""
     if config.threads != "auto":
         return config.threads
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
     return max(1, len(os.sched_getaffinity(0)) // world.local_size)
 
 

@@ -29,6 +29,7 @@ MAX_HOSTS = 250
 INTERFACE = "eth0"
 MARK = "SCALETRAIN_CLUSTER"  # in the environment of everything started on a host: how leftovers are known
 _SETUP_S = 60.0
+_CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
 # What libraries must be told so that they use the link, and nothing else, between processes.
 _ENVIRONMENT = {
@@ -78,7 +79,7 @@ class Cluster:
         self.id = secrets.token_hex(4)
         self.names = tuple(f"h{i}" for i in range(hosts))
         self.addresses = tuple(f"10.77.0.{i + 1}" for i in range(hosts))
-        self._user = os.geteuid() != 0
+        self._user = not _privileged()
         self._keeper: subprocess.Popen[str] | None = None
         self._switch, self._pids = 0, (0,) * hosts
 
@@ -89,7 +90,10 @@ class Cluster:
         remove_leftovers()
         record = _records() / f"{self.id}.json"
         hosts_file = _records() / f"{self.id}.hosts"
-        lines = ["127.0.0.1 localhost", *(f"{a} {n}" for a, n in zip(self.addresses, self.names, strict=True))]
+        lines = ["127.0.0.1 localhost"]
+        for address, name in zip(self.addresses, self.names, strict=True):
+            # IPv6 sockets see the second form; without it each accepted connection would wait for a name server.
+            lines += [f"{address} {name}", f"::ffff:{address} {name}"]
         hosts_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         record.write_text(json.dumps({"owner": os.getpid(), "started": _start_time(os.getpid())}), encoding="utf-8")
         request = {"hosts": self.names, "hosts_file": str(hosts_file), "user": self._user}
@@ -297,7 +301,7 @@ def check_machine() -> None:
         "--uts",
         "--mount",
         "--ipc",
-        *(["--user", "--map-root-user"] if os.geteuid() else []),
+        *([] if _privileged() else ["--user", "--map-root-user"]),
         "true",
     ]
     done = subprocess.run(probe, capture_output=True, text=True, timeout=_SETUP_S)
@@ -368,6 +372,13 @@ def _records() -> Path:
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise UserError(f"{folder}: belongs to somebody else; a rehearsal keeps its owner records there")
     return folder
+
+
+def _privileged() -> bool:
+    """Whether this process may make namespaces as it is; otherwise a user namespace of its own is needed (root in most containers)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    effective = int(re.search(r"^CapEff:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
+    return all(effective >> capability & 1 for capability in (_CAP_NET_ADMIN, _CAP_SYS_ADMIN))
 
 
 def _start_time(pid: int) -> int | None:

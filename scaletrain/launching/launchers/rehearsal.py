@@ -1,0 +1,73 @@
+"""a cluster on this machine: each worker a host in namespaces, links of a given bandwidth (emulated)"""
+
+import json
+import sys
+
+from scaletrain.errors import UserError
+from scaletrain.launching.job import Command, Companion, Job, LaunchPlan
+from scaletrain.launching.rehearsal import faults as scripted
+from scaletrain.launching.rehearsal.cluster import Cluster
+
+PORT = 29500  # of the job's store on h0: in a fresh namespace every port is free
+
+
+def plan(
+    job: Job,
+    *,
+    hosts: int | None = None,
+    bandwidth: str | None = "1Gbit",
+    latency: str = "0",
+    loss: float = 0.0,
+    straggler: dict[int, float] = {},  # noqa: B006 (never changed)
+    faults: list[dict] = [],  # noqa: B006
+) -> LaunchPlan:
+    """Workers on emulated hosts, one each unless ``hosts`` is smaller; parameter servers get a further host each.
+
+    ``bandwidth`` of each link in each direction (null: unshaped); ``latency`` one way; ``loss`` a probability. ``straggler`` {3: 2.0}: the
+    emulated accelerators (``compute``) of host 3 take twice as long. ``faults``: see docs/rehearsal.md.
+    """
+    hosts = job.workers if hosts is None else hosts
+    if not 1 <= hosts <= job.workers or job.workers % hosts:
+        raise UserError(f"launcher.hosts: {job.workers} workers do not spread evenly over {hosts} hosts")
+    for host, factor in straggler.items():
+        if not 0 <= host < hosts or factor <= 0:
+            raise UserError(
+                f"launcher.straggler: {{{host}: {factor}}} is not allowed (allowed: hosts 0 to {hosts - 1}, factors above 0)"
+            )
+    all_hosts = hosts + len(job.companions)
+    script = scripted.parse(faults, all_hosts)
+    cluster = Cluster(all_hosts, bandwidth=bandwidth, latency=latency, loss=loss)  # checks the options; makes nothing
+    settings = {
+        "cluster": {"hosts": all_hosts, "bandwidth": bandwidth, "latency": latency, "loss": loss},
+        "straggler": {str(host): factor for host, factor in straggler.items()},
+        "faults": [fault._asdict() for fault in script],
+    }
+    folder = job.run_dir / "rehearsal"
+    enter = (sys.executable, "-m", "scaletrain.launching.rehearsal.enter", str(folder))
+    per_host = job.workers // hosts
+    threads = job.threads or 1
+    commands = []
+    for rank in range(job.workers):
+        host, local_rank = divmod(rank, per_host)
+        variables = {
+            "SCALETRAIN_LAUNCHER": "rehearsal",
+            "RANK": rank, "WORLD_SIZE": job.workers,
+            "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": per_host,
+            "GROUP_RANK": host, "GROUP_WORLD_SIZE": hosts,
+            "MASTER_ADDR": cluster.addresses[0], "MASTER_PORT": PORT,
+            "SCALETRAIN_SLOWDOWN": folder / f"slowdown-h{host}",
+            "OMP_NUM_THREADS": threads,
+        }  # fmt: skip
+        env = (*((key, str(value)) for key, value in variables.items()), *job.env)
+        commands.append(Command(f"rank {rank}", (*enter, str(host), *job.argv), env, rank))
+    companions = [Companion("rehearsal", (sys.executable, "-m", "scaletrain.launching.rehearsal.serve", str(folder)))]
+    for host, companion in enumerate(job.companions, hosts):
+        companions.append(companion._replace(argv=(*enter, str(host), *companion.argv)))
+    explain = [
+        f"EMULATED: {all_hosts} hosts in namespaces of this machine, links of {bandwidth or 'any bandwidth'}, {threads} thread(s) a worker"
+    ]
+    explain += [f"EMULATED: host h{host} is {factor:g} times as slow" for host, factor in straggler.items()]
+    explain += [f"EMULATED: {fault}" for fault in script]
+    files = [(folder / "settings.json", json.dumps(settings, indent=2) + "\n")]
+    files += [(folder / f"slowdown-h{host}", f"{straggler.get(host, 1.0):g}\n") for host in range(hosts)]
+    return LaunchPlan(tuple(commands), tuple(files), tuple(explain), companions=tuple(companions))
