@@ -107,14 +107,9 @@ def _resumes(job: Job) -> bool:
 def _torchrun(job: Job, nodes: int) -> tuple[str, ...]:
     """One agent a node. They meet in a file of the shared run directory: no port has to be guessed for them."""
     meet = f"{job.run_dir}/torchrun-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
-    agent = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nnodes={nodes}",
-        f"--nproc-per-node={job.workers // nodes}",
-    )
-    agent += ("--rdzv-backend=c10d", f"--rdzv-endpoint={meet}", "--rdzv-conf=store_type=file", "--rdzv-id=job")
+    agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
+    agent += [f"--nproc-per-node={job.workers // nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={meet}"]
+    agent += ["--rdzv-conf=store_type=file", "--rdzv-id=job"]
     return (*agent, *(job.argv[1:] if job.argv[:2] == (sys.executable, "-m") else ("--no-python", *job.argv)))
 
 
