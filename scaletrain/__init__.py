@@ -1,7 +1,34 @@
-"""Data-parallel PyTorch training where you choose how gradients are exchanged, and see, explain and predict how well it scales."""
+"""Data-parallel PyTorch training where you choose how gradients are exchanged; measures, explains and predicts how it scales."""
+
+import sys
+from typing import Any
 
 __version__ = "0.1.0"
 
+# Names that people import from here, and where they are; found when asked for, so that a command needs no torch to print its help.
+_EXPORTS = {
+    "World": "scaletrain.world",
+    "Schedule": "scaletrain.collectives.schedule",
+    "Trainer": "scaletrain.training.trainer",
+    "attach": "scaletrain.training.attach",
+}
+__all__ = ["Schedule", "Trainer", "World", "attach"]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
 
 def _register_backends() -> None:
-    """Called by torch when it is imported (entry point ``torch.backends``)."""
+    """Make ``dist.init_process_group("scaletrain")`` work. torch calls it when it is imported (entry point ``torch.backends``)."""
+    from scaletrain.engine import process_group
+
+    process_group.register()
+
+
+if "torch" in sys.modules and hasattr(sys.modules["torch"], "distributed"):
+    _register_backends()

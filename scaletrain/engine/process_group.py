@@ -1,0 +1,193 @@
+"""The torch.distributed backend ``scaletrain``: ``dist.init_process_group("scaletrain")`` serves DDP and any script unchanged.
+
+Dense CPU allreduces run on our engine, on a thread of their own, so that they overlap with backward. Everything else (other collectives, sparse
+tensors, CUDA tensors, point-to-point) is forwarded to gloo, or to NCCL for CUDA tensors: what they can do is not lost.
+
+The algorithm and the wire come from ``Options`` (``init_process_group(..., pg_options=Options(collective="ring"))``), else from the
+environment (SCALETRAIN_COLLECTIVE, SCALETRAIN_TRANSPORT), else they are ``auto``.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future
+
+from scaletrain import plugins
+from scaletrain.engine.choose import Engine
+from scaletrain.engine.transport import Group
+from scaletrain.launching import progress
+
+# Reduce operations that the engine runs. AVG divides the sum at the end.
+_REDUCE = {
+    dist.ReduceOp.SUM: torch.add,
+    dist.ReduceOp.AVG: torch.add,
+    dist.ReduceOp.PRODUCT: torch.mul,
+    dist.ReduceOp.MIN: torch.minimum,
+    dist.ReduceOp.MAX: torch.maximum,
+}
+# Half-precision terms are summed in float32: with more than two, rounding after each would grow with the number of ranks.
+_WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+_DTYPES = {torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, *_WIDE}
+
+
+class Options(NamedTuple):
+    """How allreduces run: names of files in ``collectives/`` and ``engine/transport/``, or ``auto``."""
+
+    collective: str = "auto"
+    transport: str = "auto"
+
+    @classmethod
+    def from_env(cls) -> "Options":
+        """Raises ``UserError`` for a name that is not there."""
+        chosen = cls(os.environ.get("SCALETRAIN_COLLECTIVE", "auto"), os.environ.get("SCALETRAIN_TRANSPORT", "auto"))
+        for kind, name in zip(("collective", "transport"), chosen, strict=True):
+            if name != "auto" and name not in plugins.names(kind):
+                raise plugins.unknown(f"SCALETRAIN_{kind.upper()}", name, ["auto", *plugins.names(kind)])
+        return chosen
+
+
+class ProcessGroup(dist.ProcessGroup):
+    """One rank's end of a group. Made by torch.distributed, collectively."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, options: Options):
+        super().__init__(rank, size)
+        self._store, self._timeout, self._options = store, timeout, options
+        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo/", store), rank, size, timeout)
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._gloo)
+        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        if torch.cuda.is_available() and dist.is_nccl_available():
+            nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl/", store), rank, size)
+            self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
+            self._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
+        self._lane: _Lane | None = None
+
+    def getBackendName(self) -> str:
+        return "scaletrain"
+
+    def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:
+        """In place. Runs on the engine when every tensor is dense, on the CPU and of a plain dtype; else on gloo or NCCL."""
+        options = options or dist.AllreduceOptions()
+        operation = _operation(options.reduceOp)
+        if operation is None or not all(_runs_here(tensor, operation) for tensor in tensors):
+            return super().allreduce(tensors, options)
+        if self._lane is None:
+            self._lane = _Lane(self._store, self.rank(), self.size(), self._timeout, self._options)
+        return self._lane.allreduce(tensors, operation)
+
+    def shutdown(self) -> None:
+        """Ends the engine's thread after what is under way."""
+        if self._lane:
+            self._lane.close()
+        self._gloo.shutdown()
+
+    def abort(self) -> None:
+        self._gloo.abort()
+
+
+def _operation(reduce_op: Any) -> Any:
+    """The reduce operation as a key of _REDUCE, or None. torch passes a ReduceOp or its inner enum."""
+    return next((known for known in _REDUCE if reduce_op == known), None)
+
+
+def _runs_here(tensor: Tensor, operation: Any) -> bool:
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
+    # gloo refuses the average of integers; that answer stays its own.
+    return plain and (operation != dist.ReduceOp.AVG or tensor.is_floating_point())
+
+
+class _Lane:
+    """The engine's thread: runs allreduces in the order in which they were asked for, which is the same on every rank."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, options: Options):
+        self._rank, self._size, self._timeout = rank, size, timeout
+        self._store = dist.PrefixStore("lane/", store)
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._sequence = 0
+        self._engine: Engine | None = None
+        self._make = lambda: Engine(Group(dist.PrefixStore("wire/", store), rank, size, timeout), *options)
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="scaletrain-lane", daemon=True)
+        self._thread.start()
+
+    def allreduce(self, tensors: list[Tensor], operation: Any) -> dist.Work:
+        self._sequence += 1
+        sequence, future = self._sequence, torch.futures.Future()
+
+        def task() -> None:
+            try:
+                if self._failed:
+                    raise ConnectionError(
+                        f"allreduce #{sequence}: not run, since an earlier one failed"
+                    ) from self._failed
+                if self._engine is None:
+                    self._engine = self._make()
+                for tensor in tensors:
+                    self._reduce(tensor, operation)
+            except BaseException as error:
+                self._failed = self._failed or error
+                future.set_exception(self._explain(error, sequence))
+            else:
+                future.set_result(tensors)
+
+        self._tasks.put(task)
+        return _create_work_from_future(future)
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> None:
+        """One tensor of any shape and strides."""
+        if tensor.numel() == 0 or self._size == 1:
+            return
+        progress.entering(f"allreduce {tensor.nbytes:,} bytes")
+        wide = _WIDE.get(tensor.dtype) if self._size > 2 or operation == dist.ReduceOp.AVG else None
+        in_place = wide is None and tensor.is_contiguous()
+        flat = tensor.view(-1) if in_place else tensor.to(wide or tensor.dtype).contiguous().view(-1)
+        if not in_place and flat.data_ptr() == tensor.data_ptr():
+            flat = flat.clone()
+        assert self._engine
+        self._engine.allreduce(flat, _REDUCE[operation])
+        if operation == dist.ReduceOp.AVG:
+            flat /= self._size
+        if not in_place:
+            tensor.copy_(flat.view(tensor.shape))
+
+    def _explain(self, error: BaseException, sequence: int) -> BaseException:
+        """The error with the number of the collective, and the ranks that never entered it."""
+        if not isinstance(error, TimeoutError):
+            return type(error)(f"allreduce #{sequence}: {error}") if isinstance(error, ConnectionError) else error
+        try:
+            self._store.set(f"entered/{sequence}/{self._rank}", "")
+            keys = {rank: f"entered/{sequence}/{rank}" for rank in range(self._size)}
+            # The others time out at nearly the same time, and say so; who does not has never entered.
+            threading.Event().wait(min(2.0, self._timeout.total_seconds()))
+            missing = [rank for rank, key in keys.items() if not self._store.check([key])]
+        except RuntimeError:  # the store's host is gone
+            missing = []
+        who = f"ranks {', '.join(map(str, missing))} never entered it" if missing else "all ranks entered it"
+        return TimeoutError(f"allreduce #{sequence}: {error}; {who}")
+
+    def _work(self) -> None:
+        while task := self._tasks.get():
+            task()
+
+    def close(self) -> None:
+        self._tasks.put(None)
+        self._thread.join(self._timeout.total_seconds())
+        if self._engine:
+            self._engine.close()
+
+
+def _create(backend_options: Any, options: Options | None) -> ProcessGroup:
+    o = backend_options
+    return ProcessGroup(o.store, o.group_rank, o.group_size, o.timeout, options or Options.from_env())
+
+
+def register() -> None:
+    """Make the backend known to torch.distributed. Safe to call again."""
+    if "scaletrain" not in dist.Backend.backend_list:
+        dist.Backend.register_backend("scaletrain", _create, extended_api=True, devices=["cpu", "cuda"])
