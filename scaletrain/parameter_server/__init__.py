@@ -1,1 +1,6 @@
-"""Parameter servers: they own the optimizer; workers push gradients and pull weights."""
+"""Parameter servers: K processes that own the weights and the optimizer; workers push gradients and pull weights.
+
+``sharding`` cuts the model into blocks, ``consistency`` decides which gradient counts when, ``wire`` is the format of every message;
+these three know nothing of processes or sockets. ``server`` and ``client`` are the two ends, ``placement`` says which processes a job
+needs.
+"""

@@ -1,0 +1,157 @@
+"""A worker's copy of the model: which gradient goes into which block, and back."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scaletrain.errors import UserError
+from scaletrain.parameter_server import optimizer as optimizers
+from scaletrain.parameter_server import sharding
+from scaletrain.parameter_server.client import Answer, Client
+from scaletrain.parameter_server.settings import Settings
+from scaletrain.parameter_server.sharding import Block
+
+
+class Part(NamedTuple):
+    """A range of a parameter, and where it lies in a block."""
+
+    key: int
+    start: int  # in the parameter
+    stop: int
+    at: int  # in the block
+
+
+class Replica:
+    """The trained parameters of a model, seen as blocks. Parameters that need no gradient are not part of it."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings):
+        groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        tables = _sparse_tables(model)
+        self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) in groups]
+        untrained = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in groups]
+        if untrained:
+            raise UserError(
+                f"optimizer: parameter {untrained[0]} needs a gradient and is in none of the optimizer's groups"
+            )
+        self.optimizer = _outer(settings) if settings.local else optimizers.describe(optimizer)
+        self.groups = [groups[id(p)] if not settings.local else 0 for p in self.parameters]
+        for parameter, group in zip(self.parameters, self.groups, strict=True):
+            if id(parameter) in tables:
+                if settings.local:
+                    raise UserError(
+                        f"exchange.mode: {settings.mode} does not take sparse embeddings (allowed: sync, async, bounded)"
+                    )
+                optimizers.check_sparse(self.optimizer, group)
+            parameter.data = parameter.data.contiguous()
+        described = [
+            sharding.Parameter(tuple(p.shape), group, id(p) in tables)
+            for p, group in zip(self.parameters, self.groups, strict=True)
+        ]
+        whole = self.optimizer["name"] not in optimizers.ELEMENTWISE
+        self.blocks = sharding.plan(described, settings.servers, int(settings.block_mb * (1 << 20)), whole)
+        self.dense = [block for block in self.blocks if not block.sparse]
+        tabled = [index for index, parameter in enumerate(described) if parameter.sparse]
+        self.tables = {i: [b for b in self.blocks if b.sparse and b.pieces[0].parameter == i] for i in tabled}
+        self.parts: dict[int, list[Part]] = {index: [] for index in range(len(self.parameters))}
+        for block in self.blocks:
+            at = 0
+            for piece in block.pieces:
+                self.parts[piece.parameter].append(Part(block.key, piece.start, piece.stop, at))
+                at += piece.stop - piece.start
+
+    def connect(self, client: Client) -> None:
+        """Use ``client`` from now on; gradients are written where it sends them from."""
+        self._client = client
+        self._gradients = {block.key: torch.from_numpy(client.gradient(block.key)) for block in self.dense}
+
+    def write_gradient(self, index: int, gradient: Tensor | None) -> Iterator[int]:
+        """Copy a dense parameter's gradient (zeros for None) to where it is sent from; yields the keys of the blocks it touches."""
+        flat = None if gradient is None else gradient.detach().reshape(-1)
+        for part in self.parts[index]:
+            target = self._gradients[part.key][part.at : part.at + part.stop - part.start]
+            if flat is None:
+                target.zero_()
+            else:
+                target.copy_(flat[part.start : part.stop])
+            yield part.key
+
+    def take(self, block: Block) -> Answer:
+        """Wait for a dense block's new weights and put them into the model."""
+        return self._client.take(block.key, self.writer(block))
+
+    def writer(self, block: Block) -> Callable[[Tensor], None]:
+        """What puts a block's flat float32 weights into the model."""
+
+        def write(values: Tensor) -> None:
+            at = 0
+            for piece in block.pieces:
+                size = piece.stop - piece.start
+                self._flat(piece.parameter)[piece.start : piece.stop].copy_(values[at : at + size])
+                at += size
+
+        return write
+
+    def store(self, block: Block) -> None:
+        """Send a block's weights of this replica as the first ones."""
+        values = torch.cat([self._flat(p.parameter)[p.start : p.stop].float().cpu() for p in block.pieces])
+        self._client.store(block.key, values)
+
+    def pull(self, block: Block) -> None:
+        """Fetch a block's weights as they are on the server."""
+
+        def sink(offset: int, values: Tensor) -> None:
+            at = 0
+            for piece in block.pieces:  # the part of this piece that lies in [offset, offset + len(values))
+                first, last = max(at, offset), min(at + piece.stop - piece.start, offset + len(values))
+                if first < last:
+                    to = self._flat(piece.parameter)[piece.start + first - at : piece.start + last - at]
+                    to.copy_(values[first - offset : last - offset])
+                at += piece.stop - piece.start
+
+        self._client.pull(block.key, sink)
+
+    def pull_rows(self, index: int, rows: Tensor) -> None:
+        """Fetch rows of a sparse table (sorted, unique, int64) and put them into the model."""
+        table, asked = self.parameters[index].data, []
+        for block in self.tables[index]:
+            here = rows[(rows >= block.first_row) & (rows < block.first_row + block.shape[0])]
+            if len(here):
+                self._client.ask_rows(block.key, here - block.first_row)
+                asked.append((block.key, here))
+        for key, here in asked:
+            table.index_copy_(0, here.to(table.device), self._client.rows(key).to(table.device, table.dtype))
+
+    def push_rows(self, index: int, gradient: Tensor | None, step: int, lr: float) -> None:
+        """Send a sparse table's gradient: every block of the table gets its rows, or word that there are none."""
+        table = self.parameters[index]
+        if gradient is None:
+            rows, values = torch.empty(0, dtype=torch.int64), torch.empty(0, table.shape[1])
+        else:
+            gradient = gradient.coalesce()
+            rows, values = gradient.indices()[0].cpu(), gradient.values().float().cpu()
+        for block in self.tables[index]:
+            first, last = torch.searchsorted(
+                rows, torch.tensor([block.first_row, block.first_row + block.shape[0]])
+            ).tolist()
+            self._client.push_rows(block.key, step, lr, rows[first:last] - block.first_row, values[first:last])
+
+    def _flat(self, index: int) -> Tensor:
+        return self.parameters[index].data.view(-1)
+
+
+def _sparse_tables(model: nn.Module) -> set[int]:
+    """Parameters whose gradients are sparse."""
+    return {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse}
+
+
+def _outer(settings: Settings) -> dict[str, Any]:
+    """The server's optimizer of local SGD; the "gradient" is how far the workers went, from where they began, with the sign turned.
+
+    Averaging is a plain step of rate 1; DiLoCo (Douillard et al., 2023) takes Nesterov steps instead.
+    """
+    if settings.outer == "average":
+        return {"name": "SGD", "groups": [{"lr": 1.0}]}
+    options = {"lr": settings.outer_lr, "momentum": settings.outer_momentum, "nesterov": True}
+    return {"name": "SGD", "groups": [options]}
