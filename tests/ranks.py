@@ -11,7 +11,9 @@ from multiprocessing.connection import wait
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "scaletrain.training.trainer"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "scaletrain.training.trainer", "torch._dynamo", "sklearn.datasets", "pytest"]
+)
 
 
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
