@@ -1,4 +1,4 @@
-"""a cluster on this machine: each worker a host in namespaces, links of a given bandwidth (emulated)"""
+"""A cluster on this machine: each worker a host in namespaces, links of a given bandwidth (emulated)."""
 
 import json
 import sys
