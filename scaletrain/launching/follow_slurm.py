@@ -25,6 +25,7 @@ _RUNS_ON = {
     "SIGNALING",
     "STOPPED",
 }
+_SURE = 2  # further looks at a bad end: a job that is being requeued shows one for a moment
 _SILENT_S = 120.0  # how long the controller may be away: a job goes on without it
 
 
@@ -41,7 +42,7 @@ class Follower:
             signal.signal(number, lambda heard, frame: self.signals.append(heard))
         self.job = self._submit()
         print(f"submitted job {self.job}; its output: {self.run_dir}/slurm-{self.job}.out", flush=True)
-        state, restarts, heard = "", 0, time.monotonic()
+        state, restarts, ended, heard = "", 0, 0, time.monotonic()
         while True:
             self._answer_signals()
             facts = self._facts()
@@ -57,7 +58,8 @@ class Follower:
                     restarts = int(facts["Restarts"])
                     self._forget()
                     print(f"job {self.job}: requeued; it goes on from its last checkpoint", flush=True)
-            if facts and state not in _RUNS_ON:
+            ended = ended + 1 if facts and state not in _RUNS_ON else 0
+            if facts and ended > (0 if state in ("COMPLETED", "CANCELLED") else _SURE):
                 time.sleep(0.2)
                 self._show_output()
                 return self._status(state, facts)

@@ -225,7 +225,7 @@ class _Supervisor:
             write_json(self.job.run_dir / "failure.json", failure._asdict())
             running = [p.name for p in self.processes if p.status is None and p.rank != failure.rank]
             self._stop()
-            if first_cause.headline(failure) not in self.said:  # a batch script says it itself
+            if f"scaletrain: rank {failure.rank} on " not in self.said:  # a batch script says it itself
                 self._say(first_cause.text(failure, running), error=True)
         self._stop()
         return status
@@ -412,7 +412,12 @@ class _Supervisor:
     def _vanished(self) -> list[Failure]:
         """Of the workers that ended without a report, those that no later attempt has replaced."""
         now = {known.rank: known.pid for known in self.progress.all()}
-        return [failure for then, failure in self.vanished.items() if now.get(then.rank) == then.pid]
+        said = first_cause.told(self.said, self.progress, time.time())
+        return [
+            failure
+            for then, failure in self.vanished.items()
+            if now.get(then.rank) == then.pid and not (said and said.rank == then.rank)
+        ]
 
     def _hung(self) -> Failure | None:
         if any(process.is_launcher for process in self.processes):

@@ -9,8 +9,6 @@ from typing import Literal
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Command, Job, LaunchPlan
 
-TIME_IS_UP = 128 + 10  # a worker's exit status after SIGUSR1: its checkpoint is written, and the job wants to go on
-
 
 def plan(
     job: Job,
@@ -82,7 +80,7 @@ def plan(
         exports=" ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items()),
         srun=shlex.join(srun),
         step=_words(step) + (" ${SLURM_RESTART_COUNT:+--resume}" if _resumes(job) else ""),
-        again=_AGAIN.format(status=TIME_IS_UP) if requeue else "",
+        again=_AGAIN.format(run_dir=shlex.quote(str(job.run_dir))) if requeue and _resumes(job) else "",
         python=shlex.quote(sys.executable),
         run_dir=shlex.quote(str(job.run_dir)),
     )
@@ -127,7 +125,8 @@ status=$?
 {again}[ $status -eq 0 ] || {python} -m scaletrain.launching.first_cause {run_dir} {run_dir}/slurm-$SLURM_JOB_ID.out
 exit $status
 """
-_AGAIN = """if [ $status -eq {status} ]; then # time is up, the checkpoint is written
+_AGAIN = """if [ $status -eq 0 ] && grep -qs '"finished": false' {run_dir}/summary.json &&
+   [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then # out of time or preempted, not cancelled; the checkpoint is written
     scontrol requeue $SLURM_JOB_ID && exit 0
 fi
 """
