@@ -102,6 +102,13 @@ def _runs_here(tensor: Tensor, operation: Any) -> bool:
     return plain and (operation != dist.ReduceOp.AVG or tensor.is_floating_point())
 
 
+def _result(outcome: torch.futures.Future) -> list[Tensor]:
+    value = outcome.value()
+    if isinstance(value, BaseException):
+        raise value
+    return value
+
+
 class _Lane:
     """The engine's thread: runs allreduces in the order in which they were asked for, which is the same on every rank."""
 
@@ -118,7 +125,7 @@ class _Lane:
 
     def allreduce(self, tensors: list[Tensor], operation: Any) -> dist.Work:
         self._sequence += 1
-        sequence, future = self._sequence, torch.futures.Future()
+        sequence, outcome = self._sequence, torch.futures.Future()
 
         def task() -> None:
             try:
@@ -132,12 +139,14 @@ class _Lane:
                     self._reduce(tensor, operation)
             except BaseException as error:
                 self._failed = self._failed or error
-                future.set_exception(self._explain(error, sequence))
+                outcome.set_result(self._explain(error, sequence))
             else:
-                future.set_result(tensors)
+                outcome.set_result(tensors)
 
         self._tasks.put(task)
-        return _create_work_from_future(future)
+        # Python's Future.set_exception only wraps a value, which DDP's C++ takes for tensors and crashes on. What a callback raises is an
+        # error in C++ too: a RuntimeError there and for wait(), with the message of ours.
+        return _create_work_from_future(outcome.then(_result))
 
     def _reduce(self, tensor: Tensor, operation: Any) -> None:
         """One tensor of any shape and strides."""
