@@ -152,11 +152,6 @@ class Slurm:
         text = self.run("scontrol", "show", "job", "-o", job)
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
-    def release(self, job: str) -> None:
-        """Let a requeued job start now instead of after its penalty."""
-        with contextlib.suppress(AssertionError):
-            self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
-
     def _sinfo(self) -> str:
         return subprocess.run(
             ["sinfo", "-h", "-N", "-p", "low", "-o", "%N %T"], env=self.env, capture_output=True, text=True, timeout=20

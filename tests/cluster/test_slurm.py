@@ -116,7 +116,6 @@ def test_kill_9_of_the_launcher_leaves_no_job(slurm: Slurm, tmp_path: Path):
 def goes_on(slurm: Slurm, launcher: subprocess.Popen, job: str, run_dir: Path, alone_slow: dict) -> None:
     """The requeued job ends well, went on from its checkpoint, and trained as if nothing had been."""
     until(lambda: slurm.state(job).get("Restarts") == "1", "the job is requeued")
-    slurm.release(job)
     output, _ = launcher.communicate(timeout=100)
     assert launcher.returncode == 0, output
     assert "resumed at step" in output and "requeued" in output, output
