@@ -675,7 +675,7 @@ class Server:
             "server": self.index,
             "mode": self.settings.mode,
             "updates": self._updates(),
-            "parameters": len(self._shard) if self._shard else 0,
+            "parameters": self._shard.num_parameters if self._shard else 0,
             "staleness": {str(k): v for k, v in sorted(self._staleness.items())},  # of block gradients
             "pushes": {str(rank): w.pushes for rank, w in sorted(self._workers.items())},
             "dropped": {str(rank): w.dropped for rank, w in sorted(self._workers.items())},

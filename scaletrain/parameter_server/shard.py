@@ -46,7 +46,8 @@ class Shard:
         self._sum: dict[int, Tensor] = {}  # allocated when a second one comes
         self._sparse: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def __len__(self) -> int:
+    @property
+    def num_parameters(self) -> int:
         return sum(block.numel for block in self.blocks.values())
 
     def store(self, key: int, offset: int, values: Tensor) -> None:

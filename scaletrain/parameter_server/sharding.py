@@ -56,7 +56,9 @@ def plan(
     """
     if servers < 1 or block_bytes < 4 * ALIGN:
         raise ValueError(f"servers {servers} and block_bytes {block_bytes} must be at least 1 and {4 * ALIGN}")
-    capacity = block_bytes // 4
+    # Blocks small enough that every server gets some.
+    dense = sum(parameter.numel for parameter in parameters if not parameter.sparse)
+    capacity = max(ALIGN, min(block_bytes // 4, -(-dense // servers)))
     drafts: list[Block] = []
     pieces: list[Piece] = []
     size, group = 0, 0

@@ -49,10 +49,12 @@ class Trainer:
         self.next_step = loaded or 0
         self.resumed = loaded is not None
         self.model = exchange.attach(workload.model, workload.optimizer)
+        came_late = exchange.skip(self.num_steps - self.next_step)
+        self.next_step += came_late
         self.records: list[StepRecord] = []
         if self.resumed:
             _cut_records(run_dir, world.rank, self.next_step)
-        self._writer = RecordWriter(run_dir, world.rank, append=self.resumed)
+        self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or came_late > 0)
         shares = (self.batches.share(i, world.rank, world.size) for i in range(self.next_step, self.num_steps))
         self._loaded = load(workload.train, shares, config.loader_workers)
 
@@ -60,6 +62,8 @@ class Trainer:
         """One optimizer step: input, forward and backward (in ``accumulate`` parts), exchange, update."""
         began, clock = time.time(), _Clock(self.device)
         lr = learning_rate(self.config.lr_schedule, self.base_lr, self.next_step, self.num_steps)
+        for group in self.workload.optimizer.param_groups:
+            group["lr"] = lr  # before backward: a parameter server gets gradients and rate while it runs
         self.model.train()
         self.model.zero_grad()
         inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in next(self._loaded))
@@ -101,10 +105,11 @@ class Trainer:
                 evaluated.update(target_step=self.next_step, target_s=time.monotonic() - began)
 
         while self.next_step < self.num_steps and not stop(self.next_step):
-            record = self.step()
-            self._writer.write(record)
-            self.records.append(record)
-            on_step(record)
+            if not self._catch_up():
+                record = self.step()
+                self._writer.write(record)
+                self.records.append(record)
+                on_step(record)
             if self.next_step < self.num_steps:  # after the last step both are done below
                 if self._due(self.config.evaluate_every):
                     evaluate()
@@ -160,6 +165,16 @@ class Trainer:
             f" {config.lr_schedule.name}{warmup}; it does not change with the number of workers",
             f"steps: {self.num_steps} = {epochs:.4g} epochs of {self.batches.steps_per_epoch} steps ({len(self.workload.train)} samples)",  # type: ignore[arg-type]
         ]
+
+    def _catch_up(self) -> bool:
+        """Leave out steps that the job has done without this rank, up to the next evaluation, where all ranks meet."""
+        every = self.config.evaluate_every or self.num_steps
+        meeting = min(self.num_steps, (self.next_step // every + 1) * every)
+        skipped = self.exchange.skip(meeting - self.next_step)
+        for _ in range(skipped):
+            next(self._loaded)
+        self.next_step += skipped
+        return skipped > 0
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.next_step % every == 0

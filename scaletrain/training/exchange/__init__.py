@@ -47,6 +47,13 @@ class Exchange(abc.ABC):
         """Backward passes inside do not exchange: they only add to the gradients."""
         return contextlib.nullcontext()
 
+    def skip(self, most: int) -> int:
+        """How many of the next ``most`` steps this rank has to leave out: the job did them without it (it came late, or its gradients did).
+
+        Local; called by each rank when it likes.
+        """
+        return 0
+
     def record(self) -> dict[str, float]:
         """The exchange's own numbers of the last step, for the StepRecord. Local: does not communicate."""
         return {}
