@@ -3,7 +3,7 @@
 A plugin is a function ``transport(group, *, <options>) -> Transport``, called by every rank of the group (collectively).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import NamedTuple, Protocol
 
@@ -17,15 +17,7 @@ class Group(NamedTuple):
     store: dist.Store  # this group's own; keys may be chosen freely
     rank: int
     size: int
-    timeout: timedelta  # after which a swap raises
-
-
-class Receive(NamedTuple):
-    """What to do with what ``src`` sends: ``into`` is replaced by it, or, with ``reduce``, ``reduce(into, received, out=into)``."""
-
-    src: int
-    into: Tensor
-    reduce: "Reduce | None" = None
+    timeout: timedelta  # after which waiting for a peer raises
 
 
 class Reduce(Protocol):
@@ -34,22 +26,52 @@ class Reduce(Protocol):
     def __call__(self, a: Tensor, b: Tensor, *, out: Tensor) -> Tensor: ...
 
 
+class Receive(NamedTuple):
+    """What to do with what ``src`` sends: ``into`` is replaced by it, or, with ``reduce``, ``reduce(into, received, out=into)``."""
+
+    src: int
+    into: Tensor
+    reduce: Reduce | None = None
+
+
+Pending = Callable[[], None]  # call it to wait until what was started has happened
+
+
 class Transport(Protocol):
     """Moves the transfers of one round. One thread at a time may use it."""
 
     rank: int
     size: int
 
-    def swap(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> None:
-        """Send and receive at the same time; returns when all has happened. Tensors are one-dimensional, contiguous and not empty.
+    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
+        """Start to send and receive at once. Tensors are one-dimensional, contiguous and not empty; they stay untouched until waited for.
 
-        Between two ranks, messages match in the order in which they are listed, over all swaps (there are no tags: NCCL has none). What
-        is sent is read before anything is written: a swap may send and receive the same elements.
+        Between two ranks, messages match in the order in which they are listed, over all starts (there are no tags: NCCL has none).
+        Receives are reduced in the order in which they are listed. What is sent is read before anything is written: one start may send and
+        receive the same elements. Several starts may be open when their elements are apart.
 
-        Raises:
+        Raises (here or in waiting):
             TimeoutError: a peer did not take part in time; names it.
             ConnectionError: a peer is gone; names it.
         """
 
     def close(self) -> None:
         """Give back what was taken from the machine. Not collective."""
+
+
+class OwnAllreduce(Protocol):
+    """What a transport has besides when the wire brings an allreduce of its own: the collective ``native``."""
+
+    def allreduce(self, tensor: Tensor, reduce: Reduce) -> None:
+        """In place; as ``execute`` (collective)."""
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors share memory."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+
+
+def apart(sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> list[tuple[int, Tensor]]:
+    """The sends, copied where a receive of the same start would overwrite them."""
+    replaced = [receive.into for receive in receives if receive.reduce is None]
+    return [(peer, t.clone() if any(overlap(t, into) for into in replaced) else t) for peer, t in sends]

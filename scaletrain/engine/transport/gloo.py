@@ -6,7 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaletrain.engine.transport import Group, Receive, Transport
+from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart
+
+_OPERATIONS = {
+    torch.add: dist.ReduceOp.SUM, torch.mul: dist.ReduceOp.PRODUCT,
+    torch.minimum: dist.ReduceOp.MIN, torch.maximum: dist.ReduceOp.MAX,
+}  # fmt: skip
 
 
 class Gloo:
@@ -16,50 +21,57 @@ class Gloo:
         self.rank, self.size = group.rank, group.size
         self._timeout_s = group.timeout.total_seconds()
         self._pg = dist.ProcessGroupGloo(group.store, group.rank, group.size, group.timeout)
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._free: list[Tensor] = []  # where messages land that are to be reduced; kept for the next round
 
-    def swap(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> None:
-        overwritten = any(
-            _overlap(receive.into, tensor) for receive in receives if receive.reduce is None for _, tensor in sends
-        )
-        if overwritten:
-            sends = [(peer, tensor.clone()) for peer, tensor in sends]
-        landings = self._landings(receives)
+    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
+        sends = apart(sends, receives)
+        buffers = [None if r.reduce is None else self._landing(r.into.nbytes) for r in receives]
+        landings = [
+            r.into if buffer is None else buffer[: r.into.nbytes].view(r.into.dtype)
+            for r, buffer in zip(receives, buffers, strict=True)
+        ]
         # A gloo Work that is dropped before it completes loses its message silently: all are kept until all are done.
-        works = [
-            (r.src, self._pg.recv([landing.view(torch.uint8)], r.src, 0))
-            for r, landing in zip(receives, landings, strict=True)
+        incoming = [
+            self._pg.recv([landing.view(torch.uint8)], r.src, 0) for r, landing in zip(receives, landings, strict=True)
         ]
-        works += [(peer, self._pg.send([tensor.view(torch.uint8)], peer, 0)) for peer, tensor in sends]
-        for peer, work in works:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                if "Timed out" in str(error) or "timeout" in str(error).lower():
-                    raise TimeoutError(f"rank {peer} did not answer within {self._timeout_s:g} s") from error
-                raise ConnectionError(f"rank {peer} is gone") from error
-        for receive, landing in zip(receives, landings, strict=True):
-            if receive.reduce is not None:
-                receive.reduce(receive.into, landing, out=receive.into)
+        outgoing = [(peer, self._pg.send([tensor.view(torch.uint8)], peer, 0)) for peer, tensor in sends]
 
-    def _landings(self, receives: Sequence[Receive]) -> list[Tensor]:
-        """Where bytes arrive: the target itself, or a piece of the scratch when they are to be reduced into it."""
-        reduced = [receive for receive in receives if receive.reduce is not None]
-        sizes = [-(-receive.into.nbytes // 64) * 64 for receive in reduced]  # every piece is aligned
-        if sum(sizes) > self._scratch.numel():
-            self._scratch = torch.empty(sum(sizes), dtype=torch.uint8)
-        pieces = iter(self._scratch[: sum(sizes)].split(sizes) if sizes else ())
-        return [
-            receive.into if receive.reduce is None else next(pieces)[: receive.into.nbytes].view(receive.into.dtype)
-            for receive in receives
-        ]
+        def wait() -> None:
+            for work, receive, landing in zip(incoming, receives, landings, strict=True):
+                self._wait(work, receive.src)
+                if receive.reduce is not None:
+                    receive.reduce(receive.into, landing, out=receive.into)
+            for peer, work in outgoing:
+                self._wait(work, peer)
+            self._free += [buffer for buffer in buffers if buffer is not None]
+
+        return wait
+
+    def allreduce(self, tensor: Tensor, reduce: Reduce) -> None:
+        """gloo's own allreduce."""
+        options = dist.AllreduceOptions()
+        options.reduceOp = _OPERATIONS[reduce]  # type: ignore[index]
+        self._wait(self._pg.allreduce([tensor], options), None)
+
+    def _wait(self, work: dist.Work, peer: int | None) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            who = "a rank" if peer is None else f"rank {peer}"
+            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+                raise TimeoutError(f"{who} did not answer within {self._timeout_s:g} s") from error
+            raise ConnectionError(f"{who} is gone") from error
+
+    def _landing(self, num_bytes: int) -> Tensor:
+        for index, buffer in enumerate(self._free):
+            if buffer.nbytes >= num_bytes:
+                return self._free.pop(index)
+        self._free.clear()  # messages have grown
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def close(self) -> None:
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+        self._free.clear()
+        self._pg.shutdown()
 
 
 def transport(group: Group) -> Transport:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from scaletrain.engine.transport import Group, Receive, Transport
+from scaletrain.engine.transport import Group, Pending, Receive, Transport
 
 _boxes: dict[tuple[int, int, int], queue.SimpleQueue] = {}  # (group, src, dst): what was sent and not yet received
 
@@ -21,21 +21,25 @@ class Threads:
     def _box(self, src: int, dst: int) -> queue.SimpleQueue:
         return _boxes.setdefault((self._group, src, dst), queue.SimpleQueue())
 
-    def swap(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> None:
+    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
         for peer, tensor in sends:
             self._box(self.rank, peer).put(tensor.clone())
-        for receive in receives:
-            try:
-                received = self._box(receive.src, self.rank).get(timeout=self._timeout_s)
-            except queue.Empty:
-                raise TimeoutError(f"rank {receive.src} sent nothing within {self._timeout_s:g} s") from None
-            if receive.reduce is None:
-                receive.into.copy_(received)
-            else:
-                receive.reduce(receive.into, received, out=receive.into)
+
+        def wait() -> None:
+            for receive in receives:
+                try:
+                    received = self._box(receive.src, self.rank).get(timeout=self._timeout_s)
+                except queue.Empty:
+                    raise TimeoutError(f"rank {receive.src} sent nothing within {self._timeout_s:g} s") from None
+                if receive.reduce is None:
+                    receive.into.copy_(received)
+                else:
+                    receive.reduce(receive.into, received, out=receive.into)
+
+        return wait
 
     def close(self) -> None:
-        for key in [key for key in _boxes if key[0] == self._group and self.rank in key[1:]]:
+        for key in [key for key in list(_boxes) if key[0] == self._group and self.rank in key[1:]]:
             _boxes.pop(key, None)
 
 

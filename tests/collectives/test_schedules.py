@@ -1,0 +1,129 @@
+"""Every algorithm on disk is proved for every size, and `verify` refuses each way a schedule can be wrong."""
+
+import pytest
+
+from scaletrain import plugins
+from scaletrain.collectives import drawing, ring, tree
+from scaletrain.collectives.schedule import Schedule, ScheduleError, Transfer, verify, verify_order
+
+ALGORITHMS = plugins.names("collective")
+BETWEEN = ["ring", "tree", "halving_doubling", "recursive_doubling", "direct", "double_tree", "pipelined_tree", "star"]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_size_is_proved(name: str):
+    factory = plugins.load("collective", name)
+    for size in range(1, 65):
+        schedule = factory(size)
+        assert schedule.size == size
+        verify(schedule)
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_two_levels_are_proved_on_every_layout(between: str):
+    factory = plugins.load("collective", "two_level")
+    for ranks_per_host in (1, 2, 3, 4, 8):
+        for size in (1, 2, 3, 5, 8, 12, 13, 16, 24, 31, 32):
+            verify(factory(size, ranks_per_host=ranks_per_host, between=between))
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("star", {"servers": 2}), ("star", {"servers": 7}), ("star", {"servers": 99}), ("star", {"servers": 2, "segments": 3}),
+    ("pipelined_tree", {"segments": 1}), ("pipelined_tree", {"segments": 5, "fan_out": 2}), ("double_tree", {"segments": 3}),
+])  # fmt: skip
+def test_options_are_proved(name: str, options: dict):
+    for size in range(1, 33):
+        verify(plugins.load("collective", name)(size, **options))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_a_lost_round_is_caught(name: str, size: int):
+    schedule = plugins.load("collective", name)(size)
+    for index in range(len(schedule.rounds)):
+        rounds = schedule.rounds[:index] + schedule.rounds[index + 1 :]
+        with pytest.raises(ScheduleError):
+            verify(schedule._replace(rounds=rounds))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("size", [3, 5])
+def test_each_single_fault_is_caught(name: str, size: int):
+    """A transfer that is missing, happens twice, goes to the wrong rank or replaces where it should add: refused, unless the numbers
+    still come out right (a ring may be entered elsewhere), which an independent simulation with integers decides."""
+    schedule = plugins.load("collective", name)(size, **({"segments": 2} if "tree" in name and name != "tree" else {}))
+    caught = 0
+    for index, transfers in enumerate(schedule.rounds):
+        for place, t in enumerate(transfers):
+            others = transfers[:place] + transfers[place + 1 :]
+            elsewhere = next(r for r in range(size) if r not in (t.src, t.dst))
+            for wrong in (
+                others,
+                (*others, t._replace(dst=elsewhere)),
+                (*others, t._replace(add=not t.add)),
+                (*transfers, t),
+            ):
+                changed = schedule._replace(rounds=(*schedule.rounds[:index], wrong, *schedule.rounds[index + 1 :]))
+                if sums_up(changed):
+                    continue
+                caught += 1
+                with pytest.raises(ScheduleError):
+                    verify(changed)
+    assert caught >= sum(map(len, schedule.rounds))
+
+
+def sums_up(schedule: Schedule) -> bool:
+    """Whether integers, a different power of the size + 1 on each rank, are added up right."""
+    start = [[(schedule.size + 1) ** rank] * schedule.num_chunks for rank in range(schedule.size)]
+    held = [row[:] for row in start]
+    for transfers in schedule.rounds:
+        before = [row[:] for row in held]
+        for t in transfers:
+            held[t.dst][t.chunk] = before[t.src][t.chunk] + (held[t.dst][t.chunk] if t.add else 0)
+    return held == [[sum(row[0] for row in start)] * schedule.num_chunks] * schedule.size
+
+
+def test_another_order_of_additions_is_caught():
+    # Rank 0 computes (0 + 1) + 2; rank 1 computes (1 + 2) + 0.
+    rounds = (
+        (Transfer(1, 0, 0, True), Transfer(2, 1, 0, True)),
+        (Transfer(2, 0, 0, True), Transfer(0, 2, 0, True)),
+    )
+    with pytest.raises(ScheduleError):
+        verify(Schedule(3, 1, rounds))
+    everybody_adds_everybody = tuple(Transfer(s, d, 0, True) for s in range(3) for d in range(3) if s != d)
+    with pytest.raises(ScheduleError, match="different orders"):
+        verify(Schedule(3, 1, (everybody_adds_everybody,)))
+
+
+def test_a_blocking_order_that_waits_for_ever_is_caught():
+    a, b = Transfer(0, 1, 0, True), Transfer(1, 0, 0, True)
+    with pytest.raises(ScheduleError, match="deadlock"):
+        verify_order([[(0, [], [b]), (1, [a], [])], [(0, [], [a]), (1, [b], [])]])  # both receive before they send
+    with pytest.raises(ScheduleError, match="meets"):
+        verify_order([[(0, [a], [])], [(0, [], [a._replace(chunk=1)])]])
+    with pytest.raises(ScheduleError, match="deadlock"):
+        verify_order([[(0, [a], [])], []])  # nobody receives it
+
+
+@pytest.mark.parametrize("name", ["pipelined_tree", "double_tree"])
+@pytest.mark.parametrize("size", [2, 5, 8, 16])
+def test_pipelines_use_each_port_once_a_round(name: str, size: int):
+    for transfers in plugins.load("collective", name)(size).rounds:
+        for side in ("src", "dst"):
+            ranks = [getattr(t, side) for t in transfers]
+            assert len(ranks) == len(set(ranks))
+
+
+def test_a_tree_reads_like_firecaffe():
+    assert drawing.as_text(tree.schedule(4)).splitlines() == [
+        "round 0: 1 +> 0, 3 +> 2",
+        "round 1: 2 +> 0",
+        "round 2: 0 -> 2",
+        "round 3: 0 -> 1, 2 -> 3",
+    ]
+
+
+def test_every_transfer_is_drawn():
+    schedule = ring.schedule(5)
+    assert drawing.as_svg(schedule, "ring").count("marker-end") == sum(map(len, schedule.rounds))
