@@ -80,8 +80,7 @@ def train(
     if dry_run:
         click.echo(str(plan))
         return
-    _claim(run_dir, resume)
-    (run_dir / "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    _claim(run_dir, resume, run.to_yaml())
     click.echo(f"run directory: {run_dir}")
     with live.progress(run_dir):
         status = supervise.run(plan, job)
@@ -102,14 +101,21 @@ def _job(run: Any, run_dir: Path, resume: bool) -> Any:
     return job
 
 
-def _claim(run_dir: Path, resume: bool) -> None:
-    """Make the run directory; never write over another run's records."""
-    if (run_dir / "config.yaml").exists() and not resume:
+def _claim(run_dir: Path, resume: bool, config: str) -> None:
+    """Make the run directory and write its config.yaml; never write over another run's records.
+
+    A directory with the same configuration and no records yet is another host's, that starts its part of the same run.
+    """
+    path = run_dir / "config.yaml"
+    same = path.exists() and path.read_text(encoding="utf-8") == config and not [*run_dir.glob("rank-*.jsonl")]
+    if path.exists() and not resume and not same:
         raise UserError(
             f"--run-dir {run_dir}: holds a run already (allowed: another directory, --resume to go on with it)"
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if not same:
+            path.write_text(config, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: {error.strerror}") from None
 
