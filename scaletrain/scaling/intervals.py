@@ -1,0 +1,80 @@
+"""Means with their confidence intervals, and ratios of them. Small samples: Student's t, never 1.96 standard deviations."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from scipy import stats
+
+
+class Mean(NamedTuple):
+    """The mean of independent repeats and half the width of its 95 % confidence interval (None: one repeat tells nothing)."""
+
+    value: float
+    ci95: float | None
+    n: int
+
+    @property
+    def low(self) -> float:
+        return self.value - (self.ci95 or 0.0)
+
+    @property
+    def high(self) -> float:
+        return self.value + (self.ci95 or 0.0)
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """The t-interval of the mean over repeats: t(0.975, n - 1) s / sqrt(n). ``values`` must not be empty."""
+    n = len(values)
+    if n < 2:
+        return Mean(float(values[0]), None, n)
+    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return Mean(statistics.fmean(values), half, n)
+
+
+def percentiles(values: Sequence[float], percents: Sequence[int] = (10, 50, 90, 95)) -> dict[int, float | None]:
+    """Linear-interpolated percentiles (as numpy's default); all None when there are no values."""
+    if not values:
+        return dict.fromkeys(percents)
+    ordered = sorted(values)
+    result: dict[int, float | None] = {}
+    for percent in percents:
+        position = (len(ordered) - 1) * percent / 100
+        below = math.floor(position)
+        above = min(below + 1, len(ordered) - 1)
+        result[percent] = ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+    return result
+
+
+class Change(NamedTuple):
+    """By how much a mean changed, as a fraction of what it was, with the 95 % interval of that fraction."""
+
+    ratio: float  # new / old
+    low: float
+    high: float
+
+    @property
+    def is_lower(self) -> bool:
+        return self.high < 1.0
+
+    @property
+    def is_higher(self) -> bool:
+        return self.low > 1.0
+
+
+def change(new: Mean, old: Mean) -> Change | None:
+    """new / old of two independent means, by Welch's t on the logarithms' first-order errors.
+
+    None when one of them has a single repeat: nothing can then be said about noise.
+    """
+    if new.ci95 is None or old.ci95 is None or new.value <= 0 or old.value <= 0:
+        return None
+    errors = [m.ci95 / float(stats.t.ppf(0.975, m.n - 1)) / m.value for m in (new, old)]  # type: ignore[operator]
+    variance = errors[0] ** 2 + errors[1] ** 2
+    ratio = new.value / old.value
+    if variance == 0:
+        return Change(ratio, ratio, ratio)
+    freedom = variance**2 / (errors[0] ** 4 / (new.n - 1) + errors[1] ** 4 / (old.n - 1))
+    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
+    return Change(ratio, ratio * math.exp(-half), ratio * math.exp(half))

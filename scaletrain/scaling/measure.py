@@ -1,0 +1,82 @@
+"""One run's records as numbers: what a step took, on every rank, and what the run as a whole reached."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scaletrain.errors import UserError
+from scaletrain.metrics import read_records
+
+WARMUP_STEPS = 3  # left out: DDP rebuilds its buckets after the first step, and caches and connections warm up
+PARTS = ("input_s", "forward_s", "backward_s", "update_s")
+
+
+class Run(NamedTuple):
+    """A finished run. Arrays have shape (steps, ranks), warm-up left out; a rank that did fewer steps cuts all to its length."""
+
+    summary: dict[str, Any]
+    steps: np.ndarray  # step_s
+    parts: dict[str, np.ndarray]  # each of PARTS
+    samples: np.ndarray
+    sent_bytes: float | None  # by one rank in one step, mean; None: the exchange does not count
+
+    @property
+    def workers(self) -> int:
+        return self.steps.shape[1]
+
+    @property
+    def samples_per_s(self) -> float:
+        """The sum over ranks of each one's samples over its own time."""
+        return float((self.samples.sum(axis=0) / self.steps.sum(axis=0)).sum())
+
+    @property
+    def step_s(self) -> float:
+        """Mean over steps and ranks."""
+        return float(self.steps.mean())
+
+    @property
+    def slowest_s(self) -> float:
+        """Mean over steps of the slowest rank's step: what the others would wait for if they had to."""
+        return float(self.steps.max(axis=1).mean())
+
+    def part_s(self, part: str) -> float:
+        return float(self.parts[part].mean())
+
+
+def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
+    """Read ``summary.json`` and every ``rank-<r>.jsonl``.
+
+    Raises:
+        UserError: the directory is no finished run, or has no step left after warm-up.
+    """
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{run_dir}: no finished run (summary.json: {error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{run_dir}: summary.json is not JSON") from None
+    ranks = []
+    for rank in range(int(summary["workers"])):
+        path = run_dir / f"rank-{rank}.jsonl"
+        if not path.exists():
+            raise UserError(f"{run_dir}: rank-{rank}.jsonl is missing")
+        ranks.append(list(read_records(path)))
+    shortest = min(len(records) for records in ranks)
+    first = min(warmup_steps, shortest - 1)
+    if shortest < 1:
+        raise UserError(f"{run_dir}: a rank has no records")
+    kept = [records[first:shortest] for records in ranks]
+
+    def array(key: str) -> np.ndarray:
+        return np.array([[getattr(record, key) for record in records] for records in kept]).T
+
+    sent = [record.exchange["bytes_sent"] for records in kept for record in records if "bytes_sent" in record.exchange]
+    return Run(
+        summary=summary,
+        steps=array("step_s"),
+        parts={part: array(part) for part in PARTS},
+        samples=array("samples"),
+        sent_bytes=float(np.mean(sent)) if sent else None,
+    )

@@ -1,0 +1,171 @@
+"""The report's plots, as SVG that takes its colours from the page (light or dark) or as stand-alone images."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Stand-ins for the page's colours: exact values that nothing else in a plot has, replaced by CSS variables in inline SVG.
+INK, PALE, PAPER = "#101112", "#b0b1b2", "#fdfcfb"
+SERIES = ("#2166ac", "#d6604d", "#1b8a5a", "#8856a7", "#b8860b", "#4d9fb8", "#a6456b", "#6b7a2f")
+LOSSES = {
+    "ideal": "#7f8c9b", "communication": "#d6604d", "stragglers": "#b8860b", "input": "#1b8a5a",
+    "optimizer": "#8856a7", "stolen cores": "#2166ac", "small batch": "#4d9fb8", "unexplained": "#b0b1b3",
+}  # fmt: skip
+STYLE: Any = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.edgecolor": PALE, "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "text.color": INK, "axes.grid": True, "grid.color": PALE, "grid.alpha": 0.35,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": PAPER, "axes.facecolor": PAPER,
+}  # fmt: skip
+
+Drawing = Callable[[Axes], None]
+
+
+def image(draw: Drawing, form: str = "svg", size: tuple[float, float] = (6.0, 3.8), watermark: str = "") -> bytes:
+    """Draw one plot. ``watermark`` is written across it: emulated figures say so on the figure itself."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        if watermark:
+            axes.text(
+                0.5,
+                0.02,
+                watermark,
+                transform=axes.transAxes,
+                ha="center",
+                va="bottom",
+                fontsize=9,
+                alpha=0.75,
+                style="italic",
+            )
+        buffer = io.BytesIO()
+        metadata: dict[str, Any] = {"Date": None} if form == "svg" else {}
+        figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
+        return buffer.getvalue()
+
+
+def inline(svg: bytes, label: str) -> str:
+    """SVG for an HTML page: no prologue, scales with the page, colours from CSS variables, identifiers unique by ``label``."""
+    text = svg.decode("utf-8")
+    text = text[text.index("<svg") :]
+    prefix = re.sub(r"\W+", "-", label)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
+    text = re.sub(r'xlink:href="#', f'xlink:href="#{prefix}-', text)
+    text = re.sub(
+        r'<svg ([^>]*?)width="[^"]*pt" height="[^"]*pt"', rf'<svg role="img" aria-label="{label}" \1', text, count=1
+    )
+    text = re.sub(
+        r'<svg ([^>]*?)height="[^"]*pt" ([^>]*?)width="[^"]*pt"',
+        rf'<svg role="img" aria-label="{label}" \1\2',
+        text,
+        count=1,
+    )
+    for colour, variable in ((INK, "--ink"), (PALE, "--pale"), (PAPER, "--paper")):
+        text = text.replace(colour, f"var({variable})")
+    return text
+
+
+def curves(rows: Sequence[Mapping[str, Any]], value: str, ideal: bool, label: str) -> Drawing:
+    """``value`` (speedup or efficiency) against workers, a line an exchange, the ideal dashed, intervals as bars."""
+
+    def draw(axes: Axes) -> None:
+        done = [row for row in rows if row[value] is not None]
+        workers = sorted({row["workers"] for row in done})
+        if ideal and workers:
+            ends = [1, max(workers)] if len(workers) > 1 else [1, max(2, workers[0])]
+            axes.plot(ends, ends if value == "speedup" else [1, 1], "--", color=PALE, label="ideal", zorder=1)
+        for index, name in enumerate(dict.fromkeys(_name(row, rows) for row in done)):
+            own = sorted((row for row in done if _name(row, rows) == name), key=lambda row: row["workers"])
+            scale = [1.0 if value == "speedup" else 1 / row["workers"] for row in own]
+            errors = [(row["speedup_ci95"] or 0.0) * s for row, s in zip(own, scale, strict=True)]
+            colour = SERIES[index % len(SERIES)]
+            axes.errorbar(
+                [row["workers"] for row in own], [row[value] for row in own], yerr=errors, marker="o", ms=4.5, lw=1.7,
+                capsize=3, color=colour, label=name, zorder=3,
+            )  # fmt: skip
+            over = [row for row in own if row["oversubscribed"]]
+            if over:
+                axes.plot(
+                    [r["workers"] for r in over], [r[value] for r in over], "o", ms=9, mfc="none", mec=colour, ls="none"
+                )
+        if any(row["oversubscribed"] for row in done):
+            axes.plot([], [], "o", ms=9, mfc="none", mec=INK, ls="none", label="oversubscribed")
+        axes.set_xlabel("workers")
+        axes.set_ylabel(label)
+        axes.set_xticks(workers, [str(w) for w in workers])
+        axes.set_ylim(bottom=0)
+        if value == "efficiency":
+            axes.set_ylim(0, max([1.1, *(1.05 * row[value] for row in done)]))
+        axes.legend(fontsize=8.5)
+
+    return draw
+
+
+def _name(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    several = len({r["config"] for r in rows}) > 1
+    varied = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in row["variant"].items())
+    return " ".join(word for word in ([row["config"]] if several else []) + [row["exchange"], varied] if word)
+
+
+def anatomy(losses: Sequence[Mapping[str, Any]]) -> Drawing:
+    """The step of each cell as a stacked bar: the ideal, then each cause of loss. Causes that gain time are left out of the bar."""
+
+    def draw(axes: Axes) -> None:
+        labels = [
+            f"{loss['exchange']}\n{loss['workers']} w" + "".join(f"\n{v}" for v in loss["variant"].values())
+            for loss in losses
+        ]
+        bottom = [0.0] * len(losses)
+        layers = {"ideal": [1000 * loss["ideal_s"] for loss in losses]}
+        layers |= {name: [max(0.0, 1000 * loss["causes"][name]) for loss in losses] for name in losses[0]["causes"]}
+        for name, heights in layers.items():
+            if max(heights) > 0:
+                axes.bar(range(len(losses)), heights, bottom=bottom, width=0.62, label=name, color=LOSSES[name])
+                bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+        axes.set_xticks(range(len(losses)), labels, fontsize=8.5)
+        axes.set_ylabel("ms a step")
+        axes.grid(axis="x", visible=False)
+        axes.legend(fontsize=8, ncols=2)
+
+    return draw
+
+
+def predicted(points: Sequence[Mapping[str, Any]]) -> Drawing:
+    """Predicted against measured step time, both logarithmic, with the line on which they agree."""
+
+    def draw(axes: Axes) -> None:
+        values = [point[key] * 1000 for point in points for key in ("measured_s", "predicted_s")]
+        ends = [min(values) * 0.8, max(values) * 1.25]
+        axes.plot(ends, ends, "--", color=PALE, label="predicted = measured")
+        for index, name in enumerate(dict.fromkeys(point["exchange"] for point in points)):
+            own = [point for point in points if point["exchange"] == name]
+            axes.plot(
+                [1000 * p["measured_s"] for p in own], [1000 * p["predicted_s"] for p in own], "o", color=SERIES[index % len(SERIES)], label=name,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("measured, ms a step")
+        axes.set_ylabel("predicted, ms a step")
+        axes.legend(fontsize=8.5)
+
+    return draw
+
+
+def traffic(rows: Sequence[Mapping[str, Any]]) -> Drawing:
+    """Megabytes that one worker sends in a step."""
+
+    def draw(axes: Axes) -> None:
+        own = [row for row in rows if row["bytes_sent"] is not None][::-1]
+        labels = [f"{_name(row, rows)}, {row['workers']} w" for row in own]
+        axes.barh(labels, [row["bytes_sent"] / 1e6 for row in own], color=SERIES[0])
+        axes.set_xlabel("MB sent by a worker in a step")
+        axes.grid(axis="y", visible=False)
+
+    return draw

@@ -1,0 +1,106 @@
+"""What a report becomes: report.json, the terminal's table, report.html, and exports for papers and spreadsheets."""
+
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from scaletrain.errors import UserError, unknown
+from scaletrain.metrics import write_json
+from scaletrain.scaling import compare, render, report, sweep, table, trace
+
+FORMATS = ("html", "md", "csv", "svg", "png")
+
+
+def terminal() -> Console:
+    """Where tables go. A pipe has no width: lines are then as long as the table needs."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 150))
+
+
+def publish_sweep(
+    out: Path, *, trace: bool = False, formats: Sequence[str] = ("html",), console: Console | None = None
+) -> dict[str, Any]:
+    """Read a sweep's directory and write its report beside it."""
+    made = report.of_sweep(out)
+    publish(made, out, formats=formats, console=console)
+    if trace:
+        write_traces(out)
+    return made
+
+
+def publish(
+    made: Mapping[str, Any], out: Path, *, formats: Sequence[str] = ("html",), console: Console | None = None
+) -> None:
+    """Write ``report.json`` and the wanted formats to ``out``; print the table when there is a console."""
+    for form in formats:
+        if form not in FORMATS:
+            raise unknown("--format", form, FORMATS)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "report.json", made)
+    if "html" in formats:
+        (out / "report.html").write_text(render.html(made), encoding="utf-8")
+    if "md" in formats:
+        (out / "report.md").write_text(render.markdown(made), encoding="utf-8")
+    if "csv" in formats:
+        _write_csv(out / "report.csv", made["rows"])
+    for form in ("svg", "png"):
+        if form in formats:
+            for name, image in render.images(made, form).items():
+                (out / f"{name}.{form}").write_bytes(image)
+    if console:
+        table.show(made, console)
+        console.print(
+            f"written: {out / 'report.json'}" + (f", {out / 'report.html'}" if "html" in formats else ""),
+            highlight=False,
+        )
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a row; lists and mappings become JSON text."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
+
+
+def write_traces(out: Path) -> list[Path]:
+    """A Chrome trace of the first finished repeat of every cell: OUT/traces/<cell>.json."""
+    made = sweep.Sweep.from_json(json.loads((out / "sweep.json").read_text(encoding="utf-8")))
+    written = []
+    (out / "traces").mkdir(exist_ok=True)
+    for cell in made.cells():
+        done = [d for d in (sweep.run_dir(out, cell, repeat) for repeat in range(made.repeats)) if sweep.is_done(d)]
+        if done:
+            path = out / "traces" / f"{cell.name}.json"
+            write_json(path, trace.of_run(done[0]))
+            written.append(path)
+    return written
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A ``report.json``. Raises ``UserError`` when the file is something else."""
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path}: not JSON") from None
+    if not isinstance(made, dict) or "rows" not in made or "header" not in made:
+        raise UserError(f"{path}: not a scaling report (no rows and header)")
+    return made
+
+
+def compare_and_exit(new: Path, old: Path) -> None:
+    """Print how every cell changed; leave with status 2 when a slowdown is beyond its interval."""
+    changes = compare.compare(read_report(new), read_report(old))
+    for line in compare.lines(changes):
+        click.echo(line)
+    if any(change.regressed for change in changes):
+        sys.exit(2)

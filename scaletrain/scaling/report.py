@@ -1,0 +1,302 @@
+"""From the run directories of a sweep to ``report.json``: a header, a row a cell, what is lost and why. Trains nothing."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaletrain.errors import UserError
+from scaletrain.metrics import environment
+from scaletrain.scaling import limiter, sweep
+from scaletrain.scaling.intervals import Mean, mean, percentiles
+from scaletrain.scaling.measure import PARTS, Run, read_run
+
+VERSION = 1
+PERCENTS = (10, 50, 90, 95)
+UNSYNCHRONISED = ("parameter_server:async", "parameter_server:local_sgd", "none")
+
+Measured = dict[sweep.Cell, tuple[list[Run], list[str]]]  # a cell's finished repeats, and why others failed
+
+
+def of_sweep(out: Path) -> dict[str, Any]:
+    """The report of a sweep's directory, as far as it was measured.
+
+    Raises:
+        UserError: not a sweep's directory.
+    """
+    try:
+        made = sweep.Sweep.from_json(json.loads((out / "sweep.json").read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{out}: no sweep (sweep.json: {error.strerror})") from None
+    cells = made.cells()
+    measured: Measured = {}
+    for cell in cells:
+        runs, failures = [], []
+        for repeat in range(made.repeats):
+            directory = sweep.run_dir(out, cell, repeat)
+            if sweep.is_done(directory):
+                runs.append(read_run(directory))
+            elif (directory / "failed.json").exists():
+                failures.append(json.loads((directory / "failed.json").read_text(encoding="utf-8"))["reason"])
+        measured[cell] = (runs, failures)
+    header = made.header()
+    with contextlib.suppress(OSError):  # rendering again must not claim to have measured here and now
+        header = json.loads((out / "header.json").read_text(encoding="utf-8"))
+    return _report(measured, header, strong=made.mode == "strong", threads=made.threads)
+
+
+def of_runs(directories: Sequence[Path]) -> dict[str, Any]:
+    """The report of single runs (``scaletrain train``), repeats of a cell where they are alike."""
+    measured: Measured = {}
+    modes = set()
+    for directory in directories:
+        run = read_run(directory)
+        summary = run.summary
+        mode = summary.get("batch_mode", "strong")
+        modes.add(mode)
+        batch = int(summary["batch_size"]) // (run.workers if mode == "weak" else 1) if "batch_size" in summary else 0
+        cell = sweep.Cell(str(summary.get("name", "run")), str(summary["exchange"]), run.workers, batch)
+        measured.setdefault(cell, ([], []))[0].append(run)
+    if len(modes) > 1:
+        raise UserError(
+            "runs of strong and of weak scaling do not belong in one report (allowed: runs of one batch_mode)"
+        )
+    mode = modes.pop() if modes else "strong"
+    header = environment() | {
+        "mode": mode, "repeats": max(len(runs) for runs, _ in measured.values()),
+        "note": "rendered from single runs; host and versions are those of the machine that rendered",
+        "config": {d.name: _text(d / "config.yaml") for d in directories},
+    }  # fmt: skip
+    return _report(measured, header, strong=mode == "strong", threads=None)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _report(measured: Measured, header: dict[str, Any], *, strong: bool, threads: int | None) -> dict[str, Any]:
+    rows = [_row(cell, measured, header.get("cores"), threads, strong) for cell in measured if not cell.reference]
+    losses = [loss for cell in measured if not cell.reference for loss in _losses(cell, measured, strong)]
+    emulated = sorted({text for row in rows for text in [row["emulation"]] if text})
+    references = [_row(cell, measured, header.get("cores"), threads, strong) for cell in measured if cell.reference]
+    report = {
+        "version": VERSION,
+        "header": header | {"baseline": _baseline_text(rows), "emulated": bool(emulated), "emulation": emulated},
+        "summary": "",
+        "rows": rows,
+        "losses": losses,
+        "references": references,
+        "predictions": [],
+    }
+    _name_alternatives(rows, losses)
+    report["summary"] = summary(report)
+    return report
+
+
+def _key(cell: sweep.Cell) -> tuple[Any, ...]:
+    return cell.config, cell.batch_size, cell.variant
+
+
+def _baseline(cell: sweep.Cell, measured: Mapping[sweep.Cell, Any]) -> sweep.Cell | None:
+    """What speed-up is measured against: one worker with ``none`` (plain training), else one with the cell's own exchange.
+
+    Only where nobody ran one worker: the fewest workers of the same exchange, whose speed-up then counts as ideal.
+    References do not count: they are short.
+    """
+    alike = [c for c in measured if _key(c) == _key(cell) and measured[c][0] and not c.reference]
+    plain = [c for c in alike if c.exchange == "none" and c.workers == 1]
+    own = sorted((c for c in alike if c.exchange == cell.exchange), key=lambda c: c.workers)
+    return next(iter([*plain, *own]), None)
+
+
+def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int | None, strong: bool) -> dict[str, Any]:
+    runs, failures = measured[cell]
+    row: dict[str, Any] = {
+        "config": cell.config,
+        "exchange": cell.exchange,
+        "workers": cell.workers,
+        "batch_size": cell.batch_size * (1 if strong else cell.workers),
+        "variant": dict(cell.variant),
+        "samples_per_s": None, "samples_per_s_ci95": None, "speedup": None, "speedup_ci95": None, "efficiency": None,
+        **{f"step_s_p{p}": None for p in PERCENTS}, "step_s_mean": None, "step_s_ci95": None,
+        "exposed_comm_s": None, "exposed_comm_s_ci95": None,
+        **dict.fromkeys(PARTS), "bytes_sent": None, "final_loss": None, "test_accuracy": None,
+        "target_step": None, "target_s": None, "emulation": None,
+        "oversubscribed": bool(cores and threads and cell.workers * threads > cores),
+        "repeats": len(runs), "failures": failures, "baseline": None, "runs": [],
+    }  # fmt: skip
+    if not runs:
+        return row
+    rate, step = mean([run.samples_per_s for run in runs]), mean([run.step_s for run in runs])
+    row |= {
+        "samples_per_s": rate.value,
+        "samples_per_s_ci95": rate.ci95,
+        "step_s_mean": step.value,
+        "step_s_ci95": step.ci95,
+    }
+    steps = np.concatenate([run.steps.ravel() for run in runs]).tolist()
+    row |= {f"step_s_p{percent}": value for percent, value in percentiles(steps, PERCENTS).items()}
+    row |= {part: float(np.mean([run.part_s(part) for run in runs])) for part in PARTS}
+    sent = [run.sent_bytes for run in runs if run.sent_bytes is not None]
+    row["bytes_sent"] = float(np.mean(sent)) if sent else None
+    for key in ("final_loss", "test_accuracy", "target_step", "target_s"):
+        values = [run.summary[key] for run in runs if run.summary.get(key) is not None]
+        row[key] = float(np.mean(values)) if values else None
+    row["emulation"] = next((text for run in runs if (text := _emulation(run.summary))), None)
+    row["runs"] = [
+        {"samples_per_s": run.samples_per_s, "step_s": run.step_s, "wall_s": run.summary.get("wall_s")} for run in runs
+    ]
+    base = _baseline(cell, measured)
+    if base is not None and not cell.reference:
+        speedup = _speedup(runs, measured[base][0], base)
+        row |= {"speedup": speedup.value, "speedup_ci95": speedup.ci95, "efficiency": speedup.value / cell.workers}
+        row["baseline"] = f"{base.workers} worker{'s' * (base.workers > 1)}, {base.exchange}"
+    alone = _find(measured, cell, exchange="none")
+    if alone and cell.workers > 1:
+        exposed = mean([a.step_s - b.step_s for a, b in zip(runs, alone, strict=False)])
+        row |= {"exposed_comm_s": exposed.value, "exposed_comm_s_ci95": exposed.ci95}
+    elif cell.workers == 1:
+        row["exposed_comm_s"] = 0.0 if cell.exchange == "none" else None
+        if alone:
+            exposed = mean([a.step_s - b.step_s for a, b in zip(runs, alone, strict=False)])
+            row |= {"exposed_comm_s": exposed.value, "exposed_comm_s_ci95": exposed.ci95}
+    return row
+
+
+def _speedup(runs: Sequence[Run], base: Sequence[Run], cell: sweep.Cell) -> Mean:
+    """Repeat by repeat (they ran close together), then the mean; over the ideal speed-up of the baseline's own workers."""
+    if len(runs) != len(base):
+        value = np.mean([r.samples_per_s for r in runs]) / np.mean([r.samples_per_s for r in base])
+        return Mean(float(value) * cell.workers, None, min(len(runs), len(base)))
+    return mean([a.samples_per_s / b.samples_per_s * cell.workers for a, b in zip(runs, base, strict=True)])
+
+
+def _emulation(summary: Mapping[str, Any]) -> str | None:
+    """What was emulated in a run, in words; None for real training on real hosts."""
+    if not (summary.get("emulated") or summary.get("launcher") == "rehearsal"):
+        return None
+    parts = summary.get("emulation") or {}
+    network, compute = parts.get("network"), parts.get("compute")
+    told = []
+    if network:
+        network = network.get("cluster", network)
+        told.append(
+            f"hosts are network namespaces of one machine, links of {network.get('bandwidth') or 'any bandwidth'}"
+        )
+        if network.get("latency") not in (None, 0, "0"):
+            told.append(f"{network['latency']} latency")
+    if compute:
+        told.append(f"accelerators that wait {compute['step_s']:g} s a step and {compute['sample_s']:g} s a sample")
+    return ", ".join(told) or "hosts and links of one machine"
+
+
+def _find(measured: Measured, cell: sweep.Cell, **changes: Any) -> list[Run]:
+    """Finished repeats of another cell; the full-length one before the short reference."""
+    for reference in (False, True):
+        runs = measured.get(cell._replace(reference=reference, **changes), ([], []))[0]
+        if runs:
+            return runs
+    return []
+
+
+def _losses(cell: sweep.Cell, measured: Measured, strong: bool) -> Iterable[dict[str, Any]]:
+    """The split of lost time of a cell of several workers, when the references were measured."""
+    real = measured[cell][0]
+    if cell.workers < 2 or not real:
+        return
+    alone = _find(measured, cell, exchange="none")
+    single = _find(measured, cell, exchange="none", workers=1) or _find(measured, cell, workers=1)
+    share = -(-cell.batch_size // cell.workers)
+    variant = tuple(pair for pair in cell.variant if pair[0] != "batch_size")
+    small = single
+    if strong:
+        small = _find(measured, cell, exchange="none", workers=1, batch_size=share, variant=variant) or _find(
+            measured, cell, exchange="none", workers=1, batch_size=share, variant=(*variant, ("batch_size", share))
+        )
+    if not (alone and single and small):
+        return
+    steps = [_step(runs) for runs in (real, alone, small, single)]
+    waits = not cell.exchange.startswith(UNSYNCHRONISED)
+    # The loss by throughput: samples over time, each rank by its own clock; the causes come from the steps' parts.
+    batch = cell.batch_size if strong else cell.batch_size * cell.workers
+    real_s = batch / float(np.mean([run.samples_per_s for run in real]))
+    ideal = cell.batch_size / float(np.mean([run.samples_per_s for run in single])) / (cell.workers if strong else 1)
+    causes = limiter.split(*steps, workers=cell.workers, strong=strong, waits=waits, loss_s=real_s - ideal)
+    yield {
+        "config": cell.config, "exchange": cell.exchange, "workers": cell.workers, "variant": dict(cell.variant),
+        "step_s": real_s, "ideal_s": ideal, "loss_s": real_s - ideal, "efficiency": ideal / real_s,
+        "causes": {cause.name: cause.seconds for cause in causes},
+        "limiter": worst.name if (worst := limiter.limiter(causes)) else None,
+        "sentence": limiter.sentence(causes, ideal / real_s),
+    }  # fmt: skip
+
+
+def _step(runs: Sequence[Run]) -> limiter.Step:
+    def average(values: Iterable[float]) -> float:
+        return float(np.mean(list(values)))
+
+    return limiter.Step(
+        step_s=average(run.step_s for run in runs),
+        slowest_s=average(run.slowest_s for run in runs),
+        input_s=average(run.part_s("input_s") for run in runs),
+        compute_s=average(run.part_s("forward_s") + run.part_s("backward_s") for run in runs),
+        update_s=average(run.part_s("update_s") for run in runs),
+    )
+
+
+def _name_alternatives(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str, Any]]) -> None:
+    """Where communication limits and another exchange was measured to be better, say so: a measurement beats general advice."""
+    for loss in losses:
+        if loss["limiter"] != "communication":
+            continue
+        alike = [r for r in rows if all(r[k] == loss[k] for k in ("config", "workers", "variant")) and r["efficiency"]]
+        own = next((r for r in alike if r["exchange"] == loss["exchange"]), None)
+        others = [r for r in alike if r["exchange"] not in (loss["exchange"], "none")]
+        best = max(others, key=lambda r: r["efficiency"], default=None)
+        if own and best and best["efficiency"] > own["efficiency"] * 1.02:
+            better = (
+                f"{best['exchange']} instead of {loss['exchange']} measured"
+                f" {own['efficiency']:.2f} -> {best['efficiency']:.2f}"
+            )
+            causes = [limiter.Cause(*item) for item in loss["causes"].items()]
+            loss["sentence"] = limiter.sentence(causes, loss["efficiency"], better)
+
+
+def _baseline_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    texts = sorted({str(row["baseline"]) for row in rows if row["baseline"]})
+    return "; ".join(texts)
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The first sentence of the report: the best that was reached, what limits it, what failed."""
+    rows = report["rows"]
+    done = [row for row in rows if row["efficiency"] is not None and row["exchange"] != "none"] or [
+        row for row in rows if row["efficiency"] is not None
+    ]
+    sentences = []
+    if report["header"].get("emulated"):
+        sentences.append("EMULATED: " + "; ".join(report["header"]["emulation"]) + ".")
+    if done:
+        most = max(row["workers"] for row in done)
+        best = max((row for row in done if row["workers"] == most), key=lambda row: row["efficiency"])
+        ci = f" ± {best['speedup_ci95']:.2f}" if best["speedup_ci95"] is not None else ""
+        sentences.append(
+            f"{best['exchange']} on {most} worker{'s' * (most > 1)}: {best['speedup']:.2f}{ci} times the speed of"
+            f" {best['baseline']} (efficiency {best['efficiency']:.2f}, {best['samples_per_s']:,.0f} samples/s)."
+        )
+        loss = next(
+            (x for x in report["losses"] if all(x[k] == best[k] for k in ("config", "exchange", "workers", "variant"))),
+            None,
+        )
+        if loss:
+            sentences.append(loss["sentence"])
+        if best["oversubscribed"]:
+            sentences.append("There were more threads than cores: these figures are of an oversubscribed machine.")
+    failed = [row for row in rows if row["failures"]]
+    if failed:
+        names = ", ".join(f"{row['exchange']} on {row['workers']}" for row in failed)
+        sentences.append(f"{len(failed)} of {len(rows)} cells had failures: {names}.")
+    return " ".join(sentences) or "Nothing was measured."

@@ -1,0 +1,88 @@
+"""The report as a table on the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """Print a table of the rows, the lost time by cause, and the summary sentence."""
+    header, rows = report["header"], report["rows"]
+    title = f"{header['mode']} scaling" + (" (EMULATED)" if header["emulated"] else "")
+    table = Table(
+        title=title,
+        caption=f"± is the 95 % interval of the mean over {header['repeats']} repeats; speed-up over {header['baseline']}",
+    )
+    several = len({(row["config"], str(row["variant"])) for row in rows}) > 1
+    columns = [
+        "exchange",
+        "workers",
+        "samples/s",
+        "speed-up",
+        "efficiency",
+        "step p50 ms",
+        "p95",
+        "exposed comm",
+        "accuracy",
+    ]
+    for column in (["config"] if several else []) + columns:
+        table.add_column(column, justify="left" if column in ("config", "exchange") else "right")
+    for row in rows:
+        label = [" ".join([row["config"], *(f"{k}={v}" for k, v in row["variant"].items())])] if several else []
+        marks = "*" if row["oversubscribed"] else ""
+        if row["samples_per_s"] is None:
+            table.add_row(
+                *label, row["exchange"], str(row["workers"]), f"[red]failed: {_escape(row['failures'])}[/red]"
+            )
+            continue
+        table.add_row(
+            *label, row["exchange"], f"{row['workers']}{marks}",
+            _with_ci(row["samples_per_s"], row["samples_per_s_ci95"], ",.0f"),
+            _with_ci(row["speedup"], row["speedup_ci95"], ".2f"),
+            _number(row["efficiency"], ".2f"),
+            _ms(row["step_s_p50"]), _ms(row["step_s_p95"]), _ms(row["exposed_comm_s"]), _number(row["test_accuracy"], ".4f"),
+        )  # fmt: skip
+    console.print(table)
+    if any(row["oversubscribed"] for row in rows):
+        console.print("* oversubscribed: more threads than cores")
+    if report["losses"]:
+        console.print(_losses(report))
+    for row in rows:
+        for reason in row["failures"]:
+            console.print(
+                f"[red]failed[/red] {row['exchange']} on {row['workers']}: {_escape([reason])}", highlight=False
+            )
+    console.print(report["summary"], highlight=False, markup=False)
+
+
+def _losses(report: Mapping[str, Any]) -> Table:
+    names = list(report["losses"][0]["causes"])
+    table = Table(title="lost time, ms a step")
+    for column in ["exchange", "workers", "lost", *names]:
+        table.add_column(column, justify="left" if column == "exchange" else "right")
+    for loss in report["losses"]:
+        cells = [f"{1000 * loss['causes'][name]:.2f}" for name in names]
+        table.add_row(loss["exchange"], str(loss["workers"]), f"{1000 * loss['loss_s']:.2f}", *cells)
+    return table
+
+
+def _with_ci(value: float | None, ci95: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + (f" ± {ci95:{form}}" if ci95 is not None else "")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.2f}"
+
+
+def _escape(reasons: list[str]) -> str:
+    from rich.markup import escape
+
+    return escape(reasons[0] if reasons else "not measured")
