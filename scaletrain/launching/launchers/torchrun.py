@@ -10,7 +10,7 @@ from scaletrain.launching.job import Command, Job, LaunchPlan
 def plan(
     job: Job,
     *,
-    nodes: str = "1",
+    nodes: int | str = 1,
     endpoint: str = "",
     run_id: str = "",
     max_restarts: int = 0,
@@ -24,7 +24,7 @@ def plan(
     ``endpoint``, HOST:PORT of one of them, where the agents meet (c10d). Where hosts have no names,
     say ``is_host`` (true on the endpoint's host, false on the others) and ``local_addr``.
     """
-    low, _, high = nodes.partition(":")
+    low, _, high = str(nodes).partition(":")
     if not low.isdigit() or not (high or low).isdigit() or not 1 <= int(low) <= int(high or low):
         raise UserError(
             f"launcher.nodes: {nodes!r} is not allowed (allowed: a number such as 2, or a range such as 2:4)"

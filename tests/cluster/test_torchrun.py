@@ -1,0 +1,85 @@
+"""torchrun on one host, and on several: a network namespace each, one process each."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from scaletrain.errors import UserError
+from scaletrain.launching.rehearsal import Cluster, cluster
+from tests.cluster.commands import DIGITS, SHORT, clean, command, gone, step_of, summary, train, until
+from tests.conftest import require
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(150)]
+SLOW = str(Path(__file__).with_name("slow_digits.yaml"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return train(tmp_path_factory.mktemp("alone") / "run", *SHORT)
+
+
+def hosts(count: int) -> Cluster:
+    try:
+        cluster.check_machine()
+    except UserError as missing:
+        require("namespaces", False, str(missing))
+    return Cluster(count, bandwidth=None)
+
+
+def start(network: Cluster, host: int, run_dir: Path, config: str, workers: int, *arguments: str) -> subprocess.Popen:
+    nodes = len(network.names)
+    options = ("--set", f"launcher.nodes={nodes}", "--set", "launcher.endpoint=h0:29400")
+    argv = command("train", config, "--run-dir", str(run_dir), "--workers", str(workers), "--launcher", "torchrun")
+    # No interface is named: each host has to find out which one leads to the others.
+    return subprocess.Popen(
+        network.command(host, [*argv, *options, *arguments], {"GLOO_SOCKET_IFNAME": ""}), env=clean(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_one_host(alone: dict, tmp_path: Path):
+    found = train(tmp_path / "run", *SHORT, "--workers", "3", "--launcher", "torchrun")
+    assert found["launcher"] == "torchrun" and found["workers"] == 3
+    assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_hosts(alone: dict, tmp_path: Path, count: int):
+    """The same command on every host; all of them share the run directory."""
+    run_dir = tmp_path / "run"
+    with hosts(count) as network:
+        before = network.counters()
+        agents = [start(network, host, run_dir, DIGITS, 4, *SHORT) for host in range(count)]
+        outputs = [agent.communicate(timeout=100)[0] for agent in agents]
+        assert [agent.returncode for agent in agents] == [0] * count, "\n".join(outputs)
+        moved = [now.sent_bytes - then.sent_bytes for now, then in zip(network.counters(), before, strict=True)]
+    assert summary(run_dir)["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    assert min(moved) > 1_000_000, "the gradients did not cross the links"
+
+
+def test_kill_9_of_a_worker_on_another_host(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    with hosts(2) as network:
+        agents = [start(network, host, run_dir, SLOW, 2) for host in range(2)]
+        until(lambda: step_of(run_dir) >= 5, "five steps")
+        victim = next(
+            pid
+            for pid in network.processes(1)
+            if b"training.worker" in _cmdline(pid) and b"--nnodes" not in _cmdline(pid)
+        )
+        subprocess.run(["kill", "-9", str(victim)], check=True)
+        outputs = [agent.communicate(timeout=60)[0] for agent in agents]
+        assert all(agent.returncode != 0 for agent in agents)
+        # The host of the victim saw it end; to the other host, a peer was lost.
+        assert outputs[1].count("scaletrain: rank ") == 1, outputs[1]
+        killed = 1 if "rank 1 on h1" in outputs[1] else 0
+        assert f"scaletrain: rank {killed} on h1" in outputs[1], outputs[1]
+    assert gone(run_dir)
+
+
+def _cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
