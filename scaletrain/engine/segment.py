@@ -1,0 +1,171 @@
+"""Memory that the ranks of one host share: counters to wait on, and room for data. Nothing of it has a name, so nothing can be left behind.
+
+Rank 0 makes an anonymous file (``memfd_create``); the others open it through ``/proc/<pid>/fd``. It is gone when the last of them is, however
+they end, and is not bounded by the size of /dev/shm.
+
+Counters rely on stores becoming visible in program order, which x86-64 guarantees and other processors do not.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import time
+from datetime import timedelta
+
+from scaletrain.engine.transport import Group
+from scaletrain.errors import UserError
+
+_LINE = 8  # counters are 64-bit words, one a cache line, so that no two ranks write to the same line
+_SPINS = 300  # looks at a counter before the core is offered to others; about 20 us
+_YIELD_S = 150e-6  # then for this long the core is offered between looks
+_SLEEP_S = (20e-6, 1e-3)  # then sleep, longer and longer: whoever waits must not take a core from who computes
+_LOOK_S = 0.1  # how often a long wait looks whether its peer is alive
+_sched_yield = ctypes.CDLL(None).sched_yield  # through ctypes the interpreter lock is released
+
+
+def supported() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and hasattr(os, "memfd_create")
+
+
+class Segment:
+    """``num_counters`` for each rank, then ``num_bytes`` of data. Made by all ranks of a host (collective)."""
+
+    def __init__(self, group: Group, num_counters: int, num_bytes: int):
+        if not supported():
+            raise UserError(f"transport 'shared_memory': needs Linux on x86-64 (this is {platform.machine()}); use gloo")
+        self.rank, self.size, self._timeout_s = group.rank, group.size, group.timeout.total_seconds()
+        self._per_rank = num_counters * _LINE
+        head = -(-8 * self._per_rank * self.size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map = _map(group, head + num_bytes)
+        self._words = memoryview(self._map)[:head].cast("Q")
+        self.data = memoryview(self._map)[head:]
+        group.store.set(f"process/{self.rank}", f"{os.getpid()} {_started(os.getpid())}")
+        self._processes = [_process(group.store.get(f"process/{rank}")) for rank in range(self.size)]
+        # With fewer cores than ranks, spinning keeps the very rank from running that is waited for.
+        self._spins = _SPINS if len(os.sched_getaffinity(0)) >= self.size else 1
+
+    def write(self, counter: int, value: int) -> None:
+        """Set one of this rank's counters: what was written to ``data`` before is seen by who sees the value."""
+        self._words[self.rank * self._per_rank + counter * _LINE] = value
+
+    def read(self, rank: int, counter: int) -> int:
+        return self._words[rank * self._per_rank + counter * _LINE]
+
+    def wait(self, rank: int, counter: int, value: int) -> None:
+        """Until ``rank``'s counter is at least ``value``.
+
+        Raises:
+            TimeoutError, ConnectionError: with the rank's number.
+        """
+        words, place = self._words, rank * self._per_rank + counter * _LINE
+        for _ in range(self._spins):
+            if words[place] >= value:
+                return
+        patience = Patience(self, (rank,))
+        while words[place] < value:
+            patience.pause()
+
+    def check_alive(self, rank: int) -> None:
+        """Raises ConnectionError if the rank's process has ended."""
+        pid, started = self._processes[rank]
+        if _started(pid) != started:
+            raise ConnectionError(f"rank {rank} (process {pid}) has ended")
+
+    def late(self, ranks: tuple[int, ...]) -> TimeoutError:
+        who = ", ".join(map(str, ranks))
+        return TimeoutError(f"rank{'s' if len(ranks) > 1 else ''} {who} did not answer within {self._timeout_s:g} s")
+
+    @property
+    def timeout_s(self) -> float:
+        return self._timeout_s
+
+    def close(self) -> None:
+        self._words.release()
+        self.data.release()
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # tensors still look into it; it goes with them
+
+
+class Patience:
+    """How to wait for other ranks: offer the core, then sleep longer and longer, and notice who is gone or late."""
+
+    def __init__(self, segment: Segment, ranks: tuple[int, ...]):
+        self._segment, self._ranks = segment, ranks
+        self._began = self._looked = time.monotonic()
+        self._sleep_s = _SLEEP_S[0]
+
+    def pause(self) -> None:
+        now = time.monotonic()
+        if now - self._began < _YIELD_S:
+            _sched_yield()
+            return
+        time.sleep(self._sleep_s)
+        self._sleep_s = min(1.2 * self._sleep_s, _SLEEP_S[1])
+        if now - self._looked > _LOOK_S:
+            self._looked = now
+            for rank in self._ranks:
+                self._segment.check_alive(rank)
+            if now - self._began > self._segment.timeout_s:
+                raise self._segment.late(self._ranks)
+
+
+def _map(group: Group, num_bytes: int) -> mmap.mmap:
+    if group.rank == 0:
+        file = os.memfd_create("scaletrain", os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(file, 0, num_bytes)
+        except OSError as error:
+            os.close(file)
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                raise
+            message = f"transport 'shared_memory': no room for {num_bytes:,} bytes of shared memory; use gloo, or fewer ranks a host"
+            group.store.set("segment", f"! {message}")
+            raise UserError(message) from None
+        group.store.set("segment", f"{os.getpid()} {file}")
+    else:
+        where = group.store.get("segment").decode()
+        if where.startswith("!"):
+            raise UserError(where[2:])
+        pid, number = where.split()
+        file = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+    mapped = mmap.mmap(file, num_bytes)
+    group.store.set(f"mapped/{group.rank}", "")
+    if group.rank == 0:
+        keys = [f"mapped/{rank}" for rank in range(group.size)]
+        try:
+            group.store.wait(keys, group.timeout)
+        except RuntimeError:
+            missing = [rank for rank in range(group.size) if not group.store.check([f"mapped/{rank}"])]
+            raise TimeoutError(f"ranks {', '.join(map(str, missing))} did not map the shared memory") from None
+    os.close(file)
+    return mapped
+
+
+def _process(value: bytes) -> tuple[int, str]:
+    pid, started = value.decode().split()
+    return int(pid), started
+
+
+def _started(pid: int) -> str:
+    """When a process started, in ticks since boot; empty when it has ended (or waits to be reaped)."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def same_host(group: Group) -> list[str]:
+    """For every rank a name of its host: ranks with equal names share memory and a network (collective)."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        boot = file.read().strip()
+    # Two containers, or two rehearsed hosts, run on the same kernel.
+    spaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid", "user")]
+    group.store.set(f"host/{group.rank}", "/".join([boot, *spaces]))
+    group.store.wait([f"host/{rank}" for rank in range(group.size)], max(group.timeout, timedelta(seconds=1)))
+    return [group.store.get(f"host/{rank}").decode() for rank in range(group.size)]
