@@ -15,7 +15,7 @@ from scaletrain.launching.job import Failure
 from scaletrain.launching.progress import SCRIPT, STACKS_SIGNAL, failure_path, host_name, progress_path, stacks_path
 
 # A rank that raised or was killed is a cause; one that lost its peer is a consequence; that its launcher then ended, too.
-_ORDER = {"user": 0, "exception": 0, "signal": 0, "exit": 0, "hang": 1, "peer": 2, "launcher": 3}
+_ORDER = {"user": 0, "exception": 0, "signal": 0, "exit": 0, "cut": 1, "hang": 2, "peer": 3, "launcher": 4}
 _STACKS_S = 1.0  # how long a worker may take to write its stacks
 # Functions in whose frames a main thread waits for other ranks: such a rank is a victim of a hang, not its cause.
 _WAITING = re.compile(
@@ -120,8 +120,19 @@ def signal_name(number: int) -> str:
 
 
 def choose(failures: Iterable[Failure]) -> Failure:
-    """The cause among failures: the earliest of the strongest kind (a rank's own, then a hang, then a lost peer, then a launcher's end)."""
-    return min(failures, key=lambda failure: (_ORDER[failure.kind], failure.time))
+    """The cause among failures: the earliest of the strongest kind (a rank's own, then a cut network, a hang, a lost peer,
+    a launcher's end). When every rank that could tell is cut off from rank 0, then rank 0's host is the one that is cut off."""
+    failures = list(failures)
+    cause = min(failures, key=lambda failure: (_ORDER[failure.kind], failure.time))
+    cut = [failure for failure in failures if failure.kind == "cut"]
+    others = [failure for failure in failures if failure.kind == "peer" and failure.rank != 0]
+    if cause.kind == "cut" and len({failure.host for failure in cut}) > 1 and not others:
+        host = next((failure.host for failure in failures if failure.rank == 0), "")
+        ranks = _ranks(failure.rank for failure in cut if failure.rank is not None)
+        return cause._replace(
+            rank=0, host=host, message=f"is cut off the network: {ranks} do not reach it any more", traceback=""
+        )
+    return cause
 
 
 def hang(progress: Progress, lost: set[int], status: int) -> Failure | None:
@@ -206,7 +217,9 @@ def headline(failure: Failure) -> str:
     message = failure.message.splitlines()[0] if failure.message else ""
     if failure.kind in ("signal", "exit", "launcher"):
         return f"scaletrain: {failure.message if failure.rank is None else f'{who}{where} {message}'}{step}"
-    verb = {"hang": "hangs", "user": "stopped", "peer": "lost another rank"}.get(failure.kind, "failed")
+    verb = {"hang": "hangs", "user": "stopped", "peer": "lost another rank", "cut": "failed"}.get(
+        failure.kind, "failed"
+    )
     return f"scaletrain: {who}{where} {verb}{step}: {message}"
 
 

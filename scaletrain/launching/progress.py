@@ -24,6 +24,7 @@ from scaletrain.world import World
 
 SUPERVISED = "SCALETRAIN_SUPERVISED"  # set by batch scripts, which show the first cause when their workers have ended
 _WIDTH = 320  # bytes of a progress file, so that an overwrite is one small write
+_ANSWER_S = 0.5  # within which a host of a cluster answers; less than the supervisor waits for the others' reports
 _SYNC_S = 2.0  # on several hosts the shared folder is brought up to date this often
 SCRIPT = "running a script"  # what a worker does that promises no signs of life
 STACKS_SIGNAL = signal.SIGUSR2  # a worker that gets it writes all its threads' Python stacks to stacks_path
@@ -120,13 +121,44 @@ def failure_of(error: BaseException) -> Failure:
     """The record of an exception, in this worker's words; frames of runners are left out of the traceback."""
     state = _state
     kind = "user" if isinstance(error, UserError) else "peer" if _lost_peer(error) else "exception"
+    cut_from = _unreachable(state) if kind == "peer" and state else ""
     message = str(error) if kind == "user" else f"{type(error).__name__}: {error}"
+    if cut_from:
+        kind, message = (
+            "cut",
+            f"does not reach rank 0's host ({cut_from}) any more: the network between them is cut; {message}",
+        )
     frames = "" if kind == "user" else "".join(_own_traceback(error))
     return Failure(
         rank=state.world.rank if state else None, host=host_name(), step=state.step if state else None, time=time.time(),
         kind=kind, message=message, traceback=frames, collective=state.collective if state else "",
         exit_code=2 if kind == "user" else 1,
     )  # fmt: skip
+
+
+def _unreachable(state: _State) -> str:
+    """Rank 0's address, if this host gets no answer from it any more; a refused connection is an answer.
+
+    When a host is cut off, all ranks lose a peer at the same time-out; those that find this are on the other side of the cut.
+    """
+    if state.world.rank == 0 or state.world.num_nodes == 1:
+        return ""
+    places = [(os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))]
+    if not all(places[0]):
+        try:
+            facts = json.loads((state.run_dir / "rendezvous.json").read_text(encoding="utf-8"))
+            places = [(address, str(facts["port"])) for address in facts["addresses"]]
+        except (OSError, ValueError, KeyError):
+            return ""
+    for address, port in places:
+        try:
+            socket.create_connection((address, int(port)), timeout=_ANSWER_S / len(places)).close()
+            return ""
+        except ConnectionRefusedError:
+            return ""
+        except OSError:
+            continue
+    return ", ".join(address for address, _ in places)
 
 
 # What torch's gloo, its store and MPI say when another rank is gone. NCCL raises DistBackendError.

@@ -425,7 +425,14 @@ class _Supervisor:
         limit_s = self.job.timeout_s
         if not self.progress.stale(limit_s, max(limit_s, _STARTING_S)):
             return None
-        return self._who_hangs()
+        hung = self._who_hangs()
+        if hung is None:
+            return None
+        # The workers' own time-outs are due just now, too, and may tell more: whose network is cut, for one.
+        until = time.monotonic() + _GRACE_S
+        while time.monotonic() < until:
+            self._read(0.05)
+        return first_cause.choose([hung, *first_cause.reported(self.job.run_dir, self.job.workers, self.started_at)])
 
     def _who_hangs(self) -> Failure | None:
         return first_cause.hang(self.progress, self.lost, HUNG_STATUS)
