@@ -100,9 +100,8 @@ def curves(rows: Sequence[Mapping[str, Any]], value: str, ideal: bool, label: st
         axes.set_xlabel("workers")
         axes.set_ylabel(label)
         axes.set_xticks(workers, [str(w) for w in workers])
-        axes.set_ylim(bottom=0)
-        if value == "efficiency":
-            axes.set_ylim(0, max([1.1, *(1.05 * row[value] for row in done)]))
+        top = 1.0 if value == "efficiency" else max(workers, default=1)  # a wide interval must not flatten the curves
+        axes.set_ylim(0, 1.12 * max([top, *(row[value] for row in done)]))
         axes.legend(fontsize=8.5)
 
     return draw
@@ -146,9 +145,8 @@ def predicted(points: Sequence[Mapping[str, Any]]) -> Drawing:
         axes.plot(ends, ends, "--", color=PALE, label="predicted = measured")
         for index, name in enumerate(dict.fromkeys(point["exchange"] for point in points)):
             own = [point for point in points if point["exchange"] == name]
-            axes.plot(
-                [1000 * p["measured_s"] for p in own], [1000 * p["predicted_s"] for p in own], "o", color=SERIES[index % len(SERIES)], label=name,
-            )  # fmt: skip
+            x, y = ([1000 * point[key] for point in own] for key in ("measured_s", "predicted_s"))
+            axes.plot(x, y, "o", color=SERIES[index % len(SERIES)], label=name)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("measured, ms a step")
@@ -167,5 +165,36 @@ def traffic(rows: Sequence[Mapping[str, Any]]) -> Drawing:
         axes.barh(labels, [row["bytes_sent"] / 1e6 for row in own], color=SERIES[0])
         axes.set_xlabel("MB sent by a worker in a step")
         axes.grid(axis="y", visible=False)
+
+    return draw
+
+
+def simulation(rows: Sequence[Mapping[str, Any]], reach: int | None) -> Drawing:
+    """Predicted speed-up against workers, both logarithmic; beyond ``reach`` workers dashed."""
+
+    def draw(axes: Axes) -> None:
+        counts = sorted({row["workers"] for row in rows})
+        axes.plot(counts, counts, ":", color=PALE, label="ideal")
+        for index, name in enumerate(dict.fromkeys(row["strategy"] for row in rows)):
+            own = [row for row in rows if row["strategy"] == name]
+            style: Any = {
+                "color": SERIES[index % len(SERIES)],
+                "lw": 1.6,
+                "marker": "os^vDPX*"[index // len(SERIES) % 8],
+                "ms": 3.5,
+            }
+            near = [row for row in own if reach is None or row["workers"] <= reach]
+            far = [row for row in own if reach is not None and row["workers"] > reach]
+            axes.plot([r["workers"] for r in near], [r["speedup"] for r in near], "-", label=name, **style)
+            joined = near[-1:] + far
+            if far:
+                axes.plot([r["workers"] for r in joined], [r["speedup"] for r in joined], "--", **style)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(counts, [str(count) for count in counts], fontsize=8)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel("workers")
+        axes.set_ylabel("speed-up")
+        axes.legend(fontsize=7.5, ncols=2)
 
     return draw

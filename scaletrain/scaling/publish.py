@@ -9,10 +9,13 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.table import Table
 
 from scaletrain.errors import UserError, unknown
-from scaletrain.metrics import write_json
-from scaletrain.scaling import compare, render, report, sweep, table, trace
+from scaletrain.metrics import environment, write_json
+from scaletrain.scaling import compare, plots, render, report, simulate, sweep, table
+from scaletrain.scaling import trace as traces
+from scaletrain.scaling.fit import FAR
 
 FORMATS = ("html", "md", "csv", "svg", "png")
 
@@ -79,7 +82,7 @@ def write_traces(out: Path) -> list[Path]:
         done = [d for d in (sweep.run_dir(out, cell, repeat) for repeat in range(made.repeats)) if sweep.is_done(d)]
         if done:
             path = out / "traces" / f"{cell.name}.json"
-            write_json(path, trace.of_run(done[0]))
+            write_json(path, traces.of_run(done[0]))
             written.append(path)
     return written
 
@@ -104,3 +107,46 @@ def compare_and_exit(new: Path, old: Path) -> None:
         click.echo(line)
     if any(change.regressed for change in changes):
         sys.exit(2)
+
+
+def show_simulation(job: simulate.Job, points: Sequence[simulate.Point], console: Console) -> None:
+    """A table of speed-ups (columns: worker counts), the best strategy of each marked, and its price."""
+    counts = sorted({p.workers for p in points})
+    best = simulate.best(points)
+    grid = Table(
+        title=f"predicted speed-up, {job.mode} scaling, {job.num_bytes / 1e6:,.1f} MB a step, batch {job.batch_size}"
+    )
+    grid.add_column("strategy")
+    for count in counts:
+        grid.add_column(str(count), justify="right")
+    by = {(p.strategy, p.workers): p for p in points}
+    for name in dict.fromkeys(p.strategy for p in points):
+        cells = [by[name, count] for count in counts]
+        grid.add_row(
+            name, *(f"[bold]{p.speedup:.1f}*[/bold]" if best[p.workers] is p else f"{p.speedup:.1f}" for p in cells)
+        )
+    console.print(grid)
+    for count in counts:
+        p = best[count]
+        price = f", {p.cost_per_epoch:,.2f} an epoch" if p.cost_per_epoch is not None else ""
+        console.print(
+            f"{count:>5} workers: {p.strategy}, {1e3 * p.step_s:.2f} ms a step, efficiency {p.efficiency:.2f}{price}",
+            highlight=False,
+        )
+
+
+def write_simulation(out: Path, job: simulate.Job, points: Sequence[simulate.Point], measured: int | None) -> None:
+    """simulation.json, .csv, .svg and .png. Beyond what was ``measured`` (times ``fit.FAR``) lines are dashed."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = simulate.as_rows(points)
+    network = {"network": job.network.network._asdict(), "source": job.network.source}
+    write_json(
+        out / "simulation.json",
+        {"header": {**environment(), "job": job._asdict() | {"network": network}}, "rows": rows},
+    )
+    _write_csv(out / "simulation.csv", rows)
+    reach = None if measured is None else measured * FAR
+    for form in ("svg", "png"):
+        (out / f"simulation.{form}").write_bytes(
+            plots.image(plots.simulation(rows, reach), form, watermark="PREDICTED")
+        )

@@ -222,8 +222,8 @@ def _losses(cell: sweep.Cell, measured: Measured, strong: bool) -> Iterable[dict
     waits = not cell.exchange.startswith(UNSYNCHRONISED)
     # The loss by throughput: samples over time, each rank by its own clock; the causes come from the steps' parts.
     batch = cell.batch_size if strong else cell.batch_size * cell.workers
-    real_s = batch / float(np.mean([run.samples_per_s for run in real]))
-    ideal = cell.batch_size / float(np.mean([run.samples_per_s for run in single])) / (cell.workers if strong else 1)
+    real_s = float(np.mean([batch / run.samples_per_s for run in real]))
+    ideal = float(np.mean([cell.batch_size / run.samples_per_s for run in single])) / (cell.workers if strong else 1)
     causes = limiter.split(*steps, workers=cell.workers, strong=strong, waits=waits, loss_s=real_s - ideal)
     yield {
         "config": cell.config, "exchange": cell.exchange, "workers": cell.workers, "variant": dict(cell.variant),

@@ -1,0 +1,203 @@
+"""Calibrate the models from what was measured: computation from ``none``, the network from what exchanges add. Residuals are shown."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import optimize, stats
+
+from scaletrain import plugins
+from scaletrain.collectives.cost import Network
+from scaletrain.errors import UserError
+from scaletrain.scaling import predict
+from scaletrain.scaling.network import Preset
+from scaletrain.scaling.predict import Compute
+
+FAR = 8  # times the measured workers; beyond that a prediction has to be asked for
+
+
+class Parameter(NamedTuple):
+    """A fitted value with its 95 % interval (None: too few measurements to tell)."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class Fit(NamedTuple):
+    """Calibrated models. ``residuals`` are predicted / measured - 1 of every measurement used."""
+
+    compute: Compute
+    latency_s: Parameter
+    bandwidth_bytes_per_s: Parameter
+    overlap: bool
+    residuals: list[dict[str, Any]]
+    max_workers: int
+
+    @property
+    def network(self) -> Preset:
+        return Preset(Network(self.latency_s.value, self.bandwidth_bytes_per_s.value), "fitted")
+
+    def check_reach(self, workers: int, far: bool) -> None:
+        """Raises ``UserError`` for a worker count beyond ``FAR`` times the measured ones, unless it is asked for."""
+        if workers > FAR * self.max_workers and not far:
+            raise UserError(
+                f"--workers: {workers} is more than {FAR} times the {self.max_workers} that were measured"
+                f" (allowed: up to {FAR * self.max_workers}, or --far)"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "compute": self.compute._asdict(),
+            "latency_s": self.latency_s._asdict(),
+            "bandwidth_bytes_per_s": self.bandwidth_bytes_per_s._asdict(),
+            "overlap": self.overlap, "max_workers": self.max_workers, "residuals": self.residuals,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Fit":
+        return cls(
+            Compute(**value["compute"]), Parameter(**value["latency_s"]), Parameter(**value["bandwidth_bytes_per_s"]),
+            value["overlap"], value["residuals"], value["max_workers"],
+        )  # fmt: skip
+
+
+class Timing(NamedTuple):
+    """One measured exchange: ``strategy`` as ``predict.exchange_s`` takes it."""
+
+    strategy: str
+    workers: int
+    num_bytes: float
+    seconds: float
+
+
+def fit_exchanges(timings: Sequence[Timing]) -> tuple[Parameter, Parameter]:
+    """(latency_s, bandwidth_bytes_per_s) that explain pure exchanges best: least squares of the logarithms' differences."""
+
+    def residuals(network: Network) -> list[float]:
+        on = Preset(network, "")
+        return [
+            math.log(predict.exchange_s(t.strategy, t.workers, t.num_bytes, on) / t.seconds)
+            for t in timings
+            if t.workers > 1
+        ]
+
+    return _least_squares(residuals)
+
+
+def _least_squares(residuals: Callable[[Network], list[float]]) -> tuple[Parameter, Parameter]:
+    """Fit latency and bandwidth (as logarithms: both are positive); intervals from the Jacobian where freedom is left.
+
+    Where the measurements do not tell the latency (all messages are large), it stays at its start and has no interval.
+    """
+
+    def vector(logs: np.ndarray) -> np.ndarray:
+        return np.array(residuals(Network(float(np.exp(logs[0])), float(np.exp(logs[1])))))
+
+    bounds = ([math.log(1e-7), math.log(1e4)], [math.log(0.1), math.log(1e12)])
+    found = min(
+        (
+            optimize.least_squares(
+                vector, [math.log(1e-4), math.log(start)], bounds=bounds, loss="soft_l1", f_scale=0.05
+            )
+            for start in (1e7, 1e8, 1e9, 1e10)
+        ),
+        key=lambda result: result.cost,
+    )
+    errors = vector(found.x)
+    freedom = len(errors) - 2
+    half = [None, None]
+    if freedom > 0:
+        normal = found.jac.T @ found.jac
+        variance = float(errors @ errors) / freedom
+        with np.errstate(all="ignore"):
+            covariance = np.linalg.pinv(normal) * variance
+        scale = float(stats.t.ppf(0.975, freedom))
+        known = np.abs(found.jac).max(axis=0) > 1e-6
+        half = [scale * math.sqrt(max(0.0, covariance[i, i])) if known[i] else None for i in range(2)]  # type: ignore[misc]
+    made = []
+    for log, width in zip(found.x, half, strict=True):
+        interval = (None, None) if width is None or width > 50 else (math.exp(log - width), math.exp(log + width))
+        made.append(Parameter(math.exp(log), *interval))
+    return made[0], made[1]
+
+
+def fit_compute(rows: Sequence[Mapping[str, Any]]) -> Compute:
+    """Seconds a sample and a step from one worker's runs with ``none`` at one or more batch sizes."""
+    points = [
+        (row["batch_size"], row["forward_s"] + row["backward_s"] + row["input_s"], row["update_s"]) for row in rows
+    ]
+    if not points:
+        raise UserError(
+            "fit: the report has no run of one worker with the exchange none (measure none, or with --split)"
+        )
+    update = float(np.mean([p[2] for p in points]))
+    if len({p[0] for p in points}) == 1:
+        return Compute(points[0][1] / points[0][0], 0.0, update)
+    solved, _ = optimize.nnls(np.array([[p[0], 1.0] for p in points]), np.array([p[1] for p in points]))
+    return Compute(float(solved[0]), float(solved[1]), update)
+
+
+def strategy_of(exchange: str) -> str | None:
+    """The model of an exchange's label: ``ring@gloo`` is ``ring``, ``native`` a ring, a synchronous server ``server``.
+
+    None: it has no model.
+    """
+    name = exchange.partition("@")[0]
+    if name in ("native", "horovod", "scheduled"):
+        return "ring"
+    if name in ("parameter_server", "parameter_server:sync"):
+        return "server"
+    return name if name in plugins.names("collective") else None
+
+
+def fit_report(
+    report: Mapping[str, Any], num_bytes: float, overlap: bool = True, max_workers: int | None = None
+) -> Fit:
+    """Calibrate from a scaling report. ``num_bytes``: of the gradients. ``max_workers``: use only rows up to there.
+
+    Raises:
+        UserError: nothing to calibrate from.
+    """
+    everything = [*report["rows"], *report["references"]]
+    used = [r for r in everything if r["runs"] and (max_workers is None or r["workers"] <= max_workers)]
+    compute = fit_compute([r for r in used if r["exchange"] == "none" and r["workers"] == 1])
+    alone = {_key(r): r for r in used if r["exchange"] == "none"}
+    cells = [(r, s, alone.get(_key(r))) for r in used if r["workers"] > 1 and (s := strategy_of(r["exchange"]))]
+    if not cells:
+        raise UserError(
+            "fit: the report has no exchange between several workers that has a model (collectives, native, parameter_server)"
+        )
+
+    def predicted(row: Mapping[str, Any], strategy: str, none: Mapping[str, Any] | None, on: Preset) -> float:
+        share = row["batch_size"] / row["workers"]
+        if none is None:
+            return predict.step_s(strategy, row["workers"], share, num_bytes, compute, on, overlap=overlap)
+        # What these workers take without an exchange was measured: cores that they share are in it.
+        pass_s = none["step_s_mean"] - none["update_s"]
+        beside = Compute(0.0, pass_s, none["update_s"])
+        return predict.step_s(strategy, row["workers"], share, num_bytes, beside, on, overlap=overlap)
+
+    def residuals(network: Network) -> list[float]:
+        on = Preset(network, "")
+        return [math.log(predicted(r, s, none, on) / r["step_s_mean"]) for r, s, none in cells]
+
+    latency, bandwidth = _least_squares(residuals)
+    on = Preset(Network(latency.value, bandwidth.value), "fitted")
+    table = []
+    for row, strategy, none in cells:
+        guess = predicted(row, strategy, none, on)
+        table.append(
+            {
+                "exchange": row["exchange"],
+                "workers": row["workers"],
+                "measured_s": row["step_s_mean"],
+                "predicted_s": guess,
+            }
+        )
+    return Fit(compute, latency, bandwidth, overlap, table, max(r["workers"] for r in used))
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["config"], row["workers"], row["batch_size"], str(row["variant"])
