@@ -69,6 +69,7 @@ class _Link:
         self.starts, self.elements = layout(blocks)
         self.place = {key: place for place, key in enumerate(sorted(block.key for block in blocks))}
         self.blocked: set[int] = set()  # sockets whose queue is full
+        self.attempts = 0
         self.epoch = 0  # connections made; an answer of an older one has an old version
 
 
@@ -449,8 +450,9 @@ class Client:
                 continue
             link.endpoint = nearest([str(e) for e in address["endpoints"]])  # type: ignore[attr-defined]
             trouble = "does not answer"
+            link.attempts += 1
             for number in range(self._num_connections):
-                if not self._open(link, number, min(deadline, time.monotonic() + 1.0)):
+                if not self._open(link, number, min(deadline, time.monotonic() + 2.0)):
                     break
             else:
                 if self._join(link, deadline):
@@ -483,7 +485,7 @@ class Client:
         nonce = security.nonce()
         hello = {
             "rank": self.rank, "workers": self.settings.workers, "connection": number, "incarnation": self._incarnation,
-            "nonce": nonce,
+            "nonce": nonce, "attempt": link.attempts,
         }  # fmt: skip
         socket.send_multipart([Header(Kind.HELLO).pack(), wire.to_json(hello)])
         message = self._next(link, socket, deadline)

@@ -51,6 +51,7 @@ class Peer:
     connection: int = 0
     session: int = 0  # 0: not admitted yet
     incarnation: int = 0
+    attempt: int = 0
     nonces: tuple[str, str] = ("", "")
 
 
@@ -59,6 +60,7 @@ class Worker:
     """One rank, as this server sees it."""
 
     incarnation: int
+    attempt: int = 0  # of its connecting; messages of earlier ones may be read late
     routes: dict[int, bytes] = field(default_factory=dict)
     joined: bool = False
     gradients: Slab | None = None
@@ -276,17 +278,17 @@ class Server:
 
     def _hello(self, route: bytes, message: Message) -> None:
         value = message.json()
-        numbers = [value.get(name) for name in ("rank", "workers", "connection", "incarnation")]
+        numbers = [value.get(name) for name in ("rank", "workers", "connection", "incarnation", "attempt")]
         if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
             raise Refused("malformed HELLO")
-        rank, workers, connection, incarnation = numbers
+        rank, workers, connection, incarnation, attempt = numbers
         if workers != self.settings.workers or not 0 <= rank < workers or connection >= 64:
             raise Refused("rank or number of workers does not fit the job")
         if route not in self._peers and len(self._peers) >= 2 * self.settings.workers * self._connections() + 8:
             self._forget_closed()
             if len(self._peers) >= 2 * self.settings.workers * self._connections() + 8:
                 raise Refused("too many clients")
-        peer = Peer(route, rank, connection, 0, incarnation)
+        peer = Peer(route, rank, connection, 0, incarnation, attempt)
         self._peers[route] = peer
         if self.settings.on_one_host or self.settings.encrypted:
             return self._admit(peer)
@@ -306,16 +308,19 @@ class Server:
         self._admit(peer)
 
     def _admit(self, peer: Peer) -> None:
+        worker = self._workers.get(peer.rank)
+        if worker is not None and worker.incarnation == peer.incarnation and peer.attempt < worker.attempt:
+            self._peers.pop(peer.route, None)  # given up meanwhile: it is here over another connection
+            return
         session = secrets.randbits(63) | 1
         if not self._send(peer, Header(Kind.WELCOME, session=session), wire.to_json({"server": self.index})):
-            return  # it has given up meanwhile, and may be here again over another connection
+            return
         peer.session = session
-        worker = self._workers.get(peer.rank)
         if worker is None or worker.incarnation != peer.incarnation:
             if worker is not None and worker.joined:
                 self._lose(peer.rank, "started again")
             worker = self._workers[peer.rank] = Worker(peer.incarnation)
-        worker.heard = time.monotonic()
+        worker.heard, worker.attempt = time.monotonic(), peer.attempt
         worker.routes[peer.connection] = peer.route
 
     def _set_up(self, peer: Peer, worker: Worker, message: Message) -> None:
@@ -739,6 +744,7 @@ def main(run_dir: Path, index: int, settings: Settings, until_left: bool = False
     end_with_parent()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     torch.set_num_threads(1)
+    torch.optim.SGD([torch.zeros(1)])  # torch imports more for its first optimizer: before workers wait for an answer
     server = Server(settings, run_dir, index)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
