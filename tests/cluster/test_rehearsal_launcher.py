@@ -1,0 +1,226 @@
+"""Jobs on a rehearsed cluster: the same training, traffic that crosses the links, faults whose cause is named, nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scaletrain import plugins
+from scaletrain.errors import UserError
+from scaletrain.launching.job import Companion, Job
+from scaletrain.launching.launchers import rehearsal
+from scaletrain.launching.rehearsal import cluster
+from tests.conftest import require
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
+EMULATED = """
+model: {name: mlp, sizes: [1, 256, 10]}
+data: {name: synthetic, shape: [1], classes: 10, samples: 256, test_samples: 16}
+batch_size: 16
+steps: 30
+compute: {step_s: 0.03}
+threads: 1
+workers: 4
+launcher: {name: rehearsal}
+timeout_s: 5
+"""
+
+
+def job(run_dir: Path, workers: int = 4, **more) -> Job:
+    return Job((sys.executable, "-m", "scaletrain.training.worker", str(run_dir)), workers, run_dir, **more)
+
+
+def test_plan_is_pure_and_places_workers_and_servers_on_hosts(tmp_path):
+    companions = (Companion("server 0", ("serve", "0"), restarts=2),)
+    plan = rehearsal.plan(
+        job(tmp_path, companions=companions), hosts=2, straggler={1: 2.0}, faults=[{"at_step": 3, "cut": 2}]
+    )
+    assert plan == rehearsal.plan(
+        job(tmp_path, companions=companions), hosts=2, straggler={1: 2.0}, faults=[{"at_step": 3, "cut": 2}]
+    )
+    enter = [command.argv[: command.argv.index("-m", 3)] for command in plan.commands]
+    assert [argv[4] for argv in enter] == ["0", "0", "1", "1"]
+    keys = ("RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR")
+    places = [tuple(dict(command.env)[key] for key in keys) for command in plan.commands]
+    on_h0 = "10.77.0.1"
+    assert places == [("0", "0", "0", on_h0), ("1", "1", "0", on_h0), ("2", "0", "1", on_h0), ("3", "1", "1", on_h0)]
+    assert plan.companions is not None
+    assert [companion.name for companion in plan.companions] == ["rehearsal", "server 0"]
+    assert plan.companions[1].argv[-3:] == ("2", "serve", "0") and plan.companions[1].restarts == 2
+    settings = json.loads(dict(plan.files)[tmp_path / "rehearsal" / "settings.json"])
+    assert settings["cluster"]["hosts"] == 3 and settings["faults"][0]["action"] == "cut"
+    assert all(line.startswith("EMULATED") for line in plan.explain)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hosts": 3}, "4 workers do not spread evenly over 3 hosts"),
+        ({"bandwidth": "1 Gigabyte"}, "bandwidth: '1 Gigabyte' is not a rate"),
+        ({"straggler": {4: 2.0}}, "straggler"),
+        ({"faults": [{"at_step": 1, "cuts": 2}]}, "did you mean 'cut'"),
+        ({"faults": [{"at_step": 1}]}, "exactly one of cut, heal, kill, slow"),
+        ({"faults": [{"at_step": 1, "cut": 4}]}, "4 is not a host"),
+        ({"faults": [{"at_step": -1, "cut": 1}]}, "at_step: -1"),
+        ({"faults": [{"at_step": 1, "slow": 1}]}, "slow needs one of factor"),
+        ({"faults": [{"at_step": 1, "kill": 1, "factor": 2}]}, "belong to slow"),
+        ({"faults": ["cut"]}, "'cut' is not allowed"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        rehearsal.plan(job(tmp_path), **options)
+
+
+def test_options_are_read_from_the_signature():
+    schema = plugins.options("launcher", "rehearsal")
+    assert schema is not None
+    made = schema.model_validate({"straggler": {3: 2.0}, "faults": [{"at_step": 20, "cut": 3}], "bandwidth": None})
+    assert made.model_dump()["straggler"] == {3: 2.0} and made.model_dump()["hosts"] is None
+
+
+@pytest.fixture
+def namespaces():
+    try:
+        cluster.check_machine()
+    except UserError as missing:
+        require("namespaces", False, str(missing))
+
+
+def train(config: Path, run_dir: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "scaletrain.cli", "train", str(config), "--run-dir", str(run_dir), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110)
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def emulated(tmp_path) -> Path:
+    path = tmp_path / "emulated.yaml"
+    path.write_text(EMULATED, encoding="utf-8")
+    return path
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_same_training_as_on_one_host_and_every_gradient_crosses_the_links(tmp_path, namespaces):
+    common = ("--workers", "4", "--set", "epochs=1", "--exchange", "ring")
+    summaries = []
+    for launcher in ("local", "rehearsal"):
+        done = train(EXAMPLE, tmp_path / launcher, *common, "--launcher", launcher)
+        assert done.returncode == 0, done.stdout + done.stderr
+        summaries.append(read(tmp_path / launcher / "summary.json"))
+    assert summaries[1]["final_loss"] == pytest.approx(summaries[0]["final_loss"], abs=1e-4)
+    assert not summaries[0]["emulated"] and summaries[1]["emulated"]
+    assert summaries[1]["emulation"]["network"]["bandwidth"] == "1Gbit"
+    # A ring sends 2 (p - 1) / p of the gradients, each step, from each host. Shared memory would leave the links empty.
+    parameters = sum(
+        width for width in (32 * 9 + 32, 64 * 32 * 9 + 64, 128 * 64 * 9 + 128, 512 * 256 + 256, 256 * 10 + 10)
+    )
+    least = 14 * 2 * 3 / 4 * 4 * parameters
+    emulation = read(tmp_path / "rehearsal" / "emulation.json")
+    for host in ("h0", "h1", "h2", "h3"):
+        assert least < emulation["traffic"][host]["sent_bytes"] < 2 * least
+    assert not (tmp_path / "rehearsal" / "rehearsal" / "cluster.json").exists()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize(("host", "named"), [(3, "rank 3 on h3"), (0, "rank 0 on h0")])
+def test_a_host_that_is_cut_off_in_mid_step_ends_the_job_in_time_and_is_named(
+    tmp_path, namespaces, emulated, host, named
+):
+    done = train(emulated, tmp_path / "run", "--set", f"launcher.faults=[{{at_step: 10, cut: {host}}}]")
+    ended = time.time()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert named in done.stderr and "network" in done.stderr
+    failure = read(tmp_path / "run" / "failure.json")
+    assert (failure["rank"], failure["host"], failure["kind"], failure["step"]) == (host, f"h{host}", "cut", 10)
+    (fault,) = read(tmp_path / "run" / "emulation.json")["faults"]
+    assert ended - fault["time"] < 5 + 15  # the stated time-out, and room for a busy machine
+    assert no_leftovers(tmp_path / "run")
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_host_that_loses_power_is_named(tmp_path, namespaces, emulated):
+    done = train(emulated, tmp_path / "run", "--set", "launcher.faults=[{at_step: 10, kill: 2}]")
+    assert done.returncode == 128 + signal.SIGKILL, done.stdout + done.stderr
+    failure = read(tmp_path / "run" / "failure.json")
+    assert (failure["rank"], failure["kind"]) == (2, "signal")
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_stragglers_and_slow_faults_slow_the_job_by_their_factor(tmp_path, namespaces, emulated):
+    options = ["--set", "launcher.straggler={1: 2.0}", "--set", "launcher.faults=[{at_step: 15, slow: 2, factor: 6.0}]"]
+    done = train(emulated, tmp_path / "run", "--set", "compute.step_s=0.1", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "rank-0.jsonl").read_text().splitlines()]
+    before = sorted(record["step_s"] for record in records[3:14])
+    after = sorted(record["step_s"] for record in records[18:])
+    assert before[len(before) // 2] == pytest.approx(0.2, rel=0.35)
+    assert after[len(after) // 2] == pytest.approx(0.6, rel=0.35)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_slowness_that_nothing_would_notice_is_refused(tmp_path, namespaces):
+    done = train(
+        EXAMPLE, tmp_path / "run", "--workers", "2", "--set", "launcher={name: rehearsal, straggler: {1: 2.0}}"
+    )
+    assert done.returncode != 0 and "give compute" in done.stdout + done.stderr
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_kill_9_of_the_launcher_leaves_nothing(tmp_path, namespaces, emulated):
+    run_dir = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "scaletrain.cli",
+        "train",
+        str(emulated),
+        "--run-dir",
+        str(run_dir),
+        "--set",
+        "steps=5000",
+    ]
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 80
+    while not (run_dir / "rank-3.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of(run_dir)
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    assert no_leftovers(run_dir)
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(run_dir).encode() in (entry / "cmdline").read_bytes():
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+def no_leftovers(run_dir: Path) -> bool:
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        if not processes_of(run_dir):
+            return True
+        time.sleep(0.1)
+    return False
