@@ -48,7 +48,11 @@ class HorovodExchange(Exchange):
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # The optimizer's state stays as it is: every rank has loaded the same, or none.
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            self._hvd.broadcast_(tensor.data, 0, name=f"weights.{name}")
+            # A copy where Horovod would refuse the layout; bytes, so that every dtype passes.
+            whole = tensor.data.contiguous()
+            self._hvd.broadcast_(whole.view(-1).view(torch.uint8), 0, name=f"weights.{name}")
+            if whole.data_ptr() != tensor.data_ptr():
+                tensor.data.copy_(whole)
         for name, parameter in self._parameters.items():
             parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._ready(name, p))
         return model
