@@ -160,43 +160,56 @@ def fit_report(
     Raises:
         UserError: nothing to calibrate from.
     """
-    everything = [*report["rows"], *report["references"]]
-    used = [r for r in everything if r["runs"] and (max_workers is None or r["workers"] <= max_workers)]
+    used = [r for r in _measured(report) if max_workers is None or r["workers"] <= max_workers]
     compute = fit_compute([r for r in used if r["exchange"] == "none" and r["workers"] == 1])
     alone = {_key(r): r for r in used if r["exchange"] == "none"}
-    cells = [(r, s, alone.get(_key(r))) for r in used if r["workers"] > 1 and (s := strategy_of(r["exchange"]))]
+    cells = [(r, s) for r in used if r["workers"] > 1 and (s := strategy_of(r["exchange"]))]
     if not cells:
         raise UserError(
-            "fit: the report has no exchange between several workers that has a model (collectives, native, parameter_server)"
+            "fit: no exchange between several workers in the report has a model (collectives, native, parameter_server)"
         )
-
-    def predicted(row: Mapping[str, Any], strategy: str, none: Mapping[str, Any] | None, on: Preset) -> float:
-        share = row["batch_size"] / row["workers"]
-        if none is None:
-            return predict.step_s(strategy, row["workers"], share, num_bytes, compute, on, overlap=overlap)
-        # What these workers take without an exchange was measured: cores that they share are in it.
-        pass_s = none["step_s_mean"] - none["update_s"]
-        beside = Compute(0.0, pass_s, none["update_s"])
-        return predict.step_s(strategy, row["workers"], share, num_bytes, beside, on, overlap=overlap)
 
     def residuals(network: Network) -> list[float]:
         on = Preset(network, "")
-        return [math.log(predicted(r, s, none, on) / r["step_s_mean"]) for r, s, none in cells]
+        return [
+            math.log(_step_s(r, s, alone.get(_key(r)), compute, num_bytes, overlap, on) / r["step_s_mean"])
+            for r, s in cells
+        ]
 
     latency, bandwidth = _least_squares(residuals)
-    on = Preset(Network(latency.value, bandwidth.value), "fitted")
-    table = []
-    for row, strategy, none in cells:
-        guess = predicted(row, strategy, none, on)
-        table.append(
-            {
-                "exchange": row["exchange"],
-                "workers": row["workers"],
-                "measured_s": row["step_s_mean"],
-                "predicted_s": guess,
-            }
-        )
-    return Fit(compute, latency, bandwidth, overlap, table, max(r["workers"] for r in used))
+    fitted = Fit(compute, latency, bandwidth, overlap, [], max(r["workers"] for r in used))
+    return fitted._replace(
+        residuals=predictions(fitted, {"rows": [r for r, _ in cells], "references": [*alone.values()]}, num_bytes)
+    )
+
+
+def predictions(fitted: Fit, report: Mapping[str, Any], num_bytes: float) -> list[dict[str, Any]]:
+    """Measured and predicted seconds of a step, for every row of several workers whose exchange has a model."""
+    alone = {_key(r): r for r in _measured(report) if r["exchange"] == "none"}
+    rows = [(r, s) for r in report["rows"] if r["runs"] and r["workers"] > 1 and (s := strategy_of(r["exchange"]))]
+    return [
+        {
+            "exchange": row["exchange"], "workers": row["workers"], "measured_s": row["step_s_mean"],
+            "predicted_s": _step_s(row, strategy, alone.get(_key(row)), fitted.compute, num_bytes, fitted.overlap, fitted.network),
+            "in_fit": row["workers"] <= fitted.max_workers,
+        }
+        for row, strategy in rows
+    ]  # fmt: skip
+
+
+def _step_s(
+    row: Mapping[str, Any], strategy: str, none: Mapping[str, Any] | None, compute: Compute, num_bytes: float, overlap: bool, on: Preset
+) -> float:  # fmt: skip
+    """A row's step. Where the same workers were measured without an exchange, their computation is known: shared cores are in it."""
+    if none is not None:
+        compute = Compute(0.0, none["step_s_mean"] - none["update_s"], none["update_s"])
+    return predict.step_s(
+        strategy, row["workers"], row["batch_size"] / row["workers"], num_bytes, compute, on, overlap=overlap
+    )
+
+
+def _measured(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [row for row in [*report["references"], *report["rows"]] if row["runs"]]
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

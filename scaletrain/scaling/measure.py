@@ -21,6 +21,7 @@ class Run(NamedTuple):
     parts: dict[str, np.ndarray]  # each of PARTS
     samples: np.ndarray
     sent_bytes: float | None  # by one rank in one step, mean; None: the exchange does not count
+    gradient_bytes: int | None  # of the model's parameters; None: there is no checkpoint to read it from
 
     @property
     def workers(self) -> int:
@@ -79,4 +80,18 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
         parts={part: array(part) for part in PARTS},
         samples=array("samples"),
         sent_bytes=float(np.mean(sent)) if sent else None,
+        gradient_bytes=_gradient_bytes(run_dir),
     )
+
+
+def _gradient_bytes(run_dir: Path) -> int | None:
+    """Bytes of the model's tensors, read from the header of a checkpoint (safetensors: a length, then JSON)."""
+    for path in sorted(run_dir.glob("step-*.safetensors")):
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 100_000_000:
+                return None
+            header = json.loads(file.read(length))
+        spans = [tensor["data_offsets"] for name, tensor in header.items() if name.startswith("model.")]
+        return sum(end - start for start, end in spans)
+    return None

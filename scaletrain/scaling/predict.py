@@ -23,15 +23,17 @@ class Compute(NamedTuple):
 
 
 class Stragglers(NamedTuple):
-    """How a worker's computation varies from step to step: lognormal with this coefficient of variation, and rare long delays."""
+    """How a worker's computation varies from step to step: lognormal with this coefficient of variation, rare long delays, and an
+    exponential delay of mean ``tail`` (in units of the computation)."""
 
     variation: float = 0.0  # standard deviation / mean
     slow_probability: float = 0.0
     slow_factor: float = 1.0  # a slow step takes so many times as long
+    tail: float = 0.0
 
     @property
     def is_none(self) -> bool:
-        return self.variation == 0 and self.slow_probability == 0
+        return self.variation == 0 and self.slow_probability == 0 and self.tail == 0
 
 
 def buckets(num_bytes: float, bucket_bytes: float = BUCKET_BYTES) -> list[float]:
@@ -93,4 +95,6 @@ def slowest_factor(workers: int, backups: int, stragglers: Stragglers, draws: in
     sigma = math.sqrt(math.log(1 + stragglers.variation**2))
     times = random.lognormal(-sigma * sigma / 2, sigma, size=(draws, total))
     times = np.where(random.random((draws, total)) < stragglers.slow_probability, times * stragglers.slow_factor, times)
+    if stragglers.tail:
+        times = times + random.exponential(stragglers.tail, size=times.shape)
     return float(np.partition(times, workers - 1, axis=1)[:, workers - 1].mean())

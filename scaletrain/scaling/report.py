@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from scaletrain import plugins
 from scaletrain.errors import UserError
 from scaletrain.metrics import environment
 from scaletrain.scaling import limiter, sweep
+from scaletrain.scaling.fit import Fit, fit_report, predictions, strategy_of
 from scaletrain.scaling.intervals import Mean, mean, percentiles
 from scaletrain.scaling.measure import PARTS, Run, read_run
+from scaletrain.scaling.predict import step_s as step
 
 VERSION = 1
 PERCENTS = (10, 50, 90, 95)
@@ -91,7 +94,8 @@ def _report(measured: Measured, header: dict[str, Any], *, strong: bool, threads
         "references": references,
         "predictions": [],
     }
-    _name_alternatives(rows, losses)
+    fitted = _predictions(report)
+    _name_alternatives(rows, losses, fitted)
     report["summary"] = summary(report)
     return report
 
@@ -123,7 +127,7 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
         "samples_per_s": None, "samples_per_s_ci95": None, "speedup": None, "speedup_ci95": None, "efficiency": None,
         **{f"step_s_p{p}": None for p in PERCENTS}, "step_s_mean": None, "step_s_ci95": None,
         "exposed_comm_s": None, "exposed_comm_s_ci95": None,
-        **dict.fromkeys(PARTS), "bytes_sent": None, "final_loss": None, "test_accuracy": None,
+        **dict.fromkeys(PARTS), "bytes_sent": None, "gradient_bytes": None, "final_loss": None, "test_accuracy": None,
         "target_step": None, "target_s": None, "emulation": None,
         "oversubscribed": bool(cores and threads and cell.workers * threads > cores),
         "repeats": len(runs), "failures": failures, "baseline": None, "runs": [],
@@ -145,6 +149,7 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
     for key in ("final_loss", "test_accuracy", "target_step", "target_s"):
         values = [run.summary[key] for run in runs if run.summary.get(key) is not None]
         row[key] = float(np.mean(values)) if values else None
+    row["gradient_bytes"] = next((run.gradient_bytes for run in runs if run.gradient_bytes), None)
     row["emulation"] = next((text for run in runs if (text := _emulation(run.summary))), None)
     row["runs"] = [
         {"samples_per_s": run.samples_per_s, "step_s": run.step_s, "wall_s": run.summary.get("wall_s")} for run in runs
@@ -247,8 +252,8 @@ def _step(runs: Sequence[Run]) -> limiter.Step:
     )
 
 
-def _name_alternatives(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str, Any]]) -> None:
-    """Where communication limits and another exchange was measured to be better, say so: a measurement beats general advice."""
+def _name_alternatives(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str, Any]], fitted: Fit | None) -> None:
+    """Where communication limits, name the better exchange: one that was measured, else the collective that is predicted to be best."""
     for loss in losses:
         if loss["limiter"] != "communication":
             continue
@@ -256,13 +261,58 @@ def _name_alternatives(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str
         own = next((r for r in alike if r["exchange"] == loss["exchange"]), None)
         others = [r for r in alike if r["exchange"] not in (loss["exchange"], "none")]
         best = max(others, key=lambda r: r["efficiency"], default=None)
+        better = None
         if own and best and best["efficiency"] > own["efficiency"] * 1.02:
             better = (
                 f"{best['exchange']} instead of {loss['exchange']} measured"
                 f" {own['efficiency']:.2f} -> {best['efficiency']:.2f}"
             )
+        elif own and fitted:
+            better = _predicted_alternative(own, fitted)
+        if better:
             causes = [limiter.Cause(*item) for item in loss["causes"].items()]
             loss["sentence"] = limiter.sentence(causes, loss["efficiency"], better)
+
+
+def _predicted_alternative(row: Mapping[str, Any], fitted: Fit) -> str | None:
+    """The collective that the calibrated model expects to beat this row's exchange, if there is one."""
+    own = strategy_of(row["exchange"])
+    if own is None or row["gradient_bytes"] is None:
+        return None
+    share = row["batch_size"] / row["workers"]
+
+    def step_s(name: str) -> float:
+        return step(
+            name, row["workers"], share, row["gradient_bytes"], fitted.compute, fitted.network, overlap=fitted.overlap
+        )
+
+    best = min((name for name in plugins.names("collective") if name != "two_level"), key=step_s)
+    gain = step_s(own) / step_s(best)
+    if best == own or gain < 1.02:
+        return None
+    return f"{best} instead of {row['exchange']} predicts {row['efficiency']:.2f} -> {row['efficiency'] * gain:.2f}"
+
+
+def _predictions(report: dict[str, Any]) -> Fit | None:
+    """Calibrate the models on this very report, where it has what that takes, and set predicted beside measured.
+
+    With three or more worker counts above one, the largest is left out of the calibration: its prediction is one. None where
+    rows differ in more than exchange and workers, or no exchange has a model.
+    """
+    rows = [row for row in report["rows"] if row["runs"]]
+    alike = {(row["config"], str(row["variant"]), row["gradient_bytes"]) for row in rows}
+    num_bytes = rows[0]["gradient_bytes"] if rows else None
+    if len(alike) != 1 or num_bytes is None:
+        return None
+    several = sorted({row["workers"] for row in rows if row["workers"] > 1})
+    fitted_to = several[-2] if len(several) > 2 else None
+    try:
+        fitted = fit_report(report, num_bytes, max_workers=fitted_to)
+    except UserError:
+        return None
+    report["predictions"] = predictions(fitted, report, num_bytes)
+    report["header"]["calibrated_on"] = f"up to {fitted.max_workers} workers"
+    return fitted
 
 
 def _baseline_text(rows: Sequence[Mapping[str, Any]]) -> str:

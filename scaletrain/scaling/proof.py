@@ -1,0 +1,166 @@
+"""Predictions held against figures that they were not made from: the literature's, and rehearsals at more hosts than were fitted."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import optimize
+
+from scaletrain.collectives import cost
+from scaletrain.collectives.cost import Network
+from scaletrain.scaling import network, predict
+from scaletrain.scaling.fit import Parameter, Timing, fit_exchanges
+from scaletrain.scaling.network import Preset
+from scaletrain.scaling.predict import Stragglers
+from scaletrain.scaling.simulate import MODEL_BYTES
+
+IMAGENET = 1_281_167  # training images
+
+
+class Published(NamedTuple):
+    """A row of FireCaffe's table. ``hours`` of a whole training, ``epochs`` of it; † in the paper's digest: read from memory."""
+
+    model: str
+    gpus: int
+    batch: int
+    epochs: int
+    hours: float
+
+
+ONE_GPU = {"nin": Published("nin", 1, 256, 47, 5.8 * 24), "googlenet": Published("googlenet", 1, 32, 64, 21 * 24)}
+FIT_ROWS = (
+    Published("nin", 32, 256, 47, 11.0), Published("nin", 32, 1024, 47, 6.0), Published("googlenet", 32, 1024, 72, 23.4),
+)  # fmt: skip
+SPEEDUPS = {"nin": (47, 39.0), "googlenet": (72, 47.0)}  # epochs at 128 GPUs, published speed-up
+
+
+class FireCaffe(NamedTuple):
+    """What the 32-GPU rows predict for 128 GPUs."""
+
+    bandwidth_bytes_per_s: float
+    fitted: list[tuple[Published, float]]  # row, its fitted hours
+    speedups: dict[str, tuple[float, float]]  # model -> (published, predicted)
+    ratios: dict[int, float]  # workers -> server's time / tree's time
+
+
+def firecaffe() -> FireCaffe:
+    """Fit one bandwidth to FireCaffe's rows of at most 32 GPUs; predict its 128-GPU rows (arXiv 1511.00175, table 3).
+
+    A step is the single GPU's time for the share of the batch plus the tree's allreduce of the whole model, costed on its schedule,
+    nothing overlapped; a training is its epochs of steps. Single-GPU seconds come from the table's single-GPU rows.
+    """
+
+    def hours(row: Published, on: Preset) -> float:
+        single = ONE_GPU[row.model]
+        image_s = single.hours * 3600 / (single.epochs * IMAGENET)
+        step = image_s * row.batch / row.gpus + network.allreduce_s("tree", row.gpus, MODEL_BYTES[row.model], on)
+        return step * row.epochs * IMAGENET / row.batch / 3600
+
+    def error(log_bandwidth: np.ndarray) -> np.ndarray:
+        on = Preset(Network(0.0, float(np.exp(log_bandwidth[0]))), "")
+        return np.array([math.log(hours(row, on) / row.hours) for row in FIT_ROWS])
+
+    bandwidth = float(np.exp(optimize.least_squares(error, [math.log(1e9)]).x[0]))
+    on = Preset(Network(0.0, bandwidth), "")
+    speedups = {
+        model: (published, ONE_GPU[model].hours / hours(Published(model, 128, 1024, epochs, 0.0), on))
+        for model, (epochs, published) in SPEEDUPS.items()
+    }
+    return FireCaffe(
+        bandwidth, [(row, hours(row, on)) for row in FIT_ROWS], speedups, {p: server_tree_ratio(p) for p in (32, 128)}
+    )
+
+
+def server_tree_ratio(workers: int, num_bytes: float = 1e9) -> float:
+    """A streaming server's time over the binomial tree's: p / (2 log2 p) in FireCaffe's section 4, here from the two schedules.
+
+    The star runs on p + 1 ranks (the server is no worker) in many segments, so that the server sends while it receives, without latency.
+    """
+    from scaletrain.collectives import star, tree
+
+    on = Network(0.0, 1e9)
+    segments = 2**20
+    whole = cost.loads_of(
+        star.schedule(workers + 1, segments=2)
+    )  # first, middle and last round of any number of segments
+    first, middle, last = (load._replace(one_way=load.one_way * 2 / segments) for load in whole)
+    streamed = [first, middle._replace(repeats=segments - 1), last]
+    server = cost.predict_seconds(streamed, int(num_bytes), on)
+    return server / cost.predict_seconds(tree.schedule(workers), int(num_bytes), on)
+
+
+class Backups(NamedTuple):
+    """TensorFlow's backup workers (OSDI'16, section 6.3), predicted."""
+
+    tail: float
+    load_s: float  # what each worker more adds to a step at the servers
+    steps: dict[int, float]  # backup workers -> seconds a step
+    per_resource: dict[int, float]  # backup workers -> gain in step time per machine
+
+
+def backup_workers(most: int = 8) -> Backups:
+    """50 workers and b spare. Fitted to the published steps at b = 0 (2.25 s) and b = 4 (1.93 s); every other b is a prediction.
+
+    A worker's step is a constant and an exponential delay; servers add a time for each worker, which the same paper's null-step test gives:
+    147 ms for 1 worker to 613 ms for 100 with 100 MB on 16 servers, scaled to Inception-v3's 95 MB.
+    """
+    load_s = (0.613 - 0.147) / 99 * 0.95
+
+    def step(b: int, base: float, tail: float) -> float:
+        # The 50th of 50 + b exponentials comes after H(50 + b) - H(b) means, in expectation.
+        return base * (1 + tail * (_harmonic(50 + b) - _harmonic(b))) + load_s * (50 + b)
+
+    def error(values: np.ndarray) -> list[float]:
+        return [step(0, *np.exp(values)) - 2.25, step(4, *np.exp(values)) - 1.93]
+
+    base, tail = np.exp(optimize.fsolve(error, [math.log(1.5), math.log(0.1)]))
+    steps = {b: float(step(b, base, tail)) for b in range(most + 1)}
+    return Backups(float(tail), load_s, steps, {b: steps[0] / t * 50 / (50 + b) - 1 for b, t in steps.items()})
+
+
+def drawn_backup_factor(backups: int, tail: float) -> float:
+    """The same order statistic drawn at random, as ``simulate`` does for any distribution; tests hold it against the closed form."""
+    return predict.slowest_factor(50, backups, Stragglers(tail=tail))
+
+
+def _harmonic(n: int) -> float:
+    return sum(1 / i for i in range(1, n + 1))
+
+
+class Extrapolation(NamedTuple):
+    """A fit on few hosts held against more hosts. ``points``: strategy, workers, measured_s, predicted_s."""
+
+    latency_s: Parameter
+    bandwidth_bytes_per_s: Parameter
+    points: list[dict[str, Any]]
+
+    def errors(self) -> dict[str, float]:
+        """Mean absolute error of each strategy's predictions, as a fraction."""
+        by: dict[str, list[float]] = {}
+        for point in self.points:
+            by.setdefault(point["exchange"], []).append(abs(point["predicted_s"] / point["measured_s"] - 1))
+        return {name: float(np.mean(errors)) for name, errors in by.items()}
+
+
+def extrapolate(timings: Sequence[Timing], fitted_to: int) -> Extrapolation:
+    """Fit latency and bandwidth on the timings of at most ``fitted_to`` workers; predict the others."""
+    latency, bandwidth = fit_exchanges([t for t in timings if t.workers <= fitted_to])
+    on = Preset(Network(latency.value, bandwidth.value), "fitted")
+    points = [
+        {
+            "exchange": t.strategy, "workers": t.workers, "measured_s": t.seconds,
+            "predicted_s": predict.exchange_s(t.strategy, t.workers, t.num_bytes, on),
+        }
+        for t in timings if t.workers > fitted_to
+    ]  # fmt: skip
+    return Extrapolation(latency, bandwidth, points)
+
+
+def timings_of(measured: Sequence[Mapping[str, Any]]) -> list[Timing]:
+    """The median seconds of every collective in files that ``benchmarks/suites/time_exchanges.py`` wrote."""
+    return [
+        Timing(name, one["workers"], one["num_bytes"], float(np.median(seconds)))
+        for one in measured
+        for name, seconds in one["seconds"].items()
+    ]
