@@ -57,12 +57,7 @@ def plan(
         "output": f"{job.run_dir}/slurm-%j.out", "open-mode": "append", "signal": f"USR1@{warn_s}",
     }  # fmt: skip
     step = _torchrun(job, nodes or 1) if tasks == "nodes" else job.argv
-    srun = [
-        "srun",
-        f"--ntasks={allocation['ntasks']}",
-        "--kill-on-bad-exit=1",
-        f"--cpus-per-task={allocation['cpus-per-task']}",
-    ]
+    srun = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={allocation['cpus-per-task']}"]
     srun += [f"--mpi={mpi}"] if mpi else []
     explain = [f"{job.workers} workers, {cpus} core{'s' * (cpus > 1)} and thread{'s' * (cpus > 1)} each"]
     exports = {"OMP_NUM_THREADS": str(cpus), **dict(job.env)}
@@ -70,7 +65,7 @@ def plan(
         explain.append(f"inside allocation {inside}: srun, no new job")
         if tasks == "nodes":
             raise UserError("launcher.tasks: 'nodes' is for batch jobs (allowed inside an allocation: workers)")
-        command = Command("srun", (*srun, *step), tuple(exports.items()), stop_s=15.0)
+        command = Command("srun", (*srun, f"--ntasks={job.workers}", *step), tuple(exports.items()), stop_s=15.0)
         return LaunchPlan((command,), explain=tuple(explain), companions=())
     script = job.run_dir / "job.sbatch"
     lines = [f"#SBATCH --{key}={value}" for key, value in allocation.items() if value not in (None, "")]
@@ -81,7 +76,7 @@ def plan(
         srun=shlex.join(srun),
         step=_words(step) + (" ${SLURM_RESTART_COUNT:+--resume}" if _resumes(job) else ""),
         again=_AGAIN.format(run_dir=shlex.quote(str(job.run_dir))) if requeue and _resumes(job) else "",
-        python=shlex.quote(sys.executable),
+        python=shlex.quote(job.argv[0] if job.argv[1:2] == ("-m",) else sys.executable),
         run_dir=shlex.quote(str(job.run_dir)),
     )
     if not follow:

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Train with mpirun of Open MPI or MPICH, on this host or on those of a host file:
+#   launch/mpirun.sh RUN_DIR WORKERS [HOSTFILE]
+# RUN_DIR is a folder that all hosts share, with the job's YAML in it as config.yaml.
+# Equal to: scaletrain train ... --launcher mpirun --dry-run
+set -eu
+run_dir=$1 workers=$2 hostfile=${3:-}
+python=${PYTHON:-python3}
+mpirun=${MPIRUN:-mpirun}
+cores=$(nproc)
+threads=${OMP_NUM_THREADS:-$((cores / workers > 0 ? cores / workers : 1))}
+[ -z "$hostfile" ] || threads=${OMP_NUM_THREADS:-1}
+if "$mpirun" --version 2>/dev/null | grep -q "Open MPI"; then
+    set --
+    [ "$(id -u)" != 0 ] || set -- "$@" --allow-run-as-root
+    [ -z "$hostfile" ] || set -- "$@" --hostfile "$hostfile"
+    # Open MPI's own default binds each worker to one core, which its other threads then share.
+    set -- "$@" --map-by slot --bind-to none
+    [ -n "$hostfile" ] || [ "$workers" -le "$cores" ] || set -- "$@" --oversubscribe
+    set -- "$@" -x "OMP_NUM_THREADS=$threads"
+else
+    set --
+    [ -z "$hostfile" ] || set -- "$@" -f "$hostfile"
+    set -- "$@" -genv OMP_NUM_THREADS "$threads"
+fi
+exec "$mpirun" -n "$workers" "$@" "$python" -m scaletrain.training.worker "$run_dir"

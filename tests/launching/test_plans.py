@@ -1,0 +1,167 @@
+"""Plans are values: what --dry-run prints. The scripts in launch/ run the same commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scaletrain import plugins
+from scaletrain.errors import UserError
+from scaletrain.launching.job import Companion, Job, script_job
+from scaletrain.launching.launchers import horovodrun, local, mpirun, slurm, torchrun
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+CORES = len(os.sched_getaffinity(0))
+
+
+def job_of(run_dir: Path | str = "/shared/run", workers: int = 4, python: str = sys.executable, **fields) -> Job:
+    argv = (python, "-m", "scaletrain.training.worker", str(run_dir))
+    return Job(argv, workers, Path(run_dir), **fields)
+
+
+@pytest.mark.parametrize("name", [name for name in plugins.names("launcher") if name != "rehearsal"])
+def test_a_plan_is_pure_and_complete(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mpirun, "_which", lambda command: "openmpi")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    plan = plugins.load("launcher", name)
+    first, second = plan(job_of()), plan(job_of())
+    assert first == second
+    text = str(first)
+    assert "scaletrain.training.worker" in text and "/shared/run" in text and "OMP_NUM_THREADS" in text
+    assert not Path("/shared/run").exists(), "planning wrote something"
+
+
+def test_local_names_each_worker_and_guesses_no_port():
+    plan = local.plan(job_of(workers=3))
+    assert [dict(command.env)["RANK"] for command in plan.commands] == ["0", "1", "2"]
+    assert all("MASTER_PORT" not in dict(command.env) for command in plan.commands)
+    assert plan.store_address == "127.0.0.1" and "MASTER_PORT=$PORT" in str(plan)
+
+
+def test_local_threads_share_the_cores_and_too_many_are_told():
+    plan = local.plan(job_of(workers=1))
+    assert dict(plan.commands[0].env)["OMP_NUM_THREADS"] == str(CORES)
+    plan = local.plan(job_of(workers=CORES * 2))
+    assert any("more threads" in line for line in plan.explain)
+    bound = local.plan(job_of(workers=1, threads=1), bind=True)
+    assert bound.commands[0].argv[:2] == ("taskset", "--cpu-list")
+
+
+def test_companions_are_shown():
+    server = Companion("server 0", ("python", "serve.py"))
+    assert "python serve.py" in str(local.plan(job_of(companions=(server,))))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"nodes": "2"}, "endpoint"),
+        ({"nodes": "0"}, "'0'"),
+        ({"nodes": "3:2"}, "3:2"),
+        ({"nodes": "two"}, "two"),
+        ({"nodes": 3, "endpoint": "h0:29400"}, "4 workers"),
+    ],
+)
+def test_torchrun_refuses(options: dict, problem: str):
+    with pytest.raises(UserError, match=problem):
+        torchrun.plan(job_of(), **options)
+
+
+def test_torchrun_elastic_range():
+    argv = torchrun.plan(job_of(), nodes="2:4", endpoint="h0:29400", max_restarts=3).commands[0].argv
+    assert "--nnodes=2:4" in argv and "--nproc-per-node=1" in argv and "--max-restarts=3" in argv
+
+
+def test_mpirun_refuses_what_is_not_there(tmp_path: Path):
+    with pytest.raises(UserError, match="no-such-mpirun"):
+        mpirun.plan(job_of(), command="no-such-mpirun")
+    with pytest.raises(UserError, match="hostfile"):
+        mpirun.plan(job_of(), mpi="openmpi", hostfile=str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="one of them"):
+        mpirun.plan(job_of(), mpi="openmpi", hosts="a", hostfile="b")
+
+
+def test_mpirun_hosts_and_binding():
+    argv = mpirun.plan(job_of(threads=2), mpi="openmpi", hosts="h0,h1", per_host=2, bind=True).commands[0].argv
+    assert argv[argv.index("--host") + 1] == "h0:2,h1:2"
+    assert argv[argv.index("--map-by") + 1] == "ppr:2:node:PE=2" and "--oversubscribe" not in argv
+    argv = mpirun.plan(job_of(), mpi="mpich", hosts="h0,h1", per_host=2).commands[0].argv
+    assert argv[argv.index("-hosts") + 1] == "h0,h1" and argv[argv.index("-ppn") + 1] == "2"
+
+
+def test_horovodrun_slots():
+    argv = horovodrun.plan(job_of()).commands[0].argv
+    assert argv[argv.index("-H") + 1] == "localhost:4"
+
+
+def test_slurm_never_mixes_tasks_and_torchrun(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    workers = slurm.plan(job_of(), nodes=2).files[0][1]
+    assert "#SBATCH --ntasks=4" in workers and "torch.distributed.run" not in workers
+    nodes = slurm.plan(job_of(), tasks="nodes", nodes=2).files[0][1]
+    assert "#SBATCH --ntasks=2" in nodes and "#SBATCH --ntasks-per-node=1" in nodes and "--nproc-per-node=2" in nodes
+    with pytest.raises(UserError, match="nodes: is missing"):
+        slurm.plan(job_of(), tasks="nodes")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    inside = slurm.plan(job_of())
+    assert inside.files == () and inside.commands[0].argv[0] == "srun"
+
+
+def test_slurm_leaves_ranks_to_the_tasks(monkeypatch: pytest.MonkeyPatch):
+    """SLURM_PROCID in the batch shell is 0 for everybody."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    text = slurm.plan(job_of()).files[0][1]
+    assert "PROCID" not in text and "LOCALID" not in text and "NODEID" not in text
+    assert subprocess.run(["sh", "-n"], input=text, text=True).returncode == 0
+
+
+def test_script_jobs():
+    run_dir = Path("/shared/run")
+    assert script_job(["train.py", "--lr", "1"], 2, run_dir).argv[1:3] == ("-m", "scaletrain.training.script")
+    assert script_job(["./program", "x"], 2, run_dir).argv == ("./program", "x")
+    assert script_job(["train.py"], 2, run_dir).serves_store and not script_job(["./program"], 2, run_dir).serves_store
+
+
+# The scripts: each runs with a stand-in for the launcher that prints what it was called with.
+
+
+def called(tmp_path: Path, script: str, *arguments: str, version: str = "") -> list[str]:
+    stub = tmp_path / "stub"
+    stub.write_text(f'#!/bin/sh\n[ "$1" != --version ] || {{ echo "{version}"; exit; }}\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    env |= {"MPIRUN": str(stub), "PYTHON": str(stub) if script == "torchrun.sh" else sys.executable}
+    done = subprocess.run([str(LAUNCH / script), *arguments], env=env, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_torchrun_sh(tmp_path: Path):
+    plan = torchrun.plan(job_of(workers=2))
+    assert called(tmp_path, "torchrun.sh", "/shared/run", "2") == [*plan.commands[0].argv[1:]]
+    plan = torchrun.plan(job_of(workers=4), nodes=2, endpoint="h0:29400")
+    assert called(tmp_path, "torchrun.sh", "/shared/run", "2", "2", "h0:29400") == [*plan.commands[0].argv[1:]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"), [("openmpi", "mpirun (Open MPI) 5.0.11"), ("mpich", "HYDRA build details:")]
+)
+@pytest.mark.parametrize("workers", [1, 64])
+@pytest.mark.parametrize("with_hosts", [False, True])
+def test_mpirun_sh(tmp_path: Path, kind: str, version: str, workers: int, with_hosts: bool):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("h0 slots=64\n")
+    options = {"hostfile": str(hostfile)} if with_hosts else {}
+    plan = mpirun.plan(job_of(workers=workers), mpi=kind, **options)
+    found = called(tmp_path, "mpirun.sh", "/shared/run", str(workers), *options.values(), version=version)
+    assert found == [*plan.commands[0].argv[1:]]
+
+
+def test_slurm_sbatch(monkeypatch: pytest.MonkeyPatch):
+    """The script to copy is the plan of the digits job on 4 workers, and a few lines of comment."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    expected = slurm.plan(job_of("runs/digits", python="python3")).files[0][1].splitlines()
+    found = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    assert [line for line in found if not line.startswith("# ")] == expected
