@@ -1,29 +1,106 @@
 """Which algorithm and which wire: what a person asked for, or, for ``auto``, what is fastest here."""
 
+import inspect
+from collections import Counter
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from scaletrain import plugins
+from scaletrain.engine import autotune, segment
 from scaletrain.engine.execute import Program, execute
 from scaletrain.engine.transport import Group, Reduce, Transport
+from scaletrain.errors import unknown
+
+NATIVE = "native"  # the wire's own allreduce: gloo's, MPI's, or the one that shared memory has
 
 
 class Engine:
     """One rank's allreduce over a group: a transport and the programs that have been needed. Made by all ranks (collective)."""
 
-    def __init__(self, group: Group, collective: str, transport: str):
-        self._transport: Transport = plugins.load("transport", "gloo" if transport == "auto" else transport)(group)
+    def __init__(self, group: Group, collective: str = "auto", transport: str = "auto"):
+        check_names(collective, transport)
+        self._group = group
+        self._hosts = segment.same_host(group)
+        self.transport_name = self._wire() if transport == "auto" else transport
+        self._transport: Transport = plugins.load("transport", self.transport_name)(group)
+        if collective == NATIVE and not hasattr(self._transport, "allreduce"):
+            raise unknown(f"collective over {self.transport_name}", NATIVE, plugins.names("collective"))
         self._collective = collective
         self._programs: dict[str, Program] = {}
+        self._tuning: autotune.Tuning | None = None
 
     def allreduce(self, tensor: Tensor, reduce: Reduce = torch.add) -> None:
         """In place; ``tensor`` is one-dimensional, contiguous, not empty. Every rank calls it in the same order (collective)."""
-        name = "ring" if self._collective == "auto" else self._collective
-        program = self._programs.get(name)
+        self.run(self.choose(tensor.nbytes), tensor, reduce)
+
+    def run(self, choice: autotune.Choice, tensor: Tensor, reduce: Reduce = torch.add) -> None:
+        """As ``allreduce``, with this algorithm."""
+        if choice.collective == NATIVE:
+            self._transport.allreduce(tensor, reduce)  # type: ignore[attr-defined]
+            return
+        program = self._programs.get(choice.collective)
         if program is None:
-            schedule = plugins.load("collective", name)(self._transport.size)
-            program = self._programs[name] = Program.of(schedule, self._transport.rank)
-        execute(program, self._transport, tensor, reduce)
+            schedule = plugins.load("collective", choice.collective)(
+                self._group.size, **self._options(choice.collective)
+            )
+            program = self._programs[choice.collective] = Program.of(schedule, self._group.rank)
+        execute(program, self._transport, tensor, reduce, choice.segments)
+
+    def choose(self, num_bytes: int) -> autotune.Choice:
+        """What runs for a message of this size; the first use of ``auto`` on a network measures (collective)."""
+        if self._collective != "auto":
+            return autotune.Choice(self._collective, 1)
+        if self.transport_name == "shared_memory":
+            return autotune.Choice(NATIVE, 1)
+        if self._tuning is None:
+            self._tuning = autotune.tune(self, self._group, self.candidates(), self.transport_name, self._hosts)
+        return self._tuning.choose(num_bytes)
+
+    def candidates(self) -> list[autotune.Choice]:
+        """What ``auto`` chooses from here."""
+        found = [autotune.Choice(NATIVE, 1)] if hasattr(self._transport, "allreduce") else []
+        found += [autotune.Choice("recursive_doubling", 1), autotune.Choice("direct", 1)]
+        found += [autotune.Choice(name, segments) for name in ("ring", "halving_doubling") for segments in (1, 4)]
+        if self.transport_name == "mixed":
+            found += [autotune.Choice("two_level", segments) for segments in (1, 4)]
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """For the run's header: the wire, and what is chosen for which sizes."""
+        chosen = {}
+        if self._collective != "auto" or self.transport_name == "shared_memory" or self._tuning:
+            sizes = [4 << 10, 64 << 10, 1 << 20, 25 << 20, 100 << 20]
+            chosen = {str(num_bytes): self.choose(num_bytes)._asdict() for num_bytes in sizes}
+        return {"transport": self.transport_name, "collective": self._collective, "chosen": chosen}
+
+    def _wire(self) -> str:
+        if len(set(self._hosts)) == 1 and self._group.size > 1 and segment.supported():
+            return "shared_memory"
+        return "mixed" if len(set(self._hosts)) < self._group.size and segment.supported() else "gloo"
+
+    def _options(self, collective: str) -> dict[str, Any]:
+        """Options that follow from where the ranks are."""
+        factory = plugins.load("collective", collective)
+        if "ranks_per_host" not in inspect.signature(factory).parameters:
+            return {}
+        # Consecutive ranks of equal number on each host; anything else is one level.
+        counts = Counter(self._hosts)
+        per_host = max(counts.values())
+        blocks = [self._hosts[first : first + per_host] for first in range(0, self._group.size, per_host)]
+        regular = all(len(set(block)) == 1 for block in blocks)
+        return {"ranks_per_host": per_host if regular else 1}
 
     def close(self) -> None:
         self._transport.close()
+
+
+def check_names(
+    collective: str, transport: str, collective_key: str = "collective", transport_key: str = "transport"
+) -> None:
+    """Raises ``UserError`` for a name that is not there."""
+    if collective not in ("auto", NATIVE, *plugins.names("collective")):
+        raise unknown(collective_key, collective, ["auto", NATIVE, *plugins.names("collective")])
+    if transport not in ("auto", *plugins.names("transport")):
+        raise unknown(transport_key, transport, ["auto", *plugins.names("transport")])

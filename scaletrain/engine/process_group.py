@@ -7,9 +7,11 @@ The algorithm and the wire come from ``Options`` (``init_process_group(..., pg_o
 environment (SCALETRAIN_COLLECTIVE, SCALETRAIN_TRANSPORT), else they are ``auto``.
 """
 
+import contextlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -19,8 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _create_work_from_future
 
-from scaletrain import plugins
-from scaletrain.engine.choose import Engine
+from scaletrain.engine.choose import Engine, check_names
 from scaletrain.engine.transport import Group
 from scaletrain.launching import progress
 
@@ -47,9 +48,7 @@ class Options(NamedTuple):
     def from_env(cls) -> "Options":
         """Raises ``UserError`` for a name that is not there."""
         chosen = cls(os.environ.get("SCALETRAIN_COLLECTIVE", "auto"), os.environ.get("SCALETRAIN_TRANSPORT", "auto"))
-        for kind, name in zip(("collective", "transport"), chosen, strict=True):
-            if name != "auto" and name not in plugins.names(kind):
-                raise plugins.unknown(f"SCALETRAIN_{kind.upper()}", name, ["auto", *plugins.names(kind)])
+        check_names(*chosen, "SCALETRAIN_COLLECTIVE", "SCALETRAIN_TRANSPORT")
         return chosen
 
 
@@ -79,7 +78,11 @@ class ProcessGroup(dist.ProcessGroup):
             return super().allreduce(tensors, options)
         if self._lane is None:
             self._lane = _Lane(self._store, self.rank(), self.size(), self._timeout, self._options)
-        return self._lane.allreduce(tensors, operation)
+        return self._lane.allreduce(tensors, operation, at_once=not options.asyncOp)
+
+    def record(self) -> dict[str, Any]:
+        """For the run's header: the wire and the algorithms that were chosen; empty before the first allreduce."""
+        return self._lane.record() if self._lane else {}
 
     def shutdown(self) -> None:
         """Ends the engine's thread after what is under way."""
@@ -115,15 +118,18 @@ class _Lane:
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, options: Options):
         self._rank, self._size, self._timeout = rank, size, timeout
         self._store = dist.PrefixStore("lane/", store)
+        self._options = options
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sequence = 0
+        self._waiting = 0  # tasks not yet done
+        self._counting = threading.Lock()
+        self._lock = threading.Lock()  # held by whoever uses the engine
         self._engine: Engine | None = None
-        self._make = lambda: Engine(Group(dist.PrefixStore("wire/", store), rank, size, timeout), *options)
         self._failed: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="scaletrain-lane", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
-    def allreduce(self, tensors: list[Tensor], operation: Any) -> dist.Work:
+    def allreduce(self, tensors: list[Tensor], operation: Any, at_once: bool) -> dist.Work:
+        """``at_once``: the caller waits for the result anyway, so it runs on the caller's thread, if none is under way."""
         self._sequence += 1
         sequence, outcome = self._sequence, torch.futures.Future()
 
@@ -134,7 +140,8 @@ class _Lane:
                         f"allreduce #{sequence}: not run, since an earlier one failed"
                     ) from self._failed
                 if self._engine is None:
-                    self._engine = self._make()
+                    group = Group(dist.PrefixStore("wire/", self._store), self._rank, self._size, self._timeout)
+                    self._engine = Engine(group, *self._options)
                 for tensor in tensors:
                     self._reduce(tensor, operation)
             except BaseException as error:
@@ -143,7 +150,16 @@ class _Lane:
             else:
                 outcome.set_result(tensors)
 
-        self._tasks.put(task)
+        if at_once and not self._waiting:
+            with self._lock:
+                task()
+        else:
+            with self._counting:
+                self._waiting += 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="scaletrain-lane", daemon=True)
+                self._thread.start()
+            self._tasks.put(task)
         # Python's Future.set_exception only wraps a value, which DDP's C++ takes for tensors and crashes on. What a callback raises is an
         # error in C++ too: a RuntimeError there and for wait(), with the message of ours.
         return _create_work_from_future(outcome.then(_result))
@@ -167,26 +183,36 @@ class _Lane:
 
     def _explain(self, error: BaseException, sequence: int) -> BaseException:
         """The error with the number of the collective, and the ranks that never entered it."""
-        if not isinstance(error, TimeoutError):
-            return type(error)(f"allreduce #{sequence}: {error}") if isinstance(error, ConnectionError) else error
-        try:
+        if not isinstance(error, (TimeoutError, ConnectionError)):
+            return error
+        missing: list[int] = []
+        with contextlib.suppress(RuntimeError):  # the store's host is gone too
             self._store.set(f"entered/{sequence}/{self._rank}", "")
             keys = {rank: f"entered/{sequence}/{rank}" for rank in range(self._size)}
-            # The others time out at nearly the same time, and say so; who does not has never entered.
-            threading.Event().wait(min(2.0, self._timeout.total_seconds()))
-            missing = [rank for rank, key in keys.items() if not self._store.check([key])]
-        except RuntimeError:  # the store's host is gone
-            missing = []
+            # The others notice at nearly the same time, and say so; who does not has never entered.
+            until = time.monotonic() + min(2.0, self._timeout.total_seconds())
+            while True:
+                missing = [rank for rank, key in keys.items() if not self._store.check([key])]
+                if not missing or time.monotonic() > until:
+                    break
+                time.sleep(0.05)
         who = f"ranks {', '.join(map(str, missing))} never entered it" if missing else "all ranks entered it"
-        return TimeoutError(f"allreduce #{sequence}: {error}; {who}")
+        return type(error)(f"allreduce #{sequence}: {error}; {who}")
 
     def _work(self) -> None:
         while task := self._tasks.get():
-            task()
+            with self._lock:
+                task()
+            with self._counting:
+                self._waiting -= 1
+
+    def record(self) -> dict[str, Any]:
+        return self._engine.record() if self._engine else {}
 
     def close(self) -> None:
-        self._tasks.put(None)
-        self._thread.join(self._timeout.total_seconds())
+        if self._thread:
+            self._tasks.put(None)
+            self._thread.join(self._timeout.total_seconds())
         if self._engine:
             self._engine.close()
 

@@ -6,6 +6,7 @@ they end, and is not bounded by the size of /dev/shm.
 Counters rely on stores becoming visible in program order, which x86-64 guarantees and other processors do not.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -19,10 +20,20 @@ from scaletrain.errors import UserError
 
 _LINE = 8  # counters are 64-bit words, one a cache line, so that no two ranks write to the same line
 _SPINS = 300  # looks at a counter before the core is offered to others; about 20 us
-_YIELD_S = 150e-6  # then for this long the core is offered between looks
+_YIELD_S = 50e-6  # then for this long the core is offered between looks
 _SLEEP_S = (20e-6, 1e-3)  # then sleep, longer and longer: whoever waits must not take a core from who computes
+_NAP_S = 2e-3  # the longest sleep that a lost wake-up can cost
+_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # the system call's number on x86-64
 _LOOK_S = 0.1  # how often a long wait looks whether its peer is alive
-_sched_yield = ctypes.CDLL(None).sched_yield  # through ctypes the interpreter lock is released
+_libc = ctypes.CDLL(None)  # through ctypes the interpreter lock is released
+_sched_yield = _libc.sched_yield
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("s", ctypes.c_long), ("ns", ctypes.c_long))
+
+
+_NAP = ctypes.byref(_Timespec(0, int(_NAP_S * 1e9)))
 
 
 def supported() -> bool:
@@ -34,24 +45,36 @@ class Segment:
 
     def __init__(self, group: Group, num_counters: int, num_bytes: int):
         if not supported():
-            raise UserError(f"transport 'shared_memory': needs Linux on x86-64 (this is {platform.machine()}); use gloo")
+            raise UserError(
+                f"transport 'shared_memory': needs Linux on x86-64 (this is {platform.machine()}); use gloo"
+            )
         self.rank, self.size, self._timeout_s = group.rank, group.size, group.timeout.total_seconds()
-        self._per_rank = num_counters * _LINE
+        self._per_rank = (1 + num_counters) * _LINE  # the first: whether the rank sleeps
         head = -(-8 * self._per_rank * self.size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._map = _map(group, head + num_bytes)
         self._words = memoryview(self._map)[:head].cast("Q")
+        self._anchor = ctypes.c_char.from_buffer(self._map)
+        self._address = ctypes.addressof(self._anchor)
+        self._asleep = [rank * self._per_rank for rank in range(self.size)]
+        self._asleep_others = [place for rank, place in enumerate(self._asleep) if rank != self.rank]
         self.data = memoryview(self._map)[head:]
         group.store.set(f"process/{self.rank}", f"{os.getpid()} {_started(os.getpid())}")
         self._processes = [_process(group.store.get(f"process/{rank}")) for rank in range(self.size)]
         # With fewer cores than ranks, spinning keeps the very rank from running that is waited for.
-        self._spins = _SPINS if len(os.sched_getaffinity(0)) >= self.size else 1
+        enough = len(os.sched_getaffinity(0)) >= self.size
+        self._spins, self.yield_s = (_SPINS, _YIELD_S) if enough else (1, 0.0)
 
     def write(self, counter: int, value: int) -> None:
-        """Set one of this rank's counters: what was written to ``data`` before is seen by who sees the value."""
-        self._words[self.rank * self._per_rank + counter * _LINE] = value
+        """Set one of this rank's counters: what was written to ``data`` before is seen by who sees the value. Wakes who sleeps."""
+        words, place = self._words, self.rank * self._per_rank + (1 + counter) * _LINE
+        words[place] = value
+        for other in self._asleep_others:
+            if words[other]:
+                _libc.syscall(_FUTEX, ctypes.c_void_p(self._address + 8 * place), _FUTEX_WAKE, 1 << 30, None, None, 0)
+                return
 
     def read(self, rank: int, counter: int) -> int:
-        return self._words[rank * self._per_rank + counter * _LINE]
+        return self._words[rank * self._per_rank + (1 + counter) * _LINE]
 
     def wait(self, rank: int, counter: int, value: int) -> None:
         """Until ``rank``'s counter is at least ``value``.
@@ -59,35 +82,47 @@ class Segment:
         Raises:
             TimeoutError, ConnectionError: with the rank's number.
         """
-        words, place = self._words, rank * self._per_rank + counter * _LINE
+        words, place = self._words, rank * self._per_rank + (1 + counter) * _LINE
         for _ in range(self._spins):
             if words[place] >= value:
                 return
         patience = Patience(self, (rank,))
-        while words[place] < value:
-            patience.pause()
+        while (seen := words[place]) < value:
+            patience.pause(8 * place, seen)
+
+    def sleep(self, place: int, seen: int) -> None:
+        """Until the word at byte ``place`` is no longer ``seen``, or a few milliseconds have passed.
+
+        The processor may let this rank's look at the word overtake its going to sleep: the wake-up is then lost, and the time limit ends the sleep.
+        """
+        mine = self._asleep[self.rank]
+        self._words[mine] = 1
+        address = ctypes.c_void_p(self._address + place)
+        _libc.syscall(_FUTEX, address, _FUTEX_WAIT, ctypes.c_uint32(seen & 0xFFFFFFFF), _NAP, None, 0)
+        self._words[mine] = 0
 
     def check_alive(self, rank: int) -> None:
         """Raises ConnectionError if the rank's process has ended."""
         pid, started = self._processes[rank]
         if _started(pid) != started:
-            raise ConnectionError(f"rank {rank} (process {pid}) has ended")
+            raise ConnectionError(f"peer rank {rank} (process {pid}) is lost: it has ended")
 
     def late(self, ranks: tuple[int, ...]) -> TimeoutError:
         who = ", ".join(map(str, ranks))
-        return TimeoutError(f"rank{'s' if len(ranks) > 1 else ''} {who} did not answer within {self._timeout_s:g} s")
+        return TimeoutError(
+            f"rank{'s' if len(ranks) > 1 else ''} {who} did not answer: timed out after {self._timeout_s:g} s"
+        )
 
     @property
     def timeout_s(self) -> float:
         return self._timeout_s
 
     def close(self) -> None:
+        del self._anchor
         self._words.release()
-        self.data.release()
-        try:
+        with contextlib.suppress(BufferError):  # tensors still look into it; it goes with them
+            self.data.release()
             self._map.close()
-        except BufferError:
-            pass  # tensors still look into it; it goes with them
 
 
 class Patience:
@@ -98,13 +133,21 @@ class Patience:
         self._began = self._looked = time.monotonic()
         self._sleep_s = _SLEEP_S[0]
 
-    def pause(self) -> None:
+    def pause(self, place: int = -1, seen: int = 0) -> None:
+        """Once. With ``place`` (see ``Segment.sleep``) a change of that counter ends it at once.
+
+        Raises:
+            TimeoutError, ConnectionError: one of the ranks is late, or gone.
+        """
         now = time.monotonic()
-        if now - self._began < _YIELD_S:
+        if now - self._began < self._segment.yield_s:
             _sched_yield()
             return
-        time.sleep(self._sleep_s)
-        self._sleep_s = min(1.2 * self._sleep_s, _SLEEP_S[1])
+        if place >= 0:
+            self._segment.sleep(place, seen)
+        else:
+            time.sleep(self._sleep_s)
+            self._sleep_s = min(1.2 * self._sleep_s, _SLEEP_S[1])
         if now - self._looked > _LOOK_S:
             self._looked = now
             for rank in self._ranks:

@@ -72,6 +72,6 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def apart(sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> list[tuple[int, Tensor]]:
-    """The sends, copied where a receive of the same start would overwrite them."""
-    replaced = [receive.into for receive in receives if receive.reduce is None]
-    return [(peer, t.clone() if any(overlap(t, into) for into in replaced) else t) for peer, t in sends]
+    """The sends, copied where a receive of the same start replaces or reduces into the same elements: it may be there first."""
+    written = [receive.into for receive in receives]
+    return [(peer, t.clone() if any(overlap(t, into) for into in written) else t) for peer, t in sends]

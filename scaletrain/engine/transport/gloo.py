@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart
+from scaletrain.engine.transport.landing import Landings
 
 _OPERATIONS = {
     torch.add: dist.ReduceOp.SUM, torch.mul: dist.ReduceOp.PRODUCT,
@@ -21,11 +22,11 @@ class Gloo:
         self.rank, self.size = group.rank, group.size
         self._timeout_s = group.timeout.total_seconds()
         self._pg = dist.ProcessGroupGloo(group.store, group.rank, group.size, group.timeout)
-        self._free: list[Tensor] = []  # where messages land that are to be reduced; kept for the next round
+        self._landings = Landings()
 
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
         sends = apart(sends, receives)
-        buffers = [None if r.reduce is None else self._landing(r.into.nbytes) for r in receives]
+        buffers = [None if r.reduce is None else self._landings.take(r.into.nbytes) for r in receives]
         landings = [
             r.into if buffer is None else buffer[: r.into.nbytes].view(r.into.dtype)
             for r, buffer in zip(receives, buffers, strict=True)
@@ -43,7 +44,9 @@ class Gloo:
                     receive.reduce(receive.into, landing, out=receive.into)
             for peer, work in outgoing:
                 self._wait(work, peer)
-            self._free += [buffer for buffer in buffers if buffer is not None]
+            for buffer in buffers:
+                if buffer is not None:
+                    self._landings.give(buffer)
 
         return wait
 
@@ -59,18 +62,11 @@ class Gloo:
         except RuntimeError as error:
             who = "a rank" if peer is None else f"rank {peer}"
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-                raise TimeoutError(f"{who} did not answer within {self._timeout_s:g} s") from error
-            raise ConnectionError(f"{who} is gone") from error
-
-    def _landing(self, num_bytes: int) -> Tensor:
-        for index, buffer in enumerate(self._free):
-            if buffer.nbytes >= num_bytes:
-                return self._free.pop(index)
-        self._free.clear()  # messages have grown
-        return torch.empty(num_bytes, dtype=torch.uint8)
+                raise TimeoutError(f"{who} did not answer: timed out after {self._timeout_s:g} s") from error
+            raise ConnectionError(f"peer {who} is lost") from error
 
     def close(self) -> None:
-        self._free.clear()
+        self._landings.clear()
         self._pg.shutdown()
 
 

@@ -59,15 +59,16 @@ class SharedMemory:
             copy = np.copyto
         else:
             flat, operation, views, copy = tensor, reduce, self._typed(tensor.dtype), _torch_copy
-        if tensor.nbytes <= self._at_once_bytes:
-            self._at_once(flat, operation, views, copy)
-            return
         count = len(flat)
-        block = self._block_bytes // tensor.element_size()
-        # Equal blocks: a short last one would cost as much waiting as a full one.
-        parts = -(-count // block)
-        for part in range(parts):
-            self._by_slices(flat[part * count // parts : (part + 1) * count // parts], operation, views, copy)
+        with np.errstate(all="ignore"):  # overflow is as silent as torch's
+            if tensor.nbytes <= self._at_once_bytes:
+                self._at_once(flat, operation, views, copy)
+                return
+            block = self._block_bytes // tensor.element_size()
+            # Equal blocks: a short last one would cost as much waiting as a full one.
+            parts = -(-count // block)
+            for part in range(parts):
+                self._by_slices(flat[part * count // parts : (part + 1) * count // parts], operation, views, copy)
 
     def _at_once(self, flat: Any, operation: Any, views: list[Any], copy: Any) -> None:
         count = len(flat)
@@ -204,7 +205,7 @@ def _torch_copy(into: Tensor, source: Tensor) -> None:
 def transport(
     group: Group,
     *,
-    block_bytes: Annotated[int, Ge(4096)] = 1 << 20,
-    at_once_bytes: Annotated[int, Ge(0)] = 32 << 10,
+    block_bytes: Annotated[int, Ge(4096)] = 2 << 20,
+    at_once_bytes: Annotated[int, Ge(0)] = 256 << 10,
 ) -> Transport:
     return SharedMemory(group, block_bytes, at_once_bytes)

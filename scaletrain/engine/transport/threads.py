@@ -30,7 +30,9 @@ class Threads:
                 try:
                     received = self._box(receive.src, self.rank).get(timeout=self._timeout_s)
                 except queue.Empty:
-                    raise TimeoutError(f"rank {receive.src} sent nothing within {self._timeout_s:g} s") from None
+                    raise TimeoutError(
+                        f"rank {receive.src} did not answer: timed out after {self._timeout_s:g} s"
+                    ) from None
                 if receive.reduce is None:
                     receive.into.copy_(received)
                 else:
