@@ -18,8 +18,8 @@ _OPERATIONS = {
 class Nccl:
     """Tensors are on this rank's current CUDA device.
 
-    Waiting blocks the current stream, not the host: NCCL starts after what was enqueued on the stream of ``start``, and what is enqueued after
-    waiting sees its result. An error or a timeout surfaces when NCCL's watchdog finds it, as for any work of torch's NCCL backend.
+    Waiting blocks the current stream, not the host: NCCL starts after what was enqueued on the stream of ``start``, and what is
+    enqueued after waiting sees its result. Errors and timeouts surface when NCCL's watchdog finds them.
     """
 
     def __init__(self, group: Group):

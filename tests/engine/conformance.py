@@ -1,0 +1,155 @@
+"""What every transport must do, as functions of one rank: run here by threads, processes, and mpirun."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scaletrain import plugins
+from scaletrain.engine.execute import Program, execute
+from scaletrain.engine.transport import Group, Receive, Transport
+
+ALGORITHMS = plugins.names("collective")
+COUNTS = (1, 2, 7, 1000, 4099)
+REDUCTIONS = {"add": torch.add, "mul": torch.mul, "minimum": torch.minimum, "maximum": torch.maximum}
+
+
+def contribution(rank: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What only this rank could give. Uneven fractions, so that another order of additions shows in the last bits."""
+    generator = torch.Generator().manual_seed(1000 * rank + count)
+    if dtype.is_floating_point:
+        return torch.randn(count, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randint(0, 3, (count,), generator=generator).to(dtype) + (rank == 0)
+
+
+def reference(size: int, count: int, dtype: torch.dtype, reduce: str) -> Tensor:
+    """The same by one process, in float64 where the dtype is a floating one."""
+    exact = torch.float64 if dtype.is_floating_point else dtype
+    total = contribution(0, count, dtype).to(exact)
+    for rank in range(1, size):
+        total = REDUCTIONS[reduce](total, contribution(rank, count, dtype).to(exact))
+    return total
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    if not found.dtype.is_floating_point:
+        return torch.equal(found, expected)
+    return torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def every_allreduce(transport: Transport) -> Iterator[tuple[str, Tensor]]:
+    """Runs each algorithm on each count, twice, and checks the sums; yields what must be equal, bit for bit, on every rank."""
+    size, rank = transport.size, transport.rank
+    for name in ALGORITHMS:
+        program = Program.of(plugins.load("collective", name)(size), rank)
+        for count in COUNTS:
+            for segments in (1, 3):
+                found = [contribution(rank, count) for _ in range(2)]
+                for tensor in found:
+                    execute(program, transport, tensor, torch.add, segments)
+                what = f"{name}, {size} ranks, {count} elements, {segments} segments"
+                assert close(found[0], reference(size, count, torch.float32, "add")), f"{what}: wrong sum"
+                assert torch.equal(found[0], found[1]), f"{what}: another run gave other bits"
+                yield what, found[0]
+    for dtype, reduce in (
+        (torch.float64, "add"),
+        (torch.int64, "mul"),
+        (torch.uint8, "maximum"),
+        (torch.int32, "minimum"),
+    ):
+        program = Program.of(plugins.load("collective", "ring")(size), rank)
+        tensor = contribution(rank, 101, dtype)
+        execute(program, transport, tensor, REDUCTIONS[reduce], 1)
+        assert close(tensor, reference(size, 101, dtype, reduce)), f"{dtype} {reduce}"
+        yield f"{dtype} {reduce}", tensor
+
+
+def own_allreduce(transport: Any) -> Iterator[tuple[str, Tensor]]:
+    """The allreduce that the wire itself brings."""
+    size, rank = transport.size, transport.rank
+    for count in (1, 5, 4099, 300_001):
+        for dtype, reduce in (
+            (torch.float32, "add"),
+            (torch.float64, "maximum"),
+            (torch.int32, "minimum"),
+            (torch.int64, "mul"),
+        ):
+            if dtype == torch.int64 and count > 5000:
+                continue
+            found = [contribution(rank, count, dtype) for _ in range(2)]
+            for tensor in found:
+                transport.allreduce(tensor, REDUCTIONS[reduce])
+            what = f"own allreduce, {size} ranks, {count} of {dtype}, {reduce}"
+            assert close(found[0], reference(size, count, dtype, reduce)), f"{what}: wrong"
+            assert torch.equal(found[0], found[1]), f"{what}: another run gave other bits"
+            yield what, found[0]
+
+
+def messages_in_order(transport: Transport) -> None:
+    """Several starts are open at once; what is sent is read before anything is written; large messages cross both ways."""
+    size, rank = transport.size, transport.rank
+    if size == 1:
+        return
+    right, left = (rank + 1) % size, (rank - 1) % size
+    boxes = [torch.empty(3) for _ in range(4)]
+    pending = [
+        transport.start([(right, torch.full((3,), 10.0 * rank + i))], [Receive(left, box)])
+        for i, box in enumerate(boxes)
+    ]
+    for wait in pending:
+        wait()
+    assert [box.tolist() for box in boxes] == [[10.0 * left + i] * 3 for i in range(4)]
+    swapped = torch.full((500_000,), float(rank))
+    transport.start([(right, swapped)], [Receive(left, swapped)])()
+    assert (swapped == left).all()
+    added = torch.full((500_000,), float(rank))
+    transport.start([(right, added)], [Receive(left, added, torch.add)])()
+    assert (added == left + rank).all()
+    # Two receives into the same elements are reduced in the order in which they are listed.
+    if size == 2:
+        peer, into = 1 - rank, torch.full((2,), 8.0)
+
+        def first_divided_by_second(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+            return torch.div(a, b, out=out).add_(1)
+
+        sends = [(peer, torch.full((2,), 2.0)), (peer, torch.full((2,), 5.0))]
+        receives = [Receive(peer, into, first_divided_by_second), Receive(peer, into, first_divided_by_second)]
+        transport.start(sends, receives)()
+        assert into.tolist() == [2.0, 2.0]  # (8 / 2 + 1) / 5 + 1
+
+
+def conform(name: str, store: dist.Store, rank: int, size: int) -> dict[str, bytes]:
+    """Everything, as one rank of a group: what was computed, by name, to be compared over ranks."""
+    transport = plugins.load("transport", name)(
+        Group(dist.PrefixStore("group/", store), rank, size, timedelta(seconds=40))
+    )
+    found = dict(every_allreduce(transport))
+    if size > 1 and hasattr(transport, "allreduce"):
+        found |= dict(own_allreduce(transport))
+    messages_in_order(transport)
+    # Nobody leaves while another may still want something from it.
+    store.add("done", 1)
+    while store.add("done", 0) < size:
+        pass
+    transport.close()
+    return {what: tensor.numpy().tobytes() for what, tensor in found.items()}
+
+
+def late(name: str, store: dist.Store, rank: int, size: int) -> str:
+    """The last rank never comes to a round: what the others raise."""
+    transport = plugins.load("transport", name)(
+        Group(dist.PrefixStore("group/", store), rank, size, timedelta(seconds=1))
+    )
+    message = ""
+    if rank < size - 1:
+        try:
+            transport.start([], [Receive(size - 1, torch.empty(3))])()
+        except TimeoutError as error:
+            message = str(error)
+    store.add("done", 1)
+    while store.add("done", 0) < size:
+        pass
+    return message

@@ -1,0 +1,101 @@
+"""Every algorithm on disk over every transport on disk, against one process; the same bits on every rank and in every run."""
+
+import os
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from scaletrain import plugins
+from tests.engine import conformance
+from tests.ranks import run_ranks
+
+PROCESSES = ["gloo", "shared_memory"]
+ELSEWHERE = {"threads": "below", "mpi": "test_transports_mpi.py", "nccl": "tests/gpu"}
+SIZES = [1, 2, 3, 5, 7, 8]
+
+
+def test_every_transport_on_disk_is_covered():
+    assert set(plugins.names("transport")) == {*PROCESSES, *ELSEWHERE}
+
+
+def same_bits(found: list[dict[str, bytes]]) -> None:
+    for rank, results in enumerate(found):
+        assert results.keys() == found[0].keys()
+        for what, bits in results.items():
+            assert bits == found[0][what], f"{what}: rank {rank} has other bits than rank 0"
+
+
+def on_threads(function, size: int) -> list:
+    """``function("threads", store, rank, size)`` by ranks that are threads."""
+    shared = dist.PrefixStore("group/", dist.HashStore())
+    results: list = [None] * size
+
+    def one(rank: int) -> None:
+        try:
+            results[rank] = function(rank, shared)
+        except BaseException as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a rank hangs"
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_threads(size: int):
+    def rank_of(rank: int, store: dist.Store) -> dict[str, bytes]:
+        group = conformance.Group(store, rank, size, timedelta(seconds=20))
+        transport = plugins.load("transport", "threads")(group)
+        found = dict(conformance.every_allreduce(transport))
+        conformance.messages_in_order(transport)
+        return {what: tensor.numpy().tobytes() for what, tensor in found.items()}
+
+    same_bits(on_threads(rank_of, size))
+
+
+def _conform(rank: int, size: int, name: str, path: str) -> dict[str, bytes]:
+    return conformance.conform(name, dist.FileStore(path, size), rank, size)
+
+
+def _late(rank: int, size: int, name: str, path: str) -> str:
+    return conformance.late(name, dist.FileStore(path, size), rank, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_processes(name: str, size: int, tmp_path: Path):
+    same_bits(run_ranks(_conform, size, name, str(tmp_path / "store"), timeout_s=90))
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_late_rank_is_named(name: str, tmp_path: Path):
+    messages = run_ranks(_late, 3, name, str(tmp_path / "store"))
+    assert all("rank 2" in message for message in messages[:2]), messages
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_nothing_is_left_open(name: str, tmp_path: Path):
+    """A transport gives back its memory, sockets and threads: what is open does not grow with the number of groups made."""
+    before, after = run_ranks(_make_and_close, 1, name, str(tmp_path / "store"))[0]
+    assert after <= before + 2
+
+
+def _make_and_close(rank: int, size: int, name: str, path: str) -> tuple[int, int]:
+    store = dist.FileStore(path, size)
+    counts = []
+    for index in range(6):
+        group = conformance.Group(dist.PrefixStore(f"{index}/", store), rank, size, timedelta(seconds=5))
+        plugins.load("transport", name)(group).close()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    return counts[1], counts[-1]

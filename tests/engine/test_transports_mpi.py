@@ -1,0 +1,30 @@
+"""The transport ``mpi`` under three real MPIs: every algorithm, MPI's own allreduce, and a rank that does not come."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from tests.engine.mpi import KINDS, run_mpi
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+def results(kind: str, size: int, part: str, tmp_path: Path) -> list:
+    run_mpi(kind, size, "tests.engine.mpi_job", part, str(tmp_path / "store"), str(tmp_path))
+    return [pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_algorithm(kind: str, size: int, tmp_path: Path):
+    if size > 3 and kind != "openmpi5":
+        pytest.skip("larger sizes with one MPI only: on few cores the others poll for minutes")
+    found = results(kind, size, "conform", tmp_path)
+    assert all(results == found[0] for results in found), "replicas differ"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_late_rank_is_named(kind: str, tmp_path: Path):
+    messages = results(kind, 3, "late", tmp_path)
+    assert all("rank 2" in message for message in messages[:2]), messages
