@@ -194,6 +194,7 @@ class Trainer:
             "name": self.config.name,
             "workers": self.world.size,
             "exchange": exchange_label(self.config.exchange),
+            "chosen": self.exchange.chosen(),
             "device": self.device.type,
             "launcher": self.world.launcher,
             "batch_size": self.global_batch,

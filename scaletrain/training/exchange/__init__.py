@@ -7,7 +7,7 @@ import abc
 import contextlib
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -36,8 +36,11 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     def step(self, lr: float) -> None:
-        """After backward: bring the weights to the next step. Allreduce styles run the
-        local optimizer, whose gradients are already the mean over all ranks; a parameter server waits for the new weights."""
+        """After backward: bring the weights to the next step.
+
+        Allreduce styles run the local optimizer, whose gradients are already the mean over all ranks; a parameter server waits for the new
+        weights.
+        """
 
     @abc.abstractmethod
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -56,6 +59,10 @@ class Exchange(abc.ABC):
 
     def record(self) -> dict[str, float]:
         """The exchange's own numbers of the last step, for the StepRecord. Local: does not communicate."""
+        return {}
+
+    def chosen(self) -> dict[str, Any]:
+        """What was chosen where the configuration says ``auto``, as JSON-able values for the summary. Local."""
         return {}
 
     def close(self) -> None:  # noqa: B027 (most have nothing to do)

@@ -1,12 +1,21 @@
 """Our collective engine under DDP: the algorithm (tree, ring, star, ...) and the wire are chosen, or `auto`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch.distributed as dist
 from annotated_types import Gt
 
+from scaletrain.engine.process_group import Options
 from scaletrain.training.ddp import AllreduceExchange
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
+
+
+class ScheduledExchange(AllreduceExchange):
+    """DDP over the backend ``scaletrain``."""
+
+    def chosen(self) -> dict[str, Any]:
+        return dist.group.WORLD.record()  # type: ignore[union-attr]
 
 
 def exchange(
@@ -17,7 +26,5 @@ def exchange(
     transport: str = "auto",
     bucket_mb: Annotated[float, Gt(0)] = 25.0,
 ) -> Exchange:
-    from scaletrain.engine.process_group import Options
-
     options = Options(collective=collective, transport=transport)
-    return AllreduceExchange(world, setup, backend="scaletrain", bucket_mb=bucket_mb, options=options)
+    return ScheduledExchange(world, setup, backend="scaletrain", bucket_mb=bucket_mb, options=options)
