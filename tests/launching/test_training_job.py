@@ -1,0 +1,70 @@
+"""`scaletrain train` when things go wrong: a worker killed or stopped in mid-step, Ctrl-C, and going on from there."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.commands import ROOT, clean, command, gone, scaletrain, step_of, summary, train, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(100)]
+SLOW = str(ROOT / "tests" / "cluster" / "slow_digits.yaml")
+
+
+def started(run_dir: Path, *arguments: str) -> subprocess.Popen:
+    """A job of three workers that has done three steps."""
+    launcher = subprocess.Popen(
+        command("train", SLOW, "--workers", "3", "--run-dir", str(run_dir), *arguments),
+        env=clean(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    until(lambda: step_of(run_dir, 2) >= 3 or launcher.poll() is not None, "three steps")
+    assert launcher.poll() is None, launcher.communicate()[0]
+    return launcher
+
+
+def pid_of(run_dir: Path, rank: int) -> int:
+    return json.loads((run_dir / f"progress-{rank}.json").read_text())["pid"]
+
+
+@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+def test_kill_9_of_one_worker_of_three(launcher: str, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    process = started(run_dir, "--launcher", launcher)
+    began = time.monotonic()
+    os.kill(pid_of(run_dir, 2), signal.SIGKILL)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - began < 15
+    assert process.returncode == 137, output
+    named = [line for line in output.splitlines() if line.startswith("scaletrain: rank")]
+    assert len(named) == 1 and "rank 2 on" in named[0] and "steps" in named[0], output
+    assert gone(run_dir)
+
+
+def test_a_stopped_worker_is_a_hang(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    process = started(run_dir, "--set", "timeout_s=5")
+    began = time.monotonic()
+    os.kill(pid_of(run_dir, 1), signal.SIGSTOP)
+    output, _ = process.communicate(timeout=40)
+    assert time.monotonic() - began < 20
+    assert process.returncode == 124, output
+    assert "rank 1 on" in output and "hangs" in output and "SIGSTOP" in output, output
+    assert gone(run_dir)
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    process = started(run_dir)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=40)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output and gone(run_dir)
+    assert not summary(run_dir)["finished"]
+    done = scaletrain("train", SLOW, "--workers", "3", "--run-dir", str(run_dir), "--resume")
+    assert done.returncode == 0 and "resumed at step" in done.stdout, done.stdout + done.stderr
+    whole = train(tmp_path / "whole", "--workers", "3", config=SLOW)
+    assert summary(run_dir)["final_loss"] == pytest.approx(whole["final_loss"], abs=1e-4)
