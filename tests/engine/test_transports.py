@@ -12,7 +12,7 @@ from scaletrain import plugins
 from tests.engine import conformance
 from tests.ranks import run_ranks
 
-PROCESSES = ["gloo", "shared_memory"]
+PROCESSES = ["gloo", "mixed", "shared_memory"]
 ELSEWHERE = {"threads": "below", "mpi": "test_transports_mpi.py", "nccl": "tests/gpu"}
 SIZES = [1, 2, 3, 5, 7, 8]
 

