@@ -31,6 +31,7 @@ STORE_FD = "SCALETRAIN_STORE_FD"  # the listening socket that the store is to be
 HUNG_STATUS = 124  # as timeout(1)
 _TICK_S = 0.1
 _GRACE_S = 1.0  # after a failure, time for others to report an earlier or better cause
+_PEERS_S = 2.0  # more time, when all that is known is that a peer was lost
 _LAUNCHER_S = 8.0  # how long another launcher may take to end after one of its workers failed
 _NOTICED_S = 0.1  # how late the end of another launcher's worker is noticed, at most
 _STARTING_S = 180.0  # a worker that has not begun its first step may take this long, if timeout_s is less
@@ -360,9 +361,21 @@ class _Supervisor:
 
     def _settle(self) -> Failure:
         """Wait a moment for other reports, then choose the first cause among all."""
-        until = time.monotonic() + _GRACE_S
+        self._wait_for_reports(_GRACE_S)
+        cause = first_cause.choose(self._failures())
+        if cause.kind == "peer":  # nobody has said more than that: time-outs end all ranks, but not in the same instant
+            self._wait_for_reports(_PEERS_S)
+            cause = first_cause.choose(self._failures())
+        if cause.kind == "peer":  # is one of those that still run the one that hangs?
+            cause = self._who_hangs() or cause
+        return cause
+
+    def _wait_for_reports(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         while time.monotonic() < until and any(process.status is None for process in self.processes):
             self._read(0.05)
+
+    def _failures(self) -> list[Failure]:
         failures = [self._failure_of(p) for p in self.processes if p.ended_at is not None and p.status]
         failures += [self._failure_of(p) for p in self.companions if p.ended_at is not None]
         failures += first_cause.reported(self.job.run_dir, self.job.workers, self.started_at)
@@ -371,10 +384,7 @@ class _Supervisor:
         # Only the ends that came before every report: later ones are the launcher's doing.
         first = min((failure.time for failure in failures), default=time.time())
         failures += [failure for failure in self._vanished() if failure.time <= first + _NOTICED_S]
-        cause = first_cause.choose(failures)
-        if cause.kind == "peer":  # somebody lost a peer: is one of those that still run the one that hangs?
-            cause = self._who_hangs() or cause
-        return cause
+        return failures
 
     def _failure_of(self, process: _Process) -> Failure:
         """What ended a process: its own report, or what its exit status says."""
@@ -429,9 +439,7 @@ class _Supervisor:
         if hung is None:
             return None
         # The workers' own time-outs are due just now, too, and may tell more: whose network is cut, for one.
-        until = time.monotonic() + _GRACE_S
-        while time.monotonic() < until:
-            self._read(0.05)
+        self._wait_for_reports(_GRACE_S)
         return first_cause.choose([hung, *first_cause.reported(self.job.run_dir, self.job.workers, self.started_at)])
 
     def _who_hangs(self) -> Failure | None:
