@@ -60,7 +60,6 @@ def connect(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
             address, int(port), None, is_master=world.rank == 0 and not agent, timeout=timeout, wait_for_workers=False
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        progress.met_at(address, int(port))
         _use_interface(_local_address(address, int(port)))
         return dist.PrefixStore(f"scaletrain/{attempt}", store)
     if world.size == 1:
@@ -203,7 +202,6 @@ def _find(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
         address = any_store.get(_ADDRESS).decode()
         if not address:
             raise ConnectionError("no address of rank 0 is reached by every rank")
-        progress.met_at(address, port)
         _use_interface(_local_address(address, port))
         return dist.PrefixStore(_PREFIX, stores[address])
     raise TimeoutError(
