@@ -210,11 +210,14 @@ class _Lane:
         return self._engine.record() if self._engine else {}
 
     def close(self) -> None:
+        """Safe to call again: torch ends groups once by itself."""
         if self._thread:
             self._tasks.put(None)
             self._thread.join(self._timeout.total_seconds())
+            self._thread = None
         if self._engine:
             self._engine.close()
+            self._engine = None
 
 
 def _create(backend_options: Any, options: Options | None) -> ProcessGroup:

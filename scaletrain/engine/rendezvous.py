@@ -199,7 +199,10 @@ def _find(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
             continue
         any_store = next(iter(stores.values()))
         any_store.set(f"scaletrain/reached/{world.rank}", json.dumps([*stores]))
-        address = any_store.get(_ADDRESS).decode()
+        try:
+            address = any_store.get(_ADDRESS).decode()
+        except RuntimeError as error:
+            raise ConnectionError("rank 0 has given up: not all ranks found it in time") from error
         if not address:
             raise ConnectionError("no address of rank 0 is reached by every rank")
         _use_interface(_local_address(address, port))

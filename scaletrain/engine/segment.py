@@ -20,7 +20,7 @@ from scaletrain.errors import UserError
 
 _LINE = 8  # counters are 64-bit words, one a cache line, so that no two ranks write to the same line
 _SPINS = 300  # looks at a counter before the core is offered to others; about 20 us
-_YIELD_S = 50e-6  # then for this long the core is offered between looks
+_YIELD_S = 300e-6  # then for this long the core is offered between looks
 _SLEEP_S = (20e-6, 1e-3)  # then sleep, longer and longer: whoever waits must not take a core from who computes
 _NAP_S = 2e-3  # the longest sleep that a lost wake-up can cost
 _FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # the system call's number on x86-64
