@@ -62,6 +62,14 @@ class World(NamedTuple):
                     f" {launcher.evidence(env)} ({launcher.name}); unset the variables that leaked from elsewhere,"
                     f" or set SCALETRAIN_LAUNCHER to the one to believe"
                 )
+            if (other.rank, other.size) == (
+                world.rank,
+                world.size,
+            ):  # srun --mpi=pmi2 sets PMI_RANK, and says where it runs
+                known = other._asdict()
+                world = world._replace(
+                    **{key: known[key] for key, value in world._asdict().items() if value == UNKNOWN}
+                )
         return world
 
 

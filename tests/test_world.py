@@ -52,7 +52,8 @@ LOCAL.pop("TORCHELASTIC_RUN_ID")
         # One launcher inside another
         (TORCHRUN | SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, World(5, 8, 1, 4, 1, 2, "torchrun")),
         (TORCHRUN | SLURM_BATCH, World(5, 8, 1, 4, 1, 2, "torchrun")),
-        (OPENMPI | SRUN, World(5, 8, 1, 4, UNKNOWN, UNKNOWN, "openmpi")),  # srun --mpi=pmix says the same twice
+        (OPENMPI | SRUN, World(5, 8, 1, 4, 1, 2, "openmpi")),  # the same twice: one fills in what the other leaves out
+        ({"PMI_RANK": "5", "PMI_SIZE": "8"} | SRUN, World(5, 8, 1, 4, 1, 2, "mpich")),  # srun --mpi=pmi2
         (OPENMPI | SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, World(5, 8, 1, 4, UNKNOWN, UNKNOWN, "openmpi")),
         (HOROVODRUN | OPENMPI, World(5, 8, 1, 4, 1, 2, "horovodrun")),
         # A person's word

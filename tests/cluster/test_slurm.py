@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,14 @@ def test_kill_9_of_a_node_daemon_is_no_hang(slurm: Slurm, alone_slow: dict, tmp_
         assert summary(tmp_path / "run")["final_loss"] == pytest.approx(alone_slow["final_loss"], abs=1e-4)
     finally:
         slurm.start_node(int(node.removeprefix("n")))
+
+
+@pytest.mark.parametrize("mpi", ["none", "pmi2", "pmix"])
+def test_each_kind_of_srun_says_who_a_task_is(slurm: Slurm, mpi: str):
+    if mpi not in slurm.run("srun", "--mpi=list"):
+        pytest.skip(f"this SLURM has no --mpi={mpi}")
+    code = "from scaletrain.world import World; w = World.from_env(); print(w.rank, w.size, w.local_rank, w.local_size, w.launcher)"
+    # On one node: two PMIx servers of one step cannot live on the same real host.
+    output = slurm.run("srun", f"--mpi={mpi}", "-N", "1", "-n", "2", "--overcommit", sys.executable, "-c", code)
+    places = sorted(line.split()[:4] for line in output.splitlines() if line.count(" ") == 4)
+    assert places == [["0", "2", "0", "2"], ["1", "2", "1", "2"]], output
