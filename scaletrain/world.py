@@ -66,7 +66,7 @@ class World(NamedTuple):
                 world.rank,
                 world.size,
             ):  # srun --mpi=pmi2 sets PMI_RANK, and says where it runs
-                known = other._asdict()
+                said = other._asdict()
                 world = world._replace(
                     **{key: known[key] for key, value in world._asdict().items() if value == UNKNOWN}
                 )
