@@ -62,14 +62,8 @@ class World(NamedTuple):
                     f" {launcher.evidence(env)} ({launcher.name}); unset the variables that leaked from elsewhere,"
                     f" or set SCALETRAIN_LAUNCHER to the one to believe"
                 )
-            if (other.rank, other.size) == (
-                world.rank,
-                world.size,
-            ):  # srun --mpi=pmi2 sets PMI_RANK, and says where it runs
-                said = other._asdict()
-                world = world._replace(
-                    **{key: known[key] for key, value in world._asdict().items() if value == UNKNOWN}
-                )
+            if (other.rank, other.size) == (world.rank, world.size):
+                world = _filled(world, other)
         return world
 
 
@@ -152,6 +146,12 @@ def _name(launcher: Launcher, env: Mapping[str, str]) -> str:
     if launcher.name != "torchrun":
         return launcher.name
     return env.get("SCALETRAIN_LAUNCHER") or ("torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment")
+
+
+def _filled(world: World, other: World) -> World:
+    """What one launcher leaves out, another that started the same world may say: ``srun --mpi=pmi2`` sets PMI_RANK and its own."""
+    said = other._asdict()
+    return world._replace(**{key: said[key] for key, value in world._asdict().items() if value == UNKNOWN})
 
 
 def _agrees(world: World, outer: World) -> bool:
