@@ -28,9 +28,13 @@ def scaletrain(*arguments: str | Path, timeout: float = 90) -> subprocess.Comple
 
 
 def test_train_leaves_a_run_directory(tmp_path: Path):
-    done = scaletrain("train", DIGITS, "--workers", "2", "--set", "steps=12", "--set", "epochs=null", "--run-dir", tmp_path / "run")
+    done = scaletrain(
+        "train", DIGITS, "--workers", "2", "--set", "steps=12", "--set", "epochs=null", "--run-dir", tmp_path / "run"
+    )
     assert done.returncode == 0, done.stderr
-    assert "48 (fixed global batch, strong scaling)" in done.stdout and "learning rate: 0.1 for 96 samples" in done.stdout
+    assert (
+        "48 (fixed global batch, strong scaling)" in done.stdout and "learning rate: 0.1 for 96 samples" in done.stdout
+    )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary) >= SUMMARY
     assert (summary["workers"], summary["exchange"], summary["steps"], summary["emulated"]) == (2, "native", 12, False)
@@ -51,7 +55,9 @@ def test_a_persons_own_model_and_data(tmp_path: Path):
 
 
 def test_a_mistake_that_only_a_worker_can_see_is_one_line(tmp_path: Path):
-    done = scaletrain("train", DIGITS, "--workers", "2", "--set", "optimizer.momentun=0.9", "--run-dir", tmp_path / "run")
+    done = scaletrain(
+        "train", DIGITS, "--workers", "2", "--set", "optimizer.momentun=0.9", "--run-dir", tmp_path / "run"
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr + done.stdout
     assert done.stderr.count("did you mean 'momentum'") == 1
@@ -60,8 +66,22 @@ def test_a_mistake_that_only_a_worker_can_see_is_one_line(tmp_path: Path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_ranks_and_the_run_goes_on_with_resume(number: signal.Signals, tmp_path: Path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "scaletrain.cli", "train", DIGITS, "--workers", "3", "--set", "epochs=200", "--run-dir", str(run)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "scaletrain.cli",
+        "train",
+        DIGITS,
+        "--workers",
+        "3",
+        "--set",
+        "epochs=200",
+        "--run-dir",
+        str(run),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 60
         while not (run / "rank-2.jsonl").exists() or (run / "rank-2.jsonl").read_text().count("\n") < 20:
@@ -78,7 +98,19 @@ def test_a_signal_stops_all_ranks_and_the_run_goes_on_with_resume(number: signal
     counts = {(run / f"rank-{rank}.jsonl").read_text().count("\n") for rank in range(3)}
     assert counts == {summary["steps"]}, "all ranks stopped at the same step"
     more = str(summary["steps"] + 5)
-    done = scaletrain("train", DIGITS, "--workers", "2", "--set", f"steps={more}", "--set", "epochs=null", "--run-dir", run, "--resume")
+    done = scaletrain(
+        "train",
+        DIGITS,
+        "--workers",
+        "2",
+        "--set",
+        f"steps={more}",
+        "--set",
+        "epochs=null",
+        "--run-dir",
+        run,
+        "--resume",
+    )
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {summary['steps']}" in done.stdout
     assert json.loads((run / "summary.json").read_text())["steps"] == summary["steps"] + 5
@@ -87,7 +119,9 @@ def test_a_signal_stops_all_ranks_and_the_run_goes_on_with_resume(number: signal
 @pytest.mark.parametrize("backend", ["scaletrain", "gloo"])
 def test_launch_runs_a_persons_script(backend: str, tmp_path: Path):
     script = tmp_path / "script.py"
-    script.write_text((ROOT / "examples" / "ddp_script.py").read_text().replace('group("scaletrain")', f'group("{backend}")'))
+    script.write_text(
+        (ROOT / "examples" / "ddp_script.py").read_text().replace('group("scaletrain")', f'group("{backend}")')
+    )
     done = scaletrain("launch", "-n", "3", "--run-dir", tmp_path / "run", "--", script)
     assert done.returncode == 0, done.stderr
     assert "3 workers, loss" in done.stdout
