@@ -13,7 +13,7 @@ ALL = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_a_plugin_has_a_menu_line(kind: str, name: str):
     line = plugins.describe(kind, name)
-    assert 10 <= len(line) <= 140 and line.endswith("."), line
+    assert 10 <= len(line) <= 140 and line.endswith((".", "?")), line
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name in ALL if kind != "bench"])

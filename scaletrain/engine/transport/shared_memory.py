@@ -205,7 +205,7 @@ def _torch_copy(into: Tensor, source: Tensor) -> None:
 def transport(
     group: Group,
     *,
-    block_bytes: Annotated[int, Ge(4096)] = 2 << 20,
-    at_once_bytes: Annotated[int, Ge(0)] = 256 << 10,
+    block_bytes: Annotated[int, Ge(4096)] = 2_097_152,  # 2 MiB
+    at_once_bytes: Annotated[int, Ge(0)] = 262_144,  # 256 KiB
 ) -> Transport:
     return SharedMemory(group, block_bytes, at_once_bytes)
