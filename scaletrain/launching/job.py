@@ -58,6 +58,7 @@ class Command(NamedTuple):
     env: tuple[tuple[str, str], ...] = ()  # added to the launcher's environment
     rank: int | None = None  # the worker this is; None: a launcher such as mpirun, which starts workers of its own
     restarts_workers: bool = False  # a launcher that goes on when a worker fails; only its own end ends the job
+    interrupt: int | None = None  # signal that reaches the workers, where SIGINT would make the launcher kill them
     stop_s: float = 3.0  # from SIGTERM to SIGKILL; a launcher must pass the signal on first
 
 

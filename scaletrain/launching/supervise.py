@@ -144,7 +144,7 @@ class _Process:
     def __init__(self, command: Command, environ: dict[str, str], companion: Companion | None = None, fd: int = -1):
         self.name, self.rank, self.stop_s = command.name, command.rank, command.stop_s
         self.companion, self.restarts = companion, 0
-        self.restarts_workers = command.restarts_workers
+        self.restarts_workers, self.interrupt = command.restarts_workers, command.interrupt
         self.is_launcher = self.rank is None and companion is None
         # A launcher gets the chance to end its own workers; a worker has no business without its supervisor.
         death_signal = signal.SIGTERM if self.is_launcher else signal.SIGKILL
@@ -454,7 +454,7 @@ class _Supervisor:
         while time.monotonic() < until and any(process.status is None for process in self.processes):
             for heard in self.signals[passed:]:
                 for process in self.processes:
-                    process.signal(heard)
+                    process.signal(process.interrupt or heard)
             passed = len(self.signals)
             if self.signals.count(signal.SIGINT) + self.signals.count(signal.SIGTERM) > 1 or self.orphaned:
                 break

@@ -28,11 +28,6 @@ def python() -> str:
     return python
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return train(tmp_path_factory.mktemp("alone") / "run", *SHORT)
-
-
 def path_of(python: str) -> dict[str, str]:
     """So that this Python's horovodrun is found."""
     return {"PATH": f"{Path(python).parent}:{os.environ['PATH']}"}

@@ -36,11 +36,6 @@ def mpirun(kind: str) -> str:
 KINDS = ["openmpi4", "openmpi5", "mpich"]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return train(tmp_path_factory.mktemp("alone") / "run", *SHORT)
-
-
 def by(kind: str) -> tuple[str, ...]:
     return ("--launcher", "mpirun", "--set", f"launcher.command={mpirun(kind)}")
 
@@ -91,6 +86,22 @@ def test_kill_9_of_the_launcher_leaves_nothing(kind: str, tmp_path: Path):
     launcher.send_signal(signal.SIGKILL)
     launcher.wait(10)
     until(lambda: gone(run_dir), "everything is gone", 15)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_leaves_a_checkpoint(kind: str, tmp_path: Path):
+    """mpirun kills its workers on SIGINT; they get SIGUSR1 from it instead."""
+    run_dir = tmp_path / "run"
+    launcher = subprocess.Popen(
+        command("train", SLOW, "--run-dir", str(run_dir), "--workers", "2", *by(kind)),
+        env=clean(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    until(lambda: step_of(run_dir) >= 3, "three steps")
+    launcher.send_signal(signal.SIGINT)
+    output, _ = launcher.communicate(timeout=40)
+    assert launcher.returncode == 130, output
+    assert not summary(run_dir)["finished"] and list(run_dir.glob("step-*.safetensors")), output
+    assert gone(run_dir)
 
 
 # What each MPI must be told to reach hosts without ssh, and to use their links.

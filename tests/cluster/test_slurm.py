@@ -24,11 +24,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return train(tmp_path_factory.mktemp("alone") / "run", *SHORT)
-
-
-@pytest.fixture(scope="module")
 def alone_slow(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return train(tmp_path_factory.mktemp("alone") / "run", "--workers", "2", config=SLOW)
 

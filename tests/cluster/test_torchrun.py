@@ -14,11 +14,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(150)]
 SLOW = str(Path(__file__).with_name("slow_digits.yaml"))
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return train(tmp_path_factory.mktemp("alone") / "run", *SHORT)
-
-
 def hosts(count: int) -> Cluster:
     try:
         cluster.check_machine()

@@ -1,6 +1,7 @@
 """mpirun of Open MPI (4 and 5) or MPICH, on this host or on those of a host file."""
 
 import os
+import signal
 import subprocess
 from typing import Literal
 
@@ -60,7 +61,8 @@ def plan(
     if elsewhere:
         explain.append("the run directory must be a folder that all hosts share")
     argv += [*map(str, arguments), *job.argv]
-    return LaunchPlan((Command("mpirun", tuple(argv), stop_s=10.0),), explain=tuple(explain), companions=job.companions)
+    started = Command("mpirun", tuple(argv), interrupt=signal.SIGUSR1, stop_s=10.0)
+    return LaunchPlan((started,), explain=tuple(explain), companions=job.companions)
 
 
 def _which(command: str) -> str:
