@@ -1,0 +1,33 @@
+"""Run directories as a training leaves them, with step times that a test chooses."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from scaletrain.metrics import StepRecord
+
+
+def write_run(
+    directory: Path, *, exchange: str = "ring", steps: list[list[float]], samples: int = 48, **summary: Any
+) -> Path:
+    """``steps[rank][i]``: seconds of a rank's step i; a tenth of it is input, three tenths forward, a half backward, a tenth update."""
+    directory.mkdir(parents=True, exist_ok=True)
+    workers = len(steps)
+    for rank, seconds in enumerate(steps):
+        clock = 1000.0
+        lines = []
+        for index, step_s in enumerate(seconds):
+            record = StepRecord(
+                step=index, rank=rank, time=clock, loss=1.0, samples=samples, lr=0.1, step_s=step_s, input_s=0.1 * step_s,
+                forward_s=0.3 * step_s, backward_s=0.5 * step_s, update_s=0.1 * step_s,
+            )  # fmt: skip
+            lines.append(json.dumps(dataclasses.asdict(record)))
+            clock += step_s
+        (directory / f"rank-{rank}.jsonl").write_text("\n".join(lines) + "\n")
+    value = {
+        "name": "job", "workers": workers, "exchange": exchange, "batch_size": samples * workers, "batch_mode": "strong",
+        "finished": True, "final_loss": 1.0, "test_accuracy": 0.5, "wall_s": 1.0, **summary,
+    }  # fmt: skip
+    (directory / "summary.json").write_text(json.dumps(value))
+    return directory

@@ -1,0 +1,58 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from scaletrain.cli import cli
+from scaletrain.errors import UserError
+from scaletrain.scaling import report
+from scaletrain.scaling.compare import compare, lines
+
+from .runs import write_run
+
+
+def make(folder, seconds):
+    """A report of two repeats and a little noise."""
+    runs = [
+        write_run(folder / str(i), steps=[[s] * 6] * 2) for i, s in enumerate([seconds, seconds * 1.01, seconds * 0.99])
+    ]
+    return report.of_runs(runs)
+
+
+def test_a_slowdown_beyond_the_noise_is_a_regression(tmp_path):
+    old, new = make(tmp_path / "old", 0.100), make(tmp_path / "new", 0.120)
+    (change,) = compare(new, old)
+    assert change.regressed and "REGRESSION" in lines([change])[0]
+    (back,) = compare(old, new)
+    assert back.improved and not back.regressed
+
+
+def test_noise_is_none(tmp_path):
+    (change,) = compare(make(tmp_path / "new", 0.1005), make(tmp_path / "old", 0.100))
+    assert not change.regressed and not change.improved
+
+
+def test_a_cell_that_fails_now_is_a_regression(tmp_path):
+    old = make(tmp_path / "old", 0.1)
+    new = json.loads(json.dumps(old))
+    new["rows"][0]["runs"] = []
+    assert compare(new, old)[0].regressed
+
+
+def test_reports_without_a_common_cell_cannot_be_compared(tmp_path):
+    old = make(tmp_path / "old", 0.1)
+    new = json.loads(json.dumps(old))
+    new["rows"][0]["exchange"] = "tree"
+    with pytest.raises(UserError, match="no cell in common"):
+        compare(new, old)
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0.1, 0), (0.15, 2)])
+def test_the_exit_code_tells(tmp_path, seconds, status):
+    (tmp_path / "old.json").write_text(json.dumps(make(tmp_path / "old", 0.1)))
+    make(tmp_path / "new", seconds)
+    runs = [str(tmp_path / "new" / str(i)) for i in range(3)]
+    done = CliRunner().invoke(
+        cli, ["report", *runs, "--out", str(tmp_path / "out"), "--baseline", str(tmp_path / "old.json")]
+    )
+    assert done.exit_code == status, done.output

@@ -1,0 +1,41 @@
+import pytest
+
+from scaletrain.scaling.limiter import Cause, Step, limiter, sentence, split
+
+
+def test_causes_are_told_apart_and_add_up():
+    single = Step(step_s=0.100, slowest_s=0.100, input_s=0.0, compute_s=0.096, update_s=0.004)
+    small = Step(step_s=0.030, slowest_s=0.030, input_s=0.0, compute_s=0.026, update_s=0.004)
+    alone = Step(step_s=0.035, slowest_s=0.038, input_s=0.001, compute_s=0.030, update_s=0.004)
+    real = Step(step_s=0.050, slowest_s=0.050, input_s=0.001, compute_s=0.045, update_s=0.004)
+    causes = dict(split(real, alone, small, single, workers=4, strong=True))
+    assert causes["communication"] == pytest.approx(0.012)  # 15 ms that the exchange adds, less 3 ms of waiting
+    assert causes["stragglers"] == pytest.approx(0.003)
+    assert causes["input"] == pytest.approx(0.001)
+    assert causes["optimizer"] == pytest.approx(0.003)  # 4 ms stay 4 ms; a quarter would be ideal
+    assert causes["stolen cores"] == pytest.approx(0.004)
+    assert causes["small batch"] == pytest.approx(0.002)
+    assert sum(causes.values()) == pytest.approx(0.050 - 0.100 / 4)
+    assert abs(causes["unexplained"]) < 1e-12
+
+
+def test_what_throughput_says_beyond_the_parts_is_unexplained():
+    step = Step(0.01, 0.01, 0.0, 0.009, 0.001)
+    causes = dict(split(step, step, step, step, workers=2, strong=False, loss_s=0.002))
+    assert causes["unexplained"] == pytest.approx(0.002)
+
+
+def test_nobody_waits_in_an_asynchronous_exchange():
+    alone = Step(0.035, 0.050, 0.0, 0.03, 0.005)
+    real = Step(0.050, 0.050, 0.0, 0.045, 0.005)
+    causes = dict(split(real, alone, alone, alone, workers=4, strong=False, waits=False))
+    assert causes["stragglers"] == 0 and causes["communication"] == pytest.approx(0.015)
+
+
+def test_sentence_names_the_limiter_its_share_and_a_remedy():
+    causes = [Cause("communication", 0.006), Cause("stragglers", 0.004), Cause("small batch", -0.001)]
+    assert limiter(causes).name == "communication"
+    assert sentence(causes, 0.83, "ring instead of tree predicts 0.83 -> 0.94") == (
+        "Communication: 60% of the loss; ring instead of tree predicts 0.83 -> 0.94."
+    )
+    assert sentence([Cause("input", -0.1)], 1.0).startswith("Nothing")

@@ -1,0 +1,156 @@
+import math
+import time
+
+import pytest
+
+from scaletrain.collectives.cost import Link, Network
+from scaletrain.errors import UserError
+from scaletrain.scaling import fit, predict, proof, simulate
+from scaletrain.scaling.network import PRESETS, Preset, allreduce_s, parse_bandwidth, server_s
+from scaletrain.scaling.predict import Compute, Stragglers, buckets, exposed_s
+
+GBIT = Preset(Network(50e-6, 125e6), "")
+
+
+def test_buckets_hold_every_byte():
+    for size in (0, 1000, 2**20, 30e6, 244e6):
+        assert sum(buckets(size)) == pytest.approx(size)
+    assert max(buckets(244e6)) <= predict.BUCKET_BYTES
+
+
+def test_communication_hides_behind_backward_but_for_the_last_bucket():
+    # Backward runs from 1 to 3 s; the last of four buckets is complete at its end.
+    assert exposed_s(3.0, [0.1] * 4, [1.0] * 4) == pytest.approx(0.1)
+    assert exposed_s(3.0, [0.1] * 4, [1.0] * 4, overlap=False) == pytest.approx(0.4)
+    # The link is the bottleneck: it is busy from the first bucket (1.5 s) on.
+    assert exposed_s(3.0, [2.0] * 4, [1.0] * 4) == pytest.approx(1.5 + 8 - 3)
+
+
+def test_ring_and_tree_cost_what_their_formulas_say():
+    n = 25e6
+    assert allreduce_s("ring", 8, n, GBIT) == pytest.approx(14 * 50e-6 + 14 / 8 * n / 125e6)
+    assert allreduce_s("tree", 8, n, GBIT) == pytest.approx(6 * (50e-6 + n / 125e6))
+    assert allreduce_s("ring", 1, n, GBIT) == 0
+
+
+def test_hosts_share_their_ports():
+    two_hosts = Preset(Network(0.0, 1e9), "", workers_per_host=4, local=Link(0.0, 1e10))
+    assert allreduce_s("ring", 8, 1e9, two_hosts) == pytest.approx(2 * 3 / 4 / 10 + 1.0)
+
+
+def test_a_fat_tree_is_slower_beyond_its_leaf():
+    tree = PRESETS["fat-tree-10gbit"]
+    assert allreduce_s("ring", 17, 1e9, tree) > 3.5 * allreduce_s("ring", 16, 1e9, tree)
+
+
+def test_servers_share_the_load():
+    assert server_s(32, 1e8, GBIT) > 3.9 * server_s(32, 1e8, GBIT, servers=4)
+    assert server_s(2, 1e8, GBIT, servers=64) >= 1e8 / 125e6  # a worker's own port stays
+
+
+def test_backup_workers_cut_the_tail():
+    noisy = Stragglers(variation=0.05, slow_probability=0.02, slow_factor=1.5)
+    assert predict.slowest_factor(50, 4, noisy) < predict.slowest_factor(50, 0, noisy)
+    assert predict.slowest_factor(1, 0, Stragglers(variation=0.3)) == pytest.approx(1.0, abs=0.03)
+    assert predict.slowest_factor(50, 0, Stragglers()) == 1.0
+
+
+def test_simulate_is_quick_at_4096_workers():
+    job = simulate.Job(
+        simulate.MODEL_BYTES["nin"],
+        8192,
+        Compute(0.008),
+        PRESETS["gemini"],
+        price_per_worker_hour=1,
+        epoch_samples=10**6,
+    )
+    began = time.process_time()
+    points = simulate.simulate(job, [1, 64, 4096], simulate.strategies())
+    assert time.process_time() - began < 10
+    best = simulate.best(points)
+    assert best[4096].strategy not in ("star", "server")
+    assert all(p.cost_per_epoch > 0 and p.efficiency <= 1.0001 for p in points)
+
+
+def test_simulate_refuses_what_it_does_not_know():
+    job = simulate.Job(1e6, 8, Compute(0.01), GBIT)
+    with pytest.raises(UserError, match="did you mean 'ring'"):
+        simulate.simulate(job, [2], ["rings"])
+    with pytest.raises(UserError, match="cannot share"):
+        simulate.simulate(job, [16], ["ring"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("1Gbit", 125e6), ("100Mbit/s", 12.5e6), ("1.2GB", 1.2e9)])
+def test_bandwidths(text, value):
+    assert parse_bandwidth(text) == pytest.approx(value)
+
+
+def test_a_bandwidth_without_unit_is_refused():
+    with pytest.raises(UserError, match="allowed"):
+        parse_bandwidth("10")
+
+
+def test_fit_finds_the_network_that_made_the_timings():
+    true = Preset(Network(2e-3, 40e6), "")
+    timings = [
+        fit.Timing(name, p, n, predict.exchange_s(name, p, n, true))
+        for name in ("ring", "tree", "star", "halving_doubling") for p in (2, 4) for n in (1e4, 5e6)
+    ]  # fmt: skip
+    latency, bandwidth = fit.fit_exchanges(timings)
+    assert latency.value == pytest.approx(2e-3, rel=0.01)
+    assert bandwidth.value == pytest.approx(40e6, rel=0.01)
+    assert bandwidth.low <= 40e6 * 1.001 and bandwidth.high >= 40e6 * 0.999
+
+
+def test_large_messages_do_not_tell_the_latency():
+    true = Preset(Network(1e-9, 40e6), "")
+    timings = [fit.Timing("ring", p, 1e8, predict.exchange_s("ring", p, 1e8, true)) for p in (2, 4, 8)]
+    latency, bandwidth = fit.fit_exchanges(timings)
+    assert bandwidth.value == pytest.approx(40e6, rel=0.01)
+    assert latency.value < 1e-3
+
+
+def test_far_extrapolation_is_refused_unless_asked_for():
+    parameter = fit.Parameter(1.0, None, None)
+    made = fit.Fit(Compute(0.01), parameter, parameter, True, [], max_workers=4)
+    made.check_reach(32, far=False)
+    with pytest.raises(UserError, match="--far"):
+        made.check_reach(33, far=False)
+    made.check_reach(33, far=True)
+    assert fit.Fit.from_json(made.as_json()) == made
+
+
+def test_compute_is_a_line_over_batch_sizes():
+    rows = [
+        {"batch_size": b, "input_s": 0.0, "forward_s": s / 3, "backward_s": s * 2 / 3, "update_s": 0.004}
+        for b, s in ((8, 0.010), (16, 0.018), (32, 0.034))
+    ]  # fmt: skip
+    compute = fit.fit_compute(rows)
+    assert compute.sample_s == pytest.approx(0.001) and compute.fixed_s == pytest.approx(0.002)
+    assert compute.pass_s(64) == pytest.approx(0.066)
+
+
+def test_firecaffe_128_gpus_from_its_32():
+    made = proof.firecaffe()
+    for published, predicted in made.speedups.values():
+        assert abs(predicted / published - 1) < 0.15
+    assert {p: round(ratio, 1) for p, ratio in made.ratios.items()} == {32: 3.2, 128: 9.1}
+
+
+@pytest.mark.parametrize("workers", [2, 8, 32, 128])
+def test_the_schedules_give_firecaffes_ratio(workers):
+    assert proof.server_tree_ratio(workers) == pytest.approx(workers / (2 * math.log2(workers)), rel=1e-4)
+
+
+def test_backup_workers_of_tensorflow():
+    made = proof.backup_workers()
+    assert made.steps[0] == pytest.approx(2.25) and made.steps[4] == pytest.approx(1.93)  # the fit
+    assert max(made.per_resource, key=made.per_resource.get) == 3
+    assert abs(made.per_resource[3] - 0.095) < 0.05
+
+
+def test_drawn_stragglers_agree_with_the_closed_form():
+    tail = 0.13
+    for backups in (0, 4):
+        harmonic = sum(1 / i for i in range(backups + 1, 50 + backups + 1))
+        assert proof.drawn_backup_factor(backups, tail) == pytest.approx(1 + tail * harmonic, rel=0.01)

@@ -1,0 +1,152 @@
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from scaletrain.errors import UserError
+from scaletrain.scaling import publish, render, report, sweep, trace
+from scaletrain.scaling.measure import read_run
+
+from .runs import write_run
+
+# What each cell of a made-up sweep takes: 100 ms alone, 55 ms of work for half, 5 ms of communication.
+STEP_S = {
+    ("none", 1, 96): 0.100,
+    ("ring", 1, 96): 0.102,
+    ("none", 2, 96): 0.055,
+    ("ring", 2, 96): 0.060,
+    ("none", 1, 48): 0.052,
+}
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A sweep's directory with two repeats of every cell, and one cell whose runs failed."""
+    config = tmp_path / "job.yaml"
+    config.write_text("model: mlp\ndata: digits\nbatch_size: 96\nsteps: 10\n")
+    plan = sweep.plan([config], [1, 2], ["ring", "tree", "none"], repeats=2, threads=1)
+    out = tmp_path / "out"
+    sweep.claim(out, plan)
+    for cell in plan.cells():
+        for repeat in range(2):
+            directory = sweep.run_dir(out, cell, repeat)
+            if cell.exchange == "tree":
+                directory.mkdir(parents=True)
+                (directory / "failed.json").write_text(json.dumps({"reason": "rank 1 at step 3: <boom> | & so on"}))
+                continue
+            seconds = STEP_S[cell.exchange, cell.workers, cell.batch_size] * (1 + 0.002 * repeat)
+            # The first three steps are slow: they must not count.
+            steps = [[9.0] * 3 + [seconds] * 7] * cell.workers
+            write_run(directory, exchange=cell.exchange, steps=steps, samples=cell.batch_size // cell.workers)
+    return out
+
+
+def row(made, exchange, workers):
+    return next(r for r in made["rows"] if (r["exchange"], r["workers"]) == (exchange, workers))
+
+
+def test_rows_have_speed_intervals_and_exposed_communication(measured):
+    made = report.of_sweep(measured)
+    ring = row(made, "ring", 2)
+    assert ring["samples_per_s"] == pytest.approx(96 / 0.060, rel=0.01)
+    assert ring["samples_per_s_ci95"] > 0
+    assert ring["speedup"] == pytest.approx(
+        0.100 / 0.060, rel=1e-6
+    )  # over one worker with none; repeats drift together
+    assert ring["speedup_ci95"] == pytest.approx(0, abs=1e-9)
+    assert ring["efficiency"] == pytest.approx(0.100 / 0.060 / 2, rel=1e-6)
+    assert ring["exposed_comm_s"] == pytest.approx(0.005, rel=0.01)
+    assert ring["step_s_p50"] == pytest.approx(0.060, rel=0.01)
+    assert ring["baseline"] == "1 worker, none"
+    assert not any("none" not in r["exchange"] and r["reference"] for r in made["rows"] if "reference" in r)
+
+
+def test_a_failed_cell_says_why_and_the_others_stay(measured):
+    made = report.of_sweep(measured)
+    tree = row(made, "tree", 2)
+    assert tree["samples_per_s"] is None and "boom" in tree["failures"][0]
+    assert "2 of 6 cells had failures" in made["summary"]
+    page = render.html(made)
+    assert "&lt;boom&gt;" in page and "<boom>" not in page
+
+
+def test_the_loss_is_split_and_adds_up(measured):
+    made = report.of_sweep(measured)
+    loss = next(x for x in made["losses"] if x["exchange"] == "ring")
+    assert loss["loss_s"] == pytest.approx(0.060 - 0.050, rel=0.01)
+    assert sum(loss["causes"].values()) == pytest.approx(loss["loss_s"])
+    assert abs(loss["causes"]["unexplained"]) < 0.05 * loss["loss_s"]
+    assert loss["causes"]["communication"] == pytest.approx(0.005, rel=0.02)
+    assert loss["limiter"] == "communication"
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(measured):
+    page = render.html(report.of_sweep(measured))
+    assert "<script" not in page
+    # Namespaces of SVG are names, not addresses; nothing else may look like one.
+    assert set(re.findall(r"https?://[^\s\"'<>)]+", page)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert page.count("<svg") >= 3 and "var(--ink)" in page and "prefers-color-scheme: dark" in page
+    identifiers = re.findall(r'\bid="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_every_format_is_written(measured):
+    publish.publish_sweep(measured, formats=publish.FORMATS)
+    assert {p.suffix for p in measured.iterdir() if p.is_file()} >= {".html", ".md", ".csv", ".svg", ".png", ".json"}
+    assert "± " in (measured / "report.md").read_text()
+    with pytest.raises(UserError, match="allowed"):
+        publish.publish_sweep(measured, formats=["pdf"])
+
+
+def test_emulated_runs_are_labelled(tmp_path):
+    emulation = {"network": {"bandwidth": "1Gbit"}, "compute": {"step_s": 0.1, "sample_s": 0.0}}
+    for workers in (1, 2):
+        write_run(tmp_path / str(workers), steps=[[0.1] * 6] * workers, emulated=True, emulation=emulation)
+    made = report.of_runs([tmp_path / "1", tmp_path / "2"])
+    assert made["header"]["emulated"] and made["summary"].startswith("EMULATED")
+    assert "1Gbit" in made["summary"] and "Emulated" in render.html(made) and "EMULATED" in render.markdown(made)
+
+
+def test_weak_scaling_counts_samples_not_steps(tmp_path):
+    for workers, seconds in ((1, 0.1), (4, 0.125)):
+        write_run(tmp_path / str(workers), steps=[[seconds] * 8] * workers, batch_mode="weak")
+    made = report.of_runs([tmp_path / "1", tmp_path / "4"])
+    four = row(made, "ring", 4)
+    assert four["speedup"] == pytest.approx(4 * 0.1 / 0.125) and four["efficiency"] == pytest.approx(0.8)
+
+
+def test_a_directory_without_a_run_is_a_plain_mistake(tmp_path):
+    with pytest.raises(UserError, match="no finished run"):
+        read_run(tmp_path)
+    with pytest.raises(UserError, match="no sweep"):
+        report.of_sweep(tmp_path)
+
+
+def test_trace_puts_all_ranks_on_one_clock(tmp_path):
+    run = write_run(tmp_path / "run", steps=[[0.1] * 4, [0.2] * 4])
+    (run / "rank-1.json").write_text(json.dumps({"clock_offset_s": 0.05}))
+    events = trace.of_run(run)["traceEvents"]
+    steps = {(e["pid"], e["name"]): e for e in events if e["name"].startswith("step")}
+    assert steps[1, "step 0"]["ts"] == pytest.approx(0) and steps[0, "step 0"]["ts"] == pytest.approx(0.05e6)
+    assert steps[1, "step 1"]["dur"] == pytest.approx(0.2e6)
+    parts = [e for e in events if e["pid"] == 0 and e.get("tid") == 1]
+    assert sum(e["dur"] for e in parts) == pytest.approx(4 * 0.1e6)
+
+
+def test_report_renders_again_without_torch(measured, tmp_path):
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "torch.py").write_text("raise ImportError('torch is not wanted here')\n")
+    code = (
+        "from scaletrain.cli import cli;"
+        f"cli(['report', {str(measured)!r}, '--format', 'html,md'], standalone_mode=False)"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "blocked")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 0, done.stderr
+    assert (measured / "report.html").exists() and "ring on 2 workers" in done.stdout
