@@ -45,4 +45,8 @@ def variables(world: World, run_dir: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    try:
+        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    except UserError as mistake:  # made before the worker could report it: in the variables that say who it is
+        print(f"scaletrain: error: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -174,4 +174,8 @@ def _emulation(run_dir: Path, config: RunConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), "--resume" in sys.argv[2:]))
+    try:
+        sys.exit(main(Path(sys.argv[1]), "--resume" in sys.argv[2:]))
+    except UserError as mistake:  # made before the worker could report it: in the variables that say who it is
+        print(f"scaletrain: error: {mistake}", file=sys.stderr)
+        sys.exit(2)

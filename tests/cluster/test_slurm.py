@@ -12,7 +12,7 @@ from tests.cluster.slurm import Slurm, missing
 from tests.conftest import require
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(150)]
-SLOW = str(Path(__file__).with_name("slow_digits.yaml"))  # 60 steps of 0.1 s: time to interrupt
+SLOW = str(Path(__file__).with_name("slow_digits.yaml"))  # 40 steps of 0.1 s: time to interrupt
 
 
 @pytest.fixture(scope="module")
