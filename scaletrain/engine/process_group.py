@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future
 
 from scaletrain.engine.choose import Engine, check_names
 from scaletrain.engine.transport import Group
@@ -76,6 +75,12 @@ class ProcessGroup(dist.ProcessGroup):
         operation = _operation(options.reduceOp)
         if operation is None or not all(_runs_here(tensor, operation) for tensor in tensors):
             return super().allreduce(tensors, options)
+        if torch.autograd._profiler_enabled():
+            with torch.profiler.record_function("scaletrain:all_reduce"):
+                return self._engine_allreduce(tensors, operation, options)
+        return self._engine_allreduce(tensors, operation, options)
+
+    def _engine_allreduce(self, tensors: list[Tensor], operation: Any, options: Any) -> dist.Work:
         if self._lane is None:
             self._lane = _Lane(self._store, self.rank(), self.size(), self._timeout, self._options)
         return self._lane.allreduce(tensors, operation, at_once=not options.asyncOp)
@@ -103,6 +108,41 @@ def _runs_here(tensor: Tensor, operation: Any) -> bool:
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
     # gloo refuses the average of integers; that answer stays its own.
     return plain and (operation != dist.ReduceOp.AVG or tensor.is_floating_point())
+
+
+class Pending(dist.Work):
+    """Work whose ``wait`` raises what went wrong: that of a work made by torch from a future returns as if nothing had."""
+
+    def __init__(self, future: torch.futures.Future):
+        super().__init__()
+        self._future = future
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        self._future.wait()
+        return True
+
+    def get_future(self) -> torch.futures.Future:
+        return self._future
+
+    def is_completed(self) -> bool:
+        return self._future.done()
+
+    def is_success(self) -> bool:
+        return self._future.done() and self.exception() is None
+
+    def exception(self) -> BaseException | None:
+        if self._future.done():
+            try:
+                self._future.value()
+            except Exception as error:
+                return error
+        return None
+
+    def result(self) -> list[Tensor]:
+        return self._future.value()
+
+    def synchronize(self) -> None:
+        self.wait()
 
 
 def _result(outcome: torch.futures.Future) -> list[Tensor]:
@@ -162,7 +202,7 @@ class _Lane:
             self._tasks.put(task)
         # Python's Future.set_exception only wraps a value, which DDP's C++ takes for tensors and crashes on. What a callback raises is an
         # error in C++ too: a RuntimeError there and for wait(), with the message of ours.
-        return _create_work_from_future(outcome.then(_result))
+        return Pending(outcome.then(_result))
 
     def _reduce(self, tensor: Tensor, operation: Any) -> None:
         """One tensor of any shape and strides."""
