@@ -10,9 +10,9 @@ from scipy import optimize
 from scaletrain.collectives import cost
 from scaletrain.collectives.cost import Network
 from scaletrain.scaling import network, predict
-from scaletrain.scaling.fit import Parameter, Timing, fit_exchanges
+from scaletrain.scaling.fit import Parameter, Timing, fit_exchanges, fit_report, strategy_of
 from scaletrain.scaling.network import Preset
-from scaletrain.scaling.predict import Stragglers
+from scaletrain.scaling.predict import Compute, Stragglers
 from scaletrain.scaling.simulate import MODEL_BYTES
 
 IMAGENET = 1_281_167  # training images
@@ -164,3 +164,61 @@ def timings_of(measured: Sequence[Mapping[str, Any]]) -> list[Timing]:
         for one in measured
         for name, seconds in one["seconds"].items()
     ]
+
+
+def extrapolate_server(steps_s: Mapping[int, float], num_bytes: float, fitted_to: int) -> Extrapolation:
+    """The same for a server's null steps (workers -> seconds): nothing is computed, so a step is the exchange."""
+    return extrapolate(
+        [Timing("server", workers, num_bytes, seconds) for workers, seconds in steps_s.items()], fitted_to
+    )
+
+
+def other_batch(report: Mapping[str, Any], fitted_batch: int) -> list[dict[str, Any]]:
+    """Real training: calibrate on the rows of one global batch size, predict the steps of the others.
+
+    Computation is a line through one worker's steps at the fitted batch and its share for two workers. What two workers lose to each other
+    (caches, memory) is taken from the fitted batch too, as a factor.
+    """
+    rows = [r for r in [*report["rows"], *report["references"]] if r["runs"]]
+    mine = [r for r in rows if r["batch_size"] <= fitted_batch]
+    part = {
+        "header": report["header"],
+        "rows": [{**r, "variant": {}} for r in mine if r in report["rows"]],
+        "references": [{**r, "variant": {}} for r in mine if r in report["references"]],
+    }
+    num_bytes = next(r["gradient_bytes"] for r in rows if r["gradient_bytes"])
+    fitted = fit_report(part, num_bytes)
+    alone = {r["workers"]: r for r in part["rows"] if r["exchange"] == "none"}
+    factors = {}
+    for workers, row in alone.items():
+        own = fitted.compute.pass_s(fitted_batch / workers)
+        factors[workers] = (row["step_s_mean"] - row["update_s"]) / own
+    points = []
+    for row in report["rows"]:
+        strategy = "none" if row["exchange"] == "none" or row["workers"] == 1 else strategy_of(row["exchange"])
+        if not row["runs"] or row["batch_size"] <= fitted_batch or strategy is None:
+            continue
+        factor = factors[row["workers"]]
+        compute = Compute(fitted.compute.sample_s * factor, fitted.compute.fixed_s * factor, fitted.compute.update_s)
+        share = row["batch_size"] / row["workers"]
+        guess = predict.step_s(strategy, row["workers"], share, num_bytes, compute, fitted.network)
+        points.append(
+            {"exchange": row["exchange"], "workers": row["workers"], "batch_size": row["batch_size"],
+             "measured_s": row["step_s_mean"], "predicted_s": guess}
+        )  # fmt: skip
+    return points
+
+
+def traffic(report: Mapping[str, Any], compute_s: float, on: Preset) -> list[dict[str, Any]]:
+    """Models of different size under the same computation: measured and predicted efficiency (weak scaling) of each row of several workers."""
+    points = []
+    for row in report["rows"]:
+        if row["runs"] and row["workers"] > 1:
+            step = predict.step_s(
+                str(strategy_of(row["exchange"])), row["workers"], 1.0, row["gradient_bytes"], Compute(compute_s), on
+            )
+            points.append(
+                {"model": str(row["variant"].get("model.preset")), "exchange": row["exchange"], "workers": row["workers"],
+                 "gradient_bytes": row["gradient_bytes"], "measured": row["efficiency"], "predicted": compute_s / step}
+            )  # fmt: skip
+    return points
