@@ -29,9 +29,13 @@ ROOT = Path(__file__).parents[2]
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
 
 
+SEEDING = threading.Lock()  # torch's generator is the process's
+
+
 def model() -> nn.Module:
-    torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 4))
+    with SEEDING:
+        torch.manual_seed(7)
+        return nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 4))
 
 
 def loss(net: nn.Module, step: int, rank: int) -> torch.Tensor:
@@ -94,6 +98,8 @@ def exchange(made: Settings, run_dir: Path, rank: int) -> ParameterServerExchang
     store = dist.FileStore(str(run_dir / "store"), made.workers)
     world = World(rank, made.workers, rank, made.workers, launcher="local")
     setup = Setup(store, torch.device("cpu"), timedelta(seconds=made.timeout_s), run_dir)
+    if made.placement == "auto":
+        made = made._replace(placement="dedicated")  # by `servers` or `server_processes`
     return ParameterServerExchange(world, setup, made)
 
 
@@ -130,7 +136,7 @@ def threads(jobs: list[Callable[[], object]], timeout_s: float = 60) -> list[obj
     def run(index: int) -> None:
         try:
             results[index] = jobs[index]()
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             results[index] = error
 
     running = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(jobs))]
@@ -155,9 +161,23 @@ class Worker:
 
     def __init__(self, made: Settings, run_dir: Path, rank: int, steps: int, delay_s: float = 0.0):
         text = json.dumps(made._asdict())
-        argv = [sys.executable, "-m", "tests.parameter_server.job", str(run_dir), str(rank), text, str(steps), str(delay_s)]
+        argv = [
+            sys.executable,
+            "-m",
+            "tests.parameter_server.job",
+            str(run_dir),
+            str(rank),
+            text,
+            str(steps),
+            str(delay_s),
+        ]
         self.process = subprocess.Popen(
-            argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            argv,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         self.lines: list[str] = []
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -189,7 +209,9 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(made: Settings, run_dir: Path, steps: int, delays: dict[int, float] | None = None) -> Iterator[list[Worker]]:
+def workers(
+    made: Settings, run_dir: Path, steps: int, delays: dict[int, float] | None = None
+) -> Iterator[list[Worker]]:
     started = [Worker(made, run_dir, rank, steps, (delays or {}).get(rank, 0.0)) for rank in range(made.workers)]
     try:
         yield started

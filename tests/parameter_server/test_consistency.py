@@ -70,7 +70,9 @@ class Workers:
                 self.step[rank] += 1
                 if self.step[rank] == self.steps:
                     pass
-        assert self.aborted or not any(self.waiting[r] for r in self.step if r not in self.dead), "workers wait for ever"
+        assert self.aborted or not any(self.waiting[r] for r in self.step if r not in self.dead), (
+            "workers wait for ever"
+        )
 
     def _may_step(self, rank: int) -> bool:
         return not self.waiting[rank]
@@ -100,7 +102,9 @@ def test_bounded_workers_never_run_more_than_the_bound_ahead_of_the_slowest(work
     def check(rank: int) -> None:
         # A step begins: gradients that the slowest worker has pushed for every block lie at most `bound` behind.
         slowest = min(simulated.step.values())
-        assert simulated.step[rank] - slowest <= bound, f"rank {rank} begins step {simulated.step[rank]}, slowest {slowest}"
+        assert simulated.step[rank] - slowest <= bound, (
+            f"rank {rank} begins step {simulated.step[rank]}, slowest {slowest}"
+        )
 
     simulated.run(check)
     assert all(len(updates) == workers * steps for updates in simulated.applied.values())
@@ -127,7 +131,9 @@ def test_asynchronous_workers_never_wait(workers, blocks, steps, rng):
         assert actions[-1].staleness == min(2, rule.version[key] - 1)
 
 
-@given(blocks=st.integers(1, 3), spare=st.integers(1, 2), steps=st.integers(1, 8), rng=st.randoms(use_true_random=False))
+@given(
+    blocks=st.integers(1, 3), spare=st.integers(1, 2), steps=st.integers(1, 8), rng=st.randoms(use_true_random=False)
+)
 def test_backup_workers_the_first_gradients_win_and_late_ones_never_count(blocks, spare, steps, rng):
     workers = 2 + spare
     rule = Synchronous(list(range(blocks)), workers, backup=spare)

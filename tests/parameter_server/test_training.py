@@ -101,7 +101,9 @@ def test_async_applies_every_gradient_and_records_staleness(tmp_path, mode):
     assert after < 0.8 * before
 
 
-@pytest.mark.parametrize("mode, outer, after", [("local_sgd", "average", 0), ("local_sgd", "nesterov", 0), ("post_local", "average", 4)])
+@pytest.mark.parametrize(
+    "mode, outer, after", [("local_sgd", "average", 0), ("local_sgd", "nesterov", 0), ("post_local", "average", 4)]
+)
 def test_local_steps_are_averaged_by_the_outer_optimizer(tmp_path, mode, outer, after):
     made = Settings(2, 20, mode=mode, local_steps=4, local_after=after, outer=outer, outer_lr=0.5, outer_momentum=0.6)
     results = job.train(made, tmp_path, STEPS)
@@ -132,12 +134,15 @@ def test_sparse_embeddings_move_only_touched_rows(tmp_path, link, kind):
     rows, steps, made = 5000, 6, Settings(2, 20, servers=2, link=link)
 
     def build():
-        torch.manual_seed(3)
-        return nn.Sequential(nn.EmbeddingBag(rows, 8, sparse=True, mode="sum"), nn.Linear(8, 2))
+        with job.SEEDING:
+            torch.manual_seed(3)
+            return nn.Sequential(nn.EmbeddingBag(rows, 8, sparse=True, mode="sum"), nn.Linear(8, 2))
 
     def words(step, rank):
         generator = torch.Generator().manual_seed(step * 10 + rank)
-        return torch.cat([torch.randint(0, rows, (4, 5), generator=generator), torch.full((4, 1), 7)], 1)  # row 7: shared by all
+        return torch.cat(
+            [torch.randint(0, rows, (4, 5), generator=generator), torch.full((4, 1), 7)], 1
+        )  # row 7: shared by all
 
     def train_one(rank):
         net = build()
