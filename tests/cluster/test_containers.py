@@ -136,7 +136,10 @@ def _this_machines_pip(folder: Path) -> list[str]:
     config = configparser.ConfigParser(interpolation=None)
     config["global"] = {key.partition(".")[2].lstrip("."): value.strip("'\"") for key, value in settings.items()}
     mounts = []
-    places = {word.removeprefix("file://") for value in config["global"].values() for word in value.split()}
+    places = set()
+    for word in " ".join(config["global"].values()).split():
+        # The files of an index lie beside its pages.
+        places.add(str(Path(word.removeprefix("file://")).parent) if word.startswith("file://") else word)
     for place in sorted(place for place in places if place.startswith("/") and Path(place).is_dir()):
         mounts += ["--volume", f"{place}:{place}:ro"]
     if certificates := config["global"].get("cert"):

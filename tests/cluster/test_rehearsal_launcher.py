@@ -174,6 +174,13 @@ def test_stragglers_and_slow_faults_slow_the_job_by_their_factor(tmp_path, names
 
 @pytest.mark.cluster
 @pytest.mark.slow
+def test_shared_memory_between_hosts_is_refused(tmp_path, namespaces, emulated):
+    done = train(emulated, tmp_path / "run", "--workers", "2", "--exchange", "ring@shared_memory")
+    assert done.returncode != 0 and "joins ranks of one host, these lie on 2" in done.stderr, done.stderr
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_slowness_that_nothing_would_notice_is_refused(tmp_path, namespaces):
     done = train(
         EXAMPLE, tmp_path / "run", "--workers", "2", "--set", "launcher={name: rehearsal, straggler: {1: 2.0}}"

@@ -9,8 +9,9 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from scaletrain.engine.segment import Patience, Segment
+from scaletrain.engine.segment import Patience, Segment, same_host
 from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart
+from scaletrain.errors import UserError
 
 _STAGE = 0  # this rank's counter of phases behind it, over all allreduces
 _NUMPY = {torch.add: np.add, torch.mul: np.multiply, torch.minimum: np.minimum, torch.maximum: np.maximum}
@@ -208,4 +209,9 @@ def transport(
     block_bytes: Annotated[int, Ge(4096)] = 2_097_152,  # 2 MiB
     at_once_bytes: Annotated[int, Ge(0)] = 262_144,  # 256 KiB
 ) -> Transport:
+    hosts = len(set(same_host(group)))
+    if hosts > 1:  # rehearsed hosts have one kernel: it would work, and go round the network that is being rehearsed
+        raise UserError(
+            f"transport: 'shared_memory' joins ranks of one host, these lie on {hosts} (allowed: auto, mixed, gloo)"
+        )
     return SharedMemory(group, block_bytes, at_once_bytes)
