@@ -22,7 +22,8 @@ from scaletrain.engine.transport import Group
 if TYPE_CHECKING:
     from scaletrain.engine.choose import Engine
 
-SIZES = (4 << 10, 64 << 10, 1 << 20)
+# The last is large: token buckets and socket buffers let short messages pass faster than the wire.
+SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20)
 _REPEATS = 3
 _FAR_BEHIND = 2.0  # a candidate that the model puts this far behind the best is not timed
 _SAME_WIRE = 1.7  # a kept calibration is used when the probe takes no more than this much longer or shorter than it did
@@ -68,10 +69,10 @@ def tune(engine: "Engine", group: Group, candidates: list[Choice], transport: st
 def _measure(engine: "Engine", size: int, candidates: list[Choice]) -> Tuning:
     # Two probes give latency and bandwidth; recursive doubling moves the whole message in each of its rounds.
     probes = (Choice("recursive_doubling", 1), Choice("ring", 1))
-    low, high = _agreed(engine, [_time(engine, probes[0], SIZES[0]), _time(engine, probes[1], SIZES[2])])
+    low, high = _agreed(engine, [_time(engine, probes[0], SIZES[0]), _time(engine, probes[1], SIZES[-1])])
     latency_s = low / predict(probes[0].collective, size, 0, Network(1.0, 1.0))
     wire_s = max(high - predict(probes[1].collective, size, 0, Network(latency_s, 1.0)), high / 10)
-    network = Network(latency_s, predict(probes[1].collective, size, SIZES[2], Network(0.0, 1.0)) / wire_s)
+    network = Network(latency_s, predict(probes[1].collective, size, SIZES[-1], Network(0.0, 1.0)) / wire_s)
     expected = {
         c: [predict(c.collective, size, num_bytes, network) if c.collective != "native" else 0.0 for num_bytes in SIZES]
         for c in candidates

@@ -14,6 +14,8 @@ from scaletrain.engine.transport import Group, Reduce, Transport
 from scaletrain.errors import unknown
 
 NATIVE = "native"  # the wire's own allreduce: gloo's, MPI's, or the one that shared memory has
+_SIDE_BY_SIDE = ("ring", "halving_doubling", "direct", "two_level")
+_SMALL_BYTES = 128 << 10  # messages below it cost more by their number than by their bytes
 
 
 class Engine:
@@ -51,7 +53,7 @@ class Engine:
     def choose(self, num_bytes: int) -> autotune.Choice:
         """What runs for a message of this size; the first use of ``auto`` on a network measures (collective)."""
         if self._collective != "auto":
-            return autotune.Choice(self._collective, 1)
+            return autotune.Choice(self._collective, self._segments(num_bytes))
         if self.transport_name == "shared_memory":
             return autotune.Choice(NATIVE, 1)
         if self._tuning is None:
@@ -63,9 +65,16 @@ class Engine:
         found = [autotune.Choice(NATIVE, 1)] if hasattr(self._transport, "allreduce") else []
         found += [autotune.Choice("recursive_doubling", 1), autotune.Choice("direct", 1)]
         found += [autotune.Choice(name, segments) for name in ("ring", "halving_doubling") for segments in (1, 4)]
+        found += [autotune.Choice("ring", 2), autotune.Choice("direct", 4)]
         if self.transport_name == "mixed":
             found += [autotune.Choice("two_level", segments) for segments in (1, 4)]
         return found
+
+    def _segments(self, num_bytes: int) -> int:
+        """Of an algorithm that a person chose: bandwidth-optimal ones go in parts side by side, if the messages stay large."""
+        if self._collective not in _SIDE_BY_SIDE:
+            return 1
+        return max(1, min(4, num_bytes // (self._group.size * _SMALL_BYTES)))
 
     def record(self) -> dict[str, Any]:
         """For the run's header: the wire, and what is chosen for which sizes."""

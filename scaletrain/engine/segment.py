@@ -13,6 +13,7 @@ import mmap
 import os
 import platform
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 from scaletrain.engine.transport import Group
@@ -58,8 +59,8 @@ class Segment:
         self._asleep = [rank * self._per_rank for rank in range(self.size)]
         self._asleep_others = [place for rank, place in enumerate(self._asleep) if rank != self.rank]
         self.data = memoryview(self._map)[head:]
-        group.store.set(f"process/{self.rank}", f"{os.getpid()} {_started(os.getpid())}")
-        self._processes = [_process(group.store.get(f"process/{rank}")) for rank in range(self.size)]
+        processes = _exchanged(group, "process", f"{os.getpid()} {_started(os.getpid())}")
+        self._processes = [_process(value) for value in processes]
         # With fewer cores than ranks, spinning keeps the very rank from running that is waited for.
         enough = len(os.sched_getaffinity(0)) >= self.size
         self._spins, self.yield_s = (_SPINS, _YIELD_S) if enough else (1, 0.0)
@@ -170,26 +171,53 @@ def _map(group: Group, num_bytes: int) -> mmap.mmap:
             raise UserError(message) from None
         group.store.set("segment", f"{os.getpid()} {file}")
     else:
+        _wait(group, ["segment"], [0])
         where = group.store.get("segment").decode()
         if where.startswith("!"):
             raise UserError(where[2:])
         pid, number = where.split()
-        file = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
-    mapped = mmap.mmap(file, num_bytes)
-    group.store.set(f"mapped/{group.rank}", "")
-    if group.rank == 0:
-        keys = [f"mapped/{rank}" for rank in range(group.size)]
         try:
-            group.store.wait(keys, group.timeout)
-        except RuntimeError:
-            missing = [rank for rank in range(group.size) if not group.store.check([f"mapped/{rank}"])]
-            raise TimeoutError(f"ranks {', '.join(map(str, missing))} did not map the shared memory") from None
-    os.close(file)
+            file = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ConnectionError("peer rank 0 is lost: it ended before its memory was shared") from None
+    try:
+        mapped = mmap.mmap(file, num_bytes)
+        _exchanged(group, "mapped", "")
+    finally:
+        os.close(file)
     return mapped
 
 
-def _process(value: bytes) -> tuple[int, str]:
-    pid, started = value.decode().split()
+def _exchanged(group: Group, key: str, value: str) -> list[str]:
+    """What each rank has put under ``key`` (collective). Raises as ``_wait``."""
+    group.store.set(f"{key}/{group.rank}", value)
+    keys = [f"{key}/{rank}" for rank in range(group.size)]
+    _wait(group, keys, range(group.size))
+    return [group.store.get(key).decode() for key in keys]
+
+
+def _wait(group: Group, keys: list[str], owners: Sequence[int]) -> None:
+    """Until every key is there.
+
+    Raises:
+        TimeoutError: names the ranks whose keys are missing.
+        ConnectionError: the store is gone.
+    """
+    try:
+        group.store.wait(keys, max(group.timeout, timedelta(seconds=1)))
+    except RuntimeError as error:
+        try:
+            missing = [str(rank) for rank, key in zip(owners, keys, strict=True) if not group.store.check([key])]
+        except RuntimeError:
+            raise ConnectionError("the store where the ranks meet is gone") from error
+        raise TimeoutError(
+            f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)} did not join the group:"
+            f" timed out after {group.timeout.total_seconds():g} s"
+        ) from error
+
+
+def _process(value: str) -> tuple[int, str]:
+    pid, started = value.split()
     return int(pid), started
 
 
@@ -209,6 +237,4 @@ def same_host(group: Group) -> list[str]:
         boot = file.read().strip()
     # Two containers, or two rehearsed hosts, run on the same kernel.
     spaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid", "user")]
-    group.store.set(f"host/{group.rank}", "/".join([boot, *spaces]))
-    group.store.wait([f"host/{rank}" for rank in range(group.size)], max(group.timeout, timedelta(seconds=1)))
-    return [group.store.get(f"host/{rank}").decode() for rank in range(group.size)]
+    return _exchanged(group, "host", "/".join([boot, *spaces]))

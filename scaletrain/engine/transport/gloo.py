@@ -1,6 +1,6 @@
 """TCP between any hosts, through gloo's point-to-point messages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -32,10 +32,8 @@ class Gloo:
             for r, buffer in zip(receives, buffers, strict=True)
         ]
         # A gloo Work that is dropped before it completes loses its message silently: all are kept until all are done.
-        incoming = [
-            self._pg.recv([landing.view(torch.uint8)], r.src, 0) for r, landing in zip(receives, landings, strict=True)
-        ]
-        outgoing = [(peer, self._pg.send([tensor.view(torch.uint8)], peer, 0)) for peer, tensor in sends]
+        incoming = [self._begin(self._pg.recv, landing, r.src) for r, landing in zip(receives, landings, strict=True)]
+        outgoing = [(peer, self._begin(self._pg.send, tensor, peer)) for peer, tensor in sends]
 
         def wait() -> None:
             for work, receive, landing in zip(incoming, receives, landings, strict=True):
@@ -54,16 +52,30 @@ class Gloo:
         """gloo's own allreduce."""
         options = dist.AllreduceOptions()
         options.reduceOp = _OPERATIONS[reduce]  # type: ignore[index]
-        self._wait(self._pg.allreduce([tensor], options), None)
+        try:
+            work = self._pg.allreduce([tensor], options)
+        except RuntimeError as error:
+            raise self._failure(error, None) from error
+        self._wait(work, None)
+
+    def _begin(self, start: Callable[[list[Tensor], int, int], dist.Work], tensor: Tensor, peer: int) -> dist.Work:
+        """Connects on first use; raises already here when the peer is known to be gone."""
+        try:
+            return start([tensor.view(torch.uint8)], peer, 0)
+        except RuntimeError as error:
+            raise self._failure(error, peer) from error
 
     def _wait(self, work: dist.Work, peer: int | None) -> None:
         try:
             work.wait()
         except RuntimeError as error:
-            who = "a rank" if peer is None else f"rank {peer}"
-            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-                raise TimeoutError(f"{who} did not answer: timed out after {self._timeout_s:g} s") from error
-            raise ConnectionError(f"peer {who} is lost") from error
+            raise self._failure(error, peer) from error
+
+    def _failure(self, error: RuntimeError, peer: int | None) -> Exception:
+        who = "a rank" if peer is None else f"rank {peer}"
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            return TimeoutError(f"{who} did not answer: timed out after {self._timeout_s:g} s")
+        return ConnectionError(f"peer {who} is lost")
 
     def close(self) -> None:
         self._landings.clear()
