@@ -1,0 +1,29 @@
+"""Every algorithm has a page whose drawing is that of the code."""
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from scaletrain import plugins
+from scaletrain.collectives import drawing
+
+PAGES = Path(__file__).parents[2] / "docs" / "algorithms"
+# What is drawn: few ranks, so that the picture can be read
+DRAWN = {
+    "tree": (8, {}), "pipelined_tree": (4, {"segments": 3}), "double_tree": (5, {"segments": 2}), "ring": (4, {}),
+    "halving_doubling": (8, {}), "recursive_doubling": (8, {}), "star": (5, {}), "direct": (4, {}),
+    "two_level": (6, {"ranks_per_host": 3, "between": "tree"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", plugins.names("collective"))
+def test_page_and_drawing_are_those_of_the_code(name: str):
+    size, options = DRAWN[name]
+    schedule = plugins.load("collective", name)(size, **options)
+    picture = drawing.as_svg(schedule, f"{name}, {size} ranks")
+    ET.fromstring(picture)
+    assert (PAGES / f"{name}.svg").read_text(encoding="utf-8") == picture
+    page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    assert drawing.as_text(schedule) in page and "**Cost**" in page and "**Source:**" in page
+    assert f"({name}.md)" in (PAGES / "README.md").read_text(encoding="utf-8")
