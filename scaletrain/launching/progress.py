@@ -1,6 +1,6 @@
 """A worker's side of supervision: how far it is, and what ended it. Cheap enough for every step, and free of torch.
 
-``RUN_DIR/progress-<rank>.json`` is overwritten in place (about 5 us); ``RUN_DIR/failure-<rank>.json`` is written once, on failure. The
+``RUN_DIR/progress-<rank>.json`` is overwritten in place (10 to 15 us); ``RUN_DIR/failure-<rank>.json`` is written once, on failure. The
 supervisor reads both (``supervise``). Engines tell which collective they enter with ``entering``; that is how a hang gets a name.
 """
 

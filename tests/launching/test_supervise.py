@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scaletrain.launching import supervise
+from scaletrain.launching import supervise, supervisor
 from scaletrain.launching.job import Command, Companion, Job, LaunchPlan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
@@ -136,7 +136,7 @@ def test_a_hang_is_named_with_its_stack(tmp_path: Path, how: str):
     plan, job = job_of(tmp_path, body, timeout_s=2.0)
     began = time.monotonic()
     status, output = carry_out(plan, job)
-    assert status == supervise.HUNG_STATUS and time.monotonic() - began < 12
+    assert status == supervisor.HUNG_STATUS and time.monotonic() - began < 12
     assert cause(job)["rank"] == 1 and cause(job)["kind"] == "hang"
     assert "never entered allreduce #2" in output and "ranks 0, 2" in output
     assert ("stuck_in_here" in output) if how == "sleep" else ("SIGSTOP" in output)
@@ -238,12 +238,12 @@ def test_nothing_survives_kill_9(tmp_path: Path, victim: str):
         else STUBBORN.replace("start_new_session=True", "preexec_fn=None").replace("child =", "#")
     )
     launcher, job = started(tmp_path, body)
-    supervisor = next(p for p in psutil.Process(launcher.pid).children() if "supervise" in " ".join(p.cmdline()))
+    watcher = next(p for p in psutil.Process(launcher.pid).children() if "supervisor" in " ".join(p.cmdline()))
     assert len(left(str(job.run_dir))) >= 3
     if victim in ("launcher", "both"):
         launcher.kill()
     if victim in ("supervisor", "both"):
-        supervisor.kill()
+        watcher.kill()
     assert gone_within(job, 10), psutil.Process(left(str(job.run_dir))[0]).cmdline()
     assert launcher.wait(10) != 0
     launcher.stdout.close()
