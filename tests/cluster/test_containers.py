@@ -217,7 +217,7 @@ def test_two_containers_train_together_over_their_network(podman: Podman, image:
         "--run-dir",
         str(alone),
     ]
-    subprocess.run([*command, "--set", "epochs=2", "--set", "threads=1"], check=True, capture_output=True, timeout=100)
+    subprocess.run([*command, "--set", "epochs=2", "--set", "threads=1"], check=True, capture_output=True, timeout=200)
     services = compose()["services"]
     name = f"scaletrain-{os.getpid()}"
     podman("network", "create", name)
@@ -233,7 +233,7 @@ def test_two_containers_train_together_over_their_network(podman: Podman, image:
             place = ["--network", name, "--name", f"{name}-{host}", "--hostname", host, "--network-alias", host]
             started = podman("run", "--detach", *place, *volume, *env, image, *services[host]["command"])
             workers.append(started.stdout.strip())
-        statuses = [podman("wait", worker, timeout_s=150).stdout.strip() for worker in workers]
+        statuses = [podman("wait", worker, timeout_s=300).stdout.strip() for worker in workers]
         logs = "\n".join(podman("logs", worker).stdout + podman("logs", worker).stderr for worker in workers)
         assert statuses == ["0", "0"], logs
         files = podman(
