@@ -1,6 +1,7 @@
 """The report's plots, as SVG that takes its colours from the page (light or dark) or as stand-alone images."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -149,6 +150,11 @@ def predicted(points: Sequence[Mapping[str, Any]]) -> Drawing:
             axes.plot(x, y, "o", color=SERIES[index % len(SERIES)], label=name)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(
+                lambda value, _: f"{value:g}" if value / 10 ** math.floor(math.log10(value)) in (2, 5) else ""
+            )
         axes.set_xlabel("measured, ms a step")
         axes.set_ylabel("predicted, ms a step")
         axes.legend(fontsize=8.5)

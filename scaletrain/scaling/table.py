@@ -50,7 +50,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     if report["losses"]:
         console.print(_losses(report))
     for row in rows:
-        for reason in row["failures"]:
+        for reason in dict.fromkeys(row["failures"]):
             console.print(
                 f"[red]failed[/red] {row['exchange']} on {row['workers']}: {_escape([reason])}", highlight=False
             )

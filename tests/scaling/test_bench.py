@@ -1,0 +1,71 @@
+"""The commands as people type them: real trainings, and a model timed layer by layer."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from scaletrain.bench.model import time_layers
+from scaletrain.cli import cli
+
+
+def test_every_layer_is_timed_and_counted():
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+    inputs, targets = torch.randn(32, 64), torch.randint(0, 10, (32,))
+    made = time_layers(model, nn.functional.cross_entropy, inputs, targets, passes=5)
+    by = {layer["name"]: layer for layer in made["layers"]}
+    assert list(by) == ["0", "1", "2"]
+    assert [by[name]["parameters"] for name in by] == [64 * 256 + 256, 0, 256 * 10 + 10]
+    assert by["0"]["activations"] == 32 * 256
+    assert made["weight_bytes"] == 4 * sum(p.numel() for p in model.parameters())
+    assert made["data_to_weight_ratio"] == pytest.approx(made["activation_bytes"] / made["weight_bytes"])
+    assert all(layer["forward_s"] > 0 and layer["backward_s"] > 0 for layer in made["layers"])
+    assert sum(layer["forward_s"] for layer in made["layers"]) <= made["forward_s"]
+    assert not any(module._forward_hooks for module in model.modules())  # the model is left as it was
+
+
+def test_a_slow_layer_is_found():
+    class Slow(nn.Module):
+        def forward(self, x):
+            return (x.unsqueeze(-1) * torch.ones(2000)).mean(-1)
+
+    model = nn.Sequential(nn.Linear(64, 64), Slow(), nn.Linear(64, 10))
+    made = time_layers(model, nn.functional.cross_entropy, torch.randn(64, 64), torch.randint(0, 10, (64,)), passes=3)
+    slowest = max(made["layers"], key=lambda layer: layer["forward_s"])
+    assert slowest["type"] == "Slow"
+    assert max(made["layers"], key=lambda layer: layer["backward_s"])["type"] == "Slow"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_sweep_of_real_trainings(tmp_path):
+    config, out = tmp_path / "job.yaml", tmp_path / "out"
+    config.write_text("model: {name: mlp, sizes: [64, 32, 10]}\ndata: digits\nbatch_size: 64\nsteps: 12\n")
+    arguments = [
+        "bench",
+        "scaling",
+        str(config),
+        "--workers",
+        "1,2",
+        "--exchange",
+        "ring,none",
+        "--repeats",
+        "1",
+        "--out",
+        str(out),
+    ]
+    done = CliRunner().invoke(cli, [*arguments, "--trace"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    report = json.loads((out / "report.json").read_text())
+    rows = {(row["exchange"], row["workers"]): row for row in report["rows"]}
+    assert len(rows) == 4 and all(row["samples_per_s"] > 0 and not row["failures"] for row in rows.values())
+    assert rows["ring", 2]["gradient_bytes"] == 4 * (64 * 32 + 32 + 32 * 10 + 10)
+    assert rows["ring", 2]["final_loss"] == pytest.approx(rows["ring", 1]["final_loss"], abs=1e-4)
+    loss = next(x for x in report["losses"] if x["exchange"] == "ring")
+    assert sum(loss["causes"].values()) == pytest.approx(loss["loss_s"])
+    assert {"commit", "versions", "host", "cores", "config"} <= set(report["header"])
+    traces = json.loads(next((out / "traces").glob("*ring-w2*")).read_text())["traceEvents"]
+    assert {event["pid"] for event in traces} == {0, 1}
+    assert "<svg" in (out / "report.html").read_text()
