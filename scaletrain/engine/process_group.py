@@ -5,6 +5,8 @@ tensors, CUDA tensors, point-to-point) is forwarded to gloo, or to NCCL for CUDA
 
 The algorithm and the wire come from ``Options`` (``init_process_group(..., pg_options=Options(collective="ring"))``), else from the
 environment (SCALETRAIN_COLLECTIVE, SCALETRAIN_TRANSPORT), else they are ``auto``.
+
+The backend ``mpi4py`` is the same with MPI's own allreduce over mpi4py, since torch's wheels bring no MPI: for scripts under mpirun.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaletrain.engine.choose import Engine, check_names
+from scaletrain.engine.choose import NATIVE, Engine, check_names
 from scaletrain.engine.transport import Group
 from scaletrain.launching import progress
 
@@ -265,7 +267,12 @@ def _create(backend_options: Any, options: Options | None) -> ProcessGroup:
     return ProcessGroup(o.store, o.group_rank, o.group_size, o.timeout, options or Options.from_env())
 
 
+def _create_over_mpi(backend_options: Any, options: Options | None) -> ProcessGroup:
+    return _create(backend_options, options or Options(NATIVE, "mpi"))
+
+
 def register() -> None:
-    """Make the backend known to torch.distributed. Safe to call again."""
-    if "scaletrain" not in dist.Backend.backend_list:
-        dist.Backend.register_backend("scaletrain", _create, extended_api=True, devices=["cpu", "cuda"])
+    """Make the backends known to torch.distributed. Safe to call again."""
+    for name, create in (("scaletrain", _create), ("mpi4py", _create_over_mpi)):
+        if name not in dist.Backend.backend_list:
+            dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu", "cuda"])
