@@ -21,7 +21,13 @@ class Gloo:
     def __init__(self, group: Group):
         self.rank, self.size = group.rank, group.size
         self._timeout_s = group.timeout.total_seconds()
-        self._pg = dist.ProcessGroupGloo(group.store, group.rank, group.size, group.timeout)
+        try:
+            self._pg = dist.ProcessGroupGloo(group.store, group.rank, group.size, group.timeout)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(
+                f"gloo: rank {self.rank} is not connected with all {self.size} ranks: {reason}"
+            ) from error
         self._landings = Landings()
 
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
@@ -72,10 +78,10 @@ class Gloo:
             raise self._failure(error, peer) from error
 
     def _failure(self, error: RuntimeError, peer: int | None) -> Exception:
-        who = "a rank" if peer is None else f"rank {peer}"
+        who = "a peer" if peer is None else f"peer rank {peer}"
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
             return TimeoutError(f"{who} did not answer: timed out after {self._timeout_s:g} s")
-        return ConnectionError(f"peer {who} is lost")
+        return ConnectionError(f"{who} is lost")
 
     def close(self) -> None:
         self._landings.clear()

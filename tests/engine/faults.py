@@ -1,0 +1,139 @@
+"""Ranks that are killed, stopped or late at random moments: ``python -m tests.engine.faults SEED NUM AT_ONCE FOLDER``.
+
+One process with torch loaded forks the ranks of every injection, which is what makes hundreds of them affordable. Prints one line of JSON for
+each: what was done to whom, and how every rank ended.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scaletrain.engine.choose import NATIVE, Engine
+from scaletrain.engine.transport import Group
+
+TIMEOUT_S = 1.5  # of a collective
+HANG_S = 30.0  # a rank that has not ended by then hangs
+ROUNDS = 15  # what is to happen happens in one of the first; without a fatal fault, that many are run
+KINDS = ("kill", "kill while joining", "stop", "late", "too late")
+WIRES = (
+    ("shared_memory", NATIVE), ("shared_memory", "ring"), ("shared_memory", "tree"), ("shared_memory", "direct"),
+    ("gloo", "ring"), ("gloo", "halving_doubling"), ("gloo", "double_tree"), ("gloo", NATIVE),
+)  # fmt: skip
+
+
+def draw(seed: int, index: int) -> dict[str, Any]:
+    """Injection ``index`` of ``seed``: the kinds and the wires in turn, everything else at random."""
+    dice = random.Random(f"{seed} {index}")
+    transport, collective = WIRES[index % len(WIRES)]
+    size = dice.randint(2, 4)
+    return {
+        "index": index, "kind": KINDS[index % len(KINDS)], "transport": transport, "collective": collective, "size": size,
+        "victim": dice.randrange(size), "round": dice.randrange(ROUNDS), "delay_s": dice.uniform(0, 0.02), "count": dice.choice([1, 1000, 200_000]),
+    }  # fmt: skip
+
+
+def one_rank(case: dict[str, Any], rank: int, folder: Path) -> str:
+    """How a rank ends: "right", or the error's type and message. Raises ``ArithmeticError`` for a wrong sum."""
+    kind, size = case["kind"], case["size"]
+    victim = rank == case["victim"]
+    store = dist.FileStore(str(folder / f"store-{case['index']}"), size)
+    # All set out together, however busy the machine is.
+    store.set(f"up/{rank}", "")
+    store.wait([f"up/{other}" for other in range(size)], timedelta(seconds=HANG_S))
+    store.set_timeout(timedelta(seconds=TIMEOUT_S))
+    if victim and kind == "kill while joining":
+        time.sleep(case["delay_s"])
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        group = Group(dist.PrefixStore("group/", store), rank, size, timedelta(seconds=TIMEOUT_S))
+        engine = Engine(group, case["collective"], case["transport"])
+        tensor = torch.empty(case["count"])
+        expected = float(size * (size + 1) // 2)
+        for index in itertools.count() if kind != "late" else range(ROUNDS):
+            if victim and index == case["round"]:
+                if kind == "late":
+                    time.sleep(TIMEOUT_S / 4)
+                elif kind == "too late":
+                    time.sleep(1.5 * TIMEOUT_S)
+                else:
+                    number = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
+                    after(case["delay_s"], number)  # in the midst of what follows
+            tensor.fill_(rank + 1)
+            engine.allreduce(tensor)
+            if not bool((tensor == expected).all()):
+                raise ArithmeticError(f"rank {rank}, round {index}: a wrong sum")
+    except (TimeoutError, ConnectionError) as error:
+        return f"{type(error).__name__}: {error}"
+    # Nobody leaves a group while others may still read from it.
+    store.set(f"done/{rank}", "")
+    with contextlib.suppress(RuntimeError):
+        store.wait([f"done/{other}" for other in range(size)], timedelta(seconds=2 * TIMEOUT_S))
+    return "right"
+
+
+def after(delay_s: float, number: int) -> None:
+    """Send this process a signal in a while, from another one: its own threads may be held up."""
+    pid = os.getpid()
+    if os.fork() == 0:
+        time.sleep(delay_s)
+        os.kill(pid, number)
+        os._exit(0)
+
+
+def inject(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run one injection; ``ends[rank]`` says how each rank ended and ``seconds`` how long the last survivor took."""
+    pids = []
+    for rank in range(case["size"]):
+        pid = os.fork()
+        if pid == 0:
+            end = "crash"
+            try:
+                end = one_rank(case, rank, folder)
+            except BaseException as error:
+                end = f"!{type(error).__name__}: {error}"
+            finally:
+                (folder / f"end-{case['index']}-{rank}").write_text(end)
+                os._exit(0)
+        pids.append(pid)
+    began = time.monotonic()
+    seconds = 0.0
+    left = dict(enumerate(pids))
+    while left and time.monotonic() - began < HANG_S:
+        for rank, pid in list(left.items()):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                del left[rank]
+                seconds = time.monotonic() - began
+        if [*left] == [case["victim"]] and case["kind"] in ("kill", "stop"):
+            break  # stopped, or not yet killed
+        time.sleep(0.01)
+    ends = []
+    for rank, pid in enumerate(pids):
+        if rank in left:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        path = folder / f"end-{case['index']}-{rank}"
+        ends.append(path.read_text() if path.exists() else "killed" if rank == case["victim"] else "hang")
+    return {**case, "ends": ends, "seconds": round(seconds, 2)}
+
+
+def main(seed: int, num: int, at_once: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(at_once) as pool:
+        for result in pool.map(lambda index: inject(draw(seed, index), folder), range(num)):
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

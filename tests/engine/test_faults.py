@@ -1,0 +1,49 @@
+"""200 injections at random moments: nobody hangs, nobody gets a wrong sum, and who fails says whom it waited for."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.engine import faults
+
+NUM, AT_ONCE = 200, 10
+SEED = 20261123
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_no_injection_hangs(tmp_path: Path):
+    argv = [sys.executable, "-m", "tests.engine.faults", str(SEED), str(NUM), str(AT_ONCE), str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=230, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == NUM
+    assert all(n >= NUM // len(faults.KINDS) for n in Counter(r["kind"] for r in results).values())
+    for result in results:
+        survivors = [end for rank, end in enumerate(result["ends"]) if rank != result["victim"]]
+        if result["kind"] == "late":
+            assert survivors == ["right"] * len(survivors) and result["ends"][result["victim"]] == "right", result
+            continue
+        assert all(end.startswith(("TimeoutError: ", "ConnectionError: ")) for end in survivors), result
+        if result["kind"] == "too late":
+            assert result["ends"][result["victim"]].startswith(("TimeoutError: ", "ConnectionError: ")), result
+        # gloo's own allreduce does not say whom it waited for; the process group above it does.
+        if (result["transport"], result["collective"]) != ("gloo", "native") or result["kind"] == "kill while joining":
+            assert any(named(result["victim"], end) for end in survivors), result
+
+
+def named(rank: int, message: str) -> bool:
+    return re.search(rf"\branks? (\d+, )*{rank}\b", message) is not None
+
+
+def test_injections_differ():
+    drawn = [faults.draw(SEED, index) for index in range(40)]
+    assert {case["kind"] for case in drawn} == set(faults.KINDS)
+    assert {(case["transport"], case["collective"], case["kind"]) for case in drawn} == {
+        (*wire, kind) for wire in faults.WIRES for kind in faults.KINDS
+    }
