@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from scaletrain.config import RunConfig, exchange_label
+from scaletrain.launching import progress
 from scaletrain.metrics import RecordWriter, StepRecord, read_records, records_path
 from scaletrain.training import checkpoint
 from scaletrain.training.batches import GlobalBatches, load
@@ -128,6 +129,7 @@ class Trainer:
         module.eval()
         with torch.inference_mode():
             for x, y in load(self.workload.test, iter(mine.split(256)), 0):
+                progress.alive("evaluating")
                 x, y = x.to(self.device), y.to(self.device)
                 output = module(x)
                 loss_sum += self.workload.loss(output, y).item() * len(y)
@@ -146,6 +148,7 @@ class Trainer:
     def save(self) -> None:
         """Rank 0 writes a checkpoint of the steps done so far."""
         if self.world.rank == 0:
+            progress.alive("writing a checkpoint")
             checkpoint.save(
                 self.run_dir, self.next_step, self.workload.model, self.workload.optimizer, self.config.checkpoint.keep
             )
