@@ -1,0 +1,158 @@
+"""One process of ``scaletrain bench parameter-server``: prints the median seconds of what it measured as JSON."""
+
+import json
+import statistics
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+import zmq
+
+from scaletrain.parameter_server import security, sharding
+from scaletrain.parameter_server.client import Client
+from scaletrain.parameter_server.settings import Settings
+
+_CHUNK = 4 << 20
+
+
+def null_steps(run_dir: str, rank: str, settings: str, mode: str, total_bytes: str, steps: str) -> dict[str, float]:
+    """Push gradients, pull weights, compute nothing: ``dense`` all of them, ``sparse`` 32 rows of a table of that size."""
+    made, numel = Settings(**json.loads(settings)), max(1, int(total_bytes) // 4)
+    width = 256
+    shape = (numel // width, width) if mode == "sparse" else (numel,)
+    blocks = sharding.plan([sharding.Parameter(shape, sparse=mode == "sparse")], made.servers)
+    optimizer = {"name": "SGD", "groups": [{"lr": 0.0}]}
+    client = Client(made, Path(run_dir), int(rank), blocks, optimizer)
+    if int(rank) == 0:
+        for block in blocks:
+            client.store(block.key, torch.zeros(block.numel))
+    weights = {} if mode == "sparse" else {block.key: torch.empty(block.numel) for block in blocks}
+    gradients = {key: torch.ones_like(value) for key, value in weights.items()}
+    rows = torch.arange(32 // made.servers)
+    values = torch.ones(len(rows), width)
+    times = []
+    for step in range(int(steps) + 2):
+        client.sum(np.zeros(1))  # together
+        began = time.perf_counter()
+        if mode == "sparse":
+            for block in blocks:
+                client.ask_rows(block.key, rows)
+            for block in blocks:
+                client.rows(block.key)
+                client.push_rows(block.key, step, 0.0, rows, values)
+            for block in blocks:
+                client.take_rows(block.key)
+        else:
+            for block in reversed(blocks):
+                torch.from_numpy(client.gradient(block.key)).copy_(gradients[block.key])
+                client.push(block.key, step, 0.0)
+            for block in reversed(blocks):
+                client.take(block.key, weights[block.key].copy_)
+        times.append(time.perf_counter() - began)
+    client.close()
+    return {"step_s": statistics.median(times[2:]), "memory_bytes": psutil.Process().memory_info().rss}
+
+
+def bare(side: str, address: str, run_dir: str, curve: str, total_bytes: str, steps: str) -> dict[str, float]:
+    """What a bare pair of ZeroMQ sockets needs to send so many bytes and get as many back, over one TCP connection."""
+    keys = security.job_keys(Path(run_dir))
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    if curve == "curve":
+        if side == "echo":
+            socket.curve_server = True
+            socket.curve_publickey, socket.curve_secretkey = keys.server_public.encode(), keys.server_secret.encode()
+        else:
+            socket.curve_serverkey = keys.server_public.encode()
+            socket.curve_publickey, socket.curve_secretkey = keys.worker_public.encode(), keys.worker_secret.encode()
+    if side == "echo":
+        port = socket.bind_to_random_port("tcp://127.0.0.1")
+        Path(address).write_text(f"tcp://127.0.0.1:{port}")
+        while True:
+            frame = socket.recv(copy=False)
+            if len(frame) == 1:
+                return {}
+            socket.send(frame, copy=False)
+    while not Path(address).exists() or not Path(address).read_text():
+        time.sleep(0.01)
+    socket.connect(Path(address).read_text())
+    data, times = np.ones(int(total_bytes), np.uint8), []
+    target = np.empty(int(total_bytes), np.uint8)
+    for _ in range(int(steps) + 2):
+        began, sent, received = time.perf_counter(), 0, 0
+        while received < len(data):
+            if sent < len(data) and sent - received < 8 * _CHUNK:
+                socket.send(data[sent : sent + _CHUNK], copy=False)
+                sent = min(len(data), sent + _CHUNK)
+            elif sent == len(data) or socket.poll(0):
+                frame = socket.recv(copy=False)
+                target[received : received + len(frame)] = np.frombuffer(frame.buffer, np.uint8)
+                received += len(frame)
+            else:
+                socket.poll(1)
+        times.append(time.perf_counter() - began)
+    socket.send(b"x")
+    socket.close(linger=1000)
+    return {"step_s": statistics.median(times[2:])}
+
+
+def _join(rank: str, size: str, store: str, port: str = "") -> None:
+    shared: dist.Store = (
+        dist.TCPStore(store, int(port), int(size), rank == "0", timedelta(seconds=60))
+        if port
+        else dist.FileStore(store, int(size))
+    )
+    dist.init_process_group("gloo", store=shared, rank=int(rank), world_size=int(size), timeout=timedelta(seconds=120))
+
+
+def gloo_pair(rank: str, store: str, total_bytes: str, steps: str) -> dict[str, float]:
+    """Gloo's send of so many bytes and the same back."""
+    _join(rank, "2", store)
+    data, times = torch.ones(int(total_bytes) // 4), []
+    for _ in range(int(steps) + 2):
+        began = time.perf_counter()
+        if rank == "0":
+            dist.send(data, 1)
+            dist.recv(data, 1)
+        else:
+            dist.recv(data, 0)
+            dist.send(data, 0)
+        times.append(time.perf_counter() - began)
+    return {"step_s": statistics.median(times[2:])}
+
+
+def tree(rank: str, size: str, address: str, port: str, total_bytes: str, steps: str) -> dict[str, float]:
+    """FireCaffe's reduction tree: a binomial reduce to rank 0, then a binomial broadcast of the whole vector, not pipelined."""
+    _join(rank, size, address, port)
+    me, n = int(rank), int(size)
+    data, other, times = torch.ones(int(total_bytes) // 4), torch.empty(int(total_bytes) // 4), []
+    levels = [1 << i for i in range((n - 1).bit_length())]
+    for _ in range(int(steps) + 1):
+        dist.barrier()
+        began = time.perf_counter()
+        for distance in levels:
+            if me % (2 * distance) == distance:
+                dist.send(data, me - distance)
+                break
+            if me % (2 * distance) == 0 and me + distance < n:
+                dist.recv(other, me + distance)
+                data.add_(other).mul_(0.5)
+        for distance in reversed(levels):
+            if me % (2 * distance) == 0 and me + distance < n:
+                dist.send(data, me + distance)
+            elif me % (2 * distance) == distance:
+                dist.recv(data, me - distance)
+        dist.barrier()
+        times.append(time.perf_counter() - began)
+    return {"step_s": statistics.median(times[1:])}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what = {"null": null_steps, "bare": bare, "gloo": gloo_pair, "tree": tree}[sys.argv[1]]
+    print(json.dumps(what(*sys.argv[2:])), flush=True)
