@@ -55,6 +55,7 @@ def test_backup_workers_cut_the_tail():
     assert predict.slowest_factor(50, 0, Stragglers()) == 1.0
 
 
+@pytest.mark.slow  # five seconds of computing
 def test_simulate_is_quick_at_4096_workers():
     job = simulate.Job(
         simulate.MODEL_BYTES["nin"],
