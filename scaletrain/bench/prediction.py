@@ -1,6 +1,7 @@
 """Predictions held against measurements and published figures; writes prediction.md and prediction.json."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ def command(data: Path, out: Path, no_measure: bool) -> None:
         _measure(data, suites)
     header = data / "header.json"
     if not header.exists():
-        write_json(header, environment())
+        write_json(header, environment() | {"load_average": os.getloadavg()[1]})
     result = _results(data) | {"header": json.loads(header.read_text(encoding="utf-8"))}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "prediction.json", result)
@@ -163,7 +164,7 @@ def _markdown(result: Mapping[str, Any]) -> str:
     lines = [
         "# Predictions against measurements", "",
         "Made by `scaletrain bench prediction`. " + f"{header['processor']}, {header['cores']} cores; {header['os']}; Python {header['python']};"
-        f" torch {header['versions'].get('torch')}; commit {header['commit']}.", "",
+        f" torch {header['versions'].get('torch')}; commit {header['commit']}; load average {header.get('load_average', 0):.0f}.", "",
         "## 1. More hosts than were fitted (EMULATED)", "",
         f"Hosts are network namespaces of one machine, links are shaped. One latency and one bandwidth are fitted to 2 and {FITTED_TO} hosts, to all"
         f" collectives together; 8 and 16 hosts are predicted from the schedules. Target: mean error at most 10 % for each.", "",

@@ -39,6 +39,13 @@ class Fit(NamedTuple):
     def network(self) -> Preset:
         return Preset(Network(self.latency_s.value, self.bandwidth_bytes_per_s.value), "fitted")
 
+    @property
+    def error(self) -> float:
+        """Root of the mean squared residual, as a fraction."""
+        return math.sqrt(
+            sum((r["predicted_s"] / r["measured_s"] - 1) ** 2 for r in self.residuals) / len(self.residuals)
+        )
+
     def check_reach(self, workers: int, far: bool) -> None:
         """Raises ``UserError`` for a worker count beyond ``FAR`` times the measured ones, unless it is asked for."""
         if workers > FAR * self.max_workers and not far:

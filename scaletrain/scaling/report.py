@@ -307,9 +307,10 @@ def _predictions(report: dict[str, Any]) -> Fit | None:
     several = sorted({row["workers"] for row in rows if row["workers"] > 1})
     fitted_to = several[-2] if len(several) > 2 else None
     try:
-        fitted = fit_report(report, num_bytes, max_workers=fitted_to)
+        both = [fit_report(report, num_bytes, overlap, max_workers=fitted_to) for overlap in (True, False)]
     except UserError:
         return None
+    fitted = min(both, key=lambda fit: fit.error)  # whether communication hides behind backward, the measurements tell
     report["predictions"] = predictions(fitted, report, num_bytes)
     report["header"]["calibrated_on"] = f"up to {fitted.max_workers} workers"
     return fitted

@@ -83,7 +83,11 @@ class Sweep(NamedTuple):
 
     def _resolve(self, source: Mapping[str, str], variant: Sequence[tuple[str, Any]], workers: int) -> Any:
         """The cell's RunConfig: raises ``UserError`` before anything has run."""
-        settings = {"launcher": self.launcher} | dict(configuration.parse_setting(text) for text in self.settings) | dict(variant)
+        settings = (
+            {"launcher": self.launcher}
+            | dict(configuration.parse_setting(text) for text in self.settings)
+            | dict(variant)
+        )
         settings |= {"workers": workers, "batch_mode": self.mode}
         return configuration.load(Path(source["path"]), settings)
 
