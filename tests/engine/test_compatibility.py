@@ -89,34 +89,50 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
             yield f"all_reduce {name} {dtype}", lambda: _in_place(dist.all_reduce, give(rank, dtype, 5), operation)
         yield f"reduce {dtype}", lambda: dist.reduce(t := give(rank, dtype, 4), 1) or (t if rank == 1 else None)
         yield f"broadcast {dtype}", lambda: _in_place(dist.broadcast, give(rank, dtype, 4), 1)
-        yield f"all_gather {dtype}", lambda: _in_place(
-            dist.all_gather, [torch.empty(3, dtype=dtype) for _ in range(size)], give(rank, dtype, 3)
+        yield (
+            f"all_gather {dtype}",
+            lambda: _in_place(
+                dist.all_gather, [torch.empty(3, dtype=dtype) for _ in range(size)], give(rank, dtype, 3)
+            ),
         )
-        yield f"all_gather_into_tensor {dtype}", lambda: _in_place(
-            dist.all_gather_into_tensor, torch.empty(3 * size, dtype=dtype), give(rank, dtype, 3)
+        yield (
+            f"all_gather_into_tensor {dtype}",
+            lambda: _in_place(dist.all_gather_into_tensor, torch.empty(3 * size, dtype=dtype), give(rank, dtype, 3)),
         )
-        yield f"reduce_scatter_tensor {dtype}", lambda: _in_place(
-            dist.reduce_scatter_tensor, torch.empty(3, dtype=dtype), give(rank, dtype, 3 * size)
+        yield (
+            f"reduce_scatter_tensor {dtype}",
+            lambda: _in_place(dist.reduce_scatter_tensor, torch.empty(3, dtype=dtype), give(rank, dtype, 3 * size)),
         )
-        yield f"reduce_scatter {dtype}", lambda: _in_place(
-            dist.reduce_scatter, torch.empty(3, dtype=dtype), [give(rank + i, dtype, 3) for i in range(size)]
+        yield (
+            f"reduce_scatter {dtype}",
+            lambda: _in_place(
+                dist.reduce_scatter, torch.empty(3, dtype=dtype), [give(rank + i, dtype, 3) for i in range(size)]
+            ),
         )
         yield f"gather {dtype}", lambda: _in_place(
             lambda out, t: dist.gather(t, out, 0),
             [torch.empty(2, dtype=dtype) for _ in range(size)] if rank == 0 else None, give(rank, dtype, 2),
         )  # fmt: skip
-        yield f"scatter {dtype}", lambda: _in_place(
-            dist.scatter, torch.empty(2, dtype=dtype), [give(i, dtype, 2) for i in range(size)] if rank == 0 else None, 0
+        yield (
+            f"scatter {dtype}",
+            lambda: _in_place(
+                dist.scatter,
+                torch.empty(2, dtype=dtype),
+                [give(i, dtype, 2) for i in range(size)] if rank == 0 else None,
+                0,
+            ),
         )
-        yield f"all_to_all_single {dtype}", lambda: _in_place(
-            dist.all_to_all_single, torch.empty(size, dtype=dtype), give(rank, dtype, size)
+        yield (
+            f"all_to_all_single {dtype}",
+            lambda: _in_place(dist.all_to_all_single, torch.empty(size, dtype=dtype), give(rank, dtype, size)),
         )
     for shape in ((), (0,), (1,), (2, 3), (size - 1,), (70_001,)):
         yield f"all_reduce of shape {shape}", lambda: _in_place(dist.all_reduce, torch.full(shape, rank + 0.5))
     yield "transposed", lambda: _in_place(dist.all_reduce, give(rank, torch.float32, 4, 3).t())
     yield "strided", lambda: _in_place(dist.all_reduce, give(rank, torch.float32, 12)[::2])
-    yield "channels_last", lambda: _in_place(
-        dist.all_reduce, give(rank, torch.float32, 2, 3, 4, 4).to(memory_format=torch.channels_last)
+    yield (
+        "channels_last",
+        lambda: _in_place(dist.all_reduce, give(rank, torch.float32, 2, 3, 4, 4).to(memory_format=torch.channels_last)),
     )
     yield "sparse", lambda: _in_place(dist.all_reduce, torch.eye(3)[rank % 3].to_sparse())
     yield "requires_grad", lambda: _in_place(dist.all_reduce, torch.ones(3, requires_grad=True).detach())
@@ -125,8 +141,13 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
         dist.all_to_all_single, torch.empty(size * (rank + 1)), torch.arange(size * (size + 1) // 2) + 100.0 * rank,
         [rank + 1] * size, list(range(1, size + 1)),
     )  # fmt: skip
-    yield "all_to_all", lambda: _in_place(
-        dist.all_to_all, [torch.empty(2) for _ in range(size)], [torch.full((2,), 10.0 * rank + i) for i in range(size)]
+    yield (
+        "all_to_all",
+        lambda: _in_place(
+            dist.all_to_all,
+            [torch.empty(2) for _ in range(size)],
+            [torch.full((2,), 10.0 * rank + i) for i in range(size)],
+        ),
     )
     yield "barrier", dist.barrier
     yield "monitored_barrier", dist.monitored_barrier
