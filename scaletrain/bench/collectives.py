@@ -26,7 +26,7 @@ class Row(NamedTuple):
     contender: str
     workers: int
     size_bytes: int
-    count: int
+    count: int  # type: ignore[assignment]  # the column is called so everywhere, tuple.count is not missed
     dtype: str
     time_s_p50: float
     time_s_p95: float
