@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ class ProcessGroup(dist.ProcessGroup):
         options = options or dist.AllreduceOptions()
         operation = _operation(options.reduceOp)
         if operation is None or not all(_runs_here(tensor, operation) for tensor in tensors):
-            return super().allreduce(tensors, options)
+            return self._forward("allreduce", tensors, options)
         if torch.autograd._profiler_enabled():
             with torch.profiler.record_function("scaletrain:all_reduce"):
                 return self._engine_allreduce(tensors, operation, options)
@@ -86,6 +86,14 @@ class ProcessGroup(dist.ProcessGroup):
         if self._lane is None:
             self._lane = _Lane(self._store, self.rank(), self.size(), self._timeout, self._options)
         return self._lane.allreduce(tensors, operation, at_once=not options.asyncOp)
+
+    def _forward(self, name: str, *arguments: Any, **options: Any) -> dist.Work:
+        """To gloo itself for tensors on the CPU. The same method of torch's class keeps the interpreter lock while it waits for gloo's
+        thread, which may wait for that lock to let go of a tensor: ranks hang for ever, now and then."""
+        on_cpu = all(tensor.device.type == "cpu" for tensor in _tensors(arguments))
+        if on_cpu and not (name == "barrier" and torch.cuda.is_available()):
+            return getattr(self._gloo, _GLOO_NAMES.get(name, name))(*arguments, **options)
+        return getattr(super(), name)(*arguments, **options)
 
     def record(self) -> dict[str, Any]:
         """For the run's header: the wire and the algorithms that were chosen; empty before the first allreduce."""
@@ -99,6 +107,34 @@ class ProcessGroup(dist.ProcessGroup):
 
     def abort(self) -> None:
         self._gloo.abort()
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _forwarded(name: str) -> Callable[..., dist.Work]:
+    def forward(self: ProcessGroup, *arguments: Any, **options: Any) -> dist.Work:
+        return self._forward(name, *arguments, **options)
+
+    return forward
+
+
+# Methods that torch's ProcessGroup runs under the interpreter lock, and those that scripts call; gloo's own name where it differs.
+_GLOO_NAMES = {
+    "all_gather_single": "_allgather_base",
+    "reduce_scatter_single": "_reduce_scatter_base",
+    "all_to_all_single": "alltoall_base",
+}
+for _name in (
+    *_GLOO_NAMES, "allgather", "_allgather_base", "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather",
+    "recv", "recv_anysource", "reduce", "reduce_scatter", "_reduce_scatter_base", "scatter", "send",
+):  # fmt: skip
+    setattr(ProcessGroup, _name, _forwarded(_name))
 
 
 def _operation(reduce_op: Any) -> Any:
