@@ -13,3 +13,13 @@ def require(part: str, condition: bool, how: str) -> None:
     if part in os.environ.get("SCALETRAIN_REQUIRE", "").split(","):
         pytest.fail(f"{message} (required by SCALETRAIN_REQUIRE)", pytrace=False)
     pytest.skip(message)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: what needs no process, then what starts some, then clusters, containers last (an image is built)."""
+
+    def cost(item: pytest.Item) -> int:
+        slow, cluster = (item.get_closest_marker(name) is not None for name in ("slow", "cluster"))
+        return slow + 2 * cluster + ("containers" in item.nodeid)
+
+    items.sort(key=cost)
