@@ -129,7 +129,8 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
     for shape in ((), (0,), (1,), (2, 3), (size - 1,), (70_001,)):
         yield f"all_reduce of shape {shape}", lambda: _in_place(dist.all_reduce, torch.full(shape, rank + 0.5))
     yield "transposed", lambda: _in_place(dist.all_reduce, give(rank, torch.float32, 4, 3).t())
-    yield "strided", lambda: _in_place(dist.all_reduce, give(rank, torch.float32, 12)[::2])
+    # Not compared: tensors with gaps, which gloo sums up wrongly (below, against the true sums), and monitored_barrier, which torch itself
+    # refuses to every backend that is not called gloo.
     yield (
         "channels_last",
         lambda: _in_place(dist.all_reduce, give(rank, torch.float32, 2, 3, 4, 4).to(memory_format=torch.channels_last)),
@@ -150,7 +151,6 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
         ),
     )
     yield "barrier", dist.barrier
-    yield "monitored_barrier", dist.monitored_barrier
 
     def ring() -> Tensor:
         got = torch.empty(2)
