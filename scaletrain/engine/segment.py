@@ -61,8 +61,10 @@ class Segment:
         self.data = memoryview(self._map)[head:]
         processes = _exchanged(group, "process", f"{os.getpid()} {_started(os.getpid())}")
         self._processes = [_process(value) for value in processes]
+        cores = _exchanged(group, "cores", " ".join(map(str, os.sched_getaffinity(0))))
         # With fewer cores than ranks, spinning keeps the very rank from running that is waited for.
-        enough = len(os.sched_getaffinity(0)) >= self.size
+        # All ranks' cores together: each of them may be bound to its own.
+        enough = len({core for own in cores for core in own.split()}) >= self.size
         self._spins, self.yield_s = (_SPINS, _YIELD_S) if enough else (1, 0.0)
 
     def write(self, counter: int, value: int) -> None:

@@ -1,0 +1,44 @@
+"""How ranks wait in shared memory: spinning is for those who have a core each."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from scaletrain.engine.segment import Segment
+from scaletrain.engine.transport import Group
+from tests.ranks import run_ranks
+
+
+def _yields_s(rank: int, size: int, path: str, bound: list[int]) -> float:
+    os.sched_setaffinity(0, {bound[rank]})
+    segment = Segment(Group(dist.FileStore(path, size), rank, size, timedelta(seconds=20)), 1, 64)
+    found = segment.yield_s
+    segment.close()
+    return found
+
+
+def test_bound_to_a_core_each_they_wait_awake(tmp_path: Path):
+    """A rank that is bound sees one core only: what counts is the cores of all ranks."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs 2 cores")
+    assert all(found > 0 for found in run_ranks(_yields_s, 2, str(tmp_path / "apart"), cores[:2]))
+    assert run_ranks(_yields_s, 2, str(tmp_path / "same"), [cores[0]] * 2) == [0.0, 0.0]
+
+
+def _join_alone(rank: int, size: int, path: str) -> str:
+    store = dist.FileStore(path, 3)
+    try:
+        Segment(Group(store, rank, 3, timedelta(seconds=1)), 1, 64)
+    except TimeoutError as error:
+        return str(error)
+    return ""
+
+
+def test_who_did_not_join_is_named(tmp_path: Path):
+    """Two of three ranks come."""
+    for message in run_ranks(_join_alone, 2, str(tmp_path / "store")):
+        assert message == "rank 2 did not join the group: timed out after 1 s"
