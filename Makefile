@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup bench test test-fast lint horovod clean
+.PHONY: setup bench test test-fast lint horovod firecaffe clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,12 @@ lint: setup
 # Horovod 0.28.1 against this torch; two to four minutes.
 horovod: setup
 	launch/build_horovod.sh $(BIN)/python
+
+# FireCaffe's curves on emulated hosts (root; network namespaces): server, tree and ring, NiN and GoogLeNet, 1 to 16 hosts. Long.
+firecaffe: setup
+	$(BIN)/scaletrain bench scaling benchmarks/suites/firecaffe.yaml --workers 1,2,4,8,16 --exchange parameter_server,tree,ring,none \
+	    --vary model.preset=nin,googlenet --launcher rehearsal --set launcher.bandwidth=1Gbit --threads 1 --repeats 1 --no-split --out runs/firecaffe
+	$(BIN)/scaletrain report runs/firecaffe --out benchmarks/results/firecaffe --format html,md,csv,svg
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -186,9 +186,6 @@ def _markdown(result: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | {' | '.join(cells)} | {error:.1%} | {_verdict(error <= 0.10)} |")
         lines.append("")
     lines += [
-        "Misses are predictions that are too low, and grow with the hosts and with the bandwidth: one machine's cores carry every host's"
-        " packets and run every host's threads, which a model of a network does not contain. Algorithms that keep all links busy at once (ring,"
-        " halving/doubling, direct, recursive doubling) suffer most; the server and the star, which wait for one port, least.", "",
         "## 2. Real training on this machine", "",
         f"Calibrated at a global batch of {FITTED_BATCH}; the steps of another batch are predicted. Target: within 10 %.", "",
     ]  # fmt: skip

@@ -262,7 +262,8 @@ def _name_alternatives(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str
         others = [r for r in alike if r["exchange"] not in (loss["exchange"], "none")]
         best = max(others, key=lambda r: r["efficiency"], default=None)
         better = None
-        if own and best and best["efficiency"] > own["efficiency"] * 1.02:
+        # Noise is no advice: the intervals of the two speeds must not overlap (one repeat has none, and says nothing).
+        if own and best and _apart(own, best):
             better = (
                 f"{best['exchange']} instead of {loss['exchange']} measured"
                 f" {own['efficiency']:.2f} -> {best['efficiency']:.2f}"
@@ -272,6 +273,12 @@ def _name_alternatives(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str
         if better:
             causes = [limiter.Cause(*item) for item in loss["causes"].items()]
             loss["sentence"] = limiter.sentence(causes, loss["efficiency"], better)
+
+
+def _apart(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> bool:
+    """Whether the second row is faster beyond both confidence intervals."""
+    margins = [row["samples_per_s_ci95"] for row in (slow, fast)]
+    return None not in margins and fast["samples_per_s"] - slow["samples_per_s"] > sum(margins)
 
 
 def _predicted_alternative(row: Mapping[str, Any], fitted: Fit) -> str | None:
