@@ -1,6 +1,7 @@
 """MPI's own Allreduce, in place, on float32: the peer `mpi` of `scaletrain bench collectives`. Needs mpi4py and numpy, nothing else."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,9 @@ from mpi4py import MPI
 def main(folder: Path) -> None:
     task = json.loads(folder.joinpath("task.json").read_text(encoding="utf-8"))
     comm = MPI.COMM_WORLD
+    cores = sorted(os.sched_getaffinity(0))
+    if task["bind"] and len(cores) >= comm.size:  # else mpirun has bound it, or there are too few
+        os.sched_setaffinity(0, {cores[comm.rank]})
     library = " ".join(MPI.Get_library_version().split()[:3]).replace("Version:", "").strip(" ,v")
     name = "MPICH " + MPI.Get_library_version().split()[2] if "MPICH" in library else library.split(",")[0]
     results = []

@@ -77,6 +77,12 @@ def _list(context: click.Context, parameter: click.Parameter, text: str) -> tupl
 @click.option(
     "--seconds", default=0.3, show_default=True, type=float, help="Time for one contender at one size in one round."
 )
+@click.option(
+    "--bind/--no-bind",
+    default=False,
+    show_default=True,
+    help="Keep each worker (Horovod's excepted: it has a second thread) on a core of its own, where the cores suffice.",
+)
 @click.option("--bandwidth", help="Emulate hosts: one a worker, links of this rate (such as 1Gbit), by `rehearsal`.")
 @click.option(
     "--mpi-python",
@@ -97,6 +103,7 @@ def command(
     peers: tuple[str, ...],
     repeats: int,
     seconds: float,
+    bind: bool,
     bandwidth: str | None,
     mpi_python: tuple[str, ...],
     horovod_python: str | None,
@@ -124,6 +131,7 @@ def command(
     header = {
         **metrics.environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "repeats": repeats,
         "network": f"EMULATED: one host a worker in network namespaces, {bandwidth} links" if bandwidth else "one host",
+        "bound": bind,
     }  # fmt: skip
     rows: list[Row] = []
     notes: list[str] = []
@@ -133,7 +141,7 @@ def command(
             for name, run in _worlds(ours, peers, mpi_python, horovod_python, bandwidth):
                 click.echo(f"{count} workers, round {repeat + 1} of {repeats}: {name}", err=True)
                 try:
-                    results = run({"sizes": sizes, "seconds": seconds}, count)
+                    results = run({"sizes": sizes, "seconds": seconds, "bind": bind}, count)
                 except (RuntimeError, UserError) as error:
                     notes.append(f"{name}, {count} workers: {error}")
                     continue
@@ -271,6 +279,7 @@ def table(rows: Sequence[Row], header: dict[str, Any], notes: Sequence[str]) -> 
     lines = [
         f"# Allreduce, {header['network']}", "",
         f"{header['processor']}, {header['cores']} cores, {header['os']}; {versions}; commit {header['commit']}; {header['time']}.",
+        f"Workers {'are each bound to a core, where the cores suffice' if header['bound'] else 'run where the system puts them'}. "
         "Times of the slowest rank, in milliseconds. busbw = size / time x 2(n - 1)/n. bound: see `scaletrain/bench/collectives.py`.", "",
         "| workers | size | count | type | contender | p50 | p95 | min | max | algbw GB/s | busbw GB/s | bound | p50 / bound | wrong |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",

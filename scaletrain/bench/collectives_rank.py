@@ -19,6 +19,9 @@ def main(folder: Path) -> None:
     process_group.register()
     task = json.loads(folder.joinpath("task.json").read_text(encoding="utf-8"))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cores = sorted(os.sched_getaffinity(0))
+    if task["bind"] and len(cores) >= size:
+        os.sched_setaffinity(0, {cores[rank]})  # before any thread is started: they inherit it
     timeout = timedelta(seconds=300)
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
