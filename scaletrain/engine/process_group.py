@@ -249,7 +249,12 @@ class _Lane:
         progress.entering(f"allreduce {tensor.nbytes:,} bytes")
         wide = _WIDE.get(tensor.dtype) if self._size > 2 or operation == dist.ReduceOp.AVG else None
         in_place = wide is None and tensor.is_contiguous()
-        flat = tensor.view(-1) if in_place else tensor.to(wide or tensor.dtype).contiguous().view(-1)
+        # as_strided: a single element may have any stride and still count as contiguous, which views as bytes do not forgive.
+        flat = (
+            tensor.as_strided((tensor.numel(),), (1,))
+            if in_place
+            else tensor.to(wide or tensor.dtype).contiguous().view(-1)
+        )
         if not in_place and flat.data_ptr() == tensor.data_ptr():
             flat = flat.clone()
         assert self._engine

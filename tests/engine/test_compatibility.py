@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings, strategies
+from hypothesis import Phase, given, settings, strategies
 from torch import Tensor
 
 import scaletrain  # noqa: F401  (registers the backend)
@@ -294,7 +294,7 @@ def _case(rank: int, dtype: torch.dtype, shape: tuple[int, ...], strided: bool) 
 
 
 def bits(tensor: Tensor) -> bytes:
-    flat = tensor.contiguous().view(-1)
+    flat = tensor.clone(memory_format=torch.contiguous_format).view(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
@@ -303,7 +303,9 @@ NAMES = ["float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", 
 CASES = strategies.tuples(strategies.sampled_from(NAMES), SHAPES, strategies.booleans())
 
 
-@settings(max_examples=5, deadline=None, database=None)
+@settings(
+    max_examples=5, deadline=None, database=None, phases=[Phase.generate]
+)  # shrinking would start hundreds of jobs
 @given(size=strategies.sampled_from([2, 3, 5]), cases=strategies.lists(CASES, min_size=20, max_size=40))
 def test_any_shape_and_dtype(size: int, cases: list):
     """0, 1, odd numbers of elements, fewer than ranks, with gaps; each example is a job that runs its cases one after the other."""
