@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 from scaletrain.engine.choose import NATIVE, Engine, check_names
 from scaletrain.engine.transport import Group
@@ -137,6 +138,20 @@ for _name in (
     setattr(ProcessGroup, _name, _forwarded(_name))
 
 
+def _coalesced(name: str, options_type: type) -> Callable[..., dist.Work]:
+    """A coalesced collective (functional collectives call these) as gloo's single one for each pair of tensors."""
+
+    def forward(self: ProcessGroup, outputs: list[Tensor], inputs: list[Tensor], options: Any = None) -> dist.Work:
+        options = options or options_type()
+        return _All([self._forward(name, o, i, options) for o, i in zip(outputs, inputs, strict=True)])
+
+    return forward
+
+
+ProcessGroup.allgather_into_tensor_coalesced = _coalesced("_allgather_base", AllgatherOptions)
+ProcessGroup.reduce_scatter_tensor_coalesced = _coalesced("_reduce_scatter_base", ReduceScatterOptions)
+
+
 def _operation(reduce_op: Any) -> Any:
     """The reduce operation as a key of _REDUCE, or None. torch passes a ReduceOp or its inner enum."""
     return next((known for known in _REDUCE if reduce_op == known), None)
@@ -178,6 +193,25 @@ class Pending(dist.Work):
 
     def result(self) -> list[Tensor]:
         return self._future.value()
+
+    def synchronize(self) -> None:
+        self.wait()
+
+
+class _All(dist.Work):
+    """Several works as one."""
+
+    def __init__(self, works: list[dist.Work]):
+        super().__init__()
+        self._works = works
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        for work in self._works:
+            work.wait()
+        return True
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
 
     def synchronize(self) -> None:
         self.wait()
