@@ -152,6 +152,9 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
     """A mapping as a RunConfig, plugins' options included and their defaults filled in. Raises ``UserError``."""
     if isinstance(tree.get("exchange"), str):
         tree = {**tree, "exchange": expand_exchange(tree["exchange"], f"{where}: ")}
+    exchange = tree.get("exchange")
+    if isinstance(exchange, dict) and exchange.get("name") in plugins.names("collective"):
+        tree = {**tree, "exchange": {**exchange, "name": "scheduled", "collective": exchange["name"]}}
     config = _validate(RunConfig, tree, where)
     for kind in ("model", "data", "exchange", "launcher"):
         named: Named = getattr(config, kind)
@@ -269,7 +272,12 @@ def _validate(schema: type[Model], tree: dict[str, Any], where: str, prefix: str
             raise unknown(f"{where}: key {key}", str(first["loc"][-1]), inner.model_fields) from None
         if first["type"] == "missing":
             raise UserError(f"{where}: {key}: is missing") from None
-        message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        message = (
+            first["msg"]
+            .removeprefix("Input should be ")
+            .removeprefix("Value error, ")
+            .partition(", unable to parse")[0]
+        )
         raise UserError(f"{where}: {key}: {first['input']!r} is not allowed (allowed: {message})") from None
 
 

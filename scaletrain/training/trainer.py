@@ -166,7 +166,8 @@ class Trainer:
             f"batch: {self.global_batch} samples a step = {n} worker{'s' * (n > 1)} x {each}{split} ({mode}, {config.batch_mode} scaling)",
             f"learning rate: {self.base_lr:g} for {self.global_batch} samples ({self.base_lr * 256 / self.global_batch:.4g} per 256),"
             f" {config.lr_schedule.name}{warmup}; it does not change with the number of workers",
-            f"steps: {self.num_steps} = {epochs:.4g} epochs of {self.batches.steps_per_epoch} steps ({len(self.workload.train)} samples)",  # type: ignore[arg-type]
+            f"steps: {self.num_steps} = {epochs:.4g} epoch{'s' * (epochs != 1)} of {self.batches.steps_per_epoch} steps"
+            f" ({len(self.workload.train)} samples)",  # type: ignore[arg-type]
         ]
 
     def _catch_up(self) -> bool:

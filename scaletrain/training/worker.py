@@ -144,7 +144,7 @@ class _Narrator:
         shown = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
         end = "done" if summary["finished"] else "stopped early"
         print(
-            f"{end}: {summary['steps']} steps, final loss {summary['final_loss']:.6g}{shown},"
+            f"{end}: {summary['steps']} steps, loss of the last global batch {summary['final_loss']:.6g}{shown},"
             f" {summary['samples_per_s']:,.0f} samples/s, {summary['wall_s']:.1f} s",
             flush=True,
         )
