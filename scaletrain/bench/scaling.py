@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from scaletrain.scaling.commands import baseline_option
+
 
 def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
     try:
@@ -89,11 +91,7 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> tup
     show_default=True,
     help="Seconds a cell may take.",
 )
-@click.option(
-    "--baseline",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A report.json to compare with; exit code 2 when a cell got slower beyond its intervals.",
-)
+@baseline_option
 @click.option("--trace", is_flag=True, help="Also write a Chrome trace of each cell's first repeat.")
 @click.option("--dry-run", is_flag=True, help="Print the command of every cell, and start nothing.")
 def command(

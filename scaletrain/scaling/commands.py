@@ -4,6 +4,13 @@ from pathlib import Path
 
 import click
 
+# Of ``report`` and of ``bench scaling``.
+baseline_option = click.option(
+    "--baseline",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A report.json to compare with; exit code 2 when a cell got slower beyond its intervals.",
+)
+
 
 @click.command("report")
 @click.argument(
@@ -23,11 +30,7 @@ import click
     show_default=True,
     help="Of html,md,csv,svg,png; report.json is always written.",
 )
-@click.option(
-    "--baseline",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A report.json to compare with; exit code 2 when a cell got slower beyond its intervals.",
-)
+@baseline_option
 @click.option("--trace", is_flag=True, help="Also write Chrome traces of all ranks.")
 def report(directories: tuple[Path, ...], out: Path | None, formats: str, baseline: Path | None, trace: bool) -> None:
     """Render reports again, from a sweep's directories or from single run directories. Trains nothing, needs no torch."""
