@@ -5,7 +5,7 @@ engine that moves tensors (``scaletrain.engine.execute``), and ``draw`` (``drawi
 """
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -31,6 +31,14 @@ class Schedule(NamedTuple):
     size: int
     num_chunks: int
     rounds: tuple[Round, ...]
+
+    def reduction(self) -> "Schedule":
+        """The part that adds: a reduce (tree), or a reduce-scatter whose chunks end on different ranks (ring). See ``verify_reduction``."""
+        return self._replace(rounds=_only(self.rounds, add=True))
+
+    def distribution(self) -> "Schedule":
+        """The part that replaces: a broadcast (tree), or an all-gather (ring). See ``verify_distribution``."""
+        return self._replace(rounds=_only(self.rounds, add=False))
 
     def programs(self) -> list[Program]:
         """What each rank does: (round, sends, receives) for the rounds in which it takes part."""
@@ -59,12 +67,56 @@ def verify(schedule: Schedule) -> None:
     Raises:
         ScheduleError: a contribution is lost, doubled or misdirected, a replica adds in another order, or ranks block each other.
     """
+    held = _follow(schedule)
+    everyone = (1 << schedule.size) - 1
+    for rank in range(schedule.size):
+        _require(held, rank, range(schedule.num_chunks), everyone)
+        for chunk in range(schedule.num_chunks):
+            if held[rank][chunk].expression != held[0][chunk].expression:
+                raise ScheduleError(f"at the end ranks 0 and {rank} have added chunk {chunk} in different orders")
+    verify_order(schedule.programs())
+
+
+def verify_reduction(schedule: Schedule) -> list[int]:
+    """Prove that every chunk's sum is complete on a rank at the end; returns that rank (the lowest) for each chunk.
+
+    All the same rank: a reduce to it. An equal share for every rank: a reduce-scatter. Raises as ``verify``.
+    """
+    held = _follow(schedule)
+    everyone = (1 << schedule.size) - 1
+    owners = []
+    for chunk in range(schedule.num_chunks):
+        owner = next((rank for rank in range(schedule.size) if held[rank][chunk].mask == everyone), None)
+        if owner is None:
+            raise ScheduleError(f"at the end no rank holds the sum of chunk {chunk}")
+        owners.append(owner)
+    verify_order(schedule.programs())
+    return owners
+
+
+def verify_distribution(schedule: Schedule, owners: Sequence[int]) -> None:
+    """Prove that every rank ends with chunk c of rank ``owners[c]``: a broadcast (one owner), an all-gather (all are). Raises as ``verify``."""
+    held = _follow(schedule)
+    for rank in range(schedule.size):
+        for chunk, owner in enumerate(owners):
+            _require(held, rank, [chunk], 1 << owner)
+    verify_order(schedule.programs())
+
+
+class _Held(NamedTuple):
+    """What a rank has of a chunk."""
+
+    mask: int  # contributors, a bit each
+    expression: int  # number of the expression: equal numbers are sums in the same order
+
+
+def _follow(schedule: Schedule) -> list[list[_Held]]:
+    """What every rank holds of every chunk at the end."""
     size, chunks = schedule.size, schedule.num_chunks
     if size < 1 or chunks < 1:
         raise ScheduleError(f"size {size} and {chunks} chunks: both must be at least 1")
-    # held[rank][chunk]: (contributors as a bit mask, number of the expression)
     numbers: dict[tuple[int, int], int] = {}
-    held = [[(1 << rank, rank)] * chunks for rank in range(size)]
+    held = [[_Held(1 << rank, rank)] * chunks for rank in range(size)]
     for index, transfers in enumerate(schedule.rounds):
         for t in transfers:
             if not (0 <= t.src < size and 0 <= t.dst < size and t.src != t.dst and 0 <= t.chunk < chunks):
@@ -87,20 +139,24 @@ def verify(schedule: Schedule) -> None:
                     )
                 # a + b and b + a are the same number: addition commutes, it is only not associative
                 key = (min(own_expression, expression), max(own_expression, expression))
-                held[t.dst][t.chunk] = (own | mask, numbers.setdefault(key, size + len(numbers)))
+                held[t.dst][t.chunk] = _Held(own | mask, numbers.setdefault(key, size + len(numbers)))
             else:
-                held[t.dst][t.chunk] = (mask, expression)
+                held[t.dst][t.chunk] = _Held(mask, expression)
             written[t.dst, t.chunk] = t.add
-    everyone = (1 << size) - 1
-    for rank in range(size):
-        for chunk in range(chunks):
-            mask, expression = held[rank][chunk]
-            if mask != everyone:
-                lost = (everyone & ~mask & -(everyone & ~mask)).bit_length() - 1
-                raise ScheduleError(f"at the end rank {rank} lacks the contribution of rank {lost} (chunk {chunk})")
-            if expression != held[0][chunk][1]:
-                raise ScheduleError(f"at the end ranks 0 and {rank} have added chunk {chunk} in different orders")
-    verify_order(schedule.programs())
+    return held
+
+
+def _require(held: list[list[_Held]], rank: int, chunks: Iterable[int], wanted: int) -> None:
+    for chunk in chunks:
+        if wrong := held[rank][chunk].mask ^ wanted:
+            other = (wrong & -wrong).bit_length() - 1
+            what = "lacks" if wanted >> other & 1 else "must not have"
+            raise ScheduleError(f"at the end rank {rank} {what} the contribution of rank {other} (chunk {chunk})")
+
+
+def _only(rounds: Iterable[Round], *, add: bool) -> tuple[Round, ...]:
+    kept = (tuple(t for t in transfers if t.add == add) for transfers in rounds)
+    return tuple(transfers for transfers in kept if transfers)
 
 
 def verify_order(programs: list[Program]) -> None:

@@ -4,7 +4,15 @@ import pytest
 
 from scaletrain import plugins
 from scaletrain.collectives import drawing, ring, tree
-from scaletrain.collectives.schedule import Schedule, ScheduleError, Transfer, verify, verify_order
+from scaletrain.collectives.schedule import (
+    Schedule,
+    ScheduleError,
+    Transfer,
+    verify,
+    verify_distribution,
+    verify_order,
+    verify_reduction,
+)
 
 ALGORITHMS = plugins.names("collective")
 BETWEEN = ["ring", "tree", "halving_doubling", "recursive_doubling", "direct", "double_tree", "pipelined_tree", "star"]
@@ -81,6 +89,50 @@ def sums_up(schedule: Schedule) -> bool:
         for t in transfers:
             held[t.dst][t.chunk] = before[t.src][t.chunk] + (held[t.dst][t.chunk] if t.add else 0)
     return held == [[sum(row[0] for row in start)] * schedule.num_chunks] * schedule.size
+
+
+REDUCE_THEN_DISTRIBUTE = [name for name in ALGORITHMS if name != "recursive_doubling"]  # whose additions are all of it
+
+
+@pytest.mark.parametrize("name", REDUCE_THEN_DISTRIBUTE)
+def test_its_halves_are_a_reduction_and_a_distribution(name: str):
+    """The additions alone leave each chunk's sum with an owner, from whom the replacements alone take it to everybody."""
+    factory = plugins.load("collective", name)
+    for size in range(1, 33):
+        schedule = factory(size)
+        owners = verify_reduction(schedule.reduction())
+        verify_distribution(schedule.distribution(), owners)
+        if name in ("tree", "pipelined_tree"):
+            assert set(owners) == {0}, "a reduce to rank 0 and a broadcast from it"
+        if name in ("ring", "direct"):
+            assert sorted(owners) == [*range(size)], "a reduce-scatter and an all-gather"
+
+
+@pytest.mark.parametrize("name", REDUCE_THEN_DISTRIBUTE)
+def test_a_fault_in_a_half_is_caught(name: str):
+    schedule = plugins.load("collective", name)(5)
+    reduction, distribution = schedule.reduction(), schedule.distribution()
+    owners = verify_reduction(reduction)
+    for index, transfers in enumerate(reduction.rounds):
+        lost = reduction._replace(rounds=(*reduction.rounds[:index], transfers[1:], *reduction.rounds[index + 1 :]))
+        doubled = (*transfers, transfers[0])
+        for changed in (
+            lost,
+            lost._replace(rounds=(*reduction.rounds[:index], doubled, *reduction.rounds[index + 1 :])),
+        ):
+            with pytest.raises(ScheduleError):
+                verify_reduction(changed)
+    for index, transfers in enumerate(distribution.rounds):
+        for wrong in (transfers[1:], (transfers[0]._replace(add=True), *transfers[1:])):
+            with pytest.raises(ScheduleError):
+                verify_distribution(
+                    distribution._replace(
+                        rounds=(*distribution.rounds[:index], wrong, *distribution.rounds[index + 1 :])
+                    ),
+                    owners,
+                )
+    with pytest.raises(ScheduleError, match="the contribution of rank"):
+        verify_distribution(distribution, [owner + 1 if owner < 4 else 0 for owner in owners])
 
 
 def test_another_order_of_additions_is_caught():
