@@ -48,7 +48,7 @@ class _Token(NamedTuple):
 
 _ANSWERS = {
     Kind.STORED: "store", Kind.PART: "part", Kind.WEIGHTS: "update", Kind.APPLIED: "update", Kind.ROWS: "rows",
-    Kind.TOTAL: "sum", Kind.LEFT: "leave",
+    Kind.TOTAL: "sum", Kind.PAUSED: "pause", Kind.LEFT: "leave",
 }  # fmt: skip
 
 
@@ -231,6 +231,8 @@ class Client:
         """The sum over all live workers of a float64 vector of at most ``wire.MAX_SUM_VALUES``; every worker calls it."""
         if len(values) > wire.MAX_SUM_VALUES:
             raise ValueError(f"{len(values)} values to sum (at most {wire.MAX_SUM_VALUES})")
+        if self.settings.backup_workers:  # whoever is behind goes on without this worker's gradients
+            self._tell_all("pause", Kind.PAUSE)
         number, self._sum_number = self._sum_number, self._sum_number + 1
         header = Header(Kind.SUM, Dtype.FLOAT64, step=number, count=len(values))
         token = self._ask(_Token("sum", number), header, [np.ascontiguousarray(values, np.float64)])
@@ -238,10 +240,7 @@ class Client:
 
     def close(self) -> None:
         """Leave in good order: the servers go on without this worker."""
-        for link in self._links:
-            self._ask(_Token("leave", link.index), Header(Kind.LEAVE), [])
-        for link in self._links:
-            self._wait(_Token("leave", link.index))
+        self._tell_all("leave", Kind.LEAVE)
         self._stopping = True
         os.eventfd_write(self._wake, 1)
         self._thread.join(timeout=5)
@@ -252,6 +251,12 @@ class Client:
         return min(self._version.values(), default=0)
 
     # Between the threads
+
+    def _tell_all(self, what: str, kind: Kind) -> None:
+        for link in self._links:
+            self._ask(_Token(what, link.index), Header(kind), [])
+        for link in self._links:
+            self._wait(_Token(what, link.index))
 
     def _ask(self, token: _Token, header: Header, payloads: list[Any]) -> _Token:
         with self._changed:
@@ -356,7 +361,7 @@ class Client:
         """Sums go to server 0; everything about a block over the connection that its number gives."""
         if token.what == "sum":
             return self._links[0], 0
-        if token.what == "leave":
+        if token.what in ("pause", "leave"):
             return self._links[token.key], 0
         link = self._links[self._blocks[token.key].server]
         return link, token.key % len(link.sockets)
@@ -380,9 +385,13 @@ class Client:
             if header.kind in (Kind.ABORT, Kind.REFUSED):
                 text = message.json()
                 return self._fail(f"{self._name(link)}: {text.get('message') or 'refused: ' + str(text.get('reason'))}")
-            number = (
-                link.index if header.kind == Kind.LEFT else header.step if header.kind == Kind.TOTAL else header.key
-            )
+            match header.kind:
+                case Kind.PAUSED | Kind.LEFT:
+                    number = link.index
+                case Kind.TOTAL:
+                    number = header.step
+                case _:
+                    number = header.key
             token = _Token(_ANSWERS.get(header.kind, ""), number, header.offset)
             with self._changed:
                 if self._outstanding.pop(token, None) is None:

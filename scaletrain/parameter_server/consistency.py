@@ -83,6 +83,10 @@ class Rule(abc.ABC):
         """A worker died or cannot be reached."""
         return self._gone(rank, self.lost)
 
+    def pause(self, rank: int) -> list[Action]:
+        """A worker waits for all others (to add up an evaluation) and pushes nothing until they are there too."""
+        return []
+
     def _gone(self, rank: int, into: set[int]) -> list[Action]:
         if rank not in self.live:
             return []
@@ -132,6 +136,7 @@ class Synchronous(Rule):
         self._needed = self._most
         self._given: dict[int, set[int]] = {key: set() for key in keys}  # whose gradients the sum holds
         self._waiting: dict[int, set[int]] = {key: set() for key in keys}
+        self._paused: set[int] = set()
 
     def _begin(self) -> int:
         return min(self.version.values(), default=0)
@@ -140,14 +145,12 @@ class Synchronous(Rule):
         # It comes without memory: what a former self waits for is no longer wanted, what it gave stays in the sum.
         for waiting in self._waiting.values():
             waiting.discard(rank)
-        self._needed = max(self._needed, min(self._most, len(self.live)))
+        self._paused.discard(rank)
+        self._needed = max(self._needed, min(self._most, len(self.live) + len(self.left)))
 
     def _push(self, key: int, rank: int, step: int, version: int, repeated: bool) -> list[Action]:
-        late = version < self.version[key]
-        over = bool(self.left) and len(self.live) < self._needed  # the others are done: nobody will complete this sum
-        if late or over:
-            counted = late and repeated  # sent again after a lost connection, but it had arrived
-            return [Answer(key, rank, 0 if counted else self.version[key] - version, not counted)]
+        if version < self.version[key]:  # late; repeated: sent again after a lost connection, but it had arrived
+            return [Answer(key, rank, 0 if repeated else self.version[key] - version, not repeated)]
         actions: list[Action] = []
         if rank not in self._given[key]:
             self._given[key].add(rank)
@@ -156,8 +159,9 @@ class Synchronous(Rule):
         return actions + self._complete(key)
 
     def _complete(self, key: int) -> list[Action]:
-        given = self._given[key]
-        if len(given) < self._needed:
+        # Spare workers that came late go on without those who are done, or wait for them elsewhere.
+        given, away = self._given[key], len(self._paused) + len(self.left)
+        if len(given) < max(1, self._needed - away):
             return []
         self.version[key] += 1
         answers = [Answer(key, rank) for rank in sorted(self._waiting[key])]
@@ -165,22 +169,29 @@ class Synchronous(Rule):
         self._given[key], self._waiting[key] = set(), set()
         return [Apply(key, count, self.version[key]), *answers]
 
+    def _complete_all(self) -> list[Action]:
+        return [action for key in self.version for action in self._complete(key)]
+
+    def pause(self, rank: int) -> list[Action]:
+        self._paused.add(rank)
+        return self._met()
+
+    def _met(self) -> list[Action]:
+        if self._paused >= self.live:  # all are there: the next step takes gradients of all
+            self._paused.clear()
+        return self._complete_all()
+
     def _without(self, rank: int) -> list[Action]:
+        self._paused.discard(rank)
         for waiting in self._waiting.values():
             waiting.discard(rank)
-        if len(self.live) >= self._needed or not self.live:
+        if not self.live:
             return []
-        if rank in self.lost and not self.left:
-            if len(self.live) < self._least:
+        if rank in self.lost and len(self.live) + len(self.left) < self._needed:
+            if not self.left and len(self.live) < self._least:
                 return [Abort(rank, len(self.live), self._least)]
-            self._needed = len(self.live)
-            return [action for key in self.version for action in self._complete(key)]
-        # Somebody is done before the others (spare workers that came too late): whoever waits gets the weights as they are.
-        released: list[Action] = []
-        for key, waiting in self._waiting.items():
-            released += [Answer(key, waiter, 0, True) for waiter in sorted(waiting)]
-            waiting.clear()
-        return released
+            self._needed = len(self.live) + len(self.left)
+        return self._met()
 
     def awaited(self) -> set[int]:
         partial = [key for key in self.version if self._waiting[key]]

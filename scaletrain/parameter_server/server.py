@@ -39,7 +39,7 @@ MAX_MESSAGE_BYTES = 64 << 20  # larger ones end the connection before anything i
 TICK_S = 0.25  # sign of life to every worker; a closed connection is noticed by it
 HEARTBEAT_S = 10.0  # a link without a sign of life for this long is cut
 _FRAMES = 3  # most frames of a message
-_STATE_OF = {Kind.PUSH, Kind.PUSH_ROWS, Kind.PULL, Kind.PULL_ROWS, Kind.INIT, Kind.SUM, Kind.LEAVE}
+_STATE_OF = {Kind.PUSH, Kind.PUSH_ROWS, Kind.PULL, Kind.PULL_ROWS, Kind.INIT, Kind.SUM, Kind.PAUSE, Kind.LEAVE}
 
 
 @dataclass
@@ -249,6 +249,10 @@ class Server:
             raise Refused("not set up")
         if self._aborted:
             self._send(peer, Header(Kind.ABORT), wire.to_json({"message": self._aborted}))
+            return
+        if header.kind == Kind.PAUSE:
+            self._perform(self._rule.pause(peer.rank))
+            self._send(peer, Header(Kind.PAUSED))
             return
         if header.kind == Kind.LEAVE:
             self._perform(self._rule.leave(peer.rank))

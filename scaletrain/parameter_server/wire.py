@@ -43,6 +43,8 @@ class Kind(enum.IntEnum):
     ABORT = 21  # S json: training cannot go on
     REFUSED = 22  # S json: that message was not acceptable
     PART = 23  # S tensor: the answer to PULL
+    PAUSE = 24  # W: pushes nothing until all have met (a sum)
+    PAUSED = 25  # S
 
 
 class Dtype(enum.IntEnum):
@@ -67,7 +69,7 @@ ITEM_BYTES = {
 PAYLOADS: dict[Kind, tuple[str, ...]] = {
     **dict.fromkeys((Kind.HELLO, Kind.CHALLENGE, Kind.PROOF, Kind.WELCOME, Kind.SETUP, Kind.READY, Kind.ABORT, Kind.REFUSED), ("json",)),
     **dict.fromkeys((Kind.INIT, Kind.WEIGHTS, Kind.PUSH, Kind.ROWS, Kind.SUM, Kind.TOTAL, Kind.PART), ("tensor",)),
-    **dict.fromkeys((Kind.STORED, Kind.PULL, Kind.APPLIED, Kind.PING, Kind.LEAVE, Kind.LEFT), ()),
+    **dict.fromkeys((Kind.STORED, Kind.PULL, Kind.APPLIED, Kind.PING, Kind.PAUSE, Kind.PAUSED, Kind.LEAVE, Kind.LEFT), ()),
     Kind.PUSH_ROWS: ("rows", "tensor"),
     Kind.PULL_ROWS: ("rows",),
 }  # fmt: skip

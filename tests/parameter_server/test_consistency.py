@@ -12,8 +12,8 @@ from scaletrain.parameter_server.consistency import Abort, Add, Answer, Apply, A
 class Workers:
     """Simulated workers: each pushes all blocks in a random order, then waits for all answers. Whose turn it is, is random."""
 
-    def __init__(self, rule: Rule, workers: int, steps: int, random: random.Random):
-        self.rule, self.steps, self.random = rule, steps, random
+    def __init__(self, rule: Rule, workers: int, steps: int, random: random.Random, meet: bool = False):
+        self.rule, self.steps, self.random, self.meet = rule, steps, random, meet
         self.keys = list(rule.version)
         self.step = dict.fromkeys(range(workers), 0)  # steps done
         self.to_push = {rank: self._shuffled() for rank in range(workers)}
@@ -24,6 +24,7 @@ class Workers:
         self.dropped = 0
         self.aborted: Abort | None = None
         self.dead: set[int] = set()
+        self.met: set[int] = set()
         for rank in range(workers):
             rule.join(rank)
 
@@ -68,11 +69,20 @@ class Workers:
             self.perform(self.rule.push(key, rank, step, self.version[key, rank]), step)
             if not self.to_push[rank]:
                 self.step[rank] += 1
-                if self.step[rank] == self.steps:
-                    pass
+            self._pause()
         assert self.aborted or not any(self.waiting[r] for r in self.step if r not in self.dead), (
             "workers wait for ever"
         )
+
+    def _pause(self) -> None:
+        """Whoever has done all steps waits for the others."""
+        while (
+            done := {r for r in self.step if self.meet and self.step[r] == self.steps and not self.waiting[r]}
+            - self.met
+        ):
+            rank = min(done)
+            self.met.add(rank)
+            self.perform(self.rule.pause(rank))
 
     def _may_step(self, rank: int) -> bool:
         return not self.waiting[rank]
@@ -158,6 +168,20 @@ def test_backup_workers_the_first_gradients_win_and_late_ones_never_count(blocks
             if isinstance(action, Answer):
                 waiting.discard((action.key, action.rank))
                 version[action.key, action.rank] = rule.version[action.key]
+
+
+@given(
+    blocks=st.integers(1, 4), spare=st.integers(1, 2), steps=st.integers(1, 8), rng=st.randoms(use_true_random=False)
+)
+def test_backup_workers_that_came_too_late_do_not_wait_for_those_who_wait_for_them(blocks, spare, steps, rng):
+    workers = 2 + spare
+    simulated = Workers(Synchronous(list(range(blocks)), workers, backup=spare), workers, steps, rng, meet=True)
+    simulated.run()
+    assert simulated.met == set(range(workers))
+    # After the meeting an update takes as many gradients as before.
+    rule = simulated.rule
+    taken = [rule.push(0, rank, steps, rule.version[0]) for rank in range(2)]
+    assert taken[0] == [Add(0, 0)] and taken[1][:2] == [Add(0, 1), Apply(0, 2, rule.version[0])]
 
 
 def test_plain_sync_stops_when_a_worker_is_lost_and_names_it():
