@@ -97,6 +97,7 @@ class RunConfig(Strict):
     log_every: Annotated[int, Field(ge=1)] = 10
     timeout_s: Annotated[float, Field(gt=0)] = 60.0  # a rank without progress for this long is taken as hung
     compute: Compute | None = None
+    trace: bool = False  # record buckets, rounds and waits, and each rank's clock, for a Chrome trace
     source: str | None = None  # file this came from; user modules are looked for beside it
 
     @property

@@ -92,7 +92,7 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> tup
     help="Seconds a cell may take.",
 )
 @baseline_option
-@click.option("--trace", is_flag=True, help="Also write a Chrome trace of each cell's first repeat.")
+@click.option("--trace", is_flag=True, help="Also record and write a Chrome trace of each cell's first repeat.")
 @click.option("--dry-run", is_flag=True, help="Print the command of every cell, and start nothing.")
 def command(
     configs: tuple[Path, ...], workers: tuple[int, ...], exchanges: tuple[str, ...],
@@ -120,7 +120,7 @@ def command(
     references = sum(cell.reference for cell in cells)
     click.echo(f"{len(cells) - references} cells and {references} short references, {repeats} repeats each -> {out}")
     click.echo(f"{plan.threads} thread{'s' * (plan.threads > 1)} a worker{bound}")
-    sweep.run(plan, out, click.echo)
+    sweep.run(plan, out, click.echo, trace=trace)
     publish.publish_sweep(out, trace=trace, console=publish.terminal())
     if baseline:
         publish.compare_and_exit(out / "report.json", baseline)

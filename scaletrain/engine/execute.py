@@ -1,10 +1,12 @@
 """Runs a schedule on real tensors: one rank's end."""
 
+import time
 from typing import NamedTuple
 
 from torch import Tensor
 
 from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.engine import spans
 from scaletrain.engine.transport import Pending, Receive, Reduce, Transport
 
 
@@ -55,17 +57,34 @@ def execute(program: Program, transport: Transport, tensor: Tensor, reduce: Redu
     """
     parts = [_Cut(part, program.num_chunks) for part in _split(tensor, segments)]
     pending: list[Pending | None] = [None] * len(parts)
-    for sends, receives in program.rounds:
+    tracing = spans.on()
+    for number, (sends, receives) in enumerate(program.rounds):
         # All ranks start (round, segment) in this order, which is what lets messages match without tags.
         for index, cut in enumerate(parts):
             if (earlier := pending[index]) is not None:
                 earlier()
             out = [(m.peer, chunk) for m in sends if (chunk := cut(m)).numel()]
             into = [Receive(m.peer, chunk, reduce if m.add else None) for m in receives if (chunk := cut(m)).numel()]
-            pending[index] = transport.start(out, into) if out or into else None
+            pending[index] = started = transport.start(out, into) if out or into else None
+            if tracing and started is not None:
+                pending[index] = _traced(started, number, index, sends, receives)
     for last in pending:
         if last is not None:
             last()
+
+
+def _traced(started: Pending, number: int, segment: int, sends: list[Message], receives: list[Message]) -> Pending:
+    """The same, and when it is done the trace has the round, from its start, and the part of it that was spent waiting and adding."""
+    began = time.time()
+
+    def wait() -> None:
+        waited = time.time()
+        started()
+        spans.add("wait", f"wait for {', '.join(str(m.peer) for m in receives or sends)}", waited, segment=segment)
+        to, of = [m.peer for m in sends], [m.peer for m in receives]
+        spans.add("round", f"round {number}", began, segment=segment, sends_to=to, receives_from=of)
+
+    return wait
 
 
 class _Cut:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+EXAMPLE = "scaletrain simulate --model nin --batch 1024 --sample-ms 8.3 --network gemini"
+
 # Of ``report`` and of ``bench scaling``.
 baseline_option = click.option(
     "--baseline",
@@ -31,7 +33,9 @@ baseline_option = click.option(
     help="Of html,md,csv,svg,png; report.json is always written.",
 )
 @baseline_option
-@click.option("--trace", is_flag=True, help="Also write Chrome traces of all ranks.")
+@click.option(
+    "--trace", is_flag=True, help="Also write Chrome traces of all ranks (runs with trace: true recorded the most)."
+)
 def report(directories: tuple[Path, ...], out: Path | None, formats: str, baseline: Path | None, trace: bool) -> None:
     """Render reports again, from a sweep's directories or from single run directories. Trains nothing, needs no torch."""
     from scaletrain.errors import UserError
@@ -117,7 +121,7 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
     for r in made.residuals:
         error = r["predicted_s"] / r["measured_s"] - 1
         click.echo(
-            f"  {r['exchange']:<18} {r['workers']:>4} workers: measured {1e3 * r['measured_s']:.2f} ms, fitted {error:+.1%}"
+            f"  {r['exchange']:<18} {r['workers']:>4} workers: measured {1e3 * r['measured_s']:.2f} ms, residual {error:+.1%}"
         )
     click.echo(f"written: {out}")
 
@@ -228,7 +232,7 @@ def simulate(
         compute = Compute(sample_ms / 1e3)
     missing = [o for o, v in (("--model", num_bytes), ("--batch", batch), ("--sample-ms", compute)) if v is None]
     if missing or num_bytes is None or batch is None or compute is None:
-        raise UserError(f"simulate: give {', '.join(missing)} (or --fit with a calibration)")
+        raise UserError(f"simulate: give {', '.join(missing)} (or --fit with a calibration), for example: {EXAMPLE}")
     job = simulate.Job(
         num_bytes, batch, compute, on, mode, overlap, Stragglers(straggler_variation, slow_probability, slow_factor), epoch_samples, price,
     )  # fmt: skip

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from scipy import stats
 
+ONE_RUN = "one run each: no interval"
+
 
 class Mean(NamedTuple):
     """The mean of independent repeats and half the width of its 95 % confidence interval (None: one repeat tells nothing)."""

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from scaletrain.scaling.intervals import ONE_RUN
+
 
 class Step(NamedTuple):
     """Mean seconds of a step and its parts, over ranks, steps and repeats; ``slowest_s``: of the slowest rank of each step."""
@@ -76,11 +78,13 @@ def limiter(causes: list[Cause]) -> Cause | None:
     return worst if worst.seconds > 0 else None
 
 
-def sentence(causes: list[Cause], efficiency: float, better: str | None = None) -> str:
-    """One sentence: the limiter, its share of what is lost, and what to change. ``better``: a measured or predicted alternative."""
+def sentence(causes: list[Cause], efficiency: float, better: str | None = None, repeats: int = 2) -> str:
+    """One sentence: the limiter, its share of what is lost, and what to change. ``better``: a measured or predicted alternative.
+    ``repeats``: of the least measured of the runs that it rests on; with one it says that noise is not known."""
+    doubt = f" ({ONE_RUN})" if repeats < 2 else ""
     worst = limiter(causes)
     lost = sum(cause.seconds for cause in causes if cause.seconds > 0)
     if worst is None or efficiency >= 0.98:
-        return f"Nothing to speak of is lost (efficiency {efficiency:.2f})."
+        return f"Nothing to speak of is lost (efficiency {efficiency:.2f}){doubt}."
     share = worst.seconds / lost
-    return f"{worst.name.capitalize()}: {share:.0%} of the loss; {better or ADVICE[worst.name]}."
+    return f"{worst.name.capitalize()}: {share:.0%} of the loss; {better or ADVICE[worst.name]}{doubt}."

@@ -30,21 +30,21 @@ def _ethernet(gbit: float, latency_s: float) -> Network:
 PRESETS = {
     "100mbit": Preset(_ethernet(0.1, 60e-6), "Ethernet, 4.6 % framing and a round trip of 60 us, as measured on emulated links"),
     "1gbit": Preset(_ethernet(1, 60e-6), "Ethernet, 4.6 % framing and a round trip of 60 us, as measured on emulated links"),
-    "10gbit": Preset(_ethernet(10, 30e-6), "Ethernet, line rate less framing; latency of a usual kernel TCP stack"),
-    "25gbit": Preset(_ethernet(25, 25e-6), "Ethernet, line rate less framing; latency of a usual kernel TCP stack"),
-    "50gbit": Preset(_ethernet(50, 25e-6), "Ethernet as in Goyal et al. 2017 (Big Basin, 50 Gbit/s a host)"),
-    "100gbit": Preset(_ethernet(100, 20e-6), "Ethernet, line rate less framing; latency of a usual kernel TCP stack"),
-    "infiniband-edr": Preset(Network(1.5e-6, 12.0e9), "InfiniBand EDR, 100 Gbit/s; 12 GB/s and 1.5 us are usual MPI figures"),
+    "10gbit": Preset(_ethernet(10, 30e-6), "ASSUMED: line rate less 4.6 % framing; 30 us, a round figure for a kernel's TCP"),
+    "25gbit": Preset(_ethernet(25, 25e-6), "ASSUMED: line rate less 4.6 % framing; 25 us, a round figure for a kernel's TCP"),
+    "50gbit": Preset(_ethernet(50, 25e-6), "50 Gbit/s a host as in Goyal et al. 2017 (arXiv 1706.02677), less framing; latency ASSUMED"),
+    "100gbit": Preset(_ethernet(100, 20e-6), "ASSUMED: line rate less 4.6 % framing; 20 us, a round figure for a kernel's TCP"),
+    "infiniband-edr": Preset(Network(1.5e-6, 12.0e9), "ASSUMED: EDR's 100 Gbit/s less 4 % overhead; 1.5 us, a round figure for MPI over it"),
     "gemini": Preset(
         Network(1.5e-6, 70e9 * 0.56 / 8),
-        "Cray Gemini (Titan) as an effective bandwidth: 70 Gbit/s at 56 %, as Paleo (ICLR 2017) fits FireCaffe's NiN",
+        "Cray Gemini (Titan) as an effective bandwidth: 70 Gbit/s at 56 %, as Paleo (ICLR 2017) fits FireCaffe's NiN; latency ASSUMED",
     ),
     "dgx1-edr": Preset(
-        Network(2e-6, 4 * 12.0e9), "8 GPUs a host with NVLink 1 (about 30 GB/s a ring direction) and four EDR ports a host",
+        Network(2e-6, 4 * 12.0e9), "ASSUMED: 8 GPUs a host, four EDR ports; 30 GB/s a ring direction inside, 12 GB/s a port; latencies",
         workers_per_host=8, local=Link(5e-6, 30e9),
     ),
     "fat-tree-10gbit": Preset(
-        _ethernet(10, 30e-6), "10 Gbit/s leaves of 16 hosts, uplinks oversubscribed 4 to 1", oversubscription=4, hosts_per_leaf=16
+        _ethernet(10, 30e-6), "ASSUMED: 10 Gbit/s leaves of 16 hosts, uplinks oversubscribed 4 to 1", oversubscription=4, hosts_per_leaf=16
     ),
 }  # fmt: skip
 

@@ -146,8 +146,14 @@ def predicted(points: Sequence[Mapping[str, Any]]) -> Drawing:
         axes.plot(ends, ends, "--", color=PALE, label="predicted = measured")
         for index, name in enumerate(dict.fromkeys(point["exchange"] for point in points)):
             own = [point for point in points if point["exchange"] == name]
-            x, y = ([1000 * point[key] for point in own] for key in ("measured_s", "predicted_s"))
-            axes.plot(x, y, "o", color=SERIES[index % len(SERIES)], label=name)
+            colour = SERIES[index % len(SERIES)]
+            axes.plot([], [], "o", color=colour, label=name)
+            for fitted in (False, True):
+                some = [point for point in own if point["in_fit"] is fitted]
+                x, y = ([1000 * point[key] for point in some] for key in ("measured_s", "predicted_s"))
+                axes.plot(x, y, "o", color=colour, mfc="none" if fitted else colour)
+        if any(point["in_fit"] for point in points):
+            axes.plot([], [], "o", color=INK, mfc="none", label="hollow: residual of the fit")
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):

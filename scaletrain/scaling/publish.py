@@ -126,6 +126,7 @@ def show_simulation(job: simulate.Job, points: Sequence[simulate.Point], console
             name, *(f"[bold]{p.speedup:.1f}*[/bold]" if best[p.workers] is p else f"{p.speedup:.1f}" for p in cells)
         )
     console.print(grid)
+    console.print(f"network: {job.network.source}", highlight=False, markup=False)
     for count in counts:
         p = best[count]
         price = f", {p.cost_per_epoch:,.2f} an epoch" if p.cost_per_epoch is not None else ""

@@ -1,12 +1,13 @@
 """The report as one self-contained HTML page, as Markdown, and as images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from scaletrain.scaling import plots
+from scaletrain.scaling.intervals import ONE_RUN
 
 
 def _drawings(report: Mapping[str, Any]) -> dict[str, tuple[str, plots.Drawing]]:
@@ -27,22 +28,38 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, tuple[str, plots.Drawing]]
 
 def images(report: Mapping[str, Any], form: str) -> dict[str, bytes]:
     """Stand-alone images (svg or png) by name."""
-    mark = "EMULATED" if report["header"]["emulated"] else ""
+    mark = watermark(report)
     return {name: plots.image(draw, form, watermark=mark) for name, (_, draw) in _drawings(report).items()}
 
 
 def html(report: Mapping[str, Any]) -> str:
     """The page: no script, no network, light and dark, phone and print."""
-    mark = "EMULATED" if report["header"]["emulated"] else ""
+    mark = watermark(report)
     figures = [
         {"name": name, "title": title, "svg": plots.inline(plots.image(draw, watermark=mark), title)}
         for name, (title, draw) in _drawings(report).items()
     ]
-    return _template("report.html").render(report=report, figures=figures, several=_several(report))
+    return _template("report.html").render(report=report, figures=figures, several=_several(report), note=note(report))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    return _template("report.md").render(report=report, several=_several(report))
+    timed = any(row["target_s"] is not None for row in report["rows"])
+    return _template("report.md").render(report=report, several=_several(report), timed=timed, note=note(report))
+
+
+def watermark(report: Mapping[str, Any]) -> str:
+    """What every figure of a report has to say of itself."""
+    marks = ["EMULATED"] * bool(report["header"]["emulated"])
+    marks += ["oversubscribed: more threads than cores"] * any(row["oversubscribed"] for row in report["rows"])
+    return ", ".join(marks)
+
+
+def note(report: Mapping[str, Any]) -> str:
+    """What ± means here; without repeats there is none."""
+    repeats = report["header"]["repeats"]
+    if repeats < 2:
+        return f"{ONE_RUN.capitalize()}."
+    return f"± is the 95 % confidence interval of the mean over {repeats} repeats (Student's t); none where one run was made."
 
 
 def _several(report: Mapping[str, Any]) -> bool:
@@ -54,7 +71,13 @@ def _template(name: str) -> jinja2.Template:
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=name.endswith(".html"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"ms": _ms, "number": _number, "plus": _plus}
+    environment.filters |= {
+        "ms": _ms,
+        "number": _number,
+        "number4": _number4,
+        "plus": _plus,
+        "fitted_note": _fitted_note,
+    }
     return environment.get_template(name)
 
 
@@ -64,6 +87,22 @@ def _ms(seconds: float | None) -> str:
 
 def _number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None else f"{value:{form}}"
+
+
+def _number4(seconds: float) -> str:
+    return f"{1000 * seconds:.4f}"
+
+
+def _fitted_note(points: Sequence[Mapping[str, Any]]) -> str:
+    """How far the comparison is a prediction: what the model was calibrated on cannot test it."""
+    tested = sum(not point["in_fit"] for point in points)
+    told = "Computation is that of the same workers without an exchange; the network is calibrated on this report's own steps."
+    if not tested:
+        return told + " All of these were used to calibrate it: the errors are residuals, not a test of the model."
+    return (
+        told
+        + f" {tested} of {len(points)} were left out of the calibration: those are predictions, the others residuals."
+    )
 
 
 def _plus(value: float | None, form: str = ".2f") -> str:

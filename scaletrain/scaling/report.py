@@ -13,7 +13,7 @@ from scaletrain.errors import UserError
 from scaletrain.metrics import environment
 from scaletrain.scaling import limiter, sweep
 from scaletrain.scaling.fit import Fit, fit_report, predictions, strategy_of
-from scaletrain.scaling.intervals import Mean, mean, percentiles
+from scaletrain.scaling.intervals import ONE_RUN, Mean, mean, percentiles
 from scaletrain.scaling.measure import PARTS, Run, read_run
 from scaletrain.scaling.predict import step_s as step
 
@@ -36,6 +36,7 @@ def of_sweep(out: Path) -> dict[str, Any]:
         raise UserError(f"{out}: no sweep (sweep.json: {error.strerror})") from None
     cells = made.cells()
     measured: Measured = {}
+    missing = 0
     for cell in cells:
         runs, failures = [], []
         for repeat in range(made.repeats):
@@ -45,9 +46,11 @@ def of_sweep(out: Path) -> dict[str, Any]:
             elif (directory / "failed.json").exists():
                 failures.append(json.loads((directory / "failed.json").read_text(encoding="utf-8"))["reason"])
         measured[cell] = (runs, failures)
+        missing += made.repeats - len(runs) - len(failures)
     header = made.header()
     with contextlib.suppress(OSError):  # rendering again must not claim to have measured here and now
         header = json.loads((out / "header.json").read_text(encoding="utf-8"))
+    header |= {"runs_planned": len(cells) * made.repeats, "runs_missing": missing}
     return _report(measured, header, strong=made.mode == "strong", threads=made.threads)
 
 
@@ -92,6 +95,7 @@ def _report(measured: Measured, header: dict[str, Any], *, strong: bool, threads
         "rows": rows,
         "losses": losses,
         "references": references,
+        "batches": _batches([*rows, *references]),
         "predictions": [],
     }
     fitted = _predictions(report)
@@ -125,7 +129,7 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
         "batch_size": cell.batch_size * (1 if strong else cell.workers),
         "variant": dict(cell.variant),
         "samples_per_s": None, "samples_per_s_ci95": None, "speedup": None, "speedup_ci95": None, "efficiency": None,
-        **{f"step_s_p{p}": None for p in PERCENTS}, "step_s_mean": None, "step_s_ci95": None,
+        "step_s_min": None, **{f"step_s_p{p}": None for p in PERCENTS}, "step_s_mean": None, "step_s_ci95": None,
         "exposed_comm_s": None, "exposed_comm_s_ci95": None,
         **dict.fromkeys(PARTS), "bytes_sent": None, "gradient_bytes": None, "final_loss": None, "test_accuracy": None,
         "target_step": None, "target_s": None, "emulation": None,
@@ -142,6 +146,7 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
         "step_s_ci95": step.ci95,
     }
     steps = np.concatenate([run.steps.ravel() for run in runs]).tolist()
+    row["step_s_min"] = min(steps)
     row |= {f"step_s_p{percent}": value for percent, value in percentiles(steps, PERCENTS).items()}
     row |= {part: float(np.mean([run.part_s(part) for run in runs])) for part in PARTS}
     sent = [run.sent_bytes for run in runs if run.sent_bytes is not None]
@@ -230,12 +235,13 @@ def _losses(cell: sweep.Cell, measured: Measured, strong: bool) -> Iterable[dict
     real_s = float(np.mean([batch / run.samples_per_s for run in real]))
     ideal = float(np.mean([cell.batch_size / run.samples_per_s for run in single])) / (cell.workers if strong else 1)
     causes = limiter.split(*steps, workers=cell.workers, strong=strong, waits=waits, loss_s=real_s - ideal)
+    repeats = min(len(runs) for runs in (real, alone, small, single))
     yield {
-        "config": cell.config, "exchange": cell.exchange, "workers": cell.workers, "variant": dict(cell.variant),
+        "config": cell.config, "exchange": cell.exchange, "workers": cell.workers, "variant": dict(cell.variant), "repeats": repeats,
         "step_s": real_s, "ideal_s": ideal, "loss_s": real_s - ideal, "efficiency": ideal / real_s,
         "causes": {cause.name: cause.seconds for cause in causes},
         "limiter": worst.name if (worst := limiter.limiter(causes)) else None,
-        "sentence": limiter.sentence(causes, ideal / real_s),
+        "sentence": limiter.sentence(causes, ideal / real_s, repeats=repeats),
     }  # fmt: skip
 
 
@@ -250,6 +256,25 @@ def _step(runs: Sequence[Run]) -> limiter.Step:
         compute_s=average(run.part_s("forward_s") + run.part_s("backward_s") for run in runs),
         update_s=average(run.part_s("update_s") for run in runs),
     )
+
+
+def _batches(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How long one worker computes on a sample at each batch size that was measured alone: what a small share of a batch costs."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if row["runs"] and row["workers"] == 1 and row["exchange"] == "none":
+            variant = {key: value for key, value in row["variant"].items() if key != "batch_size"}
+            sample_s = (row["forward_s"] + row["backward_s"]) / row["batch_size"]
+            key = row["config"], str(variant), row["batch_size"]
+            found.setdefault(
+                key,
+                {"config": row["config"], "variant": variant, "batch_size": row["batch_size"], "sample_s": sample_s},
+            )
+    by_size = sorted(found.values(), key=lambda point: (point["config"], str(point["variant"]), point["batch_size"]))
+    for point in by_size:
+        alike = [p for p in by_size if (p["config"], p["variant"]) == (point["config"], point["variant"])]
+        point["efficiency"] = max(alike, key=lambda p: p["batch_size"])["sample_s"] / point["sample_s"]
+    return by_size
 
 
 def _name_alternatives(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str, Any]], fitted: Fit | None) -> None:
@@ -272,7 +297,7 @@ def _name_alternatives(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str
             better = _predicted_alternative(own, fitted)
         if better:
             causes = [limiter.Cause(*item) for item in loss["causes"].items()]
-            loss["sentence"] = limiter.sentence(causes, loss["efficiency"], better)
+            loss["sentence"] = limiter.sentence(causes, loss["efficiency"], better, repeats=loss["repeats"])
 
 
 def _apart(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> bool:
@@ -340,10 +365,12 @@ def summary(report: Mapping[str, Any]) -> str:
     if done:
         most = max(row["workers"] for row in done)
         best = max((row for row in done if row["workers"] == most), key=lambda row: row["efficiency"])
-        ci = f" ± {best['speedup_ci95']:.2f}" if best["speedup_ci95"] is not None else ""
+        single = best["speedup_ci95"] is None
+        ci = "" if single else f" ± {best['speedup_ci95']:.2f}"
         sentences.append(
             f"{best['exchange']} on {most} worker{'s' * (most > 1)}: {best['speedup']:.2f}{ci} times the speed of"
-            f" {best['baseline']} (efficiency {best['efficiency']:.2f}, {best['samples_per_s']:,.0f} samples/s)."
+            f" {best['baseline']} (efficiency {best['efficiency']:.2f}, {best['samples_per_s']:,.0f} samples/s)"
+            + (f"; {ONE_RUN}." if single else ".")
         )
         loss = next(
             (x for x in report["losses"] if all(x[k] == best[k] for k in ("config", "exchange", "workers", "variant"))),
@@ -353,6 +380,11 @@ def summary(report: Mapping[str, Any]) -> str:
             sentences.append(loss["sentence"])
         if best["oversubscribed"]:
             sentences.append("There were more threads than cores: these figures are of an oversubscribed machine.")
+    header = report["header"]
+    if header.get("runs_missing"):
+        sentences.append(
+            f"Unfinished: {header['runs_missing']} of {header['runs_planned']} runs are missing (the same command runs them)."
+        )
     failed = [row for row in rows if row["failures"]]
     if failed:
         names = ", ".join(f"{row['exchange']} on {row['workers']}" for row in failed)

@@ -91,7 +91,7 @@ class Sweep(NamedTuple):
         settings |= {"workers": workers, "batch_mode": self.mode}
         return configuration.load(Path(source["path"]), settings)
 
-    def command(self, cell: Cell, run_dir: Path) -> list[str]:
+    def command(self, cell: Cell, run_dir: Path, trace: bool = False) -> list[str]:
         """What a person would type for this cell."""
         source = self.configs[cell.config]
         settings = [
@@ -108,6 +108,8 @@ class Sweep(NamedTuple):
             if run.steps is None or run.steps > REFERENCE_STEPS:
                 settings += [f"steps={REFERENCE_STEPS}", "epochs=null"]
             settings += ["evaluate_every=null", "target_accuracy=null"]
+        if trace:
+            settings.append("trace=true")
         command = [sys.executable, "-m", "scaletrain.cli", "train", source["path"], "--workers", str(cell.workers)]
         command += ["--exchange", cell.exchange, "--run-dir", str(run_dir)]
         command += ["--launcher", self.launcher]
@@ -240,8 +242,11 @@ def order(cells: Sequence[Cell], repeats: int) -> Iterator[tuple[Cell, int]]:
             yield cell, repeat
 
 
-def run(sweep: Sweep, out: Path, tell: Callable[[str], None]) -> None:
-    """Run every missing repeat of every cell. Failures are kept as ``failed.json``; Ctrl-C ends the cell and the sweep."""
+def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = False) -> None:
+    """Run every missing repeat of every cell. Failures are kept as ``failed.json``; Ctrl-C ends the cell and the sweep.
+
+    ``trace``: first repeats also record what a trace shows.
+    """
     todo = [
         (cell, repeat)
         for cell, repeat in order(sweep.cells(), sweep.repeats)
@@ -253,7 +258,7 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None]) -> None:
             shutil.rmtree(directory)  # half a run; this sweep made it
         directory.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        reason = _run_cell(sweep.command(cell, directory), directory, sweep.cell_timeout_s)
+        reason = _run_cell(sweep.command(cell, directory, trace and repeat == 0), directory, sweep.cell_timeout_s)
         if reason:
             directory.mkdir(exist_ok=True)
             write_json(directory / "failed.json", {"reason": reason})

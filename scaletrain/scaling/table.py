@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from scaletrain.scaling.render import note
+
 
 def show(report: Mapping[str, Any], console: Console) -> None:
     """Print a table of the rows, the lost time by cause, and the summary sentence."""
@@ -13,7 +15,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     title = f"{header['mode']} scaling" + (" (EMULATED)" if header["emulated"] else "")
     table = Table(
         title=title,
-        caption=f"± is the 95 % interval of the mean over {header['repeats']} repeats; speed-up over {header['baseline']}",
+        caption=f"{note(report)} Speed-up over {header['baseline']}.",
     )
     several = len({(row["config"], str(row["variant"])) for row in rows}) > 1
     columns = [
@@ -22,10 +24,14 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         "samples/s",
         "speed-up",
         "efficiency",
-        "step p50 ms",
+        "step min ms",
+        "p10",
+        "p50",
+        "p90",
         "p95",
         "exposed comm",
         "accuracy",
+        *["to accuracy s"] * any(row["target_s"] is not None for row in rows),
     ]
     for column in (["config"] if several else []) + columns:
         table.add_column(column, justify="left" if column in ("config", "exchange") else "right")
@@ -42,7 +48,9 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             _with_ci(row["samples_per_s"], row["samples_per_s_ci95"], ",.0f"),
             _with_ci(row["speedup"], row["speedup_ci95"], ".2f"),
             _number(row["efficiency"], ".2f"),
-            _ms(row["step_s_p50"]), _ms(row["step_s_p95"]), _ms(row["exposed_comm_s"]), _number(row["test_accuracy"], ".4f"),
+            *(_ms(row[f"step_s_{part}"]) for part in ("min", "p10", "p50", "p90", "p95")),
+            _ms(row["exposed_comm_s"]), _number(row["test_accuracy"], ".4f"),
+            *[_number(row["target_s"], ".1f")] * ("to accuracy s" in columns),
         )  # fmt: skip
     console.print(table)
     if any(row["oversubscribed"] for row in rows):

@@ -1,6 +1,7 @@
 """What the allreduce exchanges share: DistributedDataParallel over the default process group; the worker runs the optimizer."""
 
 import contextlib
+import time
 from typing import Any
 
 import torch
@@ -8,8 +9,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from scaletrain.engine import spans
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
+
+
+def _traced_allreduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """What DDP does without a hook, and when a bucket is there the trace has it. DDP insists on the name ``bucket``."""
+    began, index, buffer = time.time(), bucket.index(), bucket.buffer()
+    buffer.div_(dist.get_world_size())
+
+    def there(future: torch.futures.Future) -> torch.Tensor:
+        reduced = future.value()[0]
+        spans.add("bucket", f"bucket {index}", began, bytes=buffer.nbytes)
+        return reduced
+
+    return dist.all_reduce(buffer, async_op=True).get_future().then(there)
 
 
 class AllreduceExchange(Exchange):
@@ -34,6 +49,8 @@ class AllreduceExchange(Exchange):
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         self._optimizer = optimizer
         self._ddp = DistributedDataParallel(model, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True)
+        if spans.on():
+            self._ddp.register_comm_hook(None, _traced_allreduce)
         return self._ddp
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 ``python -m scaletrain.training.worker RUN_DIR [--resume]`` (or ``scaletrain worker RUN_DIR`` under mpirun or srun by hand).
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from scaletrain import config as configuration
 from scaletrain.config import RunConfig
-from scaletrain.engine import rendezvous
+from scaletrain.engine import rendezvous, spans
 from scaletrain.errors import UserError
 from scaletrain.launching import progress
 from scaletrain.metrics import StepRecord, environment, write_json
@@ -30,11 +31,12 @@ from scaletrain.world import World
 def main(run_dir: Path, resume: bool = False) -> int:
     """Train; returns the exit status: 0, or 128 + the signal that stopped the run early (its checkpoint is written)."""
     world = World.from_env()
-    with progress.reporting(run_dir, world) as report:
+    with progress.reporting(run_dir, world) as report, contextlib.ExitStack() as stack:
         config = configuration.load(run_dir / "config.yaml")
         timeout = timedelta(seconds=config.timeout_s)
         store = rendezvous.join(world, run_dir, timeout)
         world = rendezvous.place(world, store)
+        stack.enter_context(spans.recorded(run_dir, world.rank, config.trace))
         device = choose_device(config, world)
         torch.set_num_threads(threads(config, world))
         setup = Setup(store, device, timeout, run_dir)
@@ -43,7 +45,8 @@ def main(run_dir: Path, resume: bool = False) -> int:
         trainer = Trainer(config, world, parts, exchange, device, run_dir, resume)
         stop = StopTogether(store, config.log_every)
         say = _Narrator(config, world, trainer) if world.rank == 0 else None
-        write_json(run_dir / f"rank-{world.rank}.json", _header(world, trainer))
+        clock = {"clock_offset_s": spans.clock_offset_s(store, world.rank, world.size)} if config.trace else {}
+        write_json(run_dir / f"rank-{world.rank}.json", _header(world, trainer) | clock)
 
         def on_step(record: StepRecord) -> None:
             report(record.step + 1)

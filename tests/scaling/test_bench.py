@@ -68,4 +68,16 @@ def test_a_sweep_of_real_trainings(tmp_path):
     assert {"commit", "versions", "host", "cores", "config"} <= set(report["header"])
     traces = json.loads(next((out / "traces").glob("*ring-w2*")).read_text())["traceEvents"]
     assert {event["pid"] for event in traces} == {0, 1}
+    rings = next((out / "cells").glob("*ring-w2-b64")) / "0"
+    offsets = [json.loads((rings / f"rank-{rank}.json").read_text())["clock_offset_s"] for rank in (0, 1)]
+    assert (
+        offsets[0] == 0 and 0 < abs(offsets[1]) < 0.05
+    )  # one machine has one clock; the store's round trip is what is left
+    ours = [event for event in traces if event["pid"] == 1 and event["ph"] == "X"]
+    steps = {event["name"]: event for event in ours if event["name"].startswith("step")}
+    for kind, least in (("bucket 0", 12), ("round 0", 12), ("round 1", 12), ("wait for 0", 24)):
+        found = [event for event in ours if event["name"] == kind]
+        assert len(found) >= least, kind
+        inside = [e for e in found if any(s["ts"] <= e["ts"] <= s["ts"] + s["dur"] for s in steps.values())]
+        assert len(inside) >= least, kind  # the others are the evaluation's
     assert "<svg" in (out / "report.html").read_text()

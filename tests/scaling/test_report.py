@@ -135,8 +135,28 @@ def test_trace_puts_all_ranks_on_one_clock(tmp_path):
     steps = {(e["pid"], e["name"]): e for e in events if e["name"].startswith("step")}
     assert steps[1, "step 0"]["ts"] == pytest.approx(0) and steps[0, "step 0"]["ts"] == pytest.approx(0.05e6)
     assert steps[1, "step 1"]["dur"] == pytest.approx(0.2e6)
-    parts = [e for e in events if e["pid"] == 0 and e.get("tid") == 1]
+    parts = [e for e in events if e["pid"] == 0 and e.get("tid") == 1 and e["ph"] == "X"]
     assert sum(e["dur"] for e in parts) == pytest.approx(4 * 0.1e6)
+
+
+def test_trace_shows_buckets_rounds_and_waits_without_covering_each_other(tmp_path):
+    run = write_run(tmp_path / "run", steps=[[0.1] * 2])
+    spans = [
+        {"kind": "bucket", "name": "bucket 0", "began": 1000.01, "s": 0.05, "bytes": 4},
+        {"kind": "bucket", "name": "bucket 1", "began": 1000.02, "s": 0.01, "bytes": 8},
+        {"kind": "bucket", "name": "bucket 0", "began": 1000.11, "s": 0.05, "bytes": 4},
+        {"kind": "wait", "name": "wait for 1", "began": 1000.03, "s": 0.01},
+    ]
+    text = "".join(json.dumps(span) + "\n" for span in spans)
+    (run / "spans-0.jsonl").write_text(text + '{"kind": "round", "na')  # the worker was killed
+    events = trace.of_run(run)["traceEvents"]
+    rows = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert list(rows.values()) == ["step", "parts", "bucket", "bucket (2)", "wait"]
+    shown = [(rows[e["tid"]], e["name"], e["args"].get("bytes")) for e in events if e["ph"] == "X" and e["tid"] > 1]
+    assert shown == [
+        ("bucket", "bucket 0", 4), ("bucket", "bucket 0", 4), ("bucket (2)", "bucket 1", 8), ("wait", "wait for 1", None),
+    ]  # fmt: skip
+    assert next(e for e in events if e["name"] == "bucket 1")["ts"] == pytest.approx(0.02e6)
 
 
 def test_report_renders_again_without_torch(measured, tmp_path):

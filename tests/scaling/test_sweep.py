@@ -43,7 +43,9 @@ def started(monkeypatch, tmp_path):
     log.touch()
     real = sweep.Sweep.command
     monkeypatch.setattr(
-        sweep.Sweep, "command", lambda self, cell, d: [sys.executable, str(script), str(log), *real(self, cell, d)[3:]]
+        sweep.Sweep,
+        "command",
+        lambda self, cell, d, trace=False: [sys.executable, str(script), str(log), *real(self, cell, d)[3:]],
     )
     return lambda: log.read_text().splitlines()
 
