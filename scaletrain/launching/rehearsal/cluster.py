@@ -28,6 +28,7 @@ from scaletrain.launching.rehearsal import keeper
 MAX_HOSTS = 250
 INTERFACE = "eth0"
 MARK = "SCALETRAIN_CLUSTER"  # in the environment of everything started on a host: how leftovers are known
+CONGESTION_CONTROL = "reno"
 _SETUP_S = 60.0
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
@@ -220,6 +221,7 @@ class Cluster:
             self._ip(
                 pid, ["link set lo up", f"addr add {self.addresses[i]}/24 dev {INTERFACE}", f"link set {INTERFACE} up"]
             )
+            self._steady_tcp(pid)
         delay = self.latency_s > 0 and self._has_netem()
         if self.latency_s > 0 and not delay:
             raise UserError(
@@ -250,6 +252,12 @@ class Cluster:
             commands.append(f"qdisc replace dev {device} {parent} netem delay {delay_s * 1e6:.0f}us limit 100000")
         if commands:
             _batch([*self._enter(pid), *_tool("tc"), "-batch", "-"], commands)
+
+    def _steady_tcp(self, pid: int) -> None:
+        """Reno, which a namespace may always choose. The machine's own may be BBR, which guesses a token bucket's rate and paces below it:
+        exchanges in both directions then took 10 % longer, and varied. Where /proc/sys is not writable the machine's own stays."""
+        choose = f"echo {CONGESTION_CONTROL} > /proc/sys/net/ipv4/tcp_congestion_control"
+        subprocess.run([*self._enter(pid), "sh", "-c", choose], capture_output=True, timeout=_SETUP_S)
 
     def _has_netem(self) -> bool:
         probe = [
