@@ -104,7 +104,8 @@ def told(output: str, progress: Progress, now: float) -> Failure | None:
             rank, given = int(match["rank"]), match["signal"]
             number = _SIGNALS.get(given) or int(given)
             known = progress.read(rank)
-            message = f"was ended by {signal_name(number)}" + (" (out of memory? see dmesg)" if number == 9 else "")
+            why = " (out of memory)" if given == "Out Of Memory" else " (did memory run out? see dmesg there)"
+            message = f"was ended by {signal_name(number)}" + (why if number == signal.SIGKILL else "")
             return Failure(
                 rank, match["host"], known.step if known else None, now, "signal", message,
                 collective=known.collective if known else "", exit_code=128 + number,
@@ -117,6 +118,15 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def oom_kills() -> int | None:
+    """How many processes the kernel of this host has killed for lack of memory since it started; ``None``: it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
 
 
 def choose(failures: Iterable[Failure]) -> Failure:
@@ -135,14 +145,16 @@ def choose(failures: Iterable[Failure]) -> Failure:
     return cause
 
 
-def hang(progress: Progress, lost: set[int], status: int) -> Failure | None:
+def hang(progress: Progress, lost: set[int], status: int, restarting: bool = False) -> Failure | None:
     """The rank that holds up the others, with its stack: the one that is least far, and not itself waiting for others.
 
-    Returns ``None`` when every rank has ended by itself.
+    Returns ``None`` when every rank has ended by itself; with ``restarting`` (a launcher that starts workers again), also
+    while none runs on this host: it is between two attempts, and what is known of other hosts belongs to the earlier one.
     """
     living = [known for known in progress.all() if not known.ended and known.rank not in lost]
     living = [known for known in living if known.host != host_name() or _state(known.pid) not in ("", "Z", "X")]
-    if not living:
+    here = any(known.host == host_name() for known in living)
+    if not living or (restarting and not here and any(known.host == host_name() for known in progress.all())):
         return None
     stacks = _stacks(progress.run_dir, living)
 

@@ -69,6 +69,8 @@ def reporting(run_dir: Path, world: World) -> Iterator[Callable[[int], None]]:
     global _state
     run_dir.mkdir(parents=True, exist_ok=True)
     failure_path(run_dir, world.rank).unlink(missing_ok=True)
+    if world.rank == 0:
+        _forget_beyond(run_dir, world.size)
     state = _state = _State(run_dir, world)
     state.write()
     with open(stacks_path(run_dir, world.rank), "w", encoding="utf-8") as stacks:
@@ -93,6 +95,14 @@ def reporting(run_dir: Path, world: World) -> Iterator[Callable[[int], None]]:
             state.close()
             _state = None
             faulthandler.unregister(STACKS_SIGNAL)
+
+
+def _forget_beyond(run_dir: Path, size: int) -> None:
+    """An elastic job may go on with fewer workers: nobody waits for the others' signs of life any more."""
+    for path in run_dir.glob("progress-*.json"):
+        number = path.stem.removeprefix("progress-")
+        if number.isdigit() and int(number) >= size:
+            path.unlink(missing_ok=True)
 
 
 def step(done: int) -> None:

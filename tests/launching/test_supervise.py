@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scaletrain.launching import supervise, supervisor
+from scaletrain.launching import first_cause, supervise, supervisor
 from scaletrain.launching.job import Command, Companion, Job, LaunchPlan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
@@ -110,6 +110,8 @@ def test_a_killed_worker_is_named(tmp_path: Path):
     status, output = carry_out(plan, job)
     assert status == 128 + signal.SIGKILL
     assert "rank 2" in output and "SIGKILL" in output and "lost rank 2" not in output
+    evidence = "see dmesg" if first_cause.oom_kills() is None else "memory did not run out"
+    assert evidence in output, output
     assert cause(job)["rank"] == 2 and cause(job)["step"] == 3 and cause(job)["kind"] == "signal"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -64,7 +65,24 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path):
     assert process.returncode == 130, output
     assert "Traceback" not in output and gone(run_dir)
     assert not summary(run_dir)["finished"]
-    done = scaletrain("train", SLOW, "--workers", "3", "--run-dir", str(run_dir), "--resume")
+    again = shlex.split(output.split("To go on: scaletrain ")[1].splitlines()[0])
+    assert again[-3:] == ["--run-dir", str(run_dir), "--resume"]
+    done = scaletrain(*again)
     assert done.returncode == 0 and "resumed at step" in done.stdout, done.stdout + done.stderr
-    whole = train(tmp_path / "whole", "--workers", "3", config=SLOW)
+    whole = train(tmp_path / "whole", "--workers", "3", "--set", "data=digits", config=SLOW)
     assert summary(run_dir)["final_loss"] == pytest.approx(whole["final_loss"], abs=1e-4)
+
+
+def test_an_early_ctrl_c_says_that_nothing_was_done(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command("train", SLOW, "--workers", "2", "--run-dir", str(run_dir)),
+        env=clean(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout and process.stdout.readline().startswith("run directory")
+    time.sleep(0.7)  # the workers import torch
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=40)
+    assert process.returncode == 130, output
+    assert "stopped by SIGINT before the first step was done" in output and "Traceback" not in output, output
+    assert gone(run_dir)
