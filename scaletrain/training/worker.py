@@ -42,7 +42,8 @@ def main(run_dir: Path, resume: bool = False) -> int:
         setup = Setup(store, device, timeout, run_dir)
         parts = workload.build(config, device)
         exchange = config.load("exchange")(world, setup, **config.exchange.options)
-        trainer = Trainer(config, world, parts, exchange, device, run_dir, resume)
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun has started all workers once more
+        trainer = Trainer(config, world, parts, exchange, device, run_dir, resume or again)
         stop = StopTogether(store, config.log_every)
         say = _Narrator(config, world, trainer) if world.rank == 0 else None
         clock = {"clock_offset_s": spans.clock_offset_s(store, world.rank, world.size)} if config.trace else {}

@@ -22,9 +22,10 @@ def hosts(count: int) -> Cluster:
     return Cluster(count, bandwidth=None)
 
 
-def start(network: Cluster, host: int, run_dir: Path, config: str, workers: int, *arguments: str) -> subprocess.Popen:
-    nodes = len(network.names)
-    options = ("--set", f"launcher.nodes={nodes}", "--set", "launcher.endpoint=h0:29400")
+def start(
+    network: Cluster, host: int, run_dir: Path, config: str, workers: int, *arguments: str, nodes: str = ""
+) -> subprocess.Popen:
+    options = ("--set", f"launcher.nodes={nodes or len(network.names)}", "--set", "launcher.endpoint=h0:29400")
     argv = command("train", config, "--run-dir", str(run_dir), "--workers", str(workers), "--launcher", "torchrun")
     # No interface is named: each host has to find out which one leads to the others.
     return subprocess.Popen(
@@ -41,7 +42,7 @@ def test_one_host(alone: dict, tmp_path: Path):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_hosts(alone: dict, tmp_path: Path, count: int):
-    """The same command on every host; all of them share the run directory."""
+    """The same command on every host, two workers or one on each; all hosts share the run directory."""
     run_dir = tmp_path / "run"
     with hosts(count) as network:
         before = network.counters()
@@ -70,6 +71,26 @@ def test_kill_9_of_a_worker_on_another_host(tmp_path: Path):
         assert outputs[1].count("scaletrain: rank ") == 1, outputs[1]
         killed = 1 if "rank 1 on h1" in outputs[1] else 0
         assert f"scaletrain: rank {killed} on h1" in outputs[1], outputs[1]
+    assert gone(run_dir)
+
+
+def test_an_elastic_job_goes_on_without_a_lost_host(tmp_path: Path):
+    """``--nnodes 1:2``: a host loses power; the other starts its worker again, which goes on alone from the checkpoint."""
+    run_dir, whole = tmp_path / "run", train(tmp_path / "whole", "--set", "data=digits", config=SLOW)
+    options = ("--set", "checkpoint.every_steps=10", "--set", "launcher.last_call_s=5", "--set", "timeout_s=8")
+    with hosts(2) as network:
+        agents = [start(network, host, run_dir, SLOW, 2, *options, nodes="1:2") for host in range(2)]
+        until(lambda: step_of(run_dir) >= 15, "fifteen steps of both")
+        assert step_of(run_dir, 1) >= 10
+        network.kill(1)
+        agents[1].communicate()
+        output, _ = agents[0].communicate(timeout=90)
+        assert agents[0].returncode == 0, output
+    assert "workers: 2 (torchrun)" in output and "workers: 1 (torchrun)" in output, output
+    assert "resumed at step 1" in output or "resumed at step 2" in output, output
+    found = summary(run_dir)
+    assert found["workers"] == 1 and found["finished"]
+    assert found["final_loss"] == pytest.approx(whole["final_loss"], abs=1e-4)
     assert gone(run_dir)
 
 

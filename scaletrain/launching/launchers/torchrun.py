@@ -13,16 +13,20 @@ def plan(
     nodes: int | str = 1,
     endpoint: str = "",
     run_id: str = "",
-    max_restarts: int = 0,
+    max_restarts: int | None = None,
     local_addr: str = "",
     is_host: bool | None = None,
     join_timeout_s: int = 600,
+    last_call_s: int = 30,
 ) -> LaunchPlan:
     """One torchrun agent on this host.
 
     ``nodes`` is how many hosts take part, ``2`` or ``min:max``; workers are spread evenly over (the most of) them. Several hosts need
     ``endpoint``, HOST:PORT of one of them, where the agents meet (c10d). Where hosts have no names,
     say ``is_host`` (true on the endpoint's host, false on the others) and ``local_addr``.
+
+    With a range, workers are started again (up to ``max_restarts`` times, 3 unless given) when a host is lost, and go on from the
+    last checkpoint; the hosts that are left wait ``last_call_s`` for more to join.
     """
     low, _, high = str(nodes).partition(":")
     if not low.isdigit() or not (high or low).isdigit() or not 1 <= int(low) <= int(high or low):
@@ -32,6 +36,8 @@ def plan(
     most = int(high or low)
     if job.workers % most:
         raise UserError(f"launcher.nodes: {job.workers} workers do not spread evenly over {most} nodes")
+    if max_restarts is None:
+        max_restarts = 3 if high else 0
     if most > 1 and not endpoint:
         raise UserError(f"launcher.endpoint: is missing; {most} nodes meet at HOST:PORT of one of them")
     here = job.workers // most
@@ -50,6 +56,8 @@ def plan(
         agent += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
         agent.append(f"--rdzv-id={run_id or job.run_dir.name}")
         conf = [f"join_timeout={join_timeout_s}"]
+        if high:
+            conf.append(f"last_call_timeout={last_call_s}")
         if is_host is not None:
             conf.append(f"is_host={int(is_host)}")
         agent.append(f"--rdzv-conf={','.join(conf)}")
