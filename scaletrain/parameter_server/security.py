@@ -18,6 +18,8 @@ import zmq
 
 from scaletrain.errors import UserError
 
+_FILE = ".parameter_server.keys"
+
 
 class Keys(NamedTuple):
     """A job's keys: two CURVE pairs (Z85 text) and a shared secret (hex)."""
@@ -40,7 +42,7 @@ def job_keys(run_dir: Path) -> Keys:
     Raises:
         UserError: the file can be read by others, or is damaged.
     """
-    path = run_dir / ".parameter_server.keys"
+    path = run_dir / _FILE
     if not path.exists():
         _make(path)
     mode = path.stat()
@@ -52,6 +54,11 @@ def job_keys(run_dir: Path) -> Keys:
         return Keys(**json.loads(path.read_text(encoding="ascii")))
     except (ValueError, TypeError):
         raise UserError(f"{path}: damaged; delete it to have new keys made") from None
+
+
+def forget(run_dir: Path) -> None:
+    """Remove the job's keys: the next job in this directory makes its own."""
+    (run_dir / _FILE).unlink(missing_ok=True)
 
 
 def _make(path: Path) -> None:

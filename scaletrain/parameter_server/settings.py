@@ -1,9 +1,11 @@
 """The options of the exchange ``parameter_server``, checked together; every process of a job reads the same ones."""
 
+import os
 from typing import Any, NamedTuple
 
 from scaletrain.errors import UserError, unknown
 
+SILENCE_S = 10.0  # a link without a sign of life for this long is cut
 MODES = ("sync", "async", "bounded", "local_sgd", "post_local")
 
 
@@ -29,7 +31,7 @@ class Settings(NamedTuple):
     wire: str = "float32"
     link: str = "auto"
     security: str = "auto"
-    connections: int = 1
+    connections: int = 0
     block_mb: float = 4.0
     snapshot_updates: int | None = None
     snapshot_s: float | None = None
@@ -52,6 +54,21 @@ class Settings(NamedTuple):
     def shared_memory(self) -> bool:
         """Tensors lie in shared memory; what is rounded for a wire has to cross one."""
         return self.on_one_host and self.wire == "float32"
+
+    @property
+    def num_connections(self) -> int:
+        """Of each worker to each server: encryption is one thread's work a connection."""
+        return self.connections or (4 if self.encrypted else 1)
+
+    @property
+    def io_threads(self) -> int:
+        """ZeroMQ's, of each process."""
+        return max(1, min(self.num_connections, len(os.sched_getaffinity(0))))
+
+    @property
+    def heartbeat_ms(self) -> int:
+        """ZeroMQ cuts a connection that was silent for so long."""
+        return max(4, int(min(SILENCE_S, self.timeout_s) * 1000))
 
     @property
     def fewest_workers(self) -> int | None:

@@ -154,8 +154,8 @@ class Shard:
         finally:
             partial.unlink(missing_ok=True)
 
-    def load(self, path: Path) -> None:
-        """Take weights and state from a snapshot of the same blocks. Raises ``ValueError``."""
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take weights and state from a snapshot of the same blocks; returns its header. Raises ``ValueError``."""
         try:
             with safe_open(path, framework="pt") as file:
                 rest = json.loads(file.metadata()["rest"])
@@ -174,6 +174,7 @@ class Shard:
                 kept = rest["schedules"][str(key)]
                 self._optimizers[key].param_groups[0]["lr"] = kept.pop("_lr")
                 self._schedules[key].load_state_dict(kept)
+        return rest["header"]
 
 
 def read_header(path: Path) -> dict[str, Any] | None:

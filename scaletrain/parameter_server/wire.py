@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 MAGIC = b"SPS1"
 _LAYOUT = struct.Struct("<4sBBHIIIIQQQQQd")
 HEADER_BYTES = _LAYOUT.size
+MAX_MESSAGE_BYTES = 64 << 20  # larger ones end the connection before anything is stored
 MAX_JSON_BYTES = 8 << 20  # the table of blocks of a very large model
 MAX_SUM_VALUES = 4096
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -159,7 +159,15 @@ def train(made: Settings, run_dir: Path, steps: int, **options) -> list[tuple[li
 class Worker:
     """A worker as a process of its own."""
 
-    def __init__(self, made: Settings, run_dir: Path, rank: int, steps: int, delay_s: float = 0.0):
+    def __init__(
+        self,
+        made: Settings,
+        run_dir: Path,
+        rank: int,
+        steps: int,
+        delay_s: float = 0.0,
+        on_host: Callable[[list[str]], Sequence[str]] = lambda argv: argv,
+    ):
         text = json.dumps(made._asdict())
         argv = [
             sys.executable,
@@ -172,7 +180,7 @@ class Worker:
             str(delay_s),
         ]
         self.process = subprocess.Popen(
-            argv,
+            on_host(argv),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

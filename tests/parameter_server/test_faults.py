@@ -7,6 +7,7 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 import time
 
 import pytest
@@ -14,7 +15,9 @@ import torch
 import zmq
 
 from scaletrain.parameter_server import placement, security, wire
-from scaletrain.parameter_server.client import ServerError
+from scaletrain.parameter_server.link import Identity, Link
+from scaletrain.parameter_server.replica import Replica
+from scaletrain.parameter_server.requests import ServerError
 from scaletrain.parameter_server.settings import Settings
 from scaletrain.parameter_server.wire import Dtype, Header, Kind
 from tests.parameter_server import job
@@ -123,32 +126,26 @@ def test_a_killed_server_goes_on_from_its_snapshot(tmp_path, mode):
     assert restored % 1 == 0 and statistics["updates"] >= 120 * updates_a_step - 30 * updates_a_step
 
 
-def raw_rubbish(address: str, count: int, rng: random.Random) -> None:
-    """Bytes that are no ZMTP, and ZMTP cut off anywhere."""
+def truncated(endpoint: str, count: int, rng: random.Random) -> None:
+    """Connections whose last message is cut off anywhere: in the greeting, the handshake, the header or the tensor."""
+    host, port = endpoint.removeprefix("tcp://").split(":")
+    ready = b"\x05READY" + b"\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
     greeting = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
-    host, port = address.removeprefix("tcp://").split(":")
+    header = Header(Kind.PUSH, Dtype.FLOAT32, count=500).pack()
+    text = greeting + bytes([4, len(ready)]) + ready + bytes([1, len(header)]) + header
+    text += b"\x02" + struct.pack(">Q", 2000) + bytes(2000)
     for index in range(count):
         with socket.create_connection((host, int(port))) as peer:
-            text = (
-                greeting
-                + b"\x04\x19\x05READY"
-                + struct.pack(">B", 11)
-                + b"Socket-Type"
-                + struct.pack(">I", 6)
-                + b"DEALER"
-            )
-            text += (
-                b"\x01\x48" + Header(Kind.PUSH, Dtype.FLOAT32, count=5).pack() + b"\x02" + struct.pack(">Q", 1 << 62)
-            )
-            peer.sendall(text[: rng.randrange(len(text))] if index % 2 else rng.randbytes(rng.randrange(1, 200)))
+            # Half of them get as far as the tensor.
+            peer.sendall(text[: rng.randrange(len(text) - 2000 if index % 2 else 1, len(text))])
 
 
-def malformed(rng: random.Random, session: int, numel: int) -> list[bytes]:
+def malformed(rng: random.Random, rank: int, session: int, numel: int) -> list[bytes]:
     """A message that a worker with a session could send, and should not."""
-    good = Header(Kind.PUSH, Dtype.FLOAT32, key=0, rank=1, step=1 << 40, session=session, count=numel)
+    good = Header(Kind.PUSH, Dtype.FLOAT32, key=0, rank=rank, step=1, session=session, count=numel)
     kind = rng.randrange(9)
     if kind == 0:
-        return [rng.randbytes(rng.randrange(200)) for _ in range(rng.randrange(6))]
+        return [rng.randbytes(rng.randrange(200)) for _ in range(1 + rng.randrange(5))]
     if kind == 1:
         return [good.pack(), rng.randbytes(4 * numel - 1 - rng.randrange(100))]
     if kind == 2:
@@ -160,53 +157,63 @@ def malformed(rng: random.Random, session: int, numel: int) -> list[bytes]:
     if kind == 5:
         return [good._replace(session=session ^ 1).pack(), bytes(4 * numel)]
     if kind == 6:
-        return [good._replace(rank=0).pack(), bytes(4 * numel)]
+        return [good._replace(rank=(rank + 1) % 3).pack(), bytes(4 * numel)]
     if kind == 7:
         return [good._replace(kind=Kind.PUSH_ROWS, rows=1, count=1).pack(), bytes(8), bytes(4)]
     return [good._replace(dtype=Dtype.FP16).pack(), bytes(2 * numel)]
 
 
-def test_malformed_frames_change_nothing(tmp_path):
-    """10,000 malformed messages of a peer that holds the job's key and a session, 1,000 connections that say rubbish."""
-    rng, steps = random.Random(0), 300
-    made = Settings(2, 30, link="tcp", security="trusted_network", placement="dedicated", block_mb=0.002)
+def test_malformed_and_truncated_frames_change_nothing(tmp_path):
+    """10,000 malformed messages of a third worker that has joined, 1,000 connections cut off in a message.
+
+    With one spare an update takes the gradients of two: the weights are those of training with the honest two alone.
+    """
+    rng, steps = random.Random(0), 200
+    made = Settings(
+        3, 30, link="tcp", security="trusted_network", placement="dedicated", block_mb=0.002, backup_workers=1
+    )
     clean = job.single(steps, 2)
+    flooded = threading.Event()
+
+    def attack() -> int:
+        net = job.model()
+        replica = Replica(net, torch.optim.SGD(net.parameters(), **job.SGD), made)
+        identity = Identity.make(made, tmp_path, 2, replica.optimizer)
+        link = Link(identity, 0, replica.blocks)
+        link.connect(time.monotonic() + 20, None)
+        [peer], [session], sent = link.sockets, link.sessions, 0
+        peer.setsockopt(zmq.SNDHWM, 0)
+        endpoint = placement.read_address(tmp_path, 0)["endpoints"][0]
+        for _ in range(10):
+            truncated(endpoint, 100, rng)
+            for _ in range(1000):
+                peer.send_multipart(malformed(rng, 2, session, replica.blocks[0].numel))
+                sent += 1
+        deadline = time.monotonic() + 30
+        while sum(job.statistics(tmp_path)["refused"].values()) < 10_000 and time.monotonic() < deadline:
+            while peer.poll(50):
+                peer.recv_multipart()
+        flooded.set()
+        peer.send_multipart([Header(Kind.LEAVE, rank=2, session=session).pack()])
+        assert peer.poll(5000)
+        link.disconnect()
+        identity.context.term()
+        return sent
+
+    def worker(rank: int):
+        def on_step(step, joined):
+            time.sleep(0.01)
+            if step == steps // 2:
+                flooded.wait(60)
+
+        return job.work(made, tmp_path, rank, steps, on_step=on_step)
+
     with job.server_processes(made, tmp_path):
-        results: list = []
-        sent = 0
-
-        def attack() -> None:
-            nonlocal sent
-            while placement.read_address(tmp_path, 0) is None:
-                time.sleep(0.01)
-            endpoint = placement.read_address(tmp_path, 0)["endpoints"][0]
-            keys = security.job_keys(tmp_path)
-            with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
-                peer.linger = 2000
-                peer.connect(endpoint)
-                session = 12345  # rank 1's true session is not known to it
-                raw_rubbish(endpoint, 500, rng)
-                for _ in range(5000):
-                    peer.send_multipart(malformed(rng, session, 512) or [b""])
-                    sent += 1
-                assert keys.shared
-                raw_rubbish(endpoint, 500, rng)
-                for _ in range(5000):
-                    peer.send_multipart(malformed(rng, session, 512) or [b""])
-                    sent += 1
-                deadline = time.monotonic() + 30
-                while sum(job.statistics(tmp_path)["refused"].values()) < 9_000 and time.monotonic() < deadline:
-                    while peer.poll(100):
-                        peer.recv_multipart()
-
-        def worker(rank: int):
-            return job.work(made, tmp_path, rank, steps, on_step=lambda step, joined: time.sleep(0.01))
-
-        results = job.threads([lambda: worker(0), lambda: worker(1), attack], 90)
-        assert sent == 10_000
+        *results, sent = job.threads([lambda: worker(0), lambda: worker(1), attack], 90)
+    assert sent == 10_000
     refused = job.statistics(tmp_path)["refused"]
-    assert sum(refused.values()) >= 9_000, refused  # empty messages are not delivered at all
-    for weights, _ in results[:2]:
+    assert sum(refused.values()) == 10_000 and len(refused) >= 6, refused
+    for weights, _ in results:
         for weight, reference in zip(weights, clean, strict=True):
             torch.testing.assert_close(weight, reference, rtol=1e-4, atol=1e-4)
 
@@ -218,7 +225,7 @@ def test_messages_of_an_admitted_peer_are_checked_one_by_one(tmp_path):
         joined = job.exchange(made, tmp_path, 0)
         joined.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
         before = [p.detach().clone() for p in net.parameters()]
-        [(route, peer)] = server._peers.items()
+        [(route, peer)] = server._endpoint._peers.items()
         numel = sum(p.numel() for p in net.parameters())
         header = Header(Kind.PUSH, Dtype.FLOAT32, key=0, rank=0, session=peer.session, count=numel)
         cases = {
@@ -235,7 +242,7 @@ def test_messages_of_an_admitted_peer_are_checked_one_by_one(tmp_path):
         }
         for reason, frames in cases.items():
             with pytest.raises(wire.Refused, match=reason):
-                server._handle(route, peer, wire.parse([memoryview(frame) for frame in frames]))
+                server._endpoint.accept(route, wire.parse([memoryview(frame) for frame in frames]))
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         joined.step(0.1)  # of zeros: the weights are as they were
@@ -271,8 +278,11 @@ def test_keys_and_sockets_are_the_owners_alone(tmp_path):
         (tmp_path / ".parameter_server.keys").chmod(0o644)
         with pytest.raises(security.UserError, match="can be read by others"):
             security.job_keys(tmp_path)
+        (tmp_path / ".parameter_server.keys").chmod(0o600)
     argv = " ".join(placement.command(Settings(1), tmp_path, 0))
     assert not any(key in argv for key in keys)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"server-0.json"}  # keys and sockets are gone with the job
 
 
 def test_a_server_does_not_outlive_who_started_it(tmp_path):
@@ -302,26 +312,23 @@ def _alive(pid: int) -> bool:
 
 
 def test_a_slow_worker_is_left_behind_by_one_spare(tmp_path):
-    """Five times as slow: with a spare the others' median step stays within 10 % of the undisturbed one (asserted with slack)."""
+    """Five times as slow: with a spare the others' median step stays within 10 % of the undisturbed one."""
 
-    def median_step(folder, made, delays):
+    def median_step(folder, made, delays, steps):
         folder.mkdir()
-        with job.server_processes(made, folder), job.workers(made, folder, 25, delays) as started:
+        with job.server_processes(made, folder), job.workers(made, folder, steps, delays) as started:
             assert started[0].end(60) == 0, started[0].lines[-5:]
             times = [float(line.split()[2]) for line in started[0].lines if line.startswith("step ")]
             assert all(worker.end(30) == 0 for worker in started)
         gaps = sorted(b - a for a, b in itertools.pairwise(times[3:]))
         return gaps[len(gaps) // 2]
 
-    usual = dict.fromkeys(range(3), 0.06)
-    slow = usual | {2: 0.3}  # sleeps: what is tested is who waits for whom
+    usual = dict.fromkeys(range(3), 0.15)
+    slow = usual | {2: 0.75}  # sleeps: what is tested is who waits for whom
     spare = Settings(3, 20, backup_workers=1, placement="dedicated")
-    undisturbed = median_step(tmp_path / "a", spare, usual)
-    with_spare = median_step(tmp_path / "b", spare, slow)
-    without = median_step(tmp_path / "c", Settings(3, 20, placement="dedicated"), slow)
-    assert with_spare < 1.35 * undisturbed, (
-        with_spare,
-        undisturbed,
-    )  # the machine of a test is noisy; the benchmark says how near
+    undisturbed = median_step(tmp_path / "a", spare, usual, 20)
+    with_spare = median_step(tmp_path / "b", spare, slow, 20)
+    without = median_step(tmp_path / "c", Settings(3, 20, placement="dedicated"), slow, 8)
+    assert with_spare < 1.1 * undisturbed, (with_spare, undisturbed)
     assert without > 3 * undisturbed
     assert sum(job.statistics(tmp_path / "b")["dropped"].values()) > 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from scaletrain.errors import UserError
-from scaletrain.parameter_server.client import ServerError
+from scaletrain.parameter_server.requests import ServerError
 from scaletrain.parameter_server.settings import Settings, settings
 from tests.parameter_server import job
 
