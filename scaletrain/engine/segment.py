@@ -21,7 +21,7 @@ from scaletrain.errors import UserError
 
 _LINE = 8  # counters are 64-bit words, one a cache line, so that no two ranks write to the same line
 _SPINS = 300  # looks at a counter before the core is offered to others; about 20 us
-_YIELD_S = 300e-6  # then for this long the core is offered between looks
+_YIELD_S = 300e-6  # then for this long the core is offered between looks: others compute on it, and a wake-up costs tens of microseconds
 _SLEEP_S = (20e-6, 1e-3)  # then sleep, longer and longer: whoever waits must not take a core from who computes
 _NAP_S = 2e-3  # the longest sleep that a lost wake-up can cost
 _FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # the system call's number on x86-64
@@ -62,10 +62,10 @@ class Segment:
         processes = _exchanged(group, "process", f"{os.getpid()} {_started(os.getpid())}")
         self._processes = [_process(value) for value in processes]
         cores = _exchanged(group, "cores", " ".join(map(str, os.sched_getaffinity(0))))
-        # With fewer cores than ranks, spinning keeps the very rank from running that is waited for.
+        # With fewer cores than ranks, spinning keeps the very rank from running that is waited for: the core is offered at once.
         # All ranks' cores together: each of them may be bound to its own.
         enough = len({core for own in cores for core in own.split()}) >= self.size
-        self._spins, self.yield_s = (_SPINS, _YIELD_S) if enough else (1, 0.0)
+        self.spins = _SPINS if enough else 1
 
     def write(self, counter: int, value: int) -> None:
         """Set one of this rank's counters: what was written to ``data`` before is seen by who sees the value. Wakes who sleeps."""
@@ -86,7 +86,7 @@ class Segment:
             TimeoutError, ConnectionError: with the rank's number.
         """
         words, place = self._words, rank * self._per_rank + (1 + counter) * _LINE
-        for _ in range(self._spins):
+        for _ in range(self.spins):
             if words[place] >= value:
                 return
         patience = Patience(self, (rank,))
@@ -143,7 +143,7 @@ class Patience:
             TimeoutError, ConnectionError: one of the ranks is late, or gone.
         """
         now = time.monotonic()
-        if now - self._began < self._segment.yield_s:
+        if now - self._began < _YIELD_S:
             _sched_yield()
             return
         if place >= 0:

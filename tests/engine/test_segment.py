@@ -1,6 +1,8 @@
 """How ranks wait in shared memory: spinning is for those who have a core each."""
 
+import errno
 import os
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,13 +11,14 @@ import torch.distributed as dist
 
 from scaletrain.engine.segment import Segment
 from scaletrain.engine.transport import Group
+from scaletrain.errors import UserError
 from tests.ranks import run_ranks
 
 
-def _yields_s(rank: int, size: int, path: str, bound: list[int]) -> float:
+def _spins(rank: int, size: int, path: str, bound: list[int]) -> int:
     os.sched_setaffinity(0, {bound[rank]})
     segment = Segment(Group(dist.FileStore(path, size), rank, size, timedelta(seconds=20)), 1, 64)
-    found = segment.yield_s
+    found = segment.spins
     segment.close()
     return found
 
@@ -25,8 +28,28 @@ def test_bound_to_a_core_each_they_wait_awake(tmp_path: Path):
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("needs 2 cores")
-    assert all(found > 0 for found in run_ranks(_yields_s, 2, str(tmp_path / "apart"), cores[:2]))
-    assert run_ranks(_yields_s, 2, str(tmp_path / "same"), [cores[0]] * 2) == [0.0, 0.0]
+    assert all(found > 100 for found in run_ranks(_spins, 2, str(tmp_path / "apart"), cores[:2]))
+    assert run_ranks(_spins, 2, str(tmp_path / "same"), [cores[0]] * 2) == [1, 1]
+
+
+def _no_room(rank: int, size: int, path: str) -> str:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    os.posix_fallocate = full  # this process is the rank's own
+    try:
+        Segment(Group(dist.FileStore(path, size), rank, size, timedelta(seconds=20)), 1, 123_456_789)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_no_room_is_said_by_every_rank_with_the_size(tmp_path: Path):
+    for message in run_ranks(_no_room, 2, str(tmp_path / "store")):
+        found = re.fullmatch(
+            r"transport 'shared_memory': no room for ([\d,]+) bytes of shared memory; use gloo, .*", message
+        )
+        assert found and 0 <= int(found[1].replace(",", "")) - 123_456_789 < 10_000, message
 
 
 def _join_alone(rank: int, size: int, path: str) -> str:
