@@ -6,6 +6,7 @@ would be right. This module imports no torch.
 
 import re
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -187,7 +188,8 @@ def plugin_options(
 ) -> dict[str, Any]:
     """A plugin's options, checked against its signature and completed with its defaults. Raises ``UserError``.
 
-    An option that is called like a kind of plugin (``collective``, ``transport``) takes a name of that kind, or ``auto``.
+    An option that is called like a kind of plugin (``collective``, ``transport``) takes a name of that kind, with options of its own if
+    need be (``plugin_spec``), or ``auto``.
     """
     if ":" not in name and name not in plugins.names(kind):
         raise unknown(f"{where}: {kind}", name, plugins.names(kind))
@@ -196,20 +198,35 @@ def plugin_options(
         return given
     filled = _validate(schema, given, where, f"{kind}.").model_dump()
     for key, value in filled.items():
-        if key in plugins.KINDS and value != "auto" and value not in plugins.names(key):
-            raise unknown(f"{where}: {kind}.{key}", str(value), ["auto", *plugins.names(key)])
+        if key in plugins.KINDS and value != "auto":
+            plugin_spec(key, value, f"{where}: {kind}.{key}", also=("auto",))
     return {key: value for key, value in filled.items() if value != plugins.COMPUTED}
 
 
+def plugin_spec(kind: str, text: str, where: str, also: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """``NAME`` or ``NAME:OPTION=VALUE:...``, such as ``pipelined_tree:segments=8``: the name and the options that are given, checked.
+
+    Raises:
+        UserError: no such name (``also``: names that are allowed beside the plugins'), option or value.
+    """
+    name, *settings = text.split(":")
+    if name not in plugins.names(kind):
+        raise unknown(where, name, [*also, *plugins.names(kind)])
+    given = dict(parse_setting(setting, f"{where}: {name}") for setting in settings)
+    checked = plugin_options(kind, name, given, where)
+    return name, {key: checked[key] for key in given}
+
+
 def expand_exchange(text: str, where: str = "") -> dict[str, Any]:
-    """The short forms people type: ``native``, ``ring`` (= ``scheduled:ring``), ``scheduled:ring@gloo``, ``parameter_server:async``.
+    """The short forms people type: ``native``, ``ring`` (= ``scheduled:ring``), ``scheduled:ring@gloo``, ``pipelined_tree:segments=8``,
+    ``parameter_server:async``.
 
     ``NAME:VALUE`` sets the exchange's first option, ``@VALUE`` its option ``transport``.
     """
     head, _, transport = text.partition("@")
     name, _, value = head.partition(":")
     if name in plugins.names("collective"):
-        name, value = "scheduled", name
+        name, value = "scheduled", head
     if name not in plugins.names("exchange"):
         raise unknown(f"{where}exchange", name, [*plugins.names("exchange"), *plugins.names("collective")])
     tree: dict[str, Any] = {"name": name}
@@ -235,15 +252,15 @@ def exchange_label(exchange: Named) -> str:
     return label if transport == "auto" else f"{label}@{transport}"
 
 
-def parse_setting(text: str) -> tuple[str, Any]:
-    """``a.b=value`` of ``--set``; the value is read as YAML."""
+def parse_setting(text: str, where: str = "--set") -> tuple[str, Any]:
+    """``a.b=value``; the value is read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {text}: expected KEY=VALUE, such as optimizer.lr=0.05")
+        raise UserError(f"{where} {text}: expected KEY=VALUE, such as optimizer.lr=0.05")
     try:
         return key.strip(), yaml.load(value, _Loader)
     except yaml.YAMLError:
-        raise UserError(f"--set {text}: the value is not YAML") from None
+        raise UserError(f"{where} {text}: the value is not YAML") from None
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:

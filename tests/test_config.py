@@ -34,6 +34,9 @@ def message(tree: dict, **settings) -> str:
         ({"exchange": {"name": "native", "bucket_md": 3}}, ["exchange", "bucket_md", "did you mean 'bucket_mb'"]),
         ({"exchange": {"name": "native", "bucket_mb": -1}}, ["exchange.bucket_mb", "-1", "greater than 0"]),
         ({"exchange": {"name": "scheduled", "collective": "treee"}}, ["collective", "treee", "did you mean 'tree'"]),
+        ({"exchange": "pipelined_tree:segment=8"}, ["collective", "segment", "did you mean 'segments'"]),
+        ({"exchange": "pipelined_tree:segments=0"}, ["collective", "segments", "0", "greater than or equal to 1"]),
+        ({"exchange": "pipelined_tree:8"}, ["collective", "pipelined_tree", "8", "KEY=VALUE"]),
         ({"model": "digit_cnn"}, ["model", "digit_cnn", "did you mean 'digits_cnn'"]),
         ({"model": {"name": "digits_cnn", "widht": 3}}, ["model", "widht", "did you mean 'width'"]),
         ({"launcher": "slurmm"}, ["launcher", "slurmm"]),
@@ -120,7 +123,9 @@ def test_resolved_config_reads_back_equal(tmp_path: Path):
     assert again.search_path == DIGITS.parent, "user modules are still looked for beside the file people wrote"
 
 
-@pytest.mark.parametrize("text", ["native", "none", "ring", "tree@gloo", "scheduled"])
+@pytest.mark.parametrize(
+    "text", ["native", "none", "ring", "tree@gloo", "scheduled", "pipelined_tree:segments=8", "ring@mixed:between=mpi"]
+)
 def test_exchange_labels_are_what_people_type(text: str):
     run = config.check({**SMALL, "exchange": text})
     assert config.exchange_label(run.exchange) == text

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from scaletrain import metrics, plugins
+from scaletrain import config, metrics, plugins
 from scaletrain.errors import UserError, unknown
 
 PEERS = ("gloo", "mpi", "horovod", "nccl")
@@ -39,6 +39,7 @@ class Row(NamedTuple):
     )  # what this algorithm cannot beat: the link's rate, or the measured speed of the copies it needs
     wrong: int  # elements
     runs: int
+    ran: str  # ours: the algorithm, which `auto` chose in each round anew
 
 
 def _sizes(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
@@ -62,7 +63,7 @@ def _list(context: click.Context, parameter: click.Parameter, text: str) -> tupl
     default="auto",
     show_default=True,
     callback=_list,
-    help="auto, native, all, or names (`scaletrain list`).",
+    help="auto, native, all, or names (`scaletrain list`), with options if need be: pipelined_tree:segments=8.",
 )
 @click.option("--transports", default="auto", show_default=True, callback=_list, help="auto, or names.")
 @click.option(
@@ -119,8 +120,8 @@ def command(
     if algorithms == ("all",):
         algorithms = ("auto", "native", *plugins.names("collective"))
     for name in algorithms:
-        if name not in ("auto", "native", *plugins.names("collective")):
-            raise unknown("--algorithms", name, ["auto", "native", "all", *plugins.names("collective")])
+        if name not in ("auto", "native"):
+            config.plugin_spec("collective", name, "--algorithms", also=("auto", "native", "all"))
     for name in transports:
         if name not in ("auto", *plugins.names("transport")):
             raise unknown("--transports", name, ["auto", *plugins.names("transport")])
@@ -252,6 +253,7 @@ def _rows(found: dict[tuple[str, int], list[dict[str, Any]]], workers: int, band
                 contender, workers, size, size // 4, "float32", p50, times[int(0.95 * (len(times) - 1))], times[0], times[-1], algbw,
                 algbw * 2 * (workers - 1) / workers, _bound(contender, size, workers, bandwidth, results),
                 sum(result["wrong"] for result in results), len(times),
+                ", ".join(dict.fromkeys(ran for result in results if (ran := result.get("ran")))),
             )
         )  # fmt: skip
     return rows
@@ -266,9 +268,10 @@ def _bound(
         from scaletrain.collectives.cost import Network, predict
         from scaletrain.launching.rehearsal.cluster import bits_per_s
 
-        name = contender.partition(":")[2]
-        name = name if name in plugins.names("collective") else "ring"
-        return predict(name, workers, size, Network(0.0, bits_per_s(bandwidth) / 8))
+        text = contender.partition(":")[2]
+        # What has no schedule of its own, such as gloo, is held to the least that any allreduce moves through a port.
+        name, options = ("ring", {}) if text in ("", "auto", "native") else config.plugin_spec("collective", text, "")
+        return predict(name, workers, size, Network(0.0, bits_per_s(bandwidth) / 8), **options)
     speeds = [result["copy_bytes_per_s"] for result in results if result.get("copy_bytes_per_s")]
     return 2 * (workers - 1) / workers * size / max(speeds) if speeds else None
 
@@ -281,14 +284,14 @@ def table(rows: Sequence[Row], header: dict[str, Any], notes: Sequence[str]) -> 
         f"{header['processor']}, {header['cores']} cores, {header['os']}; {versions}; commit {header['commit']}; {header['time']}.",
         f"Workers {'are each bound to a core, where the cores suffice' if header['bound'] else 'run where the system puts them'}. "
         "Times of the slowest rank, in milliseconds. busbw = size / time x 2(n - 1)/n. bound: see `scaletrain/bench/collectives.py`.", "",
-        "| workers | size | count | type | contender | p50 | p95 | min | max | algbw GB/s | busbw GB/s | bound | p50 / bound | wrong |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| workers | size | count | type | contender | ran | p50 | p95 | min | max | algbw GB/s | busbw GB/s | bound | p50 / bound | wrong |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for r in rows:
         times = " | ".join(f"{1e3 * t:.3f}" for t in (r.time_s_p50, r.time_s_p95, r.time_s_min, r.time_s_max))
         bound = f"{1e3 * r.bound_s:.3f} | {r.time_s_p50 / r.bound_s:.2f}" if r.bound_s else "- | -"
         lines.append(
-            f"| {r.workers} | {_size(r.size_bytes)} | {r.count} | {r.dtype} | {r.contender} | {times} "
+            f"| {r.workers} | {_size(r.size_bytes)} | {r.count} | {r.dtype} | {r.contender} | {r.ran or '-'} | {times} "
             f"| {r.algbw_bytes_per_s / 1e9:.3f} | {r.busbw_bytes_per_s / 1e9:.3f} | {bound} | {r.wrong} |"
         )
     return "\n".join([*lines, *(f"\nNot measured: {note}" for note in dict.fromkeys(notes))])

@@ -52,14 +52,15 @@ def main(folder: Path) -> None:
                 wrong += int((tensor.cpu() != expected).sum())
             tensor.zero_()
             times = measure(allreduce, dist.barrier, task["seconds"], _agree(size))
-            copy = None
+            copy, ran = None, ""
             if name not in ("gloo", "nccl"):
+                [choice] = group.record(tensor.nbytes)["chosen"].values()
+                ran = choice["collective"] + (f" in {choice['segments']} parts" if choice["segments"] > 1 else "")
                 source = torch.empty_like(tensor)
                 copies = measure(lambda s=source, t=tensor: t.copy_(s), dist.barrier, 0.05, _agree(size))
                 copy = num_bytes / sorted(copies)[len(copies) // 2]
-            results.append(
-                {"contender": name, "size_bytes": num_bytes, "times_s": times, "wrong": wrong, "copy_bytes_per_s": copy}
-            )
+            result = {"contender": name, "size_bytes": num_bytes, "times_s": times, "wrong": wrong}
+            results.append({**result, "copy_bytes_per_s": copy, "ran": ran})
     folder.joinpath(f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scaletrain import plugins
+from scaletrain.config import plugin_spec
 from scaletrain.engine import autotune, segment
 from scaletrain.engine.execute import Program, execute
 from scaletrain.engine.transport import Group, Reduce, Transport
@@ -15,6 +16,7 @@ from scaletrain.errors import unknown
 
 NATIVE = "native"  # the wire's own allreduce: gloo's, MPI's, or the one that shared memory has
 _SIDE_BY_SIDE = ("ring", "halving_doubling", "direct", "two_level")
+_RECORDED = (4 << 10, 64 << 10, 1 << 20, 25 << 20, 100 << 20)
 _SMALL_BYTES = 128 << 10  # messages below it cost more by their number than by their bytes
 
 
@@ -22,11 +24,12 @@ class Engine:
     """One rank's allreduce over a group: a transport and the programs that have been needed. Made by all ranks (collective)."""
 
     def __init__(self, group: Group, collective: str = "auto", transport: str = "auto"):
-        check_names(collective, transport)
+        collective, self._given = check(collective, "collective")
+        transport, wire_options = check(transport, "transport")
         self._group = group
         self._hosts = segment.same_host(group)
         self.transport_name = self._wire() if transport == "auto" else transport
-        self._transport: Transport = plugins.load("transport", self.transport_name)(group)
+        self._transport: Transport = plugins.load("transport", self.transport_name)(group, **wire_options)
         if collective == NATIVE and not hasattr(self._transport, "allreduce"):
             raise unknown(f"collective over {self.transport_name}", NATIVE, plugins.names("collective"))
         self._collective = collective
@@ -76,13 +79,12 @@ class Engine:
             return 1
         return max(1, min(4, num_bytes // (self._group.size * _SMALL_BYTES)))
 
-    def record(self) -> dict[str, Any]:
-        """For the run's header: the wire, and what is chosen for which sizes."""
-        chosen = {}
-        if self._collective != "auto" or self.transport_name == "shared_memory" or self._tuning:
-            sizes = [4 << 10, 64 << 10, 1 << 20, 25 << 20, 100 << 20]
-            chosen = {str(num_bytes): self.choose(num_bytes)._asdict() for num_bytes in sizes}
-        return {"transport": self.transport_name, "collective": self._collective, "chosen": chosen}
+    def record(self, *sizes: int) -> dict[str, Any]:
+        """For the run's header: the wire, and what is chosen for messages of these bytes (once ``auto`` has measured)."""
+        known = self._collective != "auto" or self.transport_name == "shared_memory" or self._tuning is not None
+        chosen = {str(num_bytes): self.choose(num_bytes)._asdict() for num_bytes in sizes or _RECORDED} if known else {}
+        wire = {"transport": self.transport_name, "collective": self._collective}
+        return wire | ({"options": self._given} if self._given else {}) | {"chosen": chosen}
 
     def _wire(self) -> str:
         if len(set(self._hosts)) == 1 and self._group.size > 1 and segment.supported():
@@ -90,26 +92,27 @@ class Engine:
         return "mixed" if len(set(self._hosts)) < self._group.size and segment.supported() else "gloo"
 
     def _options(self, collective: str) -> dict[str, Any]:
-        """Options that follow from where the ranks are."""
+        """Those that a person gave, and those that follow from where the ranks are."""
+        given = self._given if collective == self._collective else {}
         factory = plugins.load("collective", collective)
-        if "ranks_per_host" not in inspect.signature(factory).parameters:
-            return {}
+        if "ranks_per_host" not in inspect.signature(factory).parameters or "ranks_per_host" in given:
+            return given
         # Consecutive ranks of equal number on each host; anything else is one level.
         counts = Counter(self._hosts)
         per_host = max(counts.values())
         blocks = [self._hosts[first : first + per_host] for first in range(0, self._group.size, per_host)]
         regular = all(len(set(block)) == 1 for block in blocks)
-        return {"ranks_per_host": per_host if regular else 1}
+        return {"ranks_per_host": per_host if regular else 1, **given}
 
     def close(self) -> None:
         self._transport.close()
 
 
-def check_names(
-    collective: str, transport: str, collective_key: str = "collective", transport_key: str = "transport"
-) -> None:
-    """Raises ``UserError`` for a name that is not there."""
-    if collective not in ("auto", NATIVE, *plugins.names("collective")):
-        raise unknown(collective_key, collective, ["auto", NATIVE, *plugins.names("collective")])
-    if transport not in ("auto", *plugins.names("transport")):
-        raise unknown(transport_key, transport, ["auto", *plugins.names("transport")])
+def check(text: str, kind: str, where: str = "") -> tuple[str, dict[str, Any]]:
+    """A collective or transport as a person writes it (``auto``, ``NAME``, ``NAME:OPTION=VALUE:...``): its name and options.
+
+    Raises:
+        UserError: no such name, option or value; ``where`` is the key that it was given by.
+    """
+    also = ("auto", NATIVE) if kind == "collective" else ("auto",)
+    return (text, {}) if text in also else plugin_spec(kind, text, where or kind, also)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
-from scaletrain.engine.choose import NATIVE, Engine, check_names
+from scaletrain.engine.choose import NATIVE, Engine, check
 from scaletrain.engine.transport import Group
 from scaletrain.launching import progress
 
@@ -41,7 +41,8 @@ _DTYPES = {torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, t
 
 
 class Options(NamedTuple):
-    """How allreduces run: names of files in ``collectives/`` and ``engine/transport/``, or ``auto``."""
+    """How allreduces run: names of files in ``collectives/`` and ``engine/transport/``, with options if need be
+    (``pipelined_tree:segments=8``), or ``auto``."""
 
     collective: str = "auto"
     transport: str = "auto"
@@ -50,7 +51,8 @@ class Options(NamedTuple):
     def from_env(cls) -> "Options":
         """Raises ``UserError`` for a name that is not there."""
         chosen = cls(os.environ.get("SCALETRAIN_COLLECTIVE", "auto"), os.environ.get("SCALETRAIN_TRANSPORT", "auto"))
-        check_names(*chosen, "SCALETRAIN_COLLECTIVE", "SCALETRAIN_TRANSPORT")
+        check(chosen.collective, "collective", "SCALETRAIN_COLLECTIVE")
+        check(chosen.transport, "transport", "SCALETRAIN_TRANSPORT")
         return chosen
 
 
@@ -96,9 +98,9 @@ class ProcessGroup(dist.ProcessGroup):
             return getattr(self._gloo, _GLOO_NAMES.get(name, name))(*arguments, **options)
         return getattr(super(), name)(*arguments, **options)
 
-    def record(self) -> dict[str, Any]:
-        """For the run's header: the wire and the algorithms that were chosen; empty before the first allreduce."""
-        return self._lane.record() if self._lane else {}
+    def record(self, *sizes: int) -> dict[str, Any]:
+        """For the run's header: the wire and the algorithms that were chosen (for messages of these bytes); empty before the first allreduce."""
+        return self._lane.record(*sizes) if self._lane else {}
 
     def shutdown(self) -> None:
         """Ends the engine's thread after what is under way."""
@@ -246,19 +248,20 @@ class _Lane:
         sequence, outcome = self._sequence, torch.futures.Future()
 
         def task() -> None:
+            if self._failed is not None:
+                outcome.set_result(
+                    ConnectionError(f"allreduce #{sequence}: not run, since an earlier one failed: {self._failed}")
+                )
+                return
             try:
-                if self._failed:
-                    raise ConnectionError(
-                        f"allreduce #{sequence}: not run, since an earlier one failed"
-                    ) from self._failed
                 if self._engine is None:
                     group = Group(dist.PrefixStore("wire/", self._store), self._rank, self._size, self._timeout)
                     self._engine = Engine(group, *self._options)
                 for tensor in tensors:
                     self._reduce(tensor, operation)
             except BaseException as error:
-                self._failed = self._failed or error
-                outcome.set_result(self._explain(error, sequence))
+                self._failed = self._explain(error, sequence)
+                outcome.set_result(self._failed)
             else:
                 outcome.set_result(tensors)
 
@@ -323,8 +326,8 @@ class _Lane:
             with self._counting:
                 self._waiting -= 1
 
-    def record(self) -> dict[str, Any]:
-        return self._engine.record() if self._engine else {}
+    def record(self, *sizes: int) -> dict[str, Any]:
+        return self._engine.record(*sizes) if self._engine else {}
 
     def close(self) -> None:
         """Safe to call again: torch ends groups once by itself."""
