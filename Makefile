@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup bench test test-fast lint horovod firecaffe clean
+.PHONY: setup bench test test-fast lint horovod firecaffe results clean
 
 setup: $(VENV)/.ready
 
@@ -30,11 +30,17 @@ lint: setup
 horovod: setup
 	launch/build_horovod.sh $(BIN)/python
 
-# FireCaffe's curves on emulated hosts (root; network namespaces): server, tree and ring, NiN and GoogLeNet, 1 to 16 hosts. Long.
+# FireCaffe's curves on emulated hosts (root; network namespaces): server, tree and ring, NiN and GoogLeNet, 1 to 16 hosts. About 20 minutes;
+# started again after a stop it measures what is missing (runs/firecaffe).
 firecaffe: setup
-	$(BIN)/scaletrain bench scaling benchmarks/suites/firecaffe.yaml --workers 1,2,4,8,16 --exchange parameter_server,tree,ring,none \
-	    --vary model.preset=nin,googlenet --launcher rehearsal --set launcher.bandwidth=1Gbit --threads 1 --repeats 1 --no-split --out runs/firecaffe
-	$(BIN)/scaletrain report runs/firecaffe --out benchmarks/results/firecaffe --format html,md,csv,svg
+	$(BIN)/scaletrain bench firecaffe
+
+# Every figure in benchmarks/results/, with hardware, versions and commit in each header (root; hours: best on a machine that does nothing else).
+results: setup
+	$(BIN)/scaletrain bench collectives --workers 2 --algorithms auto,native --sizes 4K,64K,1M,25M,100M --out benchmarks/results/collectives.json
+	$(BIN)/scaletrain bench parameter-server --output benchmarks/results/parameter_server
+	$(BIN)/scaletrain bench prediction
+	$(BIN)/scaletrain bench firecaffe
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -112,22 +112,26 @@ def _least_squares(residuals: Callable[[Network], list[float]]) -> tuple[Paramet
         ),
         key=lambda result: result.cost,
     )
-    errors = vector(found.x)
-    freedom = len(errors) - 2
-    half = [None, None]
+    latency, bandwidth = intervals_of(found.x, found.jac, vector(found.x))
+    return latency, bandwidth
+
+
+def intervals_of(logs: np.ndarray, jacobian: np.ndarray, errors: np.ndarray) -> list[Parameter]:
+    """Fitted logarithms as values with their 95 % intervals: none where no freedom is left, or the measurements do not tell."""
+    freedom, count = len(errors) - len(logs), len(logs)
+    half: list[float | None] = [None] * count
     if freedom > 0:
-        normal = found.jac.T @ found.jac
         variance = float(errors @ errors) / freedom
         with np.errstate(all="ignore"):
-            covariance = np.linalg.pinv(normal) * variance
+            covariance = np.linalg.pinv(jacobian.T @ jacobian) * variance
         scale = float(stats.t.ppf(0.975, freedom))
-        known = np.abs(found.jac).max(axis=0) > 1e-6
-        half = [scale * math.sqrt(max(0.0, covariance[i, i])) if known[i] else None for i in range(2)]  # type: ignore[misc]
+        known = np.abs(jacobian).max(axis=0) > 1e-6
+        half = [scale * math.sqrt(max(0.0, covariance[i, i])) if known[i] else None for i in range(count)]
     made = []
-    for log, width in zip(found.x, half, strict=True):
+    for log, width in zip(logs, half, strict=True):
         interval = (None, None) if width is None or width > 50 else (math.exp(log - width), math.exp(log + width))
         made.append(Parameter(math.exp(log), *interval))
-    return made[0], made[1]
+    return made
 
 
 def fit_compute(rows: Sequence[Mapping[str, Any]]) -> Compute:

@@ -24,33 +24,35 @@ UNSYNCHRONISED = ("parameter_server:async", "parameter_server:local_sgd", "none"
 Measured = dict[sweep.Cell, tuple[list[Run], list[str]]]  # a cell's finished repeats, and why others failed
 
 
-def of_sweep(out: Path) -> dict[str, Any]:
-    """The report of a sweep's directory, as far as it was measured.
+def of_sweep(*outs: Path) -> dict[str, Any]:
+    """The report of a sweep's directory, as far as it was measured. Several directories make one report: sweeps of the same mode and
+    threads that cover different cells.
 
     Raises:
         UserError: not a sweep's directory.
     """
-    try:
-        made = sweep.Sweep.from_json(json.loads((out / "sweep.json").read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{out}: no sweep (sweep.json: {error.strerror})") from None
-    cells = made.cells()
     measured: Measured = {}
-    missing = 0
-    for cell in cells:
-        runs, failures = [], []
-        for repeat in range(made.repeats):
-            directory = sweep.run_dir(out, cell, repeat)
-            if sweep.is_done(directory):
-                runs.append(read_run(directory))
-            elif (directory / "failed.json").exists():
-                failures.append(json.loads((directory / "failed.json").read_text(encoding="utf-8"))["reason"])
-        measured[cell] = (runs, failures)
-        missing += made.repeats - len(runs) - len(failures)
-    header = made.header()
-    with contextlib.suppress(OSError):  # rendering again must not claim to have measured here and now
-        header = json.loads((out / "header.json").read_text(encoding="utf-8"))
-    header |= {"runs_planned": len(cells) * made.repeats, "runs_missing": missing}
+    headers, planned, missing = [], 0, 0
+    for out in outs:
+        try:
+            made = sweep.Sweep.from_json(json.loads((out / "sweep.json").read_text(encoding="utf-8")))
+        except OSError as error:
+            raise UserError(f"{out}: no sweep (sweep.json: {error.strerror})") from None
+        for cell in made.cells():
+            runs, failures = [], []
+            for repeat in range(made.repeats):
+                directory = sweep.run_dir(out, cell, repeat)
+                if sweep.is_done(directory):
+                    runs.append(read_run(directory))
+                elif (directory / "failed.json").exists():
+                    failures.append(json.loads((directory / "failed.json").read_text(encoding="utf-8"))["reason"])
+            measured[cell] = (runs, failures)
+            planned, missing = planned + made.repeats, missing + made.repeats - len(runs) - len(failures)
+        headers.append(made.header())
+        with contextlib.suppress(OSError):  # rendering again must not claim to have measured here and now
+            headers[-1] = json.loads((out / "header.json").read_text(encoding="utf-8"))
+    header = headers[0] | {"config": {stem: text for one in headers for stem, text in one["config"].items()}}
+    header |= {"runs_planned": planned, "runs_missing": missing}
     return _report(measured, header, strong=made.mode == "strong", threads=made.threads)
 
 

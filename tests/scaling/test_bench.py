@@ -1,14 +1,20 @@
 """The commands as people type them: real trainings, and a model timed layer by layer."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
 
+from scaletrain.bench import firecaffe
 from scaletrain.bench.model import time_layers
 from scaletrain.cli import cli
+from scaletrain.scaling import sweep
+
+from .runs import write_run
 
 
 def test_every_layer_is_timed_and_counted():
@@ -81,3 +87,30 @@ def test_a_sweep_of_real_trainings(tmp_path):
         inside = [e for e in found if any(s["ts"] <= e["ts"] <= s["ts"] + s["dur"] for s in steps.values())]
         assert len(inside) >= least, kind  # the others are the evaluation's
     assert "<svg" in (out / "report.html").read_text()
+
+
+def test_firecaffe_writes_its_page_from_what_was_measured(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    suites = Path(firecaffe.__file__).parents[2] / "benchmarks" / "suites" / "firecaffe"
+    configs = [suites / f"{name}.yaml" for name in firecaffe.MB]
+    for name, counts, exchanges in (("one", (1,), ("none",)), ("many", (2, 4), firecaffe.EXCHANGES)):
+        plan = sweep.plan(configs, counts, exchanges, repeats=1, launcher="rehearsal", threads=1, split=False)
+        sweep.claim(data / name, plan)
+        for cell in plan.cells():
+            if (cell.exchange, cell.workers) != ("ring", 4):  # not yet measured
+                steps = [[2.0 / cell.workers + 0.1 * (cell.workers - 1)] * 5] * cell.workers
+                run = sweep.run_dir(data / name, cell, 0)
+                write_run(run, exchange=cell.exchange, steps=steps, samples=256 // cell.workers, emulated=True)
+    row = {"MB": 30.4, "workers": 2, "server_s": 0.6, "server_formula_s": 0.5, "tree_s": 0.5, "tree_formula_s": 0.5}
+    (data / "exchanges-2.json").write_text(json.dumps({"tree": [row, row | {"MB": 5.0}]}))
+    arguments = ["bench", "firecaffe", "--no-measure", "--hosts", "2,4", "--data", str(data), "--out", str(out)]
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    page = (out / "firecaffe.md").read_text()
+    assert "EMULATED" in page and "Unfinished: 2 of 14 runs are missing" in page
+    assert (
+        re.search(r"\| nin \| tree \| 2 \| 1.10 \| 1.82 \| 0.91 \| \d", page)
+        and "| nin | ring | 4 | not measured" in page
+    )
+    assert "| 30.4 | 2 | 0.60 | 0.50 | 1.20 |" in page and "| 5.0 |" not in page
+    assert {p.name for p in out.iterdir()} >= {"firecaffe.json", "firecaffe.html", "firecaffe_speedup.svg"}

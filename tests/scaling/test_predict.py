@@ -3,9 +3,10 @@ import time
 
 import pytest
 
+from scaletrain.bench import prediction
 from scaletrain.collectives.cost import Link, Network
 from scaletrain.errors import UserError
-from scaletrain.scaling import fit, predict, proof, simulate
+from scaletrain.scaling import emulated, fit, predict, proof, simulate
 from scaletrain.scaling.network import PRESETS, Preset, allreduce_s, parse_bandwidth, server_s
 from scaletrain.scaling.predict import Compute, Stragglers, buckets, exposed_s
 
@@ -145,13 +146,85 @@ def test_the_schedules_give_firecaffes_ratio(workers):
 
 def test_backup_workers_of_tensorflow():
     made = proof.backup_workers()
-    assert made.steps[0] == pytest.approx(2.25) and made.steps[4] == pytest.approx(1.93)  # the fit
-    assert max(made.per_resource, key=made.per_resource.get) == 3
-    assert abs(made.per_resource[3] - 0.095) < 0.05
+    for assumed in made.values():
+        assert assumed.steps[0] == pytest.approx(2.25) and assumed.steps[4] == pytest.approx(1.93)  # the fit
+        assert assumed.best_per_resource == 3
+    assert abs(made["everyone"].per_resource[3] - 0.095) < 0.05  # predicted; the other assumption is fitted to it
+    assert made["few"].shortest == 4
 
 
-def test_drawn_stragglers_agree_with_the_closed_form():
-    tail = 0.13
+def test_drawn_stragglers_agree_with_the_closed_forms():
+    made = proof.backup_workers()
+    tail, few = made["everyone"].delay["tail"], made["few"].delay
+    slow = Stragglers(slow_probability=few["odds"] / (1 + few["odds"]), slow_factor=1 + few["late_s"] / few["base_s"])
     for backups in (0, 4):
         harmonic = sum(1 / i for i in range(backups + 1, 50 + backups + 1))
-        assert proof.drawn_backup_factor(backups, tail) == pytest.approx(1 + tail * harmonic, rel=0.01)
+        assert predict.slowest_factor(50, backups, Stragglers(tail=tail)) == pytest.approx(
+            1 + tail * harmonic, rel=0.01
+        )
+        drawn = few["base_s"] * predict.slowest_factor(50, backups, slow) + made["few"].load_s * (50 + backups)
+        assert drawn == pytest.approx(made["few"].steps[backups], rel=0.01)
+
+
+PLAIN = emulated.Links(1e-3, 10e6, math.inf)
+
+
+@pytest.mark.parametrize("collective", ["ring", "star", "recursive_doubling", "direct"])
+def test_emulated_links_without_their_peculiarities_cost_what_the_schedule_does(collective):
+    on = Preset(Network(0.0, 10e6), "")
+    plain = PLAIN._replace(latency_s=0.0)
+    assert emulated.allreduce_s(collective, 8, 4e6, plain) == pytest.approx(allreduce_s(collective, 8, 4e6, on))
+
+
+def test_ports_that_pause_are_faster_for_their_token_buckets():
+    steady = PLAIN._replace(latency_s=0.0)
+    bursts = steady._replace(burst_bytes=65536.0)
+    gain = {
+        n: emulated.allreduce_s(n, 8, 4e6, steady) - emulated.allreduce_s(n, 8, 4e6, bursts) for n in ("ring", "tree")
+    }
+    assert 0 <= gain["ring"] <= 65536 / 10e6 + 1e-9  # a ring's ports have one full bucket, at the beginning
+    assert gain["tree"] > 1.9 * gain["ring"]
+
+
+def test_hosts_that_share_cores_add_slowly_unless_they_add_while_they_receive():
+    adding = PLAIN._replace(add_bytes_per_s=100e6)
+    alone = emulated.allreduce_s("recursive_doubling", 8, 4e6, adding._replace(cores=8))
+    shared = emulated.allreduce_s("recursive_doubling", 8, 4e6, adding._replace(cores=2))
+    assert shared - alone == pytest.approx(3 * 4e6 / 100e6 * (8 / 2 - 1))
+    hidden = adding._replace(overlapped=frozenset({"recursive_doubling"}))
+    assert emulated.allreduce_s("recursive_doubling", 8, 4e6, hidden) == emulated.allreduce_s(
+        "recursive_doubling", 8, 4e6, PLAIN
+    )
+
+
+def test_the_machine_carries_no_more_than_it_can():
+    moved = 2 * 15 * 4e6  # by all hosts of a ring of 16
+    narrow = PLAIN._replace(machine_bytes_per_s=moved / 3)
+    assert emulated.allreduce_s("ring", 16, 4e6, narrow) == pytest.approx(3)
+    timing = fit.Timing("ring", 16, 4e6, 3.0)
+    assert emulated.machine_bytes_per_s([timing]) == pytest.approx(moved / 3)
+
+
+def test_fit_finds_the_emulated_links_that_made_the_timings():
+    true = emulated.Links(2e-3, 12e6, 300e6, burst_bytes=65536.0, cores=2)
+    timings = [
+        fit.Timing(name, p, n, emulated.allreduce_s(name, p, n, true))
+        for name in ("ring", "tree", "star", "recursive_doubling") for p in (2, 4) for n in (2e5, 5e6)
+    ]  # fmt: skip
+    found, parameters = emulated.fit(
+        timings, true._replace(latency_s=0.0, bandwidth_bytes_per_s=0.0, add_bytes_per_s=0.0)
+    )
+    for value, parameter, expected in zip(found[:3], parameters, true[:3], strict=True):
+        assert (
+            value == pytest.approx(expected, rel=0.02)
+            and parameter.low <= expected * 1.01
+            and parameter.high >= expected * 0.99
+        )
+
+
+def test_what_the_engine_adds_while_it_receives_is_what_the_prediction_takes_for_it():
+    import torch  # noqa: F401  (first: it loads our backend, which imports choose)
+
+    from scaletrain.engine import choose
+
+    assert frozenset(choose._SIDE_BY_SIDE) == prediction.OVERLAPPED

@@ -1,13 +1,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from scaletrain.errors import UserError
-from scaletrain.scaling import publish, render, report, sweep, trace
+from scaletrain.scaling import publish, render, report, results, sweep, trace
 from scaletrain.scaling.measure import read_run
 
 from .runs import write_run
@@ -170,3 +171,93 @@ def test_report_renders_again_without_torch(measured, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
     assert done.returncode == 0, done.stderr
     assert (measured / "report.html").exists() and "ring on 2 workers" in done.stdout
+
+
+def test_an_unfinished_sweep_says_how_much_is_missing(measured):
+    for directory in sorted((measured / "cells").glob("*none*"))[:2]:
+        (directory / "1" / "summary.json").unlink()
+    made = report.of_sweep(measured)
+    assert "Unfinished: 2 of 14 runs are missing" in made["summary"]  # 6 cells and 1 reference, twice
+    assert made["header"]["runs_missing"] == 2
+
+
+def test_one_run_has_no_interval_and_its_conclusions_say_so(measured):
+    path = measured / "sweep.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repeats": 1}))
+    (measured / "header.json").unlink(missing_ok=True)
+    made = report.of_sweep(measured)
+    loss = next(x for x in made["losses"] if x["exchange"] == "ring")
+    assert loss["sentence"].endswith("(one run each: no interval).") and "one run each: no interval" in made["summary"]
+    assert "One run each: no interval." in render.html(made) and "±" not in render.markdown(made).split("exposed")[0]
+
+
+def test_residuals_of_the_fit_are_not_shown_as_predictions(measured):
+    header = json.dumps({"model.weight": {"dtype": "F32", "shape": [10**6], "data_offsets": [0, 4 * 10**6]}}).encode()
+    for run in measured.glob("cells/*/*/"):  # how many bytes the gradients have is read from a checkpoint
+        (run / "step-10.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    made = report.of_sweep(measured)
+    assert made["predictions"] and all(p["in_fit"] for p in made["predictions"])
+    for page in (render.html(made), render.markdown(made)):
+        assert "residual of the fit" in page and "not a test of the model" in page
+    made["predictions"][0]["in_fit"] = False
+    assert "1 of 1 were left out" in render.markdown(made)
+
+
+def test_one_worker_at_each_batch_size_is_listed(measured):
+    made = report.of_sweep(measured)
+    small, large = made["batches"]
+    assert (small["batch_size"], large["batch_size"]) == (48, 96)
+    assert large["efficiency"] == 1 and small["efficiency"] == pytest.approx((0.100 / 96) / (0.052 / 48), rel=1e-6)
+    assert "One worker at each batch size" in render.html(made)
+
+
+def test_every_figure_says_when_threads_outnumber_cores(measured):
+    made = report.of_sweep(measured)
+    made["rows"][0]["oversubscribed"] = True
+    assert all(b"oversubscribed: more threads than cores" in image for image in render.images(made, "svg").values())
+
+
+def test_sweeps_of_different_cells_make_one_report(measured, tmp_path):
+    config = tmp_path / "job.yaml"
+    plan = sweep.plan([config], [4], ["ring"], repeats=2, threads=1, split=False)
+    sweep.claim(tmp_path / "more", plan)
+    for repeat in range(2):
+        write_run(sweep.run_dir(tmp_path / "more", plan.cells()[0], repeat), steps=[[0.04] * 8] * 4, samples=24)
+    made = report.of_sweep(measured, tmp_path / "more")
+    assert row(made, "ring", 4)["speedup"] == pytest.approx(0.1 / 0.04, rel=0.01)
+    assert made["header"]["runs_planned"] == 16
+
+
+def test_a_page_of_results_keeps_what_people_wrote(tmp_path):
+    page = tmp_path / "page.md"
+    results.write(page, "one\n")
+    page.write_text("Before.\n" + page.read_text() + "After.\n")
+    results.write(page, "two")
+    assert page.read_text() == f"Before.\n{results.BEGIN}\ntwo\n{results.END}\nAfter.\n"
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt install chromium")
+@pytest.mark.parametrize("look", [["--window-size=390,900"], ["--window-size=1200,900", "--force-dark-mode"]])
+def test_the_page_in_a_browser(measured, tmp_path, look):
+    page = measured / "report.html"
+    page.write_text(render.html(report.of_sweep(measured)))
+    log = tmp_path / "net.json"
+    browser = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        *look,
+    ]
+    quiet = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync"]
+    shot = [f"--screenshot={tmp_path / 'shot.png'}", f"--log-net-log={log}", "--enable-logging=stderr", "--v=0"]
+    done = subprocess.run([*browser, *quiet, *shot, page.as_uri()], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and (tmp_path / "shot.png").stat().st_size > 20_000, done.stderr
+    assert "CONSOLE" not in done.stderr
+    asked = set(re.findall(r'"url":"([^"]+)"', log.read_text()))
+    assert not [url for url in asked if url.startswith(("http:", "https:", "ws:")) and "google" not in url], asked

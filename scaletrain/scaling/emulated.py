@@ -1,0 +1,125 @@
+"""What a schedule costs on *emulated* hosts: links that are token buckets, and hosts that share one machine's cores.
+
+The cost model of ``collectives/cost.py`` is of a real network. A rehearsal differs from one in ways that are known, and this model has them:
+
+- A token bucket lets a burst pass after a pause (``launching/rehearsal``: 2 ms of its rate, at least 64 KiB), at both ends of a link. Ports
+  that pause between rounds, as those of trees do, are faster for it; a ring's ports never pause.
+- Whoever adds what has arrived uses a core, and the hosts share the cores. Algorithms that the engine runs in parts side by side add one
+  part while the next one arrives.
+- Moving bytes takes cores as well: all links together carry no more than the machine can. Links that are not shaped tell how much.
+- Nobody waits for a round to end everywhere: a rank goes on when its own messages are there.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import optimize
+
+from scaletrain import plugins
+from scaletrain.scaling.fit import Parameter, Timing, intervals_of
+
+
+class Links(NamedTuple):
+    """Equal links between emulated hosts of one machine."""
+
+    latency_s: float  # a message's, beside its bytes
+    bandwidth_bytes_per_s: float
+    add_bytes_per_s: float  # how fast one core adds what has arrived
+    burst_bytes: float = 0.0  # a full token bucket
+    cores: int = 1
+    overlapped: frozenset[str] = frozenset()  # algorithms that add while the next part arrives
+    machine_bytes_per_s: float = math.inf  # what all links together can carry: it takes cores to move bytes
+
+
+class _Round(NamedTuple):
+    sent: dict[int, int]  # chunks that leave a rank
+    received: dict[int, int]
+    added: dict[int, int]  # of those received
+    pairs: frozenset[tuple[int, int]]
+
+
+def burst_bytes(bandwidth_bits_per_s: float) -> float:
+    """The token bucket of a rehearsal's links (``launching/rehearsal/cluster.py``)."""
+    return max(bandwidth_bits_per_s / 8 * 0.002, 65536.0)
+
+
+@functools.lru_cache(maxsize=512)
+def _rounds(collective: str, size: int) -> tuple[int, tuple[_Round, ...]]:
+    schedule = plugins.load("collective", collective)(size)
+    rounds = tuple(
+        _Round(
+            Counter(t.src for t in transfers), Counter(t.dst for t in transfers), Counter(t.dst for t in transfers if t.add),
+            frozenset((t.src, t.dst) for t in transfers),
+        )
+        for transfers in schedule.rounds
+    )  # fmt: skip
+    return schedule.num_chunks, rounds
+
+
+def allreduce_s(collective: str, workers: int, num_bytes: float, on: Links) -> float:
+    """Seconds until the last of ``workers`` hosts has the sum, when all begin at once with full token buckets."""
+    num_chunks, rounds = _rounds(collective, workers)
+    chunk = num_bytes / num_chunks
+    chunk_s, burst_s = chunk / on.bandwidth_bytes_per_s, on.burst_bytes / on.bandwidth_bytes_per_s
+    ready = [0.0] * workers  # when each rank has done its rounds so far
+    leaving, arriving = (
+        [-math.inf] * workers,
+        [-math.inf] * workers,
+    )  # when a port's bucket is empty again, were it never to pause
+    for now in rounds:
+        begins = {(s, d): max(ready[s], ready[d]) for s, d in now.pairs}
+        first_out, first_in = dict.fromkeys(now.sent, math.inf), dict.fromkeys(now.received, math.inf)
+        for (s, d), begin in begins.items():
+            first_out[s], first_in[d] = min(first_out[s], begin), min(first_in[d], begin)
+        for rank, count in now.sent.items():
+            leaving[rank] = max(leaving[rank], first_out[rank] - burst_s) + count * chunk_s
+        for rank, count in now.received.items():
+            arriving[rank] = max(arriving[rank], first_in[rank] - burst_s) + count * chunk_s
+        adding = (
+            0.0 if collective in on.overlapped else chunk / on.add_bytes_per_s * max(1.0, len(now.added) / on.cores)
+        )
+        after = list(ready)
+        for (s, d), begin in begins.items():
+            there = max(begin, leaving[s], arriving[d]) + on.latency_s
+            after[s] = max(after[s], there)
+            after[d] = max(after[d], there + now.added.get(d, 0) * adding)
+        ready = after
+    moved = sum(sum(now.sent.values()) for now in rounds) * chunk
+    return max(*ready, moved / on.machine_bytes_per_s)
+
+
+def machine_bytes_per_s(timings: Sequence[Timing]) -> float:
+    """What this machine can carry between its emulated hosts, from exchanges over links that are not shaped."""
+
+    def moved(t: Timing) -> float:
+        num_chunks, rounds = _rounds(t.strategy, t.workers)
+        return sum(sum(now.sent.values()) for now in rounds) * t.num_bytes / num_chunks
+
+    return max(moved(t) / t.seconds for t in timings)
+
+
+def fit(timings: Sequence[Timing], known: Links) -> tuple[Links, list[Parameter]]:
+    """Links that explain the timings of more than one worker best, and latency, bandwidth and speed of adding with their intervals.
+
+    Least squares of the logarithms' differences. The rest of ``known`` stays as it is.
+    """
+    used = [t for t in timings if t.workers > 1]
+
+    def links(logs: np.ndarray) -> Links:
+        latency_s, bandwidth, adding = (float(value) for value in np.exp(logs))
+        return known._replace(latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, add_bytes_per_s=adding)
+
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        on = links(logs)
+        return np.array([math.log(allreduce_s(t.strategy, t.workers, t.num_bytes, on) / t.seconds) for t in used])
+
+    start = math.log(float(np.median([t.num_bytes / t.seconds for t in used])))
+    bounds = ([math.log(1e-7), math.log(1e4), math.log(1e7)], [math.log(0.1), math.log(1e12), math.log(1e12)])
+    found = optimize.least_squares(
+        residuals, [math.log(5e-4), start, math.log(2e9)], bounds=bounds, loss="soft_l1", f_scale=0.05
+    )
+    return links(found.x), intervals_of(found.x, found.jac, residuals(found.x))
