@@ -38,7 +38,7 @@ def test_images_run_as_an_ordinary_user_with_a_health_check_and_pinned_versions(
     assert re.search(r"^USER scaletrain$", final, re.MULTILINE) and "--uid 1000 scaletrain" in final
     assert "HEALTHCHECK " in final and "ENTRYPOINT" in final
     assert "--constraint constraints.txt" in text
-    arguments = dict(re.findall(r"^ARG (\w+)=(.+)$", text, re.MULTILINE))
+    arguments = arguments_of(text)
     for base in re.findall(r"^FROM (\S+)", text, re.MULTILINE):
         tag = re.sub(r"\$\{(\w+)\}", lambda match: arguments[match[1]], base).rpartition(":")[2]
         assert tag not in ("", "latest")
@@ -54,6 +54,36 @@ def test_images_are_given_what_they_copy_and_nothing_else(name: str):
     ignored = (DOCKER / f"{name}.dockerignore").read_text(encoding="utf-8").split()
     assert ignored[0] == "*"
     assert copied <= {line[1:] for line in ignored if line.startswith("!")}
+
+
+def arguments_of(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^ARG (\w+)=(.+)$", text, re.MULTILINE))
+
+
+def steps_of(text: str) -> list[tuple[str, str]]:
+    """A Dockerfile as (instruction, its text); lines that end in a backslash go on."""
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+    return [(line.split()[0], line.split(None, 1)[1]) for line in lines]
+
+
+def test_the_cuda_image_follows_the_cpu_image():
+    """It cannot be built here (no registry): what can be checked is that it says the same, and that its shell commands parse."""
+    texts = {name: (DOCKER / f"Dockerfile.{name}").read_text(encoding="utf-8") for name in ("cpu", "cuda")}
+    cpu, cuda = (steps_of(texts[name]) for name in ("cpu", "cuda"))
+    for instruction in ("ENV", "WORKDIR", "USER", "VOLUME", "HEALTHCHECK", "ENTRYPOINT", "CMD"):
+        assert [step for step in cpu if step[0] == instruction] == [step for step in cuda if step[0] == instruction]
+    copied = [text for kind, text in cuda if kind == "COPY" and "horovod" not in text]
+    assert copied == [text for kind, text in cpu if kind == "COPY"]
+    for kind, text in [*cpu, *cuda]:
+        if kind == "RUN":
+            shell = re.sub(r"^--mount=\S+ ", "", text)
+            assert subprocess.run(["sh", "-n", "-c", shell], capture_output=True).returncode == 0, shell
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if re.match(r"[\w.-]+==", line)
+    )
+    assert {"torch", "mpi4py", "hatchling"} <= {name.lower() for name in pinned}  # and pyproject.toml's own
+    version = re.search(r"^version=(\S+)$", (ROOT / "launch" / "build_horovod.sh").read_text(), re.MULTILINE)
+    assert version and version[1] == "0.28.1"
 
 
 def compose() -> dict:
@@ -109,8 +139,20 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
     )
     made = Podman(folder)
     yield made
+    made("rm", "--all", "--force", "--time", "0", check=False)
     if not kept:
         made("system", "reset", "--force", check=False)
+    for place in reversed(_mounts_below(folder)):  # buildah and podman leave some
+        subprocess.run(["umount", "--lazy", place], check=False, capture_output=True)
+    assert _mounts_below(folder) == []
+    if not kept:
+        shutil.rmtree(folder)
+
+
+def _mounts_below(folder: Path) -> list[str]:
+    """What is mounted in a folder, in the order in which it was."""
+    places = [line.split()[1] for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+    return [place for place in places if place.startswith(f"{folder.resolve()}/")]
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +297,39 @@ def test_two_containers_train_together_over_their_network(podman: Podman, image:
     together, reference = json.loads(summary), json.loads((alone / "summary.json").read_text(encoding="utf-8"))
     assert together["workers"] == 2 and json.loads(second)["environment"]["host"] == "worker-1"
     assert together["final_loss"] == pytest.approx(reference["final_loss"], abs=1e-4)
+
+
+@needs_image
+def test_compose_starts_four_workers_that_train_together(podman: Podman, image: str, tmp_path: Path):
+    """``compose.yaml`` for real, with podman-compose. It does not wait for ``prepare`` as docker compose does: that runs first here."""
+    require("compose", shutil.which("podman-compose") is not None, "Debian: apt-get install podman-compose")
+    text = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
+    prepare = compose()["services"]["prepare"]["command"][0]
+    assert prepare in text
+    short = tmp_path / "compose.yaml"  # one epoch of the job, all else as it is
+    short.write_text(text.replace(prepare, f"{prepare} && sed -i 's/^epochs:.*/epochs: 1/' /runs/digits/config.yaml"))
+    project = f"scaletrain-{os.getpid()}"
+
+    def call(*arguments: str) -> str:
+        argv = ["podman-compose", "-p", project, "-f", str(short), *arguments]
+        done = subprocess.run(argv, env=podman.env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        call("up", "--detach", "prepare")
+        assert podman("wait", f"{project}_prepare_1").stdout.strip() == "0"
+        workers = [f"worker-{i}" for i in range(4)]
+        call("up", "--detach", *workers)
+        containers = [f"{project}_{worker}_1" for worker in workers]
+        statuses = [podman("wait", container, timeout_s=200).stdout.strip() for container in containers]
+        logs = "\n".join(podman("logs", name).stdout + podman("logs", name).stderr for name in containers)
+        assert statuses == ["0"] * 4, logs
+        volume = f"{project}_runs:/runs"
+        show = "cat /runs/digits/summary.json && cat /runs/digits/rank-*.json"
+        files = podman("run", "--rm", "--volume", volume, "--entrypoint", "sh", image, "-c", show).stdout
+    finally:
+        call("down", "--volumes")
+    summary, *ranks = [json.loads(part) for part in re.split(r"(?<=\})\n(?=\{)", files.strip())]
+    assert summary["workers"] == 4 and summary["finished"]
+    assert {rank["environment"]["host"] for rank in ranks} == set(workers)
