@@ -27,23 +27,13 @@ Drawing = Callable[[Axes], None]
 
 
 def image(draw: Drawing, form: str = "svg", size: tuple[float, float] = (6.0, 3.8), watermark: str = "") -> bytes:
-    """Draw one plot. ``watermark`` is written across it: emulated figures say so on the figure itself."""
+    """Draw one plot. ``watermark`` is written above it: emulated figures say so on the figure itself."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         if watermark:
-            axes.text(
-                0.5,
-                0.02,
-                watermark,
-                transform=axes.transAxes,
-                ha="center",
-                va="bottom",
-                fontsize=9,
-                alpha=0.75,
-                style="italic",
-            )
+            axes.set_title(watermark, loc="right", fontsize=8.5, style="italic")
         buffer = io.BytesIO()
         metadata: dict[str, Any] = {"Date": None} if form == "svg" else {}
         figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
@@ -201,6 +191,8 @@ def simulation(rows: Sequence[Mapping[str, Any]], reach: int | None) -> Drawing:
             joined = near[-1:] + far
             if far:
                 axes.plot([r["workers"] for r in joined], [r["speedup"] for r in joined], "--", **style)
+        if reach is not None and counts[-1] > reach:
+            axes.plot([], [], "--", color=INK, lw=1.6, label=f"far: beyond {reach}")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts], fontsize=8)
