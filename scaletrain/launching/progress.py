@@ -23,6 +23,7 @@ from scaletrain.metrics import write_json
 from scaletrain.world import World
 
 SUPERVISED = "SCALETRAIN_SUPERVISED"  # set by batch scripts, which show the first cause when their workers have ended
+RANK_0 = "SCALETRAIN_RANK_0"  # where rank 0 is, if the store (MASTER_ADDR) is elsewhere
 _WIDTH = 320  # bytes of a progress file, so that an overwrite is one small write
 _ANSWER_S = 0.5  # within which a host of a cluster answers; less than the supervisor waits for the others' reports
 _SYNC_S = 2.0  # on several hosts the shared folder is brought up to date this often
@@ -153,7 +154,7 @@ def _unreachable(state: _State) -> str:
     """
     if state.world.rank == 0 or state.world.num_nodes == 1:
         return ""
-    places = [(os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))]
+    places = [(os.environ.get(RANK_0) or os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))]
     if not all(places[0]):
         try:
             facts = json.loads((state.run_dir / "rendezvous.json").read_text(encoding="utf-8"))

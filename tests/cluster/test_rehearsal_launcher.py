@@ -55,6 +55,10 @@ def test_plan_is_pure_and_places_workers_and_servers_on_hosts(tmp_path):
     settings = json.loads(dict(plan.files)[tmp_path / "rehearsal" / "settings.json"])
     assert settings["cluster"]["hosts"] == 3 and settings["faults"][0]["action"] == "cut"
     assert all(line.startswith("EMULATED") for line in plan.explain)
+    outlives = rehearsal.plan(job(tmp_path, companions=companions, min_workers=2), hosts=2)
+    assert dict(outlives.commands[0].env)["MASTER_ADDR"] == "10.77.0.3"  # the server's host, as h0 may be lost
+    assert outlives.companions is not None
+    assert [companion.name for companion in outlives.companions] == ["rehearsal", "store", "server 0"]
     assert not any(tmp_path.iterdir())
 
 
@@ -71,6 +75,7 @@ def test_plan_is_pure_and_places_workers_and_servers_on_hosts(tmp_path):
         ({"faults": [{"at_step": 1, "slow": 1}]}, "slow needs one of factor"),
         ({"faults": [{"at_step": 1, "kill": 1, "factor": 2}]}, "belong to slow"),
         ({"faults": ["cut"]}, "'cut' is not allowed"),
+        ({"faults": [{"after_s": 1, "heal": 1}]}, "after_s: 1 must be seconds after the fault before it"),
     ],
 )
 def test_mistakes_are_named(tmp_path, options, message):
@@ -112,16 +117,14 @@ def emulated(tmp_path) -> Path:
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_the_same_training_as_on_one_host_and_every_gradient_crosses_the_links(tmp_path, namespaces):
+def test_the_same_training_as_on_one_host_and_every_gradient_crosses_the_links(tmp_path, namespaces, alone):
     common = ("--workers", "4", "--set", "epochs=1", "--exchange", "ring")
-    summaries = []
-    for launcher in ("local", "rehearsal"):
-        done = train(EXAMPLE, tmp_path / launcher, *common, "--launcher", launcher)
-        assert done.returncode == 0, done.stdout + done.stderr
-        summaries.append(read(tmp_path / launcher / "summary.json"))
-    assert summaries[1]["final_loss"] == pytest.approx(summaries[0]["final_loss"], abs=1e-4)
-    assert not summaries[0]["emulated"] and summaries[1]["emulated"]
-    assert summaries[1]["emulation"]["network"]["bandwidth"] == "1Gbit"
+    done = train(EXAMPLE, tmp_path / "rehearsal", *common, "--launcher", "rehearsal")
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = read(tmp_path / "rehearsal" / "summary.json")
+    assert summary["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    assert not alone["emulated"] and summary["emulated"]
+    assert summary["emulation"]["network"]["bandwidth"] == "1Gbit"
     # A ring sends 2 (p - 1) / p of the gradients, each step, from each host. Shared memory would leave the links empty.
     parameters = sum(
         width for width in (32 * 9 + 32, 64 * 32 * 9 + 64, 128 * 64 * 9 + 128, 512 * 256 + 256, 256 * 10 + 10)
@@ -152,24 +155,68 @@ def test_a_host_that_is_cut_off_in_mid_step_ends_the_job_in_time_and_is_named(
 
 @pytest.mark.cluster
 @pytest.mark.slow
+def test_a_cable_that_is_put_back_in_time_costs_only_time(tmp_path, namespaces, emulated):
+    faults = "[{at_step: 10, cut: 3}, {after_s: 1, heal: 3}]"
+    done = train(emulated, tmp_path / "run", "--set", f"launcher.faults={faults}", "--set", "timeout_s=20")
+    assert done.returncode == 0, done.stdout + done.stderr
+    cut, heal = read(tmp_path / "run" / "emulation.json")["faults"]
+    assert (cut["action"], heal["action"]) == ("cut", "heal") and 1 <= heal["time"] - cut["time"] < 5
+    steps = [json.loads(line)["step_s"] for line in (tmp_path / "run" / "rank-0.jsonl").read_text().splitlines()]
+    assert len(steps) == 30 and max(steps[9:13]) > 0.9 > sorted(steps)[15]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_host_that_loses_power_is_named(tmp_path, namespaces, emulated):
     done = train(emulated, tmp_path / "run", "--set", "launcher.faults=[{at_step: 10, kill: 2}]")
     assert done.returncode == 128 + signal.SIGKILL, done.stdout + done.stderr
     failure = read(tmp_path / "run" / "failure.json")
-    assert (failure["rank"], failure["kind"]) == (2, "signal")
+    assert (failure["rank"], failure["host"], failure["kind"]) == (2, "h2", "signal")
+    assert "rank 2 on h2 was ended by SIGKILL" in done.stderr, done.stderr
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_lost_host_of_rank_0_does_not_end_a_job_that_may_go_on_without_it(tmp_path, namespaces, emulated):
+    """Asynchronous workers of a parameter server: the store lies on the server's host, so h0 may lose power."""
+    options = ["--exchange", "parameter_server:async", "--set", "exchange.min_workers=2", "--set", "steps=40"]
+    done = train(emulated, tmp_path / "run", *options, "--set", "launcher.faults=[{at_step: 10, kill: 0}]")
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "rank 0 on h0 was ended by SIGKILL" in output and "the job goes on with 3 of 4 workers" in output, output
+    assert read(tmp_path / "run" / "progress-1.json")["step"] == 40
+    assert no_leftovers(tmp_path / "run")
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_lossy_network_costs_time_and_no_gradient(tmp_path, namespaces, emulated):
+    losses, summaries = ("0.0", "0.02"), []
+    for loss in losses:
+        options = ("--set", f"launcher.loss={loss}", "--set", "steps=15", "--set", "timeout_s=30", "--workers", "2")
+        done = train(emulated, tmp_path / loss, *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        summaries.append(read(tmp_path / loss / "summary.json"))
+    dropped = [
+        sum(link["dropped_packets"] for link in read(tmp_path / loss / "emulation.json")["traffic"].values())
+        for loss in losses
+    ]
+    assert dropped[0] == 0 < dropped[1]
+    assert summaries[1]["emulation"]["network"]["loss"] == 0.02
+    assert summaries[1]["final_loss"] == pytest.approx(summaries[0]["final_loss"], abs=1e-4)
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_stragglers_and_slow_faults_slow_the_job_by_their_factor(tmp_path, namespaces, emulated):
-    options = ["--set", "launcher.straggler={1: 2.0}", "--set", "launcher.faults=[{at_step: 15, slow: 2, factor: 6.0}]"]
-    done = train(emulated, tmp_path / "run", "--set", "compute.step_s=0.1", *options)
+    options = ["--set", "launcher.straggler={1: 2.0}", "--set", "launcher.faults=[{at_step: 12, slow: 2, factor: 4.0}]"]
+    done = train(emulated, tmp_path / "run", "--set", "compute.step_s=0.1", "--set", "steps=24", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "rank-0.jsonl").read_text().splitlines()]
-    before = sorted(record["step_s"] for record in records[3:14])
-    after = sorted(record["step_s"] for record in records[18:])
+    before = sorted(record["step_s"] for record in records[3:11])
+    after = sorted(record["step_s"] for record in records[15:])
     assert before[len(before) // 2] == pytest.approx(0.2, rel=0.35)
-    assert after[len(after) // 2] == pytest.approx(0.6, rel=0.35)
+    assert after[len(after) // 2] == pytest.approx(0.4, rel=0.35)
 
 
 @pytest.mark.cluster

@@ -5,10 +5,11 @@ import sys
 
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Command, Companion, Job, LaunchPlan
+from scaletrain.launching.progress import RANK_0
 from scaletrain.launching.rehearsal import faults as scripted
 from scaletrain.launching.rehearsal.cluster import Cluster
 
-PORT = 29500  # of the job's store on h0: in a fresh namespace every port is free
+PORT = 29500  # of the job's store: in a fresh namespace every port is free
 
 
 def plan(
@@ -46,21 +47,29 @@ def plan(
     enter = (sys.executable, "-m", "scaletrain.launching.rehearsal.enter", str(folder))
     per_host = job.workers // hosts
     threads = job.threads or 1
+    # A job that goes on without some of its workers keeps its store on the first server's host, else rank 0 serves it.
+    outlives = job.min_workers is not None and bool(job.companions)
+    store_host = hosts if outlives else 0
     commands = []
     for rank in range(job.workers):
         host, local_rank = divmod(rank, per_host)
         variables = {
             "SCALETRAIN_LAUNCHER": "rehearsal",
+            "SCALETRAIN_HOST": cluster.names[host],
             "RANK": rank, "WORLD_SIZE": job.workers,
             "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": per_host,
             "GROUP_RANK": host, "GROUP_WORLD_SIZE": hosts,
-            "MASTER_ADDR": cluster.addresses[0], "MASTER_PORT": PORT,
+            "MASTER_ADDR": cluster.addresses[store_host], "MASTER_PORT": PORT,
+            **({"TORCHELASTIC_USE_AGENT_STORE": "True", RANK_0: cluster.addresses[0]} if outlives else {}),
             "SCALETRAIN_SLOWDOWN": folder / f"slowdown-h{host}",
             "OMP_NUM_THREADS": threads,
         }  # fmt: skip
         env = (*((key, str(value)) for key, value in variables.items()), *job.env)
         commands.append(Command(f"rank {rank}", (*enter, str(host), *job.argv), env, rank))
     companions = [Companion("rehearsal", (sys.executable, "-m", "scaletrain.launching.rehearsal.serve", str(folder)))]
+    if outlives:
+        store = (sys.executable, "-m", "scaletrain.launching.rehearsal.store", str(PORT))
+        companions.append(Companion("store", (*enter, str(store_host), *store)))
     for host, companion in enumerate(job.companions, hosts):
         companions.append(companion._replace(argv=(*enter, str(host), *companion.argv)))
     explain = [

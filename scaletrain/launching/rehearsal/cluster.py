@@ -53,6 +53,7 @@ class Traffic(NamedTuple):
 
     sent_bytes: int
     received_bytes: int
+    dropped_packets: int = 0  # on their way into the host, where a loss is asked for
 
 
 class Cluster:
@@ -64,7 +65,7 @@ class Cluster:
         hosts: how many, 1 to 250.
         bandwidth: of each link, in each direction, as ``tc`` writes it (``1Gbit``, ``100Mbit``); ``None``: unshaped.
         latency: one way, host to host (``100us``, ``1ms``); needs the kernel's netem.
-        loss: probability that a packet is dropped on its way into a host.
+        loss: probability that a packet is dropped on its way into a host. TCP's large packets, up to 64 KB, count as one.
 
     Raises:
         UserError: something that was asked for cannot be had on this machine; says what is missing.
@@ -176,7 +177,8 @@ class Cluster:
         """Each host's traffic so far, counted at the switch."""
         text = _output([*self._enter(self._switch), "cat", "/proc/net/dev"])
         fields = {line.split(":")[0].strip(): line.split(":")[1].split() for line in text.splitlines() if ":" in line}
-        return [Traffic(int(fields[f"p{i}"][0]), int(fields[f"p{i}"][8])) for i in range(len(self.names))]
+        dropped = [self._dropped(pid) for pid in self._pids] if self.loss else [0] * len(self.names)
+        return [Traffic(int(fields[f"p{i}"][0]), int(fields[f"p{i}"][8]), n) for i, n in enumerate(dropped)]
 
     def cut(self, host: int) -> None:
         """Pull a host's cable at the switch: packets vanish, connections stay open, nobody is told."""
@@ -286,6 +288,10 @@ class Cluster:
             raise UserError(
                 f"loss: this kernel's iptables cannot drop at random: {done.stderr.strip().splitlines()[0]}"
             )
+
+    def _dropped(self, pid: int) -> int:
+        text = _output([*self._enter(pid), *_tool("iptables"), "--list", "INPUT", "--verbose", "--exact", "--numeric"])
+        return next(int(line.split()[0]) for line in text.splitlines() if "DROP" in line.split()[2:3])
 
     def _enter(self, pid: int, all_namespaces: bool = False) -> list[str]:
         user = ["--user", "--preserve-credentials"] if self._user else []

@@ -36,10 +36,11 @@ def main(folder: Path) -> int:
         launch = os.environ.get("SCALETRAIN_LAUNCH", "")
         write_json(folder / "cluster.json", {"launch": launch, "names": cluster.names, "commands": commands})
         record = cluster.describe() | {"straggler": settings["straggler"], "faults": []}
-        counted = 0.0
+        counted = played = 0.0
         while not ended:
-            while faults and _steps_done(folder.parent) >= faults[0].at_step:
+            while faults and _is_due(faults[0], folder.parent, played):
                 _play(faults.pop(0), cluster, folder, record)
+                played = time.monotonic()
             if time.monotonic() - counted > _COUNT_S:
                 _write(folder.parent, record, cluster)
                 counted = time.monotonic()
@@ -52,6 +53,12 @@ def main(folder: Path) -> int:
     for fault in faults:
         print(f"scaletrain: the job ended before this fault: {fault}", file=sys.stderr)
     return 0
+
+
+def _is_due(fault: Fault, run_dir: Path, played: float) -> bool:
+    if fault.after_s is not None:
+        return time.monotonic() - played >= fault.after_s
+    return _steps_done(run_dir) >= fault.at_step
 
 
 def _play(fault: Fault, cluster: Cluster, folder: Path, record: dict[str, Any]) -> None:
