@@ -1,6 +1,7 @@
 """Submits a batch script and follows the job to its end: ``python -m scaletrain.launching.follow_slurm SCRIPT [POLL_S]``.
 
-Shows the job's states and output. SIGINT and SIGTERM cancel the job; SIGUSR1 goes to its tasks. Ends with the job's own status.
+Shows the states and output of the job, or of each task of its array. SIGINT and SIGTERM cancel it; SIGUSR1 goes to its tasks. Ends with
+the job's own status.
 """
 
 import contextlib
@@ -29,46 +30,105 @@ _SURE = 2  # further looks at a bad end: a job that is being requeued shows one 
 _SILENT_S = 120.0  # how long the controller may be away: a job goes on without it
 
 
+class _Task:
+    """What has been seen of a job; of an array's tasks, each is one."""
+
+    def __init__(self, name: str, run_dir: Path, output: Path, prefix: bytes):
+        self.name, self.run_dir, self.output = name, run_dir, output
+        self.state, self.status = "", 0
+        self._prefix, self._shown, self._restarts, self._looks = prefix, 0, 0, 0
+
+    @property
+    def ended(self) -> bool:
+        sure = 0 if self.state in ("COMPLETED", "CANCELLED") else _SURE
+        return self.state not in _RUNS_ON and self._looks >= sure
+
+    def see(self, record: dict[str, str]) -> None:
+        """Note, and say, what has changed in SLURM's record of it."""
+        if record["JobState"] != self.state:
+            self.state, self._looks = record["JobState"], 0
+            where = f" on {record['NodeList']}" if record.get("NodeList") not in (None, "(null)", "") else ""
+            why = f" ({record['Reason']})" if record.get("Reason") not in (None, "None") else ""
+            print(f"job {self.name}: {self.state}{where}{why}", flush=True)
+        else:
+            self._looks += 1
+        if int(record.get("Restarts", 0)) > self._restarts:
+            self._restarts = int(record["Restarts"])
+            self._forget()
+            print(f"job {self.name}: requeued; it goes on from its last checkpoint", flush=True)
+        self.status = _status(self.state, record)
+
+    def show_output(self, whole_lines: bool) -> None:
+        """Show what it wrote in the meantime."""
+        with contextlib.suppress(OSError), open(self.output, "rb") as file:
+            file.seek(self._shown)
+            data = file.read()
+            if self._prefix and whole_lines:
+                data = data[: data.rfind(b"\n") + 1]
+            self._shown += len(data)
+            sys.stdout.buffer.write(b"".join(self._prefix + line for line in data.splitlines(keepends=True)))
+            sys.stdout.flush()
+
+    def _forget(self) -> None:
+        """What the workers of an earlier attempt reported is no concern of this one."""
+        for pattern in ("progress-*.json", "failure-*.json", "rendezvous.json"):
+            for path in self.run_dir.glob(pattern):
+                path.unlink(missing_ok=True)
+
+
 class Follower:
     def __init__(self, script: Path, poll_s: float):
         self.script, self.poll_s = script, poll_s
         self.run_dir = script.parent
         self.job = ""
-        self.shown = 0  # bytes of the output
+        self.tasks: dict[str, _Task] = {}  # by its number in the array; a job without one has a single task, ""
         self.signals: list[int] = []
 
     def run(self) -> int:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda heard, frame: self.signals.append(heard))
+        for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(caught, lambda heard, frame: self.signals.append(heard))
         self.job = self._submit()
-        print(f"submitted job {self.job}; its output: {self.run_dir}/slurm-{self.job}.out", flush=True)
-        state, restarts, ended, heard = "", 0, 0, time.monotonic()
+        print(f"submitted job {self.job}; its output is kept in {self.run_dir}", flush=True)
+        heard = time.monotonic()
         while True:
             self._answer_signals()
-            facts = self._facts()
-            self._show_output()
-            if facts:
+            records = self._records()
+            waiting = False
+            for record in records:
                 heard = time.monotonic()
-                if facts["JobState"] != state:
-                    state = facts["JobState"]
-                    where = f" on {facts['NodeList']}" if facts.get("NodeList") not in (None, "(null)", "") else ""
-                    why = f" ({facts['Reason']})" if facts.get("Reason") not in (None, "None") else ""
-                    print(f"job {self.job}: {state}{where}{why}", flush=True)
-                if int(facts.get("Restarts", 0)) > restarts:
-                    restarts = int(facts["Restarts"])
-                    self._forget()
-                    print(f"job {self.job}: requeued; it goes on from its last checkpoint", flush=True)
-            ended = ended + 1 if facts and state not in _RUNS_ON else 0
-            if facts and ended > (0 if state in ("COMPLETED", "CANCELLED") else _SURE):
-                time.sleep(0.2)
-                self._show_output()
-                return self._status(state, facts)
+                number = record.get("ArrayTaskId", "")
+                if number.isdigit() or not number or record["JobState"] not in _RUNS_ON:
+                    self._task(number).see(record)
+                else:  # the tasks of an array that have not started share one record
+                    waiting = True
+            for task in self.tasks.values():
+                task.show_output(whole_lines=True)
+            if records and not waiting and all(task.ended for task in self.tasks.values()):
+                return self._end()
             if time.monotonic() - heard > _SILENT_S:
                 print(
                     f"job {self.job}: SLURM has not answered for {_SILENT_S:.0f} s; the job may run on", file=sys.stderr
                 )
                 return 1
             time.sleep(self.poll_s)
+
+    def _task(self, number: str) -> _Task:
+        if number not in self.tasks:
+            name = f"{self.job}_{number}" if number else self.job
+            run_dir = self.run_dir / f"task-{number}" if number else self.run_dir
+            prefix = f"[{number}] ".encode() if number else b""
+            self.tasks[number] = _Task(name, run_dir, self.run_dir / f"slurm-{name}.out", prefix)
+        return self.tasks[number]
+
+    def _end(self) -> int:
+        """Show the last output; the status is that of the first task that failed."""
+        time.sleep(0.2)
+        for task in self.tasks.values():
+            task.show_output(whole_lines=False)
+        failed = [task for task in self.tasks.values() if task.status]
+        if all(number.isdigit() for number in self.tasks):
+            print(f"job {self.job}: {len(self.tasks) - len(failed)} of {len(self.tasks)} tasks ended well", flush=True)
+        return failed[0].status if failed else 0
 
     def _submit(self) -> str:
         env = {key: value for key, value in os.environ.items() if key != "SCALETRAIN_LAUNCH"}
@@ -82,16 +142,17 @@ class Follower:
             sys.exit(2)
         return done.stdout.strip().split(";")[0]
 
-    def _facts(self) -> dict[str, str] | None:
-        """The job's record; ``None`` while the controller does not answer."""
+    def _records(self) -> list[dict[str, str]]:
+        """SLURM's records: one, or one for each task of an array; none while the controller does not answer."""
         try:
-            done = subprocess.run(
-                ["scontrol", "show", "job", "-o", self.job], capture_output=True, text=True, timeout=30
-            )
+            command = ["scontrol", "show", "job", "-o", self.job]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         except subprocess.TimeoutExpired:
-            return None
-        fields = dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
-        return fields if "JobState" in fields else None
+            return []
+        records = [
+            dict(field.split("=", 1) for field in line.split() if "=" in field) for line in done.stdout.splitlines()
+        ]
+        return [record for record in records if "JobState" in record]
 
     def _answer_signals(self) -> None:
         for number in self.signals:
@@ -100,26 +161,13 @@ class Follower:
                 subprocess.run(["scancel", *arguments, self.job], timeout=20)
         self.signals.clear()
 
-    def _show_output(self) -> None:
-        with contextlib.suppress(OSError), open(self.run_dir / f"slurm-{self.job}.out", "rb") as file:
-            file.seek(self.shown)
-            data = file.read()
-            self.shown += len(data)
-            sys.stdout.buffer.write(data)
-            sys.stdout.flush()
 
-    def _forget(self) -> None:
-        """What the workers of an earlier attempt reported is no concern of this one."""
-        for pattern in ("progress-*.json", "failure-*.json", "rendezvous.json"):
-            for path in self.run_dir.glob(pattern):
-                path.unlink(missing_ok=True)
-
-    def _status(self, state: str, facts: dict[str, str]) -> int:
-        if state in STATUS:
-            return STATUS[state]
-        code, _, number = facts.get("ExitCode", "1:0").partition(":")
-        status = int(code) or (128 + int(number) if int(number or 0) else 0)
-        return status if state == "COMPLETED" else status or 1
+def _status(state: str, record: dict[str, str]) -> int:
+    if state in STATUS:
+        return STATUS[state]
+    code, _, number = record.get("ExitCode", "1:0").partition(":")
+    status = int(code) or (128 + int(number) if int(number or 0) else 0)
+    return status if state == "COMPLETED" or state in _RUNS_ON else status or 1
 
 
 if __name__ == "__main__":

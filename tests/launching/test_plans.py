@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scaletrain import plugins
+from scaletrain import config, plugins
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Companion, Job, script_job
 from scaletrain.launching.launchers import horovodrun, local, mpirun, slurm, torchrun
@@ -69,9 +69,18 @@ def test_torchrun_refuses(options: dict, problem: str):
         torchrun.plan(job_of(), **options)
 
 
+def test_a_range_of_nodes_reaches_torchrun_as_it_is_typed():
+    """To YAML 1.1, which pyyaml reads, 1:2 is the number 62."""
+    assert config.parse_setting("launcher.nodes=1:2") == ("launcher.nodes", "1:2")
+    assert config.parse_setting("a={b: 0x10, c: [1:30, 7]}") == ("a", {"b": 16, "c": ["1:30", 7]})
+
+
 def test_torchrun_elastic_range():
     argv = torchrun.plan(job_of(), nodes="2:4", endpoint="h0:29400", max_restarts=3).commands[0].argv
     assert "--nnodes=2:4" in argv and "--nproc-per-node=1" in argv and "--max-restarts=3" in argv
+    assert "--rdzv-conf=join_timeout=600,last_call_timeout=30" in argv
+    again = torchrun.plan(job_of(), nodes="2:4", endpoint="h0:29400").commands[0]
+    assert "--max-restarts=3" in again.argv and again.restarts_workers
 
 
 def test_mpirun_refuses_what_is_not_there(tmp_path: Path):
@@ -115,6 +124,23 @@ def test_slurm_leaves_ranks_to_the_tasks(monkeypatch: pytest.MonkeyPatch):
     text = slurm.plan(job_of()).files[0][1]
     assert "PROCID" not in text and "LOCALID" not in text and "NODEID" not in text
     assert subprocess.run(["sh", "-n"], input=text, text=True).returncode == 0
+
+
+def test_slurm_array_gives_each_task_a_directory_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    path, text = slurm.plan(job_of("/shared/my run"), array="0-3%2", gres="gpu:2").files[0]
+    assert path == Path("/shared/my run/job.sbatch")
+    assert "#SBATCH --array=0-3%2" in text and "#SBATCH --gres=gpu:2" in text
+    assert "#SBATCH --output='/shared/my run/slurm-%A_%a.out'" in text
+    assert 'training.worker "/shared/my run/task-$SLURM_ARRAY_TASK_ID"' in text
+    # The number of the last task's job is that of the whole array: a task must not requeue all of them.
+    assert "requeue ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" in text and "requeue $SLURM_JOB_ID" not in text
+    assert subprocess.run(["sh", "-n"], input=text, text=True).returncode == 0
+    with pytest.raises(UserError, match="array: '0-'"):
+        slurm.plan(job_of(), array="0-")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(UserError, match="inside allocation 7"):
+        slurm.plan(job_of(), array="0-3")
 
 
 def test_script_jobs():

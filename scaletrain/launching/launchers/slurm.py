@@ -1,9 +1,11 @@
 """SLURM: writes the batch script, submits it and follows the job; inside an allocation (salloc), srun."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from scaletrain.errors import UserError
@@ -18,8 +20,10 @@ def plan(
     per_node: int | None = None,
     cpus_per_task: int | None = None,
     gpus_per_task: int = 0,
+    gres: str = "",
     mem: str = "",
     time_limit_min: int | None = None,
+    array: str = "",
     partition: str = "",
     account: str = "",
     qos: str = "",
@@ -35,8 +39,11 @@ def plan(
 
     ``tasks: workers`` starts each worker as a task of srun; ``nodes`` starts one torchrun a node, which starts the workers: never both.
     ``warn_s`` before its time is up, the job writes a checkpoint and, with ``requeue``, goes on from it in a new allocation.
-    ``directives`` are further #SBATCH options, such as ``--exclusive``. ``follow: false`` submits and leaves.
+    ``array``, such as ``0-3``, makes a job array: task k is this job with ``seed: k`` in RUN_DIR/task-k, or with the config.yaml
+    that lies there already. ``directives`` are further #SBATCH options, such as ``--exclusive``. ``follow: false`` submits and leaves.
     """
+    if array and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", array):
+        raise UserError(f"launcher.array: {array!r} is not allowed (allowed: 0-3, 0-7%2, 1,3,5, ... as in sbatch)")
     if tasks == "nodes" and not nodes:
         raise UserError("launcher.nodes: is missing; with tasks: nodes, say on how many nodes torchrun starts")
     if nodes and job.workers % nodes and not per_node:
@@ -45,7 +52,9 @@ def plan(
         raise UserError(
             "launcher: slurm starts no companions (parameter servers); use the local launcher inside an allocation"
         )
-    name = job.run_dir.name
+    shared, name = job.run_dir, job.run_dir.name
+    if array:
+        job = _one_of(job)
     cpus = cpus_per_task or job.threads or 1
     per_node = per_node or (job.workers // nodes if nodes else None)
     allocation = {
@@ -53,8 +62,9 @@ def plan(
         "ntasks-per-node": 1 if tasks == "nodes" else per_node,
         "cpus-per-task": cpus * per_node if tasks == "nodes" and per_node else cpus,
         "gpus-per-task": gpus_per_task * (per_node or 1 if tasks == "nodes" else 1) or None,
-        "mem": mem, "time": time_limit_min, "partition": partition, "account": account, "qos": qos, "constraint": constraint,
-        "output": f"{job.run_dir}/slurm-%j.out", "open-mode": "append", "signal": f"USR1@{warn_s}",
+        "gres": gres, "mem": mem, "time": time_limit_min, "array": array,
+        "partition": partition, "account": account, "qos": qos, "constraint": constraint,
+        "output": f"{shared}/slurm-{'%A_%a' if array else '%j'}.out", "open-mode": "append", "signal": f"USR1@{warn_s}",
     }  # fmt: skip
     step = _torchrun(job, nodes or 1) if tasks == "nodes" else job.argv
     srun = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={allocation['cpus-per-task']}"]
@@ -65,19 +75,27 @@ def plan(
         explain.append(f"inside allocation {inside}: srun, no new job")
         if tasks == "nodes":
             raise UserError("launcher.tasks: 'nodes' is for batch jobs (allowed inside an allocation: workers)")
+        if array:
+            raise UserError(f"launcher.array: {array!r} is for batch jobs; this is inside allocation {inside}")
         command = Command("srun", (*srun, f"--ntasks={job.workers}", *step), tuple(exports.items()), stop_s=15.0)
         return LaunchPlan((command,), explain=tuple(explain), companions=())
-    script = job.run_dir / "job.sbatch"
-    lines = [f"#SBATCH --{key}={value}" for key, value in allocation.items() if value not in (None, "")]
+    script = shared / "job.sbatch"
+    lines = [
+        f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in allocation.items() if value not in (None, "")
+    ]
     lines += [f"#SBATCH --{'' if requeue else 'no-'}requeue", *(f"#SBATCH {directive}" for directive in directives)]
+    job_id = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"
+    run_dir = _words((str(job.run_dir),))
     text = _SCRIPT.format(
         directives="\n".join(lines),
+        before=_TASK.format(shared=shlex.quote(str(shared)), run_dir=run_dir) if array else "",
         exports=" ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items()),
         srun=shlex.join(srun),
         step=_words(step) + (" ${SLURM_RESTART_COUNT:+--resume}" if _resumes(job) else ""),
-        again=_AGAIN.format(run_dir=shlex.quote(str(job.run_dir))) if requeue and _resumes(job) else "",
+        again=_AGAIN.format(run_dir=run_dir, job_id=job_id) if requeue and _resumes(job) else "",
         python=shlex.quote(job.argv[0] if job.argv[1:2] == ("-m",) else sys.executable),
-        run_dir=shlex.quote(str(job.run_dir)),
+        run_dir=run_dir,
+        output=_words((f"{shared}/slurm-{job_id}.out",)),
     )
     if not follow:
         return LaunchPlan(
@@ -87,6 +105,12 @@ def plan(
     explain.append("the last command submits the script with sbatch, shows its output, and cancels it when interrupted")
     command = Command("slurm", follower, restarts_workers=True, stop_s=15.0)
     return LaunchPlan((command,), ((script, text),), tuple(explain), companions=())
+
+
+def _one_of(job: Job) -> Job:
+    """The job as one task of an array runs it, in a directory of its own; the batch shell knows the task's number."""
+    own = Path(f"{job.run_dir}/task-$SLURM_ARRAY_TASK_ID")
+    return job._replace(run_dir=own, argv=tuple(str(own) if word == str(job.run_dir) else word for word in job.argv))
 
 
 def _allocation(env: Mapping[str, str]) -> str:
@@ -115,13 +139,18 @@ def _words(argv: tuple[str, ...]) -> str:
 _SCRIPT = """#!/bin/sh
 {directives}
 export {exports} SCALETRAIN_SUPERVISED=1
-{srun} {step}
+{before}{srun} {step}
 status=$?
-{again}[ $status -eq 0 ] || {python} -m scaletrain.launching.first_cause {run_dir} {run_dir}/slurm-$SLURM_JOB_ID.out
+{again}[ $status -eq 0 ] || {python} -m scaletrain.launching.first_cause {run_dir} {output}
 exit $status
 """
+# A task of an array trains with its own number as seed, unless somebody has put a configuration of its own there.
+_TASK = """mkdir -p {run_dir}
+[ -e {run_dir}/config.yaml ] || [ ! -e {shared}/config.yaml ] ||
+    sed "s/^seed: .*/seed: $SLURM_ARRAY_TASK_ID/" {shared}/config.yaml > {run_dir}/config.yaml
+"""
 _AGAIN = """if [ $status -eq 0 ] && grep -qs '"finished": false' {run_dir}/summary.json &&
-   [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then # out of time or preempted, not cancelled; the checkpoint is written
-    scontrol requeue $SLURM_JOB_ID && exit 0
+   [ "$(squeue -h -j {job_id} -o %T)" = RUNNING ]; then # out of time or preempted, not cancelled; the checkpoint is written
+    scontrol requeue {job_id} && exit 0
 fi
 """
