@@ -8,6 +8,7 @@ import numpy as np
 
 from scaletrain.errors import UserError
 from scaletrain.metrics import read_records
+from scaletrain.scaling import servers
 
 WARMUP_STEPS = 3  # left out: DDP rebuilds its buckets after the first step, and caches and connections warm up
 PARTS = ("input_s", "forward_s", "backward_s", "update_s")
@@ -22,6 +23,9 @@ class Run(NamedTuple):
     samples: np.ndarray
     sent_bytes: float | None  # by one rank in one step, mean; None: the exchange does not count
     gradient_bytes: int | None  # of the model's parameters; None: there is no checkpoint to read it from
+    losses: np.ndarray
+    ended_s: np.ndarray  # of each step, since the rank's first one began
+    servers: dict[str, Any] | None  # what parameter servers counted
 
     @property
     def workers(self) -> int:
@@ -81,6 +85,9 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
         samples=array("samples"),
         sent_bytes=float(np.mean(sent)) if sent else None,
         gradient_bytes=_gradient_bytes(run_dir),
+        losses=array("loss"),
+        ended_s=array("time") + array("step_s") - np.array([records[0].time for records in ranks]),
+        servers=servers.read(run_dir),
     )
 
 

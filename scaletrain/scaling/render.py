@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from scaletrain.scaling import plots
+from scaletrain.scaling import plots, servers
 from scaletrain.scaling.intervals import ONE_RUN
 
 
@@ -77,6 +77,7 @@ def _template(name: str) -> jinja2.Template:
         "number4": _number4,
         "plus": _plus,
         "fitted_note": _fitted_note,
+        "of_servers": servers.text,
     }
     return environment.get_template(name)
 

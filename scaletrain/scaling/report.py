@@ -11,7 +11,7 @@ import numpy as np
 from scaletrain import plugins
 from scaletrain.errors import UserError
 from scaletrain.metrics import environment
-from scaletrain.scaling import limiter, sweep
+from scaletrain.scaling import limiter, servers, sweep
 from scaletrain.scaling.fit import Fit, fit_report, predictions, strategy_of
 from scaletrain.scaling.intervals import ONE_RUN, Mean, mean, percentiles
 from scaletrain.scaling.measure import PARTS, Run, read_run
@@ -88,6 +88,8 @@ def _text(path: Path) -> str:
 def _report(measured: Measured, header: dict[str, Any], *, strong: bool, threads: int | None) -> dict[str, Any]:
     rows = [_row(cell, measured, header.get("cores"), threads, strong) for cell in measured if not cell.reference]
     losses = [loss for cell in measured if not cell.reference for loss in _losses(cell, measured, strong)]
+    curves = [[(run.losses, run.ended_s) for run in measured[cell][0]] for cell in measured if not cell.reference]
+    loss_reached = servers.compare(rows, curves)
     emulated = sorted({text for row in rows for text in [row["emulation"]] if text})
     references = [_row(cell, measured, header.get("cores"), threads, strong) for cell in measured if cell.reference]
     report = {
@@ -99,6 +101,7 @@ def _report(measured: Measured, header: dict[str, Any], *, strong: bool, threads
         "references": references,
         "batches": _batches([*rows, *references]),
         "predictions": [],
+        "loss_reached": loss_reached,
     }
     fitted = _predictions(report)
     _name_alternatives(rows, losses, fitted)
@@ -134,7 +137,7 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
         "step_s_min": None, **{f"step_s_p{p}": None for p in PERCENTS}, "step_s_mean": None, "step_s_ci95": None,
         "exposed_comm_s": None, "exposed_comm_s_ci95": None,
         **dict.fromkeys(PARTS), "bytes_sent": None, "gradient_bytes": None, "final_loss": None, "test_accuracy": None,
-        "target_step": None, "target_s": None, "emulation": None,
+        "target_step": None, "target_s": None, "emulation": None, "servers": None, "time_to_loss_s": None,
         "oversubscribed": bool(cores and threads and cell.workers * threads > cores),
         "repeats": len(runs), "failures": failures, "baseline": None, "runs": [],
     }  # fmt: skip
@@ -158,6 +161,7 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
         row[key] = float(np.mean(values)) if values else None
     row["gradient_bytes"] = next((run.gradient_bytes for run in runs if run.gradient_bytes), None)
     row["emulation"] = next((text for run in runs if (text := _emulation(run.summary))), None)
+    row["servers"] = next((run.servers for run in runs if run.servers), None)
     row["runs"] = [
         {"samples_per_s": run.samples_per_s, "step_s": run.step_s, "wall_s": run.summary.get("wall_s")} for run in runs
     ]
