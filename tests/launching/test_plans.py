@@ -143,6 +143,31 @@ def test_slurm_array_gives_each_task_a_directory_of_its_own(monkeypatch: pytest.
         slurm.plan(job_of(), array="0-3")
 
 
+def test_slurm_array_task_makes_its_configuration_and_spares_an_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The batch script runs here as task 3, with a stand-in for srun."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    (tmp_path / "config.yaml").write_text("name: x\nseed: 0\n")
+    stub = tmp_path / "bin" / "srun"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\necho "$@"\n')
+    stub.chmod(0o755)
+    env = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
+
+    def task(job: Job) -> subprocess.CompletedProcess[str]:
+        text = slurm.plan(job, array="0-3").files[0][1]
+        return subprocess.run(["sh"], input=text, env=env, capture_output=True, text=True, timeout=20)
+
+    done = task(job_of(tmp_path))
+    assert done.returncode == 0 and done.stdout.endswith(f"training.worker {tmp_path}/task-3\n"), done.stderr
+    assert (tmp_path / "task-3" / "config.yaml").read_text() == "name: x\nseed: 3\n"
+    (tmp_path / "task-3" / "rank-0.jsonl").touch()
+    assert task(job_of(tmp_path)).returncode == 2
+    resumed = job_of(tmp_path)
+    assert task(resumed._replace(argv=(*resumed.argv, "--resume"))).returncode == 0
+
+
 def test_script_jobs():
     run_dir = Path("/shared/run")
     assert script_job(["train.py", "--lr", "1"], 2, run_dir).argv[1:3] == ("-m", "scaletrain.training.script")

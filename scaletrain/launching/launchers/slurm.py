@@ -88,7 +88,9 @@ def plan(
     run_dir = _words((str(job.run_dir),))
     text = _SCRIPT.format(
         directives="\n".join(lines),
-        before=_TASK.format(shared=shlex.quote(str(shared)), run_dir=run_dir) if array else "",
+        before=_TASK.format(shared=shlex.quote(str(shared)), run_dir=run_dir, fresh=str(_resumes(job)).lower())
+        if array
+        else "",
         exports=" ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items()),
         srun=shlex.join(srun),
         step=_words(step) + (" ${SLURM_RESTART_COUNT:+--resume}" if _resumes(job) else ""),
@@ -146,6 +148,9 @@ exit $status
 """
 # A task of an array trains with its own number as seed, unless somebody has put a configuration of its own there.
 _TASK = """mkdir -p {run_dir}
+if {fresh} && [ -z "$SLURM_RESTART_COUNT" ] && [ -e {run_dir}/rank-0.jsonl ]; then
+    echo "scaletrain: error: task-$SLURM_ARRAY_TASK_ID holds a run already (--resume goes on with it)" >&2; exit 2
+fi
 [ -e {run_dir}/config.yaml ] || [ ! -e {shared}/config.yaml ] ||
     sed "s/^seed: .*/seed: $SLURM_ARRAY_TASK_ID/" {shared}/config.yaml > {run_dir}/config.yaml
 """
