@@ -23,7 +23,7 @@ def plan(
     gres: str = "",
     mem: str = "",
     time_limit_min: int | None = None,
-    array: str = "",
+    array: int | str = "",
     partition: str = "",
     account: str = "",
     qos: str = "",
@@ -42,6 +42,7 @@ def plan(
     ``array``, such as ``0-3``, makes a job array: task k is this job with ``seed: k`` in RUN_DIR/task-k, or with the config.yaml
     that lies there already. ``directives`` are further #SBATCH options, such as ``--exclusive``. ``follow: false`` submits and leaves.
     """
+    array = str(array)
     if array and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", array):
         raise UserError(f"launcher.array: {array!r} is not allowed (allowed: 0-3, 0-7%2, 1,3,5, ... as in sbatch)")
     if tasks == "nodes" and not nodes:
