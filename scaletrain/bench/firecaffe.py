@@ -1,6 +1,7 @@
 """FireCaffe's curves on emulated hosts: server, tree and ring under the gradients of NiN and GoogLeNet, beside the formulas."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,7 @@ def command(hosts: tuple[int, ...], data: Path, out: Path, no_measure: bool) -> 
 
 def _measure(data: Path, hosts: Sequence[int]) -> None:
     """One worker without an exchange is the baseline of all; then every exchange at every number of hosts; then exchanges alone."""
+    from scaletrain.metrics import write_json
     from scaletrain.scaling import sweep
 
     suites = Path(__file__).resolve().parents[2] / "benchmarks" / "suites" / "firecaffe"
@@ -76,7 +78,7 @@ def _measure(data: Path, hosts: Sequence[int]) -> None:
         sweep.claim(data / name, plan)
         header = data / name / "header.json"
         if not header.exists():
-            header.write_text(json.dumps(plan.header(), indent=2) + "\n", encoding="utf-8")
+            write_json(header, plan.header() | {"load_average": os.getloadavg()[1]})
         sweep.run(plan, data / name, click.echo)
     for count in hosts:
         made = data / f"exchanges-{count}.json"

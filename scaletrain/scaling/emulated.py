@@ -2,11 +2,10 @@
 
 The cost model of ``collectives/cost.py`` is of a real network. A rehearsal differs from one in ways that are known, and this model has them:
 
-- A token bucket lets a burst pass after a pause (``launching/rehearsal``: 2 ms of its rate, at least 64 KiB), at both ends of a link. Ports
+- A token bucket lets a burst pass after a pause (``launching/rehearsal``: 2 ms of its rate, at least 72 KiB), at both ends of a link. Ports
   that pause between rounds, as those of trees do, are faster for it; a ring's ports never pause.
 - Whoever adds what has arrived uses a core, and the hosts share the cores. Algorithms that the engine runs in parts side by side add one
   part while the next one arrives.
-- Moving bytes takes cores as well: all links together carry no more than the machine can. Links that are not shaped tell how much.
 - Nobody waits for a round to end everywhere: a rank goes on when its own messages are there.
 """
 
@@ -32,7 +31,6 @@ class Links(NamedTuple):
     burst_bytes: float = 0.0  # a full token bucket
     cores: int = 1
     overlapped: frozenset[str] = frozenset()  # algorithms that add while the next part arrives
-    machine_bytes_per_s: float = math.inf  # what all links together can carry: it takes cores to move bytes
 
 
 class _Round(NamedTuple):
@@ -40,11 +38,6 @@ class _Round(NamedTuple):
     received: dict[int, int]
     added: dict[int, int]  # of those received
     pairs: frozenset[tuple[int, int]]
-
-
-def burst_bytes(bandwidth_bits_per_s: float) -> float:
-    """The token bucket of a rehearsal's links (``launching/rehearsal/cluster.py``)."""
-    return max(bandwidth_bits_per_s / 8 * 0.002, 65536.0)
 
 
 @functools.lru_cache(maxsize=512)
@@ -88,18 +81,7 @@ def allreduce_s(collective: str, workers: int, num_bytes: float, on: Links) -> f
             after[s] = max(after[s], there)
             after[d] = max(after[d], there + now.added.get(d, 0) * adding)
         ready = after
-    moved = sum(sum(now.sent.values()) for now in rounds) * chunk
-    return max(*ready, moved / on.machine_bytes_per_s)
-
-
-def machine_bytes_per_s(timings: Sequence[Timing]) -> float:
-    """What this machine can carry between its emulated hosts, from exchanges over links that are not shaped."""
-
-    def moved(t: Timing) -> float:
-        num_chunks, rounds = _rounds(t.strategy, t.workers)
-        return sum(sum(now.sent.values()) for now in rounds) * t.num_bytes / num_chunks
-
-    return max(moved(t) / t.seconds for t in timings)
+    return max(ready)
 
 
 def fit(timings: Sequence[Timing], known: Links) -> tuple[Links, list[Parameter]]:

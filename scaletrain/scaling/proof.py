@@ -172,19 +172,22 @@ class Extrapolation(NamedTuple):
         return {name: float(np.mean(errors)) for name, errors in by.items()}
 
 
-def extrapolate(timings: Sequence[Timing], fitted_to: int, known: emulated.Links) -> Extrapolation:
-    """Fit emulated links to the timings of at most ``fitted_to`` workers; predict the others. ``known``: what is not fitted."""
+def extrapolate(
+    timings: Sequence[Timing], fitted_to: int, known: emulated.Links, unshaped: Sequence[Timing] = ()
+) -> Extrapolation:
+    """Fit emulated links to the timings of at most ``fitted_to`` workers; predict the others. ``known``: what is not fitted.
+
+    ``unshaped``: what the machine itself needs for an exchange when no link holds it back; the prediction is no less (``machine_s`` of a point).
+    """
+    machine = {(t.strategy, t.workers): t.seconds / t.num_bytes for t in unshaped}
     few = [t for t in timings if t.workers <= fitted_to]
     links, parameters = emulated.fit(few, known)
     plain = extrapolate_plain(timings, fitted_to)
-    points = [
-        point
-        | {
-            "plain_s": point["predicted_s"],
-            "predicted_s": emulated.allreduce_s(t.strategy, t.workers, t.num_bytes, links),
-        }
-        for point, t in zip(plain.points, (t for t in timings if t.workers > fitted_to), strict=True)
-    ]
+    points = []
+    for point, t in zip(plain.points, (t for t in timings if t.workers > fitted_to), strict=True):
+        links_s = emulated.allreduce_s(t.strategy, t.workers, t.num_bytes, links)
+        machine_s = machine.get((t.strategy, t.workers), 0.0) * t.num_bytes
+        points.append(point | {"predicted_s": max(links_s, machine_s), "links_s": links_s, "machine_s": machine_s})
     names = ("latency_s", "bandwidth_bytes_per_s", "add_bytes_per_s")
     return Extrapolation(dict(zip(names, parameters, strict=True)), points)
 

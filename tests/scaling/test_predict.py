@@ -197,12 +197,16 @@ def test_hosts_that_share_cores_add_slowly_unless_they_add_while_they_receive():
     )
 
 
-def test_the_machine_carries_no_more_than_it_can():
-    moved = 2 * 15 * 4e6  # by all hosts of a ring of 16
-    narrow = PLAIN._replace(machine_bytes_per_s=moved / 3)
-    assert emulated.allreduce_s("ring", 16, 4e6, narrow) == pytest.approx(3)
-    timing = fit.Timing("ring", 16, 4e6, 3.0)
-    assert emulated.machine_bytes_per_s([timing]) == pytest.approx(moved / 3)
+def test_a_prediction_is_no_less_than_what_the_machine_itself_needs():
+    known = emulated.Links(0.0, 0.0, 0.0, burst_bytes=65536.0, cores=2)
+    timings = [
+        fit.Timing(name, p, 4e6, emulated.allreduce_s(name, p, 4e6, known._replace(bandwidth_bytes_per_s=10e6, add_bytes_per_s=1e12)))
+        for name in ("ring", "tree") for p in (2, 4, 8)
+    ]  # fmt: skip
+    made = proof.extrapolate(timings, 4, known, [fit.Timing("ring", 8, 2e6, 1.5)])
+    ring, tree = made.points
+    assert ring["machine_s"] == ring["predicted_s"] == 3.0 > ring["links_s"]
+    assert tree["predicted_s"] == tree["links_s"] == pytest.approx(tree["measured_s"], rel=0.02)
 
 
 def test_fit_finds_the_emulated_links_that_made_the_timings():

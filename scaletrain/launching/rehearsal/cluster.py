@@ -239,8 +239,8 @@ class Cluster:
     def _tc(self, pid: int, device: str, rate: float | None, delay_s: float = 0.0) -> None:
         commands = []
         if rate:
-            # The bucket holds 2 ms, and at least one large packet; the queue never drops: TCP slows down by itself.
-            burst = max(round(rate / 8 * 0.002), 65536)
+            # The queue never drops: TCP slows down by itself.
+            burst = burst_bytes(rate)
             limit = max(round(rate / 8 * 0.5), 1 << 26)
             commands.append(
                 f"qdisc replace dev {device} root handle 1: tbf rate {rate:.0f}bit burst {burst} limit {limit}"
@@ -360,6 +360,12 @@ def bits_per_s(bandwidth: str) -> float:
     if not match or float(match[1]) == 0:
         raise UserError(f"bandwidth: {bandwidth!r} is not a rate (allowed: 1Gbit, 100Mbit, 2.5Gbit, ...)")
     return float(match[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()]
+
+
+def burst_bytes(rate: float) -> int:
+    """A link's token bucket: 2 ms of its rate in bits a second, and at least one of TCP's large packets with the framing of the 45 that it
+    stands for. A bucket that is smaller takes them apart, and 16 busy hosts are then more small packets than two cores can pass on."""
+    return max(round(rate / 8 * 0.002), 72 * 1024)
 
 
 def seconds(latency: str) -> float:
