@@ -15,6 +15,7 @@ import click
 
 from scaletrain import config, metrics, plugins
 from scaletrain.errors import UserError, unknown
+from scaletrain.scaling import results as pages
 
 PEERS = ("gloo", "mpi", "horovod", "nccl")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -156,7 +157,7 @@ def command(
         metrics.write_json(
             out.with_suffix(".json"), {"header": header, "notes": notes, "rows": [row._asdict() for row in rows]}
         )
-        out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        pages.write(out.with_suffix(".md"), text)  # what people wrote on that page stays
 
 
 def _worlds(

@@ -7,7 +7,7 @@ BEGIN, END = "<!-- generated: replaced by the next run -->", "<!-- end of what i
 
 
 def write(page: Path, generated: str) -> None:
-    """Put ``generated`` (Markdown) between the two marks of a page; a page without them is made, or replaced as a whole.
+    """Put ``generated`` (Markdown) between the two marks of a page. A page without them gets them, at its end.
 
     What stands before and after the marks is a person's and is never touched.
     """
@@ -15,7 +15,7 @@ def write(page: Path, generated: str) -> None:
     before, begin, rest = old.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        before, after = "", "\n"
+        before, after = old and old.rstrip("\n") + "\n\n", "\n"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(f"{before}{BEGIN}\n{generated.strip()}\n{END}{after}", encoding="utf-8")
 

@@ -230,10 +230,11 @@ def test_sweeps_of_different_cells_make_one_report(measured, tmp_path):
 
 def test_a_page_of_results_keeps_what_people_wrote(tmp_path):
     page = tmp_path / "page.md"
+    page.write_text("Before.\n")
     results.write(page, "one\n")
-    page.write_text("Before.\n" + page.read_text() + "After.\n")
+    page.write_text(page.read_text() + "After.\n")
     results.write(page, "two")
-    assert page.read_text() == f"Before.\n{results.BEGIN}\ntwo\n{results.END}\nAfter.\n"
+    assert page.read_text() == f"Before.\n\n{results.BEGIN}\ntwo\n{results.END}\nAfter.\n"
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
