@@ -31,7 +31,7 @@ class Answer(NamedTuple):
 
 _ANSWERS = {
     Kind.STORED: "store", Kind.PART: "part", Kind.WEIGHTS: "update", Kind.APPLIED: "update", Kind.ROWS: "rows",
-    Kind.TOTAL: "sum", Kind.PAUSED: "pause", Kind.LEFT: "leave",
+    Kind.TOTAL: "sum", Kind.PAUSED: "pause", Kind.LEFT: "leave", Kind.STATES: "state",
 }  # fmt: skip
 
 
@@ -77,27 +77,54 @@ class Client:
 
     # What a worker asks for
 
-    def store(self, key: int, values: Tensor) -> None:
-        """Set a block's first weights (rank 0, before training); ``values`` is flat float32."""
+    def store(self, key: int, values: Tensor, which: int = 0) -> None:
+        """Set a block's first weights (rank 0, before training), or the ``which``-th tensor of ``set_state``; flat float32."""
         tokens = []
         for offset in range(0, len(values), PART_ELEMENTS):
             part = values[offset : offset + PART_ELEMENTS].contiguous().numpy()
-            header = Header(Kind.INIT, Dtype.FLOAT32, key=key, offset=offset, count=len(part))
+            header = Header(Kind.INIT, Dtype.FLOAT32, key=key, rows=which, offset=offset, count=len(part))
             tokens.append(self._requests.ask(Token("store", key, offset), header, [part]))
         for token in tokens:
             self._requests.wait(token)
 
     def pull(self, key: int, sink: Callable[[int, Tensor], None]) -> None:
         """Hand a block's weights of now to ``sink(offset, float32 values)``, part by part; waits until rank 0 has stored them."""
-        numel = self._blocks[key].numel
-        tokens = []
+        self._version[key] = self._pull(key, 0, self._blocks[key].numel, sink)
+
+    def _pull(self, key: int, which: int, numel: int, sink: Callable[[int, Tensor], None]) -> int:
+        tokens, version = [], 0
         for offset in range(0, numel, PART_ELEMENTS):
-            header = Header(Kind.PULL, key=key, offset=offset, count=min(PART_ELEMENTS, numel - offset))
+            header = Header(Kind.PULL, key=key, rows=which, offset=offset, count=min(PART_ELEMENTS, numel - offset))
             tokens.append(self._requests.ask(Token("part", key, offset), header, []))
         for token in tokens:
             message = self._requests.wait(token).message
-            self._version[key] = message.header.version
+            version = message.header.version
             sink(token.offset, codec.decode(message.payloads[0], message.header.dtype))
+        return version
+
+    def state(self, key: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The optimizer's state of a block as it is on the server: tensors and numbers by name."""
+        value = self._requests.wait(
+            self._requests.ask(Token("state", key), Header(Kind.STATE, key=key), [])
+        ).message.json()
+        tensors = {name: torch.empty(shape) for name, shape in value["tensors"]}
+        for which, tensor in enumerate(tensors.values(), 1):
+
+            def sink(offset: int, values: Tensor, tensor: Tensor = tensor) -> None:
+                tensor.view(-1)[offset : offset + len(values)] = values
+
+            self._pull(key, which, tensor.numel(), sink)
+        return tensors, value["numbers"]
+
+    def set_state(self, key: int, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """Set the optimizer's state of a block, float32 (rank 0, before ``store``): what ``state`` gave."""
+        named = sorted(tensors.items())
+        value = {"tensors": [[name, list(tensor.shape)] for name, tensor in named], "numbers": numbers}
+        self._requests.wait(
+            self._requests.ask(Token("store", key), Header(Kind.SET_STATE, key=key), [wire.to_json(value)])
+        )
+        for which, (_, tensor) in enumerate(named, 1):
+            self.store(key, tensor.reshape(-1), which)
 
     def gradient(self, key: int) -> np.ndarray:
         """Where the gradient of a dense block has to be written before ``push``: flat float32. It may be rewritten after ``take``."""
@@ -116,10 +143,13 @@ class Client:
             Kind.PUSH, self._dtype, key=key, step=step, version=self._version[key], count=len(values), lr=lr
         )
         if link.shared:
-            header, payload = header._replace(flags=wire.SHARED, dtype=Dtype.FLOAT32), b""
-        else:
-            payload = codec.encode(torch.from_numpy(values), self._dtype)
-        self._requests.ask(Token("update", key), header, [payload])
+            header = header._replace(flags=wire.SHARED, dtype=Dtype.FLOAT32)
+            self._requests.ask(Token("update", key), header, [b""])
+            return
+        encoded, size = codec.encode(torch.from_numpy(values), self._dtype), wire.MAX_TENSOR_BYTES // 4
+        for offset in range(0, len(values), size):
+            part = encoded[offset : offset + size]
+            self._requests.ask(Token("update", key, offset), header._replace(offset=offset, count=len(part)), [part])
 
     def push_rows(self, key: int, step: int, lr: float, rows: Tensor, values: Tensor) -> None:
         """Send a sparse gradient: row numbers within the block, int64 (n), and values float32 (n, width). Answered by ``take_rows``."""
@@ -156,7 +186,11 @@ class Client:
                 time.sleep(0)
             version = before // 2
         else:
-            sink(codec.decode(message.payloads[0], header.dtype))
+            parts, size = [codec.decode(message.payloads[0], header.dtype)], wire.MAX_TENSOR_BYTES // 4
+            for offset in range(size, self._blocks[key].numel, size):
+                other = self._requests.wait(Token("update", key, offset)).message
+                parts.append(codec.decode(other.payloads[0], other.header.dtype))
+            sink(parts[0] if len(parts) == 1 else torch.cat(parts))
             version = header.version
         if epoch == link.epoch:
             self._version[key] = version

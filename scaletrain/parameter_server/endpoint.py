@@ -93,7 +93,7 @@ class Endpoint:
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a closed connection is an error, not a silent loss
         socket.setsockopt(zmq.SNDHWM, 0)  # answers are bounded by the protocol: one a block and worker
-        socket.setsockopt(zmq.RCVHWM, 16)
+        socket.setsockopt(zmq.RCVHWM, 4)  # of each worker: gradients that wait are the server's memory
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
         socket.setsockopt(zmq.HEARTBEAT_IVL, self._settings.heartbeat_ms // 4)

@@ -24,6 +24,10 @@ class Slab:
         self.floats = np.frombuffer(mapping, np.float32, floats)
         self.sequence = np.frombuffer(mapping, np.uint64, blocks, offset=_floats_bytes(floats))
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self._mapping)
+
     @classmethod
     def create(cls, floats: int, blocks: int) -> "Slab":
         size = _size(floats, blocks)

@@ -112,6 +112,51 @@ class Replica:
 
         self._client.pull(block.key, sink)
 
+    def send_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the servers the state that ``optimizer`` holds, as loaded from a checkpoint; before ``store``."""
+        for block in self.blocks:
+            states = [optimizer.state.get(self.parameters[piece.parameter], {}) for piece in block.pieces]
+            tensors: dict[str, Tensor] = {}
+            numbers: dict[str, float] = {}
+            for name, first in states[0].items():
+                if not all(name in state for state in states) or first is None:
+                    continue
+                if isinstance(first, Tensor) and (
+                    first.dim() or (first.shape == self._shape(block.pieces[0]) and name != "step")
+                ):
+                    ranges = [
+                        state[name].detach().float().cpu().reshape(-1)[piece.start : piece.stop]
+                        for piece, state in zip(block.pieces, states, strict=True)
+                    ]
+                    whole = first.detach().float().cpu() if block.shape and not block.sparse else torch.cat(ranges)
+                    tensors[name] = whole.view(block.shape) if block.sparse else whole
+                else:
+                    numbers[name] = float(first)
+            if tensors or numbers:
+                self._client.set_state(block.key, tensors, numbers)
+
+    def fetch_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """The reverse: put the servers' state into ``optimizer``, in the form that it would have had itself."""
+        for block in self.blocks:
+            tensors, numbers = self._client.state(block.key)
+            at = 0
+            for piece in block.pieces:
+                parameter, size = self.parameters[piece.parameter], piece.stop - piece.start
+                state = optimizer.state[parameter]
+                for name, number in numbers.items():
+                    state[name] = torch.tensor(float(number))
+                for name, tensor in tensors.items():
+                    if tensor.numel() != block.numel:  # of an optimizer that looks at whole tensors
+                        state[name] = tensor
+                        continue
+                    if name not in state or state[name].shape != parameter.shape:
+                        state[name] = torch.zeros(parameter.shape)
+                    state[name].view(-1)[piece.start : piece.stop] = tensor.reshape(-1)[at : at + size]
+                at += size
+
+    def _shape(self, piece: sharding.Piece) -> torch.Size:
+        return self.parameters[piece.parameter].shape
+
     def pull_rows(self, index: int, rows: Tensor) -> None:
         """Fetch rows of a sparse table (sorted, unique, int64) and put them into the model."""
         table, asked = self.parameters[index].data, []

@@ -37,7 +37,7 @@ class _Entry(NamedTuple):
 
 
 class Requests:
-    """Open requests in the order in which they should leave. All methods may be called by any thread."""
+    """Open requests in the order in which they should leave. One thread waits; all other methods may be called by any."""
 
     def __init__(self) -> None:
         self.wake = os.eventfd(0, os.EFD_NONBLOCK)  # readable when there is something to send
@@ -46,6 +46,7 @@ class Requests:
         self._queue: list[_Entry] = []
         self._arrivals = 0
         self._answers: dict[Token, Answered] = {}
+        self._awaited: Token | None = None  # nobody is woken for another one
         self.failure: str | None = None
 
     def ask(self, token: Token, header: Header, payloads: list[Any]) -> Token:
@@ -58,6 +59,7 @@ class Requests:
     def wait(self, token: Token) -> Answered:
         """The answer. Raises ``ServerError`` after ``fail``, which whoever watches the servers' signs of life calls."""
         with self._changed:
+            self._awaited = token
             self._changed.wait_for(lambda: token in self._answers or self.failure is not None)
             if token in self._answers:
                 return self._answers.pop(token)
@@ -87,7 +89,8 @@ class Requests:
         with self._changed:
             if self._open.pop(token, None) is not None:
                 self._answers[token] = answered
-                self._changed.notify_all()
+                if token == self._awaited:
+                    self._changed.notify_all()
 
     def is_open(self, token: Token) -> bool:
         return token in self._open

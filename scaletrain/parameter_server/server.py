@@ -218,6 +218,8 @@ class Server:
             "mode": self.settings.mode,
             "updates": self._blocks.updates if self._blocks else 0,
             "parameters": self._blocks.shard.num_parameters if self._blocks else 0,
+            "owned_bytes": self._blocks.shard.num_bytes if self._blocks else 0,
+            "mapped_bytes": sum(slab.num_bytes for slab in self._blocks.slabs.values()) if self._blocks else 0,
             "refused": dict(self._endpoint.refused),
             "restored_at_update": self._snapshots.restored_at,
             "snapshot_at_update": self._snapshots.saved_at,

@@ -26,7 +26,7 @@ class Settings(NamedTuple):
     local_after: int = 0
     outer: str = "average"
     outer_lr: float = 0.7
-    outer_momentum: float = 0.9
+    outer_momentum: float = 0.5
     server_lr: dict[str, Any] | None = None
     wire: str = "float32"
     link: str = "auto"

@@ -17,6 +17,7 @@ from scaletrain.parameter_server import optimizer as optimizers
 from scaletrain.parameter_server.memory import SUPPORTED, Slab
 from scaletrain.parameter_server.sharding import Block, layout
 
+_SCHEDULED = "scheduled_updates"
 _FORMAT = "scaletrain-parameter-server-1"
 
 
@@ -50,6 +51,17 @@ class Shard:
     def num_parameters(self) -> int:
         return sum(block.numel for block in self.blocks.values())
 
+    @property
+    def num_bytes(self) -> int:
+        """Parameters and optimizer state."""
+        states = [
+            value
+            for optimizer in self._optimizers.values()
+            for state in optimizer.state.values()
+            for value in state.values()
+        ]
+        return 4 * self.num_parameters + sum(value.nbytes for value in states if isinstance(value, Tensor))
+
     def store(self, key: int, offset: int, values: Tensor) -> None:
         """Set part of a block's weights."""
         self._flat[key][offset : offset + len(values)] = values
@@ -57,6 +69,10 @@ class Shard:
     def part(self, key: int, offset: int, count: int) -> Tensor:
         """Part of a block's weights: live memory, copy it before the next update."""
         return self._flat[key][offset : offset + count]
+
+    def state_tensors(self, key: int) -> list[Tensor]:
+        """The tensors of a block's optimizer, flat, in the order of their names."""
+        return [value.reshape(-1) for _, value in sorted(self.state(key)[0].items())]
 
     def rows(self, key: int, rows: Tensor) -> Tensor:
         """Copies of rows of a sparse table, (len(rows), width)."""
@@ -109,22 +125,28 @@ class Shard:
             self.slab.sequence[self._place[key]] = sequence
 
     def state(self, key: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The optimizer's state of a block: tensors as large as the block, and numbers."""
+        """The optimizer's state of a block: tensors, and numbers (tensors of no dimension)."""
         tensors, numbers = {}, {}
         for name, value in self._optimizers[key].state.get(self._weights[key], {}).items():
-            if isinstance(value, Tensor) and value.numel() == 1 and self.blocks[key].numel != 1:
+            if isinstance(value, Tensor) and value.dim() == 0:
                 numbers[name] = float(value)
             elif isinstance(value, Tensor):
                 tensors[name] = value
             elif isinstance(value, (int, float)):
                 numbers[name] = value
+        if key in self._schedules:
+            numbers[_SCHEDULED] = self._schedules[key].last_epoch
         return tensors, numbers
 
     def load_state(self, key: int, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """The reverse of ``state``."""
+        """The reverse of ``state``. The rate of a schedule is the one that so many updates lead to."""
         state: dict[str, Any] = dict(tensors)
         for name, value in numbers.items():
-            state[name] = torch.tensor(float(value)) if name == "step" else value
+            if name == _SCHEDULED:
+                while key in self._schedules and self._schedules[key].last_epoch < value:
+                    self._schedules[key].step()
+                continue
+            state[name] = torch.tensor(float(value))
         if state:
             self._optimizers[key].state[self._weights[key]] = state
 

@@ -1,5 +1,6 @@
 """What a server counts: staleness, pushes, drops and pace of each worker, who was lost, what it cost."""
 
+import resource
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ class Tally:
     def __init__(self) -> None:
         self._ranks: dict[int, _Pace] = {}
         self._staleness: Counter[int] = Counter()
+        self._at_start = _resident_bytes()
         self.lost: list[dict[str, Any]] = []
 
     def came(self, rank: int) -> None:
@@ -59,5 +61,11 @@ class Tally:
             "lost": self.lost,
             "cpu_s": cpu,
             "cpu_s_per_worker": cpu / max(1, len(ranks)),
-            "memory_bytes": psutil.Process().memory_info().rss,
+            "memory_bytes": _resident_bytes(),
+            "memory_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "memory_at_start_bytes": self._at_start,
         }
+
+
+def _resident_bytes() -> int:
+    return psutil.Process().memory_info().rss

@@ -14,6 +14,7 @@ MAGIC = b"SPS1"
 _LAYOUT = struct.Struct("<4sBBHIIIIQQQQQd")
 HEADER_BYTES = _LAYOUT.size
 MAX_MESSAGE_BYTES = 64 << 20  # larger ones end the connection before anything is stored
+MAX_TENSOR_BYTES = 32 << 20  # larger blocks (tensors that an optimizer needs whole) travel in parts
 MAX_JSON_BYTES = 8 << 20  # the table of blocks of a very large model
 MAX_SUM_VALUES = 4096
 
@@ -46,6 +47,9 @@ class Kind(enum.IntEnum):
     PART = 23  # S tensor: the answer to PULL
     PAUSE = 24  # W: pushes nothing until all have met (a sum)
     PAUSED = 25  # S
+    STATE = 26  # W: the optimizer's state of a block, for a checkpoint; its tensors are fetched by PULL
+    STATES = 27  # S json: names and shapes of its tensors, its numbers
+    SET_STATE = 28  # W json: the same, from rank 0 with a checkpoint; tensors follow by INIT; answered by STORED
 
 
 class Dtype(enum.IntEnum):
@@ -69,8 +73,9 @@ ITEM_BYTES = {
 # Payload frames of each kind: "json", "tensor" (count items of dtype), "rows" (int64), "values" (any multiple of the rows; dtype).
 PAYLOADS: dict[Kind, tuple[str, ...]] = {
     **dict.fromkeys((Kind.HELLO, Kind.CHALLENGE, Kind.PROOF, Kind.WELCOME, Kind.SETUP, Kind.READY, Kind.ABORT, Kind.REFUSED), ("json",)),
+    **dict.fromkeys((Kind.STATES, Kind.SET_STATE), ("json",)),
     **dict.fromkeys((Kind.INIT, Kind.WEIGHTS, Kind.PUSH, Kind.ROWS, Kind.SUM, Kind.TOTAL, Kind.PART), ("tensor",)),
-    **dict.fromkeys((Kind.STORED, Kind.PULL, Kind.APPLIED, Kind.PING, Kind.PAUSE, Kind.PAUSED, Kind.LEAVE, Kind.LEFT), ()),
+    **dict.fromkeys((Kind.STORED, Kind.PULL, Kind.APPLIED, Kind.PING, Kind.PAUSE, Kind.PAUSED, Kind.STATE, Kind.LEAVE, Kind.LEFT), ()),
     Kind.PUSH_ROWS: ("rows", "tensor"),
     Kind.PULL_ROWS: ("rows",),
 }  # fmt: skip
@@ -92,7 +97,9 @@ class Header(NamedTuple):
     key: int = 0  # block
     rank: int = 0  # of the worker
     staleness: int = 0  # of the answered gradient: updates between the weights it came from and its own update
-    rows: int = 0  # row indices in a sparse message
+    rows: int = (
+        0  # row indices in a sparse message; PULL, INIT: 0 for weights, i for the i-th tensor of the optimizer's state
+    )
     step: int = 0  # of the worker
     version: int = (
         0  # updates of the block's weights so far (answers); of the weights that a gradient came from (pushes)

@@ -18,8 +18,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
         {"mode": "bounded"},
         {"mode": "sync", "backup_workers": 1, "placement": "beside", "servers": 2},
         {"mode": "local_sgd"},
+        {"mode": "local_sgd", "outer": "nesterov"},
     ],
-    ids=lambda settings: settings["mode"],
+    ids=lambda settings: settings.get("outer", settings["mode"]),
 )
 def test_digits_are_learned_in_every_mode(tmp_path, settings):
     options = [text for key, value in settings.items() for text in ("--set", f"exchange.{key}={value}")]

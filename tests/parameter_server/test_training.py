@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from scaletrain.errors import UserError
+from scaletrain.parameter_server import wire
 from scaletrain.parameter_server.requests import ServerError
 from scaletrain.parameter_server.settings import Settings, settings
+from scaletrain.training import checkpoint
 from tests.parameter_server import job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(90)]
@@ -56,6 +58,56 @@ def test_any_optimizer_runs_on_the_server(tmp_path, make):
 
     for weights, _ in job.train(Settings(2, 20, servers=2, **SMALL_BLOCKS), tmp_path, STEPS, make=listed):
         assert_close(weights, job.single(STEPS, 2, listed))
+
+
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (lambda p: torch.optim.SGD(p, **job.SGD), {"server_lr": {"name": "StepLR", "step_size": 4, "gamma": 0.5}}),
+        (lambda p: torch.optim.AdamW(p, lr=1e-2), {}),
+        (lambda p: torch.optim.Adafactor(p, lr=1e-2), {"link": "tcp"}),
+    ],
+    ids=["SGD", "AdamW", "Adafactor"],
+)
+def test_a_checkpoint_holds_the_servers_optimizer_state(tmp_path, make, options):
+    """Half of the steps, then new servers and workers with the checkpoint, cut into other blocks: as if there had been no pause."""
+    made = Settings(2, 20, **options)
+
+    def half(folder, made, first, last, load):
+        def train_one(rank):
+            net = job.model()
+            optimizer = make(list(net.parameters()))
+            if load:
+                assert checkpoint.load_latest(tmp_path, net, optimizer) == first
+            joined = job.exchange(made, folder, rank)
+            joined.attach(net, optimizer)
+            for step in range(first, last):
+                optimizer.zero_grad()
+                job.loss(net, step, rank).backward()
+                joined.step(optimizer.param_groups[0]["lr"])
+            if rank == 0:
+                checkpoint.save(tmp_path, last, net, optimizer, 1)
+            joined.close()
+            return [p.detach() for p in net.parameters()]
+
+        folder.mkdir()
+        with job.servers(made, folder):
+            return job.threads([lambda r=rank: train_one(r) for rank in range(2)])
+
+    half(tmp_path / "a", made._replace(servers=2, **SMALL_BLOCKS), 0, 6, False)
+    weights, _ = half(tmp_path / "b", made, 6, 12, True)
+    whole, _ = half(tmp_path / "c", made, 0, 12, False)
+    assert_close(weights, whole)
+
+
+def test_tensors_that_stay_whole_travel_in_parts_when_they_are_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(wire, "MAX_TENSOR_BYTES", 1024)
+
+    def make(parameters):
+        return torch.optim.Adafactor(parameters, lr=1e-2)
+
+    for weights, _ in job.train(Settings(2, 20, link="tcp"), tmp_path, STEPS, make=make):
+        assert_close(weights, job.single(STEPS, 2, make))
 
 
 def test_a_schedule_on_the_server_counts_its_updates(tmp_path):

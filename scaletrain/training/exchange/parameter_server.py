@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from scaletrain.parameter_server import placement as where
 from scaletrain.parameter_server import settings
@@ -36,7 +37,7 @@ def exchange(
     local_after: Annotated[int, Ge(0)] = 0,
     outer: Literal["average", "nesterov"] = "average",
     outer_lr: Annotated[float, Gt(0)] = 0.7,
-    outer_momentum: Annotated[float, Ge(0), Lt(1)] = 0.9,
+    outer_momentum: Annotated[float, Ge(0), Lt(1)] = 0.5,
     server_lr: dict | None = None,
     wire: Literal["float32", "bf16", "fp16", "trunc16"] = "float32",
     link: Literal["auto", "unix", "tcp"] = "auto",
@@ -72,6 +73,7 @@ class ParameterServerExchange(Exchange):
         self._accumulating = False
         self._record: dict[str, float] = {}
         self._client: Client | None = None
+        self._hooks: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         self._optimizer = optimizer
@@ -83,6 +85,8 @@ class ParameterServerExchange(Exchange):
         replica.connect(client)
         self._steps = self._lag = self._job_steps(client.step)
         if self.world.rank == 0 and not client.initialised:
+            if not self._settings.local:  # else the state is that of the worker's own optimizer
+                replica.send_state(optimizer)
             for block in replica.blocks:
                 replica.store(block)
         for block in replica.blocks:
@@ -91,6 +95,8 @@ class ParameterServerExchange(Exchange):
         if self._settings.local:
             self._anchor = [p.detach().clone() for p in replica.parameters]
         else:
+            # Checkpoints hold what the servers hold, as long as they are there.
+            self._hooks.append(optimizer.register_state_dict_pre_hook(replica.fetch_state))
             for index, parameter in enumerate(replica.parameters):
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, index))
             self._watch_tables(model)
@@ -133,6 +139,8 @@ class ParameterServerExchange(Exchange):
         return self._record
 
     def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
         if self._client:
             self._client.close()
         if self._own_server:
@@ -251,7 +259,7 @@ class ParameterServerExchange(Exchange):
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and id(module.weight) in index_of:
                 module.register_forward_pre_hook(fetch)
         if self._replica.tables:
-            model.register_state_dict_pre_hook(lambda *_: self._pull_tables())
+            self._hooks.append(model.register_state_dict_pre_hook(lambda *_: self._pull_tables()))
 
     def _pull_tables(self) -> None:
         """All rows, for a checkpoint."""
