@@ -92,7 +92,7 @@ def _measure(engine: "Engine", size: int, candidates: list[Choice]) -> dict[Choi
 
 def _network(engine: "Engine", size: int) -> Network:
     """Latency and bandwidth from two probes; recursive doubling moves the whole message in each of its rounds."""
-    few, many = SIZES[0], SIZES[3]
+    few, many = SIZES[0], 4 << 20
     ring = Choice("ring", 1)
     low, high = _agreed(
         engine, [_time(engine, PROBE, torch.zeros(few // 4)), _time(engine, ring, torch.zeros(many // 4))]

@@ -156,7 +156,8 @@ ProcessGroup.reduce_scatter_tensor_coalesced = _coalesced("_reduce_scatter_base"
 
 def _operation(reduce_op: Any) -> Any:
     """The reduce operation as a key of _REDUCE, or None. torch passes a ReduceOp or its inner enum."""
-    return next((known for known in _REDUCE if reduce_op == known), None)
+    operation = getattr(reduce_op, "op", reduce_op)
+    return operation if operation in _REDUCE else None
 
 
 def _runs_here(tensor: Tensor, operation: Any) -> bool:
@@ -195,6 +196,44 @@ class Pending(dist.Work):
 
     def result(self) -> list[Tensor]:
         return self._future.value()
+
+    def synchronize(self) -> None:
+        self.wait()
+
+
+class Done(dist.Work):
+    """Work that is done: its tensors, or what went wrong.
+
+    After a large message the caches hold data, and each further line of Python costs: this is less than a future that is done.
+    """
+
+    def __init__(self, outcome: list[Tensor] | BaseException):
+        super().__init__()
+        self._outcome = outcome
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        self.result()
+        return True
+
+    def result(self) -> list[Tensor]:
+        if isinstance(self._outcome, BaseException):
+            # What torch's own backends raise, and scripts catch.
+            raise RuntimeError(f"{type(self._outcome).__name__}: {self._outcome}") from self._outcome
+        return self._outcome
+
+    def get_future(self) -> torch.futures.Future:
+        future: torch.futures.Future = torch.futures.Future()
+        future.set_result(self._outcome)
+        return future.then(_result)
+
+    def is_completed(self) -> bool:
+        return True
+
+    def is_success(self) -> bool:
+        return self.exception() is None
+
+    def exception(self) -> BaseException | None:
+        return self._outcome if isinstance(self._outcome, BaseException) else None
 
     def synchronize(self) -> None:
         self.wait()
@@ -245,39 +284,35 @@ class _Lane:
     def allreduce(self, tensors: list[Tensor], operation: Any, at_once: bool) -> dist.Work:
         """``at_once``: the caller waits for the result anyway, so it runs on the caller's thread, if none is under way."""
         self._sequence += 1
-        sequence, outcome = self._sequence, torch.futures.Future()
-
-        def task() -> None:
-            if self._failed is not None:
-                outcome.set_result(
-                    ConnectionError(f"allreduce #{sequence}: not run, since an earlier one failed: {self._failed}")
-                )
-                return
-            try:
-                if self._engine is None:
-                    group = Group(dist.PrefixStore("wire/", self._store), self._rank, self._size, self._timeout)
-                    self._engine = Engine(group, *self._options)
-                for tensor in tensors:
-                    self._reduce(tensor, operation)
-            except BaseException as error:
-                self._failed = self._explain(error, sequence)
-                outcome.set_result(self._failed)
-            else:
-                outcome.set_result(tensors)
-
+        sequence = self._sequence
         if at_once and not self._waiting:
             with self._lock:
-                task()
-        else:
-            with self._counting:
-                self._waiting += 1
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="scaletrain-lane", daemon=True)
-                self._thread.start()
-            self._tasks.put(task)
+                return Done(self._run(tensors, operation, sequence))
+        future: torch.futures.Future = torch.futures.Future()
+        with self._counting:
+            self._waiting += 1
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="scaletrain-lane", daemon=True)
+            self._thread.start()
+        self._tasks.put(lambda: future.set_result(self._run(tensors, operation, sequence)))
         # Python's Future.set_exception only wraps a value, which DDP's C++ takes for tensors and crashes on. What a callback raises is an
         # error in C++ too: a RuntimeError there and for wait(), with the message of ours.
-        return Pending(outcome.then(_result))
+        return Pending(future.then(_result))
+
+    def _run(self, tensors: list[Tensor], operation: Any, sequence: int) -> list[Tensor] | BaseException:
+        """The tensors, reduced, or what went wrong."""
+        if self._failed is not None:
+            return ConnectionError(f"allreduce #{sequence}: not run, since an earlier one failed: {self._failed}")
+        try:
+            if self._engine is None:
+                group = Group(dist.PrefixStore("wire/", self._store), self._rank, self._size, self._timeout)
+                self._engine = Engine(group, *self._options)
+            for tensor in tensors:
+                self._reduce(tensor, operation)
+        except BaseException as error:
+            self._failed = self._explain(error, sequence)
+            return self._failed
+        return tensors
 
     def _reduce(self, tensor: Tensor, operation: Any) -> None:
         """One tensor of any shape and strides."""

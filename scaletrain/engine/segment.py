@@ -64,8 +64,8 @@ class Segment:
         cores = _exchanged(group, "cores", " ".join(map(str, os.sched_getaffinity(0))))
         # With fewer cores than ranks, spinning keeps the very rank from running that is waited for: the core is offered at once.
         # All ranks' cores together: each of them may be bound to its own.
-        enough = len({core for own in cores for core in own.split()}) >= self.size
-        self.spins = _SPINS if enough else 1
+        self.a_core_each = len({core for own in cores for core in own.split()}) >= self.size
+        self._spins = _SPINS if self.a_core_each else 1
 
     def write(self, counter: int, value: int) -> None:
         """Set one of this rank's counters: what was written to ``data`` before is seen by who sees the value. Wakes who sleeps."""
@@ -86,7 +86,7 @@ class Segment:
             TimeoutError, ConnectionError: with the rank's number.
         """
         words, place = self._words, rank * self._per_rank + (1 + counter) * _LINE
-        for _ in range(self.spins):
+        for _ in range(self._spins):
             if words[place] >= value:
                 return
         patience = Patience(self, (rank,))

@@ -161,3 +161,36 @@ def test_the_backend_gives_what_gloo_gives(size: int, transport: str, tmp_path, 
     monkeypatch.setenv("SCALETRAIN_TRANSPORT", transport)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert run_ranks(every_dtype, size, str(tmp_path / "store"), timeout_s=100) == [[]] * size
+
+
+def half_sums(rank: int, size: int, path: str) -> dict[str, bytes]:
+    """Terms that half precision loses one by one: 256 + 1 + 1 is 256 in bfloat16, and 258 when rounded once."""
+    import scaletrain
+
+    assert scaletrain.__version__
+    dist.init_process_group("scaletrain", store=dist.FileStore(path, size), rank=rank, world_size=size)
+    found = {}
+    for dtype, large in ((torch.bfloat16, 256.0), (torch.float16, 2048.0)):
+        few = torch.tensor([large if rank == owner else 1.0 for owner in range(size)], dtype=dtype)
+        dist.all_reduce(few)
+        whole = torch.full((size,), large + size - 1).to(dtype)
+        assert torch.equal(few, whole), f"{dtype}: {few.tolist()} is not {whole.tolist()}"
+        terms = [torch.randn(300_001, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(size)]
+        many = terms[rank].clone()
+        dist.all_reduce(many)
+        exact = sum(term.double() for term in terms)
+        assert torch.allclose(many.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-6), "rounded once"
+        found[str(dtype)] = many.view(torch.uint8).numpy().tobytes()
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_half_precision_is_rounded_once(size: int, transport: str, tmp_path, monkeypatch):
+    """Equal bits on every replica, and no worse than the float32 sum rounded."""
+    monkeypatch.setenv("SCALETRAIN_TRANSPORT", transport)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, *others = run_ranks(half_sums, size, str(tmp_path / "store"), timeout_s=60)
+    assert all(other == first for other in others)

@@ -32,13 +32,15 @@ class SharedMemory:
 
     def __init__(self, group: Group, slice_bytes: int, at_once_bytes: int):
         self.rank, self.size = group.rank, group.size
-        self._block_bytes = block_bytes = -(-slice_bytes // 64) * 64 * self.size
-        self._at_once_bytes = min(at_once_bytes, block_bytes)
+        block_bytes = -(-slice_bytes // 128) * 128 * self.size
         blocks_bytes = 2 * self.size * block_bytes
         self._slot_bytes = max(4096, min(256 << 10, (32 << 20) // (_SLOTS * self.size**2) // 64 * 64))
         mail_bytes = self.size**2 * _SLOTS * self._slot_bytes
         # Counters: the stage, then for each peer what was sent to it and what was taken from it.
         self._segment = Segment(group, 1 + 2 * self.size, blocks_bytes + mail_bytes)
+        # Half a block stays in a core's cache; where ranks share cores every wait is a switch of tasks, and fewer of them count for more.
+        self._block_bytes = block_bytes // 2 if self._segment.a_core_each else block_bytes
+        self._at_once_bytes = min(at_once_bytes, self._block_bytes)
         self._blocks = np.frombuffer(self._segment.data, np.uint8, blocks_bytes).reshape(2, self.size, block_bytes)
         self._torch_blocks = torch.from_numpy(self._blocks)
         mail = np.frombuffer(self._segment.data, np.uint8, mail_bytes, blocks_bytes)
@@ -206,7 +208,7 @@ def _torch_copy(into: Tensor, source: Tensor) -> None:
 def transport(
     group: Group,
     *,
-    slice_bytes: Annotated[int, Ge(4096)] = 262_144,  # what a rank reduces at a time
+    slice_bytes: Annotated[int, Ge(4096)] = 524_288,  # what a rank reduces at a time; half of it where each has a core
     at_once_bytes: Annotated[int, Ge(0)] = 131_072,  # up to this size every rank reduces everything
 ) -> Transport:
     hosts = len(set(same_host(group)))
