@@ -50,7 +50,7 @@ class Replica:
             for p, group in zip(self.parameters, self.groups, strict=True)
         ]
         whole = self.optimizer["name"] not in optimizers.ELEMENTWISE
-        self.blocks = sharding.plan(described, settings.servers, int(settings.block_mb * (1 << 20)), whole)
+        self.blocks = sharding.plan(described, settings.servers, settings.block_bytes, whole)
         self.dense = [block for block in self.blocks if not block.sparse]
         tabled = [index for index, parameter in enumerate(described) if parameter.sparse]
         self.tables = {i: [b for b in self.blocks if b.sparse and b.pieces[0].parameter == i] for i in tabled}

@@ -32,7 +32,7 @@ class Settings(NamedTuple):
     link: str = "auto"
     security: str = "auto"
     connections: int = 0
-    block_mb: float = 4.0
+    block_mb: float = 0.0
     snapshot_updates: int | None = None
     snapshot_s: float | None = None
     restart_servers: int = 0
@@ -54,6 +54,11 @@ class Settings(NamedTuple):
     def shared_memory(self) -> bool:
         """Tensors lie in shared memory; what is rounded for a wire has to cross one."""
         return self.on_one_host and self.wire == "float32"
+
+    @property
+    def block_bytes(self) -> int:
+        """A message is encrypted as a whole before any of it leaves: smaller ones overlap better."""
+        return int((self.block_mb or (1.0 if self.encrypted else 4.0)) * (1 << 20))
 
     @property
     def num_connections(self) -> int:

@@ -110,12 +110,14 @@ def work(
     steps: int,
     make=lambda p: torch.optim.SGD(p, **SGD),
     on_step: Callable[[int, ParameterServerExchange], None] = lambda step, joined: None,
+    meet: Callable[[], object] = lambda: None,
 ) -> tuple[list[torch.Tensor], dict[str, float]]:
     """Train as one worker; returns the weights and the last record."""
     net = model()
     optimizer = make(net.parameters())
     joined = exchange(made, run_dir, rank)
     joined.attach(net, optimizer)
+    meet()  # whoever comes later than the others' first step leaves out what they have done
     step = joined.skip(steps)
     while step < steps:
         optimizer.zero_grad()

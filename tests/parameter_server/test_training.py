@@ -1,6 +1,7 @@
 """Servers and workers as threads: the same weights as one process, in every mode that promises it."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_async_of_one_worker_is_single_process_training(tmp_path):
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 def test_async_applies_every_gradient_and_records_staleness(tmp_path, mode):
     made = Settings(3, 20, mode=mode, staleness=1)
-    results = job.train(made, tmp_path, STEPS)
+    results = job.train(made, tmp_path, STEPS, meet=threading.Barrier(3, timeout=30).wait)
     statistics = job.statistics(tmp_path)
     assert statistics["updates"] == 3 * STEPS
     assert sum(statistics["staleness"].values()) == 3 * STEPS

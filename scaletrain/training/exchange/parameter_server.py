@@ -43,7 +43,7 @@ def exchange(
     link: Literal["auto", "unix", "tcp"] = "auto",
     security: Literal["auto", "curve", "trusted_network"] = "auto",
     connections: Annotated[int, Ge(0)] = 0,
-    block_mb: Annotated[float, Gt(0)] = 4.0,
+    block_mb: Annotated[float, Ge(0)] = 0.0,
     snapshot_updates: Annotated[int, Ge(1)] | None = None,
     snapshot_s: Annotated[float, Gt(0)] | None = None,
     restart_servers: Annotated[int, Ge(0)] = 0,
