@@ -44,6 +44,7 @@ def command(hosts: tuple[int, ...], data: Path, out: Path, no_measure: bool) -> 
 
     Needs root (network namespaces); about 20 minutes on 2 cores. Stopped and started again, it measures what is missing.
     """
+    from scaletrain.errors import UserError
     from scaletrain.metrics import write_json
     from scaletrain.scaling import render, report, results
 
@@ -51,6 +52,8 @@ def command(hosts: tuple[int, ...], data: Path, out: Path, no_measure: bool) -> 
     if not no_measure:
         _measure(data, hosts)
     swept = [path for path in (data / "one", data / "many") if (path / "sweep.json").exists()]
+    if not swept:
+        raise UserError(f"--data {data}: nothing was measured there (allowed: leave --no-measure out)")
     made = report.of_sweep(*swept)
     made["header"].pop("argv", None)
     exchanges = [row for count in hosts for row in _exchange_rows(data / f"exchanges-{count}.json")]

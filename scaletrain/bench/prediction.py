@@ -307,7 +307,7 @@ def _fitted(parameters: Mapping[str, Any]) -> str:
     for key, parameter in parameters.items():
         name, scale, unit = units[key]
         if parameter["low"] is None:
-            told.append(f"{name} not told by these measurements")
+            told.append(f"{name} {scale * parameter['value']:.3g} {unit} (no interval)")
         else:
             told.append(
                 f"{name} {scale * parameter['value']:.3g} {unit} ({scale * parameter['low']:.3g} to {scale * parameter['high']:.3g})"
