@@ -1,24 +1,32 @@
 """A real SLURM on this machine for the tests: munged, slurmctld and a slurmd for each emulated node, all in a folder of their own.
 
-Nothing under /etc is read or written. ``with Slurm(folder, nodes=4) as slurm: subprocess.run(["srun", ...], env=slurm.env)``.
+Nothing under /etc is read or written. ``with Slurm(folder, nodes=4) as slurm: subprocess.run(["srun", ...], env=slurm.env)``. Nodes n0,
+n1, ... have a core each, k0, k1 and k2 too, t0 two; g0 has two and two GPUs (character devices that do nothing). With ``network``, a
+rehearsal cluster, each node is a host of its own, and so commands must be run on one of them (``run`` does).
 """
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from scaletrain.launching.rehearsal import Cluster
+
+_LIBC = ctypes.CDLL(None)
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 
 CONF = """
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldHost={controller}
+SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -26,6 +34,7 @@ AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
+TmpFS={folder}/tmp-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -41,6 +50,7 @@ SchedulerType=sched/builtin
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
+GresTypes=gpu
 ReturnToService=2
 JobRequeue=1
 KillWait=5
@@ -52,9 +62,12 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,requeue_delay=1
 {nodes}
-PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
-PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes={hosts} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=high Nodes={hosts} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
+MORE = """PartitionName=gpu Nodes=g0 MaxTime=INFINITE State=UP PreemptMode=OFF
+PartitionName=killed Nodes=k[0-2] MaxTime=INFINITE State=UP PreemptMode=OFF
+PartitionName=timed Nodes=t0 MaxTime=INFINITE State=UP PreemptMode=OFF"""
 
 
 def missing() -> list[str]:
@@ -71,24 +84,47 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
+def _ended_with_us() -> None:
+    """A daemon of a test run that is killed ends, too (PR_SET_PDEATHSIG)."""
+    _LIBC.prctl(1, signal.SIGTERM)
+
+
 class Slurm:
-    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 1):
-        self.folder, self.num_nodes = folder, nodes
+    def __init__(self, folder: Path, nodes: int = 4, network: Cluster | None = None):
+        self.folder, self.network = folder, network
+        self.nodes = [f"n{i}" for i in range(nodes)] + ([] if network else ["k0", "k1", "k2", "t0", "g0"])
         self.daemons: dict[str, subprocess.Popen] = {}
-        ports = _free_ports(nodes + 1)
-        host = socket.gethostname()
-        lines = "\n".join(
-            f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i + 1]} CPUs={cpus} RealMemory=4000 State=UNKNOWN"
-            for i in range(nodes)
-        )
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "state").mkdir()
-        (folder / "slurm.conf").write_text(CONF.format(host=host, ports=ports, folder=folder, nodes=lines))
+        for name in ("state", *(f"tmp-{node}" for node in self.nodes)):  # PMIx keeps its sockets in a node's own tmp
+            (folder / name).mkdir()
+        host = socket.gethostname()
+        port, *ports = [6817, *[6818] * nodes] if network else _free_ports(len(self.nodes) + 1)
+        lines = []
+        for i, name in enumerate(self.nodes):
+            address = network.addresses[i] if network else "127.0.0.1"
+            size = {"t0": "CPUs=2", "g0": "CPUs=2 Gres=gpu:2"}.get(name, "CPUs=1")
+            real = network.names[i] if network else host
+            lines.append(
+                f"NodeName={name} NodeHostname={real} NodeAddr={address} Port={ports[i]} {size} RealMemory=4000 State=UNKNOWN"
+            )
+        if not network:
+            lines.append(MORE)
+            self._make_gpus(2)
+        controller = f"{network.names[0]}({network.addresses[0]})" if network else f"{host}(127.0.0.1)"
+        hosts, lines = f"n[0-{nodes - 1}]", "\n".join(lines)
+        text = CONF.format(controller=controller, port=port, folder=folder, nodes=lines, hosts=hosts)
+        (folder / "slurm.conf").write_text(text)
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
         }
+
+    def _make_gpus(self, count: int) -> None:
+        """Devices such as /dev/null, that SLURM hands out as if they were GPUs."""
+        for i in range(count):
+            os.mknod(self.folder / f"gpu{i}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        (self.folder / "gres.conf").write_text(f"NodeName=g0 Name=gpu File={self.folder}/gpu[0-{count - 1}]\n")
 
     def __enter__(self) -> "Slurm":
         try:
@@ -108,15 +144,15 @@ class Slurm:
         self._start("munged", "munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in paths.items()))
         self._until(munge.exists, "munged's socket")
         self.start_controller("-c")
-        for node in range(self.num_nodes):
+        for node in self.nodes:
             self.start_node(node)
-        self._until(lambda: self._sinfo().count("idle") == self.num_nodes, "idle nodes")
+        self._until(lambda: self._sinfo().count("idle") == len(self.nodes), "idle nodes")
 
     def start_controller(self, *arguments: str) -> None:
         self._start("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"), *arguments)
 
-    def start_node(self, node: int) -> None:
-        self._start(f"n{node}", "slurmd", "-D", "-N", f"n{node}", "-f", str(self.folder / "slurm.conf"))
+    def start_node(self, node: str) -> None:
+        self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
 
     def kill(self, name: str) -> None:
         """``kill -9`` of one daemon: "slurmctld", or a node such as "n2"."""
@@ -144,25 +180,30 @@ class Slurm:
 
     def run(self, *command: str, timeout: float = 30) -> str:
         """The output of a SLURM command; raises when it fails."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(self.on(command), env=self.env, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def on(self, command: Sequence[str], node: str = "n0") -> Sequence[str]:
+        """The command line that runs a command on a node's host, where nodes are hosts of their own."""
+        return self.network.command(self.nodes.index(node), command) if self.network else command
 
     def state(self, job: str) -> dict[str, str]:
         text = self.run("scontrol", "show", "job", "-o", job)
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
     def _sinfo(self) -> str:
-        return subprocess.run(
-            ["sinfo", "-h", "-N", "-p", "low", "-o", "%N %T"], env=self.env, capture_output=True, text=True, timeout=20
-        ).stdout
+        command = self.on(["sinfo", "-h", "-N", "-o", "%N %T"])
+        found = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=20).stdout
+        return " ".join(sorted(set(found.splitlines())))
 
     def _start(self, name: str, *command: str) -> None:
         log = open(self.folder / f"{name}.out", "a")  # noqa: SIM115 (the daemon keeps it)
         env = {**self.env, "SLURMD_NODENAME": name} if command[0] == "slurmd" else self.env
         self.daemons[name] = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+            self.on(command, name if name in self.nodes else "n0"), env=env, stdin=subprocess.DEVNULL,
+            stdout=log, stderr=log, start_new_session=True, preexec_fn=_ended_with_us,
+        )  # fmt: skip
         log.close()
 
     def _until(self, condition, what: str, timeout_s: float = 20) -> None:

@@ -155,8 +155,8 @@ fi
 [ -e {run_dir}/config.yaml ] || [ ! -e {shared}/config.yaml ] ||
     sed "s/^seed: .*/seed: $SLURM_ARRAY_TASK_ID/" {shared}/config.yaml > {run_dir}/config.yaml
 """
-_AGAIN = """if [ $status -eq 0 ] && grep -qs '"finished": false' {run_dir}/summary.json &&
-   [ "$(squeue -h -j {job_id} -o %T)" = RUNNING ]; then # out of time or preempted, not cancelled; the checkpoint is written
+_AGAIN = """if {{ [ $status -eq 138 ] || {{ [ $status -eq 0 ] && grep -qs '"finished": false' {run_dir}/summary.json; }}; }} &&
+   [ "$(squeue -h -j {job_id} -o %T)" = RUNNING ]; then # out of time (138: before the first step) or preempted, not cancelled
     scontrol requeue {job_id} && exit 0
 fi
 """
