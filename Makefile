@@ -30,7 +30,7 @@ lint: setup
 horovod: setup
 	launch/build_horovod.sh $(BIN)/python
 
-# FireCaffe's curves on emulated hosts (root; network namespaces): server, tree and ring, NiN and GoogLeNet, 1 to 16 hosts. About 20 minutes;
+# FireCaffe's curves on emulated hosts (root; network namespaces): server, tree and ring, NiN and GoogLeNet, 1 to 16 hosts. An estimated 20 minutes;
 # started again after a stop it measures what is missing (runs/firecaffe).
 firecaffe: setup
 	$(BIN)/scaletrain bench firecaffe

@@ -42,7 +42,7 @@ def _counts(context: click.Context, parameter: click.Parameter, text: str) -> tu
 def command(hosts: tuple[int, ...], data: Path, out: Path, no_measure: bool) -> None:
     """Strong scaling of NiN's and GoogLeNet's shapes on 1 to 16 emulated hosts, and the time of their exchanges alone.
 
-    Needs root (network namespaces); about 20 minutes on 2 cores. Stopped and started again, it measures what is missing.
+    Needs root (network namespaces); an estimated 20 minutes on 2 cores. Stopped and started again, it measures what is missing.
     """
     from scaletrain.errors import UserError
     from scaletrain.metrics import write_json
