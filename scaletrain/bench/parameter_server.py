@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,50 +30,88 @@ SIZES = {
 
 @click.command()
 @click.option(
-    "--only", type=click.Choice(["sockets", "null", "tree"]), multiple=True, help="Parts to measure [default: all]."
+    "--only",
+    type=click.Choice(["sockets", "null", "memory", "tree"]),
+    multiple=True,
+    help="Parts to measure [default: all].",
 )
 @click.option("--workers", default="1,2,4,8", show_default=True, help="Numbers of workers of the null steps.")
+@click.option("--servers", default="1,2", show_default=True, help="Numbers of servers of the null steps.")
 @click.option(
     "--hosts", default="2,4,8,16", show_default=True, help="Numbers of emulated hosts of the server-tree comparison."
 )
 @click.option("--steps", default=7, show_default=True, help="Measured steps of each row; the median is printed.")
 @click.option(
-    "--memory-gb", default=6.0, show_default=True, help="Rows that would need more memory are left out, and listed."
+    "--memory-gb", default=14.0, show_default=True, help="Rows that would need more memory are left out, and listed."
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Also write FILE.json and FILE.md.")
-def command(only: tuple[str, ...], workers: str, hosts: str, steps: int, memory_gb: float, output: Path | None) -> None:
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Also write FILE.json and FILE.md; rows there that are not measured now stay, so that it can be done in pieces.",
+)
+def command(
+    only: tuple[str, ...], workers: str, servers: str, hosts: str, steps: int, memory_gb: float, output: Path | None
+) -> None:
     """Measure the parameter server, side by side with what it is compared with."""
     from scaletrain.metrics import environment, write_json
+    from scaletrain.scaling import results
 
-    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
+    parts: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "sockets": lambda: _sockets(steps),
-        "null": lambda: _null([int(n) for n in workers.split(",")], steps, memory_gb),
-        "tree": lambda: _trees([int(n) for n in hosts.split(",")]),
+        "null": lambda: _null(numbers(workers), numbers(servers), steps, memory_gb),
+        "memory": lambda: _memory(max(numbers(workers)), steps),
+        "tree": lambda: _trees(numbers(hosts)),
     }
-    results: dict[str, Any] = {"environment": environment()}
-    text = ["# Parameter server", "", _describe(results["environment"])]
+    kept: dict[str, Any] = {}
+    if output and output.with_suffix(".json").exists():
+        kept = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    kept["environment"] = environment()
     for name, measure in parts.items():
         if only and name not in only:
             continue
-        results[name] = rows = measure()
-        table = _table(rows)
-        click.echo(f"\n{_TITLES[name]}\n\n{table}")
-        text += ["", f"## {_TITLES[name]}", "", table]
-        if output:  # after each part: what was measured stays, whatever happens to the next
-            write_json(output.with_suffix(".json"), results)
-            output.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
+        for row in measure():  # written row by row: what was measured stays, whatever happens to the next
+            kept[name] = _merged(kept.get(name, []), row)
+            if output:
+                write_json(output.with_suffix(".json"), kept)
+                results.write(output.with_suffix(".md"), _page(kept, list(parts)))
+        click.echo(f"\n{_TITLES[name]}\n\n{_table(kept[name])}")
+
+
+_KEYS = ("link", "step", "servers", "MB", "workers")
+
+
+def _merged(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with ``new`` in the place of the one about the same."""
+
+    def about(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in _KEYS)
+
+    places = [index for index, row in enumerate(rows) if about(row) == about(new)]
+    return [new if index in places else row for index, row in enumerate(rows)] + [new] * (not places)
+
+
+def _page(kept: dict[str, Any], names: list[str]) -> str:
+    text = ["# Parameter server", "", _describe(kept["environment"])]
+    for name in names:
+        if kept.get(name):
+            text += ["", f"## {_TITLES[name]}", "", _table(kept[name])]
+    return "\n".join(text)
 
 
 _TITLES = {
     "sockets": "100 MB pushed and pulled, 1 worker, 1 server",
     "null": "Null steps (no compute), all workers together, beside TensorFlow's published figures",
+    "memory": "Memory of a server with 8 workers, 100 MB of parameters, SGD with momentum",
     "tree": "FireCaffe: server and tree on EMULATED hosts (network namespaces), 1 Gbit/s links",
 }
 
 
-def _sockets(steps: int) -> list[dict[str, Any]]:
+def _sockets(steps: int) -> Iterable[dict[str, Any]]:
     """Pairs are measured in turn, three times; the ratio is of the medians of the same security."""
-    size, rows = 100 * MB, []
+    size = 100 * MB
     cases: dict[str, tuple[dict[str, Any], Callable[[], float], float]] = {
         "tcp, curve": ({"link": "tcp", "security": "curve"}, lambda: _bare("curve", size, steps), 0.75),
         "tcp, trusted_network": (
@@ -86,55 +124,63 @@ def _sockets(steps: int) -> list[dict[str, Any]]:
     for name, (options, compared, target) in cases.items():
         ours, theirs = [], []
         for _ in range(3):
-            ours.append(_job(1, "dense", size, steps, options)["step_s"])
+            # What bare sockets send lies where it is sent from; what arrives is copied by both. Into shared memory we copy, gloo does not.
+            mode = "dense" if "memory" in name else "placed"
+            ours.append(_job(1, mode, size, steps, options)["step_s"])
             theirs.append(compared())
         mine, other = sorted(ours)[1], sorted(theirs)[1]
-        rows.append({
+        yield {
             "link": name, "server_s": mine, "server_GB_per_s": 2 * size / mine / 1e9,
             "compared_with": "gloo send + recv" if "memory" in name else "bare pyzmq pair", "compared_s": other,
             "ratio": other / mine, "target": target, "met": other / mine >= target,
-        })  # fmt: skip
-    return rows
+        }  # fmt: skip
 
 
-def _null(counts: list[int], steps: int, memory_gb: float) -> list[dict[str, Any]]:
-    rows = []
+def _null(counts: list[int], server_counts: list[int], steps: int, memory_gb: float) -> Iterable[dict[str, Any]]:
     for name, (mode, size) in SIZES.items():
-        for servers in (1, 2):
+        for servers in server_counts:
             for workers in counts:
-                # A dense worker holds weights, gradients and what it sends; rank 0 of a table holds one part at a time.
-                need = size * (4 * workers + 2) if mode == "dense" else 3 * size
+                # A dense worker's gradients lie in shared memory; servers hold weights and sums. 0.3 GB is Python with torch.
+                need = (size * (workers + 2) if mode == "dense" else 2 * size) + 300 * MB * (workers + servers)
                 row: dict[str, Any] = {"step": name, "servers": servers, "workers": workers}
                 if need > memory_gb * 1e9:
-                    rows.append(row | {"step_s": None, "note": f"needs {need / 1e9:.0f} GB"})
+                    yield row | {"step_s": None, "note": f"needs {need / 1e9:.0f} GB"}
                     continue
-                found = _job(
-                    workers,
-                    mode,
-                    size,
-                    max(3, steps if size < MB * 500 or mode == "sparse" else 3),
-                    {"servers": servers},
-                )
+                many = mode == "dense" and size > 500 * MB
+                found = _job(workers, mode, size, 3 if many else steps, {"servers": servers})
                 published = PUBLISHED.get(name)
-                rows.append(row | {
-                    "step_s": found["step_s"], "server_cpu_s_per_worker": found["cpu_s"] / workers / found["steps"],
-                    "server_memory_MB": found["memory_bytes"] / 1e6, "published_1_to_100_s": published and "{} to {}".format(*published),
-                })  # fmt: skip
-    return rows
+                yield row | {
+                    "step_s": found["step_s"],
+                    "GB_per_s": 2 * size * workers / found["step_s"] / 1e9 if mode == "dense" and size > MB else None,
+                    "server_cpu_ms_per_worker": 1000 * found["server_cpu_s"] / workers,
+                    "published_1_to_100_s": published and "{} to {}".format(*published),
+                }  # fmt: skip
 
 
-def _trees(counts: list[int]) -> list[dict[str, Any]]:
+def _memory(workers: int, steps: int) -> Iterable[dict[str, Any]]:
+    """A server's own memory at its peak: resident, less what Python and torch take before any parameter and what workers own and it has mapped."""
+    for name, options in (("one host, shared memory", {}), ("tcp, curve", {"link": "tcp"})):
+        found = _job(workers, "momentum", 100 * MB, steps, options)
+        own = found["memory_peak_bytes"] - found["memory_at_start_bytes"] - found["mapped_bytes"]
+        yield {
+            "link": name, "workers": workers, "peak_MB": found["memory_peak_bytes"] / 1e6,
+            "before_any_parameter_MB": found["memory_at_start_bytes"] / 1e6, "workers_memory_mapped_MB": found["mapped_bytes"] / 1e6,
+            "own_MB": own / 1e6, "parameters_and_state_MB": found["owned_bytes"] / 1e6, "ratio": own / found["owned_bytes"],
+            "limit": 3.0, "met": own <= 3 * found["owned_bytes"],
+        }  # fmt: skip
+
+
+def _trees(counts: list[int]) -> Iterable[dict[str, Any]]:
     """t_server = |W| p / BW, t_tree = 2 |W| log2(p) / BW (FireCaffe, section 5), BW = 125 MB/s."""
     from scaletrain.launching.rehearsal.cluster import Cluster
     from scaletrain.parameter_server import placement
     from scaletrain.parameter_server.settings import Settings
 
-    rows = []
     for p in counts:
         with Cluster(p + 1, bandwidth="1Gbit") as cluster:
             for megabytes in (5.0, 30.4, 53.5):
                 size = int(megabytes * MB) // 4 * 4
-                made = Settings(p, 120.0, hosts=2, security="trusted_network", block_mb=1.0)
+                made = Settings(p, 120.0, hosts=2, security="trusted_network", block_mb=0.25)
 
                 def on_host(host: int, argv: tuple[str, ...], cluster: Any = cluster) -> tuple[str, ...]:
                     return cluster.command(host, argv)
@@ -145,18 +191,17 @@ def _trees(counts: list[int]) -> list[dict[str, Any]]:
                     )
                     with _ended([server]):
                         text = json.dumps(made._asdict())
-                        argv = [on_host(r, _rank("null", folder, r, text, "dense", size, 3)) for r in range(p)]
+                        argv = [on_host(r, _rank("null", folder, r, text, "placed", size, 3)) for r in range(p)]
                         measured = max(result["step_s"] for result in _run(argv))
                 argv = [on_host(r, _rank("tree", r, p, cluster.addresses[0], 29600, size, 3)) for r in range(p)]
                 tree = max(result["step_s"] for result in _run(argv))
                 server_formula, tree_formula = size * p / 125e6, 2 * size * (p - 1).bit_length() / 125e6
-                rows.append({
+                yield {
                     "MB": megabytes, "workers": p, "server_s": measured, "server_formula_s": server_formula,
                     "server_ratio": measured / server_formula, "tree_s": tree, "tree_formula_s": tree_formula,
                     "tree_ratio": tree / tree_formula,
                     "within_15_percent": abs(measured / server_formula - 1) <= 0.15 and abs(tree / tree_formula - 1) <= 0.15,
-                })  # fmt: skip
-    return rows
+                }  # fmt: skip
 
 
 def _job(workers: int, mode: str, size: int, steps: int, options: dict[str, Any]) -> dict[str, float]:
@@ -174,12 +219,12 @@ def _job(workers: int, mode: str, size: int, steps: int, options: dict[str, Any]
             text = json.dumps(made._asdict())
             results = _run([_rank("null", folder, r, text, mode, size, steps) for r in range(workers)])
         found = [json.loads((Path(folder) / f"server-{k}.json").read_text()) for k in range(made.servers)]
+    largest = max(found, key=lambda server: server["memory_peak_bytes"])
+    kept = ("memory_peak_bytes", "memory_at_start_bytes", "mapped_bytes", "owned_bytes")
     return {
         "step_s": max(result["step_s"] for result in results),
-        "cpu_s": sum(server["cpu_s"] for server in found),
-        "memory_bytes": max(server["memory_bytes"] for server in found),
-        "steps": steps + 2,
-    }
+        "server_cpu_s": results[0]["server_cpu_s"],
+    } | {key: largest[key] for key in kept}
 
 
 def _bare(security: str, size: int, steps: int) -> float:

@@ -17,27 +17,32 @@ from scaletrain.parameter_server import security, sharding
 from scaletrain.parameter_server.client import Client
 from scaletrain.parameter_server.settings import Settings
 
-_CHUNK = 4 << 20
-
 
 def null_steps(run_dir: str, rank: str, settings: str, mode: str, total_bytes: str, steps: str) -> dict[str, float]:
-    """Push gradients, pull weights, compute nothing: ``dense`` all of them, ``sparse`` 32 rows of a table of that size."""
+    """Push gradients, pull weights, compute nothing: ``dense`` all of them, ``sparse`` 32 rows of a table of that size.
+
+    Gradients are copied to where they are sent from (with ``placed`` they lie there already, as what a bare socket sends does), weights from
+    where they arrive to where they are used; the model's own memory is one block's (1 GB of it for
+    each of 8 workers would not fit beside the rest).
+    """
     made, numel = Settings(**json.loads(settings)), max(1, int(total_bytes) // 4)
     width = 256
     shape = (numel // width, width) if mode == "sparse" else (numel,)
-    blocks = sharding.plan([sharding.Parameter(shape, sparse=mode == "sparse")], made.servers)
-    optimizer = {"name": "SGD", "groups": [{"lr": 0.0}]}
+    blocks = sharding.plan([sharding.Parameter(shape, sparse=mode == "sparse")], made.servers, made.block_bytes)
+    optimizer = {"name": "SGD", "groups": [{"lr": 0.0, "momentum": 0.9 if mode == "momentum" else 0.0}]}
     client = Client(made, Path(run_dir), int(rank), blocks, optimizer)
     if int(rank) == 0:
         for block in blocks:
             client.store(block.key, torch.zeros(block.numel))
-    weights = {} if mode == "sparse" else {block.key: torch.empty(block.numel) for block in blocks}
-    gradients = {key: torch.ones_like(value) for key, value in weights.items()}
+    largest = 0 if mode == "sparse" else max(block.numel for block in blocks)
+    gradient, weights = torch.ones(largest), torch.empty(largest)
     rows = torch.arange(32 // made.servers)
     values = torch.ones(len(rows), width)
-    times = []
+    times, cpu_s = [], 0.0
     for step in range(int(steps) + 2):
         client.sum(np.zeros(1))  # together
+        if step == 2:
+            cpu_s = _servers_cpu_s(Path(run_dir), made.servers)
         began = time.perf_counter()
         if mode == "sparse":
             for block in blocks:
@@ -48,18 +53,36 @@ def null_steps(run_dir: str, rank: str, settings: str, mode: str, total_bytes: s
             for block in blocks:
                 client.take_rows(block.key)
         else:
-            for block in reversed(blocks):
-                torch.from_numpy(client.gradient(block.key)).copy_(gradients[block.key])
+            for block in blocks if mode == "placed" else reversed(blocks):  # backward makes the last ones first
+                if mode != "placed" or step == 0:
+                    torch.from_numpy(client.gradient(block.key)).copy_(gradient[: block.numel])
                 client.push(block.key, step, 0.0)
-            for block in reversed(blocks):
-                client.take(block.key, weights[block.key].copy_)
+            for block in blocks:  # in the order of the next forward, as the exchange does
+                client.take(block.key, weights[: block.numel].copy_)
         times.append(time.perf_counter() - began)
+    cpu_s = _servers_cpu_s(Path(run_dir), made.servers) - cpu_s
+    client.sum(np.zeros(1))
     client.close()
-    return {"step_s": statistics.median(times[2:]), "memory_bytes": psutil.Process().memory_info().rss}
+    return {"step_s": statistics.median(times[2:]), "server_cpu_s": cpu_s / int(steps)}
+
+
+def _servers_cpu_s(run_dir: Path, servers: int) -> float:
+    """Processor time of all servers so far; they run on this machine."""
+    total = 0.0
+    for index in range(servers):
+        times = psutil.Process(
+            int(json.loads((run_dir / f"server-{index}.address.json").read_text())["pid"])
+        ).cpu_times()
+        total += times.user + times.system
+    return total
 
 
 def bare(side: str, address: str, run_dir: str, curve: str, total_bytes: str, steps: str) -> dict[str, float]:
-    """What a bare pair of ZeroMQ sockets needs to send so many bytes and get as many back, over one TCP connection."""
+    """What a bare pair of ZeroMQ sockets needs to send so many bytes and get as many back, over one TCP connection.
+
+    In messages as large as the parameter server's blocks.
+    """
+    chunk = Settings(1, link="tcp", security="curve" if curve == "curve" else "trusted_network").block_bytes
     keys = security.job_keys(Path(run_dir))
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
@@ -86,9 +109,9 @@ def bare(side: str, address: str, run_dir: str, curve: str, total_bytes: str, st
     for _ in range(int(steps) + 2):
         began, sent, received = time.perf_counter(), 0, 0
         while received < len(data):
-            if sent < len(data) and sent - received < 8 * _CHUNK:
-                socket.send(data[sent : sent + _CHUNK], copy=False)
-                sent = min(len(data), sent + _CHUNK)
+            if sent < len(data) and sent - received < 8 * chunk:
+                socket.send(data[sent : sent + chunk], copy=False)
+                sent = min(len(data), sent + chunk)
             elif sent == len(data) or socket.poll(0):
                 frame = socket.recv(copy=False)
                 target[received : received + len(frame)] = np.frombuffer(frame.buffer, np.uint8)
