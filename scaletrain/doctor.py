@@ -255,7 +255,7 @@ def doctor(as_json: bool) -> None:
         for check in checks:
             click.echo(f"{click.style(f'{check.status:<7}', colours[check.status])} {check.name:<19} {check.detail}")
             if check.status != "ok":
-                click.echo(f"{'':<27} -> {check.fix}")
+                click.echo(f"{'':<27} -> {'' if check.needed else 'optional: '}{check.fix}")
         click.echo(
             "The default path works."
             if not broken

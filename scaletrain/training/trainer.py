@@ -162,12 +162,17 @@ class Trainer:
         mode = "fixed global batch" if config.batch_mode == "strong" else f"{config.batch_size} a worker"
         epochs = self.num_steps / self.batches.steps_per_epoch
         warmup = f", {config.lr_schedule.warmup_steps} steps of warm-up" if config.lr_schedule.warmup_steps else ""
+        if config.lr_schedule.warmup_steps > self.num_steps:
+            warmup += f" (longer than the run: the rate never reaches {self.base_lr:g})"
+        samples = len(self.workload.train)  # type: ignore[arg-type]
+        left_out = samples - self.batches.steps_per_epoch * self.global_batch
+        uneven = f", {left_out} of them left out of each epoch's order" if left_out else ""
         return [
             f"batch: {self.global_batch} samples a step = {n} worker{'s' * (n > 1)} x {each}{split} ({mode}, {config.batch_mode} scaling)",
             f"learning rate: {self.base_lr:g} for {self.global_batch} samples ({self.base_lr * 256 / self.global_batch:.4g} per 256),"
             f" {config.lr_schedule.name}{warmup}; it does not change with the number of workers",
             f"steps: {self.num_steps} = {epochs:.4g} epoch{'s' * (epochs != 1)} of {self.batches.steps_per_epoch} steps"
-            f" ({len(self.workload.train)} samples)",  # type: ignore[arg-type]
+            f" ({samples} samples{uneven})",
         ]
 
     def _catch_up(self) -> bool:
