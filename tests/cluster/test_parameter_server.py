@@ -1,0 +1,75 @@
+"""Parameter servers on hosts in namespaces: a cut cable and a slow one, between hosts that encrypt."""
+
+import contextlib
+import subprocess
+
+import pytest
+
+from scaletrain.errors import UserError
+from scaletrain.launching.rehearsal import Cluster, cluster
+from scaletrain.parameter_server import placement
+from scaletrain.parameter_server.settings import Settings
+from tests.conftest import require
+from tests.parameter_server import job
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(autouse=True)
+def namespaces():
+    try:
+        cluster.check_machine()
+    except UserError as missing:
+        require("namespaces", False, str(missing))
+
+
+@contextlib.contextmanager
+def training(hosts: Cluster, made: Settings, run_dir, steps: int, delay_s: float):
+    """The server on host 0, worker r on host r + 1."""
+    server = subprocess.Popen(hosts.command(0, placement.command(made, run_dir, 0)), cwd=job.ROOT)
+    started = [
+        job.Worker(made, run_dir, rank, steps, delay_s, on_host=lambda argv, host=rank + 1: hosts.command(host, argv))
+        for rank in range(made.workers)
+    ]
+    try:
+        yield started
+    finally:
+        for worker in started:
+            worker.process.kill()
+            worker.process.wait()
+        server.terminate()
+        server.wait(10)
+
+
+def test_a_cut_link_is_noticed_by_both_ends_which_name_each_other(tmp_path):
+    made = Settings(2, 4, mode="async", hosts=3, placement="dedicated")
+    assert made.encrypted
+    with Cluster(3, bandwidth=None) as hosts, training(hosts, made, tmp_path, 200, 0.05) as started:
+        started[1].wait_for(10)
+        hosts.cut(2)
+        assert started[0].end(60) == 0, started[0].lines[-5:]  # the other one goes on to the last step
+        assert started[0].step == 200
+        assert started[1].end(30) != 0
+        said = "\n".join(started[1].lines)
+        assert f"parameter server 0 (tcp://{hosts.addresses[0]}:" in said
+        assert "closed the connection" in said or "no sign of life" in said
+    assert [entry["rank"] for entry in job.statistics(tmp_path)["lost"]] == [1]
+
+
+def test_plain_sync_names_the_worker_behind_a_cut_link(tmp_path):
+    made = Settings(2, 4, hosts=3, placement="dedicated")
+    with Cluster(3, bandwidth=None) as hosts, training(hosts, made, tmp_path, 10_000, 0.0) as started:
+        started[1].wait_for(10)
+        hosts.cut(2)
+        assert started[0].end(30) != 0
+        assert "worker rank 1 was lost" in "\n".join(started[0].lines)
+
+
+def test_a_slow_link_is_waited_for(tmp_path):
+    made = Settings(2, 4, hosts=3, placement="dedicated")
+    with Cluster(3, bandwidth="100Mbit") as hosts, training(hosts, made, tmp_path, 30, 0.0) as started:
+        started[1].wait_for(5)
+        hosts.shape(2, "1Mbit")
+        assert [worker.end(60) for worker in started] == [0, 0], [worker.lines[-5:] for worker in started]
+        assert started[0].result()["digest"] == started[1].result()["digest"]
+    assert job.statistics(tmp_path)["lost"] == []
