@@ -1,5 +1,7 @@
 """Whatever gloo does on the CPU, backend ``scaletrain`` does too: each call is made under both, and the outcomes compared."""
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -316,3 +318,12 @@ def test_any_shape_and_dtype(size: int, cases: list):
         total = sum(_case(rank, dtype, shape, strided).double() for rank in range(size))
         expected = bits(torch.as_tensor(total).to(dtype))
         assert all(results[index] == expected for results in found), (name, shape, strided)
+
+
+@pytest.mark.parametrize("module", ["choose", "process_group", "spans"])
+def test_any_module_may_be_the_first_to_import_torch(module: str):
+    """torch loads this backend while it is imported: a module that is half imported then has nothing to give."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import scaletrain.engine.{module}"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
