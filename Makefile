@@ -15,7 +15,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 bench: setup
-	$(BIN)/scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --repeats 2 --set epochs=12 --out runs/bench-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --repeats 3 --set epochs=12 --out runs/bench-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -105,20 +105,25 @@ def _name(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def anatomy(losses: Sequence[Mapping[str, Any]]) -> Drawing:
-    """The step of each cell as a stacked bar: the ideal, then each cause of loss. Causes that gain time are left out of the bar."""
+    """The step of each cell as a stacked bar: the ideal, then each cause of loss. Causes that gain time hang below zero."""
 
     def draw(axes: Axes) -> None:
         labels = [
             f"{loss['exchange']}\n{loss['workers']} w" + "".join(f"\n{v}" for v in loss["variant"].values())
             for loss in losses
         ]
-        bottom = [0.0] * len(losses)
+        top, below = [0.0] * len(losses), [0.0] * len(losses)
         layers = {"ideal": [1000 * loss["ideal_s"] for loss in losses]}
-        layers |= {name: [max(0.0, 1000 * loss["causes"][name]) for loss in losses] for name in losses[0]["causes"]}
+        layers |= {name: [1000 * loss["causes"][name] for loss in losses] for name in losses[0]["causes"]}
         for name, heights in layers.items():
-            if max(heights) > 0:
-                axes.bar(range(len(losses)), heights, bottom=bottom, width=0.62, label=name, color=LOSSES[name])
-                bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+            if max(map(abs, heights)) < 0.005 * max(layers["ideal"]):
+                continue  # too thin to be seen
+            starts = [high if height >= 0 else low for height, high, low in zip(heights, top, below, strict=True)]
+            axes.bar(range(len(losses)), heights, bottom=starts, width=0.62, label=name, color=LOSSES[name])
+            top = [high + max(0.0, height) for high, height in zip(top, heights, strict=True)]
+            below = [low + min(0.0, height) for low, height in zip(below, heights, strict=True)]
+        axes.axhline(0, color=PALE, linewidth=0.8)
+        axes.set_ylim(top=1.3 * max(top))  # room for the legend
         axes.set_xticks(range(len(losses)), labels, fontsize=8.5)
         axes.set_ylabel("ms a step")
         axes.grid(axis="x", visible=False)
