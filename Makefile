@@ -37,7 +37,7 @@ firecaffe: setup
 
 # Every figure in benchmarks/results/, with hardware, versions and commit in each header (root; hours: best on a machine that does nothing else).
 results: setup
-	$(BIN)/scaletrain bench collectives --workers 2 --algorithms auto,native --sizes 4K,64K,1M,25M,100M --out benchmarks/results/collectives.json
+	$(BIN)/scaletrain bench collectives --workers 2,4 --algorithms auto,native --sizes 4K,64K,1M,25M,100M --out benchmarks/results/collectives_one_host.json
 	$(BIN)/scaletrain bench parameter-server --output benchmarks/results/parameter_server
 	$(BIN)/scaletrain bench prediction
 	$(BIN)/scaletrain bench firecaffe
