@@ -159,6 +159,13 @@ class Slurm:
         self.daemons[name].kill()
         self.daemons.pop(name).wait()
 
+    def save_state(self) -> None:
+        """Have slurmctld write down which jobs there are, which it does seconds later else: a killed one would forget the last of them."""
+        asked = time.time()
+        self.run("scontrol", "reconfigure")
+        state = self.folder / "state" / "job_state"
+        self._until(lambda: state.exists() and state.stat().st_mtime > asked, "saved state")
+
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(subprocess.SubprocessError, OSError):
             self.run("scancel", "--user=root", "--signal=KILL", "--full", timeout=5)

@@ -173,6 +173,7 @@ def test_a_mistake_is_one_line(slurm: Slurm, tmp_path: Path):
 def test_the_controller_may_be_away_for_a_while(slurm: Slurm, alone_slow: dict, tmp_path: Path):
     """``kill -9`` of slurmctld in mid-job: the job trains on, the follower waits, and knows the end when it is back."""
     launcher, _ = started(slurm, tmp_path / "run")
+    slurm.save_state()
     slurm.kill("slurmctld")
     until(lambda: step_of(tmp_path / "run") >= 30, "the job trains on")
     slurm.start_controller()
