@@ -2,7 +2,19 @@
 
 import pytest
 
+from scaletrain.errors import UserError
+from scaletrain.launching.rehearsal import cluster
 from tests.cluster.commands import SHORT, train
+from tests.conftest import require
+
+
+@pytest.fixture
+def namespaces():
+    """What emulated hosts need; without it a skip that says what is missing."""
+    try:
+        cluster.check_machine()
+    except UserError as missing:
+        require("namespaces", False, str(missing))
 
 
 @pytest.fixture(scope="session")

@@ -5,22 +5,12 @@ import subprocess
 
 import pytest
 
-from scaletrain.errors import UserError
-from scaletrain.launching.rehearsal import Cluster, cluster
+from scaletrain.launching.rehearsal import Cluster
 from scaletrain.parameter_server import placement
 from scaletrain.parameter_server.settings import Settings
-from tests.conftest import require
 from tests.parameter_server import job
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
-
-
-@pytest.fixture(autouse=True)
-def namespaces():
-    try:
-        cluster.check_machine()
-    except UserError as missing:
-        require("namespaces", False, str(missing))
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120), pytest.mark.usefixtures("namespaces")]
 
 
 @contextlib.contextmanager
@@ -32,11 +22,9 @@ def training(hosts: Cluster, made: Settings, run_dir, steps: int, delay_s: float
         for rank in range(made.workers)
     ]
     try:
-        yield started
+        with job.killed_at_the_end(started):
+            yield started
     finally:
-        for worker in started:
-            worker.process.kill()
-            worker.process.wait()
         server.terminate()
         server.wait(10)
 

@@ -13,7 +13,7 @@ from scaletrain.errors import UserError
 from scaletrain.launching.rehearsal import Cluster, cluster
 from tests.conftest import require
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("namespaces")]
 
 SERVER = """
 import socket, sys, time
@@ -29,14 +29,6 @@ import socket, sys
 connection = socket.create_connection((sys.argv[1], 5000), timeout=30)
 connection.sendall(bytes(int(sys.argv[2])))
 """
-
-
-@pytest.fixture(autouse=True)
-def namespaces():
-    try:
-        cluster.check_machine()
-    except UserError as missing:
-        require("namespaces", False, str(missing))
 
 
 def send(hosts: Cluster, source: int, target: int, size: int) -> tuple[int, float]:

@@ -223,8 +223,14 @@ def workers(
     made: Settings, run_dir: Path, steps: int, delays: dict[int, float] | None = None
 ) -> Iterator[list[Worker]]:
     started = [Worker(made, run_dir, rank, steps, (delays or {}).get(rank, 0.0)) for rank in range(made.workers)]
-    try:
+    with killed_at_the_end(started):
         yield started
+
+
+@contextlib.contextmanager
+def killed_at_the_end(started: list[Worker]) -> Iterator[None]:
+    try:
+        yield
     finally:
         for worker in started:
             worker.process.kill()
