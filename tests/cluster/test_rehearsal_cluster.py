@@ -142,6 +142,8 @@ import subprocess, sys, time
 from scaletrain.launching.rehearsal import Cluster
 with Cluster(2) as hosts:
     program = hosts.start(1, ["sleep", "300"])
+    while "entered" in sys.argv and not hosts.processes(1):
+        time.sleep(0.01)
     print(hosts._keeper.pid, program.pid, flush=True)
     time.sleep(300)
 """
@@ -159,19 +161,20 @@ def gone(pid: int, within_s: float) -> bool:
     return False
 
 
-def test_kill_9_of_the_owner_leaves_nothing():
-    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("program", ["entering", "entered"])
+def test_kill_9_of_the_owner_leaves_nothing(program: str):
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, program], stdout=subprocess.PIPE, text=True)
     assert owner.stdout
-    keeper_pid, program = map(int, owner.stdout.readline().split())
+    keeper_pid, pid = map(int, owner.stdout.readline().split())
     owner.kill()
     owner.wait()
-    assert gone(keeper_pid, 5) and gone(program, 5)
+    assert gone(keeper_pid, 5) and gone(pid, 5)
     assert len(cluster.remove_leftovers()) == 1  # its record
     assert cluster.remove_leftovers() == []
 
 
 def test_leftovers_of_a_killed_owner_and_keeper_are_removed_at_the_next_start():
-    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, "entered"], stdout=subprocess.PIPE, text=True)
     assert owner.stdout
     keeper_pid, program = map(int, owner.stdout.readline().split())
     os.kill(keeper_pid, signal.SIGKILL)

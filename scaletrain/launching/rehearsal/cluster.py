@@ -145,7 +145,8 @@ class Cluster:
         """The command line that runs ``argv`` on a host, in this directory; the process started is ``argv`` itself (no fork)."""
         variables = self.environment(host) | dict(env or {})
         assignments = [f"{key}={value}" for key, value in variables.items()]
-        return (*self._enter(self._pids[host], True), "env", f"--chdir={os.getcwd()}", *assignments, *argv)
+        entered = (*self._enter(self._pids[host], True), *keeper.ENTERED, str(self._pids[host]))
+        return (*entered, "env", f"--chdir={os.getcwd()}", *assignments, *argv)
 
     def start(
         self, host: int, argv: Sequence[str], env: Mapping[str, str] | None = None, **popen: Any
@@ -197,7 +198,7 @@ class Cluster:
     def kill(self, host: int) -> int:
         """SIGKILL everything on a host, as if its power failed; returns how many processes there were."""
         namespace = os.readlink(f"/proc/{self._pids[host]}/ns/net")
-        return keeper.kill_within({namespace}, spare={self._pids[host]})
+        return keeper.kill_within({namespace}, spare=frozenset({self._pids[host]}))
 
     def describe(self) -> dict[str, Any]:
         """What is emulated, for records and reports."""

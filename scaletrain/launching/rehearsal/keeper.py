@@ -5,7 +5,8 @@ Run as a file by ``cluster.Cluster`` (standard library only, so that it starts i
 the switch, each in fresh network, UTS, mount and IPC namespaces, and prints their process ids as JSON. Nothing has a name in the
 file system: when the last process of a namespace ends, the kernel removes it with its links.
 
-Ends when standard input closes, when its parent dies, or on SIGTERM: first every process in the namespaces gets SIGKILL.
+Ends when standard input closes, when its parent dies, or on SIGTERM: every process in the namespaces gets SIGKILL, the children first. Who
+has just entered and finds its host's child alive is thus found here; who finds it dead has to end by itself (``ENTERED``).
 """
 
 import ctypes
@@ -23,6 +24,9 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = (
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
+# What a process that enters runs first: it becomes its command if the host's child (its first argument) still lives.
+ENTERED = ("sh", "-c", 'kill -0 "$0" 2>&- && exec "$@"')
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -35,7 +39,9 @@ def main(request: dict) -> None:
     switch = _hold("switch", request["hosts_file"])
     hosts = [_hold(name, request["hosts_file"]) for name in request["hosts"]]
     holders = [switch, *hosts]
-    namespaces = {os.readlink(f"/proc/{pid}/ns/net") for pid in holders}
+    # Held open, so that no other namespace gets their numbers before the last process within has ended.
+    opened = [os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC) for pid in holders]
+    namespaces = {os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in opened}
     try:
         print(json.dumps({"switch": switch, "hosts": hosts}), flush=True)
         while os.getppid() == owner:
@@ -44,13 +50,13 @@ def main(request: dict) -> None:
                 return
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        kill_within(namespaces, spare=set(holders))
         for pid in holders:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+        kill_within(namespaces)
 
 
-def kill_within(namespaces: set[str], spare: set[int]) -> int:
+def kill_within(namespaces: set[str], spare: frozenset[int] = frozenset()) -> int:
     """SIGKILL every process in these network namespaces (``net:[inode]``) until none is left; returns how many there were."""
     killed: set[int] = set()
     deadline = time.monotonic() + 10
