@@ -3,6 +3,7 @@
 import importlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,25 @@ from scaletrain.errors import UserError
 
 
 class _Verbs(click.Group):
-    """Commands by name, imported when asked for: ``module:command``, and for ``bench`` every file of its folder."""
+    """Commands by name, imported when asked for: ``modules`` gives their ``module:command`` (and is itself asked only then)."""
 
-    def __init__(self, *args: Any, modules: dict[str, str] | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, modules: Callable[[], dict[str, str]], **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._modules = modules or {}
+        self._modules = modules
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *self._modules])
+        return sorted([*super().list_commands(ctx), *self._modules()])
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name in self._modules:
-            module, _, attribute = self._modules[name].partition(":")
-            return getattr(importlib.import_module(module), attribute)
-        return super().get_command(ctx, name)
+        if own := super().get_command(ctx, name):
+            return own
+        module, _, attribute = self._modules().get(name, "").partition(":")
+        return getattr(importlib.import_module(module), attribute) if module else None
 
 
 @click.group(
     cls=_Verbs,
-    modules={
+    modules=lambda: {
         "doctor": "scaletrain.doctor:doctor",
         "report": "scaletrain.scaling.commands:report",
         "simulate": "scaletrain.scaling.commands:simulate",
@@ -178,7 +179,8 @@ def worker(run_dir: Path, resume: bool) -> None:
 
 
 @cli.group(
-    cls=_Verbs, modules={name.replace("_", "-"): f"scaletrain.bench.{name}:command" for name in plugins.names("bench")}
+    cls=_Verbs,
+    modules=lambda: {name.replace("_", "-"): f"scaletrain.bench.{name}:command" for name in plugins.names("bench")},
 )
 def bench() -> None:
     """Measure: scaling, collectives, the parameter server, a model."""

@@ -1,5 +1,8 @@
 """Plugins are files: every one has a menu line and readable options; a person's own module is found beside the config."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +56,20 @@ def test_an_import_error_inside_a_persons_module_is_theirs_to_see(tmp_path: Path
     (tmp_path / "mine3.py").write_text("import a_package_that_is_not_there\ndef net(): ...\n")
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
         plugins.load("model", "mine3:net", tmp_path)
+
+
+def test_a_broken_file_is_named_and_leaves_other_verbs_alone(tmp_path: Path):
+    shutil.copytree(
+        Path(plugins.__file__).parent, tmp_path / "scaletrain", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    broken = tmp_path / "scaletrain" / "bench" / "mine.py"
+    broken.write_text('"""Mine."""\ndef command(:\n', encoding="utf-8")
+
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "scaletrain.cli", *argv]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+
+    assert run("train", "--help").returncode == 0
+    listed = run("bench", "--help")
+    assert listed.returncode == 2
+    assert listed.stderr == f"scaletrain: error: {broken}:2: invalid syntax\n"

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+from scaletrain.scaling import results
 
 EXCHANGES = ("parameter_server", "tree", "ring")
 MB = {"nin": 30.4, "googlenet": 53.5}
@@ -24,21 +24,7 @@ def _counts(context: click.Context, parameter: click.Parameter, text: str) -> tu
 
 @click.command("firecaffe")
 @click.option("--hosts", default="2,4,8,16", show_default=True, callback=_counts, help="Emulated hosts, beside one.")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("runs/firecaffe"),
-    show_default=True,
-    help="Where measurements lie; what is there is not measured again.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("benchmarks/results"),
-    show_default=True,
-    help="Where firecaffe.md, .json, .html and the drawings go.",
-)
-@click.option("--no-measure", is_flag=True, help="Measure nothing: use what --data holds.")
+@results.options("firecaffe", "firecaffe.md, .json, .html and the drawings")
 def command(hosts: tuple[int, ...], data: Path, out: Path, no_measure: bool) -> None:
     """Strong scaling of NiN's and GoogLeNet's shapes on 1 to 16 emulated hosts, and the time of their exchanges alone.
 
@@ -46,7 +32,7 @@ def command(hosts: tuple[int, ...], data: Path, out: Path, no_measure: bool) -> 
     """
     from scaletrain.errors import UserError
     from scaletrain.metrics import write_json
-    from scaletrain.scaling import render, report, results
+    from scaletrain.scaling import render, report
 
     data.mkdir(parents=True, exist_ok=True)
     if not no_measure:
@@ -85,21 +71,8 @@ def _measure(data: Path, hosts: Sequence[int]) -> None:
         sweep.run(plan, data / name, click.echo)
     for count in hosts:
         made = data / f"exchanges-{count}.json"
-        if not made.exists():
-            click.echo(f"measuring {made}", err=True)
-            one = [
-                sys.executable,
-                "-m",
-                "scaletrain.cli",
-                "bench",
-                "parameter-server",
-                "--only",
-                "tree",
-                "--hosts",
-                str(count),
-            ]
-            if subprocess.run([*one, "--output", str(made.with_suffix(""))], stdout=subprocess.DEVNULL).returncode:
-                click.echo(f"failed: {made} is left out", err=True)
+        bench = ("bench", "parameter-server", "--only", "tree", "--hosts", str(count))
+        results.once(made, *bench, "--output", made.with_suffix(""))
 
 
 def _exchange_rows(path: Path) -> list[dict[str, Any]]:
@@ -108,7 +81,6 @@ def _exchange_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _markdown(made: Mapping[str, Any], exchanges: Sequence[Mapping[str, Any]]) -> str:
-    from scaletrain.scaling import results
     from scaletrain.scaling.network import preset
     from scaletrain.scaling.predict import Compute, step_s
 

@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+
+from scaletrain.scaling import results
 
 HOSTS = (2, 4, 8, 16)
 FITTED_TO = 4
@@ -26,21 +26,7 @@ TRAFFIC_STEP_S = 0.5  # the emulated computation of squeezenet_alexnet.yaml
 
 
 @click.command("prediction")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("runs/prediction"),
-    show_default=True,
-    help="Where measurements lie; what is there is not measured again.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("benchmarks/results"),
-    show_default=True,
-    help="Where prediction.md and prediction.json go.",
-)
-@click.option("--no-measure", is_flag=True, help="Measure nothing: use what --data holds.")
+@results.options("prediction", "prediction.md and prediction.json")
 def command(data: Path, out: Path, no_measure: bool) -> None:
     """Fit on few hosts and predict many; fit FireCaffe's 32 GPUs and predict its 128; and so on, with every miss written as one.
 
@@ -48,7 +34,6 @@ def command(data: Path, out: Path, no_measure: bool) -> None:
     Stopped and started again, it measures what is missing.
     """
     from scaletrain.metrics import environment, write_json
-    from scaletrain.scaling import results
 
     suites = Path(__file__).resolve().parents[2] / "benchmarks" / "suites"
     data.mkdir(parents=True, exist_ok=True)
@@ -68,8 +53,7 @@ def command(data: Path, out: Path, no_measure: bool) -> None:
 
 def _measure(data: Path, suites: Path) -> None:
     """Every measurement that is missing, one at a time; one that fails is told and left out."""
-    scaletrain = [sys.executable, "-m", "scaletrain.cli"]
-    rehearse = ["--launcher", "rehearsal"]
+    rehearse = ("--launcher", "rehearsal")
     for hosts in HOSTS:
         if hosts > FITTED_TO:
             _exchanges(data, suites, f"exchanges-unshaped-{hosts}", hosts, *UNSHAPED)
@@ -77,55 +61,29 @@ def _measure(data: Path, suites: Path) -> None:
             _exchanges(data, suites, f"exchanges-{label}-{hosts}", hosts, bandwidth, num_bytes, repeats, collectives)
         for bandwidth, preset in SERVERS.items():
             run = data / f"server-{bandwidth}-{hosts}"
-            train = ["train", str(suites / "server.yaml"), "--workers", str(hosts), *rehearse, "--run-dir", str(run)]
-            train += ["--set", f"launcher.bandwidth={bandwidth}", "--set", f"model.preset={preset}"]
+            link = ("--set", f"launcher.bandwidth={bandwidth}", "--set", f"model.preset={preset}")
             if not (run / "summary.json").exists():
                 shutil.rmtree(run, ignore_errors=True)  # half a run, from a measurement that was stopped
-            _once(run / "summary.json", [*scaletrain, *train])
-    scaling = [*scaletrain, "bench", "scaling"]
-    training = [str(suites / "digits_batches.yaml"), "--workers", "1,2", "--exchange", "native,ring,none"]
-    training += ["--vary", "batch_size=96,192", "--repeats", "2", "--out", str(data / "training")]
-    _once(data / "training" / "report.json", [*scaling, *training])
-    traffic = [
-        str(suites / "squeezenet_alexnet.yaml"),
-        "--workers",
-        "1,4",
-        "--exchange",
-        "ring",
-        "--mode",
-        "weak",
-        *rehearse,
-    ]
-    traffic += [
-        "--set",
-        "launcher.bandwidth=1Gbit",
-        "--vary",
-        "model.preset=squeezenet,alexnet",
-        "--repeats",
-        "1",
-        "--no-split",
-    ]
-    _once(data / "traffic" / "report.json", [*scaling, *traffic, "--out", str(data / "traffic")])
+            train = ("train", suites / "server.yaml", "--workers", str(hosts), *rehearse, *link)
+            results.once(run / "summary.json", *train, "--run-dir", run)
+    training = ("--workers", "1,2", "--exchange", "native,ring,none", "--vary", "batch_size=96,192", "--repeats", "2")
+    _sweep(data / "training", suites / "digits_batches.yaml", *training)
+    traffic = ("--workers", "1,4", "--exchange", "ring", "--mode", "weak", "--repeats", "1", "--no-split")
+    models = ("--set", "launcher.bandwidth=1Gbit", "--vary", "model.preset=squeezenet,alexnet")
+    _sweep(data / "traffic", suites / "squeezenet_alexnet.yaml", *traffic, *rehearse, *models)
+
+
+def _sweep(out: Path, config: Path, *options: str) -> None:
+    results.once(out / "report.json", "bench", "scaling", config, *options, "--out", out)
 
 
 def _exchanges(
     data: Path, suites: Path, name: str, hosts: int, bandwidth: str, num_bytes: int, repeats: int, collectives: str
 ) -> None:
-    path = data / f"{name}.json"
-    launch = [sys.executable, "-m", "scaletrain.cli", "launch", "-n", str(hosts), "--launcher", "rehearsal"]
-    launch += ["--set", f"bandwidth={bandwidth}", "--timeout", "280", "--run-dir", str(data / f"run-{name}"), "--"]
-    _once(
-        path,
-        [*launch, str(suites / "time_exchanges.py"), str(path.resolve()), str(num_bytes), str(repeats), collectives],
-    )
-
-
-def _once(made: Path, command: Sequence[str]) -> None:
-    if made.exists():
-        return
-    click.echo(f"measuring {made}", err=True)
-    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
-        click.echo(f"failed: {made} is left out", err=True)
+    made = data / f"{name}.json"
+    launch = ("launch", "-n", str(hosts), "--launcher", "rehearsal", "--set", f"bandwidth={bandwidth}")
+    script = (suites / "time_exchanges.py", made.resolve(), str(num_bytes), str(repeats), collectives)
+    results.once(made, *launch, "--timeout", "280", "--run-dir", data / f"run-{name}", "--", *script)
 
 
 def _results(data: Path, cores: int) -> dict[str, Any]:

@@ -1,7 +1,15 @@
-"""Pages of results: what a command generates is replaced each time, what people wrote around it stays."""
+"""Pages of results, and the measurements under them: made piece by piece, each kept, so that a stopped command goes on.
 
+What a command generates in a page is replaced each time; what people wrote around it stays.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import click
 
 BEGIN, END = "<!-- generated: replaced by the next run -->", "<!-- end of what is generated -->"
 
@@ -28,3 +36,29 @@ def measured_on(header: dict[str, Any]) -> str:
         f"{header['processor']}, {header['cores']} cores, {header['memory_bytes'] / 2**30:.0f} GiB; {header['os']};"
         f" Python {header['python']}; {versions}; commit {header['commit']}{load}."
     )
+
+
+def options(name: str, pages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options ``data``, ``out`` and ``no_measure`` of a command that measures in pieces below runs/``name`` and writes ``pages``."""
+
+    def folder(flag: str, default: Path, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+        kind = click.Path(path_type=Path, file_okay=False)
+        return click.option(flag, type=kind, default=default, show_default=True, help=text)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        command = click.option("--no-measure", is_flag=True, help="Measure nothing: use what --data holds.")(command)
+        command = folder("--out", Path("benchmarks/results"), f"Where {pages} go.")(command)
+        data = "Where measurements lie; what is there is not measured again."
+        return folder("--data", Path("runs") / name, data)(command)
+
+    return decorate
+
+
+def once(made: Path, *argv: str | Path) -> None:
+    """Run ``scaletrain argv``, which writes the file ``made``, unless it is there. One that fails is told and left out."""
+    if made.exists():
+        return
+    click.echo(f"measuring {made}", err=True)
+    command = [sys.executable, "-m", "scaletrain.cli", *map(str, argv)]
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
+        click.echo(f"failed: {made} is left out", err=True)
