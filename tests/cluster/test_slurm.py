@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from scaletrain.launching import hostlist
 from tests.cluster.commands import DIGITS, ROOT, SHORT, command, gone, scaletrain, step_of, summary, train, until
 from tests.cluster.slurm import Slurm, missing
 from tests.conftest import require
+from tests.launching.test_hostlist import LISTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(150)]
 SLOW = str(Path(__file__).with_name("slow_digits.yaml"))  # 40 steps of 0.1 s: time to interrupt
@@ -84,6 +86,14 @@ def test_inside_an_allocation(slurm: Slurm, alone: dict, tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list((tmp_path / "run").glob("slurm-*.out")), "a batch job was submitted"
     assert summary(tmp_path / "run")["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+
+
+def test_host_lists_are_read_as_scontrol_reads_them(slurm: Slurm):
+    for text, hosts in LISTS.items():
+        assert slurm.run("scontrol", "show", "hostnames", text).split() == hosts
+    inside = ("salloc", "-n", "2", "-N", "2", "sh", "-c", "echo list $SLURM_JOB_NODELIST; scontrol show hostnames")
+    (_, found), *hosts = map(str.split, slurm.run(*inside).splitlines())
+    assert "[" in found and hostlist.expand(found) == [name for (name,) in hosts]
 
 
 def test_srun_by_hand(slurm: Slurm, alone: dict, tmp_path: Path):

@@ -4,6 +4,7 @@ import os
 from typing import Literal
 
 from scaletrain.errors import UserError
+from scaletrain.launching import hostlist
 from scaletrain.launching.job import Command, Job, LaunchPlan
 
 
@@ -17,13 +18,14 @@ def plan(
     interfaces: str = "",
     arguments: list = [],  # noqa: B006 (read as a literal)
 ) -> LaunchPlan:
-    """One horovodrun. ``hosts`` is ``h1:2,h2:2`` (slots after the colon); other hosts are reached by ssh, as horovodrun does it.
+    """One horovodrun. ``hosts`` is ``h1:2,h2:2``, or ``h[1-2]:2`` (slots after the colon); they are reached by ssh, as horovodrun does it.
 
     Any exchange runs under it; the exchange ``horovod`` also runs under every other launcher.
     """
     if hosts and hostfile:
         raise UserError("launcher.hosts and launcher.hostfile: name the hosts in one of them, not in both")
     cores = len(os.sched_getaffinity(0))
+    hosts = ",".join(hostlist.expand(hosts)) if hosts else ""
     elsewhere = bool(hosts or hostfile)
     threads = job.threads or (1 if elsewhere else max(1, cores // job.workers))
     argv = [command, "-np", str(job.workers), f"--{controller}", "--start-timeout", str(max(30, round(job.timeout_s)))]

@@ -6,6 +6,7 @@ import subprocess
 from typing import Literal
 
 from scaletrain.errors import UserError
+from scaletrain.launching import hostlist
 from scaletrain.launching.job import Command, Job, LaunchPlan
 
 
@@ -23,14 +24,15 @@ def plan(
 ) -> LaunchPlan:
     """One mpirun. ``auto`` asks ``command --version`` which MPI it is of.
 
-    ``hosts`` (``h1,h2``) or ``hostfile`` name the hosts, ``per_host`` how many workers each gets; ``bind`` keeps each worker on
-    as many cores as it has threads. ``oversubscribe`` (default: where this host has fewer cores than workers) allows more
-    workers than slots. ``arguments`` are passed on as they are.
+    ``hosts`` (``h1,h2``, ``n[01-04]``, or SLURM's own $SLURM_JOB_NODELIST) or ``hostfile`` name the hosts, ``per_host`` how
+    many workers each gets; ``bind`` keeps each worker on as many cores as it has threads. ``oversubscribe`` (default: where
+    this host has fewer cores than workers) allows more workers than slots. ``arguments`` are passed on as they are.
     """
     if hosts and hostfile:
         raise UserError("launcher.hosts and launcher.hostfile: name the hosts in one of them, not in both")
     if hostfile and not os.path.isfile(hostfile):
         raise UserError(f"launcher.hostfile: {hostfile}: there is no such file")
+    hosts = ",".join(hostlist.expand(hosts)) if hosts else ""
     kind = _which(command) if mpi == "auto" else mpi
     cores = len(os.sched_getaffinity(0))
     here = per_host or job.workers
