@@ -221,6 +221,22 @@ def test_stragglers_and_slow_faults_slow_the_job_by_their_factor(tmp_path, names
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_16_emulated_workers_are_more_than_8_times_as_fast_as_one(tmp_path, namespaces, emulated):
+    options = ("--set", "compute.step_s=0.2", "--set", "steps=12", "--set", "batch_mode=weak", "--set", "timeout_s=60")
+    options += ("--set", "launcher.bandwidth=1Gbit", "--exchange", "ring")
+    rates = {}
+    for workers in (1, 16):
+        done = train(emulated, tmp_path / str(workers), *options, "--workers", str(workers))
+        assert done.returncode == 0, done.stdout + done.stderr
+        summary = read(tmp_path / str(workers) / "summary.json")
+        assert summary["emulated"] and summary["workers"] == workers
+        rates[workers] = summary["samples_per_s"]
+    assert 8 < rates[16] / rates[1] < 16.5
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_shared_memory_between_hosts_is_refused(tmp_path, namespaces, emulated):
     done = train(emulated, tmp_path / "run", "--workers", "2", "--exchange", "ring@shared_memory")
     assert done.returncode != 0 and "joins ranks of one host, these lie on 2" in done.stderr, done.stderr
