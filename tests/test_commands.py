@@ -34,7 +34,7 @@ def test_train_leaves_a_run_directory(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     for said in (
         "48 (fixed global batch, strong scaling)",
-        "learning rate: 0.1 for 96 samples",
+        "learning rate: 0.05 for 96 samples",
         "15 steps of warm-up (longer than the run",
         "(1437 samples, 93 of them left out of each epoch's order)",
     ):
@@ -50,6 +50,16 @@ def test_train_leaves_a_run_directory(tmp_path: Path):
     assert list((tmp_path / "run").glob("step-12.safetensors"))
     again = scaletrain("train", DIGITS, "--run-dir", tmp_path / "run")
     assert again.returncode == 2 and "holds a run already" in again.stderr, "records are never written over"
+
+
+def test_the_header_of_a_run_tells_what_auto_chose(tmp_path: Path):
+    options = ("--workers", "2", "--exchange", "scheduled", "--set", "epochs=1")
+    done = scaletrain("train", DIGITS, *options, "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    headers = [json.loads((tmp_path / "run" / f"rank-{rank}.json").read_text())["chosen"] for rank in (0, 1)]
+    assert headers[0] == headers[1] and headers[0]["transport"] == "shared_memory"
+    known = {*plugins.names("collective"), "native"}
+    assert headers[0]["chosen"] and all(choice["collective"] in known for choice in headers[0]["chosen"].values())
 
 
 def test_a_persons_own_model_and_data(tmp_path: Path):

@@ -47,10 +47,14 @@ def main(run_dir: Path, resume: bool = False) -> int:
         stop = StopTogether(store, config.log_every)
         say = _Narrator(config, world, trainer) if world.rank == 0 else None
         clock = {"clock_offset_s": spans.clock_offset_s(store, world.rank, world.size)} if config.trace else {}
-        write_json(run_dir / f"rank-{world.rank}.json", _header(world, trainer) | clock)
+        header, path = _header(world, trainer) | clock, run_dir / f"rank-{world.rank}.json"
+        write_json(path, header)
 
         def on_step(record: StepRecord) -> None:
             report(record.step + 1)
+            if "chosen" not in header:  # `auto` has measured by the end of its first step
+                header["chosen"] = exchange.chosen()
+                write_json(path, header)
             if say:
                 say(record)
 
