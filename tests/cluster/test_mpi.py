@@ -1,6 +1,7 @@
 """Open MPI 4 and 5 and MPICH, the real ones: by our launcher, by hand, and over hosts in namespaces with a launch agent."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -124,7 +125,7 @@ def test_four_hosts_and_a_launch_agent(kind: str, alone: dict, tmp_path: Path):
     command_of = mpirun(kind)
     with Cluster(4, bandwidth=None) as network:
         cases = "\n".join(
-            f'  {name}) exec {" ".join(network.command(host, ["sh", "-c"]))} "$*" ;;'
+            f'  {name}) exec {shlex.join(network.command(host, ["sh", "-c"]))} "$*" ;;'
             for host, name in enumerate(network.names)
         )
         agent = tmp_path / "agent"
