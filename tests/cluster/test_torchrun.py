@@ -1,5 +1,8 @@
 """torchrun on one host, and on several: a network namespace each, one process each."""
 
+import contextlib
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -29,9 +32,22 @@ def start(
     argv = command("train", config, "--run-dir", str(run_dir), "--workers", str(workers), "--launcher", "torchrun")
     # No interface is named: each host has to find out which one leads to the others.
     return subprocess.Popen(
-        network.command(host, [*argv, *options, *arguments], {"GLOO_SOCKET_IFNAME": ""}), env=clean(),
+        network.command(host, [*argv, *options, *arguments], {"GLOO_SOCKET_IFNAME": "", "PYTHONFAULTHANDLER": "1"}), env=clean(),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+
+
+def ended(network: Cluster, agents: list[subprocess.Popen], timeout: float) -> list[str]:
+    """What each agent printed until its end; one that does not end fails the test with the stacks of torchrun and its workers."""
+    try:
+        return [agent.communicate(timeout=timeout)[0] for agent in agents]
+    except subprocess.TimeoutExpired:
+        for pid in {pid for host in range(len(network.names)) for pid in network.processes(host)}:
+            if b"torch.distributed.run" in _cmdline(pid) or b"training.worker" in _cmdline(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGABRT)
+        outputs = [agent.communicate()[0] or "" for agent in agents]
+        pytest.fail(f"no end within {timeout} s\n" + "\n".join(outputs))
 
 
 def test_one_host(alone: dict, tmp_path: Path):
@@ -47,7 +63,7 @@ def test_several_hosts(alone: dict, tmp_path: Path, count: int):
     with hosts(count) as network:
         before = network.counters()
         agents = [start(network, host, run_dir, DIGITS, 4, *SHORT) for host in range(count)]
-        outputs = [agent.communicate(timeout=100)[0] for agent in agents]
+        outputs = ended(network, agents, 100)
         assert [agent.returncode for agent in agents] == [0] * count, "\n".join(outputs)
         moved = [now.sent_bytes - then.sent_bytes for now, then in zip(network.counters(), before, strict=True)]
     assert summary(run_dir)["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
@@ -65,7 +81,7 @@ def test_kill_9_of_a_worker_on_another_host(tmp_path: Path):
             if b"training.worker" in _cmdline(pid) and b"--nnodes" not in _cmdline(pid)
         )
         subprocess.run(["kill", "-9", str(victim)], check=True)
-        outputs = [agent.communicate(timeout=60)[0] for agent in agents]
+        outputs = ended(network, agents, 60)
         assert all(agent.returncode != 0 for agent in agents)
         # The host of the victim saw it end; to the other host, a peer was lost.
         assert outputs[1].count("scaletrain: rank ") == 1, outputs[1]
