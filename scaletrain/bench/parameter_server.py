@@ -84,13 +84,16 @@ _KEYS = ("link", "step", "servers", "MB", "workers")
 
 
 def _merged(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with ``new`` in the place of the one about the same."""
+    """The rows with ``new`` in the place of the one about the same, in the order in which a whole run measures them."""
 
     def about(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row.get(key) for key in _KEYS)
 
-    places = [index for index, row in enumerate(rows) if about(row) == about(new)]
-    return [new if index in places else row for index, row in enumerate(rows)] + [new] * (not places)
+    def place(row: dict[str, Any]) -> tuple[int, ...]:
+        step = list(SIZES).index(row["step"]) if row.get("step") in SIZES else -1
+        return (step, row.get("servers", 0), row.get("workers", 0))
+
+    return sorted([row for row in rows if about(row) != about(new)] + [new], key=place)
 
 
 def _page(kept: dict[str, Any], names: list[str]) -> str:
