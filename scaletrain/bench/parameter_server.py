@@ -40,7 +40,7 @@ SIZES = {
 @click.option(
     "--hosts", default="2,4,8,16", show_default=True, help="Numbers of emulated hosts of the server-tree comparison."
 )
-@click.option("--steps", default=7, show_default=True, help="Measured steps of each row; the median is printed.")
+@click.option("--steps", default=15, show_default=True, help="Measured steps of each row; the median is printed.")
 @click.option(
     "--memory-gb", default=14.0, show_default=True, help="Rows that would need more memory are left out, and listed."
 )

@@ -153,7 +153,7 @@ def tree(rank: str, size: str, address: str, port: str, total_bytes: str, steps:
     """FireCaffe's reduction tree: a binomial reduce to rank 0, then a binomial broadcast of the whole vector, not pipelined."""
     _join(rank, size, address, port)
     me, n = int(rank), int(size)
-    data, other, times = torch.ones(int(total_bytes) // 4), torch.empty(int(total_bytes) // 4), []
+    data, other, times = torch.zeros(int(total_bytes) // 4), torch.empty(int(total_bytes) // 4), []
     levels = [1 << i for i in range((n - 1).bit_length())]
     for _ in range(int(steps) + 1):
         dist.barrier()
@@ -164,13 +164,12 @@ def tree(rank: str, size: str, address: str, port: str, total_bytes: str, steps:
                 break
             if me % (2 * distance) == 0 and me + distance < n:
                 dist.recv(other, me + distance)
-                data.add_(other).mul_(0.5)
+                data.add_(other)
         for distance in reversed(levels):
             if me % (2 * distance) == 0 and me + distance < n:
                 dist.send(data, me + distance)
             elif me % (2 * distance) == distance:
                 dist.recv(data, me - distance)
-        dist.barrier()
         times.append(time.perf_counter() - began)
     return {"step_s": statistics.median(times[1:])}
 

@@ -12,7 +12,7 @@ import torch
 import zmq
 from torch import Tensor
 
-from scaletrain.parameter_server import codec, wire
+from scaletrain.parameter_server import codec, memory, wire
 from scaletrain.parameter_server.link import Identity, Link
 from scaletrain.parameter_server.requests import Answered, Requests, ServerError, Token
 from scaletrain.parameter_server.settings import SILENCE_S, Settings
@@ -61,6 +61,8 @@ class Client:
         self.bytes_sent = 0
         self.bytes_received = 0
         self.reconnects = 0
+        if not settings.shared_memory:
+            memory.keep_freed()
         identity = Identity.make(settings, run_dir, rank, optimizer)
         self._context = identity.context
         self._links = [Link(identity, s, [b for b in blocks if b.server == s]) for s in range(settings.servers)]

@@ -111,6 +111,7 @@ class Link:
             socket.curve_serverkey = keys.server_public.encode()
             socket.curve_publickey, socket.curve_secretkey = keys.worker_public.encode(), keys.worker_secret.encode()
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDBUF, made.send_buffer_bytes)
         socket.setsockopt(zmq.SNDHWM, 2)  # little room: what waits here can still be overtaken
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)

@@ -20,7 +20,7 @@ import torch
 
 from scaletrain.errors import UserError
 from scaletrain.metrics import write_json
-from scaletrain.parameter_server import blocks, consistency, wire
+from scaletrain.parameter_server import blocks, consistency, memory, wire
 from scaletrain.parameter_server.blocks import Blocks
 from scaletrain.parameter_server.endpoint import Endpoint, Peer
 from scaletrain.parameter_server.memory import SUPPORTED, Slab
@@ -241,6 +241,7 @@ def main(run_dir: Path, index: int, settings: Settings, until_left: bool = False
     """Be server ``index`` of the run in ``run_dir``."""
     end_with_parent()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    memory.keep_freed()
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)])  # torch imports more for its first optimizer: before workers wait for an answer
     server = Server(settings, run_dir, index)
