@@ -55,10 +55,15 @@ def options(name: str, pages: str) -> Callable[[Callable[..., None]], Callable[.
 
 
 def once(made: Path, *argv: str | Path) -> None:
-    """Run ``scaletrain argv``, which writes the file ``made``, unless it is there. One that fails is told and left out."""
+    """Run ``scaletrain argv``, which writes the file ``made``, unless it is there. One that fails or is stopped leaves no file; it is told."""
     if made.exists():
         return
     click.echo(f"measuring {made}", err=True)
     command = [sys.executable, "-m", "scaletrain.cli", *map(str, argv)]
-    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
-        click.echo(f"failed: {made} is left out", err=True)
+    whole = False
+    try:
+        whole = subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    finally:
+        if not whole:  # a part would be taken for the whole at the next start
+            made.unlink(missing_ok=True)
+            click.echo(f"failed: {made} is left out", err=True)
