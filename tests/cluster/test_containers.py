@@ -105,6 +105,7 @@ class Podman(NamedTuple):
     """podman with a storage of its own, so that nothing of the machine's is used or changed."""
 
     folder: Path
+    kept: bool
 
     @property
     def env(self) -> dict[str, str]:
@@ -137,7 +138,7 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
     (folder / "storage.conf").write_text(
         f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/storage"\nrunroot = "{folder}/run"\n'
     )
-    made = Podman(folder)
+    made = Podman(folder, kept=bool(kept))
     yield made
     made("rm", "--all", "--force", "--time", "0", check=False)
     if not kept:
@@ -164,7 +165,8 @@ def image(podman: Podman) -> str:
         subprocess.run(made, check=True, capture_output=True, timeout=300)
         podman("import", "--quiet", str(base), BASE, timeout_s=120)
         base.unlink()
-    command = ["buildah", "bud", "--format", "docker", "--isolation", "chroot", "--pull-never", "--layers"]
+    command = ["buildah", "bud", "--format", "docker", "--isolation", "chroot", "--pull-never"]
+    command += ["--layers"] if podman.kept else []  # to go on from the next time; they take half a minute
     command += ["--file", str(DOCKER / "Dockerfile.cpu"), "--tag", IMAGE, *_this_machines_pip(podman.folder), str(ROOT)]
     done = subprocess.run(command, env=podman.env, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
