@@ -1,9 +1,10 @@
 #!/bin/sh
 # Train with mpirun of Open MPI or MPICH, on this host or on those of a host file:
 #   launch/mpirun.sh RUN_DIR WORKERS [HOSTFILE]
-# RUN_DIR is a folder that all hosts share, with the job's YAML in it as config.yaml.
+# PYTHON=.venv/bin/python says which Python. RUN_DIR is a folder that all hosts share, with the job's YAML in it as config.yaml.
 # Equal to: scaletrain train ... --launcher mpirun --dry-run
 set -eu
+[ $# -ge 2 ] || { echo "usage: $0 RUN_DIR WORKERS [HOSTFILE]" >&2; exit 2; }
 run_dir=$1 workers=$2 hostfile=${3:-}
 python=${PYTHON:-python3}
 mpirun=${MPIRUN:-mpirun}

@@ -1,9 +1,10 @@
 #!/bin/sh
 # Train with torchrun; the same command on every host:
 #   launch/torchrun.sh RUN_DIR WORKERS_A_HOST [HOSTS ENDPOINT]
-# RUN_DIR is a folder that all hosts share, with the job's YAML in it as config.yaml. ENDPOINT is HOST:PORT of one of the
+# PYTHON=.venv/bin/python says which Python. RUN_DIR is a folder that all hosts share, with the job's YAML in it as config.yaml. ENDPOINT is HOST:PORT of one of the
 # hosts, where they meet. Equal to: scaletrain train ... --launcher torchrun --dry-run
 set -eu
+[ $# -ge 2 ] || { echo "usage: $0 RUN_DIR WORKERS_A_HOST [HOSTS ENDPOINT]" >&2; exit 2; }
 run_dir=$1 here=$2 hosts=${3:-1} endpoint=${4:-}
 python=${PYTHON:-python3}
 cores=$(nproc)

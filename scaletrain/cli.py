@@ -1,6 +1,7 @@
 """The verbs of ``scaletrain``. Each imports what it needs when it runs: help is quick, and login nodes need no torch."""
 
 import importlib
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from scaletrain import __version__, plugins
-from scaletrain.errors import UserError
+from scaletrain.errors import UserError, unknown
 
 
 class _Verbs(click.Group):
@@ -28,6 +29,13 @@ class _Verbs(click.Group):
             return own
         module, _, attribute = self._modules().get(name, "").partition(":")
         return getattr(importlib.import_module(module), attribute) if module else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None:
+            raise unknown(ctx.command_path, args[0], self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
 
 
 @click.group(
@@ -75,6 +83,10 @@ def train(
     changes = {key: value for key, value in given.items() if value is not None}
     changes |= dict(configuration.parse_setting(text) for text in settings)
     run = configuration.load(path, changes)
+    if resume and not (run_dir and run_dir.is_dir()):
+        raise UserError(
+            f"--resume: {f'there is no run in {run_dir}' if run_dir else 'which run?'} (allowed: with the --run-dir of a run)"
+        )
     run_dir = run_dir or Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     job = _job(run, run_dir.resolve(), resume)
     plan = plugins.load("launcher", run.launcher.name)(job, **run.launcher.options)
@@ -83,6 +95,8 @@ def train(
         return
     _claim(run_dir, resume, run.to_yaml())
     click.echo(f"run directory: {run_dir}")
+    for line in plan.explain:
+        click.echo(line)
     with live.progress(run_dir):
         status = supervise.run(plan, job)
     sys.exit(status)
@@ -105,11 +119,12 @@ def _job(run: Any, run_dir: Path, resume: bool) -> Any:
 def _claim(run_dir: Path, resume: bool, config: str) -> None:
     """Make the run directory and write its config.yaml; never write over another run's records.
 
-    A directory with the same configuration and no records yet is another host's, that starts its part of the same run.
+    A directory without records is that of a start that failed, or another host's that starts its part of the same run.
     """
     path = run_dir / "config.yaml"
-    same = path.exists() and path.read_text(encoding="utf-8") == config and not [*run_dir.glob("rank-*.jsonl")]
-    if path.exists() and not resume and not same:
+    same = path.exists() and path.read_text(encoding="utf-8") == config
+    begun = any(run_dir.glob("rank-*.jsonl")) or (not same and any(run_dir.glob("progress-*.json")))
+    if path.exists() and not resume and begun:
         raise UserError(
             f"--run-dir {run_dir}: holds a run already (allowed: another directory, --resume to go on with it)"
         )
@@ -164,6 +179,8 @@ def launch(
     if dry_run:
         click.echo(str(plan))
         return
+    if command[0].endswith(".py") and not Path(command[0]).is_file():
+        raise UserError(f"{command[0]}: there is no such file")
     run_dir.mkdir(parents=True, exist_ok=True)
     sys.exit(supervise.run(plan, job))
 
@@ -217,12 +234,22 @@ def _options(kind: str, name: str) -> list[str]:
 
 
 def main() -> None:
-    """The console script: a person's mistake ends in one line and status 2."""
+    """The console script: a person's mistake ends in one line and status 2, a signal in the same clean-up as Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP, and so do we then
+            signal.signal(number, lambda heard, frame: sys.exit(128 + heard))
     try:
-        cli(prog_name="scaletrain")
-    except UserError as error:
-        click.echo(f"scaletrain: error: {error}", err=True)
-        sys.exit(2)
+        status = cli(prog_name="scaletrain", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        status = error.exit_code
+    except (UserError, click.ClickException) as error:
+        told = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"scaletrain: error: {told}", err=True)
+        status = 2
+    except click.Abort:  # Ctrl-C
+        status = 128 + signal.SIGINT
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ def command(
     write_json(out / "header.json", plan.header() | {"argv": shlex.join(["scaletrain", *sys.argv[1:]])})
     bound = ", bound to cores" if plan.bind else ""
     references = sum(cell.reference for cell in cells)
-    click.echo(f"{len(cells) - references} cells and {references} short references, {repeats} repeats each -> {out}")
+    click.echo(
+        f"{len(cells) - references} cells and {references} short references, {repeats} repeat{'s' * (repeats > 1)} each -> {out}"
+    )
     click.echo(f"{plan.threads} thread{'s' * (plan.threads > 1)} a worker{bound}")
     sweep.run(plan, out, click.echo, trace=trace)
     publish.publish_sweep(out, trace=trace, console=publish.terminal())

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,11 @@ class Known(NamedTuple):
         return not self.ended and self.doing != SCRIPT
 
     @property
+    def num_steps(self) -> int:
+        """Steps done; -1 before it said that it begins."""
+        return -1 if self.step is None else self.step
+
+    @property
     def ended(self) -> bool:
         return self.doing in ("finished", "failed")
 
@@ -65,15 +70,20 @@ class Progress:
     def all(self) -> list[Known]:
         return [known for rank in range(self.workers) if (known := self.read(rank))]
 
-    def stale(self, limit_s: float, starting_s: float) -> bool:
-        """Whether a rank that reports steps has given no sign of life for too long. Looks at most twice a second."""
+    def stale(self, limit_s: float, starting_s: float, lost: Collection[int] = ()) -> bool:
+        """Whether nobody waits for a rank that is alive: of those that report steps, one that is least far has given no sign of life
+        for too long. (Who is further may wait for one that is slow, in asynchronous training for long.) Looks at most twice a second.
+        """
         if time.monotonic() - self._looked < 0.5:
             return False
         self._looked = time.monotonic()
         now = time.time()
+        watched = [known for known in self.all() if known.watched and known.rank not in lost]
+        least = min((known.num_steps for known in watched), default=0)
         return any(
-            known.watched and now - known.time > (starting_s if known.step is None else limit_s) for known in self.all()
-        )
+            now - known.time > (starting_s if known.step is None else limit_s)
+            for known in watched if known.num_steps == least
+        )  # fmt: skip
 
 
 def reported(run_dir: Path, workers: int, since: float) -> list[Failure]:
@@ -160,7 +170,7 @@ def hang(progress: Progress, lost: set[int], status: int, restarting: bool = Fal
 
     def suspicion(known: Known) -> tuple[int, int, bool, float]:
         waits = bool(_WAITING.search(stacks.get(known.rank, "")))
-        return (known.step if known.step is not None else -1, known.num_collectives, waits, known.time)
+        return (known.num_steps, known.num_collectives, waits, known.time)
 
     ordered = sorted(living, key=suspicion)
     culprit = ordered[0]

@@ -5,7 +5,6 @@ Used by the supervisor alone: its standard input tells that nobody listens any m
 """
 
 import contextlib
-import ctypes
 import os
 import selectors
 import signal
@@ -17,10 +16,9 @@ from typing import BinaryIO
 
 from scaletrain.launching.job import Command, Companion
 from scaletrain.launching.progress import host_name
-from scaletrain.launching.supervise import MARK, end_all
+from scaletrain.launching.supervise import MARK, end_all, ends_with_us
 
 _SAID = 20000  # characters kept of what launchers wrote
-_PRCTL = ctypes.CDLL(None, use_errno=True).prctl
 
 
 class Process:
@@ -34,16 +32,9 @@ class Process:
         self.host = dict(command.env).get("SCALETRAIN_HOST") or host_name()
         # A launcher gets the chance to end its own workers; a worker has no business without its supervisor.
         death_signal = signal.SIGTERM if self.is_launcher else signal.SIGKILL
-        ours = os.getpid()
-
-        def before_exec() -> None:
-            _PRCTL(1, death_signal)  # PR_SET_PDEATHSIG
-            if os.getppid() != ours:
-                os._exit(1)
-
         self.popen = subprocess.Popen(
             command.argv, env=environ | dict(command.env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, process_group=0, preexec_fn=before_exec, pass_fds=() if fd < 0 else (fd,),
+            stderr=subprocess.PIPE, process_group=0, preexec_fn=ends_with_us(death_signal), pass_fds=() if fd < 0 else (fd,),
         )  # fmt: skip
         self.ended_at: float | None = None
 

@@ -6,6 +6,7 @@ Workers also die with the supervisor (PR_SET_PDEATHSIG), so that nothing survive
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -25,15 +26,16 @@ MARK = "SCALETRAIN_LAUNCH"  # every process of a launch carries it; nested launc
 ORDER = pydantic.TypeAdapter(
     tuple[LaunchPlan, Job]
 )  # what the supervisor is told on its standard input, as a line of JSON
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # and SIGHUP, as SIGTERM, unless it is ignored (nohup)
+_PRCTL = ctypes.CDLL(None, use_errno=True).prctl
 _END_S = 6.0  # how long the supervisor may take to end once nobody listens
 
 
 def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = None) -> int:
     """Carry out a plan and return the exit status: 0, that of the first cause, 124 for a hang, 128 + signal.
 
-    The first cause of a failure is shown once and written to ``RUN_DIR/failure.json``. SIGINT, SIGTERM and SIGUSR1 are passed
-    on to the workers while this runs (in the main thread). Everything that was started has ended when this returns.
+    The first cause of a failure is shown once and written to ``RUN_DIR/failure.json``. SIGINT, SIGTERM, SIGUSR1 and a hang-up are
+    passed on to the workers while this runs (in the main thread). Everything that was started has ended when this returns.
 
     Args:
         show: called with each line of output, and whether it belongs on standard error. Default: print it there.
@@ -50,6 +52,7 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
         stdout=subprocess.PIPE,
         env={**os.environ, MARK: mark, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,  # Ctrl-C at a terminal comes to us alone, and we pass it on
+        preexec_fn=_hold_signals,
     )
     assert supervisor.stdin and supervisor.stdout
     try:
@@ -88,6 +91,18 @@ def end_all(mark: str) -> None:
         time.sleep(0.02)
 
 
+def ends_with_us(number: int) -> Callable[[], None]:
+    """For ``preexec_fn``: the child gets the signal ``number`` when the thread that starts it ends, in whatever way."""
+    ours = os.getpid()
+
+    def before_exec() -> None:
+        _PRCTL(1, number)  # PR_SET_PDEATHSIG
+        if os.getppid() != ours:
+            os._exit(1)
+
+    return before_exec
+
+
 def marked(mark: str) -> list[int]:
     """The processes of this host (zombies left out) whose environment carries ``mark``, nested launches included."""
     found = []
@@ -102,6 +117,18 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def _hold_signals() -> None:
+    """In the supervisor's process, until ``heed_signals``: what comes before it can listen waits instead of ending it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+
+
+def heed_signals(handler: Callable[[int, Any], None]) -> None:
+    """In the supervisor: call ``handler`` for signals that came since it was started, and from now on."""
+    for number in FORWARDED:
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+
+
 def _print(line: str, error: bool) -> None:
     with contextlib.suppress(BrokenPipeError):
         print(line, file=sys.stderr if error else sys.stdout, flush=True)
@@ -114,9 +141,10 @@ def _forwarding(supervisor: subprocess.Popen[bytes]) -> Iterator[None]:
         return
 
     def forward(number: int, frame: Any) -> None:
-        supervisor.send_signal(number)
+        supervisor.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    before = {number: signal.signal(number, forward) for number in (*FORWARDED, *[signal.SIGHUP] * (not ignored))}
     try:
         yield
     finally:

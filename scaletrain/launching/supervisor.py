@@ -12,7 +12,7 @@ from scaletrain.launching import first_cause
 from scaletrain.launching.job import Command, Companion, Failure, Job, LaunchPlan
 from scaletrain.launching.processes import Process, Processes
 from scaletrain.launching.progress import host_name, progress_path
-from scaletrain.launching.supervise import FORWARDED, MARK, ORDER
+from scaletrain.launching.supervise import MARK, ORDER, heed_signals
 from scaletrain.metrics import write_json
 
 STORE_FD = "SCALETRAIN_STORE_FD"  # the listening socket that the store is to be served on
@@ -74,6 +74,8 @@ class _Supervisor:
         self.all.stop()
         if f"scaletrain: rank {failure.rank} on " not in self.all.said:  # a batch script says it itself
             self.all.say(first_cause.text(failure, running))
+            if saved := self._saved():
+                self.all.say(f"scaletrain: {saved}")
         return failure.exit_code or 1
 
     # Starting
@@ -223,7 +225,7 @@ class _Supervisor:
         if any(process.is_launcher for process in self.all.workers):
             self._watch_pids()
         limit_s = self.job.timeout_s
-        if not self.progress.stale(limit_s, max(limit_s, _STARTING_S)):
+        if not self.progress.stale(limit_s, max(limit_s, _STARTING_S), self.lost):
             return None
         hung = self._who_hangs()
         if hung is None:
@@ -283,12 +285,19 @@ class _Supervisor:
             return ""
         if summary.exists() and '"finished": true' in summary.read_text(encoding="utf-8"):
             return ", when it had finished"
-        saved = [int(path.stem.removeprefix("step-")) for path in self.job.run_dir.glob("step-*.safetensors")]
+        if saved := self._saved():
+            return f"; {saved}"
         done = max((known.step or 0 for known in self.progress.all()), default=0)
+        return " before the first step was done" if not done else f" after {done} steps; no checkpoint was written"
+
+    def _saved(self) -> str:
+        """The newest checkpoint and the command that goes on from it; nothing where there is none."""
+        saved = [int(path.stem.removeprefix("step-")) for path in self.job.run_dir.glob("step-*.safetensors")]
         if not saved:
-            return " before the first step was done" if not done else f" after {done} steps; no checkpoint was written"
-        again = shlex.join(["scaletrain", "train", str(config), "--run-dir", str(self.job.run_dir), "--resume"])
-        return f"; the checkpoint holds {max(saved)} steps. To go on: {again}"
+            return ""
+        config = str(self.job.run_dir / "config.yaml")
+        again = shlex.join(["scaletrain", "train", config, "--run-dir", str(self.job.run_dir), "--resume"])
+        return f"the checkpoint holds {max(saved)} steps. To go on: {again}"
 
 
 def _first_line(fd: int) -> bytes:
@@ -303,8 +312,7 @@ def main() -> int:
     if MARK not in os.environ:
         raise UserError("this is started by scaletrain, not by hand")
     supervisor = _Supervisor(*ORDER.validate_json(_first_line(sys.stdin.fileno())))
-    for number in FORWARDED:
-        signal.signal(number, lambda heard, frame: supervisor.signals.append(heard))
+    heed_signals(lambda heard, frame: supervisor.signals.append(heard))
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     return supervisor.run()
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from scaletrain import config as configuration
 from scaletrain.errors import UserError
+from scaletrain.launching.supervise import ends_with_us
 from scaletrain.metrics import environment, write_json
 
 REFERENCE_STEPS = 60  # of the short runs that only the split of lost time needs
@@ -243,7 +244,7 @@ def order(cells: Sequence[Cell], repeats: int) -> Iterator[tuple[Cell, int]]:
 
 
 def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = False) -> None:
-    """Run every missing repeat of every cell. Failures are kept as ``failed.json``; Ctrl-C ends the cell and the sweep.
+    """Run every missing repeat of every cell. Failures are kept as ``failed.json``; Ctrl-C or a signal ends the cell and the sweep.
 
     ``trace``: first repeats also record what a trace shows.
     """
@@ -252,18 +253,24 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         for cell, repeat in order(sweep.cells(), sweep.repeats)
         if not is_done(run_dir(out, cell, repeat))
     ]
+    started = time.monotonic()
     for number, (cell, repeat) in enumerate(todo, 1):
         directory = run_dir(out, cell, repeat)
         if directory.exists():
             shutil.rmtree(directory)  # half a run; this sweep made it
         directory.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        reason = _run_cell(sweep.command(cell, directory, trace and repeat == 0), directory, sweep.cell_timeout_s)
+        try:
+            reason = _run_cell(sweep.command(cell, directory, trace and repeat == 0), directory, sweep.cell_timeout_s)
+        except BaseException:
+            tell(f"stopped: {len(todo) - number + 1} runs are missing; the same command with --out {out} goes on")
+            raise
         if reason:
             directory.mkdir(exist_ok=True)
             write_json(directory / "failed.json", {"reason": reason})
         outcome = f"FAILED: {reason}" if reason else f"{time.monotonic() - began:.1f} s"
-        tell(f"[{number}/{len(todo)}] {cell.name} repeat {repeat + 1}: {outcome}")
+        left_s = (time.monotonic() - started) / number * (len(todo) - number)
+        tell(f"[{number}/{len(todo)}] {cell.name} repeat {repeat + 1}: {outcome} (about {left_s / 60:.0f} min to go)")
 
 
 def _run_cell(command: Sequence[str], directory: Path, timeout_s: float) -> str | None:
@@ -271,8 +278,9 @@ def _run_cell(command: Sequence[str], directory: Path, timeout_s: float) -> str 
     log = directory.with_name(f"{directory.name}.log")
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=ends_with_us(signal.SIGTERM),
+        )  # fmt: skip
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -45,6 +45,8 @@ def main(run_dir: Path, resume: bool = False) -> int:
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun has started all workers once more
         trainer = Trainer(config, world, parts, exchange, device, run_dir, resume or again)
         stop = StopTogether(store, config.log_every)
+        if resume and world.rank == 0 and not trainer.resumed:
+            print(f"no checkpoint in {run_dir}: training begins anew", flush=True)
         say = _Narrator(config, world, trainer) if world.rank == 0 else None
         clock = {"clock_offset_s": spans.clock_offset_s(store, world.rank, world.size)} if config.trace else {}
         header, path = _header(world, trainer) | clock, run_dir / f"rank-{world.rank}.json"

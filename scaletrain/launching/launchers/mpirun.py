@@ -45,7 +45,9 @@ def plan(
     argv = [command, "-n", str(job.workers)]
     if kind == "openmpi":
         argv += ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        argv += ["--host", _slots(hosts, per_host)] if hosts else ["--hostfile", hostfile] if hostfile else []
+        argv += (
+            ["--host", _slots(hosts, per_host, job.workers)] if hosts else ["--hostfile", hostfile] if hostfile else []
+        )
         # Open MPI's own default binds each worker to one core, which its other threads then share.
         by = f"ppr:{per_host}:node" if per_host else "slot"
         argv += (
@@ -84,8 +86,8 @@ def _which(command: str) -> str:
     raise UserError(f"launcher.mpi: {command} --version names no MPI that is known (allowed: openmpi, mpich)")
 
 
-def _slots(hosts: str, per_host: int | None) -> str:
-    """Open MPI takes a host without a count for one slot."""
-    if not per_host:
-        return hosts
-    return ",".join(host if ":" in host else f"{host}:{per_host}" for host in hosts.split(","))
+def _slots(hosts: str, per_host: int | None, workers: int) -> str:
+    """Hosts with their slots, equal shares where nobody said: Open MPI takes a host without a count for one slot."""
+    names = hosts.split(",")
+    share = per_host or -(-workers // len(names))
+    return ",".join(host if ":" in host else f"{host}:{share}" for host in names)

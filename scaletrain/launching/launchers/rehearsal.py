@@ -2,6 +2,9 @@
 
 import json
 import sys
+from typing import Annotated
+
+from annotated_types import Ge
 
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Command, Companion, Job, LaunchPlan
@@ -15,7 +18,7 @@ PORT = 29500  # of the job's store: in a fresh namespace every port is free
 def plan(
     job: Job,
     *,
-    hosts: int | None = None,
+    hosts: Annotated[int, Ge(1)] | None = None,
     bandwidth: str | None = "1Gbit",
     latency: str = "0",
     loss: float = 0.0,

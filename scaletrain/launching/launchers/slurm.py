@@ -6,7 +6,9 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Command, Job, LaunchPlan
@@ -22,7 +24,7 @@ def plan(
     gpus_per_task: int = 0,
     gres: str = "",
     mem: str = "",
-    time_limit_min: int | None = None,
+    time_limit_min: Annotated[int, Ge(1)] | None = None,
     array: int | str = "",
     partition: str = "",
     account: str = "",
