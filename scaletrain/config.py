@@ -115,12 +115,21 @@ class RunConfig(Strict):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-3 is one (in YAML 1.1, pyyaml's, it is a string unless it is written 1.0e-3), 1:2 is none (there: 62)."""
+    """A key given twice is a mistake. YAML 1.2's numbers:
+    1e-3 is one (in YAML 1.1, pyyaml's, it is a string unless it is written 1.0e-3), 1:2 is none (there: 62)."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         if kind is yaml.ScalarNode and implicit[0] and ":" in value:
             return "tag:yaml.org,2002:str"
         return super().resolve(kind, value, implicit)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

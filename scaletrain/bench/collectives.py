@@ -158,6 +158,8 @@ def command(
             out.with_suffix(".json"), {"header": header, "notes": notes, "rows": [row._asdict() for row in rows]}
         )
         pages.write(out.with_suffix(".md"), text)  # what people wrote on that page stays
+    if wrong := sorted({row.contender for row in rows if row.wrong}):
+        raise UserError(f"wrong sums: {', '.join(wrong)} (the last column counts the elements)")
 
 
 def _worlds(

@@ -6,7 +6,12 @@ engine that moves tensors (``scaletrain.engine.execute``), and ``draw`` (``drawi
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from scaletrain import plugins
+from scaletrain.errors import UserError
+
+_PROVED = 256  # ranks up to which ``proved`` proves
 
 
 class Transfer(NamedTuple):
@@ -55,6 +60,21 @@ class Schedule(NamedTuple):
 
 class ScheduleError(ValueError):
     """A schedule that is not an allreduce; says which round or rank is wrong."""
+
+
+def proved(name: str, size: int, **options: Any) -> Schedule:
+    """The schedule of an algorithm on disk, proved where ``size`` is at most 256 (beyond it a ring's proof takes seconds).
+
+    Raises:
+        UserError: it is no allreduce of ``size`` ranks with these options; names the fault.
+    """
+    schedule = plugins.load("collective", name)(size, **options)
+    if size <= _PROVED:
+        try:
+            verify(schedule)
+        except ScheduleError as error:
+            raise UserError(f"collective {name}: no allreduce of {size} ranks: {error}") from None
+    return schedule
 
 
 def verify(schedule: Schedule) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scaletrain import plugins
+from scaletrain.collectives.schedule import proved
 from scaletrain.config import plugin_spec
 from scaletrain.engine import autotune, segment
 from scaletrain.engine.execute import Program, execute
@@ -47,9 +48,7 @@ class Engine:
             return
         program = self._programs.get(choice.collective)
         if program is None:
-            schedule = plugins.load("collective", choice.collective)(
-                self._group.size, **self._options(choice.collective)
-            )
+            schedule = proved(choice.collective, self._group.size, **self._options(choice.collective))
             program = self._programs[choice.collective] = Program.of(schedule, self._group.rank)
         execute(program, self._transport, tensor, reduce, choice.segments)
 

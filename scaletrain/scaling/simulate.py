@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from scaletrain import plugins
+from scaletrain.collectives.schedule import proved
 from scaletrain.errors import UserError, unknown
 from scaletrain.scaling import predict
 from scaletrain.scaling.network import Preset
@@ -58,6 +59,9 @@ def check(names: Sequence[str]) -> None:
             continue
         if kind not in [*plugins.names("collective"), "none"] or servers:
             raise unknown("--strategy", name, [*plugins.names("collective"), "none", "server", "server:4"])
+        if kind in plugins.names("collective"):
+            for size in (2, 5, 8):
+                proved(kind, size)
 
 
 def point(job: Job, strategy: str, workers: int) -> Point:

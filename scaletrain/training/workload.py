@@ -72,6 +72,10 @@ def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     for key in options:
         if key not in allowed:
             raise unknown(f"optimizer: option of {config.optimizer.name}", key, allowed)
+        if isinstance(options[key], str):  # torch compares it with numbers, and says no more than that it cannot
+            raise UserError(
+                f"optimizer.{key}: {options[key]!r} is not allowed (allowed: a number, true, false or a list)"
+            )
     try:
         return kind(model.parameters(), **options)
     except (TypeError, ValueError) as error:

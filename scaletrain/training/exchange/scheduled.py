@@ -2,17 +2,28 @@
 
 from typing import Annotated, Any
 
+import torch
 import torch.distributed as dist
 from annotated_types import Gt
 
 from scaletrain.engine.process_group import Options
+from scaletrain.errors import UserError
 from scaletrain.training.ddp import AllreduceExchange
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
 
 
 class ScheduledExchange(AllreduceExchange):
-    """DDP over the backend ``scaletrain``."""
+    """DDP over the backend ``scaletrain``. The wires are opened at once: one that is not to be had here is told before training begins."""
+
+    def __init__(self, world: World, setup: Setup, *, bucket_mb: float, options: Options):
+        super().__init__(world, setup, backend="scaletrain", bucket_mb=bucket_mb, options=options)
+        try:
+            dist.all_reduce(torch.zeros(1, device=setup.device))
+        except RuntimeError as error:  # what a backend raises comes out of torch wrapped
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
 
     def chosen(self) -> dict[str, Any]:
         return dist.group.WORLD.record()  # type: ignore[union-attr]
@@ -27,4 +38,4 @@ def exchange(
     bucket_mb: Annotated[float, Gt(0)] = 25.0,
 ) -> Exchange:
     options = Options(collective=collective, transport=transport)
-    return ScheduledExchange(world, setup, backend="scaletrain", bucket_mb=bucket_mb, options=options)
+    return ScheduledExchange(world, setup, bucket_mb=bucket_mb, options=options)

@@ -1,0 +1,66 @@
+"""A person's mistake is one line that says what would be right, with status 2; nothing is started and nothing is left behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DIGITS = str(ROOT / "examples" / "digits.yaml")
+
+
+def mistake(folder: Path, *arguments: str | Path) -> str:
+    """The line that a command ends with."""
+    command = [sys.executable, "-m", "scaletrain.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert done.stderr.startswith("scaletrain: error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not (folder / "runs").exists()
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["bench", "scalin"], "did you mean 'scaling'"),
+        (["report", "nowhere"], "'nowhere' does not exist"),
+        (["train"], "Missing argument 'CONFIG'"),
+        (["train", DIGITS, "--resume"], "which run?"),
+        (["train", DIGITS, "--resume", "--run-dir", "nowhere"], "there is no run in nowhere"),
+        (["launch", "-n", "2", "--", "nowhere.py"], "nowhere.py: there is no such file"),
+    ],
+)
+def test_what_is_typed(tmp_path: Path, arguments: list[str], told: str):
+    assert told in mistake(tmp_path, *arguments)
+
+
+def test_a_key_given_twice(tmp_path: Path):
+    job = tmp_path / "job.yaml"
+    job.write_text("model: mlp\ndata: digits\nbatch_size: 96\nbatch_size: 48\n")
+    assert "job.yaml:4" in (told := mistake(tmp_path, "train", job)) and "batch_size is given twice" in told
+
+
+def test_a_report_is_no_calibration(tmp_path: Path):
+    (tmp_path / "report.json").write_text(json.dumps({"rows": []}))
+    arguments = ("simulate", "--fit", "report.json", "--workers", "2")
+    assert "no calibration" in mistake(tmp_path, *arguments)
+
+
+def test_worker_counts_that_cannot_share_the_batch_are_told(tmp_path: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "scaletrain.cli",
+        "simulate",
+        "--model",
+        "nin",
+        "--batch",
+        "64",
+        "--sample-ms",
+        "5",
+    ]
+    done = subprocess.run([*command, "--workers", "8,4096"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0 and "left out: 4096 workers cannot share a batch of 64" in done.stdout
