@@ -219,11 +219,20 @@ def simulate(
         raise UserError(f"--workers: {workers!r} is not allowed (allowed: 1 to 4096)")
     on, num_bytes, compute, overlap, measured = net.preset(network), None, None, not no_overlap, None
     if fitted:
-        value = json.loads(fitted.read_text(encoding="utf-8"))
-        made = fits.Fit.from_json(value)
+        try:
+            value = json.loads(fitted.read_text(encoding="utf-8"))
+            made, num_bytes, batch = fits.Fit.from_json(value), value["num_bytes"], batch or value["batch_size"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"--fit {fitted}: no calibration (allowed: what `scaletrain fit` wrote, such as fit.json)"
+            ) from None
+        for label, parameter in (("latency", made.latency_s), ("bandwidth", made.bandwidth_bytes_per_s)):
+            if parameter.low is None or parameter.high is None:
+                click.echo(
+                    f"{fitted}: the network's {label} is not told by its measurements; read what follows with care"
+                )
         made.check_reach(counts[-1], far)
         on, compute, overlap, measured = made.network, made.compute, made.overlap and overlap, made.max_workers
-        num_bytes, batch = value["num_bytes"], batch or value["batch_size"]
     if bandwidth:
         on = dataclasses.replace(on, network=on.network._replace(bandwidth_bytes_per_s=net.parse_bandwidth(bandwidth)))
     if model:
@@ -238,7 +247,7 @@ def simulate(
     )  # fmt: skip
     wanted = [word.strip() for word in names.split(",")] if names else simulate.strategies()
     points = simulate.simulate(job, counts, wanted)
-    publish.show_simulation(job, points, publish.terminal())
+    publish.show_simulation(job, points, publish.terminal(), counts)
     if out:
         publish.write_simulation(out, job, points, measured)
         click.echo(f"written: {out / 'simulation.json'}")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from scipy import stats
 
-ONE_RUN = "one run each: no interval"
+ONE_RUN = "single runs: no interval"
 
 
 class Mean(NamedTuple):

@@ -86,5 +86,11 @@ def sentence(causes: list[Cause], efficiency: float, better: str | None = None, 
     lost = sum(cause.seconds for cause in causes if cause.seconds > 0)
     if worst is None or efficiency >= 0.98:
         return f"Nothing to speak of is lost (efficiency {efficiency:.2f}){doubt}."
+    gained = -sum(cause.seconds for cause in causes if cause.seconds < 0)
+    if gained > lost / 2:  # what is left is smaller than what cancels: a difference of noises
+        return (
+            f"No cause can be named: {1000 * lost:.3g} ms a step of losses and {1000 * gained:.3g} ms of gains nearly cancel;"
+            f" more repeats, on a machine that does nothing else{doubt}."
+        )
     share = worst.seconds / lost
     return f"{worst.name.capitalize()}: {share:.0%} of the loss; {better or ADVICE[worst.name]}{doubt}."

@@ -109,8 +109,10 @@ def compare_and_exit(new: Path, old: Path) -> None:
         sys.exit(2)
 
 
-def show_simulation(job: simulate.Job, points: Sequence[simulate.Point], console: Console) -> None:
-    """A table of speed-ups (columns: worker counts), the best strategy of each marked, and its price."""
+def show_simulation(
+    job: simulate.Job, points: Sequence[simulate.Point], console: Console, asked: Sequence[int]
+) -> None:
+    """A table of speed-ups (columns: worker counts), the best strategy of each marked, and its price. ``asked``: for which counts."""
     counts = sorted({p.workers for p in points})
     best = simulate.best(points)
     grid = Table(
@@ -126,6 +128,11 @@ def show_simulation(job: simulate.Job, points: Sequence[simulate.Point], console
             name, *(f"[bold]{p.speedup:.1f}*[/bold]" if best[p.workers] is p else f"{p.speedup:.1f}" for p in cells)
         )
     console.print(grid)
+    if left_out := sorted(set(asked) - set(counts)):
+        console.print(
+            f"left out: {', '.join(map(str, left_out))} workers cannot share a batch of {job.batch_size} (a larger --batch, or --mode weak)",
+            highlight=False,
+        )
     console.print(f"network: {job.network.source}", highlight=False, markup=False)
     for count in counts:
         p = best[count]

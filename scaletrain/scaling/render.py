@@ -62,6 +62,11 @@ def note(report: Mapping[str, Any]) -> str:
     return f"± is the 95 % confidence interval of the mean over {repeats} repeats (Student's t); none where one run was made."
 
 
+def outcome(row: Mapping[str, Any]) -> str:
+    """What became of a cell without a finished run."""
+    return f"failed: {'; '.join(dict.fromkeys(row['failures']))}" if row["failures"] else "not measured"
+
+
 def _several(report: Mapping[str, Any]) -> bool:
     return len({(row["config"], str(row["variant"])) for row in report["rows"]}) > 1
 
@@ -76,6 +81,7 @@ def _template(name: str) -> jinja2.Template:
         "number": _number,
         "number4": _number4,
         "plus": _plus,
+        "outcome": outcome,
         "fitted_note": _fitted_note,
         "of_servers": servers.text,
     }

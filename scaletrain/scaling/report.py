@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,11 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
     if base is not None and not cell.reference:
         speedup = _speedup(runs, measured[base][0], base)
         row |= {"speedup": speedup.value, "speedup_ci95": speedup.ci95, "efficiency": speedup.value / cell.workers}
-        row["baseline"] = f"{base.workers} worker{'s' * (base.workers > 1)}, {base.exchange}"
+        # Without a run of one worker, the fewest there are count as ideal; that is an assumption, and is told.
+        row["baseline"] = (
+            f"1 worker, {base.exchange}" if base.workers == 1
+            else f"1 worker ({base.workers} workers, {base.exchange}, taken as ideal)"
+        )  # fmt: skip
     alone = _find(measured, cell, exchange="none")
     if alone and cell.workers > 1:
         exposed = mean([a.step_s - b.step_s for a, b in zip(runs, alone, strict=False)])
@@ -183,10 +188,16 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
 
 
 def _speedup(runs: Sequence[Run], base: Sequence[Run], cell: sweep.Cell) -> Mean:
-    """Repeat by repeat (they ran close together), then the mean; over the ideal speed-up of the baseline's own workers."""
+    """Repeat by repeat (they ran close together), then the mean; over the ideal speed-up of the baseline's own workers.
+
+    Where a repeat is missing: the ratio of the means, whose relative errors add up as squares.
+    """
     if len(runs) != len(base):
-        value = np.mean([r.samples_per_s for r in runs]) / np.mean([r.samples_per_s for r in base])
-        return Mean(float(value) * cell.workers, None, min(len(runs), len(base)))
+        ours, theirs = mean([r.samples_per_s for r in runs]), mean([r.samples_per_s for r in base])
+        value, ci95 = ours.value / theirs.value * cell.workers, None
+        if ours.ci95 is not None and theirs.ci95 is not None:
+            ci95 = value * math.hypot(ours.ci95 / ours.value, theirs.ci95 / theirs.value)
+        return Mean(value, ci95, min(len(runs), len(base)))
     return mean([a.samples_per_s / b.samples_per_s * cell.workers for a, b in zip(runs, base, strict=True)])
 
 
@@ -373,9 +384,13 @@ def summary(report: Mapping[str, Any]) -> str:
         best = max((row for row in done if row["workers"] == most), key=lambda row: row["efficiency"])
         single = best["speedup_ci95"] is None
         ci = "" if single else f" ± {best['speedup_ci95']:.2f}"
+        compared = (
+            f"{best['speedup']:.2f}{ci} times the speed of {best['baseline']} (efficiency {best['efficiency']:.2f},"
+        )
+        if most > 1 and min(row["workers"] for row in done) == most:
+            compared = "no other number of workers to compare with ("
         sentences.append(
-            f"{best['exchange']} on {most} worker{'s' * (most > 1)}: {best['speedup']:.2f}{ci} times the speed of"
-            f" {best['baseline']} (efficiency {best['efficiency']:.2f}, {best['samples_per_s']:,.0f} samples/s)"
+            f"{best['exchange']} on {most} worker{'s' * (most > 1)}: {compared} {best['samples_per_s']:,.0f} samples/s)"
             + (f"; {ONE_RUN}." if single else ".")
         )
         loss = next(
@@ -389,7 +404,8 @@ def summary(report: Mapping[str, Any]) -> str:
     header = report["header"]
     if header.get("runs_missing"):
         sentences.append(
-            f"Unfinished: {header['runs_missing']} of {header['runs_planned']} runs are missing (the same command runs them)."
+            f"Unfinished: {header['runs_missing']} of {header['runs_planned']} runs are missing"
+            " (the same command, with this report's directory as --out, runs them)."
         )
     failed = [row for row in rows if row["failures"]]
     if failed:

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from scaletrain.scaling.render import note
+from scaletrain.scaling.render import note, outcome
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
@@ -15,7 +16,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     title = f"{header['mode']} scaling" + (" (EMULATED)" if header["emulated"] else "")
     table = Table(
         title=title,
-        caption=f"{note(report)} Speed-up over {header['baseline']}.",
+        caption=f"{note(report)} Speed-up over {header['baseline'] or 'nothing was measured'}.",
     )
     several = len({(row["config"], str(row["variant"])) for row in rows}) > 1
     columns = [
@@ -39,9 +40,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         label = [" ".join([row["config"], *(f"{k}={v}" for k, v in row["variant"].items())])] if several else []
         marks = "*" if row["oversubscribed"] else ""
         if row["samples_per_s"] is None:
-            table.add_row(
-                *label, row["exchange"], str(row["workers"]), f"[red]failed: {_escape(row['failures'])}[/red]"
-            )
+            table.add_row(*label, row["exchange"], str(row["workers"]), f"[red]{escape(outcome(row))}[/red]")
             continue
         table.add_row(
             *label, row["exchange"], f"{row['workers']}{marks}",
@@ -59,9 +58,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         console.print(_losses(report))
     for row in rows:
         for reason in dict.fromkeys(row["failures"]):
-            console.print(
-                f"[red]failed[/red] {row['exchange']} on {row['workers']}: {_escape([reason])}", highlight=False
-            )
+            console.print(f"[red]failed[/red] {row['exchange']} on {row['workers']}: {escape(reason)}", highlight=False)
     console.print(report["summary"], highlight=False, markup=False)
 
 
@@ -88,9 +85,3 @@ def _number(value: float | None, form: str) -> str:
 
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1000 * seconds:.2f}"
-
-
-def _escape(reasons: list[str]) -> str:
-    from rich.markup import escape
-
-    return escape(reasons[0] if reasons else "not measured")

@@ -187,8 +187,8 @@ def test_one_run_has_no_interval_and_its_conclusions_say_so(measured):
     (measured / "header.json").unlink(missing_ok=True)
     made = report.of_sweep(measured)
     loss = next(x for x in made["losses"] if x["exchange"] == "ring")
-    assert loss["sentence"].endswith("(one run each: no interval).") and "one run each: no interval" in made["summary"]
-    assert "One run each: no interval." in render.html(made) and "±" not in render.markdown(made).split("exposed")[0]
+    assert loss["sentence"].endswith("(single runs: no interval).") and "single runs: no interval" in made["summary"]
+    assert "Single runs: no interval." in render.html(made) and "±" not in render.markdown(made).split("exposed")[0]
 
 
 def test_residuals_of_the_fit_are_not_shown_as_predictions(measured):
