@@ -123,7 +123,8 @@ def _claim(run_dir: Path, resume: bool, config: str) -> None:
     """
     path = run_dir / "config.yaml"
     same = path.exists() and path.read_text(encoding="utf-8") == config
-    begun = any(run_dir.glob("rank-*.jsonl")) or (not same and any(run_dir.glob("progress-*.json")))
+    starting = any(run_dir.glob("progress-*.json")) and not (run_dir / "failure.json").exists()
+    begun = any(run_dir.glob("rank-*.jsonl")) or (starting and not same)
     if path.exists() and not resume and begun:
         raise UserError(
             f"--run-dir {run_dir}: holds a run already (allowed: another directory, --resume to go on with it)"
@@ -201,6 +202,22 @@ def worker(run_dir: Path, resume: bool) -> None:
 )
 def bench() -> None:
     """Measure: scaling, collectives, the parameter server, a model."""
+
+
+@cli.command()
+@click.argument("collective")
+@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Number of ranks.")
+@click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Write the picture to this file as well.")
+def draw(collective: str, workers: int, svg: Path | None) -> None:
+    """Prove a collective, such as ring or pipelined_tree:segments=3, and show it round by round."""
+    from scaletrain.collectives import drawing, schedule
+    from scaletrain.config import plugin_spec
+
+    name, options = plugin_spec("collective", collective, "collective")
+    made = schedule.proved(name, workers, **options)
+    click.echo(drawing.as_text(made))
+    if svg:
+        svg.write_text(drawing.as_svg(made, f"{name}, {workers} ranks"), encoding="utf-8")
 
 
 @cli.command("list")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from scaletrain import plugins
@@ -75,6 +76,16 @@ def test_a_mistake_that_only_a_worker_can_see_is_one_line(tmp_path: Path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr + done.stdout
     assert done.stderr.count("did you mean 'momentum'") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nccl works here: tests/gpu")
+def test_a_wire_that_is_not_to_be_had_is_one_line_and_the_directory_may_be_used_again(tmp_path: Path):
+    run = ("train", DIGITS, "--workers", "2", "--set", "steps=3", "--set", "epochs=null", "--run-dir", tmp_path / "run")
+    done = scaletrain(*run, "--exchange", "ring@nccl")
+    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.count("nccl") == 1, done.stderr
+    done = scaletrain(*run, "--exchange", "ring@gloo")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

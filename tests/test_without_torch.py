@@ -46,6 +46,7 @@ def test_the_guard_guards():
         "fit --help",
         "doctor --help",
         "list",
+        "draw ring",
         "bench --help",
     ],
 )

@@ -8,11 +8,13 @@ from scaletrain.collectives.schedule import (
     Schedule,
     ScheduleError,
     Transfer,
+    proved,
     verify,
     verify_distribution,
     verify_order,
     verify_reduction,
 )
+from scaletrain.errors import UserError
 
 ALGORITHMS = plugins.names("collective")
 BETWEEN = ["ring", "tree", "halving_doubling", "recursive_doubling", "direct", "double_tree", "pipelined_tree", "star"]
@@ -42,6 +44,14 @@ def test_two_levels_are_proved_on_every_layout(between: str):
 def test_options_are_proved(name: str, options: dict):
     for size in range(1, 33):
         verify(plugins.load("collective", name)(size, **options))
+
+
+def test_what_is_no_allreduce_is_refused_before_it_is_used(monkeypatch: pytest.MonkeyPatch):
+    assert proved("ring", 5) == ring.schedule(5)
+    lossy = tree.schedule(5)._replace(rounds=tree.schedule(5).rounds[1:])
+    monkeypatch.setattr(plugins, "load", lambda kind, name: lambda size: lossy)
+    with pytest.raises(UserError, match="collective tree: no allreduce of 5 ranks: "):
+        proved("tree", 5)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

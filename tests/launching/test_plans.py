@@ -100,6 +100,13 @@ def test_mpirun_hosts_and_binding():
     assert argv[argv.index("-hosts") + 1] == "h0,h1" and argv[argv.index("-ppn") + 1] == "2"
 
 
+def test_mpirun_gives_each_host_an_equal_share_of_slots():
+    argv = mpirun.plan(job_of(workers=5), mpi="openmpi", hosts="h[0-1]").commands[0].argv
+    assert argv[argv.index("--host") + 1] == "h0:3,h1:3"
+    argv = mpirun.plan(job_of(workers=5), mpi="openmpi", hosts="h0:1,h1:4").commands[0].argv
+    assert argv[argv.index("--host") + 1] == "h0:1,h1:4"
+
+
 def test_horovodrun_slots():
     argv = horovodrun.plan(job_of()).commands[0].argv
     assert argv[argv.index("-H") + 1] == "localhost:4"

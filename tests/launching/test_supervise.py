@@ -154,6 +154,18 @@ def test_a_slow_worker_that_reports_is_no_hang(tmp_path: Path):
     assert carry_out(plan, job)[0] == 0
 
 
+def test_workers_that_are_done_early_may_wait_for_a_slow_one(tmp_path: Path):
+    body = """
+    for i in range(8):
+        time.sleep(0.5 if rank == 0 else 0)
+        report(i)
+    while not Path(os.environ["RUN_DIR"], "slow-is-done").exists():
+        Path(os.environ["RUN_DIR"], "slow-is-done").touch() if rank == 0 else time.sleep(0.05)
+    """
+    plan, job = job_of(tmp_path, body, workers=2, timeout_s=2.0)
+    assert carry_out(plan, job)[0] == 0
+
+
 def test_the_job_goes_on_while_enough_workers_live(tmp_path: Path):
     body = """
     if rank == 0:
@@ -271,6 +283,24 @@ def test_an_interrupt_lets_workers_end_in_good_order(tmp_path: Path, number: sig
     assert "Traceback" not in output and f"stopped by {number.name}" in output
     assert len(list(job.run_dir.glob("checkpoint-*"))) == 3
     assert gone_within(job, 1)
+
+
+@pytest.mark.parametrize("after_s", [0.05, 0.15, 0.3])
+def test_an_interrupt_while_the_supervisor_starts_is_no_traceback(tmp_path: Path, after_s: float):
+    plan, job = job_of(tmp_path, "time.sleep(100)")
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, repr((plan, job))],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert launcher.stdout
+    until = time.monotonic() + 20
+    while not (watchers := psutil.Process(launcher.pid).children()):
+        assert time.monotonic() < until, "the supervisor did not start"
+    time.sleep(after_s)
+    launcher.send_signal(signal.SIGINT)
+    output, _ = launcher.communicate(timeout=20)
+    assert launcher.returncode == 128 + signal.SIGINT and "Traceback" not in output, output
+    assert gone_within(job, 1) and not watchers[0].is_running()
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path: Path):

@@ -2,8 +2,13 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -87,6 +92,38 @@ def test_a_sweep_of_real_trainings(tmp_path):
         inside = [e for e in found if any(s["ts"] <= e["ts"] <= s["ts"] + s["dur"] for s in steps.values())]
         assert len(inside) >= least, kind  # the others are the evaluation's
     assert "<svg" in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_sweep_that_is_ended_ends_its_training(tmp_path, number):
+    config, out = tmp_path / "job.yaml", tmp_path / "out"
+    config.write_text("model: {name: mlp, sizes: [64, 32, 10]}\ndata: digits\nbatch_size: 64\nepochs: 2000\n")
+    arguments = ["bench", "scaling", config, "--workers", "2", "--exchange", "ring", "--no-split", "--out", out]
+    bench = subprocess.Popen(
+        [sys.executable, "-m", "scaletrain.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+    def training():
+        found = [p for p in psutil.process_iter(["cmdline"]) if str(out / "cells") in " ".join(p.info["cmdline"] or [])]
+        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    until = time.monotonic() + 60
+    while not [*out.glob("cells/*/0/rank-1.jsonl")]:
+        assert time.monotonic() < until and bench.poll() is None, bench.communicate()[0]
+        time.sleep(0.1)
+    assert len(training()) >= 3  # the command and its two workers
+    bench.send_signal(number)
+    output, _ = bench.communicate(timeout=30)
+    assert bench.returncode == (-number if number == signal.SIGKILL else 128 + number) and "Traceback" not in output
+    if number != signal.SIGKILL:
+        assert "stopped: 3 runs are missing; the same command with --out" in output
+    until = time.monotonic() + 15
+    while left := training():
+        assert time.monotonic() < until, [p.cmdline() for p in left]
+        time.sleep(0.1)
 
 
 def test_firecaffe_writes_its_page_from_what_was_measured(tmp_path):

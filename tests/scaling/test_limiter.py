@@ -39,3 +39,9 @@ def test_sentence_names_the_limiter_its_share_and_a_remedy():
         "Communication: 60% of the loss; ring instead of tree predicts 0.83 -> 0.94."
     )
     assert sentence([Cause("input", -0.1)], 1.0).startswith("Nothing")
+
+
+def test_no_cause_is_named_where_gains_hide_the_losses():
+    causes = [Cause("stolen cores", 0.010), Cause("unexplained", -0.008)]
+    assert sentence(causes, 0.9).startswith("No cause can be named: 10 ms a step of losses and 8 ms of gains")
+    assert sentence([causes[0], Cause("unexplained", -0.004)], 0.9).startswith("Stolen cores: 100%")

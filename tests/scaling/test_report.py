@@ -191,6 +191,24 @@ def test_one_run_has_no_interval_and_its_conclusions_say_so(measured):
     assert "Single runs: no interval." in render.html(made) and "±" not in render.markdown(made).split("exposed")[0]
 
 
+def test_a_missing_repeat_leaves_the_interval_that_the_others_give(measured):
+    shutil.copytree(next(measured.glob("cells/*none-w1-b96")) / "1", next(measured.glob("cells/*none-w1-b96")) / "2")
+    ring = row(report.of_sweep(measured), "ring", 2)
+    assert ring["speedup"] == pytest.approx(0.100 / 0.060, rel=2e-3) and 0 < ring["speedup_ci95"] < 0.1
+
+
+def test_what_a_speed_up_is_over_is_told_where_no_single_worker_was_measured(measured):
+    for cell in measured.glob("cells/*-w1-*"):
+        shutil.rmtree(cell)
+    made = report.of_sweep(measured)
+    assert "no other number of workers to compare with" in made["summary"]
+    assert row(made, "ring", 2)["baseline"] == "1 worker (2 workers, ring, taken as ideal)"
+    for cell in measured.glob("cells/*-w2-*"):
+        shutil.rmtree(cell)
+    nothing = report.of_sweep(measured)
+    assert "Speed-up over: nothing was measured." in render.markdown(nothing) and "not measured" in render.html(nothing)
+
+
 def test_residuals_of_the_fit_are_not_shown_as_predictions(measured):
     header = json.dumps({"model.weight": {"dtype": "F32", "shape": [10**6], "data_offsets": [0, 4 * 10**6]}}).encode()
     for run in measured.glob("cells/*/*/"):  # how many bytes the gradients have is read from a checkpoint

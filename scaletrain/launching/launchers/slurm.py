@@ -53,7 +53,7 @@ def plan(
         raise UserError(f"launcher.nodes: {job.workers} workers do not spread evenly over {nodes} nodes")
     if job.companions:
         raise UserError(
-            "launcher: slurm starts no companions (parameter servers); use the local launcher inside an allocation"
+            "exchange.placement: 'dedicated' is not allowed with slurm, which starts workers only (allowed: beside, auto)"
         )
     shared, name = job.run_dir, job.run_dir.name
     if array:
