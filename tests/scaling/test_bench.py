@@ -104,26 +104,31 @@ def test_a_sweep_that_is_ended_ends_its_training(tmp_path, number):
     bench = subprocess.Popen(
         [sys.executable, "-m", "scaletrain.cli", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None,  # CI may run in the background
     )  # fmt: skip
 
     def training():
         found = [p for p in psutil.process_iter(["cmdline"]) if str(out / "cells") in " ".join(p.info["cmdline"] or [])]
         return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
-    until = time.monotonic() + 60
-    while not [*out.glob("cells/*/0/rank-1.jsonl")]:
-        assert time.monotonic() < until and bench.poll() is None, bench.communicate()[0]
-        time.sleep(0.1)
-    assert len(training()) >= 3  # the command and its two workers
-    bench.send_signal(number)
-    output, _ = bench.communicate(timeout=30)
-    assert bench.returncode == (-number if number == signal.SIGKILL else 128 + number) and "Traceback" not in output
-    if number != signal.SIGKILL:
-        assert "stopped: 3 runs are missing; the same command with --out" in output
-    until = time.monotonic() + 15
-    while left := training():
-        assert time.monotonic() < until, [p.cmdline() for p in left]
-        time.sleep(0.1)
+    try:
+        until = time.monotonic() + 60
+        while not [*out.glob("cells/*/0/rank-1.jsonl")]:
+            assert time.monotonic() < until and bench.poll() is None, bench.communicate()[0]
+            time.sleep(0.1)
+        assert len(training()) >= 3  # the command and its two workers
+        bench.send_signal(number)
+        output, _ = bench.communicate(timeout=30)
+        assert bench.returncode == (-number if number == signal.SIGKILL else 128 + number) and "Traceback" not in output
+        if number != signal.SIGKILL:
+            assert "stopped: 3 runs are missing; the same command with --out" in output
+        until = time.monotonic() + 15
+        while left := training():
+            assert time.monotonic() < until, [p.cmdline() for p in left]
+            time.sleep(0.1)
+    finally:
+        for process in (bench, *training()):
+            process.kill()
 
 
 def test_firecaffe_writes_its_page_from_what_was_measured(tmp_path):
