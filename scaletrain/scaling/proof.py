@@ -173,22 +173,34 @@ class Extrapolation(NamedTuple):
 
 
 def extrapolate(
-    timings: Sequence[Timing], fitted_to: int, known: emulated.Links, unshaped: Sequence[Timing] = ()
+    timings: Sequence[Timing], fitted_to: int, known: emulated.Links, busy: Sequence[Timing] = (), parts: int = 1
 ) -> Extrapolation:
     """Fit emulated links to the timings of at most ``fitted_to`` workers; predict the others. ``known``: what is not fitted.
 
-    ``unshaped``: what the machine itself needs for an exchange when no link holds it back; the prediction is no less (``machine_s`` of a point).
+    ``busy``: core-seconds of the same exchanges. The work is fitted to those of at most ``fitted_to`` workers; the prediction is no less than
+    the cores need for it (``machine_s`` of a point). ``parts``: in how many the engine cuts messages of ``known.overlapped``.
     """
-    machine = {(t.strategy, t.workers): t.seconds / t.num_bytes for t in unshaped}
+
+    def cut(collective: str) -> int:
+        return parts if collective in known.overlapped else 1
+
     few = [t for t in timings if t.workers <= fitted_to]
     links, parameters = emulated.fit(few, known)
+    names = ["latency_s", "bandwidth_bytes_per_s", "add_bytes_per_s"]
+    work = None
+    if busy:
+        work, more = emulated.fit_work([t for t in busy if t.workers <= fitted_to], cut)
+        parameters, names = parameters + more, names + list(emulated.Work._fields)
+    worked = {(t.strategy, t.workers): t.seconds for t in busy}
     plain = extrapolate_plain(timings, fitted_to)
     points = []
     for point, t in zip(plain.points, (t for t in timings if t.workers > fitted_to), strict=True):
         links_s = emulated.allreduce_s(t.strategy, t.workers, t.num_bytes, links)
-        machine_s = machine.get((t.strategy, t.workers), 0.0) * t.num_bytes
-        points.append(point | {"predicted_s": max(links_s, machine_s), "links_s": links_s, "machine_s": machine_s})
-    names = ("latency_s", "bandwidth_bytes_per_s", "add_bytes_per_s")
+        machine_s = work.busy_s(t.strategy, t.workers, t.num_bytes, cut(t.strategy)) / known.cores if work else 0.0
+        point |= {"predicted_s": max(links_s, machine_s), "links_s": links_s, "machine_s": machine_s}
+        if (t.strategy, t.workers) in worked:
+            point["cores_busy"] = worked[t.strategy, t.workers] / known.cores / t.seconds
+        points.append(point)
     return Extrapolation(dict(zip(names, parameters, strict=True)), points)
 
 
@@ -205,12 +217,12 @@ def extrapolate_plain(timings: Sequence[Timing], fitted_to: int) -> Extrapolatio
     return Extrapolation({"latency_s": latency, "bandwidth_bytes_per_s": bandwidth}, points)
 
 
-def timings_of(measured: Sequence[Mapping[str, Any]]) -> list[Timing]:
-    """The median seconds of every collective in files that ``benchmarks/suites/time_exchanges.py`` wrote."""
+def timings_of(measured: Sequence[Mapping[str, Any]], key: str = "seconds") -> list[Timing]:
+    """The median of every collective in files that ``benchmarks/suites/time_exchanges.py`` wrote: of ``seconds`` or ``busy_s``."""
     return [
         Timing(name, one["workers"], one["num_bytes"], float(np.median(seconds)))
         for one in measured
-        for name, seconds in one["seconds"].items()
+        for name, seconds in one[key].items()
     ]
 
 
