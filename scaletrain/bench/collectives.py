@@ -206,7 +206,7 @@ def _torch(task: dict[str, Any], count: int, bandwidth: str | None) -> list[dict
             for process in running:
                 process.kill()
         if any(codes):
-            raise RuntimeError(_last_line(folder / "log"))
+            raise RuntimeError(_last_line((folder / "log").read_text(encoding="utf-8", errors="replace")))
         return _merge([json.loads(folder.joinpath(f"{r}.json").read_text(encoding="utf-8")) for r in range(count)])
 
 
@@ -231,8 +231,7 @@ def _mpi(python: str, script: str, task: dict[str, Any], count: int) -> list[dic
         argv += ["-n", str(count), python, str(path), folder]
         done = subprocess.run(argv, env=os.environ | allow, capture_output=True, text=True, timeout=600)
         if done.returncode:
-            lines = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
-            raise RuntimeError(lines[-1] if lines else f"exit status {done.returncode}")
+            raise RuntimeError(_last_line(done.stderr or done.stdout or f"exit status {done.returncode}"))
         return _merge([json.loads(Path(folder, f"{r}.json").read_text(encoding="utf-8")) for r in range(count)])
 
 
@@ -307,7 +306,8 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
-def _last_line(path: Path) -> str:
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def _last_line(text: str) -> str:
+    """What a failed program said last, an error if there is one."""
+    lines = [line for line in text.splitlines() if line.strip(" -")]
     errors = [line for line in lines if "Error" in line]
     return (errors or lines or ["no output"])[-1][:300]

@@ -115,13 +115,14 @@ def _race(engine: "Engine", racing: list[Choice], num_bytes: int) -> dict[Choice
 
 
 def _time(engine: "Engine", choice: Choice, tensor: torch.Tensor) -> float:
-    """Seconds on this rank; of a short message the median of several, after one that makes connections and buffers."""
+    """Seconds on this rank, after a run that makes connections and buffers. Of a short message the least of several: on a busy host most runs
+    tell how long the system lets a rank wait, which differs from run to run by more than the algorithms do."""
     times = []
     for _ in range(6 if tensor.nbytes <= SIZES[1] else 2 if tensor.nbytes <= SIZES[2] else 1):
         began = time.perf_counter()
         engine.run(choice, tensor)
         times.append(time.perf_counter() - began)
-    return median(times[1:] or times)
+    return min(times[1:] or times)
 
 
 def _agreed(engine: "Engine", seconds: list[float]) -> list[float]:
