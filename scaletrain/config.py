@@ -177,7 +177,10 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
         options = plugin_options(kind, named.name, named.options, where, config.search_path)
         setattr(config, kind, Named(name=named.name, **options))
     if (config.epochs is None) == (config.steps is None):
-        raise UserError(f"{where}: give exactly one of epochs and steps (now: {config.epochs} and {config.steps})")
+        raise UserError(
+            f"{where}: give exactly one of epochs and steps (now: {config.epochs} and {config.steps};"
+            " --set epochs=null leaves one out)"
+        )
     if config.batch_mode == "strong" and config.workers > config.batch_size:
         raise UserError(
             f"{where}: workers: {config.workers} workers cannot share a global batch_size of {config.batch_size}"

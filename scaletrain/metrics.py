@@ -72,6 +72,14 @@ def write_json(path: Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
+def has_finished(run_dir: Path) -> bool:
+    """Whether a run has done all its steps, by its summary."""
+    try:
+        return bool(json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("finished", True))
+    except (OSError, ValueError):
+        return False
+
+
 def environment() -> dict[str, Any]:
     """What a reader needs to judge a figure: host, processor, cores, versions, commit. Imports no torch."""
     import importlib.metadata

@@ -13,7 +13,7 @@ from scaletrain.launching.job import Command, Companion, Failure, Job, LaunchPla
 from scaletrain.launching.processes import Process, Processes
 from scaletrain.launching.progress import host_name, progress_path
 from scaletrain.launching.supervise import MARK, ORDER, heed_signals
-from scaletrain.metrics import write_json
+from scaletrain.metrics import has_finished, write_json
 
 STORE_FD = "SCALETRAIN_STORE_FD"  # the listening socket that the store is to be served on
 HUNG_STATUS = 124  # as timeout(1)
@@ -280,10 +280,9 @@ class _Supervisor:
 
     def _what_is_left(self) -> str:
         """Of a training run that was stopped: how far it got, and the command that goes on with it."""
-        config, summary = self.job.run_dir / "config.yaml", self.job.run_dir / "summary.json"
-        if not config.exists():  # somebody's own program
+        if not (self.job.run_dir / "config.yaml").exists():  # somebody's own program
             return ""
-        if summary.exists() and '"finished": true' in summary.read_text(encoding="utf-8"):
+        if has_finished(self.job.run_dir):
             return ", when it had finished"
         if saved := self._saved():
             return f"; {saved}"

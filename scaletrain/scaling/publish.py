@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scaletrain.errors import UserError, unknown
-from scaletrain.metrics import environment, write_json
+from scaletrain.metrics import environment, has_finished, write_json
 from scaletrain.scaling import compare, plots, render, report, simulate, sweep, table
 from scaletrain.scaling import trace as traces
 from scaletrain.scaling.fit import FAR
@@ -79,7 +79,7 @@ def write_traces(out: Path) -> list[Path]:
     written = []
     (out / "traces").mkdir(exist_ok=True)
     for cell in made.cells():
-        done = [d for d in (sweep.run_dir(out, cell, repeat) for repeat in range(made.repeats)) if sweep.is_done(d)]
+        done = [d for d in (sweep.run_dir(out, cell, repeat) for repeat in range(made.repeats)) if has_finished(d)]
         if done:
             path = out / "traces" / f"{cell.name}.json"
             write_json(path, traces.of_run(done[0]))

@@ -11,7 +11,7 @@ import numpy as np
 
 from scaletrain import plugins
 from scaletrain.errors import UserError
-from scaletrain.metrics import environment
+from scaletrain.metrics import environment, has_finished
 from scaletrain.scaling import limiter, servers, sweep
 from scaletrain.scaling.fit import Fit, fit_report, predictions, strategy_of
 from scaletrain.scaling.intervals import ONE_RUN, Mean, mean, percentiles
@@ -43,7 +43,7 @@ def of_sweep(*outs: Path) -> dict[str, Any]:
             runs, failures = [], []
             for repeat in range(made.repeats):
                 directory = sweep.run_dir(out, cell, repeat)
-                if sweep.is_done(directory):
+                if has_finished(directory):
                     runs.append(read_run(directory))
                 elif (directory / "failed.json").exists():
                     failures.append(json.loads((directory / "failed.json").read_text(encoding="utf-8"))["reason"])

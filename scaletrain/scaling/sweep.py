@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from scaletrain import config as configuration
 from scaletrain.errors import UserError
 from scaletrain.launching.supervise import ends_with_us
-from scaletrain.metrics import environment, write_json
+from scaletrain.metrics import environment, has_finished, write_json
 
 REFERENCE_STEPS = 60  # of the short runs that only the split of lost time needs
 
@@ -228,14 +228,6 @@ def run_dir(out: Path, cell: Cell, repeat: int) -> Path:
     return out / "cells" / cell.name / str(repeat)
 
 
-def is_done(directory: Path) -> bool:
-    """Whether this repeat of a cell was measured to its end."""
-    try:
-        return bool(json.loads((directory / "summary.json").read_text(encoding="utf-8")).get("finished", True))
-    except (OSError, ValueError):
-        return False
-
-
 def order(cells: Sequence[Cell], repeats: int) -> Iterator[tuple[Cell, int]]:
     """Repeats are interleaved, every second one backwards: a machine that drifts does not favour a cell."""
     for repeat in range(repeats):
@@ -251,7 +243,7 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
     todo = [
         (cell, repeat)
         for cell, repeat in order(sweep.cells(), sweep.repeats)
-        if not is_done(run_dir(out, cell, repeat))
+        if not has_finished(run_dir(out, cell, repeat))
     ]
     started = time.monotonic()
     for number, (cell, repeat) in enumerate(todo, 1):
@@ -289,7 +281,7 @@ def _run_cell(command: Sequence[str], directory: Path, timeout_s: float) -> str 
         except BaseException:
             _stop(process)
             raise
-    if status == 0 and is_done(directory):
+    if status == 0 and has_finished(directory):
         return None
     return _reason(directory, log, status)
 

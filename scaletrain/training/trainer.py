@@ -53,11 +53,15 @@ class Trainer:
         came_late = exchange.skip(self.num_steps - self.next_step)
         self.next_step += came_late
         self.records: list[StepRecord] = []
-        if self.resumed:
-            _cut_records(run_dir, world.rank, self.next_step)
+        self._before = _cut_records(run_dir, world.rank, self.next_step) if self.resumed else []
         self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or came_late > 0)
         shares = (self.batches.share(i, world.rank, world.size) for i in range(self.next_step, self.num_steps))
         self._loaded = load(workload.train, shares, config.loader_workers)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done; a resumed run may have been finished before."""
+        return self.next_step >= self.num_steps
 
     def step(self) -> StepRecord:
         """One optimizer step: input, forward and backward (in ``accumulate`` parts), exchange, update."""
@@ -105,13 +109,13 @@ class Trainer:
             if target and "target_step" not in evaluated and (evaluated["test_accuracy"] or 0) >= target:
                 evaluated.update(target_step=self.next_step, target_s=time.monotonic() - began)
 
-        while self.next_step < self.num_steps and not stop(self.next_step):
+        while not self.finished and not stop(self.next_step):
             if not self._catch_up():
                 record = self.step()
                 self._writer.write(record)
                 self.records.append(record)
                 on_step(record)
-            if self.next_step < self.num_steps:  # after the last step both are done below
+            if not self.finished:  # after the last step both are done below
                 if self._due(self.config.evaluate_every):
                     evaluate()
                 if self._due(self.config.checkpoint.every_steps):
@@ -190,9 +194,10 @@ class Trainer:
 
     def _summary(self, evaluated: dict[str, Any], wall_s: float) -> dict[str, Any]:
         """The run in numbers. Speed leaves out the first steps; it is the sum of all ranks' samples a second. All ranks must call it."""
-        timed = self.records[min(WARMUP_STEPS, max(0, len(self.records) - 1)) :]
+        records = self.records or self._before  # ended after its last step, before its summary: those are what there is
+        timed = records[min(WARMUP_STEPS, max(0, len(records) - 1)) :]
         seconds = [record.step_s for record in timed]
-        last = self.records[-1] if self.records else None
+        last = records[-1] if records else None
         rate = sum(record.samples for record in timed) / sum(seconds) if seconds else 0.0
         totals = self.exchange.sum(
             torch.tensor(
@@ -209,7 +214,7 @@ class Trainer:
             "batch_size": self.global_batch,
             "batch_mode": self.config.batch_mode,
             "steps": self.next_step,
-            "finished": self.next_step == self.num_steps,
+            "finished": self.finished,
             "samples_per_s": totals[0],
             "step_s_p50": _percentile(seconds, 50),
             "step_s_p95": _percentile(seconds, 95),
@@ -253,11 +258,13 @@ def _percentile(values: list[float], percent: int) -> float | None:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def _cut_records(run_dir: Path, rank: int, step: int) -> None:
-    """Drop the records of steps that will be done again. A rank that has none (more workers than before) starts afresh."""
+def _cut_records(run_dir: Path, rank: int, step: int) -> list[StepRecord]:
+    """Drop the records of steps that will be done again; returns the others. A rank that has none (more workers than before)
+    starts afresh."""
     path = records_path(run_dir, rank)
     kept = [record for record in read_records(path) if record.step < step] if path.exists() else []
     writer = RecordWriter(run_dir, rank)
     for record in kept:
         writer.write(record)
     writer.close()
+    return kept

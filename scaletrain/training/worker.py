@@ -21,7 +21,7 @@ from scaletrain.config import RunConfig
 from scaletrain.engine import rendezvous, spans
 from scaletrain.errors import UserError
 from scaletrain.launching import progress
-from scaletrain.metrics import StepRecord, environment, write_json
+from scaletrain.metrics import StepRecord, environment, has_finished, write_json
 from scaletrain.training import workload
 from scaletrain.training.exchange import Setup
 from scaletrain.training.trainer import Trainer
@@ -33,6 +33,9 @@ def main(run_dir: Path, resume: bool = False) -> int:
     world = World.from_env()
     with progress.reporting(run_dir, world) as report, contextlib.ExitStack() as stack:
         config = configuration.load(run_dir / "config.yaml")
+        resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun has started all workers once more
+        if not resume and world.rank == 0 and (run_dir / "summary.json").exists():
+            raise UserError(f"{run_dir}: holds a run already (allowed: another directory, --resume to go on with it)")
         timeout = timedelta(seconds=config.timeout_s)
         store = rendezvous.join(world, run_dir, timeout)
         world = rendezvous.place(world, store)
@@ -42,11 +45,19 @@ def main(run_dir: Path, resume: bool = False) -> int:
         setup = Setup(store, device, timeout, run_dir)
         parts = workload.build(config, device)
         exchange = config.load("exchange")(world, setup, **config.exchange.options)
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun has started all workers once more
-        trainer = Trainer(config, world, parts, exchange, device, run_dir, resume or again)
+        trainer = Trainer(config, world, parts, exchange, device, run_dir, resume)
         stop = StopTogether(store, config.log_every)
-        if resume and world.rank == 0 and not trainer.resumed:
-            print(f"no checkpoint in {run_dir}: training begins anew", flush=True)
+        if trainer.resumed and trainer.finished and has_finished(run_dir):
+            if world.rank == 0:
+                print(
+                    f"nothing to do: all {trainer.num_steps} steps are done (more: --resume with larger steps or epochs)"
+                )
+            exchange.close()
+            return 0
+        if world.rank == 0:
+            (run_dir / "summary.json").unlink(missing_ok=True)  # of the part before: not true any more
+            if resume and not trainer.resumed:
+                print(f"no checkpoint in {run_dir}: training begins anew", flush=True)
         say = _Narrator(config, world, trainer) if world.rank == 0 else None
         clock = {"clock_offset_s": spans.clock_offset_s(store, world.rank, world.size)} if config.trace else {}
         header, path = _header(world, trainer) | clock, run_dir / f"rank-{world.rank}.json"
@@ -61,6 +72,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
                 say(record)
 
         summary = trainer.fit(on_step, stop)
+        stop.over()
         if world.rank == 0:
             write_json(run_dir / "summary.json", summary | _emulation(run_dir, config))
             if say:
@@ -112,6 +124,10 @@ class StopTogether:
         self.signal = number
         for heard in (signal.SIGINT, signal.SIGTERM):
             signal.signal(heard, signal.SIG_DFL)
+
+    def over(self) -> None:
+        """Nothing is left to stop: a batch system's warning must not end the process in its last moments, as by default it would."""
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def __call__(self, step: int) -> bool:
         if self.signal and not self._announced:

@@ -11,6 +11,7 @@ from scaletrain import config, plugins
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Companion, Job, script_job
 from scaletrain.launching.launchers import horovodrun, local, mpirun, slurm, torchrun
+from scaletrain.metrics import write_json
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 CORES = len(os.sched_getaffinity(0))
@@ -173,6 +174,31 @@ def test_slurm_array_task_makes_its_configuration_and_spares_an_earlier_run(
     assert task(job_of(tmp_path)).returncode == 2
     resumed = job_of(tmp_path)
     assert task(resumed._replace(argv=(*resumed.argv, "--resume"))).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "finished", "ends", "requeued"),
+    [(0, True, 0, False), (0, False, 0, True), (138, None, 0, True), (138, False, 0, True), (138, True, 0, False), (1, False, 1, False)],
+)  # fmt: skip
+def test_slurm_script_is_requeued_only_while_there_is_something_left_to_do(
+    status: int, finished: bool | None, ends: int, requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The batch script and the one to copy run here, with stand-ins for SLURM's commands."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    run_dir, stubs = tmp_path / "runs" / "digits", tmp_path / "bin"
+    run_dir.mkdir(parents=True)
+    stubs.mkdir()
+    if finished is not None:
+        write_json(run_dir / "summary.json", {"steps": 3, "finished": finished})
+    says = {"srun": f"exit {status}", "squeue": "echo RUNNING", "scontrol": 'echo "scontrol $@"', "python3": "exit 0"}
+    for name, does in says.items():
+        (stubs / name).write_text(f"#!/bin/sh\n{does}\n")
+        (stubs / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    for text in (slurm.plan(job_of(run_dir)).files[0][1], (LAUNCH / "slurm.sbatch").read_text()):
+        done = subprocess.run(["sh"], input=text, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+        assert done.returncode == ends, done.stderr
+        assert ("scontrol requeue 7" in done.stdout) == requeued
 
 
 def test_script_jobs():

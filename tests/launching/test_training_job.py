@@ -5,12 +5,13 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.commands import ROOT, clean, command, gone, scaletrain, step_of, summary, train, until
+from tests.cluster.commands import DIGITS, ROOT, clean, command, gone, scaletrain, step_of, summary, train, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(100)]
 SLOW = str(ROOT / "tests" / "cluster" / "slow_digits.yaml")
@@ -86,3 +87,45 @@ def test_an_early_ctrl_c_says_that_nothing_was_done(tmp_path: Path):
     assert process.returncode == 130, output
     assert "stopped by SIGINT before the first step was done" in output and "Traceback" not in output, output
     assert gone(run_dir)
+
+
+def test_resuming_a_finished_run_changes_nothing_unless_there_is_more_to_do(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    job = ("train", DIGITS, "--workers", "2", "--run-dir", str(run_dir), "--set")
+    first = train(run_dir, "--workers", "2", "--set", "epochs=1")
+    assert first["finished"] and first["steps"] == 14
+    written = (run_dir / "summary.json").read_bytes()
+
+    again = scaletrain(*job, "epochs=1", "--resume")
+    assert again.returncode == 0 and "nothing to do: all 14 steps are done" in again.stdout, again.stdout + again.stderr
+    assert (run_dir / "summary.json").read_bytes() == written
+
+    by_hand = scaletrain("worker", str(run_dir))
+    assert by_hand.returncode == 2 and "holds a run already" in by_hand.stderr, by_hand.stderr
+    assert (run_dir / "summary.json").read_bytes() == written
+
+    (run_dir / "summary.json").unlink()  # as if it had been killed after its last checkpoint
+    closed = scaletrain(*job, "epochs=1", "--resume")
+    assert closed.returncode == 0, closed.stdout + closed.stderr
+    found = summary(run_dir)
+    assert found["finished"] and found["final_loss"] == pytest.approx(first["final_loss"], rel=1e-6)
+    assert found["test_accuracy"] == first["test_accuracy"] and found["step_s_p50"] == first["step_s_p50"]
+
+    more = scaletrain(*job, "epochs=2", "--resume")
+    assert "resumed at step 14" in more.stdout and summary(run_dir)["steps"] == 28, more.stdout + more.stderr
+
+
+def test_a_warning_in_a_workers_last_moments_does_not_end_it(tmp_path: Path):
+    """A batch system's SIGUSR1 may come when Python has given its own handlers back already."""
+    program = (
+        "import os, signal, sys, torch.distributed as dist\n"
+        "from scaletrain.training.worker import StopTogether\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1): kill(pid, number)\n"
+        "last = Last()\n"
+        "stop = StopTogether(dist.HashStore(), 1)\n"
+        "if sys.argv[1:]: stop.over()\n"
+    )
+    for arguments, status in (((), -signal.SIGUSR1), (("over",), 0)):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], env=clean(), cwd=ROOT, timeout=60)
+        assert done.returncode == status

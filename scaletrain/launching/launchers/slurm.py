@@ -157,8 +157,11 @@ fi
 [ -e {run_dir}/config.yaml ] || [ ! -e {shared}/config.yaml ] ||
     sed "s/^seed: .*/seed: $SLURM_ARRAY_TASK_ID/" {shared}/config.yaml > {run_dir}/config.yaml
 """
-_AGAIN = """if {{ [ $status -eq 138 ] || {{ [ $status -eq 0 ] && grep -qs '"finished": false' {run_dir}/summary.json; }}; }} &&
-   [ "$(squeue -h -j {job_id} -o %T)" = RUNNING ]; then # out of time (138: before the first step) or preempted, not cancelled
+_AGAIN = """finished() {{ grep -qs "\\"finished\\": $1" {run_dir}/summary.json; }}
+if [ $status -eq 138 ] && finished true; then
+    status=0 # warned in its last moments
+elif {{ [ $status -eq 138 ] || {{ [ $status -eq 0 ] && finished false; }}; }} &&
+    [ "$(squeue -h -j {job_id} -o %T)" = RUNNING ]; then # out of time (138: before the first step) or preempted, not cancelled
     scontrol requeue {job_id} && exit 0
 fi
 """
