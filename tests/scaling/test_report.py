@@ -105,6 +105,23 @@ def test_every_format_is_written(measured):
         publish.publish_sweep(measured, formats=["pdf"])
 
 
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+def test_tables_in_markdown_are_tables(measured, timed: bool, several: bool):
+    """A head, a line of dashes, then rows of as many cells, a failed cell's and a timed one's included."""
+    made = report.of_sweep(measured) | {"loss_reached": 0.5}
+    for number, each in enumerate(made["rows"]):
+        each["target_s"] = 1.5 if timed and number == 0 else None
+        each["variant"] = {"batch_size": number % 2} if several else {}
+    text = render.markdown(made)
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 2 and text.endswith(".\n")
+    for head, dashes, *rows in tables:
+        assert set(dashes) == {"|", "-"} and rows
+        assert {line.count("|") for line in (head, dashes, *rows)} == {head.count("|")}, head
+    assert ("time to accuracy" in tables[0][0]) == timed
+
+
 def test_emulated_runs_are_labelled(tmp_path):
     emulation = {"network": {"bandwidth": "1Gbit"}, "compute": {"step_s": 0.1, "sample_s": 0.0}}
     for workers in (1, 2):
