@@ -14,7 +14,7 @@ from scaletrain.errors import UserError
 from scaletrain.metrics import environment, has_finished
 from scaletrain.scaling import limiter, servers, sweep
 from scaletrain.scaling.fit import Fit, fit_report, predictions, strategy_of
-from scaletrain.scaling.intervals import ONE_RUN, Mean, mean, percentiles
+from scaletrain.scaling.intervals import ONE_RUN, Mean, change, mean, percentiles
 from scaletrain.scaling.measure import PARTS, Run, read_run
 from scaletrain.scaling.predict import step_s as step
 
@@ -370,6 +370,19 @@ def _baseline_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(texts)
 
 
+def _not_told_apart(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Exchanges of the same cell that the best one's lead over them, with its 95 % interval, does not leave behind."""
+    rates = [run["samples_per_s"] for run in best["runs"]]
+    equals = []
+    for row in rows:
+        if row is best or any(row[key] != best[key] for key in ("config", "workers", "variant")):
+            continue
+        lead = change(mean(rates), mean([run["samples_per_s"] for run in row["runs"]]))
+        if lead and not lead.is_higher:
+            equals.append(str(row["exchange"]))
+    return equals
+
+
 def summary(report: Mapping[str, Any]) -> str:
     """The first sentence of the report: the best that was reached, what limits it, what failed."""
     rows = report["rows"]
@@ -385,14 +398,18 @@ def summary(report: Mapping[str, Any]) -> str:
         single = best["speedup_ci95"] is None
         ci = "" if single else f" ± {best['speedup_ci95']:.2f}"
         compared = (
-            f"{best['speedup']:.2f}{ci} times the speed of {best['baseline']} (efficiency {best['efficiency']:.2f},"
+            f"{best['speedup']:.2f}{ci} times the speed of {best['baseline']} (efficiency {best['efficiency']:.2f}, "
         )
         if most > 1 and min(row["workers"] for row in done) == most:
             compared = "no other number of workers to compare with ("
         sentences.append(
-            f"{best['exchange']} on {most} worker{'s' * (most > 1)}: {compared} {best['samples_per_s']:,.0f} samples/s)"
+            f"{best['exchange']} on {most} worker{'s' * (most > 1)}: {compared}{best['samples_per_s']:,.0f} samples/s)"
             + (f"; {ONE_RUN}." if single else ".")
         )
+        if equals := _not_told_apart(best, done):
+            sentences.append(
+                f"{' and '.join(equals)} may be as fast: {len(best['runs'])} repeats do not tell them apart."
+            )
         loss = next(
             (x for x in report["losses"] if all(x[k] == best[k] for k in ("config", "exchange", "workers", "variant"))),
             None,
