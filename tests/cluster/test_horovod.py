@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from scaletrain.scaling import trace
 from tests.cluster.commands import SHORT, clean, gone, scaletrain, train
 from tests.conftest import require
 
@@ -48,6 +49,18 @@ def test_the_exchange_under_our_own_launcher(python: str, alone: dict, tmp_path:
     found = train(tmp_path / "run", *SHORT, "--workers", "3", "--exchange", "horovod", python=python)
     assert found["exchange"] == "horovod" and found["launcher"] == "local"
     assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+
+
+def test_a_trace_has_every_gradient_and_the_wait_for_them(python: str, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    train(run_dir, *SHORT, "--workers", "2", "--exchange", "horovod", "--set", "trace=true", python=python)
+    events = [event for event in trace.of_run(run_dir)["traceEvents"] if event["ph"] == "X"]
+    steps = sorted((e for e in events if e["pid"] == 1 and e["name"].startswith("step ")), key=lambda e: e["ts"])
+    waits = sorted((e for e in events if e["pid"] == 1 and e["name"] == "wait for gradients"), key=lambda e: e["ts"])
+    gradients = [e for e in events if e["pid"] == 1 and "bytes" in e["args"]]
+    assert len(steps) == len(waits) == 14 and len(gradients) % 14 == 0 and len({e["name"] for e in gradients}) > 1
+    for step, wait in zip(steps, waits, strict=True):
+        assert step["ts"] <= wait["ts"] and wait["ts"] + wait["dur"] <= step["ts"] + step["dur"] + 1000
 
 
 def test_horovodrun(python: str, alone: dict, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import psutil
 import torch
 from torch import nn
 
+from scaletrain.engine import spans
 from scaletrain.errors import UserError
 from scaletrain.launching import progress
 from scaletrain.training.exchange import Exchange, Setup
@@ -40,7 +42,7 @@ class HorovodExchange(Exchange):
                 f" {world.rank} of {world.size}; it was built for another MPI than this one (set exchange.controller=gloo)"
             )
         self._compression = hvd.Compression.fp16 if compression == "fp16" else hvd.Compression.none
-        self._handles: dict[str, tuple[int, torch.Tensor, Any]] = {}
+        self._handles: dict[str, tuple[int, torch.Tensor, Any, float]] = {}
         self._accumulating = False
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -71,8 +73,9 @@ class HorovodExchange(Exchange):
         if grad.dtype == torch.bfloat16 and grad.device.type == "cpu":
             grad = grad.float()  # Horovod has no bfloat16 on the CPU
         sent, context = self._compression.compress(grad)
+        began = time.time()
         handle = self._hvd.allreduce_async_(sent, name=f"gradient.{name}", op=self._hvd.Average)
-        self._handles[name] = (handle, sent, context)
+        self._handles[name] = (handle, sent, context, began)
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         return self._accumulate()
@@ -90,11 +93,14 @@ class HorovodExchange(Exchange):
             if name not in self._handles:
                 self._send(name, parameter)
         progress.entering("horovod allreduce")
+        waited = time.time()
         for name, parameter in self._parameters.items():
-            handle, _, context = self._handles[name]
+            handle, sent, context, began = self._handles[name]
             mean = self._compression.decompress(self._hvd.synchronize(handle), context)
+            spans.add("bucket", name, began, bytes=sent.nbytes)
             assert parameter.grad is not None
             parameter.grad.copy_(mean)
+        spans.add("wait", "wait for gradients", waited)
         self._handles.clear()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
