@@ -139,6 +139,9 @@ class Follower:
             sys.exit(2)
         if done.returncode:
             print(f"scaletrain: error: launcher: {done.stderr.strip()}", file=sys.stderr)
+            print(
+                "scaletrain: does `sinfo` answer here? It shows the partitions that a job may ask for", file=sys.stderr
+            )
             sys.exit(2)
         return done.stdout.strip().split(";")[0]
 

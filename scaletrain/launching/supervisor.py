@@ -51,7 +51,10 @@ class _Supervisor:
             self._start()
         except OSError as error:
             self.all.stop()
-            self.all.say(f"scaletrain: error: cannot start {error.filename or 'a worker'}: {error.strerror}")
+            self.all.say(
+                f"scaletrain: error: cannot start {error.filename or 'a worker'}: {error.strerror}"
+                " (scaletrain doctor: what works here, and how to get the rest)"
+            )
             return 2
         while True:
             self.all.read(_TICK_S)
