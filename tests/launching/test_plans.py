@@ -240,7 +240,8 @@ def test_mpirun_sh(tmp_path: Path, kind: str, version: str, workers: int, with_h
     options = {"hostfile": str(hostfile)} if with_hosts else {}
     plan = mpirun.plan(job_of(workers=workers), mpi=kind, **options)
     found = called(tmp_path, "mpirun.sh", "/shared/run", str(workers), *options.values(), version=version)
-    assert found == [*plan.commands[0].argv[1:]]
+    # Started by hand, MPICH itself has to end the others when a worker fails.
+    assert found == [word for word in plan.commands[0].argv[1:] if word != "-disable-auto-cleanup"]
 
 
 def test_slurm_sbatch(monkeypatch: pytest.MonkeyPatch):

@@ -60,6 +60,8 @@ def plan(
         argv += ["-hosts", hosts] if hosts else ["-f", hostfile] if hostfile else []
         argv += ["-ppn", str(per_host)] if per_host else []
         argv += ["-bind-to", f"core:{threads}"] if bind else []
+        # When a worker is killed, MPICH kills the others in the same instant, and who was the first cannot be told: here we see it, and end them.
+        argv += [] if elsewhere else ["-disable-auto-cleanup"]
         for key, value in variables.items():
             argv += ["-genv", key, value]
     if elsewhere:
