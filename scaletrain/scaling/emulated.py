@@ -6,6 +6,8 @@ The cost model of ``collectives/cost.py`` is of a real network. A rehearsal diff
   that pause between rounds, as those of trees do, are faster for it; a ring's ports never pause.
 - Whoever adds what has arrived uses a core, and the hosts share the cores. Algorithms that the engine runs in parts side by side add one
   part while the next one arrives.
+- A message counts as sent when the last of it is in the sender's socket. The sender's next one, to somebody else, then shares the link with
+  what is still in there, and the first arrives that much later: at the upper levels of a broadcast, those below wait for it.
 - Nobody waits for a round to end everywhere: a rank goes on when its own messages are there.
 - All bytes pass through the same cores, those of the links included. Many hosts on few cores keep them busy for longer than the links take.
 """
@@ -14,7 +16,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize
@@ -30,8 +32,12 @@ class Links(NamedTuple):
     bandwidth_bytes_per_s: float
     add_bytes_per_s: float  # how fast one core adds what has arrived
     burst_bytes: float = 0.0  # a full token bucket
+    socket_bytes: float = 0.0  # of a message, still in the sender's socket when it counts as sent
     cores: int = 1
     overlapped: frozenset[str] = frozenset()  # algorithms that add while the next part arrives
+
+
+FITTED = ("latency_s", "bandwidth_bytes_per_s", "add_bytes_per_s", "socket_bytes")  # what ``fit`` finds, in this order
 
 
 class _Round(NamedTuple):
@@ -39,6 +45,7 @@ class _Round(NamedTuple):
     received: dict[int, int]
     added: dict[int, int]  # of those received
     pairs: frozenset[tuple[int, int]]
+    followed: dict[int, int]  # by a rank that only sends in this round: chunks of its next messages, to others
 
 
 class Work(NamedTuple):
@@ -61,21 +68,29 @@ class Work(NamedTuple):
 @functools.lru_cache(maxsize=512)
 def _rounds(collective: str, size: int) -> tuple[int, tuple[_Round, ...]]:
     schedule = plugins.load("collective", collective)(size)
-    rounds = tuple(
-        _Round(
-            Counter(t.src for t in transfers), Counter(t.dst for t in transfers), Counter(t.dst for t in transfers if t.add),
-            frozenset((t.src, t.dst) for t in transfers),
-        )
-        for transfers in schedule.rounds
-    )  # fmt: skip
-    return schedule.num_chunks, rounds
+    rounds: list[_Round] = []
+    later: dict[
+        int, tuple[int, frozenset[int]]
+    ] = {}  # by rank, of the round after this one that it takes part in: chunks sent, to whom
+    for transfers in reversed(schedule.rounds):
+        sent, received = Counter(t.src for t in transfers), Counter(t.dst for t in transfers)
+        to = {rank: frozenset(t.dst for t in transfers if t.src == rank) for rank in sent}
+        followed = {
+            rank: later[rank][0]
+            for rank in sent
+            if rank not in received and rank in later and later[rank][1] != to[rank]
+        }
+        added = Counter(t.dst for t in transfers if t.add)
+        rounds.insert(0, _Round(sent, received, added, frozenset((t.src, t.dst) for t in transfers), followed))
+        later |= {rank: (sent[rank], to.get(rank, frozenset())) for rank in {*sent, *received}}
+    return schedule.num_chunks, tuple(rounds)
 
 
 def allreduce_s(collective: str, workers: int, num_bytes: float, on: Links) -> float:
     """Seconds until the last of ``workers`` hosts has the sum, when all begin at once with full token buckets."""
     num_chunks, rounds = _rounds(collective, workers)
     chunk = num_bytes / num_chunks
-    chunk_s, burst_s = chunk / on.bandwidth_bytes_per_s, on.burst_bytes / on.bandwidth_bytes_per_s
+    chunk_s, burst_s, socket_s = (n / on.bandwidth_bytes_per_s for n in (chunk, on.burst_bytes, on.socket_bytes))
     ready = [0.0] * workers  # when each rank has done its rounds so far
     leaving, arriving = (
         [-math.inf] * workers,
@@ -96,27 +111,30 @@ def allreduce_s(collective: str, workers: int, num_bytes: float, on: Links) -> f
         after = list(ready)
         for (s, d), begin in begins.items():
             there = max(begin, leaving[s], arriving[d]) + on.latency_s
-            after[s] = max(after[s], there)
+            in_socket_s = min(socket_s, now.sent[s] * chunk_s) if s not in now.received else 0.0
+            after[s] = max(after[s], begin, there - in_socket_s)
+            there += min(in_socket_s, now.followed.get(s, 0) * chunk_s)
             after[d] = max(after[d], there + now.added.get(d, 0) * adding)
         ready = after
     return max(ready)
 
 
 def fit(timings: Sequence[Timing], known: Links) -> tuple[Links, list[Parameter]]:
-    """Links that explain the timings of more than one worker best, and latency, bandwidth and speed of adding with their intervals.
+    """Links that explain the timings of more than one worker best, and latency, bandwidth, speed of adding and what
+    sockets hold, with their intervals.
 
     The rest of ``known`` stays as it is.
     """
     used = [t for t in timings if t.workers > 1]
 
     def links(values: Sequence[float]) -> Links:
-        latency_s, bandwidth, adding = values
-        return known._replace(latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, add_bytes_per_s=adding)
+        found: dict[str, Any] = dict(zip(FITTED, values, strict=True))
+        return known._replace(**found)
 
     start = float(np.median([t.num_bytes / t.seconds for t in used]))
     parameters = _fit(
         lambda t, values: allreduce_s(t.strategy, t.workers, t.num_bytes, links(values)),
-        used, [5e-4, start, 2e9], [(1e-7, 0.1), (1e4, 1e12), (1e7, 1e12)],
+        used, [5e-4, start, 2e9, 5e5], [(1e-7, 0.1), (1e4, 1e12), (1e7, 1e12), (1e3, 1e7)],
     )  # fmt: skip
     return links([parameter.value for parameter in parameters]), parameters
 

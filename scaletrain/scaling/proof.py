@@ -186,7 +186,7 @@ def extrapolate(
 
     few = [t for t in timings if t.workers <= fitted_to]
     links, parameters = emulated.fit(few, known)
-    names = ["latency_s", "bandwidth_bytes_per_s", "add_bytes_per_s"]
+    names = list(emulated.FITTED)
     work = None
     if busy:
         work, more = emulated.fit_work([t for t in busy if t.workers <= fitted_to], cut)
