@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import zmq
 
+from scaletrain.engine.process_group import Options
 from scaletrain.parameter_server import security, sharding
 from scaletrain.parameter_server.client import Client
 from scaletrain.parameter_server.settings import Settings
@@ -150,26 +151,14 @@ def gloo_pair(rank: str, store: str, total_bytes: str, steps: str) -> dict[str, 
 
 
 def tree(rank: str, size: str, address: str, port: str, total_bytes: str, steps: str) -> dict[str, float]:
-    """FireCaffe's reduction tree: a binomial reduce to rank 0, then a binomial broadcast of the whole vector, not pipelined."""
+    """FireCaffe's reduction tree over TCP: the collective ``tree`` of our engine, the whole vector in every message."""
     _join(rank, size, address, port)
-    me, n = int(rank), int(size)
-    data, other, times = torch.zeros(int(total_bytes) // 4), torch.empty(int(total_bytes) // 4), []
-    levels = [1 << i for i in range((n - 1).bit_length())]
+    group = dist.new_group(backend="scaletrain", pg_options=Options(collective="tree", transport="gloo"))
+    data, times = torch.zeros(int(total_bytes) // 4), []
     for _ in range(int(steps) + 1):
         dist.barrier()
         began = time.perf_counter()
-        for distance in levels:
-            if me % (2 * distance) == distance:
-                dist.send(data, me - distance)
-                break
-            if me % (2 * distance) == 0 and me + distance < n:
-                dist.recv(other, me + distance)
-                data.add_(other)
-        for distance in reversed(levels):
-            if me % (2 * distance) == 0 and me + distance < n:
-                dist.send(data, me + distance)
-            elif me % (2 * distance) == distance:
-                dist.recv(data, me - distance)
+        dist.all_reduce(data, group=group)
         times.append(time.perf_counter() - began)
     return {"step_s": statistics.median(times[1:])}
 

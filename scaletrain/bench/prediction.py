@@ -16,10 +16,6 @@ FITTED_TO = 4
 COLLECTIVES = "ring,tree,star,halving_doubling,recursive_doubling,direct,double_tree,pipelined_tree"
 # label -> (bandwidth, bytes, repeats, collectives)
 EXCHANGES = {"1Gbit": ("1Gbit", 12_500_000, 5, COLLECTIVES), "100Mbit": ("100Mbit", 2_500_000, 3, COLLECTIVES)}
-OVERLAPPED = frozenset(
-    {"ring", "halving_doubling", "direct", "two_level"}
-)  # the engine runs them in parts side by side
-PARTS = 4  # in so many, where messages are large
 SERVERS = {"1Gbit": "squeezenet", "100Mbit": "lenet"}
 FITTED_BATCH = 96
 TRAFFIC_STEP_S = 0.5  # the emulated computation of squeezenet_alexnet.yaml
@@ -99,11 +95,9 @@ def _results(data: Path, cores: int) -> dict[str, Any]:
         measured = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()]
         if len(measured) > 2:
             title = f"collectives, {bandwidth}/s, {num_bytes / 1e6:g} MB"
-            known = emulated.Links(
-                0.0, 0.0, 0.0, burst_bytes(bits_per_s(bandwidth)), cores=cores, overlapped=OVERLAPPED
-            )
+            known = emulated.Links(0.0, 0.0, 0.0, burst_bytes(bits_per_s(bandwidth)), cores=cores)
             timings, busy = proof.timings_of(measured), proof.timings_of(measured, "busy_s")
-            result["extrapolations"][title] = _extrapolation(proof.extrapolate(timings, FITTED_TO, known, busy, PARTS))
+            result["extrapolations"][title] = _extrapolation(proof.extrapolate(timings, FITTED_TO, known, busy))
     for bandwidth in SERVERS:
         runs = {
             h: data / f"server-{bandwidth}-{h}"

@@ -12,6 +12,16 @@ from typing import NamedTuple
 from scaletrain import plugins
 from scaletrain.collectives.schedule import Schedule
 
+# Bandwidth-optimal: where the pieces stay large, several parts of a message go through these schedules side by side, so that one is on the
+# wire while another is added.
+SIDE_BY_SIDE = ("ring", "halving_doubling", "direct", "two_level")
+_PARTS, _SMALL_BYTES = 4, 128 << 10  # pieces below it cost more by their number than by their bytes
+
+
+def parts(collective: str, size: int, num_bytes: float) -> int:
+    """In how many parts side by side the engine sends a message through an algorithm that a person chose."""
+    return max(1, min(_PARTS, int(num_bytes) // (size * _SMALL_BYTES))) if collective in SIDE_BY_SIDE else 1
+
 
 class Link(NamedTuple):
     """One port into a network, or the memory that ranks of one host share."""

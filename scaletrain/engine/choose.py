@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scaletrain import plugins
+from scaletrain.collectives import cost
 from scaletrain.collectives.schedule import proved
 from scaletrain.config import plugin_spec
 from scaletrain.engine import autotune, segment
@@ -16,9 +17,7 @@ from scaletrain.engine.transport import Group, Reduce, Transport
 from scaletrain.errors import unknown
 
 NATIVE = "native"  # the wire's own allreduce: gloo's, MPI's, or the one that shared memory has
-_SIDE_BY_SIDE = ("ring", "halving_doubling", "direct", "two_level")
 _RECORDED = (4 << 10, 64 << 10, 1 << 20, 25 << 20, 100 << 20)
-_SMALL_BYTES = 128 << 10  # messages below it cost more by their number than by their bytes
 
 
 class Engine:
@@ -55,7 +54,7 @@ class Engine:
     def choose(self, num_bytes: int) -> autotune.Choice:
         """What runs for a message of this size; the first use of ``auto`` on a network measures (collective)."""
         if self._collective != "auto":
-            return autotune.Choice(self._collective, self._segments(num_bytes))
+            return autotune.Choice(self._collective, cost.parts(self._collective, self._group.size, num_bytes))
         if self.transport_name == "shared_memory":
             return autotune.Choice(NATIVE, 1)
         if self._tuning is None:
@@ -71,12 +70,6 @@ class Engine:
         if self.transport_name == "mixed":
             found += [autotune.Choice("two_level", segments) for segments in (1, 4)]
         return found
-
-    def _segments(self, num_bytes: int) -> int:
-        """Of an algorithm that a person chose: bandwidth-optimal ones go in parts side by side, if the messages stay large."""
-        if self._collective not in _SIDE_BY_SIDE:
-            return 1
-        return max(1, min(4, num_bytes // (self._group.size * _SMALL_BYTES)))
 
     def record(self, *sizes: int) -> dict[str, Any]:
         """For the run's header: the wire, and what is chosen for messages of these bytes (once ``auto`` has measured)."""

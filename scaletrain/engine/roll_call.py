@@ -1,6 +1,5 @@
 """Who entered which collective: counted on every rank, asked when one has failed."""
 
-import contextlib
 import time
 from datetime import timedelta
 
@@ -32,7 +31,7 @@ class RollCall:
     def _others(self, name: str, number: int) -> str:
         mine = f"{name} #{number}"
         at = {self._rank: mine}  # where each rank failed last
-        with contextlib.suppress(RuntimeError):  # the store's host is gone too
+        try:
             self._store.set(str(self._rank), mine)
             until = time.monotonic() + self._answer_s
             while (
@@ -43,6 +42,8 @@ class RollCall:
                 for rank in range(self._size):
                     if rank != self._rank and self._store.check([str(rank)]):
                         at[rank] = self._store.get(str(rank)).decode()
+        except RuntimeError:
+            return "where the other ranks are is not known: the store where they meet is gone"
         # A rank that fails in a later one has this one behind it.
         elsewhere = {rank: where for rank, where in at.items() if where != mine and _number(where) <= number}
         told = [f"rank {rank} is in {where}" for rank, where in elsewhere.items()]

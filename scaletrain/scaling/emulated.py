@@ -8,6 +8,8 @@ The cost model of ``collectives/cost.py`` is of a real network. A rehearsal diff
   part while the next one arrives.
 - A message counts as sent when the last of it is in the sender's socket. The sender's next one, to somebody else, then shares the link with
   what is still in there, and the first arrives that much later: at the upper levels of a broadcast, those below wait for it.
+- Where every host sends to several and receives from several at once, their messages leave in whatever order: ports wait for messages
+  that are still behind others elsewhere, and then have several at once. In which order is drawn.
 - Nobody waits for a round to end everywhere: a rank goes on when its own messages are there.
 - All bytes pass through the same cores, those of the links included. Many hosts on few cores keep them busy for longer than the links take.
 """
@@ -22,6 +24,7 @@ import numpy as np
 from scipy import optimize
 
 from scaletrain import plugins
+from scaletrain.collectives import cost
 from scaletrain.scaling.fit import Parameter, Timing, intervals_of
 
 
@@ -34,9 +37,9 @@ class Links(NamedTuple):
     burst_bytes: float = 0.0  # a full token bucket
     socket_bytes: float = 0.0  # of a message, still in the sender's socket when it counts as sent
     cores: int = 1
-    overlapped: frozenset[str] = frozenset()  # algorithms that add while the next part arrives
 
 
+_DRAWS = 20
 FITTED = ("latency_s", "bandwidth_bytes_per_s", "add_bytes_per_s", "socket_bytes")  # what ``fit`` finds, in this order
 
 
@@ -55,13 +58,13 @@ class Work(NamedTuple):
     added_s_per_byte: float
     message_s: float
 
-    def busy_s(self, collective: str, workers: int, num_bytes: float, parts: int = 1) -> float:
-        """Core-seconds of one allreduce, of all hosts together. ``parts``: in how many the engine cuts each message."""
+    def busy_s(self, collective: str, workers: int, num_bytes: float) -> float:
+        """Core-seconds of one allreduce, of all hosts together."""
         num_chunks, rounds = _rounds(collective, workers)
         chunk = num_bytes / num_chunks
         moved = chunk * sum(count for now in rounds for count in now.sent.values())
         added = chunk * sum(count for now in rounds for count in now.added.values())
-        messages = parts * sum(len(now.pairs) for now in rounds)
+        messages = cost.parts(collective, workers, num_bytes) * sum(len(now.pairs) for now in rounds)
         return moved * self.moved_s_per_byte + added * self.added_s_per_byte + messages * self.message_s
 
 
@@ -86,8 +89,38 @@ def _rounds(collective: str, size: int) -> tuple[int, tuple[_Round, ...]]:
     return schedule.num_chunks, tuple(rounds)
 
 
+@functools.lru_cache(maxsize=512)
+def _meetings(collective: str, size: int, parts: int) -> tuple[tuple[dict[int, float], ...], ...]:
+    """For each of some draws and each round: how many messages longer a rank's port takes since it had to wait for some."""
+    rounds = _rounds(collective, size)[1]
+    to = [{s: [d for source, d in now.pairs if source == s] for s in now.sent} for now in rounds]
+    crowded = [min(map(len, now.values())) > 1 and len(now) > 2 for now in to]
+    if not any(crowded):
+        return (({},) * len(rounds),)
+    dice = np.random.default_rng(0)
+    return tuple(
+        tuple(_late(now, parts, dice) if many else {} for now, many in zip(to, crowded, strict=True))
+        for _ in range(_DRAWS)
+    )
+
+
+def _late(to: dict[int, list[int]], parts: int, dice: np.random.Generator) -> dict[int, float]:
+    """Every port sends and receives a message a slot; a message is there when the port that it came from and its own are done with it."""
+    slots: dict[int, list[int]] = {}
+    for destinations in to.values():
+        order = [d for _ in range(parts) for d in dice.permutation(sorted(destinations))]
+        for slot, d in enumerate(order):
+            slots.setdefault(d, []).append(slot)
+    return {d: max(slot - i for i, slot in enumerate(sorted(of))) / parts for d, of in slots.items()}
+
+
 def allreduce_s(collective: str, workers: int, num_bytes: float, on: Links) -> float:
     """Seconds until the last of ``workers`` hosts has the sum, when all begin at once with full token buckets."""
+    draws = _meetings(collective, workers, cost.parts(collective, workers, num_bytes))
+    return sum(_last_s(collective, workers, num_bytes, on, late) for late in draws) / len(draws)
+
+
+def _last_s(collective: str, workers: int, num_bytes: float, on: Links, late: Sequence[dict[int, float]]) -> float:
     num_chunks, rounds = _rounds(collective, workers)
     chunk = num_bytes / num_chunks
     chunk_s, burst_s, socket_s = (n / on.bandwidth_bytes_per_s for n in (chunk, on.burst_bytes, on.socket_bytes))
@@ -96,7 +129,8 @@ def allreduce_s(collective: str, workers: int, num_bytes: float, on: Links) -> f
         [-math.inf] * workers,
         [-math.inf] * workers,
     )  # when a port's bucket is empty again, were it never to pause
-    for now in rounds:
+    in_parts = cost.parts(collective, workers, num_bytes) > 1
+    for now, behind in zip(rounds, late, strict=True):
         begins = {(s, d): max(ready[s], ready[d]) for s, d in now.pairs}
         first_out, first_in = dict.fromkeys(now.sent, math.inf), dict.fromkeys(now.received, math.inf)
         for (s, d), begin in begins.items():
@@ -104,10 +138,8 @@ def allreduce_s(collective: str, workers: int, num_bytes: float, on: Links) -> f
         for rank, count in now.sent.items():
             leaving[rank] = max(leaving[rank], first_out[rank] - burst_s) + count * chunk_s
         for rank, count in now.received.items():
-            arriving[rank] = max(arriving[rank], first_in[rank] - burst_s) + count * chunk_s
-        adding = (
-            0.0 if collective in on.overlapped else chunk / on.add_bytes_per_s * max(1.0, len(now.added) / on.cores)
-        )
+            arriving[rank] = max(arriving[rank], first_in[rank] - burst_s) + (count + behind.get(rank, 0.0)) * chunk_s
+        adding = 0.0 if in_parts else chunk / on.add_bytes_per_s * max(1.0, len(now.added) / on.cores)
         after = list(ready)
         for (s, d), begin in begins.items():
             there = max(begin, leaving[s], arriving[d]) + on.latency_s
@@ -139,11 +171,11 @@ def fit(timings: Sequence[Timing], known: Links) -> tuple[Links, list[Parameter]
     return links([parameter.value for parameter in parameters]), parameters
 
 
-def fit_work(busy: Sequence[Timing], parts: Callable[[str], int]) -> tuple[Work, list[Parameter]]:
+def fit_work(busy: Sequence[Timing]) -> tuple[Work, list[Parameter]]:
     """The work that explains best how long the machine's cores were busy. ``busy``: core-seconds instead of seconds."""
     used = [t for t in busy if t.workers > 1 and t.seconds > 0]
     parameters = _fit(
-        lambda t, values: Work(*values).busy_s(t.strategy, t.workers, t.num_bytes, parts(t.strategy)),
+        lambda t, values: Work(*values).busy_s(t.strategy, t.workers, t.num_bytes),
         used, [1e-9, 3e-10, 2e-5], [(1e-12, 1e-6), (1e-12, 1e-6), (1e-7, 1e-2)],
     )  # fmt: skip
     return Work(*(parameter.value for parameter in parameters)), parameters

@@ -173,30 +173,27 @@ class Extrapolation(NamedTuple):
 
 
 def extrapolate(
-    timings: Sequence[Timing], fitted_to: int, known: emulated.Links, busy: Sequence[Timing] = (), parts: int = 1
+    timings: Sequence[Timing], fitted_to: int, known: emulated.Links, busy: Sequence[Timing] = ()
 ) -> Extrapolation:
     """Fit emulated links to the timings of at most ``fitted_to`` workers; predict the others. ``known``: what is not fitted.
 
     ``busy``: core-seconds of the same exchanges. The work is fitted to those of at most ``fitted_to`` workers; the prediction is no less than
-    the cores need for it (``machine_s`` of a point). ``parts``: in how many the engine cuts messages of ``known.overlapped``.
+    the cores need for it (``machine_s`` of a point).
     """
-
-    def cut(collective: str) -> int:
-        return parts if collective in known.overlapped else 1
 
     few = [t for t in timings if t.workers <= fitted_to]
     links, parameters = emulated.fit(few, known)
     names = list(emulated.FITTED)
     work = None
     if busy:
-        work, more = emulated.fit_work([t for t in busy if t.workers <= fitted_to], cut)
+        work, more = emulated.fit_work([t for t in busy if t.workers <= fitted_to])
         parameters, names = parameters + more, names + list(emulated.Work._fields)
     worked = {(t.strategy, t.workers): t.seconds for t in busy}
     plain = extrapolate_plain(timings, fitted_to)
     points = []
     for point, t in zip(plain.points, (t for t in timings if t.workers > fitted_to), strict=True):
         links_s = emulated.allreduce_s(t.strategy, t.workers, t.num_bytes, links)
-        machine_s = work.busy_s(t.strategy, t.workers, t.num_bytes, cut(t.strategy)) / known.cores if work else 0.0
+        machine_s = work.busy_s(t.strategy, t.workers, t.num_bytes) / known.cores if work else 0.0
         point |= {"predicted_s": max(links_s, machine_s), "links_s": links_s, "machine_s": machine_s}
         if (t.strategy, t.workers) in worked:
             point["cores_busy"] = worked[t.strategy, t.workers] / known.cores / t.seconds

@@ -3,7 +3,6 @@ import time
 
 import pytest
 
-from scaletrain.bench import prediction
 from scaletrain.collectives.cost import Link, Network
 from scaletrain.errors import UserError
 from scaletrain.scaling import emulated, fit, predict, proof, simulate
@@ -169,7 +168,7 @@ def test_drawn_stragglers_agree_with_the_closed_forms():
 PLAIN = emulated.Links(1e-3, 10e6, math.inf)
 
 
-@pytest.mark.parametrize("collective", ["ring", "star", "recursive_doubling", "direct"])
+@pytest.mark.parametrize("collective", ["ring", "star", "recursive_doubling"])
 def test_emulated_links_without_their_peculiarities_cost_what_the_schedule_does(collective):
     on = Preset(Network(0.0, 10e6), "")
     plain = PLAIN._replace(latency_s=0.0)
@@ -202,26 +201,37 @@ def test_hosts_that_share_cores_add_slowly_unless_they_add_while_they_receive():
     alone = emulated.allreduce_s("recursive_doubling", 8, 4e6, adding._replace(cores=8))
     shared = emulated.allreduce_s("recursive_doubling", 8, 4e6, adding._replace(cores=2))
     assert shared - alone == pytest.approx(3 * 4e6 / 100e6 * (8 / 2 - 1))
-    hidden = adding._replace(overlapped=frozenset({"recursive_doubling"}))
-    assert emulated.allreduce_s("recursive_doubling", 8, 4e6, hidden) == emulated.allreduce_s(
-        "recursive_doubling", 8, 4e6, PLAIN
-    )
+    # 4 MB go through the ring in parts.
+    assert emulated.allreduce_s("ring", 8, 4e6, adding) == emulated.allreduce_s("ring", 8, 4e6, PLAIN)
+
+
+def test_messages_of_all_to_all_get_in_each_others_way():
+    """Of a message that is too small to be cut into parts. Three hosts have two messages each a phase: two of them get both from one slot
+    with three chances in four, one waits; more hosts wait for more. A message in parts waits for parts."""
+    plain = PLAIN._replace(latency_s=0.0)
+    late = {}
+    for p in (2, 3, 8, 16):
+        bound = 2 * (p - 1) / p * 2e5 / plain.bandwidth_bytes_per_s
+        late[p] = (emulated.allreduce_s("direct", p, 2e5, plain) - bound) / (2e5 / p / plain.bandwidth_bytes_per_s)
+    assert late[2] == 0 and 0.5 < late[3] < 2 and 1.5 * late[3] < late[8] < late[16] < 10
+    ratio = {n: emulated.allreduce_s("direct", 4, n, plain) / n for n in (4e5, 4e6)}
+    assert ratio[4e6] < 0.97 * ratio[4e5]
 
 
 def test_a_prediction_is_no_less_than_what_the_cores_need():
-    known = emulated.Links(0.0, 0.0, 0.0, burst_bytes=65536.0, cores=2, overlapped=frozenset({"ring"}))
+    known = emulated.Links(0.0, 0.0, 0.0, burst_bytes=65536.0, cores=2)
     true, work = known._replace(bandwidth_bytes_per_s=10e6, add_bytes_per_s=1e12), emulated.Work(2e-8, 1e-8, 1e-4)
     sizes = [(name, p) for name in ("ring", "tree", "recursive_doubling") for p in (2, 4, 8, 16)]
-    busy = [fit.Timing(name, p, 4e6, work.busy_s(name, p, 4e6, 4 if name == "ring" else 1)) for name, p in sizes]
+    busy = [fit.Timing(name, p, 4e6, work.busy_s(name, p, 4e6)) for name, p in sizes]
     links = {(name, p): emulated.allreduce_s(name, p, 4e6, true) for name, p in sizes}
     timings = [fit.Timing(t.strategy, t.workers, 4e6, max(links[t[:2]], t.seconds / 2)) for t in busy]
-    made = proof.extrapolate(timings, 4, known, busy, parts=4)
+    made = proof.extrapolate(timings, 4, known, busy)
     by = {(point["exchange"], point["workers"]): point for point in made.points}
     assert all(point["predicted_s"] == pytest.approx(point["measured_s"], rel=0.03) for point in made.points)
     ring, tree = by["ring", 16], by["tree", 16]
     assert ring["machine_s"] > 1.5 * ring["links_s"] and ring["cores_busy"] == pytest.approx(1.0)
     assert tree["machine_s"] < 0.8 * tree["links_s"] and tree["cores_busy"] < 0.8
-    assert work.busy_s("ring", 4, 4e6, 4) == pytest.approx(2e-8 * 24e6 + 1e-8 * 12e6 + 1e-4 * 4 * 24)
+    assert work.busy_s("ring", 4, 4e6) == pytest.approx(2e-8 * 24e6 + 1e-8 * 12e6 + 1e-4 * 4 * 24)
 
 
 def test_fit_finds_the_emulated_links_that_made_the_timings():
@@ -240,11 +250,3 @@ def test_fit_finds_the_emulated_links_that_made_the_timings():
             and parameter.low <= expected * 1.01
             and parameter.high >= expected * 0.99
         )
-
-
-def test_what_the_engine_adds_while_it_receives_is_what_the_prediction_takes_for_it():
-    import torch  # noqa: F401  (first: it loads our backend, which imports choose)
-
-    from scaletrain.engine import choose
-
-    assert frozenset(choose._SIDE_BY_SIDE) == prediction.OVERLAPPED
