@@ -1,5 +1,6 @@
 """The verbs of ``scaletrain``. Each imports what it needs when it runs: help is quick, and login nodes need no torch."""
 
+import errno
 import importlib
 import signal
 import sys
@@ -198,7 +199,7 @@ def worker(run_dir: Path, resume: bool) -> None:
 
 @cli.group(
     cls=_Verbs,
-    modules=lambda: {name.replace("_", "-"): f"scaletrain.bench.{name}:command" for name in plugins.names("bench")},
+    modules=lambda: {_typed("bench", name): f"scaletrain.bench.{name}:command" for name in plugins.names("bench")},
 )
 def bench() -> None:
     """Measure: scaling, collectives, the parameter server, a model."""
@@ -226,7 +227,7 @@ def list_plugins(as_json: bool) -> None:
     """Every exchange, collective, transport, launcher, model, data set and benchmark on disk, with its options."""
     menu = {
         kind: [
-            {"name": name, "description": plugins.describe(kind, name), "options": _options(kind, name)}
+            {"name": _typed(kind, name), "description": plugins.describe(kind, name), "options": _options(kind, name)}
             for name in plugins.names(kind)
         ]
         for kind in plugins.KINDS
@@ -244,10 +245,29 @@ def list_plugins(as_json: bool) -> None:
                 click.secho(f"  {'':<18} options: {', '.join(entry['options'])}", dim=True)
 
 
+def _typed(kind: str, name: str) -> str:
+    """A plugin's name as people type it: benchmarks are verbs."""
+    return name.replace("_", "-") if kind == "bench" else name
+
+
 def _options(kind: str, name: str) -> list[str]:
     schema = None if kind == "bench" else plugins.options(kind, name)
     fields = schema.model_fields.items() if schema else []
     return [f"{key}={field.default!r}" if not field.is_required() else key for key, field in fields]
+
+
+def _about_a_named_path(error: OSError) -> str:
+    """The line for a path on the command line (or below the default, runs) that cannot be read or written; empty: it is another one."""
+    if not isinstance(error.filename, str):
+        return str(error.strerror) if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    failed = Path(error.filename).resolve()
+    words = [word for typed in sys.argv[1:] for word in typed.split("=", 1)] + ["runs"]
+    found = [
+        (len(named.parts), f"{before} " * before.startswith("-") + word)
+        for before, word in zip(["", *words], words, strict=False)
+        if word and (failed.is_relative_to(named := Path(word).resolve()) or named.is_relative_to(failed))
+    ]
+    return f"{max(found)[1]}: {error.strerror}" if found else ""
 
 
 def main() -> None:
@@ -262,6 +282,11 @@ def main() -> None:
         status = error.exit_code
     except (UserError, click.ClickException) as error:
         told = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"scaletrain: error: {told}", err=True)
+        status = 2
+    except OSError as error:
+        if not (told := _about_a_named_path(error)):
+            raise
         click.echo(f"scaletrain: error: {told}", err=True)
         status = 2
     except click.Abort:  # Ctrl-C

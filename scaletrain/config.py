@@ -14,7 +14,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from scaletrain import plugins
+from scaletrain import plugins, torch_source
 from scaletrain.errors import UserError, unknown
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -176,6 +176,8 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
         named: Named = getattr(config, kind)
         options = plugin_options(kind, named.name, named.options, where, config.search_path)
         setattr(config, kind, Named(name=named.name, **options))
+    _check_loss(config, where)
+    config.optimizer = Named(name=config.optimizer.name, **_optimizer_options(config.optimizer, where))
     if (config.epochs is None) == (config.steps is None):
         raise UserError(
             f"{where}: give exactly one of epochs and steps (now: {config.epochs} and {config.steps};"
@@ -193,6 +195,28 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
             f" batch_size of {config.batch_size} (allowed: 1 to {smallest_share})"
         )
     return config
+
+
+def _check_loss(config: RunConfig, where: str) -> None:
+    known = torch_source.losses()
+    if ":" in config.loss:
+        plugins.options("loss", config.loss, config.search_path)
+    elif known and config.loss not in known:
+        raise unknown(f"{where}: loss", config.loss, known)
+
+
+def _optimizer_options(optimizer: Named, where: str) -> dict[str, Any]:
+    """The options that are given, checked against the signature of torch's class where torch is installed."""
+    given, known = optimizer.options, torch_source.optimizers()
+    if known is None:
+        return given
+    if optimizer.name.lower() not in known:
+        raise unknown(f"{where}: optimizer", optimizer.name, known)
+    schema = torch_source.optimizer_options(optimizer.name)
+    if schema is None:
+        return given
+    checked = _validate(schema, given, where, "optimizer.").model_dump()
+    return {key: checked[key] for key in given}
 
 
 def plugin_options(
@@ -224,7 +248,13 @@ def plugin_spec(kind: str, text: str, where: str, also: Sequence[str] = ()) -> t
     name, *settings = text.split(":")
     if name not in plugins.names(kind):
         raise unknown(where, name, [*also, *plugins.names(kind)])
-    given = dict(parse_setting(setting, f"{where}: {name}") for setting in settings)
+    given: dict[str, Any] = {}
+    if settings:
+        schema = plugins.options(kind, name)
+        example = next((f"{key}={field.default}" for key, field in schema.model_fields.items()), "") if schema else ""
+        if not example:
+            raise UserError(f"{where}: {text!r} is not allowed: {name} has no options (allowed: {name})")
+        given = dict(parse_setting(setting, f"{where}: {name}", example) for setting in settings)
     checked = plugin_options(kind, name, given, where)
     return name, {key: checked[key] for key in given}
 
@@ -264,11 +294,11 @@ def exchange_label(exchange: Named) -> str:
     return label if transport == "auto" else f"{label}@{transport}"
 
 
-def parse_setting(text: str, where: str = "--set") -> tuple[str, Any]:
-    """``a.b=value``; the value is read as YAML."""
+def parse_setting(text: str, where: str = "--set", example: str = "optimizer.lr=0.05") -> tuple[str, Any]:
+    """``a.b=value``; the value is read as YAML. ``example``: one that would be right in this place."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"{where} {text}: expected KEY=VALUE, such as optimizer.lr=0.05")
+        raise UserError(f"{where} {text}: expected KEY=VALUE, such as {example}")
     try:
         return key.strip(), yaml.load(value, _Loader)
     except yaml.YAMLError:

@@ -68,6 +68,9 @@ def write_json(path: Path, value: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = str(path)  # the file that was wanted
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -64,19 +64,26 @@ def describe(kind: str, name: str) -> str:
 def options(kind: str, name: str, search_path: Path | None = None) -> type[pydantic.BaseModel] | None:
     """A pydantic model of a plugin's options, read from its factory's signature.
 
-    ``None`` when there is no source to read: ``name`` is a ``package.module:factory`` that is not found below
-    ``search_path``; its options are then passed on as they are.
+    ``None`` when there is no source to read: ``name`` is a ``package.module:factory`` whose module is not found below
+    ``search_path``, or whose factory is no function; its options are then passed on as they are.
+
+    Raises:
+        UserError: the module is there and has no such factory.
     """
     if ":" in name:
         module, _, factory = name.partition(":")
         path = _user_file(module, search_path)
-        node = path and _function(path, factory)
-        if not node:
+        if path is None:
             return None
-        return _signature(node, 0)
+        if (node := _function(path, factory)) is None:
+            if not _bound(path) & {factory, "*", "__getattr__"}:
+                functions = [node.name for node in _parse(path).body if isinstance(node, ast.FunctionDef)]
+                raise unknown(f"{kind}: {name!r}: no such function in {path}", factory, functions)
+            return None
+        return signature(node, 0)
     node = _factory(kind, _path(kind, name))
     assert node is not None
-    return _signature(node, KINDS[kind].provided)
+    return signature(node, KINDS[kind].provided)
 
 
 def load(kind: str, name: str, search_path: Path | None = None) -> Any:
@@ -134,8 +141,25 @@ def _function(path: Path, name: str) -> ast.FunctionDef | None:
     return next((n for n in _parse(path).body if isinstance(n, ast.FunctionDef) and n.name == name), None)
 
 
-def _signature(node: ast.FunctionDef, provided: int) -> type[pydantic.BaseModel]:
-    """Parameters after the first ``provided`` become the fields; ``**kwargs`` lets any other key through."""
+def _bound(path: Path) -> set[str]:
+    """The names that a module may hold; ``*`` where only importing it tells."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [*_parse(path).body]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+            continue
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def signature(node: ast.FunctionDef, provided: int) -> type[pydantic.BaseModel]:
+    """A function's options: parameters after the first ``provided`` are the fields; ``**kwargs`` lets any other key through."""
     positional = node.args.posonlyargs + node.args.args
     padding: list[ast.expr | None] = [None] * (len(positional) - len(node.args.defaults))
     pairs = [*zip(positional, [*padding, *node.args.defaults], strict=True)][provided:]

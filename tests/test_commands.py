@@ -70,12 +70,10 @@ def test_a_persons_own_model_and_data(tmp_path: Path):
 
 
 def test_a_mistake_that_only_a_worker_can_see_is_one_line(tmp_path: Path):
-    done = scaletrain(
-        "train", DIGITS, "--workers", "2", "--set", "optimizer.momentun=0.9", "--run-dir", tmp_path / "run"
-    )
+    done = scaletrain("train", DIGITS, "--workers", "2", "--set", "optimizer.lr=-1", "--run-dir", tmp_path / "run")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr + done.stdout
-    assert done.stderr.count("did you mean 'momentum'") == 1
+    assert done.stderr.count("Invalid learning rate: -1") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nccl works here: tests/gpu")
@@ -190,4 +188,5 @@ def test_doctor_tries_and_says_how_to_mend():
 def test_list_shows_every_plugin_on_disk():
     menu = json.loads(scaletrain("list", "--json").stdout)
     for kind in plugins.KINDS:
-        assert [entry["name"] for entry in menu[kind]] == plugins.names(kind)
+        typed = [name.replace("_", "-") if kind == "bench" else name for name in plugins.names(kind)]
+        assert [entry["name"] for entry in menu[kind]] == typed

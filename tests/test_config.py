@@ -1,13 +1,15 @@
 """A person's mistake ends in one line that names the key, the value, what is allowed and the nearest match."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from scaletrain import config, plugins
+from scaletrain import config, plugins, torch_source
 from scaletrain.errors import UserError
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits.yaml"
@@ -36,7 +38,13 @@ def message(tree: dict, **settings) -> str:
         ({"exchange": {"name": "scheduled", "collective": "treee"}}, ["collective", "treee", "did you mean 'tree'"]),
         ({"exchange": "pipelined_tree:segment=8"}, ["collective", "segment", "did you mean 'segments'"]),
         ({"exchange": "pipelined_tree:segments=0"}, ["collective", "segments", "0", "greater than or equal to 1"]),
-        ({"exchange": "pipelined_tree:8"}, ["collective", "pipelined_tree", "8", "KEY=VALUE"]),
+        ({"exchange": "pipelined_tree:8"}, ["collective", "pipelined_tree", "8", "KEY=VALUE", "such as segments="]),
+        ({"exchange": "ring:foo"}, ["exchange.collective", "'ring:foo'", "ring has no options"]),
+        ({"optimizer": {"name": "adm"}}, ["optimizer", "'adm'", "did you mean 'adam'"]),
+        ({"optimizer": {"name": "sgd", "lr": "fast"}}, ["optimizer.lr", "'fast'", "a valid number"]),
+        ({"optimizer": {"name": "sgd", "lr": 0.1, "momentun": 0.9}}, ["optimizer.momentun", "did you mean 'momentum'"]),
+        ({"optimizer": {"name": "Adam", "betas": [0.9, "x"]}}, ["optimizer.betas.1", "'x'", "a valid number"]),
+        ({"loss": "mse_los"}, ["loss", "'mse_los'", "did you mean 'mse_loss'"]),
         ({"model": "digit_cnn"}, ["model", "digit_cnn", "did you mean 'digits_cnn'"]),
         ({"model": {"name": "digits_cnn", "widht": 3}}, ["model", "widht", "did you mean 'width'"]),
         ({"launcher": "slurmm"}, ["launcher", "slurmm"]),
@@ -109,6 +117,30 @@ def test_settings_take_the_same_checks():
     assert run.optimizer.options["lr"] == 1e-3
     assert run.model.options["width"] == 8
     assert (run.exchange.options["collective"], run.exchange.options["transport"]) == ("ring", "gloo")
+
+
+def test_what_torch_offers_is_read_from_its_files():
+    optimizers = {
+        name.lower(): made
+        for name, made in vars(torch.optim).items()
+        if inspect.isclass(made) and issubclass(made, torch.optim.Optimizer) and made is not torch.optim.Optimizer
+    }
+    assert set(torch_source.optimizers() or ()) == set(optimizers)
+    for name, made in optimizers.items():
+        schema = torch_source.optimizer_options(name)
+        assert schema and set(schema.model_fields) == set(inspect.signature(made).parameters) - {"params"}
+    functions = {name: f for name, f in vars(torch.nn.functional).items() if inspect.isfunction(f) and name[0] != "_"}
+    assert torch_source.losses() == {n for n, f in functions.items() if "reduction" in inspect.signature(f).parameters}
+
+
+def test_without_torch_names_are_left_to_the_worker(monkeypatch: pytest.MonkeyPatch):
+    for reader in (torch_source.losses, torch_source.optimizers):
+        reader.cache_clear()
+    monkeypatch.setattr(torch_source, "_read", lambda path: None)
+    run = config.check({**SMALL, "loss": "mse_los", "optimizer": {"name": "adm", "lr": "fast"}})
+    assert run.optimizer.options == {"lr": "fast"}
+    for reader in (torch_source.losses, torch_source.optimizers):
+        reader.cache_clear()
 
 
 def test_resolved_config_reads_back_equal(tmp_path: Path):

@@ -14,6 +14,7 @@ FLOORS = {
     "scaletrain.config": 0,
     "scaletrain.metrics": 0,
     "scaletrain.plugins": 0,
+    "scaletrain.torch_source": 0,
     "scaletrain.errors": 0,
     "scaletrain.collectives": 0,
     "scaletrain.launching": 1,

@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "examples" / "digits.yaml")
+SIMULATE = ["simulate", "--model", "nin", "--batch", "64", "--sample-ms", "5", "--workers", "2"]
+REHEARSE = ["train", DIGITS, "--workers", "2", "--launcher", "rehearsal"]
 
 
 def mistake(folder: Path, *arguments: str | Path) -> str:
@@ -31,6 +33,19 @@ def mistake(folder: Path, *arguments: str | Path) -> str:
         (["train", DIGITS, "--resume"], "which run?"),
         (["train", DIGITS, "--resume", "--run-dir", "nowhere"], "there is no run in nowhere"),
         (["launch", "-n", "2", "--", "nowhere.py"], "nowhere.py: there is no such file"),
+        (["launch", "--run-dir", f"{DIGITS}/run", "--", "true"], f"--run-dir {DIGITS}/run: Not a directory"),
+        (["draw", "tree", "--svg", "nowhere/x.svg"], "--svg nowhere/x.svg: No such file or directory"),
+        (["draw", "tree", f"--svg={DIGITS}/x.svg"], f"--svg {DIGITS}/x.svg: Not a directory"),
+        ([*SIMULATE, "--out", f"{DIGITS}/plots"], f"--out {DIGITS}/plots: Not a directory"),
+        (["bench", "scaling", DIGITS, "--out", f"{DIGITS}/sweep"], f"--out {DIGITS}/sweep: Not a directory"),
+        (["bench", "scaling", DIGITS, "--baseline", DIGITS], f"--baseline {DIGITS}: not JSON"),
+        (["train", DIGITS, "--dry-run", "--set", "optimizer.lr=fast"], "optimizer.lr: 'fast' is not allowed"),
+        ([*REHEARSE, "--set", "launcher.bandwidth=fast"], "launcher.bandwidth: 'fast' is not a rate"),
+        ([*REHEARSE, "--set", "launcher.loss=2.0"], "launcher.loss: 2.0 is not allowed"),
+        (
+            [*REHEARSE, "--set", "launcher.faults=[{at_step: 1, slow: 0, bandwidth: x}]"],
+            "launcher.faults.0.bandwidth: 'x'",
+        ),
     ],
 )
 def test_what_is_typed(tmp_path: Path, arguments: list[str], told: str):
@@ -47,6 +62,24 @@ def test_a_report_is_no_calibration(tmp_path: Path):
     (tmp_path / "report.json").write_text(json.dumps({"rows": []}))
     arguments = ("simulate", "--fit", "report.json", "--workers", "2")
     assert "no calibration" in mistake(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [({}, "not a scaling report"), ({"mode": "weak"}, "of weak scaling"), ({"mode": "strong"}, "no cell in common")],
+)
+def test_a_baseline_that_cannot_be_compared_is_told_before_anything_is_measured(
+    tmp_path: Path, header: dict, told: str
+):
+    (tmp_path / "report.json").write_text(json.dumps({"header": header, "rows": []}))
+    assert told in mistake(tmp_path, "bench", "scaling", DIGITS, "--baseline", "report.json")
+
+
+def test_a_baseline_that_fits_is_no_mistake(tmp_path: Path):
+    row = {"config": "digits", "exchange": "native", "workers": 2, "batch_size": 96, "variant": {}, "runs": [{}]}
+    (tmp_path / "report.json").write_text(json.dumps({"header": {"mode": "strong"}, "rows": [row]}))
+    told = mistake(tmp_path, "bench", "scaling", DIGITS, "--baseline", "report.json", "--out", f"{DIGITS}/sweep")
+    assert "baseline" not in told and "Not a directory" in told
 
 
 def test_worker_counts_that_cannot_share_the_batch_are_told(tmp_path: Path):

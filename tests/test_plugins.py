@@ -52,6 +52,17 @@ def test_a_module_that_is_not_there(tmp_path: Path):
         plugins.load("model", "mine2:netwrk", tmp_path)
 
 
+def test_a_function_that_is_not_there_is_told_without_importing(tmp_path: Path):
+    (tmp_path / "mine4.py").write_text("from torch import nn\nNet = nn.Linear\ndef network(*, hidden: int = 4): ...\n")
+    job = {"model": "mine4:nettwork", "data": "digits", "batch_size": 8, "steps": 1, "source": str(tmp_path / "c.yaml")}
+    with pytest.raises(UserError, match=r"model: .*mine4\.py.*did you mean 'network'"):
+        config.check(job)
+    with pytest.raises(UserError, match=r"loss: .*mine4\.py.*did you mean 'network'"):
+        config.check(job | {"model": "mlp", "loss": "mine4:netwrk"})
+    for name in ("mine4:Net", "mine4:nn"):
+        assert config.check(job | {"model": name}).model.name == name, "bound: whether it can be called is seen later"
+
+
 def test_an_import_error_inside_a_persons_module_is_theirs_to_see(tmp_path: Path):
     (tmp_path / "mine3.py").write_text("import a_package_that_is_not_there\ndef net(): ...\n")
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):

@@ -4,11 +4,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from scaletrain.scaling.commands import baseline_option
+
+if TYPE_CHECKING:
+    from scaletrain.scaling.sweep import Sweep
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
@@ -108,6 +111,8 @@ def command(
         configs, workers, exchanges, mode=mode, repeats=repeats, settings=settings, vary=dict(_vary(text) for text in vary),
         launcher=launcher, threads=threads, bind=bind, split=split, cell_timeout_s=cell_timeout_s,
     )  # fmt: skip
+    if baseline:
+        _check_baseline(baseline, plan)
     out = out or Path("runs") / f"scaling-{time.strftime('%Y%m%d-%H%M%S')}"
     cells = plan.cells()
     if dry_run:
@@ -118,14 +123,38 @@ def command(
     write_json(out / "header.json", plan.header() | {"argv": shlex.join(["scaletrain", *sys.argv[1:]])})
     bound = ", bound to cores" if plan.bind else ""
     references = sum(cell.reference for cell in cells)
+    asked = len(cells) - references
     click.echo(
-        f"{len(cells) - references} cells and {references} short references, {repeats} repeat{'s' * (repeats > 1)} each -> {out}"
+        f"{asked} cell{'s' * (asked != 1)} and {references} short reference{'s' * (references != 1)},"
+        f" {repeats} repeat{'s' * (repeats > 1)} each -> {out}"
     )
     click.echo(f"{plan.threads} thread{'s' * (plan.threads > 1)} a worker{bound}")
     sweep.run(plan, out, click.echo, trace=trace)
     publish.publish_sweep(out, trace=trace, console=publish.terminal())
     if baseline:
         publish.compare_and_exit(out / "report.json", baseline)
+
+
+def _check_baseline(path: Path, plan: "Sweep") -> None:
+    """Raises ``UserError``, before anything is measured, if nothing that is planned can be compared with this report."""
+    from scaletrain.errors import UserError
+    from scaletrain.scaling import compare, publish
+
+    rows = [
+        {**cell._asdict(), "batch_size": cell.batch_size * (1 if plan.mode == "strong" else cell.workers),
+         "variant": dict(cell.variant), "runs": []}
+        for cell in plan.cells() if not cell.reference
+    ]  # fmt: skip
+    try:
+        before = publish.read_report(path)
+    except UserError as error:
+        raise UserError(f"--baseline {error} (allowed: a report.json of `bench scaling`)") from None
+    try:
+        compare.compare({"header": {"mode": plan.mode}, "rows": rows}, before)
+    except (KeyError, TypeError):
+        raise UserError(
+            f"--baseline {path}: not a scaling report (allowed: a report.json of `bench scaling`)"
+        ) from None
 
 
 def _vary(text: str) -> tuple[str, list[Any]]:

@@ -87,10 +87,10 @@ def verify(schedule: Schedule) -> None:
     Raises:
         ScheduleError: a contribution is lost, doubled or misdirected, a replica adds in another order, or ranks block each other.
     """
-    held = _follow(schedule)
+    held, lost = _follow(schedule)
     everyone = (1 << schedule.size) - 1
     for rank in range(schedule.size):
-        _require(held, rank, range(schedule.num_chunks), everyone)
+        _require(held, lost, rank, range(schedule.num_chunks), everyone)
         for chunk in range(schedule.num_chunks):
             if held[rank][chunk].expression != held[0][chunk].expression:
                 raise ScheduleError(f"at the end ranks 0 and {rank} have added chunk {chunk} in different orders")
@@ -102,7 +102,7 @@ def verify_reduction(schedule: Schedule) -> list[int]:
 
     All the same rank: a reduce to it. An equal share for every rank: a reduce-scatter. Raises as ``verify``.
     """
-    held = _follow(schedule)
+    held, _ = _follow(schedule)
     everyone = (1 << schedule.size) - 1
     owners = []
     for chunk in range(schedule.num_chunks):
@@ -116,10 +116,10 @@ def verify_reduction(schedule: Schedule) -> list[int]:
 
 def verify_distribution(schedule: Schedule, owners: Sequence[int]) -> None:
     """Prove that every rank ends with chunk c of rank ``owners[c]``: a broadcast (one owner), an all-gather (all are). Raises as ``verify``."""
-    held = _follow(schedule)
+    held, lost = _follow(schedule)
     for rank in range(schedule.size):
         for chunk, owner in enumerate(owners):
-            _require(held, rank, [chunk], 1 << owner)
+            _require(held, lost, rank, [chunk], 1 << owner)
     verify_order(schedule.programs())
 
 
@@ -130,13 +130,22 @@ class _Held(NamedTuple):
     expression: int  # number of the expression: equal numbers are sums in the same order
 
 
-def _follow(schedule: Schedule) -> list[list[_Held]]:
-    """What every rank holds of every chunk at the end."""
+class _Lost(NamedTuple):
+    """Contributions that a replacement took from a rank."""
+
+    round: int
+    transfer: Transfer
+    mask: int
+
+
+def _follow(schedule: Schedule) -> tuple[list[list[_Held]], list[_Lost]]:
+    """What every rank holds of every chunk at the end, and what was lost on the way."""
     size, chunks = schedule.size, schedule.num_chunks
     if size < 1 or chunks < 1:
         raise ScheduleError(f"size {size} and {chunks} chunks: both must be at least 1")
     numbers: dict[tuple[int, int], int] = {}
     held = [[_Held(1 << rank, rank)] * chunks for rank in range(size)]
+    lost: list[_Lost] = []
     for index, transfers in enumerate(schedule.rounds):
         for t in transfers:
             if not (0 <= t.src < size and 0 <= t.dst < size and t.src != t.dst and 0 <= t.chunk < chunks):
@@ -161,17 +170,26 @@ def _follow(schedule: Schedule) -> list[list[_Held]]:
                 key = (min(own_expression, expression), max(own_expression, expression))
                 held[t.dst][t.chunk] = _Held(own | mask, numbers.setdefault(key, size + len(numbers)))
             else:
+                if gone := held[t.dst][t.chunk].mask & ~mask:
+                    lost.append(_Lost(index, t, gone))
                 held[t.dst][t.chunk] = _Held(mask, expression)
             written[t.dst, t.chunk] = t.add
-    return held
+    return held, lost
 
 
-def _require(held: list[list[_Held]], rank: int, chunks: Iterable[int], wanted: int) -> None:
+def _require(held: list[list[_Held]], lost: list[_Lost], rank: int, chunks: Iterable[int], wanted: int) -> None:
     for chunk in chunks:
         if wrong := held[rank][chunk].mask ^ wanted:
             other = (wrong & -wrong).bit_length() - 1
             what = "lacks" if wanted >> other & 1 else "must not have"
-            raise ScheduleError(f"at the end rank {rank} {what} the contribution of rank {other} (chunk {chunk})")
+            how = [
+                f": in round {number} what rank {t.src} sent, which lacks it, replaced the rank's own"
+                for number, t, mask in lost
+                if what == "lacks" and (t.dst, t.chunk) == (rank, chunk) and mask >> other & 1
+            ]
+            raise ScheduleError(
+                f"at the end rank {rank} {what} the contribution of rank {other} (chunk {chunk}){''.join(how[-1:])}"
+            )
 
 
 def _only(rounds: Iterable[Round], *, add: bool) -> tuple[Round, ...]:

@@ -6,6 +6,7 @@ Used by the supervisor alone: its standard input tells that nobody listens any m
 
 import contextlib
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from scaletrain.launching.job import Command, Companion
 from scaletrain.launching.progress import host_name
 from scaletrain.launching.supervise import MARK, end_all, ends_with_us
 
+_MISTAKE = re.compile(rb"^\d(?:\[[^\]\n]*\] )?scaletrain: error: (.*)$", re.MULTILINE)
 _SAID = 20000  # characters kept of what launchers wrote
 
 
@@ -37,6 +39,7 @@ class Process:
             stderr=subprocess.PIPE, process_group=0, preexec_fn=ends_with_us(death_signal), pass_fds=() if fd < 0 else (fd,),
         )  # fmt: skip
         self.ended_at: float | None = None
+        self.mistake = ""  # what it said of a person's mistake: the line is on the screen already
 
     @property
     def status(self) -> int | None:
@@ -133,6 +136,8 @@ class Processes:
         except BlockingIOError:
             return
         whole = lines.feed(data)
+        if said := _MISTAKE.search(whole):
+            lines.process.mistake = said[1].decode(errors="replace")
         if lines.process.is_launcher:
             self.said = (self.said + whole.decode(errors="replace"))[-_SAID:]
         _emit(whole)

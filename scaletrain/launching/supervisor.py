@@ -23,6 +23,8 @@ _PEERS_S = 2.0  # more time, when all that is known is that a peer was lost
 _LAUNCHER_S = 8.0  # how long another launcher may take to end after one of its workers failed
 _NOTICED_S = 0.1  # how late the end of another launcher's worker is noticed, at most
 _STARTING_S = 180.0  # a worker that has not begun its first step may take this long, if timeout_s is less
+_TELL_S = (3.0, 10.0, 30.0, 60.0, 120.0)  # after the start, while no step is done
+_ON_THE_WAY = ("starting", "looking for rank 0")  # what a worker does that has not joined
 _INTERRUPT_S = 30.0  # after Ctrl-C or SIGTERM, time for workers to write a checkpoint and end
 
 
@@ -41,6 +43,7 @@ class _Supervisor:
         self.all = Processes(prefixed=len(plan.commands) + len(self.asked_companions) > 1)
         self.progress = first_cause.Progress(job.run_dir, job.workers)
         self.oom_kills = first_cause.oom_kills()
+        self.tell_at: tuple[float, ...] = _TELL_S if "scaletrain.training.worker" in job.argv else ()
 
     def run(self) -> int:
         for path in self.job.run_dir.glob("failure*.json"):
@@ -63,6 +66,7 @@ class _Supervisor:
                 return 1
             if self.signals:
                 return self._interrupted(self.signals[0])
+            self._tell_start()
             failure = self._failed() or self._hung()
             if failure:
                 return self._end(failure)
@@ -75,6 +79,8 @@ class _Supervisor:
         write_json(self.job.run_dir / "failure.json", failure._asdict())
         running = [p.name for p in self.all.workers if p.status is None and p.rank != failure.rank]
         self.all.stop()
+        if failure.message in [p.mistake for p in (*self.all.workers, *self.all.companions) if p.mistake]:
+            return failure.exit_code
         if f"scaletrain: rank {failure.rank} on " not in self.all.said:  # a batch script says it itself
             self.all.say(first_cause.text(failure, running))
             if saved := self._saved():
@@ -107,6 +113,19 @@ class _Supervisor:
         command = Command(companion.name, companion.argv, companion.env, stop_s=5.0)
         environ = self.environ | ({STORE_FD: str(fd)} if fd >= 0 else {})
         self.all.start(command, environ, companion, fd).restarts = restarts
+
+    def _tell_start(self) -> None:
+        """Before the first step is done, a line now and then: how many workers have met. Only of training: other programs do not say."""
+        if not self.tell_at or time.time() - self.started_at < self.tell_at[0]:
+            return
+        known = self.progress.all()
+        if any(worker.step is not None or worker.ended for worker in known):
+            self.tell_at = ()
+            return
+        self.tell_at = self.tell_at[1:]
+        here, of = sum(worker.doing not in _ON_THE_WAY for worker in known), self.job.workers
+        now = f"{here} of {of} workers have joined" if here < of else "all have joined, the first step is not done yet"
+        self.all.say(f"scaletrain: starting: {now} ({time.time() - self.started_at:.0f} s)")
 
     # Watching
 
@@ -189,6 +208,10 @@ class _Supervisor:
             if failure.rank is not None and failure.rank == rank:
                 return failure
         known = None if rank is None else self.progress.read(rank)
+        if process.mistake and status == 2:
+            return Failure(
+                rank, process.host, None, process.ended_at or time.time(), "user", process.mistake, exit_code=2
+            )
         how = self._how_it_ended(status)
         return Failure(
             rank=rank, host=known.host if known else process.host, step=known.step if known else None,

@@ -247,6 +247,10 @@ class Client:
         """Updates of the least updated block, as far as this worker has heard."""
         return min(self._version.values(), default=0)
 
+    def live(self) -> int:
+        """Workers that live, as the first server has last said; 0: it has said nothing yet."""
+        return self._links[0].live
+
     def _note_versions(self, ready: dict[str, Any]) -> None:
         for key_text, version in ready.get("versions", {}).items():
             self._version[int(key_text)] = int(version)

@@ -275,11 +275,11 @@ class Endpoint:
                 self._closed(rank)
         return False
 
-    def ping(self) -> None:
-        """A sign of life to all workers; those whose connection is closed are found by it."""
+    def ping(self, live: int) -> None:
+        """A sign of life to all workers, with how many of them live; those whose connection is closed are found by it."""
         for known in list(self._ranks.values()):
             for route in list(known.routes.values()):
-                self.send(route, Header(Kind.PING))
+                self.send(route, Header(Kind.PING, count=live))
 
     def forget(self, rank: int) -> None:
         """This worker is lost: what its connections still say is refused."""

@@ -58,6 +58,7 @@ class Link:
         self.epoch = 0
         self.blocked: set[int] = set()
         self.heard = time.monotonic()
+        self.live = 0  # workers, by the last sign of life
         self.sockets: list[zmq.Socket] = []
         self.monitors: list[zmq.Socket] = []
         self.sessions: list[int] = []
@@ -182,8 +183,11 @@ class Link:
         """A message of this server; None for a sign of life. Raises ``ServerError`` when it refuses, aborts or talks rubbish."""
         try:
             message = wire.parse([frame.buffer for frame in frames])
+            if message.header.kind == Kind.PING:
+                self.live = message.header.count
+                return None
             if message.header.kind not in (Kind.REFUSED, Kind.ABORT):
-                return None if message.header.kind == Kind.PING else message
+                return message
             text = message.json()
         except Refused as refusal:
             raise ServerError(f"{self} sent a message that is not acceptable: {refusal}") from None

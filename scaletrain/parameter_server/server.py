@@ -188,8 +188,8 @@ class Server:
 
     def _tick(self, now: float) -> None:
         """Several times a second: signs of life, silent and missing workers, snapshots."""
-        self._endpoint.ping()
         owned, limit = self._blocks, self.settings.timeout_s
+        self._endpoint.ping(len(owned.rule.live) if owned else 0)
         if owned is None:
             return
         rule = owned.rule

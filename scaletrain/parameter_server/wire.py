@@ -39,7 +39,7 @@ class Kind(enum.IntEnum):
     ROWS = 15  # S tensor: the rows' weights
     SUM = 16  # W float64: to be summed over the live workers
     TOTAL = 17  # S float64
-    PING = 18  # S: still here
+    PING = 18  # S: still here; count: workers that live, 0 before the first has joined
     LEAVE = 19  # W: done
     LEFT = 20  # S
     ABORT = 21  # S json: training cannot go on

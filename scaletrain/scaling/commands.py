@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 EXAMPLE = "scaletrain simulate --model nin --batch 1024 --sample-ms 8.3 --network gemini"
 
@@ -113,11 +114,13 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
         ("latency", made.latency_s, "us", 1e6),
         ("bandwidth", made.bandwidth_bytes_per_s, "MB/s", 1e-6),
     ):
-        interval = (
-            "not told by these measurements" if parameter.low is None or parameter.high is None
-            else f"95 %: {scale * parameter.low:.4g} to {scale * parameter.high:.4g}"
-        )  # fmt: skip
-        click.echo(f"{label}: {scale * parameter.value:.4g} {unit} ({interval})")
+        if not parameter.is_told or parameter.low is None or parameter.high is None:
+            click.echo(
+                f"{label}: not told by these measurements (more worker counts, exchanges or repeats may tell it)"
+            )
+            continue
+        low, high = scale * parameter.low, scale * parameter.high
+        click.echo(f"{label}: {scale * parameter.value:.4g} {unit} (95 %: {low:.4g} to {high:.4g})")
     for r in made.residuals:
         error = r["predicted_s"] / r["measured_s"] - 1
         click.echo(
@@ -144,7 +147,7 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
     "--fit",
     "fitted",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A calibration (fit.json) in place of --network and --sample-ms.",
+    help="A calibration (fit.json) in place of --sample-ms and of --network, but for what it does not tell.",
 )
 @click.option("--workers", default="1,2,4,8,16,32,64,128", show_default=True, help="Worker counts, up to 4096.")
 @click.option("--strategy", "names", help="Such as ring,tree,server,server:4,server+3 (backup workers) [default: all].")
@@ -179,7 +182,11 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
     show_default=True,
     help="Samples an epoch (ImageNet's).",
 )
-@click.option("--price", type=click.FloatRange(min=0), help="Per worker and hour: shows the cost of an epoch.")
+@click.option(
+    "--price",
+    type=click.FloatRange(min=0),
+    help="Per machine (worker, backup worker, server) and hour: shows the cost of an epoch.",
+)
 @click.option("--far", is_flag=True, help="Predict beyond 8 times the workers that --fit measured.")
 @click.option(
     "--out",
@@ -226,13 +233,21 @@ def simulate(
             raise UserError(
                 f"--fit {fitted}: no calibration (allowed: what `scaletrain fit` wrote, such as fit.json)"
             ) from None
-        for label, parameter in (("latency", made.latency_s), ("bandwidth", made.bandwidth_bytes_per_s)):
-            if parameter.low is None or parameter.high is None:
-                click.echo(
-                    f"{fitted}: the network's {label} is not told by its measurements; read what follows with care"
-                )
         made.check_reach(counts[-1], far)
-        on, compute, overlap, measured = made.network, made.compute, made.overlap and overlap, made.max_workers
+        untold = [name for name in made.untold if not (name == "bandwidth" and bandwidth)]
+        chosen = click.get_current_context().get_parameter_source("network") is not ParameterSource.DEFAULT
+        if untold and not chosen:
+            raise UserError(
+                f"--fit {fitted}: its measurements do not tell the network's {' and '.join(untold)}"
+                " (give --network, to assume that network's)"
+            )
+        on = made.network_or(on.network)
+        if untold:
+            source = (
+                f"fitted, but its {' and '.join(untold)} assumed: that of {network}; the measurements do not tell it"
+            )
+            on = dataclasses.replace(on, source=source)
+        compute, overlap, measured = made.compute, made.overlap and overlap, made.max_workers
     if bandwidth:
         on = dataclasses.replace(on, network=on.network._replace(bandwidth_bytes_per_s=net.parse_bandwidth(bandwidth)))
     if model:
@@ -255,7 +270,7 @@ def simulate(
 
 def _model_bytes(text: str) -> float:
     """A preset's name or a size with its unit."""
-    from scaletrain.errors import UserError
+    from scaletrain.errors import unknown
     from scaletrain.scaling.simulate import MODEL_BYTES
 
     if text.lower() in MODEL_BYTES:
@@ -268,4 +283,4 @@ def _model_bytes(text: str) -> float:
                 break
             if value > 0:
                 return value
-    raise UserError(f"--model: {text!r} is not allowed (allowed: {', '.join(MODEL_BYTES)}, or bytes such as 30.4MB)")
+    raise unknown("--model", text, [*MODEL_BYTES, "bytes such as 30.4MB"])

@@ -1,12 +1,19 @@
 """Two reports side by side: which cells became slower or faster by more than their noise."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import yaml
+
+from scaletrain.config import parse_setting
 from scaletrain.errors import UserError
 from scaletrain.scaling.intervals import Change, change, mean
 
 WORTH = 0.01  # a change smaller than this is no news, however sure it is
+KNOWN = 0.10  # an interval that reaches further than this does not tell that nothing changed
+ASIDE = ("workers", "exchange", "batch_size", "batch_mode", "run_dir")  # what a cell says of itself
+MACHINE = ("launcher", "threads_per_worker", "bound_to_cores", "processor", "cores")  # of a report's header
 
 
 class CellChange(NamedTuple):
@@ -23,6 +30,17 @@ class CellChange(NamedTuple):
     @property
     def improved(self) -> bool:
         return bool(self.change and self.change.is_higher and self.change.ratio > 1 + WORTH)
+
+    @property
+    def verdict(self) -> str:
+        if self.failed:
+            return "REGRESSION: was measured before, failed now"
+        if self.change is None:
+            return "cannot tell (two or more repeats on both sides are needed)"
+        if self.regressed or self.improved:
+            return "REGRESSION" if self.regressed else "faster"
+        wide = self.change.low < 1 - KNOWN or self.change.high > 1 + KNOWN
+        return "cannot tell (the interval is wide: more repeats, on a quiet machine)" if wide else "no real change"
 
 
 def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[CellChange]:
@@ -60,14 +78,44 @@ def lines(changes: Sequence[CellChange]) -> list[str]:
     """One line a cell, for people."""
     told = []
     for cell in changes:
-        if cell.failed:
-            told.append(f"{cell.label}: REGRESSION: was measured before, failed now")
-        elif cell.change is None:
-            told.append(f"{cell.label}: cannot tell (two or more repeats on both sides are needed)")
-        else:
-            verdict = "REGRESSION" if cell.regressed else "faster" if cell.improved else "no real change"
-            low, high = cell.change.low, cell.change.high
-            told.append(
-                f"{cell.label}: {cell.change.ratio - 1:+.1%} samples/s (95 %: {low - 1:+.1%} to {high - 1:+.1%}): {verdict}"
-            )
+        by = ""
+        if cell.change is not None:
+            ratio, low, high = cell.change
+            by = f"{ratio - 1:+.1%} samples/s (95 %: {low - 1:+.1%} to {high - 1:+.1%}): "
+        told.append(f"{cell.label}: {by}{cell.verdict}")
     return told
+
+
+def differences(new: Mapping[str, Any], old: Mapping[str, Any]) -> str | None:
+    """One line: the settings in which the reports differ, and the machine's; None when they do not. Repeats and cells may differ."""
+    before, now = (_settings(report["header"]) for report in (old, new))
+    told = []
+    for name in dict.fromkeys([*now, *before]):
+        if name not in now or name not in before:
+            continue  # a config that only one of them has: its cells are not compared
+        for key in sorted({*now[name], *before[name]}):
+            values = [json.dumps(side[name].get(key)) for side in (before, now)]
+            if values[0] != values[1]:
+                told.append(f"{key} {values[0]} -> {values[1]}")
+    return f"not measured alike: {', '.join(dict.fromkeys(told))}" if told else None
+
+
+def _settings(header: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Dotted keys of each config with what was set in every cell, and under "" what the header says of the machine."""
+    over = dict(parse_setting(text) for text in header.get("settings", ()))
+    found = {
+        stem: {
+            key: value
+            for key, value in (_dotted(yaml.safe_load(text) or {}) | over).items()
+            if key.partition(".")[0] not in ASIDE
+        }
+        for stem, text in header.get("config", {}).items()
+    }
+    return found | {"": {key: header[key] for key in MACHINE if key in header}}
+
+
+def _dotted(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for key, inner in value.items():
+        keys |= _dotted(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
+    return keys

@@ -18,11 +18,16 @@ FAR = 8  # times the measured workers; beyond that a prediction has to be asked 
 
 
 class Parameter(NamedTuple):
-    """A fitted value with its 95 % interval (None: too few measurements to tell)."""
+    """A fitted value with its 95 % interval (None: the measurements are too few, or do not depend on it)."""
 
     value: float
     low: float | None
     high: float | None
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the measurements tell the value, at least to a factor of ten."""
+        return self.low is not None and self.high is not None and self.high <= 100 * self.low
 
 
 class Fit(NamedTuple):
@@ -38,6 +43,22 @@ class Fit(NamedTuple):
     @property
     def network(self) -> Preset:
         return Preset(Network(self.latency_s.value, self.bandwidth_bytes_per_s.value), "fitted")
+
+    @property
+    def untold(self) -> list[str]:
+        """What the measurements do not tell of the network."""
+        told = {"latency": self.latency_s.is_told, "bandwidth": self.bandwidth_bytes_per_s.is_told}
+        return [name for name, is_told in told.items() if not is_told]
+
+    def network_or(self, assumed: Network) -> Preset:
+        """The fitted network, with what the measurements do not tell from ``assumed``."""
+        return Preset(
+            Network(
+                assumed.latency_s if "latency" in self.untold else self.latency_s.value,
+                assumed.bandwidth_bytes_per_s if "bandwidth" in self.untold else self.bandwidth_bytes_per_s.value,
+            ),
+            "fitted",
+        )
 
     @property
     def error(self) -> float:
@@ -96,7 +117,7 @@ def fit_exchanges(timings: Sequence[Timing]) -> tuple[Parameter, Parameter]:
 def _least_squares(residuals: Callable[[Network], list[float]]) -> tuple[Parameter, Parameter]:
     """Fit latency and bandwidth (as logarithms: both are positive); intervals from the Jacobian where freedom is left.
 
-    Where the measurements do not tell the latency (all messages are large), it stays at its start and has no interval.
+    Where the measurements do not tell one (the latency, when all messages are large), it ends anywhere or at a bound, and has no interval.
     """
 
     def vector(logs: np.ndarray) -> np.ndarray:
@@ -112,7 +133,9 @@ def _least_squares(residuals: Callable[[Network], list[float]]) -> tuple[Paramet
         ),
         key=lambda result: result.cost,
     )
-    latency, bandwidth = intervals_of(found.x, found.jac, vector(found.x))
+    made = intervals_of(found.x, found.jac, vector(found.x))
+    at_bound = np.minimum(found.x - bounds[0], bounds[1] - found.x) < 0.01
+    latency, bandwidth = (Parameter(p.value, None, None) if at else p for p, at in zip(made, at_bound, strict=True))
     return latency, bandwidth
 
 

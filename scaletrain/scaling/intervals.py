@@ -35,6 +35,21 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(statistics.fmean(values), half, n)
 
 
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Mean:
+    """The ratio of two means, so that it fits the means it stands beside, with its 95 % interval to first order.
+
+    Values at the same place belong together (they were measured close to each other): what they share cancels. Where one side has
+    more repeats they are independent, and the relative errors add up as squares.
+    """
+    value = statistics.fmean(ours) / statistics.fmean(theirs)
+    if len(ours) == len(theirs):
+        rest = mean([(a - value * b) / statistics.fmean(theirs) for a, b in zip(ours, theirs, strict=True)])
+        return Mean(value, rest.ci95, rest.n)
+    a, b = mean(ours), mean(theirs)
+    ci95 = None if a.ci95 is None or b.ci95 is None else value * math.hypot(a.ci95 / a.value, b.ci95 / b.value)
+    return Mean(value, ci95, min(a.n, b.n))
+
+
 def percentiles(values: Sequence[float], percents: Sequence[int] = (10, 50, 90, 95)) -> dict[int, float | None]:
     """Linear-interpolated percentiles (as numpy's default); all None when there are no values."""
     if not values:

@@ -4,6 +4,10 @@ from typing import NamedTuple
 
 from scaletrain.scaling.intervals import ONE_RUN
 
+WELL = 0.98  # an efficiency from which on nothing to speak of is lost
+LITTLE = 0.05  # how well an efficiency that good must be known
+CLEAR = 1.25  # times the second cause: what the largest must be to be called the limiter
+
 
 class Step(NamedTuple):
     """Mean seconds of a step and its parts, over ranks, steps and repeats; ``slowest_s``: of the slowest rank of each step."""
@@ -78,19 +82,64 @@ def limiter(causes: list[Cause]) -> Cause | None:
     return worst if worst.seconds > 0 else None
 
 
-def sentence(causes: list[Cause], efficiency: float, better: str | None = None, repeats: int = 2) -> str:
-    """One sentence: the limiter, its share of what is lost, and what to change. ``better``: a measured or predicted alternative.
-    ``repeats``: of the least measured of the runs that it rests on; with one it says that noise is not known."""
-    doubt = f" ({ONE_RUN})" if repeats < 2 else ""
-    worst = limiter(causes)
-    lost = sum(cause.seconds for cause in causes if cause.seconds > 0)
-    if worst is None or efficiency >= 0.98:
-        return f"Nothing to speak of is lost (efficiency {efficiency:.2f}){doubt}."
-    gained = -sum(cause.seconds for cause in causes if cause.seconds < 0)
-    if gained > lost / 2:  # what is left is smaller than what cancels: a difference of noises
+def untold(
+    causes: list[Cause], efficiency: float, ci95: float | None = None, lead_ci95: float | None = None
+) -> str | None:
+    """Why no cause can be called the limiter, in a sentence; None where one can, or where nothing is lost.
+
+    ``ci95``: of the efficiency. ``lead_ci95``: of what the largest cause costs beyond the second. None: not known.
+    """
+    lost_share, loss_s = 1 - efficiency, sum(cause.seconds for cause in causes)
+    if ci95 is not None and ci95 > (lost_share / 2 if efficiency < WELL else LITTLE):
+        what = "from none" if ci95 >= lost_share else "to within half of it"
         return (
-            f"No cause can be named: {1000 * lost:.3g} ms a step of losses and {1000 * gained:.3g} ms of gains nearly cancel;"
-            f" more repeats, on a machine that does nothing else{doubt}."
+            f"The repeats do not tell the loss {what} (efficiency {efficiency:.2f} ± {ci95:.2f}), so no cause is named:"
+            " a machine that does nothing else, and more repeats."
         )
-    share = worst.seconds / lost
-    return f"{worst.name.capitalize()}: {share:.0%} of the loss; {better or ADVICE[worst.name]}{doubt}."
+    worst = limiter(causes)
+    if worst is None or efficiency >= WELL:
+        return None
+    gained = -sum(cause.seconds for cause in causes if cause.seconds < 0)
+    if gained > loss_s:  # what is left is smaller than what cancels: a difference of noises
+        return (
+            f"No cause can be named: {1000 * (loss_s + gained):.3g} ms a step of losses and {1000 * gained:.3g} ms of gains"
+            " nearly cancel; more repeats, on a machine that does nothing else."
+        )
+    second = max((cause for cause in causes if cause is not worst), key=lambda cause: cause.seconds)
+    both = f"{worst.name} ({1000 * worst.seconds:.3g} ms a step) and {second.name} ({1000 * second.seconds:.3g} ms)"
+    if second.seconds > 0 and lead_ci95 is not None and worst.seconds - second.seconds <= lead_ci95:
+        return (
+            f"The repeats do not tell which costs more, {both}: their difference is known to ± {1000 * lead_ci95:.3g} ms;"
+            " a machine that does nothing else, and more repeats."
+        )
+    if worst.seconds < CLEAR * second.seconds:
+        return f"No cause stands out: {both} cost about the same."
+    return None
+
+
+def sentence(
+    causes: list[Cause],
+    efficiency: float,
+    better: str | None = None,
+    repeats: int = 2,
+    *,
+    ci95: float | None = None,
+    lead_ci95: float | None = None,
+) -> str:
+    """One sentence: the limiter, its share of the loss, and what to change; or that the measurements do not tell (``untold``).
+
+    ``better``: a measured or predicted alternative. ``repeats``: of the least measured of the runs that it rests on; with one it says
+    that noise is not known.
+    """
+    doubt = f" ({ONE_RUN})" if repeats < 2 else ""
+    if why := untold(causes, efficiency, ci95, lead_ci95):
+        return f"{why.removesuffix('.')}{doubt}."
+    worst = limiter(causes)
+    if worst is None or efficiency >= WELL:
+        return f"Nothing to speak of is lost (efficiency {efficiency:.2f}){doubt}."
+    loss_s = sum(cause.seconds for cause in causes)
+    share = (
+        f"{worst.seconds / loss_s:.0%} of the loss" if worst.seconds <= loss_s
+        else f"{1000 * worst.seconds:.3g} ms a step, of which other parts gain some back ({1000 * loss_s:.3g} ms are lost)"
+    )  # fmt: skip
+    return f"{worst.name.capitalize()}: {share}; {better or ADVICE[worst.name]}{doubt}."

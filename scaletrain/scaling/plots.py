@@ -23,6 +23,8 @@ STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": PAPER, "axes.facecolor": PAPER,
 }  # fmt: skip
 
+DODGE = 0.015  # of the axis' length, between the points that several lines have at one place
+
 Drawing = Callable[[Axes], None]
 
 
@@ -63,6 +65,16 @@ def inline(svg: bytes, label: str) -> str:
     return text
 
 
+def _legend(axes: Axes) -> None:
+    """Below the axes, where it covers nothing; the figure grows for more than two lines of it."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    columns = max(1, min(4, 88 // (max(map(len, labels)) + 7)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5)
+    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, -(-len(labels) // columns) - 2))
+
+
 def curves(rows: Sequence[Mapping[str, Any]], value: str, ideal: bool, label: str) -> Drawing:
     """``value`` (speedup or efficiency) against workers, a line an exchange, the ideal dashed, intervals as bars."""
 
@@ -72,19 +84,28 @@ def curves(rows: Sequence[Mapping[str, Any]], value: str, ideal: bool, label: st
         if ideal and workers:
             ends = [1, max(workers)] if len(workers) > 1 else [1, max(2, workers[0])]
             axes.plot(ends, ends if value == "speedup" else [1, 1], "--", color=PALE, label="ideal", zorder=1)
-        for index, name in enumerate(dict.fromkeys(_name(row, rows) for row in done)):
+        names = list(dict.fromkeys(_name(row, rows) for row in done))
+        length = max(workers[-1] - workers[0], 1) if workers else 1
+        for index, name in enumerate(names):
+            aside = DODGE * length * (index - (len(names) - 1) / 2)
             own = sorted((row for row in done if _name(row, rows) == name), key=lambda row: row["workers"])
             scale = [1.0 if value == "speedup" else 1 / row["workers"] for row in own]
             errors = [(row["speedup_ci95"] or 0.0) * s for row, s in zip(own, scale, strict=True)]
             colour = SERIES[index % len(SERIES)]
             axes.errorbar(
-                [row["workers"] for row in own], [row[value] for row in own], yerr=errors, marker="o", ms=4.5, lw=1.7,
+                [row["workers"] + aside for row in own], [row[value] for row in own], yerr=errors, marker="o", ms=4.5, lw=1.7,
                 capsize=3, color=colour, label=name, zorder=3,
             )  # fmt: skip
             over = [row for row in own if row["oversubscribed"]]
             if over:
                 axes.plot(
-                    [r["workers"] for r in over], [r[value] for r in over], "o", ms=9, mfc="none", mec=colour, ls="none"
+                    [r["workers"] + aside for r in over],
+                    [r[value] for r in over],
+                    "o",
+                    ms=9,
+                    mfc="none",
+                    mec=colour,
+                    ls="none",
                 )
         if any(row["oversubscribed"] for row in done):
             axes.plot([], [], "o", ms=9, mfc="none", mec=INK, ls="none", label="oversubscribed")
@@ -93,7 +114,7 @@ def curves(rows: Sequence[Mapping[str, Any]], value: str, ideal: bool, label: st
         axes.set_xticks(workers, [str(w) for w in workers])
         top = 1.0 if value == "efficiency" else max(workers, default=1)  # a wide interval must not flatten the curves
         axes.set_ylim(0, 1.12 * max([top, *(row[value] for row in done)]))
-        axes.legend(fontsize=8.5)
+        _legend(axes)
 
     return draw
 
@@ -123,11 +144,11 @@ def anatomy(losses: Sequence[Mapping[str, Any]]) -> Drawing:
             top = [high + max(0.0, height) for high, height in zip(top, heights, strict=True)]
             below = [low + min(0.0, height) for low, height in zip(below, heights, strict=True)]
         axes.axhline(0, color=PALE, linewidth=0.8)
-        axes.set_ylim(top=1.3 * max(top))  # room for the legend
+        axes.set_ylim(1.1 * min(below), 1.06 * max(top))
         axes.set_xticks(range(len(losses)), labels, fontsize=8.5)
         axes.set_ylabel("ms a step")
         axes.grid(axis="x", visible=False)
-        axes.legend(fontsize=8, ncols=2)
+        _legend(axes)
 
     return draw
 
@@ -158,7 +179,7 @@ def predicted(points: Sequence[Mapping[str, Any]]) -> Drawing:
             )
         axes.set_xlabel("measured, ms a step")
         axes.set_ylabel("predicted, ms a step")
-        axes.legend(fontsize=8.5)
+        _legend(axes)
 
     return draw
 
@@ -174,6 +195,12 @@ def traffic(rows: Sequence[Mapping[str, Any]]) -> Drawing:
         axes.grid(axis="y", visible=False)
 
     return draw
+
+
+def _beside(own: Sequence[Mapping[str, Any]]) -> str:
+    """How many machines a strategy takes beside its workers."""
+    extra = max(row["machines"] - row["workers"] for row in own)
+    return f" (+{extra})" if extra else ""
 
 
 def simulation(rows: Sequence[Mapping[str, Any]], reach: int | None) -> Drawing:
@@ -192,7 +219,9 @@ def simulation(rows: Sequence[Mapping[str, Any]], reach: int | None) -> Drawing:
             }
             near = [row for row in own if reach is None or row["workers"] <= reach]
             far = [row for row in own if reach is not None and row["workers"] > reach]
-            axes.plot([r["workers"] for r in near], [r["speedup"] for r in near], "-", label=name, **style)
+            axes.plot(
+                [r["workers"] for r in near], [r["speedup"] for r in near], "-", label=name + _beside(own), **style
+            )
             joined = near[-1:] + far
             if far:
                 axes.plot([r["workers"] for r in joined], [r["speedup"] for r in joined], "--", **style)
@@ -202,8 +231,9 @@ def simulation(rows: Sequence[Mapping[str, Any]], reach: int | None) -> Drawing:
         axes.set_yscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts], fontsize=8)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_xlabel("workers")
+        beside = any(row["machines"] > row["workers"] for row in rows)
+        axes.set_xlabel("workers; (+N): N machines beside them" if beside else "workers")
         axes.set_ylabel("speed-up")
-        axes.legend(fontsize=7.5, ncols=2)
+        _legend(axes)
 
     return draw

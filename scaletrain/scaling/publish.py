@@ -102,7 +102,10 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def compare_and_exit(new: Path, old: Path) -> None:
     """Print how every cell changed; leave with status 2 when a slowdown is beyond its interval."""
-    changes = compare.compare(read_report(new), read_report(old))
+    reports = read_report(new), read_report(old)
+    changes = compare.compare(*reports)
+    if unlike := compare.differences(*reports):
+        click.echo(unlike)
     for line in compare.lines(changes):
         click.echo(line)
     if any(change.regressed for change in changes):
@@ -114,7 +117,8 @@ def show_simulation(
 ) -> None:
     """A table of speed-ups (columns: worker counts), the best strategy of each marked, and its price. ``asked``: for which counts."""
     counts = sorted({p.workers for p in points})
-    best = simulate.best(points)
+    names = list(dict.fromkeys(p.strategy for p in points))
+    fastest, best = simulate.fastest(points), simulate.best(points)
     grid = Table(
         title=f"predicted speed-up, {job.mode} scaling, {job.num_bytes / 1e6:,.1f} MB a step, batch {job.batch_size}"
     )
@@ -122,10 +126,15 @@ def show_simulation(
     for count in counts:
         grid.add_column(str(count), justify="right")
     by = {(p.strategy, p.workers): p for p in points}
-    for name in dict.fromkeys(p.strategy for p in points):
+    for name in names:
         cells = [by[name, count] for count in counts]
+        marked = [p in fastest[p.workers] and p.workers > 1 and len(fastest[p.workers]) < len(names) for p in cells]
         grid.add_row(
-            name, *(f"[bold]{p.speedup:.1f}*[/bold]" if best[p.workers] is p else f"{p.speedup:.1f}" for p in cells)
+            name,
+            *(
+                f"[bold]{p.speedup:.1f}*[/bold]" if m else f"{p.speedup:.1f}"
+                for p, m in zip(cells, marked, strict=True)
+            ),
         )
     console.print(grid)
     if left_out := sorted(set(asked) - set(counts)):
@@ -134,11 +143,21 @@ def show_simulation(
             highlight=False,
         )
     console.print(f"network: {job.network.source}", highlight=False, markup=False)
+    if any(p.machines > p.workers for p in points):
+        price = "; prices count them" if job.price_per_worker_hour is not None else ""
+        console.print(
+            f"server and server:K take 1 and K machines beside the workers, +N takes N backup workers{price}",
+            highlight=False,
+        )
     for count in counts:
-        p = best[count]
+        p, equal = best[count], fastest[count]
+        alike = "all alike" if len(equal) == len(names) > 1 else " or ".join(q.strategy for q in equal)
+        alike = alike if count > 1 else "nothing to exchange"
+        more = f" ({p.machines} machines)" if p.machines > p.workers else ""
         price = f", {p.cost_per_epoch:,.2f} an epoch" if p.cost_per_epoch is not None else ""
         console.print(
-            f"{count:>5} workers: {p.strategy}, {1e3 * p.step_s:.2f} ms a step, efficiency {p.efficiency:.2f}{price}",
+            f"{count:>5} worker{'s' * (count > 1)}: {alike}{more}, {1e3 * p.step_s:.2f} ms a step,"
+            f" efficiency {p.efficiency:.2f}{price}",
             highlight=False,
         )
 

@@ -59,7 +59,10 @@ def note(report: Mapping[str, Any]) -> str:
     repeats = report["header"]["repeats"]
     if repeats < 2:
         return f"{ONE_RUN.capitalize()}."
-    return f"± is the 95 % confidence interval of the mean over {repeats} repeats (Student's t); none where one run was made."
+    return (
+        f"± is the 95 % confidence interval of the mean over {repeats} repeats (Student's t); none where one run was made."
+        " Speed-up is the ratio of the means of samples/s; its interval takes each repeat with the baseline's."
+    )
 
 
 def outcome(row: Mapping[str, Any]) -> str:
@@ -89,8 +92,8 @@ def _template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1000 * seconds:.2f}"
+def _ms(seconds: float | None, ci95: float | None = None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.2f}{_plus(None if ci95 is None else 1000 * ci95)}"
 
 
 def _number(value: float | None, form: str = ".2f") -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,15 @@ import numpy as np
 from scaletrain import plugins
 from scaletrain.errors import UserError
 from scaletrain.metrics import environment, has_finished
-from scaletrain.scaling import limiter, servers, sweep
+from scaletrain.scaling import limiter, machine, servers, sweep
 from scaletrain.scaling.fit import Fit, fit_report, predictions, strategy_of
-from scaletrain.scaling.intervals import ONE_RUN, Mean, change, mean, percentiles
+from scaletrain.scaling.intervals import ONE_RUN, Mean, change, mean, percentiles, ratio
 from scaletrain.scaling.measure import PARTS, Run, read_run
 from scaletrain.scaling.predict import step_s as step
 
 VERSION = 1
 PERCENTS = (10, 50, 90, 95)
+CELL = ("config", "exchange", "workers", "variant")  # what tells rows of a report apart
 UNSYNCHRONISED = ("parameter_server:async", "parameter_server:local_sgd", "none")
 
 Measured = dict[sweep.Cell, tuple[list[Run], list[str]]]  # a cell's finished repeats, and why others failed
@@ -33,7 +33,7 @@ def of_sweep(*outs: Path) -> dict[str, Any]:
         UserError: not a sweep's directory.
     """
     measured: Measured = {}
-    headers, planned, missing = [], 0, 0
+    headers, planned, missing, others = [], 0, 0, []
     for out in outs:
         try:
             made = sweep.Sweep.from_json(json.loads((out / "sweep.json").read_text(encoding="utf-8")))
@@ -45,6 +45,10 @@ def of_sweep(*outs: Path) -> dict[str, Any]:
                 directory = sweep.run_dir(out, cell, repeat)
                 if has_finished(directory):
                     runs.append(read_run(directory))
+                    if (directory / sweep.MACHINE).exists():
+                        others.append(
+                            json.loads((directory / sweep.MACHINE).read_text(encoding="utf-8"))["used_by_others"]
+                        )
                 elif (directory / "failed.json").exists():
                     failures.append(json.loads((directory / "failed.json").read_text(encoding="utf-8"))["reason"])
             measured[cell] = (runs, failures)
@@ -54,6 +58,8 @@ def of_sweep(*outs: Path) -> dict[str, Any]:
             headers[-1] = json.loads((out / "header.json").read_text(encoding="utf-8"))
     header = headers[0] | {"config": {stem: text for one in headers for stem, text in one["config"].items()}}
     header |= {"runs_planned": planned, "runs_missing": missing}
+    if others:
+        header |= {"used_by_others": round(float(np.mean(others)), 3), "busy": machine.told(others)}
     return _report(measured, header, strong=made.mode == "strong", threads=made.threads)
 
 
@@ -168,7 +174,7 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
     ]
     base = _baseline(cell, measured)
     if base is not None and not cell.reference:
-        speedup = _speedup(runs, measured[base][0], base)
+        speedup = _speedup(runs, measured[base][0], base.workers)
         row |= {"speedup": speedup.value, "speedup_ci95": speedup.ci95, "efficiency": speedup.value / cell.workers}
         # Without a run of one worker, the fewest there are count as ideal; that is an assumption, and is told.
         row["baseline"] = (
@@ -176,29 +182,18 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
             else f"1 worker ({base.workers} workers, {base.exchange}, taken as ideal)"
         )  # fmt: skip
     alone = _find(measured, cell, exchange="none")
-    if alone and cell.workers > 1:
+    if cell.exchange == "none":
+        row["exposed_comm_s"] = 0.0
+    elif alone:
         exposed = mean([a.step_s - b.step_s for a, b in zip(runs, alone, strict=False)])
         row |= {"exposed_comm_s": exposed.value, "exposed_comm_s_ci95": exposed.ci95}
-    elif cell.workers == 1:
-        row["exposed_comm_s"] = 0.0 if cell.exchange == "none" else None
-        if alone:
-            exposed = mean([a.step_s - b.step_s for a, b in zip(runs, alone, strict=False)])
-            row |= {"exposed_comm_s": exposed.value, "exposed_comm_s_ci95": exposed.ci95}
     return row
 
 
-def _speedup(runs: Sequence[Run], base: Sequence[Run], cell: sweep.Cell) -> Mean:
-    """Repeat by repeat (they ran close together), then the mean; over the ideal speed-up of the baseline's own workers.
-
-    Where a repeat is missing: the ratio of the means, whose relative errors add up as squares.
-    """
-    if len(runs) != len(base):
-        ours, theirs = mean([r.samples_per_s for r in runs]), mean([r.samples_per_s for r in base])
-        value, ci95 = ours.value / theirs.value * cell.workers, None
-        if ours.ci95 is not None and theirs.ci95 is not None:
-            ci95 = value * math.hypot(ours.ci95 / ours.value, theirs.ci95 / theirs.value)
-        return Mean(value, ci95, min(len(runs), len(base)))
-    return mean([a.samples_per_s / b.samples_per_s * cell.workers for a, b in zip(runs, base, strict=True)])
+def _speedup(runs: Sequence[Run], base: Sequence[Run], workers: int) -> Mean:
+    """Samples per second over the baseline's; ``workers``: the baseline's, whose own speed-up counts as ideal."""
+    over = ratio([run.samples_per_s for run in runs], [run.samples_per_s for run in base])
+    return Mean(over.value * workers, None if over.ci95 is None else over.ci95 * workers, over.n)
 
 
 def _emulation(summary: Mapping[str, Any]) -> str | None:
@@ -251,14 +246,24 @@ def _losses(cell: sweep.Cell, measured: Measured, strong: bool) -> Iterable[dict
     batch = cell.batch_size if strong else cell.batch_size * cell.workers
     real_s = float(np.mean([batch / run.samples_per_s for run in real]))
     ideal = float(np.mean([cell.batch_size / run.samples_per_s for run in single])) / (cell.workers if strong else 1)
-    causes = limiter.split(*steps, workers=cell.workers, strong=strong, waits=waits, loss_s=real_s - ideal)
+
+    def split(*steps: limiter.Step, loss_s: float | None = None) -> list[limiter.Cause]:
+        return limiter.split(*steps, workers=cell.workers, strong=strong, waits=waits, loss_s=loss_s)
+
+    causes = split(*steps, loss_s=real_s - ideal)
+    each = [dict(split(*map(_step, zip(four, strict=True)))) for four in zip(real, alone, small, single, strict=False)]
+    largest, second, *_ = sorted(causes, key=lambda cause: -cause.seconds)
+    lead = mean([one[largest.name] - one[second.name] for one in each])
+    speedup = _speedup(real, single, 1)
+    efficiency, ci95 = speedup.value / cell.workers, None if speedup.ci95 is None else speedup.ci95 / cell.workers
     repeats = min(len(runs) for runs in (real, alone, small, single))
+    told = limiter.untold(causes, efficiency, ci95, lead.ci95) is None
     yield {
         "config": cell.config, "exchange": cell.exchange, "workers": cell.workers, "variant": dict(cell.variant), "repeats": repeats,
-        "step_s": real_s, "ideal_s": ideal, "loss_s": real_s - ideal, "efficiency": ideal / real_s,
-        "causes": {cause.name: cause.seconds for cause in causes},
-        "limiter": worst.name if (worst := limiter.limiter(causes)) else None,
-        "sentence": limiter.sentence(causes, ideal / real_s, repeats=repeats),
+        "step_s": real_s, "ideal_s": ideal, "loss_s": real_s - ideal, "efficiency": efficiency, "efficiency_ci95": ci95,
+        "causes": {cause.name: cause.seconds for cause in causes}, "lead_ci95": lead.ci95,
+        "limiter": worst.name if told and (worst := limiter.limiter(causes)) else None,
+        "sentence": limiter.sentence(causes, efficiency, repeats=repeats, ci95=ci95, lead_ci95=lead.ci95),
     }  # fmt: skip
 
 
@@ -310,7 +315,7 @@ def _name_alternatives(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str
                 f"{best['exchange']} instead of {loss['exchange']} measured"
                 f" {own['efficiency']:.2f} -> {best['efficiency']:.2f}"
             )
-        elif own and fitted:
+        elif own and fitted and not fitted.untold:
             better = _predicted_alternative(own, fitted)
         if better:
             causes = [limiter.Cause(*item) for item in loss["causes"].items()]
@@ -370,21 +375,31 @@ def _baseline_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(texts)
 
 
+def _may_be_as_fast(row: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+    """Whether the best one's lead, with its 95 % interval, does not leave the row behind. Without repeats nothing is said."""
+    lead = change(*(mean([run["samples_per_s"] for run in one["runs"]]) for one in (best, row)))
+    return lead is not None and not lead.is_higher
+
+
 def _not_told_apart(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Exchanges of the same cell that the best one's lead over them, with its 95 % interval, does not leave behind."""
-    rates = [run["samples_per_s"] for run in best["runs"]]
-    equals = []
-    for row in rows:
-        if row is best or any(row[key] != best[key] for key in ("config", "workers", "variant")):
-            continue
-        lead = change(mean(rates), mean([run["samples_per_s"] for run in row["runs"]]))
-        if lead and not lead.is_higher:
-            equals.append(str(row["exchange"]))
-    return equals
+    """Exchanges that may be as fast as the best one of the same cell."""
+    alike = [
+        row for row in rows if row is not best and all(row[k] == best[k] for k in ("config", "workers", "variant"))
+    ]
+    return [str(row["exchange"]) for row in alike if _may_be_as_fast(row, best)]
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return f"{row['exchange']} on {row['workers']} worker{'s' * (row['workers'] > 1)}"
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    ci = "" if row["speedup_ci95"] is None else f" ± {row['speedup_ci95']:.2f}"
+    return f"{row['speedup']:.2f}{ci} times"
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """The first sentence of the report: the best that was reached, what limits it, what failed."""
+    """The first sentences of the report: the best that was reached, the most workers where they are no faster, what limits it, what failed."""
     rows = report["rows"]
     done = [row for row in rows if row["efficiency"] is not None and row["exchange"] != "none"] or [
         row for row in rows if row["efficiency"] is not None
@@ -392,30 +407,33 @@ def summary(report: Mapping[str, Any]) -> str:
     sentences = []
     if report["header"].get("emulated"):
         sentences.append("EMULATED: " + "; ".join(report["header"]["emulation"]) + ".")
+    if report["header"].get("busy"):
+        sentences.append(report["header"]["busy"])
     if done:
-        most = max(row["workers"] for row in done)
-        best = max((row for row in done if row["workers"] == most), key=lambda row: row["efficiency"])
-        single = best["speedup_ci95"] is None
-        ci = "" if single else f" ± {best['speedup_ci95']:.2f}"
-        compared = (
-            f"{best['speedup']:.2f}{ci} times the speed of {best['baseline']} (efficiency {best['efficiency']:.2f}, "
-        )
-        if most > 1 and min(row["workers"] for row in done) == most:
+        best = max(done, key=lambda row: row["speedup"])
+        alike = [row for row in done if all(row[key] == best[key] for key in ("config", "variant"))]
+        most = max(row["workers"] for row in alike)
+        largest = max((row for row in alike if row["workers"] == most), key=lambda row: row["speedup"])
+        compared = f"{_times(best)} the speed of {best['baseline']} (efficiency {best['efficiency']:.2f}, "
+        if most > 1 and min(row["workers"] for row in alike) == most:
             compared = "no other number of workers to compare with ("
         sentences.append(
-            f"{best['exchange']} on {most} worker{'s' * (most > 1)}: {compared}{best['samples_per_s']:,.0f} samples/s)"
-            + (f"; {ONE_RUN}." if single else ".")
+            f"{_named(best)}: {compared}{best['samples_per_s']:,.0f} samples/s)"
+            + (f"; {ONE_RUN}." if best["speedup_ci95"] is None else ".")
         )
         if equals := _not_told_apart(best, done):
             sentences.append(
                 f"{' and '.join(equals)} may be as fast: {len(best['runs'])} repeats do not tell them apart."
             )
-        loss = next(
-            (x for x in report["losses"] if all(x[k] == best[k] for k in ("config", "exchange", "workers", "variant"))),
-            None,
-        )
-        if loss:
-            sentences.append(loss["sentence"])
+        if largest["speedup"] < best["speedup"]:
+            crowded = ", more threads than cores" if largest["oversubscribed"] else ""
+            apart = ", not told apart by the repeats" if _may_be_as_fast(largest, best) else ""
+            sentences.append(
+                f"{_named(largest)}, the most measured: {_times(largest)} (efficiency {largest['efficiency']:.2f}{crowded}){apart}."
+            )
+        losses = {tuple(str(loss[key]) for key in CELL): loss["sentence"] for loss in report["losses"]}
+        told = [losses.get(tuple(str(row[key]) for key in CELL)) for row in (best, largest)]
+        sentences += [text for text in told if text][:1]
         if best["oversubscribed"]:
             sentences.append("There were more threads than cores: these figures are of an oversubscribed machine.")
     header = report["header"]

@@ -31,7 +31,8 @@ class Job(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One strategy at one worker count. ``cost_per_epoch`` counts servers and backup workers as workers."""
+    """One strategy at one worker count. ``machines``: the workers, and the servers and backup workers beside them; ``cost_per_epoch``
+    is theirs."""
 
     strategy: str
     workers: int
@@ -41,6 +42,7 @@ class Point(NamedTuple):
     speedup: float
     efficiency: float
     cost_per_epoch: float | None
+    machines: int
 
 
 def strategies() -> list[str]:
@@ -78,11 +80,12 @@ def point(job: Job, strategy: str, workers: int) -> Point:
     batch = share * workers
     rate = batch / step
     speedup = rate / (job.batch_size / alone)
-    servers = int(name.partition(":")[2] or 1) if name.startswith("server") else 0
-    cost = None
+    # One worker alone has nobody to exchange with.
+    servers = int(name.partition(":")[2] or 1) if name.startswith("server") and workers + backups > 1 else 0
+    machines, cost = workers + backups + servers, None
     if job.price_per_worker_hour is not None and job.epoch_samples:
-        cost = job.price_per_worker_hour * (workers + backups + servers) * job.epoch_samples / rate / 3600
-    return Point(strategy, workers, step, step - quiet, rate, speedup, speedup / workers, cost)
+        cost = job.price_per_worker_hour * machines * job.epoch_samples / rate / 3600
+    return Point(strategy, workers, step, step - quiet, rate, speedup, speedup / workers, cost, machines)
 
 
 def simulate(job: Job, workers: Sequence[int], names: Sequence[str]) -> list[Point]:
@@ -98,11 +101,17 @@ def simulate(job: Job, workers: Sequence[int], names: Sequence[str]) -> list[Poi
 
 
 def best(points: Sequence[Point]) -> dict[int, Point]:
-    """The fastest strategy at each worker count."""
-    found: dict[int, Point] = {}
-    for p in points:
-        if p.workers not in found or p.step_s < found[p.workers].step_s:
-            found[p.workers] = p
+    """The fastest strategy at each worker count; of equally fast ones the one with fewest machines."""
+    return {workers: min(equal, key=lambda p: p.machines) for workers, equal in fastest(points).items()}
+
+
+def fastest(points: Sequence[Point]) -> dict[int, list[Point]]:
+    """The strategies at each worker count that none beats."""
+    found: dict[int, list[Point]] = {}
+    for workers in dict.fromkeys(p.workers for p in points):
+        alike = [p for p in points if p.workers == workers]
+        least = min(p.step_s for p in alike)
+        found[workers] = [p for p in alike if p.step_s <= least * (1 + 1e-9)]
     return found
 
 

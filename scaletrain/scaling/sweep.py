@@ -21,7 +21,9 @@ from scaletrain import config as configuration
 from scaletrain.errors import UserError
 from scaletrain.launching.supervise import ends_with_us
 from scaletrain.metrics import environment, has_finished, write_json
+from scaletrain.scaling import machine
 
+MACHINE = "machine.json"  # in a run's directory: the share of the cores that other processes used meanwhile
 REFERENCE_STEPS = 60  # of the short runs that only the split of lost time needs
 
 
@@ -251,7 +253,7 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         if directory.exists():
             shutil.rmtree(directory)  # half a run; this sweep made it
         directory.parent.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
+        began, watch = time.monotonic(), machine.Watch()
         try:
             reason = _run_cell(sweep.command(cell, directory, trace and repeat == 0), directory, sweep.cell_timeout_s)
         except BaseException:
@@ -260,6 +262,8 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         if reason:
             directory.mkdir(exist_ok=True)
             write_json(directory / "failed.json", {"reason": reason})
+        elif sweep.launcher in machine.CHILDREN and (others := watch.others()) is not None:
+            write_json(directory / MACHINE, {"used_by_others": others})
         outcome = f"FAILED: {reason}" if reason else f"{time.monotonic() - began:.1f} s"
         left_s = (time.monotonic() - started) / number * (len(todo) - number)
         tell(f"[{number}/{len(todo)}] {cell.name} repeat {repeat + 1}: {outcome} (about {left_s / 60:.0f} min to go)")

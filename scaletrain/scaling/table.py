@@ -30,7 +30,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         "p50",
         "p90",
         "p95",
-        "exposed comm",
+        "exposed comm ms",
         "accuracy",
         *["to accuracy s"] * any(row["target_s"] is not None for row in rows),
     ]
@@ -48,7 +48,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             _with_ci(row["speedup"], row["speedup_ci95"], ".2f"),
             _number(row["efficiency"], ".2f"),
             *(_ms(row[f"step_s_{part}"]) for part in ("min", "p10", "p50", "p90", "p95")),
-            _ms(row["exposed_comm_s"]), _number(row["test_accuracy"], ".4f"),
+            _ms(row["exposed_comm_s"], row["exposed_comm_s_ci95"]), _number(row["test_accuracy"], ".4f"),
             *[_number(row["target_s"], ".1f")] * ("to accuracy s" in columns),
         )  # fmt: skip
     console.print(table)
@@ -83,5 +83,5 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1000 * seconds:.2f}"
+def _ms(seconds: float | None, ci95: float | None = None) -> str:
+    return "-" if seconds is None else _with_ci(1000 * seconds, None if ci95 is None else 1000 * ci95, ".2f")

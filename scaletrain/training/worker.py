@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -78,6 +79,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
             if say:
                 say.close(summary)
         exchange.close()
+    gc.freeze()  # the interpreter's end would search all of torch for garbage, for more than a second
     stopped = stop.signal and not summary["finished"]
     # A batch script that starts the job again looks into the summary; to its srun, a bad status would be a failure.
     return 128 + stop.signal if stopped and progress.SUPERVISED not in os.environ else 0
@@ -160,7 +162,8 @@ class _Narrator:
         now = time.monotonic()
         if self._followed or done % self._every or (now - self._said < 1 and done < total):
             return
-        rate = self._samples / self._seconds * self._trainer.world.size
+        rate = self._samples / self._seconds * self._trainer.exchange.live_workers()
+        # This rank's own steps: each is its share of the batch, whether or not the others live.
         left = (total - done) * self._seconds * self._trainer.global_batch / self._samples / self._trainer.world.size
         print(f"step {done}/{total}  loss {record.loss:.4f}  {rate:,.0f} samples/s  {left:.0f} s left", flush=True)
         self._said, self._samples, self._seconds = now, 0.0, 0.0

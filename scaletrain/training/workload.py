@@ -45,6 +45,27 @@ def build(config: RunConfig, device: torch.device) -> Workload:
 
 
 def _loss(config: RunConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss, which raises ``UserError`` for what cannot be trained with: no scalar, or a constant."""
+    function = _loss_function(config)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        if config.loss == "cross_entropy" and output.ndim > 1 and output.shape[1] == 1:
+            raise UserError(
+                "loss: cross_entropy over one class is always 0, and the model has one output"
+                " (allowed: an output for each class, or another loss, such as binary_cross_entropy_with_logits or mse_loss)"
+            )
+        value = function(output, target)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = (
+                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            )
+            raise UserError(f"loss: {config.loss} returned {shape} (allowed: a scalar tensor, the mean over the batch)")
+        return value
+
+    return loss
+
+
+def _loss_function(config: RunConfig) -> Callable[..., Tensor]:
     if ":" in config.loss:
         return plugins.load("loss", config.loss, config.search_path)
     function = getattr(nn.functional, config.loss, None)

@@ -24,6 +24,10 @@ def test_page_and_drawing_are_those_of_the_code(name: str):
     schedule = plugins.load("collective", name)(size, **options)
     picture = drawing.as_svg(schedule, f"{name}, {size} ranks")
     ET.fromstring(picture)
+    missing = [f"{name}.{form}" for form in ("md", "svg") if not (PAGES / f"{name}.{form}").exists()]
+    assert not missing, (
+        f"docs/algorithms: no {' and no '.join(missing)}; write the page: see docs/algorithms/README.md#add-one"
+    )
     assert (PAGES / f"{name}.svg").read_text(encoding="utf-8") == picture
     page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
     assert drawing.as_text(schedule) in page and "**Cost**" in page and "**Source:**" in page

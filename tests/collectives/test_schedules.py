@@ -158,6 +158,13 @@ def test_another_order_of_additions_is_caught():
         verify(Schedule(3, 1, (everybody_adds_everybody,)))
 
 
+def test_a_lost_contribution_is_told_with_the_round_that_lost_it():
+    gather = tuple(Transfer(rank, 0, 0, True) for rank in (1, 2, 3))
+    wrong = (Transfer(3, 0, 0, False), *(Transfer(0, rank, 0, False) for rank in (1, 2)))
+    with pytest.raises(ScheduleError, match=r"rank 0 lacks the contribution of rank 0 .*: in round 1 what rank 3 sent"):
+        verify(Schedule(4, 1, (gather, wrong)))
+
+
 def test_a_blocking_order_that_waits_for_ever_is_caught():
     a, b = Transfer(0, 1, 0, True), Transfer(1, 0, 0, True)
     with pytest.raises(ScheduleError, match="deadlock"):

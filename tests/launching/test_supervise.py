@@ -198,6 +198,27 @@ def test_companions_end_after_the_workers(tmp_path: Path):
     assert output.splitlines() == ["[rank 0] worked", "[server 0] served"]
 
 
+def test_a_companions_mistake_is_told_once_and_alone(tmp_path: Path):
+    plan, job = job_of(tmp_path, "time.sleep(60)")
+    serve = "import sys; print('scaletrain: error: launcher.latency: no netem', file=sys.stderr); sys.exit(2)"
+    status, output = carry_out(plan, job._replace(companions=(Companion("rehearsal", (sys.executable, "-c", serve)),)))
+    assert (status, output) == (2, "[rehearsal] scaletrain: error: launcher.latency: no netem")
+    assert cause(job)["message"] == "launcher.latency: no netem"
+
+
+def test_a_slow_start_is_told_in_a_few_lines(tmp_path: Path):
+    body = """
+    if rank == 0:
+        progress.alive("joining")
+    time.sleep(6)
+    report(1)
+    time.sleep(5)
+    """
+    plan, job = job_of(tmp_path, body, workers=2)
+    status, output = carry_out(plan, job._replace(argv=(sys.executable, "-m", "scaletrain.training.worker")))
+    assert status == 0 and output == "scaletrain: starting: 1 of 2 workers have joined (3 s)", output
+
+
 def test_a_command_that_is_not_there(tmp_path: Path):
     plan = LaunchPlan((Command("rank 0", ("/no/such/program",), rank=0),))
     status, output = carry_out(plan, Job(("/no/such/program",), 1, tmp_path / "run"))

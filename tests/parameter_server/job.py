@@ -245,14 +245,18 @@ def main() -> None:
     run_dir, rank, made = Path(sys.argv[1]), int(sys.argv[2]), Settings(**json.loads(sys.argv[3]))
     steps, delay_s = int(sys.argv[4]), float(sys.argv[5])
 
+    live = made.workers
+
     def on_step(step: int, joined: ParameterServerExchange) -> None:
+        nonlocal live
+        live = joined.live_workers()
         print("step", step, time.monotonic(), flush=True)
         time.sleep(delay_s)
 
     weights, record = work(made, run_dir, rank, steps, on_step=on_step)
     final = torch.stack([loss(model_with(weights), 99999, r).detach() for r in range(made.workers)]).mean().item()
     digest = float(sum(w.double().sum() for w in weights))
-    print(json.dumps({"loss": final, "digest": digest, **record}), flush=True)
+    print(json.dumps({"loss": final, "digest": digest, "live": live, **record}), flush=True)
 
 
 def model_with(weights: list[torch.Tensor]) -> nn.Module:

@@ -47,6 +47,7 @@ def test_training_goes_on_when_a_worker_is_killed(tmp_path, options):
         results = [worker.result() for worker in started[:2]]
         assert all(worker.step == 60 for worker in started[:2])
     assert [result["workers"] for result in results] == [2.0, 2.0]  # the sum is over those who live
+    assert [result["live"] for result in results] == [2, 2]  # as each of them had heard at its last step
     lost = job.statistics(tmp_path)["lost"]
     assert [entry["rank"] for entry in lost] == [2]
 

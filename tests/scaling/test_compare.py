@@ -6,7 +6,8 @@ from click.testing import CliRunner
 from scaletrain.cli import cli
 from scaletrain.errors import UserError
 from scaletrain.scaling import report
-from scaletrain.scaling.compare import compare, lines
+from scaletrain.scaling.compare import CellChange, compare, differences, lines
+from scaletrain.scaling.intervals import Change
 
 from .runs import write_run
 
@@ -30,6 +31,31 @@ def test_a_slowdown_beyond_the_noise_is_a_regression(tmp_path):
 def test_noise_is_none(tmp_path):
     (change,) = compare(make(tmp_path / "new", 0.1005), make(tmp_path / "old", 0.100))
     assert not change.regressed and not change.improved
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (0.97, 1.02, "no real change"),
+        (0.46, 2.19, "cannot tell"),
+        (0.96, 1.30, "cannot tell"),
+        (0.6, 0.9, "REGRESSION"),
+    ],
+)
+def test_a_wide_interval_does_not_tell_that_nothing_changed(low, high, told):
+    cell = CellChange("ring on 2", Change((low + high) / 2, low, high))
+    assert told in lines([cell])[0]
+
+
+def test_settings_that_differ_are_named_and_repeats_are_not():
+    def header(**changes):
+        text = "model: mlp\noptimizer: {name: sgd, lr: 0.1}\nepochs: 5\n"
+        return {"header": {"config": {"job": text}, "settings": [], "bound_to_cores": True, "repeats": 3} | changes}
+
+    assert differences(header(repeats=2), header()) is None
+    assert differences(header(config={"other": "epochs: 1"}), header()) is None
+    told = differences(header(settings=["epochs=2", "optimizer.lr=0.1"], bound_to_cores=False), header())
+    assert told == "not measured alike: epochs 5 -> 2, bound_to_cores true -> false"
 
 
 def test_a_cell_that_fails_now_is_a_regression(tmp_path):

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from scaletrain.scaling.intervals import change, mean, percentiles
+from scaletrain.scaling.intervals import change, mean, percentiles, ratio
 
 
 def test_t_interval_of_known_values():
@@ -37,3 +37,21 @@ def test_change_sees_a_real_slowdown_and_no_noise():
     assert change(mean([80, 81, 79, 80]), old).is_lower
     same = change(mean([100.5, 99.5, 101, 99]), old)
     assert not same.is_lower and not same.is_higher
+
+
+def test_a_ratio_fits_the_means_beside_it_and_what_repeats_share_cancels():
+    ours, theirs = [110.0, 220.0, 150.0], [100.0, 200.0, 50.0]
+    assert ratio(ours, theirs).value == pytest.approx(mean(ours).value / mean(theirs).value)
+    assert ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).ci95 == pytest.approx(0, abs=1e-12)
+    assert ratio([2.0], [1.0]).ci95 is None and ratio([2.0, 2.1], [1.0]).ci95 is None
+    assert ratio([2.0, 2.1, 1.9], [1.0, 1.1]).ci95 > 0
+
+
+def test_the_interval_of_a_ratio_covers_the_truth():
+    draw = random.Random(2)
+    covered = 0
+    for _ in range(2000):
+        drift = [draw.gauss(10, 1) for _ in range(4)]
+        r = ratio([2 * d + draw.gauss(0, 0.4) for d in drift], [d + draw.gauss(0, 0.2) for d in drift])
+        covered += r.low <= 2 <= r.high
+    assert 0.93 < covered / 2000 < 0.97

@@ -36,12 +36,39 @@ def test_sentence_names_the_limiter_its_share_and_a_remedy():
     causes = [Cause("communication", 0.006), Cause("stragglers", 0.004), Cause("small batch", -0.001)]
     assert limiter(causes).name == "communication"
     assert sentence(causes, 0.83, "ring instead of tree predicts 0.83 -> 0.94") == (
-        "Communication: 60% of the loss; ring instead of tree predicts 0.83 -> 0.94."
+        "Communication: 67% of the loss; ring instead of tree predicts 0.83 -> 0.94."
     )
+    assert sentence(causes, 0.83, ci95=0.05, lead_ci95=0.001).startswith("Communication: 67% of the loss")
     assert sentence([Cause("input", -0.1)], 1.0).startswith("Nothing")
 
 
 def test_no_cause_is_named_where_gains_hide_the_losses():
     causes = [Cause("stolen cores", 0.010), Cause("unexplained", -0.008)]
     assert sentence(causes, 0.9).startswith("No cause can be named: 10 ms a step of losses and 8 ms of gains")
-    assert sentence([causes[0], Cause("unexplained", -0.004)], 0.9).startswith("Stolen cores: 100%")
+    partly = sentence([causes[0], Cause("unexplained", -0.004)], 0.9)
+    assert partly.startswith("Stolen cores: 10 ms a step") and "6 ms are lost" in partly and "%" not in partly
+
+
+@pytest.mark.parametrize(
+    ("efficiency", "ci95", "what"),
+    [(0.53, 0.49, "from none"), (1.03, 1.4, "from none"), (0.80, 0.15, "to within half")],
+)
+def test_no_cause_is_named_where_the_interval_hides_the_loss(efficiency, ci95, what):
+    causes = [Cause("communication", -0.02307), Cause("stolen cores", 0.04808), Cause("optimizer", 0.00582)]
+    told = sentence(causes, efficiency, ci95=ci95)
+    assert what in told and f"{efficiency:.2f} ± {ci95:.2f}" in told and "more repeats" in told
+    assert "stolen" not in told.lower()
+
+
+def test_a_good_efficiency_that_is_known_well_needs_no_cause():
+    assert sentence([Cause("input", 0.0001)], 0.99, ci95=0.02).startswith("Nothing")
+
+
+def test_no_cause_is_named_where_the_second_costs_about_as_much():
+    causes = [Cause("communication", 0.00153), Cause("stragglers", 0.0019), Cause("optimizer", 0.0005)]
+    told = sentence(causes, 0.84)
+    assert told == "No cause stands out: stragglers (1.9 ms a step) and communication (1.53 ms) cost about the same."
+    noisy = sentence([Cause("communication", 0.004), Cause("stragglers", 0.002)], 0.8, ci95=0.01, lead_ci95=0.003)
+    assert (
+        "do not tell which costs more, communication (4 ms a step) and stragglers (2 ms)" in noisy and "± 3 ms" in noisy
+    )

@@ -1,11 +1,16 @@
+import io
+import json
 import math
 import time
 
 import pytest
+from click.testing import CliRunner
+from rich.console import Console
 
+from scaletrain.cli import cli
 from scaletrain.collectives.cost import Link, Network
 from scaletrain.errors import UserError
-from scaletrain.scaling import emulated, fit, predict, proof, simulate
+from scaletrain.scaling import emulated, fit, predict, proof, publish, simulate
 from scaletrain.scaling.network import PRESETS, Preset, allreduce_s, parse_bandwidth, server_s
 from scaletrain.scaling.predict import Compute, Stragglers, buckets, exposed_s
 
@@ -250,3 +255,68 @@ def test_fit_finds_the_emulated_links_that_made_the_timings():
             and parameter.low <= expected * 1.01
             and parameter.high >= expected * 0.99
         )
+
+
+def write_fit(path, latency, bandwidth):
+    made = fit.Fit(Compute(0.001), latency, bandwidth, True, [], max_workers=4)
+    path.write_text(json.dumps(made.as_json() | {"num_bytes": 4e6, "batch_size": 64}))
+    return str(path)
+
+
+def test_what_a_fit_does_not_tell_is_not_simulated_with(tmp_path):
+    known, at_bound, wide = (
+        fit.Parameter(1e-4, 0.9e-4, 1.1e-4), fit.Parameter(1e12, None, None), fit.Parameter(1e9, 1e3, 1e15)
+    )  # fmt: skip
+    assert known.is_told and not at_bound.is_told and not wide.is_told
+    for untold in (at_bound, wide):
+        path = write_fit(tmp_path / "fit.json", known, untold)
+        arguments = ["simulate", "--fit", path, "--workers", "2", "--strategy", "ring"]
+        refused = CliRunner().invoke(cli, arguments)
+        assert isinstance(refused.exception, UserError) and "do not tell the network's bandwidth" in str(
+            refused.exception
+        )
+        done = CliRunner().invoke(cli, [*arguments, "--network", "1gbit"], catch_exceptions=False)
+        assert "bandwidth assumed: that of 1gbit" in done.output
+        done = CliRunner().invoke(cli, [*arguments, "--bandwidth", "1Gbit"], catch_exceptions=False)
+        assert done.exit_code == 0 and "assumed" not in done.output
+
+
+def test_a_network_that_costs_nothing_has_no_bandwidth():
+    """Exchanges that take next to no time drive the fit to its bounds; that is no interval."""
+    timings = [fit.Timing(name, p, 1e3, 1e-9) for name in ("ring", "tree", "star") for p in (2, 4, 8)]
+    for parameter in fit.fit_exchanges(timings):
+        assert not parameter.is_told and parameter.low is None
+
+
+def test_fit_prints_no_figure_for_what_is_not_told(tmp_path):
+    row = {
+        "config": "job", "exchange": "none", "workers": 1, "batch_size": 64, "variant": {}, "gradient_bytes": 4e6, "step_s_mean": 0.05,
+        "input_s": 0.0, "forward_s": 0.015, "backward_s": 0.03, "update_s": 0.005, "runs": [{}],
+    }  # fmt: skip
+    rows = [
+        row,
+        row | {"workers": 2, "step_s_mean": 0.03},
+        row | {"workers": 2, "exchange": "ring", "step_s_mean": 0.029},
+    ]
+    (tmp_path / "report.json").write_text(json.dumps({"header": {}, "rows": rows, "references": []}))
+    done = CliRunner().invoke(cli, ["fit", str(tmp_path / "report.json")], catch_exceptions=False)
+    assert done.output.count("not told by these measurements") == 2 and "MB/s" not in done.output, done.output
+
+
+def show(job, counts, names):
+    console = Console(width=150, record=True, file=io.StringIO())
+    publish.show_simulation(job, simulate.simulate(job, counts, names), console, counts)
+    return console.export_text()
+
+
+def test_one_worker_stars_no_strategy_and_more_machines_are_told_and_paid():
+    job = simulate.Job(4e6, 64, Compute(0.01), GBIT, price_per_worker_hour=1, epoch_samples=10**6)
+    text = show(job, [1, 8], ["ring", "tree", "server:16"])
+    assert text.count("*") == 1 and "1 worker: nothing to exchange" in text
+    assert "server:K take 1 and K machines beside the workers" in text and "prices count them" in text
+    ring, server = (simulate.point(job, name, 8) for name in ("ring", "server:16"))
+    assert (ring.machines, server.machines, simulate.point(job, "server:2+3", 8).machines) == (8, 24, 13)
+    assert server.cost_per_epoch / ring.cost_per_epoch == pytest.approx(3 * ring.samples_per_s / server.samples_per_s)
+    assert simulate.point(job, "server:16", 1).machines == 1
+    assert "(24 machines)" in show(job, [8], ["server:16", "tree"])
+    assert "beside the workers" not in show(job, [8], ["ring", "tree"])

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -6,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
 
 from scaletrain.errors import UserError
-from scaletrain.scaling import publish, render, report, results, sweep, trace
+from scaletrain.scaling import plots, publish, render, report, results, sweep, table, trace
 from scaletrain.scaling.measure import read_run
 
 from .runs import write_run
@@ -91,6 +94,106 @@ def test_the_summary_does_not_call_the_best_what_repeats_do_not_tell_apart(measu
         other["efficiency"] = best["efficiency"] * 0.9
     told = report.summary(made | {"rows": [*made["rows"], near, far]})
     assert "near may be as fast: 2 repeats do not tell them apart." in told and "far" not in told
+
+
+def test_the_summary_leads_with_the_best_and_names_the_most_workers_beside_it(measured):
+    made = report.of_sweep(measured)
+    best = row(made, "ring", 2)
+    rates = [run | {"samples_per_s": run["samples_per_s"] * 0.8} for run in best["runs"]]
+    three = best | {
+        "workers": 3,
+        "speedup": 1.23,
+        "speedup_ci95": 0.1,
+        "efficiency": 0.41,
+        "oversubscribed": True,
+        "runs": rates,
+    }
+    told = report.summary(made | {"rows": [*made["rows"], three]})
+    assert told.startswith("ring on 2 workers: 1.67 ± 0.00 times")
+    assert "ring on 3 workers, the most measured: 1.23 ± 0.10 times (efficiency 0.41, more threads than cores)." in told
+    same = three | {
+        "runs": [run | {"samples_per_s": run["samples_per_s"] * (1 - 0.01 * i)} for i, run in enumerate(best["runs"])]
+    }
+    assert "not told apart by the repeats" in report.summary(made | {"rows": [*made["rows"], same]})
+
+
+def test_noisy_repeats_name_no_cause(tmp_path):
+    """Two equal workers whose repeats scatter more than the loss: the interval decides, not the mean."""
+    for exchange, steps in {
+        "none": {1: [0.1, 0.1, 0.1], 2: [0.04, 0.09, 0.06]},
+        "ring": {2: [0.05, 0.10, 0.07]},
+    }.items():
+        for workers, seconds in steps.items():
+            for repeat, each in enumerate(seconds):
+                directory = tmp_path / f"{exchange}-{workers}-{repeat}"
+                write_run(
+                    directory,
+                    exchange=exchange,
+                    steps=[[each] * 6] * workers,
+                    samples=96 // workers,
+                    batch_mode="strong",
+                )
+    for repeat in range(3):
+        write_run(tmp_path / f"small-{repeat}", exchange="none", steps=[[0.052] * 6], samples=48)
+    made = report.of_runs(sorted(path for path in tmp_path.iterdir()))
+    (ring,) = [loss for loss in made["losses"] if loss["exchange"] == "ring"]
+    assert ring["limiter"] is None and "so no cause is named" in ring["sentence"]
+    assert ring["efficiency"] == pytest.approx(row(made, "ring", 2)["efficiency"])
+    ratio = row(made, "ring", 2)["samples_per_s"] / row(made, "none", 1)["samples_per_s"]
+    assert row(made, "ring", 2)["speedup"] == pytest.approx(ratio)
+
+
+def test_a_busy_machine_is_told_where_it_is_known(measured):
+    assert "BUSY" not in report.of_sweep(measured)["summary"]
+    for number, run in enumerate(sorted(path.parent for path in measured.glob("cells/*/*/summary.json"))):
+        (run / "machine.json").write_text(json.dumps({"used_by_others": 0.4 if number == 0 else 0.02}))
+    made = report.of_sweep(measured)
+    told = "BUSY MACHINE: other processes used more than 10% of the cores during 1 of 10 runs (40% at most)."
+    assert told in made["summary"] and made["header"]["busy"] == told
+    assert render.html(made).count(told) == 2  # the summary and the environment
+    for run in measured.glob("cells/*/*/machine.json"):
+        run.write_text(json.dumps({"used_by_others": 0.02}))
+    quiet = report.of_sweep(measured)
+    assert quiet["header"]["used_by_others"] == 0.02 and "BUSY" not in quiet["summary"]
+
+
+def test_exposed_communication_has_its_interval(measured):
+    made = report.of_sweep(measured)
+    row(made, "ring", 2)["exposed_comm_s_ci95"] = 0.00125
+    for page in (render.html(made), render.markdown(made)):
+        assert re.search(r"5\.0\d ± 1\.25", page)
+    console = Console(width=200, record=True, file=io.StringIO())
+    table.show(made, console)
+    assert re.search(r"5\.0\d ± 1\.25", console.export_text())
+
+
+def drawn(draw):
+    figure = Figure(figsize=(6.0, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    draw(axes)
+    figure.draw_without_rendering()
+    return figure, axes
+
+
+def test_legends_cover_nothing_and_points_at_one_place_stand_side_by_side(measured):
+    made = report.of_sweep(measured)
+    for draw in (plots.curves(made["rows"], "speedup", True, "x"), plots.anatomy(made["losses"])):
+        figure, axes = drawn(draw)
+        (legend,) = figure.legends
+        assert legend.get_window_extent().y1 <= axes.get_tightbbox().y0 + 1 and axes.get_legend() is None
+        assert legend.get_window_extent().width <= figure.bbox.width
+    _, axes = drawn(plots.curves(made["rows"], "speedup", True, "x"))
+    starts = [bars.lines[0].get_xdata()[0] for bars in axes.containers]
+    assert len(set(starts)) == len(starts) == 2 and max(abs(x - 1) for x in starts) < 0.05
+
+
+def test_bars_below_zero_are_not_cut(measured):
+    losses = report.of_sweep(measured)["losses"]
+    assert len(losses) == 2  # the second one's unexplained part makes a layer whose bar in the first is next to nothing
+    losses[0]["causes"] |= {"communication": -0.02, "unexplained": -1e-9}
+    losses[1]["causes"]["unexplained"] = -0.005
+    _, axes = drawn(plots.anatomy(losses))
+    assert axes.get_ylim()[0] < -21 and axes.get_ylim()[1] > 1000 * losses[0]["ideal_s"]
 
 
 def test_the_loss_is_split_and_adds_up(measured):

@@ -1,10 +1,11 @@
 import json
+import subprocess
 import sys
 
 import pytest
 
 from scaletrain.errors import UserError
-from scaletrain.scaling import report, sweep
+from scaletrain.scaling import machine, report, sweep
 
 
 @pytest.fixture
@@ -144,3 +145,31 @@ def test_more_threads_than_cores_is_marked(config, tmp_path, started):
     path = out / "header.json"
     path.write_text(json.dumps(make(config, out, workers=(1, 64), repeats=1, bind=False).header() | {"cores": 2}))
     assert [r["oversubscribed"] for r in report.of_sweep(out)["rows"]] == [False, True]
+
+
+def test_what_others_use_of_the_machine_is_recorded(config, tmp_path, started, monkeypatch):
+    """The cores worked a second longer than the run's own processes did."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(machine, "_busy_s", lambda: float(next(clock)))
+    monkeypatch.setattr(machine, "_own_s", lambda: 0.0)
+    out = tmp_path / "out"
+    plan = make(config, out, workers=(1,), repeats=1)
+    sweep.run(plan, out, lambda line: None)
+    path = sweep.run_dir(out, plan.cells()[0], 0) / sweep.MACHINE
+    assert 0.1 < json.loads(path.read_text())["used_by_others"] <= 1
+    assert "BUSY MACHINE" in report.of_sweep(out)["summary"]
+
+
+def test_where_the_system_does_not_tell_nothing_is_recorded(config, tmp_path, started, monkeypatch):
+    monkeypatch.setattr(machine, "_busy_s", lambda: None)
+    out = tmp_path / "out"
+    sweep.run(make(config, out, workers=(1,), repeats=1), out, lambda line: None)
+    assert not [*out.rglob(sweep.MACHINE)] and "BUSY" not in report.of_sweep(out)["summary"]
+
+
+def test_own_work_is_not_that_of_others(monkeypatch):
+    """The cores worked as long as this process and its children did, which is measured here, plus nothing."""
+    monkeypatch.setattr(machine, "_busy_s", lambda: 100.0 + machine._own_s())
+    watch = machine.Watch()
+    subprocess.run([sys.executable, "-c", "sum(range(5_000_000))"], check=True)
+    assert watch.others() == pytest.approx(0, abs=0.01)

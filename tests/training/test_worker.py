@@ -1,11 +1,16 @@
-"""Which device a worker takes. No GPU is needed: what CUDA says of the machine is put in its place."""
+"""Which device a worker takes (no GPU is needed: what CUDA says of the machine is put in its place), what it says, what it refuses."""
+
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from scaletrain import config
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
-from scaletrain.training import worker
+from scaletrain.metrics import StepRecord
+from scaletrain.training import worker, workload
 from scaletrain.world import World
 
 
@@ -35,3 +40,52 @@ def test_without_cuda(monkeypatch: pytest.MonkeyPatch):
     assert worker.choose_device(on("auto"), World()) == torch.device("cpu")
     with pytest.raises(UserError, match="allowed here: cpu, auto"):
         worker.choose_device(on("cuda"), World())
+
+
+def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps(capsys: pytest.CaptureFixture[str]):
+    run = config.check({"model": "mlp", "data": "digits", "batch_size": 96, "steps": 40, "workers": 3})
+    world = World(0, 3, 0, 3)
+    trainer = SimpleNamespace(
+        world=world, num_steps=40, global_batch=96, resumed=False, device=torch.device("cpu"), describe=list,
+        exchange=SimpleNamespace(live_workers=lambda: 2),
+    )  # fmt: skip
+    say = worker._Narrator(run, world, trainer)
+    say._said -= 2
+    say(
+        StepRecord(
+            19, 0, 0.0, loss=1.0, samples=32, lr=0.1, step_s=0.5, input_s=0, forward_s=0, backward_s=0, update_s=0
+        )
+    )
+    assert "step 20/40  loss 1.0000  128 samples/s  10 s left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("outputs", "loss", "told"),
+    [
+        (10, "lossy:vector", r"loss: lossy:vector returned a tensor of shape \(8,\) \(allowed: a scalar tensor"),
+        (10, "lossy:number", "loss: lossy:number returned a float"),
+        (1, "cross_entropy", "cross_entropy over one class is always 0"),
+        (10, "cross_entropy", ""),
+    ],
+)
+def test_a_loss_that_nothing_can_be_trained_with_is_refused(tmp_path: Path, outputs: int, loss: str, told: str):
+    (tmp_path / "lossy.py").write_text(
+        "from torch import nn\n"
+        "def net(*, outputs: int): return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs))\n"
+        "def vector(output, target): return nn.functional.cross_entropy(output, target, reduction='none')\n"
+        "def number(output, target): return vector(output, target).mean().item()\n"
+    )
+    job = {
+        "model": {"name": "lossy:net", "outputs": outputs},
+        "data": "digits",
+        "batch_size": 8,
+        "steps": 1,
+        "loss": loss,
+    }
+    parts = workload.build(config.check(job | {"source": str(tmp_path / "job.yaml")}), torch.device("cpu"))
+    inputs, targets = parts.train[:8]
+    if told:
+        with pytest.raises(UserError, match=told):
+            parts.loss(parts.model(inputs), targets)
+    else:
+        parts.loss(parts.model(inputs), targets).backward()

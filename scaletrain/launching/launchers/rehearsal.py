@@ -40,7 +40,12 @@ def plan(
             )
     all_hosts = hosts + len(job.companions)
     script = scripted.parse(faults, all_hosts)
-    cluster = Cluster(all_hosts, bandwidth=bandwidth, latency=latency, loss=loss)  # checks the options; makes nothing
+    try:
+        cluster = Cluster(
+            all_hosts, bandwidth=bandwidth, latency=latency, loss=loss
+        )  # checks the options; makes nothing
+    except UserError as error:
+        raise UserError(f"launcher.{error}") from None
     settings = {
         "cluster": {"hosts": all_hosts, "bandwidth": bandwidth, "latency": latency, "loss": loss},
         "straggler": {str(host): factor for host, factor in straggler.items()},

@@ -74,7 +74,10 @@ def _parse(index: int, fault: Any, hosts: int, before: Fault | None) -> Fault:
         if factor is not None and not (isinstance(factor, int | float) and factor > 0):
             raise UserError(f"{where}.factor: {factor!r} is not allowed (allowed: a number above 0)")
         if bandwidth is not None:
-            bits_per_s(bandwidth)
+            try:
+                bits_per_s(bandwidth)
+            except UserError as error:
+                raise UserError(f"{where}.{error}") from None
     return Fault(step, action, host, None if factor is None else float(factor), bandwidth, after_s)  # type: ignore[arg-type]
 
 

@@ -114,5 +114,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1])))
     except UserError as error:
-        print(f"scaletrain: error: {error}", file=sys.stderr)
+        option = str(error).partition(":")[0] in ("hosts", "bandwidth", "latency", "loss")
+        print(f"scaletrain: error: {'launcher.' * option}{error}", file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,10 @@
 """1,797 handwritten digits, 8 x 8 grey, from the UCI repository (in scikit-learn's wheel; nothing is downloaded)."""
 
+import gzip
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
@@ -9,15 +14,22 @@ def data(*, test_samples: int = 360) -> tuple[Dataset, Dataset]:
 
     The split is a fixed permutation, the same for every run and every seed.
     """
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
+    rows = torch.from_numpy(_rows())
+    pixels, labels = rows[:, :-1], rows[:, -1]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1797))
-    images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8)[order]
-    targets = torch.from_numpy(labels).long()[order]
+    images = pixels.float().view(-1, 1, 8, 8)[order]
+    targets = labels.long()[order]
     train = images[test_samples:]
     images = (images - train.mean()) / train.std()
     return (
         TensorDataset(images[test_samples:], targets[test_samples:]),
         TensorDataset(images[:test_samples], targets[:test_samples]),
     )
+
+
+def _rows() -> np.ndarray:
+    """(1797, 65) float64: 64 pixels, label. What ``load_digits`` reads; to import scikit-learn takes a second of every worker's start."""
+    spec = find_spec("sklearn")
+    assert spec is not None and spec.origin is not None
+    with gzip.open(Path(spec.origin).with_name("datasets") / "data" / "digits.csv.gz", "rt") as file:
+        return np.loadtxt(file, delimiter=",")

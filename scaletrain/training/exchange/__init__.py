@@ -57,6 +57,10 @@ class Exchange(abc.ABC):
         """
         return 0
 
+    def live_workers(self) -> int:
+        """How many workers train, as far as this rank has heard: some exchanges go on without one that died. Local."""
+        return self.world.size
+
     def record(self) -> dict[str, float]:
         """The exchange's own numbers of the last step, for the StepRecord. Local: does not communicate."""
         return {}

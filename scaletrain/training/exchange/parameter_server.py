@@ -135,6 +135,9 @@ class ParameterServerExchange(Exchange):
         assert self._client
         return torch.from_numpy(self._client.sum(values.double().numpy()).copy()).to(values.dtype)
 
+    def live_workers(self) -> int:
+        return (self._client.live() if self._client else 0) or self.world.size
+
     def record(self) -> dict[str, float]:
         return self._record
 
