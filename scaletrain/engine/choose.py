@@ -17,6 +17,7 @@ from scaletrain.engine.transport import Group, Reduce, Transport
 from scaletrain.errors import unknown
 
 NATIVE = "native"  # the wire's own allreduce: gloo's, MPI's, or the one that shared memory has
+_WIRES_OWN = autotune.Choice(NATIVE, 1)
 _RECORDED = (4 << 10, 64 << 10, 1 << 20, 25 << 20, 100 << 20)
 
 
@@ -56,14 +57,14 @@ class Engine:
         if self._collective != "auto":
             return autotune.Choice(self._collective, cost.parts(self._collective, self._group.size, num_bytes))
         if self.transport_name == "shared_memory":
-            return autotune.Choice(NATIVE, 1)
+            return _WIRES_OWN
         if self._tuning is None:
             self._tuning = autotune.tune(self, self._group, self.candidates(), self.transport_name, self._hosts)
         return self._tuning.choose(num_bytes)
 
     def candidates(self) -> list[autotune.Choice]:
         """What ``auto`` chooses from here."""
-        found = [autotune.Choice(NATIVE, 1)] if hasattr(self._transport, "allreduce") else []
+        found = [_WIRES_OWN] if hasattr(self._transport, "allreduce") else []
         found += [autotune.Choice("recursive_doubling", 1), autotune.Choice("direct", 1)]
         found += [autotune.Choice(name, segments) for name in ("ring", "halving_doubling") for segments in (1, 4)]
         found += [autotune.Choice("ring", 2), autotune.Choice("direct", 4)]

@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,17 +11,24 @@ from torch import Tensor
 
 from scaletrain.engine.choose import Engine
 from scaletrain.engine.roll_call import RollCall
-from scaletrain.engine.transport import Group
+from scaletrain.engine.transport import Group, Reduce
 from scaletrain.engine.work import Done, Pending, result_of
 from scaletrain.launching import progress
 
-# Reduce operations that the engine runs. AVG divides the sum at the end.
-REDUCE = {
-    dist.ReduceOp.SUM: torch.add,
-    dist.ReduceOp.AVG: torch.add,
-    dist.ReduceOp.PRODUCT: torch.mul,
-    dist.ReduceOp.MIN: torch.minimum,
-    dist.ReduceOp.MAX: torch.maximum,
+
+class Operation(NamedTuple):
+    """A reduce operation that the engine runs."""
+
+    reduce: Reduce
+    average: bool = False  # the sum is divided at the end
+
+
+OPERATIONS = {
+    dist.ReduceOp.SUM: Operation(torch.add),
+    dist.ReduceOp.AVG: Operation(torch.add, average=True),
+    dist.ReduceOp.PRODUCT: Operation(torch.mul),
+    dist.ReduceOp.MIN: Operation(torch.minimum),
+    dist.ReduceOp.MAX: Operation(torch.maximum),
 }
 # Half-precision terms are summed in float32: with more than two, rounding after each would grow with the number of ranks.
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -42,7 +49,7 @@ class Lane:
         self._failed: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def allreduce(self, tensors: list[Tensor], operation: Any, at_once: bool) -> dist.Work:
+    def allreduce(self, tensors: list[Tensor], operation: Operation, at_once: bool) -> dist.Work:
         """``at_once``: the caller waits for the result anyway, so it runs on the caller's thread, if none is under way."""
         number = self._roll_call.next()
         if at_once and not self._waiting:
@@ -59,7 +66,7 @@ class Lane:
         # error in C++ too: a RuntimeError there and for wait(), with the message of ours.
         return Pending(future.then(result_of))
 
-    def _run(self, tensors: list[Tensor], operation: Any, number: int) -> list[Tensor] | BaseException:
+    def _run(self, tensors: list[Tensor], operation: Operation, number: int) -> list[Tensor] | BaseException:
         """The tensors, reduced, or what went wrong."""
         if self._failed is not None:
             return ConnectionError(f"allreduce #{number}: not run, since an earlier one failed: {self._failed}")
@@ -76,24 +83,25 @@ class Lane:
             return error
         return tensors
 
-    def _reduce(self, tensor: Tensor, operation: Any) -> None:
+    def _reduce(self, tensor: Tensor, operation: Operation) -> None:
         """One tensor of any shape and strides."""
         if tensor.numel() == 0 or self._group.size == 1:
             return
-        progress.entering(f"allreduce {tensor.nbytes:,} bytes")
-        wide = WIDE.get(tensor.dtype) if self._group.size > 2 or operation == dist.ReduceOp.AVG else None
+        progress.entering("allreduce", tensor.nbytes)
+        wide = WIDE.get(tensor.dtype) if self._group.size > 2 or operation.average else None
         in_place = wide is None and tensor.is_contiguous()
-        # as_strided: a single element may have any stride and still count as contiguous, which views as bytes do not forgive.
-        flat = (
-            tensor.as_strided((tensor.numel(),), (1,))
-            if in_place
-            else tensor.to(wide or tensor.dtype).contiguous().view(-1)
-        )
+        if in_place and tensor.dim() == 1 and tensor.numel() > 1:
+            flat = tensor
+        elif in_place:
+            # A single element may have any stride and still count as contiguous, which views as bytes do not forgive.
+            flat = tensor.as_strided((tensor.numel(),), (1,))
+        else:
+            flat = tensor.to(wide or tensor.dtype).contiguous().view(-1)
         if not in_place and flat.data_ptr() == tensor.data_ptr():
             flat = flat.clone()
         assert self._engine
-        self._engine.allreduce(flat, REDUCE[operation])
-        if operation == dist.ReduceOp.AVG:
+        self._engine.allreduce(flat, operation.reduce)
+        if operation.average:
             flat /= self._group.size
         if not in_place:
             tensor.copy_(flat.view(tensor.shape))

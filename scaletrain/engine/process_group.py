@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 from scaletrain.engine.choose import NATIVE, check
-from scaletrain.engine.lane import DTYPES, REDUCE, Lane
+from scaletrain.engine.lane import DTYPES, OPERATIONS, Lane, Operation
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import Group
 from scaletrain.engine.work import All, Forwarded
@@ -64,7 +64,8 @@ class ProcessGroup(dist.ProcessGroup):
     def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:
         """In place. Runs on the engine when every tensor is dense, on the CPU and of a plain dtype; else on gloo or NCCL."""
         options = options or dist.AllreduceOptions()
-        operation = _operation(options.reduceOp)
+        reduce_op = options.reduceOp
+        operation = OPERATIONS.get(getattr(reduce_op, "op", reduce_op))  # torch passes a ReduceOp or its inner enum
         if operation is None or not all(_runs_here(tensor, operation) for tensor in tensors):
             return self._forward("allreduce", tensors, options)
         if torch.autograd._profiler_enabled():
@@ -72,7 +73,7 @@ class ProcessGroup(dist.ProcessGroup):
                 return self._engine_allreduce(tensors, operation, options)
         return self._engine_allreduce(tensors, operation, options)
 
-    def _engine_allreduce(self, tensors: list[Tensor], operation: Any, options: Any) -> dist.Work:
+    def _engine_allreduce(self, tensors: list[Tensor], operation: Operation, options: Any) -> dist.Work:
         if self._lane is None:
             group = Group(dist.PrefixStore("wire/", self._store), self.rank(), self.size(), self._timeout)
             self._lane = Lane(group, self._roll_call, *self._options)
@@ -148,16 +149,10 @@ ProcessGroup.allgather_into_tensor_coalesced = _coalesced("_allgather_base", All
 ProcessGroup.reduce_scatter_tensor_coalesced = _coalesced("_reduce_scatter_base", ReduceScatterOptions)
 
 
-def _operation(reduce_op: Any) -> Any:
-    """The reduce operation as a key of REDUCE, or None. torch passes a ReduceOp or its inner enum."""
-    operation = getattr(reduce_op, "op", reduce_op)
-    return operation if operation in REDUCE else None
-
-
-def _runs_here(tensor: Tensor, operation: Any) -> bool:
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+def _runs_here(tensor: Tensor, operation: Operation) -> bool:
+    plain = tensor.layout == torch.strided and tensor.is_cpu and tensor.dtype in DTYPES
     # gloo refuses the average of integers; that answer stays its own.
-    return plain and (operation != dist.ReduceOp.AVG or tensor.is_floating_point())
+    return plain and (not operation.average or tensor.is_floating_point())
 
 
 def _create(backend_options: Any, options: Options | None) -> ProcessGroup:

@@ -120,11 +120,12 @@ def alive(doing: str) -> None:
         _state.write()
 
 
-def entering(collective: str) -> None:
-    """This worker enters a collective, such as "allreduce 4.0 MB"; they are numbered in the order of the calls, from 1."""
+def entering(collective: str, num_bytes: int | None = None) -> None:
+    """This worker enters a collective, such as "allreduce"; they are numbered in the order of the calls, from 1."""
     if _state:
         _state.num_collectives += 1
-        _state.collective = f"{collective} #{_state.num_collectives}"
+        size = "" if num_bytes is None else f" {num_bytes:,} bytes"
+        _state.collective = f"{collective}{size} #{_state.num_collectives}"
         _state.write()
 
 
