@@ -11,15 +11,14 @@ import numpy as np
 from scaletrain import plugins
 from scaletrain.errors import UserError
 from scaletrain.metrics import environment, has_finished
-from scaletrain.scaling import limiter, machine, servers, sweep
+from scaletrain.scaling import headline, limiter, machine, servers, sweep
 from scaletrain.scaling.fit import Fit, fit_report, predictions, strategy_of
-from scaletrain.scaling.intervals import ONE_RUN, Mean, change, mean, percentiles, ratio
+from scaletrain.scaling.intervals import Mean, mean, percentiles, ratio
 from scaletrain.scaling.measure import PARTS, Run, read_run
 from scaletrain.scaling.predict import step_s as step
 
 VERSION = 1
 PERCENTS = (10, 50, 90, 95)
-CELL = ("config", "exchange", "workers", "variant")  # what tells rows of a report apart
 UNSYNCHRONISED = ("parameter_server:async", "parameter_server:local_sgd", "none")
 
 Measured = dict[sweep.Cell, tuple[list[Run], list[str]]]  # a cell's finished repeats, and why others failed
@@ -112,7 +111,7 @@ def _report(measured: Measured, header: dict[str, Any], *, strong: bool, threads
     }
     fitted = _predictions(report)
     _name_alternatives(rows, losses, fitted)
-    report["summary"] = summary(report)
+    report["summary"] = headline.of(report)
     return report
 
 
@@ -175,7 +174,11 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
     base = _baseline(cell, measured)
     if base is not None and not cell.reference:
         speedup = _speedup(runs, measured[base][0], base.workers)
-        row |= {"speedup": speedup.value, "speedup_ci95": speedup.ci95, "efficiency": speedup.value / cell.workers}
+        row |= {
+            "speedup": speedup.value,
+            "speedup_ci95": None if cell == base else speedup.ci95,
+            "efficiency": speedup.value / cell.workers,
+        }
         # Without a run of one worker, the fewest there are count as ideal; that is an assumption, and is told.
         row["baseline"] = (
             f"1 worker, {base.exchange}" if base.workers == 1
@@ -373,77 +376,3 @@ def _predictions(report: dict[str, Any]) -> Fit | None:
 def _baseline_text(rows: Sequence[Mapping[str, Any]]) -> str:
     texts = sorted({str(row["baseline"]) for row in rows if row["baseline"]})
     return "; ".join(texts)
-
-
-def _may_be_as_fast(row: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
-    """Whether the best one's lead, with its 95 % interval, does not leave the row behind. Without repeats nothing is said."""
-    lead = change(*(mean([run["samples_per_s"] for run in one["runs"]]) for one in (best, row)))
-    return lead is not None and not lead.is_higher
-
-
-def _not_told_apart(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Exchanges that may be as fast as the best one of the same cell."""
-    alike = [
-        row for row in rows if row is not best and all(row[k] == best[k] for k in ("config", "workers", "variant"))
-    ]
-    return [str(row["exchange"]) for row in alike if _may_be_as_fast(row, best)]
-
-
-def _named(row: Mapping[str, Any]) -> str:
-    return f"{row['exchange']} on {row['workers']} worker{'s' * (row['workers'] > 1)}"
-
-
-def _times(row: Mapping[str, Any]) -> str:
-    ci = "" if row["speedup_ci95"] is None else f" ± {row['speedup_ci95']:.2f}"
-    return f"{row['speedup']:.2f}{ci} times"
-
-
-def summary(report: Mapping[str, Any]) -> str:
-    """The first sentences of the report: the best that was reached, the most workers where they are no faster, what limits it, what failed."""
-    rows = report["rows"]
-    done = [row for row in rows if row["efficiency"] is not None and row["exchange"] != "none"] or [
-        row for row in rows if row["efficiency"] is not None
-    ]
-    sentences = []
-    if report["header"].get("emulated"):
-        sentences.append("EMULATED: " + "; ".join(report["header"]["emulation"]) + ".")
-    if report["header"].get("busy"):
-        sentences.append(report["header"]["busy"])
-    if done:
-        best = max(done, key=lambda row: row["speedup"])
-        alike = [row for row in done if all(row[key] == best[key] for key in ("config", "variant"))]
-        most = max(row["workers"] for row in alike)
-        largest = max((row for row in alike if row["workers"] == most), key=lambda row: row["speedup"])
-        compared = f"{_times(best)} the speed of {best['baseline']} (efficiency {best['efficiency']:.2f}, "
-        if most > 1 and min(row["workers"] for row in alike) == most:
-            compared = "no other number of workers to compare with ("
-        sentences.append(
-            f"{_named(best)}: {compared}{best['samples_per_s']:,.0f} samples/s)"
-            + (f"; {ONE_RUN}." if best["speedup_ci95"] is None else ".")
-        )
-        if equals := _not_told_apart(best, done):
-            sentences.append(
-                f"{' and '.join(equals)} may be as fast: {len(best['runs'])} repeats do not tell them apart."
-            )
-        if largest["speedup"] < best["speedup"]:
-            crowded = ", more threads than cores" if largest["oversubscribed"] else ""
-            apart = ", not told apart by the repeats" if _may_be_as_fast(largest, best) else ""
-            sentences.append(
-                f"{_named(largest)}, the most measured: {_times(largest)} (efficiency {largest['efficiency']:.2f}{crowded}){apart}."
-            )
-        losses = {tuple(str(loss[key]) for key in CELL): loss["sentence"] for loss in report["losses"]}
-        told = [losses.get(tuple(str(row[key]) for key in CELL)) for row in (best, largest)]
-        sentences += [text for text in told if text][:1]
-        if best["oversubscribed"]:
-            sentences.append("There were more threads than cores: these figures are of an oversubscribed machine.")
-    header = report["header"]
-    if header.get("runs_missing"):
-        sentences.append(
-            f"Unfinished: {header['runs_missing']} of {header['runs_planned']} runs are missing"
-            " (the same command, with this report's directory as --out, runs them)."
-        )
-    failed = [row for row in rows if row["failures"]]
-    if failed:
-        names = ", ".join(f"{row['exchange']} on {row['workers']}" for row in failed)
-        sentences.append(f"{len(failed)} of {len(rows)} cells had failures: {names}.")
-    return " ".join(sentences) or "Nothing was measured."

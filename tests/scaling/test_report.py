@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from scaletrain.errors import UserError
-from scaletrain.scaling import plots, publish, render, report, results, sweep, table, trace
+from scaletrain.scaling import headline, plots, publish, render, report, results, sweep, table, trace
 from scaletrain.scaling.measure import read_run
 
 from .runs import write_run
@@ -80,7 +80,7 @@ def test_a_failed_cell_says_why_and_the_others_stay(measured):
 def test_the_summary_does_not_call_the_best_what_repeats_do_not_tell_apart(measured):
     """Two exchanges that differ by less than their repeats do, and one that is far behind."""
     made = report.of_sweep(measured)
-    best, alone = row(made, "ring", 2), report.summary(made)
+    best, alone = row(made, "ring", 2), headline.of(made)
     assert "may be as fast" not in alone
     near = best | {
         "exchange": "near",
@@ -92,7 +92,7 @@ def test_the_summary_does_not_call_the_best_what_repeats_do_not_tell_apart(measu
     }
     for other in (near, far):
         other["efficiency"] = best["efficiency"] * 0.9
-    told = report.summary(made | {"rows": [*made["rows"], near, far]})
+    told = headline.of(made | {"rows": [*made["rows"], near, far]})
     assert "near may be as fast: 2 repeats do not tell them apart." in told and "far" not in told
 
 
@@ -108,13 +108,13 @@ def test_the_summary_leads_with_the_best_and_names_the_most_workers_beside_it(me
         "oversubscribed": True,
         "runs": rates,
     }
-    told = report.summary(made | {"rows": [*made["rows"], three]})
+    told = headline.of(made | {"rows": [*made["rows"], three]})
     assert told.startswith("ring on 2 workers: 1.67 ± 0.00 times")
     assert "ring on 3 workers, the most measured: 1.23 ± 0.10 times (efficiency 0.41, more threads than cores)." in told
     same = three | {
         "runs": [run | {"samples_per_s": run["samples_per_s"] * (1 - 0.01 * i)} for i, run in enumerate(best["runs"])]
     }
-    assert "not told apart by the repeats" in report.summary(made | {"rows": [*made["rows"], same]})
+    assert "not told apart by the repeats" in headline.of(made | {"rows": [*made["rows"], same]})
 
 
 def test_noisy_repeats_name_no_cause(tmp_path):
