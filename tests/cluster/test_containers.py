@@ -181,10 +181,10 @@ def _this_machines_pip(folder: Path) -> list[str]:
     config["global"] = {key.partition(".")[2].lstrip("."): value.strip("'\"") for key, value in settings.items()}
     mounts = []
     places = set()
-    for word in " ".join(config["global"].values()).split():
+    for word in " ".join(value for key, value in config["global"].items() if key != "cert").split():
         # The files of an index lie beside its pages.
         places.add(str(Path(word.removeprefix("file://")).parent) if word.startswith("file://") else word)
-    for place in sorted(place for place in places if place.startswith("/") and Path(place).is_dir()):
+    for place in sorted(place for place in places if place.startswith("/") and Path(place).exists()):
         mounts += ["--volume", f"{place}:{place}:ro"]
     if certificates := config["global"].get("cert"):
         mounts += ["--volume", f"{certificates}:/run/build-certificates.crt:ro"]
