@@ -97,8 +97,8 @@ class Lane:
             flat = tensor.as_strided((tensor.numel(),), (1,))
         else:
             flat = tensor.to(wide or tensor.dtype).contiguous().view(-1)
-        if not in_place and flat.data_ptr() == tensor.data_ptr():
-            flat = flat.clone()
+            if flat.data_ptr() == tensor.data_ptr():
+                flat = flat.clone()
         assert self._engine
         self._engine.allreduce(flat, operation.reduce)
         if operation.average:
