@@ -64,9 +64,9 @@ class ProcessGroup(dist.ProcessGroup):
     def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:
         """In place. Runs on the engine when every tensor is dense, on the CPU and of a plain dtype; else on gloo or NCCL."""
         options = options or dist.AllreduceOptions()
-        reduce_op = options.reduceOp
-        operation = OPERATIONS.get(getattr(reduce_op, "op", reduce_op))  # torch passes a ReduceOp or its inner enum
-        if operation is None or not all(_runs_here(tensor, operation) for tensor in tensors):
+        reduce_op = options.reduceOp  # torch passes a ReduceOp or its inner enum
+        operation = OPERATIONS.get(int(getattr(reduce_op, "op", reduce_op)))
+        if operation is None or not _run_here(tensors, operation):
             return self._forward("allreduce", tensors, options)
         if torch.autograd._profiler_enabled():
             with torch.profiler.record_function("scaletrain:all_reduce"):
@@ -149,10 +149,14 @@ ProcessGroup.allgather_into_tensor_coalesced = _coalesced("_allgather_base", All
 ProcessGroup.reduce_scatter_tensor_coalesced = _coalesced("_reduce_scatter_base", ReduceScatterOptions)
 
 
-def _runs_here(tensor: Tensor, operation: Operation) -> bool:
-    plain = tensor.layout == torch.strided and tensor.is_cpu and tensor.dtype in DTYPES
-    # gloo refuses the average of integers; that answer stays its own.
-    return plain and (not operation.average or tensor.is_floating_point())
+def _run_here(tensors: list[Tensor], operation: Operation) -> bool:
+    for tensor in tensors:
+        if tensor.layout != torch.strided or not tensor.is_cpu or tensor.dtype not in DTYPES:
+            return False
+        # gloo refuses the average of integers; that answer stays its own.
+        if operation.average and not tensor.is_floating_point():
+            return False
+    return True
 
 
 def _create(backend_options: Any, options: Options | None) -> ProcessGroup:

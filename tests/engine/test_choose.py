@@ -102,7 +102,7 @@ def _with_options(rank: int, size: int, path: str) -> tuple[dict, int]:
         size,
         dist.FileStore(path, size),
         collective="pipelined_tree:segments=3",
-        transport="shared_memory:slice_bytes=8192",
+        transport="shared_memory:block_bytes=8192",
     )
     tensor = torch.full((10_000,), float(rank + 1))
     engine.allreduce(tensor)
