@@ -183,7 +183,9 @@ def _trees(counts: list[int]) -> Iterable[dict[str, Any]]:
         with Cluster(p + 1, bandwidth="1Gbit") as cluster:
             for megabytes in (5.0, 30.4, 53.5):
                 size = int(megabytes * MB) // 4 * 4
-                made = Settings(p, 120.0, hosts=2, security="trusted_network", block_mb=0.25)
+                made = Settings(p, 120.0, hosts=2, security="trusted_network", block_mb=0.125)
+                server_formula, tree_formula = size * p / 125e6, 2 * size * (p - 1).bit_length() / 125e6
+                steps = max(3, min(15, round(4 / server_formula)))
 
                 def on_host(host: int, argv: tuple[str, ...], cluster: Any = cluster) -> tuple[str, ...]:
                     return cluster.command(host, argv)
@@ -194,11 +196,10 @@ def _trees(counts: list[int]) -> Iterable[dict[str, Any]]:
                     )
                     with _ended([server]):
                         text = json.dumps(made._asdict())
-                        argv = [on_host(r, _rank("null", folder, r, text, "placed", size, 3)) for r in range(p)]
+                        argv = [on_host(r, _rank("null", folder, r, text, "placed", size, steps)) for r in range(p)]
                         measured = max(result["step_s"] for result in _run(argv))
-                argv = [on_host(r, _rank("tree", r, p, cluster.addresses[0], 29600, size, 3)) for r in range(p)]
+                argv = [on_host(r, _rank("tree", r, p, cluster.addresses[0], 29600, size, steps)) for r in range(p)]
                 tree = max(result["step_s"] for result in _run(argv))
-                server_formula, tree_formula = size * p / 125e6, 2 * size * (p - 1).bit_length() / 125e6
                 yield {
                     "MB": megabytes, "workers": p, "server_s": measured, "server_formula_s": server_formula,
                     "server_ratio": measured / server_formula, "tree_s": tree, "tree_formula_s": tree_formula,

@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,12 @@ def null_steps(run_dir: str, rank: str, settings: str, mode: str, total_bytes: s
     gradient, weights = torch.ones(largest), torch.empty(largest)
     rows = torch.arange(32 // made.servers)
     values = torch.ones(len(rows), width)
-    times, cpu_s = [], 0.0
+    cpu_s = 0.0
+    client.sum(np.zeros(1))  # together
+    ends = [time.perf_counter()]
     for step in range(int(steps) + 2):
-        client.sum(np.zeros(1))  # together
         if step == 2:
             cpu_s = _servers_cpu_s(Path(run_dir), made.servers)
-        began = time.perf_counter()
         if mode == "sparse":
             for block in blocks:
                 client.ask_rows(block.key, rows)
@@ -60,11 +61,11 @@ def null_steps(run_dir: str, rank: str, settings: str, mode: str, total_bytes: s
                 client.push(block.key, step, 0.0)
             for block in blocks:  # in the order of the next forward, as the exchange does
                 client.take(block.key, weights[: block.numel].copy_)
-        times.append(time.perf_counter() - began)
+        ends.append(time.perf_counter())
     cpu_s = _servers_cpu_s(Path(run_dir), made.servers) - cpu_s
     client.sum(np.zeros(1))
     client.close()
-    return {"step_s": statistics.median(times[2:]), "server_cpu_s": cpu_s / int(steps)}
+    return {"step_s": _each(ends[2:]), "server_cpu_s": cpu_s / int(steps)}
 
 
 def _servers_cpu_s(run_dir: Path, servers: int) -> float:
@@ -154,13 +155,16 @@ def tree(rank: str, size: str, address: str, port: str, total_bytes: str, steps:
     """FireCaffe's reduction tree over TCP: the collective ``tree`` of our engine, the whole vector in every message."""
     _join(rank, size, address, port)
     group = dist.new_group(backend="scaletrain", pg_options=Options(collective="tree", transport="gloo"))
-    data, times = torch.zeros(int(total_bytes) // 4), []
-    for _ in range(int(steps) + 1):
-        dist.barrier()
-        began = time.perf_counter()
+    data, ends = torch.zeros(int(total_bytes) // 4), []
+    for _ in range(int(steps) + 2):
         dist.all_reduce(data, group=group)
-        times.append(time.perf_counter() - began)
-    return {"step_s": statistics.median(times[1:])}
+        ends.append(time.perf_counter())
+    return {"step_s": _each(ends[1:])}
+
+
+def _each(ends: list[float]) -> float:
+    """Seconds of an exchange among exchanges that follow one another, as training's do: no rank starts one before it has the last one's result."""
+    return statistics.median(after - before for before, after in pairwise(ends))
 
 
 if __name__ == "__main__":
