@@ -229,6 +229,10 @@ class Client:
         token = self._requests.ask(Token("sum", number), header, [np.ascontiguousarray(values, np.float64)])
         return np.frombuffer(self._requests.wait(token).message.payloads[0], np.float64)
 
+    def fail(self, message: str) -> None:
+        """End all waiting, now and later, with a ``ServerError``. Any thread may call it."""
+        self._requests.fail(message)
+
     def close(self) -> None:
         """Leave in good order: the servers go on without this worker."""
         self._tell_all("leave", Kind.LEAVE)

@@ -1,6 +1,6 @@
 """A worker's copy of the model: which gradient goes into which block, and back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from scaletrain.parameter_server import sharding
 from scaletrain.parameter_server.client import Answer, Client
 from scaletrain.parameter_server.settings import Settings
 from scaletrain.parameter_server.sharding import Block
+from scaletrain.parameter_server.staging import Staging
 
 
 class Part(NamedTuple):
@@ -62,33 +63,58 @@ class Replica:
                 at += piece.stop - piece.start
 
     def connect(self, client: Client) -> None:
-        """Use ``client`` from now on; gradients are written where it sends them from."""
+        """Use ``client`` from now on; gradients are written where it sends them from, or, on an accelerator, to where they are staged."""
         self._client = client
-        self._gradients = {block.key: torch.from_numpy(client.gradient(block.key)) for block in self.dense}
+        device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self._staging = Staging(client, self.dense, device) if needs_staging(device) else None
+        if self._staging:
+            self._gradients = self._staging.gradients
+        else:
+            self._gradients = {block.key: torch.from_numpy(client.gradient(block.key)) for block in self.dense}
+        self.begin()
 
-    def write_gradient(self, index: int, gradient: Tensor | None) -> Iterator[int]:
-        """Copy a dense parameter's gradient (zeros for None) to where it is sent from; yields the keys of the blocks it touches."""
+    def begin(self) -> None:
+        """Expect the gradients of the next step."""
+        self._missing = {block.key: len(block.pieces) for block in self.dense}
+
+    def push(self, index: int, gradient: Tensor | None, step: int, lr: float) -> None:
+        """Write a parameter's gradient (zeros for None) into its blocks; push those that are complete. Does not wait."""
+        if index in self.tables:
+            self._push_rows(index, gradient, step, lr)
+            return
         flat = None if gradient is None else gradient.detach().reshape(-1)
+        end = self._staging or self._client
         for part in self.parts[index]:
             target = self._gradients[part.key][part.at : part.at + part.stop - part.start]
             if flat is None:
                 target.zero_()
+            elif self._staging:
+                self._staging.copy(target, flat[part.start : part.stop])
             else:
                 target.copy_(flat[part.start : part.stop])
-            yield part.key
+            self._missing[part.key] -= 1
+            if not self._missing[part.key]:
+                end.push(part.key, step, lr)
 
     def take(self, block: Block) -> Answer:
-        """Wait for a dense block's new weights and put them into the model."""
-        return self._client.take(block.key, self.writer(block))
+        """Wait until a block's gradient was used; put a dense one's new weights into the model."""
+        if block.sparse:
+            return self._client.take_rows(block.key)
+        return (self._staging or self._client).take(block.key, self._writer(block))
 
-    def writer(self, block: Block) -> Callable[[Tensor], None]:
+    def close(self) -> None:
+        """Before the client's."""
+        if self._staging:
+            self._staging.close()
+
+    def _writer(self, block: Block) -> Callable[[Tensor], None]:
         """What puts a block's flat float32 weights into the model."""
 
         def write(values: Tensor) -> None:
             at = 0
             for piece in block.pieces:
                 size = piece.stop - piece.start
-                self._flat(piece.parameter)[piece.start : piece.stop].copy_(values[at : at + size])
+                self._flat(piece.parameter)[piece.start : piece.stop].copy_(values[at : at + size], non_blocking=True)
                 at += size
 
         return write
@@ -168,7 +194,7 @@ class Replica:
         for key, here in asked:
             table.index_copy_(0, here.to(table.device), self._client.rows(key).to(table.device, table.dtype))
 
-    def push_rows(self, index: int, gradient: Tensor | None, step: int, lr: float) -> None:
+    def _push_rows(self, index: int, gradient: Tensor | None, step: int, lr: float) -> None:
         """Send a sparse table's gradient: every block of the table gets its rows, or word that there are none."""
         table = self.parameters[index]
         if gradient is None:
@@ -184,6 +210,10 @@ class Replica:
 
     def _flat(self, index: int) -> Tensor:
         return self.parameters[index].data.view(-1)
+
+
+def needs_staging(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def _sparse_tables(model: nn.Module) -> set[int]:

@@ -70,11 +70,11 @@ class Settings(NamedTuple):
         """Of a worker's socket; -1: as large as the system lets it grow.
 
         Many workers share a server's link in the proportion of what each has on the way. With small and equal buffers none gets far ahead,
-        so each block is complete early, and weights go out while gradients still come in. Eight workers together still fill a link of
+        so each block is complete early, and weights go out while gradients still come in. All together they still fill a link of
         100 Gbit/s with a round trip of 100 us.
         """
-        sharing = self.workers * self.num_connections
-        return min(1 << 17, max((1 << 20) // sharing, 1 << 16)) if sharing >= 4 else -1
+        share = (1 << 20) // (self.workers * self.num_connections)
+        return max(share, 1 << 16) if share <= 1 << 18 else -1
 
     @property
     def io_threads(self) -> int:

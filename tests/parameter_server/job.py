@@ -41,7 +41,7 @@ def model() -> nn.Module:
 def loss(net: nn.Module, step: int, rank: int) -> torch.Tensor:
     """What only this rank and step could contribute."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    x = torch.randn(8, 12, generator=generator) * (1 + rank)
+    x = torch.randn(8, 12, generator=generator).to(next(net.parameters()).device) * (1 + rank)
     return (net(x) - x[:, :4].sin()).square().mean()
 
 
@@ -111,9 +111,10 @@ def work(
     make=lambda p: torch.optim.SGD(p, **SGD),
     on_step: Callable[[int, ParameterServerExchange], None] = lambda step, joined: None,
     meet: Callable[[], object] = lambda: None,
+    device: str = "cpu",
 ) -> tuple[list[torch.Tensor], dict[str, float]]:
     """Train as one worker; returns the weights and the last record."""
-    net = model()
+    net = model().to(device)
     optimizer = make(net.parameters())
     joined = exchange(made, run_dir, rank)
     joined.attach(net, optimizer)
@@ -128,7 +129,7 @@ def work(
         step += joined.skip(steps - step)
     total = joined.sum(torch.tensor([1.0, 10.0**rank]))
     joined.close()
-    return [p.detach() for p in net.parameters()], joined.record() | {"workers": float(total[0])}
+    return [p.detach().cpu() for p in net.parameters()], joined.record() | {"workers": float(total[0])}
 
 
 def threads(jobs: list[Callable[[], object]], timeout_s: float = 60) -> list[object]:

@@ -145,6 +145,7 @@ class ParameterServerExchange(Exchange):
         for hook in self._hooks:
             hook.remove()
         if self._client:
+            self._replica.close()
             self._client.close()
         if self._own_server:
             self._own_server.close()
@@ -170,22 +171,14 @@ class ParameterServerExchange(Exchange):
             self._push(index, parameter.grad)
 
     def _begin(self) -> None:
-        self._missing = {block.key: len(block.pieces) for block in self._replica.dense}
+        self._replica.begin()
         self._pushed: set[int] = set()
 
     def _push(self, index: int, gradient: Tensor | None) -> None:
-        """Write a parameter's gradient into its blocks; push those that are complete."""
-        assert self._client
         if index in self._pushed:
             raise RuntimeError("a second backward pass in one step: wrap all but the last in exchange.accumulate()")
         self._pushed.add(index)
-        if index in self._replica.tables:
-            self._replica.push_rows(index, gradient, self._steps, self._rate(index))
-            return
-        for key in self._replica.write_gradient(index, gradient):
-            self._missing[key] -= 1
-            if not self._missing[key]:
-                self._client.push(key, self._steps, self._rate(index))
+        self._replica.push(index, gradient, self._steps, self._rate(index))
 
     def _finish_step(self, lr: float) -> list[Answer]:
         if self._settings.server_lr is None and any(group["lr"] != lr for group in self._optimizer.param_groups):
@@ -200,9 +193,7 @@ class ParameterServerExchange(Exchange):
 
     def _take(self) -> list[Answer]:
         """Wait for the new weights, those first that the next forward needs first."""
-        assert self._client
-        replica, client = self._replica, self._client
-        answers = [client.take_rows(b.key) if b.sparse else replica.take(b) for b in replica.blocks]
+        answers = [self._replica.take(block) for block in self._replica.blocks]
         self._begin()
         return answers
 
@@ -217,7 +208,6 @@ class ParameterServerExchange(Exchange):
     # Local steps
 
     def _local_step(self, lr: float) -> list[Answer]:
-        assert self._client
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
@@ -227,10 +217,7 @@ class ParameterServerExchange(Exchange):
         outer_lr = self._settings.outer_lr if self._settings.outer == "nesterov" else 1.0
         with torch.no_grad():
             for index, parameter in enumerate(self._replica.parameters):
-                for key in self._replica.write_gradient(index, self._anchor[index] - parameter):
-                    self._missing[key] -= 1
-                    if not self._missing[key]:
-                        self._client.push(key, rounds, outer_lr)
+                self._replica.push(index, self._anchor[index] - parameter, rounds, outer_lr)
             answers = self._take()
             for anchor, parameter in zip(self._anchor, self._replica.parameters, strict=True):
                 anchor.copy_(parameter)
