@@ -27,6 +27,8 @@ def test_backward_is_not_held_up(tmp_path):
     with job.servers(made, tmp_path):
         net = job.model().cuda()
         optimizer = torch.optim.SGD(net.parameters(), **job.SGD)
+        job.loss(net, 0, 0).backward()  # loads the kernels, which waits for the device
+        optimizer.zero_grad()
         joined = job.exchange(made, tmp_path, 0)
         joined.attach(net, optimizer)
         loss = job.loss(net, 0, 0)
