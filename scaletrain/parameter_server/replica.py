@@ -55,6 +55,7 @@ class Replica:
         self.dense = [block for block in self.blocks if not block.sparse]
         tabled = [index for index, parameter in enumerate(described) if parameter.sparse]
         self.tables = {i: [b for b in self.blocks if b.sparse and b.pieces[0].parameter == i] for i in tabled}
+        self._staging: Staging | None = None
         self.parts: dict[int, list[Part]] = {index: [] for index in range(len(self.parameters))}
         for block in self.blocks:
             at = 0
@@ -71,7 +72,7 @@ class Replica:
             self._gradients = self._staging.gradients
         else:
             self._gradients = {block.key: torch.from_numpy(client.gradient(block.key)) for block in self.dense}
-        self.begin()
+        self._end = self._staging or client  # who takes gradients and gives weights
 
     def begin(self) -> None:
         """Expect the gradients of the next step."""
@@ -83,7 +84,6 @@ class Replica:
             self._push_rows(index, gradient, step, lr)
             return
         flat = None if gradient is None else gradient.detach().reshape(-1)
-        end = self._staging or self._client
         for part in self.parts[index]:
             target = self._gradients[part.key][part.at : part.at + part.stop - part.start]
             if flat is None:
@@ -94,13 +94,13 @@ class Replica:
                 target.copy_(flat[part.start : part.stop])
             self._missing[part.key] -= 1
             if not self._missing[part.key]:
-                end.push(part.key, step, lr)
+                self._end.push(part.key, step, lr)
 
     def take(self, block: Block) -> Answer:
         """Wait until a block's gradient was used; put a dense one's new weights into the model."""
         if block.sparse:
             return self._client.take_rows(block.key)
-        return (self._staging or self._client).take(block.key, self._writer(block))
+        return self._end.take(block.key, self._writer(block))
 
     def close(self) -> None:
         """Before the client's."""

@@ -23,13 +23,13 @@ class Staging:
     """
 
     def __init__(self, client: Client, blocks: Iterable[Block], device: torch.device):
-        self._client, self._device = client, device
+        self._client = client
+        self._accelerated = device.type != "cpu"
         self._module: Any = torch.get_device_module(device)
         self._stream = self._module.Stream()
         sizes = {block.key: block.numel for block in blocks}
-        locked = device.type != "cpu"
-        self.gradients = {key: torch.zeros(numel, pin_memory=locked) for key, numel in sizes.items()}
-        self._weights = {key: torch.empty(numel, pin_memory=locked) for key, numel in sizes.items()}
+        self.gradients = {key: torch.zeros(numel, pin_memory=self._accelerated) for key, numel in sizes.items()}
+        self._weights = {key: torch.empty(numel, pin_memory=self._accelerated) for key, numel in sizes.items()}
         self._read: dict[int, Any] = {}  # by block: when the device has the weights that were staged last
         self._copied: queue.SimpleQueue[tuple[Any, int, int, float] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._push, name="staging", daemon=True)
@@ -40,7 +40,7 @@ class Staging:
         self._stream.wait_stream(self._module.current_stream())
         with self._module.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        if source.device.type != "cpu":
+        if self._accelerated:
             source.record_stream(self._stream)  # its memory is not given to others before it was copied
 
     def push(self, key: int, step: int, lr: float) -> None:
