@@ -1,5 +1,6 @@
 """Runs a schedule on real tensors: one rank's end."""
 
+import functools
 import time
 from typing import NamedTuple
 
@@ -19,11 +20,22 @@ class Message(NamedTuple):
     add: bool
 
 
-class Program(NamedTuple):
+class Step(NamedTuple):
+    """What is started at once: a round of one segment. ``where`` is the place of a message's elements among all pieces of the tensor."""
+
+    round: int
+    segment: int
+    sends: tuple[tuple[int, int], ...]  # (peer, where)
+    receives: tuple[tuple[int, int, bool], ...]  # (peer, where, whether it is reduced)
+
+
+class Program:
     """What one rank does of a schedule: (sends, receives) of every round in which it takes part."""
 
-    num_chunks: int
-    rounds: tuple[tuple[list[Message], list[Message]], ...]
+    def __init__(self, num_chunks: int, rounds: tuple[tuple[list[Message], list[Message]], ...]):
+        self.num_chunks, self.rounds = num_chunks, rounds
+        # Training sends the same few sizes at every step: what follows from a size alone is worked out once.
+        self.steps = functools.lru_cache(maxsize=128)(self._steps)
 
     @classmethod
     def all_of(cls, schedule: Schedule) -> list["Program"]:
@@ -43,6 +55,27 @@ class Program(NamedTuple):
     def of(cls, schedule: Schedule, rank: int) -> "Program":
         return cls.all_of(schedule)[rank]
 
+    def _steps(self, count: int, segments: int) -> tuple[list[slice], list[Step]]:
+        """For a tensor of ``count`` elements: its pieces, and the steps in the order in which all ranks start them, which is what lets
+        messages match without tags. With fewer elements than chunks some messages are empty; they are left out."""
+        pieces: dict[tuple[int, int], int] = {}
+        steps = []
+        for number, (sends, receives) in enumerate(self.rounds):
+            for segment in range(segments):
+                base = segment * count // segments
+                length = (segment + 1) * count // segments - base
+
+                def where(message: Message, base: int = base, length: int = length) -> int | None:
+                    low = base + message.first * length // self.num_chunks
+                    high = base + message.last * length // self.num_chunks
+                    return pieces.setdefault((low, high), len(pieces)) if low < high else None
+
+                out = tuple((m.peer, place) for m in sends if (place := where(m)) is not None)
+                into = tuple((m.peer, place, m.add) for m in receives if (place := where(m)) is not None)
+                if out or into:
+                    steps.append(Step(number, segment, out, into))
+        return [slice(*piece) for piece in pieces], steps
+
 
 def execute(program: Program, transport: Transport, tensor: Tensor, reduce: Reduce, segments: int = 1) -> None:
     """Reduce ``tensor`` over all ranks, in place. Every rank of the transport calls it with its program of the same schedule (collective).
@@ -55,52 +88,41 @@ def execute(program: Program, transport: Transport, tensor: Tensor, reduce: Redu
     Raises:
         TimeoutError, ConnectionError: a peer is late or gone; named.
     """
-    parts = [_Cut(part, program.num_chunks) for part in _split(tensor, segments)]
-    pending: list[Pending | None] = [None] * len(parts)
+    slices, steps = program.steps(tensor.numel(), segments)
+    views: list[Tensor | None] = [None] * len(slices)
+
+    def view(place: int) -> Tensor:
+        found = views[place]
+        if found is None:
+            found = views[place] = tensor[slices[place]]
+        return found
+
+    pending: list[Pending | None] = [None] * segments
     tracing = spans.on()
-    for number, (sends, receives) in enumerate(program.rounds):
-        # All ranks start (round, segment) in this order, which is what lets messages match without tags.
-        for index, cut in enumerate(parts):
-            if (earlier := pending[index]) is not None:
-                earlier()
-            out = [(m.peer, chunk) for m in sends if (chunk := cut(m)).numel()]
-            into = [Receive(m.peer, chunk, reduce if m.add else None) for m in receives if (chunk := cut(m)).numel()]
-            pending[index] = started = transport.start(out, into) if out or into else None
-            if tracing and started is not None:
-                pending[index] = _traced(started, number, index, sends, receives)
+    for step in steps:
+        if (earlier := pending[step.segment]) is not None:
+            earlier()
+        sends = [(peer, view(place)) for peer, place in step.sends]
+        receives = [Receive(peer, view(place), reduce if add else None) for peer, place, add in step.receives]
+        started = transport.start(sends, receives)
+        pending[step.segment] = _traced(started, step) if tracing else started
     for last in pending:
         if last is not None:
             last()
 
 
-def _traced(started: Pending, number: int, segment: int, sends: list[Message], receives: list[Message]) -> Pending:
+def _traced(started: Pending, step: Step) -> Pending:
     """The same, and when it is done the trace has the round, from its start, and the part of it that was spent waiting and adding."""
     began = time.time()
 
     def wait() -> None:
         waited = time.time()
         started()
-        spans.add("wait", f"wait for {', '.join(str(m.peer) for m in receives or sends)}", waited, segment=segment)
-        to, of = [m.peer for m in sends], [m.peer for m in receives]
-        spans.add("round", f"round {number}", began, segment=segment, sends_to=to, receives_from=of)
+        to, of = [peer for peer, _ in step.sends], [peer for peer, _, _ in step.receives]
+        spans.add("wait", f"wait for {', '.join(map(str, of or to))}", waited, segment=step.segment)
+        spans.add("round", f"round {step.round}", began, segment=step.segment, sends_to=to, receives_from=of)
 
     return wait
-
-
-class _Cut:
-    """A tensor in pieces whose sizes differ by at most one; with fewer elements than pieces, some are empty."""
-
-    def __init__(self, tensor: Tensor, pieces: int):
-        self._tensor, self._pieces, self._count = tensor, pieces, tensor.numel()
-
-    def __call__(self, message: Message) -> Tensor:
-        first = message.first * self._count // self._pieces
-        return self._tensor[first : message.last * self._count // self._pieces]
-
-
-def _split(tensor: Tensor, segments: int) -> list[Tensor]:
-    count = tensor.numel()
-    return [tensor[i * count // segments : (i + 1) * count // segments] for i in range(segments)]
 
 
 def _merge(transfers: list[tuple[int, Transfer]]) -> list[Message]:

@@ -89,7 +89,7 @@ def own_allreduce(transport: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def messages_in_order(transport: Transport) -> None:
-    """Several starts are open at once; what is sent is read before anything is written; large messages cross both ways."""
+    """Several starts are open at once, waited for in any order; what is sent is read before anything is written; large messages cross both ways."""
     size, rank = transport.size, transport.rank
     if size == 1:
         return
@@ -99,7 +99,7 @@ def messages_in_order(transport: Transport) -> None:
         transport.start([(right, torch.full((3,), 10.0 * rank + i))], [Receive(left, box)])
         for i, box in enumerate(boxes)
     ]
-    for wait in pending:
+    for wait in pending[::-1]:
         wait()
     assert [box.tolist() for box in boxes] == [[10.0 * left + i] * 3 for i in range(4)]
     swapped = torch.full((500_000,), float(rank))

@@ -72,6 +72,11 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def apart(sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> list[tuple[int, Tensor]]:
-    """The sends, copied where a receive of the same start replaces or reduces into the same elements: it may be there first."""
+    """The sends, copied where one of ``receives`` writes into the same elements: it may be there first."""
     written = [receive.into for receive in receives]
     return [(peer, t.clone() if any(overlap(t, into) for into in written) else t) for peer, t in sends]
+
+
+def sends_go_first(sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> bool:
+    """Whether what is sent is also reduced into. Where messages land in buffers of their own, no copy is needed: only to wait until it has left."""
+    return any(overlap(t, r.into) for r in receives if r.reduce is not None for _, t in sends)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart
+from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart, sends_go_first
 from scaletrain.engine.transport.landing import Landings
 
 _OPERATIONS = {
@@ -31,26 +31,32 @@ class Gloo:
         self._landings = Landings()
 
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
-        sends = apart(sends, receives)
-        buffers = [None if r.reduce is None else self._landings.take(r.into.nbytes) for r in receives]
+        sends = apart(sends, [receive for receive in receives if receive.reduce is None])
+        sends_first = sends_go_first(sends, receives)
+        borrowed = [None if r.reduce is None else self._landings.take(r.into.nbytes) for r in receives]
         landings = [
-            r.into if buffer is None else buffer[: r.into.nbytes].view(r.into.dtype)
-            for r, buffer in zip(receives, buffers, strict=True)
+            r.into if landing is None else landing.like(r.into) for r, landing in zip(receives, borrowed, strict=True)
         ]
         # A gloo Work that is dropped before it completes loses its message silently: all are kept until all are done.
         incoming = [self._begin(self._pg.recv, landing, r.src) for r, landing in zip(receives, landings, strict=True)]
         outgoing = [(peer, self._begin(self._pg.send, tensor, peer)) for peer, tensor in sends]
 
+        def wait_for_sends() -> None:
+            for peer, work in outgoing:
+                self._wait(work, peer)
+
         def wait() -> None:
+            if sends_first:
+                wait_for_sends()
             for work, receive, landing in zip(incoming, receives, landings, strict=True):
                 self._wait(work, receive.src)
                 if receive.reduce is not None:
                     receive.reduce(receive.into, landing, out=receive.into)
-            for peer, work in outgoing:
-                self._wait(work, peer)
-            for buffer in buffers:
-                if buffer is not None:
-                    self._landings.give(buffer)
+            if not sends_first:
+                wait_for_sends()
+            for landing in borrowed:
+                if landing is not None:
+                    self._landings.give(landing)
 
         return wait
 
@@ -67,7 +73,7 @@ class Gloo:
     def _begin(self, start: Callable[[list[Tensor], int, int], dist.Work], tensor: Tensor, peer: int) -> dist.Work:
         """Connects on first use; raises already here when the peer is known to be gone."""
         try:
-            return start([tensor.view(torch.uint8)], peer, 0)
+            return start([tensor], peer, 0)
         except RuntimeError as error:
             raise self._failure(error, peer) from error
 

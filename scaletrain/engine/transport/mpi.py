@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart
+from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart, sends_go_first
 from scaletrain.engine.transport.landing import Landings
 from scaletrain.errors import UserError
 
@@ -111,27 +111,33 @@ class Mpi:
         self._abandoned: list[Any] = []  # what the library may still write to after a timeout
 
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
-        sends = apart(sends, receives)
-        buffers = [None if r.reduce is None else self._landings.take(r.into.nbytes) for r in receives]
+        sends = apart(sends, [receive for receive in receives if receive.reduce is None])
+        sends_first = sends_go_first(sends, receives)
+        borrowed = [None if r.reduce is None else self._landings.take(r.into.nbytes) for r in receives]
         landings = [
-            (r.into if buffer is None else buffer[: r.into.nbytes]).view(torch.uint8)
-            for r, buffer in zip(receives, buffers, strict=True)
+            r.into if landing is None else landing.like(r.into) for r, landing in zip(receives, borrowed, strict=True)
         ]
         incoming = [
-            self._comm.Irecv(self._types.buffer(t), r.src) for r, t in zip(receives, landings, strict=True)
+            self._comm.Irecv(self._types.buffer(t.view(torch.uint8)), r.src)
+            for r, t in zip(receives, landings, strict=True)
         ]  # posted before sends, so that messages land where they belong
         outgoing = [(peer, self._comm.Isend(self._types.buffer(t.view(torch.uint8)), peer)) for peer, t in sends]
 
+        def wait_for_sends() -> None:
+            for peer, request in outgoing:
+                self._wait(request, f"rank {peer} received nothing")
+
         def wait() -> None:
             try:
-                for request, receive, buffer in zip(incoming, receives, buffers, strict=True):
+                if sends_first:
+                    wait_for_sends()
+                for request, receive, landing, lent in zip(incoming, receives, landings, borrowed, strict=True):
                     self._wait(request, f"rank {receive.src} sent nothing")
-                    if receive.reduce is not None and buffer is not None:
-                        landing = buffer[: receive.into.nbytes].view(receive.into.dtype)
+                    if receive.reduce is not None and lent is not None:
                         receive.reduce(receive.into, landing, out=receive.into)
-                        self._landings.give(buffer)
-                for peer, request in outgoing:
-                    self._wait(request, f"rank {peer} received nothing")
+                        self._landings.give(lent)
+                if not sends_first:
+                    wait_for_sends()
             except TimeoutError:
                 self._abandoned += [landings, sends, incoming, outgoing]
                 raise

@@ -1,6 +1,7 @@
 """Ranks are threads of one process: for tests, and for trying out an algorithm in a notebook."""
 
 import queue
+from collections import deque
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -17,6 +18,7 @@ class Threads:
         self.rank, self.size = group.rank, group.size
         self._timeout_s = group.timeout.total_seconds()
         self._group = id(group.store)  # the ranks of a group share one store object
+        self._open: deque[Pending] = deque()
 
     def _box(self, src: int, dst: int) -> queue.SimpleQueue:
         return _boxes.setdefault((self._group, src, dst), queue.SimpleQueue())
@@ -25,7 +27,7 @@ class Threads:
         for peer, tensor in sends:
             self._box(self.rank, peer).put(tensor.clone())
 
-        def wait() -> None:
+        def finish() -> None:
             for receive in receives:
                 try:
                     received = self._box(receive.src, self.rank).get(timeout=self._timeout_s)
@@ -38,6 +40,12 @@ class Threads:
                 else:
                     receive.reduce(receive.into, received, out=receive.into)
 
+        def wait() -> None:
+            # Messages match in the order of the starts, whichever is waited for first.
+            while finish in self._open:
+                self._open.popleft()()
+
+        self._open.append(finish)
         return wait
 
     def close(self) -> None:
