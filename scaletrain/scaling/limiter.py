@@ -17,6 +17,9 @@ class Step(NamedTuple):
     input_s: float
     compute_s: float  # forward and backward
     update_s: float
+    waited_s: float | None = (
+        None  # within ``compute_s``: for the others' gradients, after the last of its own; None: not known
+    )
 
 
 class Cause(NamedTuple):
@@ -59,17 +62,19 @@ def split(
     - stolen cores: the same work beside the other workers, which do not communicate;
     - input, optimizer: beyond their ideal share;
     - stragglers: slowest rank less the mean rank where nobody waits, at most what an exchange adds to the step;
-    - communication: the rest of what the exchange adds.
+    - communication: the rest of what the exchange adds. Where it is known how long a rank waited for gradients, forward and backward that
+      take longer without this wait are stolen cores as well: the exchange's own work took them.
     """
     share = 1 / workers if strong else 1.0
     added = real.step_s - alone.step_s
-    straggling = max(0.0, min(alone.slowest_s - alone.step_s, added)) if waits else 0.0
+    stolen = 0.0 if real.waited_s is None else real.compute_s - real.waited_s - alone.compute_s
+    straggling = max(0.0, min(alone.slowest_s - alone.step_s, added - stolen)) if waits else 0.0
     causes = [
-        Cause("communication", added - straggling),
+        Cause("communication", added - stolen - straggling),
         Cause("stragglers", straggling),
         Cause("input", alone.input_s - single.input_s * share),
         Cause("optimizer", alone.update_s - single.update_s * share),
-        Cause("stolen cores", alone.compute_s - small.compute_s),
+        Cause("stolen cores", alone.compute_s - small.compute_s + stolen),
         Cause("small batch", small.compute_s - single.compute_s * share),
     ]
     loss = real.step_s - single.step_s * share if loss_s is None else loss_s

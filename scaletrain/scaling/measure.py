@@ -22,6 +22,7 @@ class Run(NamedTuple):
     parts: dict[str, np.ndarray]  # each of PARTS
     samples: np.ndarray
     sent_bytes: float | None  # by one rank in one step, mean; None: the exchange does not count
+    waited_s: float | None  # for the others' gradients, at the end of backward, mean; None: the exchange does not tell
     gradient_bytes: int | None  # of the model's parameters; None: there is no checkpoint to read it from
     losses: np.ndarray
     ended_s: np.ndarray  # of each step, since the rank's first one began
@@ -77,13 +78,17 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
     def array(key: str) -> np.ndarray:
         return np.array([[getattr(record, key) for record in records] for records in kept]).T
 
-    sent = [record.exchange["bytes_sent"] for records in kept for record in records if "bytes_sent" in record.exchange]
+    def told(key: str) -> float | None:
+        values = [record.exchange[key] for records in kept for record in records if key in record.exchange]
+        return float(np.mean(values)) if values else None
+
     return Run(
         summary=summary,
         steps=array("step_s"),
         parts={part: array(part) for part in PARTS},
         samples=array("samples"),
-        sent_bytes=float(np.mean(sent)) if sent else None,
+        sent_bytes=told("bytes_sent"),
+        waited_s=told("wait_in_backward_s"),
         gradient_bytes=_gradient_bytes(run_dir),
         losses=array("loss"),
         ended_s=array("time") + array("step_s") - np.array([records[0].time for records in ranks]),

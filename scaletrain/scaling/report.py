@@ -141,7 +141,7 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
         "variant": dict(cell.variant),
         "samples_per_s": None, "samples_per_s_ci95": None, "speedup": None, "speedup_ci95": None, "efficiency": None,
         "step_s_min": None, **{f"step_s_p{p}": None for p in PERCENTS}, "step_s_mean": None, "step_s_ci95": None,
-        "exposed_comm_s": None, "exposed_comm_s_ci95": None,
+        "exposed_comm_s": None, "exposed_comm_s_ci95": None, "wait_in_backward_s": None,
         **dict.fromkeys(PARTS), "bytes_sent": None, "gradient_bytes": None, "final_loss": None, "test_accuracy": None,
         "target_step": None, "target_s": None, "emulation": None, "servers": None, "time_to_loss_s": None,
         "oversubscribed": bool(cores and threads and cell.workers * threads > cores),
@@ -160,8 +160,12 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
     row["step_s_min"] = min(steps)
     row |= {f"step_s_p{percent}": value for percent, value in percentiles(steps, PERCENTS).items()}
     row |= {part: float(np.mean([run.part_s(part) for run in runs])) for part in PARTS}
-    sent = [run.sent_bytes for run in runs if run.sent_bytes is not None]
-    row["bytes_sent"] = float(np.mean(sent)) if sent else None
+    for key, told in (
+        ("bytes_sent", [run.sent_bytes for run in runs]),
+        ("wait_in_backward_s", [run.waited_s for run in runs]),
+    ):
+        values = [value for value in told if value is not None]
+        row[key] = float(np.mean(values)) if values else None
     for key in ("final_loss", "test_accuracy", "target_step", "target_s"):
         values = [run.summary[key] for run in runs if run.summary.get(key) is not None]
         row[key] = float(np.mean(values)) if values else None
@@ -280,6 +284,7 @@ def _step(runs: Sequence[Run]) -> limiter.Step:
         input_s=average(run.part_s("input_s") for run in runs),
         compute_s=average(run.part_s("forward_s") + run.part_s("backward_s") for run in runs),
         update_s=average(run.part_s("update_s") for run in runs),
+        waited_s=None if any(run.waited_s is None for run in runs) else average(run.waited_s or 0.0 for run in runs),
     )
 
 

@@ -45,9 +45,14 @@ class AllreduceExchange(Exchange):
         self.world = world
         self._bucket_mb = bucket_mb
         self._device = setup.device
+        self._last_gradient: float | None = None  # when this step's came
+        self._record: dict[str, float] = {}
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         self._optimizer = optimizer
+        if self._device.type == "cpu":  # on CUDA backward is only enqueued when its hooks run
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)
         self._ddp = DistributedDataParallel(model, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True)
         if spans.on():
             self._ddp.register_comm_hook(None, _traced_allreduce)
@@ -57,9 +62,18 @@ class AllreduceExchange(Exchange):
         return self._ddp.no_sync()
 
     def step(self, lr: float) -> None:
+        if self._last_gradient is not None:
+            self._record = {"wait_in_backward_s": time.perf_counter() - self._last_gradient}
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
+
+    def record(self) -> dict[str, float]:
+        """``wait_in_backward_s``: from a rank's last gradient to the end of backward, when the means of all are there."""
+        return self._record
+
+    def _on_gradient(self, parameter: torch.Tensor) -> None:
+        self._last_gradient = time.perf_counter()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         total = values.to(self._device)

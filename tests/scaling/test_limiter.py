@@ -72,3 +72,13 @@ def test_no_cause_is_named_where_the_second_costs_about_as_much():
     assert (
         "do not tell which costs more, communication (4 ms a step) and stragglers (2 ms)" in noisy and "± 3 ms" in noisy
     )
+
+
+def test_what_the_exchange_takes_from_computation_is_stolen_cores():
+    alone = Step(0.100, 0.104, 0.0, 0.095, 0.005)
+    real = Step(0.120, 0.120, 0.0, 0.115, 0.005, waited_s=0.013)
+    causes = dict(split(real, alone, alone, alone, workers=2, strong=False))
+    assert causes["stolen cores"] == pytest.approx(0.007)  # 20 ms more of backward, 13 of them waiting
+    assert causes["stragglers"] == pytest.approx(0.004)
+    assert causes["communication"] == pytest.approx(0.009)
+    assert sum(causes.values()) == pytest.approx(0.020)
