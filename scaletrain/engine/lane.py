@@ -12,7 +12,7 @@ from torch import Tensor
 from scaletrain.engine.choose import Engine
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import Group, Reduce
-from scaletrain.engine.work import Done, Pending, result_of
+from scaletrain.engine.work import Done, Pending, future_of, result_of
 from scaletrain.launching import progress
 
 
@@ -56,16 +56,22 @@ class Lane:
         if at_once and not self._waiting:
             with self._lock:
                 return Done(self._run(tensors, operation, number))
-        future: torch.futures.Future = torch.futures.Future()
+        future = future_of(tensors)
         with self._counting:
             self._waiting += 1
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="scaletrain-lane", daemon=True)
             self._thread.start()
-        self._tasks.put(lambda: future.set_result(self._run(tensors, operation, number)))
+        self._tasks.put(self._task(future, tensors, operation, number))
         # Python's Future.set_exception only wraps a value, which DDP's C++ takes for tensors and crashes on. What a callback raises is an
         # error in C++ too: a RuntimeError there and for wait(), with the message of ours.
         return Pending(future.then(result_of))
+
+    def _task(
+        self, future: torch.futures.Future, tensors: list[Tensor], operation: Operation, number: int
+    ) -> Callable[[], None]:
+        """What the thread is given to do."""
+        return lambda: future.set_result(self._run(tensors, operation, number))
 
     def _run(self, tensors: list[Tensor], operation: Operation, number: int) -> list[Tensor] | BaseException:
         """The tensors, reduced, or what went wrong."""
@@ -100,12 +106,15 @@ class Lane:
             flat = tensor.to(wide or tensor.dtype).contiguous().view(-1)
             if flat.data_ptr() == tensor.data_ptr():
                 flat = flat.clone()
-        assert self._engine
-        self._engine.allreduce(flat, operation.reduce)
+        self._sum(flat, operation.reduce)
         if operation.average:
             flat /= self._group.size
         if not in_place:
             tensor.copy_(flat.view(tensor.shape))
+
+    def _sum(self, flat: Tensor, reduce: Reduce) -> None:
+        assert self._engine
+        self._engine.allreduce(flat, reduce)
 
     def _work(self) -> None:
         while task := self._tasks.get():

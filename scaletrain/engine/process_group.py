@@ -1,7 +1,11 @@
 """The torch.distributed backend ``scaletrain``: ``dist.init_process_group("scaletrain")`` serves DDP and any script unchanged.
 
-Dense CPU allreduces run on our engine, on a thread of their own, so that they overlap with backward. Everything else (other collectives, sparse
-tensors, CUDA tensors, point-to-point) is forwarded to gloo, or to NCCL for CUDA tensors: what they can do is not lost.
+Dense allreduces run on our engine, on a thread of their own, so that they overlap with backward. Everything else (other collectives, sparse
+tensors, point-to-point) is forwarded to gloo, or to NCCL for CUDA tensors: what they can do is not lost.
+
+CUDA tensors: with ``auto`` and ``native`` NCCL's own allreduce runs; with an algorithm that was chosen, its schedule over NCCL's point-to-point
+messages. Where ranks share a GPU, which NCCL refuses, or a wire of the CPU was chosen, allreduces pass through page-locked memory, and
+everything else goes to gloo.
 
 The algorithm and the wire come from ``Options`` (``init_process_group(..., pg_options=Options(collective="ring"))``), else from the
 environment (SCALETRAIN_COLLECTIVE, SCALETRAIN_TRANSPORT), else they are ``auto``.
@@ -19,11 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
+from scaletrain.engine.accelerator import AcceleratorLane, shared
 from scaletrain.engine.choose import NATIVE, check
 from scaletrain.engine.lane import DTYPES, OPERATIONS, Lane, Operation
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import Group
 from scaletrain.engine.work import All, Forwarded
+from scaletrain.errors import UserError
 
 
 class Options(NamedTuple):
@@ -56,34 +62,67 @@ class ProcessGroup(dist.ProcessGroup):
             self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
             self._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
         self._roll_call = RollCall(store, rank, size, timeout)
-        self._lane: Lane | None = None
+        self._lanes: dict[str, Lane | None] = {}  # by kind of device; none: left to NCCL
+        self._device_shared: bool | None = None
 
     def getBackendName(self) -> str:
         return "scaletrain"
 
     def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:
-        """In place. Runs on the engine when every tensor is dense, on the CPU and of a plain dtype; else on gloo or NCCL."""
+        """In place. Runs on the engine when every tensor is dense and of a plain dtype; else on gloo or NCCL."""
         options = options or dist.AllreduceOptions()
         reduce_op = options.reduceOp  # torch passes a ReduceOp or its inner enum
         operation = OPERATIONS.get(int(getattr(reduce_op, "op", reduce_op)))
-        if operation is None or not _run_here(tensors, operation):
+        lane = self._lane(tensors) if operation is not None and _runs_here(tensors, operation) else None
+        if operation is None or lane is None:
             return self._forward("allreduce", tensors, options)
         if torch.autograd._profiler_enabled():
             with torch.profiler.record_function("scaletrain:all_reduce"):
-                return self._engine_allreduce(tensors, operation, options)
-        return self._engine_allreduce(tensors, operation, options)
+                return lane.allreduce(tensors, operation, at_once=not options.asyncOp)
+        return lane.allreduce(tensors, operation, at_once=not options.asyncOp)
 
-    def _engine_allreduce(self, tensors: list[Tensor], operation: Operation, options: Any) -> dist.Work:
-        if self._lane is None:
-            group = Group(dist.PrefixStore("wire/", self._store), self.rank(), self.size(), self._timeout)
-            self._lane = Lane(group, self._roll_call, *self._options)
-        return self._lane.allreduce(tensors, operation, at_once=not options.asyncOp)
+    def _lane(self, tensors: list[Tensor]) -> Lane | None:
+        """Where such tensors are reduced; None: not by us."""
+        kind = "cpu" if all(tensor.is_cpu for tensor in tensors) else tensors[0].device.type
+        if kind not in self._lanes:
+            if kind == "cpu":
+                self._lanes[kind] = Lane(self._group(kind), self._roll_call, *self._options)
+            else:
+                self._lanes[kind] = self._accelerator_lane() if kind == "cuda" else None
+        return self._lanes[kind]
+
+    def _accelerator_lane(self) -> Lane | None:
+        (collective, transport), nccl = self._options, dist.is_nccl_available() and not self._shares_device()
+        wire = transport.partition(":")[0]
+        if wire == "nccl" and not nccl:
+            raise UserError(
+                "transport 'nccl': several ranks share a GPU, which NCCL refuses, or this torch was built without it"
+                " (allowed here: auto, shared_memory, gloo)"
+            )
+        if nccl and wire in ("auto", "nccl"):
+            if collective in ("auto", NATIVE):
+                return None
+            transport, staged = "nccl", False
+        else:
+            staged = True
+        device = torch.device("cuda", torch.cuda.current_device())
+        return AcceleratorLane(self._group("cuda"), self._roll_call, collective, transport, device, staged)
+
+    def _group(self, kind: str) -> Group:
+        return Group(dist.PrefixStore(f"wire/{kind}/", self._store), self.rank(), self.size(), self._timeout)
+
+    def _shares_device(self) -> bool:
+        if self._device_shared is None:
+            self._device_shared = shared(self._group("devices"))
+        return self._device_shared
 
     def _forward(self, name: str, *arguments: Any, **options: Any) -> dist.Work:
         """To gloo itself for tensors on the CPU. The same method of torch's class keeps the interpreter lock while it waits for gloo's
         thread, which may wait for that lock to let go of a tensor: ranks hang for ever, now and then."""
         on_cpu = all(tensor.device.type == "cpu" for tensor in _tensors(arguments))
-        if on_cpu and not (name == "barrier" and torch.cuda.is_available()):
+        if on_cpu and name == "barrier" and torch.cuda.is_available():
+            on_cpu = False  # it waits for what the devices are doing
+        if on_cpu or (torch.cuda.is_available() and self._shares_device()):
             of_gloo = _GLOO_NAMES.get(name, name)
             work = getattr(self._gloo, of_gloo)(*arguments, **options)
             if name in _POINT_TO_POINT:
@@ -94,12 +133,15 @@ class ProcessGroup(dist.ProcessGroup):
 
     def record(self, *sizes: int) -> dict[str, Any]:
         """For the run's header: the wire and the algorithms that were chosen (for messages of these bytes); empty before the first allreduce."""
-        return self._lane.record(*sizes) if self._lane else {}
+        for lane in (self._lanes.get("cuda"), self._lanes.get("cpu")):
+            if lane:
+                return lane.record(*sizes)
+        return {}
 
     def shutdown(self) -> None:
         """Ends the engine's thread after what is under way."""
-        if self._lane:
-            self._lane.close()
+        for lane in filter(None, self._lanes.values()):
+            lane.close()
         self._gloo.shutdown()
 
     def abort(self) -> None:
@@ -149,9 +191,9 @@ ProcessGroup.allgather_into_tensor_coalesced = _coalesced("_allgather_base", All
 ProcessGroup.reduce_scatter_tensor_coalesced = _coalesced("_reduce_scatter_base", ReduceScatterOptions)
 
 
-def _run_here(tensors: list[Tensor], operation: Operation) -> bool:
+def _runs_here(tensors: list[Tensor], operation: Operation) -> bool:
     for tensor in tensors:
-        if tensor.layout != torch.strided or not tensor.is_cpu or tensor.dtype not in DTYPES:
+        if tensor.layout != torch.strided or tensor.is_cpu != tensors[0].is_cpu or tensor.dtype not in DTYPES:
             return False
         # gloo refuses the average of integers; that answer stays its own.
         if operation.average and not tensor.is_floating_point():

@@ -59,9 +59,9 @@ class Segment:
         self._asleep = [rank * self._per_rank for rank in range(self.size)]
         self._asleep_others = [place for rank, place in enumerate(self._asleep) if rank != self.rank]
         self.data = memoryview(self._map)[head:]
-        processes = _exchanged(group, "process", f"{os.getpid()} {_started(os.getpid())}")
+        processes = exchanged(group, "process", f"{os.getpid()} {_started(os.getpid())}")
         self._processes = [_process(value) for value in processes]
-        cores = _exchanged(group, "cores", " ".join(map(str, os.sched_getaffinity(0))))
+        cores = exchanged(group, "cores", " ".join(map(str, os.sched_getaffinity(0))))
         # With fewer cores than ranks, spinning keeps the very rank from running that is waited for: the core is offered at once.
         # All ranks' cores together: each of them may be bound to its own.
         self.a_core_each = len({core for own in cores for core in own.split()}) >= self.size
@@ -184,13 +184,13 @@ def _map(group: Group, num_bytes: int) -> mmap.mmap:
             raise ConnectionError("peer rank 0 is lost: it ended before its memory was shared") from None
     try:
         mapped = mmap.mmap(file, num_bytes)
-        _exchanged(group, "mapped", "")
+        exchanged(group, "mapped", "")
     finally:
         os.close(file)
     return mapped
 
 
-def _exchanged(group: Group, key: str, value: str) -> list[str]:
+def exchanged(group: Group, key: str, value: str) -> list[str]:
     """What each rank has put under ``key`` (collective). Raises as ``_wait``."""
     group.store.set(f"{key}/{group.rank}", value)
     keys = [f"{key}/{rank}" for rank in range(group.size)]
@@ -239,4 +239,4 @@ def same_host(group: Group) -> list[str]:
         boot = file.read().strip()
     # Two containers, or two rehearsed hosts, run on the same kernel.
     spaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid", "user")]
-    return _exchanged(group, "host", "/".join([boot, *spaces]))
+    return exchanged(group, "host", "/".join([boot, *spaces]))

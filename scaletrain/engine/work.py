@@ -67,7 +67,7 @@ class Done(dist.Work):
         return self._outcome
 
     def get_future(self) -> torch.futures.Future:
-        future: torch.futures.Future = torch.futures.Future()
+        future = future_of([] if isinstance(self._outcome, BaseException) else self._outcome)
         future.set_result(self._outcome)
         return future.then(result_of)
 
@@ -133,6 +133,12 @@ class All(dist.Work):
 
     def synchronize(self) -> None:
         self.wait()
+
+
+def future_of(tensors: list[Tensor]) -> torch.futures.Future:
+    """For these tensors, or what went wrong: who waits for it waits for the streams on which they were made, too."""
+    devices = {tensor.device for tensor in tensors if not tensor.is_cpu}
+    return torch.futures.Future(devices=list(devices)) if devices else torch.futures.Future()
 
 
 def result_of(outcome: torch.futures.Future) -> list[Tensor]:

@@ -11,6 +11,8 @@ from scaletrain import plugins
 from scaletrain.engine.execute import Program, execute
 from scaletrain.engine.transport import Group, Receive
 from tests.engine import conformance
+from tests.gpu.test_shared_device import ddp
+from tests.parameter_server import job
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -61,3 +63,12 @@ def test_every_algorithm(size: int, tmp_path: Path):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_messages_follow_the_stream(tmp_path: Path):
     run_ranks(_streams, 2, str(tmp_path / "store"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("collective", ["auto", "ring", "tree"])
+def test_ddp_is_single_process_training(collective: str, tmp_path: Path):
+    """``auto`` is NCCL's own allreduce, an algorithm its schedule over NCCL's messages."""
+    for weights in run_ranks(ddp, 2, str(tmp_path / "store"), collective, True, timeout_s=100):
+        for weight, expected in zip(weights, job.single(12, 2), strict=True):
+            torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-4)

@@ -11,8 +11,8 @@ class Landing:
 
     __slots__ = ("_views", "memory")
 
-    def __init__(self, num_bytes: int):
-        self.memory = torch.empty(num_bytes, dtype=torch.uint8)
+    def __init__(self, num_bytes: int, pinned: bool = False):
+        self.memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
         self._views: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def like(self, tensor: Tensor) -> Tensor:

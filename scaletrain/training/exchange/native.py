@@ -2,8 +2,12 @@
 
 from typing import Annotated
 
+import torch.distributed as dist
 from annotated_types import Gt
 
+from scaletrain.engine.accelerator import shared
+from scaletrain.engine.transport import Group
+from scaletrain.errors import UserError
 from scaletrain.training.ddp import AllreduceExchange
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
@@ -11,4 +15,11 @@ from scaletrain.world import World
 
 def exchange(world: World, setup: Setup, *, bucket_mb: Annotated[float, Gt(0)] = 25.0) -> Exchange:
     backend = "nccl" if setup.device.type == "cuda" else "gloo"
+    if backend == "nccl" and shared(
+        Group(dist.PrefixStore("native/", setup.store), world.rank, world.size, setup.timeout)
+    ):
+        raise UserError(
+            "exchange: 'native' is NCCL on GPUs, which refuses workers that share one; use exchange: scheduled, which goes"
+            " through shared memory then, or one worker a GPU"
+        )
     return AllreduceExchange(world, setup, backend=backend, bucket_mb=bucket_mb)
