@@ -268,7 +268,7 @@ def _bound(
     moves between the ranks, 2(n - 1)/n of the message a rank, at the speed at which all ranks copy at once."""
     if bandwidth:
         from scaletrain.collectives.cost import Network, predict
-        from scaletrain.launching.rehearsal.cluster import bits_per_s
+        from scaletrain.launching.rehearsal.links import bits_per_s
 
         text = contender.partition(":")[2]
         # What has no schedule of its own, such as gloo, is held to the least that any allreduce moves through a port.

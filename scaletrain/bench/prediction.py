@@ -83,7 +83,7 @@ def _exchanges(
 def _results(data: Path, cores: int) -> dict[str, Any]:
     import numpy as np
 
-    from scaletrain.launching.rehearsal.cluster import bits_per_s, burst_bytes
+    from scaletrain.launching.rehearsal.links import bits_per_s, burst_bytes
     from scaletrain.scaling import emulated, proof
     from scaletrain.scaling.measure import read_run
     from scaletrain.scaling.network import preset

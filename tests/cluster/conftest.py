@@ -3,7 +3,7 @@
 import pytest
 
 from scaletrain.errors import UserError
-from scaletrain.launching.rehearsal import cluster
+from scaletrain.launching.rehearsal import machine
 from tests.cluster.commands import SHORT, train
 from tests.conftest import require
 
@@ -12,7 +12,7 @@ from tests.conftest import require
 def namespaces():
     """What emulated hosts need; without it a skip that says what is missing."""
     try:
-        cluster.check_machine()
+        machine.check()
     except UserError as missing:
         require("namespaces", False, str(missing))
 

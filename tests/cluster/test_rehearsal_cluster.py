@@ -1,6 +1,7 @@
 """Hosts in namespaces: they exist, their links carry what the bandwidth allows, faults bite, nothing is left behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scaletrain.errors import UserError
-from scaletrain.launching.rehearsal import Cluster, cluster
+from scaletrain.launching.rehearsal import Cluster, machine
 from tests.conftest import require
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("namespaces")]
@@ -125,11 +126,9 @@ def test_latency_delays_or_is_refused_by_name():
 
 
 def test_what_the_kernel_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
-    which = cluster.shutil.which
+    which = shutil.which
     with monkeypatch.context() as without:
-        without.setattr(
-            cluster.shutil, "which", lambda name, path=None: None if name == "iptables" else which(name, path=path)
-        )
+        without.setattr(shutil, "which", lambda name, path=None: None if name == "iptables" else which(name, path=path))
         with pytest.raises(UserError, match="loss: needs iptables"), Cluster(2, loss=0.1):
             pass
     monkeypatch.setattr(Cluster, "_has_netem", lambda self: False)
@@ -169,8 +168,8 @@ def test_kill_9_of_the_owner_leaves_nothing(program: str):
     owner.kill()
     owner.wait()
     assert gone(keeper_pid, 5) and gone(pid, 5)
-    assert len(cluster.remove_leftovers()) == 1  # its record
-    assert cluster.remove_leftovers() == []
+    assert len(machine.remove_leftovers()) == 1  # its record
+    assert machine.remove_leftovers() == []
 
 
 def test_leftovers_of_a_killed_owner_and_keeper_are_removed_at_the_next_start():

@@ -14,7 +14,7 @@ from scaletrain import plugins
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Companion, Job
 from scaletrain.launching.launchers import rehearsal
-from scaletrain.launching.rehearsal import cluster
+from scaletrain.launching.rehearsal import machine
 from tests.conftest import require
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
@@ -93,7 +93,7 @@ def test_options_are_read_from_the_signature():
 @pytest.fixture
 def namespaces():
     try:
-        cluster.check_machine()
+        machine.check()
     except UserError as missing:
         require("namespaces", False, str(missing))
 

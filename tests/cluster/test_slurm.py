@@ -274,12 +274,12 @@ def test_pmix_over_hosts(slurm: Slurm, alone: dict, tmp_path: Path):
     """``srun --mpi=pmix`` over two nodes that are hosts of their own (network namespaces)."""
     from scaletrain import config
     from scaletrain.errors import UserError
-    from scaletrain.launching.rehearsal import Cluster, cluster
+    from scaletrain.launching.rehearsal import Cluster, machine
 
     if "pmix" not in slurm.run("srun", "--mpi=list"):
         pytest.skip("this SLURM has no --mpi=pmix")
     try:
-        cluster.check_machine()
+        machine.check()
     except UserError as missing:
         require("namespaces", False, str(missing))
     run_dir = tmp_path / "run"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scaletrain.errors import UserError
-from scaletrain.launching.rehearsal import Cluster, cluster
+from scaletrain.launching.rehearsal import Cluster, machine
 from tests.cluster.commands import DIGITS, SHORT, clean, command, gone, step_of, summary, train, until
 from tests.conftest import require
 
@@ -19,7 +19,7 @@ SLOW = str(Path(__file__).with_name("slow_digits.yaml"))
 
 def hosts(count: int) -> Cluster:
     try:
-        cluster.check_machine()
+        machine.check()
     except UserError as missing:
         require("namespaces", False, str(missing))
     return Cluster(count, bandwidth=None)

@@ -11,26 +11,20 @@ and IPC; files are shared, as on a cluster with a network file system. What runs
 
 import json
 import os
-import re
 import secrets
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaletrain.errors import UserError
-from scaletrain.launching.rehearsal import keeper
+from scaletrain.launching.rehearsal import keeper, machine
+from scaletrain.launching.rehearsal.links import bits_per_s, burst_bytes, seconds
 
 MAX_HOSTS = 250
 INTERFACE = "eth0"
-MARK = "SCALETRAIN_CLUSTER"  # in the environment of everything started on a host: how leftovers are known
 CONGESTION_CONTROL = "reno"
-_SETUP_S = 60.0
-_CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
 # What libraries must be told so that they use the link, and nothing else, between processes.
 _ENVIRONMENT = {
@@ -81,23 +75,25 @@ class Cluster:
         self.id = secrets.token_hex(4)
         self.names = tuple(f"h{i}" for i in range(hosts))
         self.addresses = tuple(f"10.77.0.{i + 1}" for i in range(hosts))
-        self._user = not _privileged()
+        self._user = not machine.privileged()
         self._keeper: subprocess.Popen[str] | None = None
         self._switch, self._pids = 0, (0,) * hosts
 
     # --- life ---------------------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> "Cluster":
-        check_machine()
-        remove_leftovers()
-        record = _records() / f"{self.id}.json"
-        hosts_file = _records() / f"{self.id}.hosts"
+        machine.check()
+        machine.remove_leftovers()
+        record = machine.records() / f"{self.id}.json"
+        hosts_file = machine.records() / f"{self.id}.hosts"
         lines = ["127.0.0.1 localhost"]
         for address, name in zip(self.addresses, self.names, strict=True):
             # IPv6 sockets see the second form; without it each accepted connection would wait for a name server.
             lines += [f"{address} {name}", f"::ffff:{address} {name}"]
         hosts_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        record.write_text(json.dumps({"owner": os.getpid(), "started": _start_time(os.getpid())}), encoding="utf-8")
+        record.write_text(
+            json.dumps({"owner": os.getpid(), "started": machine.start_time(os.getpid())}), encoding="utf-8"
+        )
         request = {"hosts": self.names, "hosts_file": str(hosts_file), "user": self._user}
         self._keeper = subprocess.Popen(
             [sys.executable, "-I", keeper.__file__, json.dumps(request)],
@@ -125,7 +121,7 @@ class Cluster:
             assert self._keeper.stdin and self._keeper.stdout and self._keeper.stderr
             self._keeper.stdin.close()
             try:
-                self._keeper.wait(_SETUP_S)
+                self._keeper.wait(machine.SETUP_S)
             except subprocess.TimeoutExpired:  # its death takes the namespaces' holders along
                 self._keeper.kill()
                 self._keeper.wait()
@@ -133,13 +129,13 @@ class Cluster:
             self._keeper.stderr.close()
             self._keeper = None
         for suffix in ("json", "hosts"):
-            (_records() / f"{self.id}.{suffix}").unlink(missing_ok=True)
+            (machine.records() / f"{self.id}.{suffix}").unlink(missing_ok=True)
 
     # --- running --------------------------------------------------------------------------------------------------------------------
 
     def environment(self, host: int) -> dict[str, str]:
         """Variables that a process on this host is started with (``command`` sets them)."""
-        return {**_ENVIRONMENT, "SCALETRAIN_HOST": self.names[host], MARK: self.id}
+        return {**_ENVIRONMENT, "SCALETRAIN_HOST": self.names[host], machine.MARK: self.id}
 
     def command(self, host: int, argv: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[str, ...]:
         """The command line that runs ``argv`` on a host, in this directory; the process started is ``argv`` itself (no fork)."""
@@ -176,7 +172,7 @@ class Cluster:
 
     def counters(self) -> list[Traffic]:
         """Each host's traffic so far, counted at the switch."""
-        text = _output([*self._enter(self._switch), "cat", "/proc/net/dev"])
+        text = machine.output([*self._enter(self._switch), "cat", "/proc/net/dev"])
         fields = {line.split(":")[0].strip(): line.split(":")[1].split() for line in text.splitlines() if ":" in line}
         dropped = [self._dropped(pid) for pid in self._pids] if self.loss else [0] * len(self.names)
         return [Traffic(int(fields[f"p{i}"][0]), int(fields[f"p{i}"][8]), n) for i, n in enumerate(dropped)]
@@ -248,24 +244,24 @@ class Cluster:
             )
         else:
             subprocess.run(
-                [*self._enter(pid), *_tool("tc"), "qdisc", "del", "dev", device, "root"], capture_output=True
+                [*self._enter(pid), *machine.tool("tc"), "qdisc", "del", "dev", device, "root"], capture_output=True
             )
         if delay_s:
             parent = "parent 1:1" if rate else "root"
             commands.append(f"qdisc replace dev {device} {parent} netem delay {delay_s * 1e6:.0f}us limit 100000")
         if commands:
-            _batch([*self._enter(pid), *_tool("tc"), "-batch", "-"], commands)
+            machine.batch([*self._enter(pid), *machine.tool("tc"), "-batch", "-"], commands)
 
     def _steady_tcp(self, pid: int) -> None:
         """Reno, which a namespace may always choose. The machine's own may be BBR, which guesses a token bucket's rate and paces below it:
         exchanges in both directions then took 10 % longer, and varied. Where /proc/sys is not writable the machine's own stays."""
         choose = f"echo {CONGESTION_CONTROL} > /proc/sys/net/ipv4/tcp_congestion_control"
-        subprocess.run([*self._enter(pid), "sh", "-c", choose], capture_output=True, timeout=_SETUP_S)
+        subprocess.run([*self._enter(pid), "sh", "-c", choose], capture_output=True, timeout=machine.SETUP_S)
 
     def _has_netem(self) -> bool:
         probe = [
             *self._enter(self._switch),
-            *_tool("tc"),
+            *machine.tool("tc"),
             "qdisc",
             "replace",
             "dev",
@@ -275,15 +271,18 @@ class Cluster:
             "delay",
             "1ms",
         ]
-        return subprocess.run(probe, capture_output=True, timeout=_SETUP_S).returncode == 0
+        return subprocess.run(probe, capture_output=True, timeout=machine.SETUP_S).returncode == 0
 
     def _drop(self, pid: int) -> None:
         """Packets are dropped where they enter the host. Without netem that takes iptables."""
-        if not shutil.which("iptables", path=_PATH):
+        if not shutil.which("iptables", path=machine.PATH):
             raise UserError("loss: needs iptables (apt install iptables)")
         rule = f"-A INPUT -i {INTERFACE} -m statistic --mode random --probability {self.loss} -j DROP"
         done = subprocess.run(
-            [*self._enter(pid), *_tool("iptables"), *rule.split()], capture_output=True, text=True, timeout=_SETUP_S
+            [*self._enter(pid), *machine.tool("iptables"), *rule.split()],
+            capture_output=True,
+            text=True,
+            timeout=machine.SETUP_S,
         )
         if done.returncode != 0:
             raise UserError(
@@ -291,130 +290,15 @@ class Cluster:
             )
 
     def _dropped(self, pid: int) -> int:
-        text = _output([*self._enter(pid), *_tool("iptables"), "--list", "INPUT", "--verbose", "--exact", "--numeric"])
+        text = machine.output(
+            [*self._enter(pid), *machine.tool("iptables"), "--list", "INPUT", "--verbose", "--exact", "--numeric"]
+        )
         return next(int(line.split()[0]) for line in text.splitlines() if "DROP" in line.split()[2:3])
 
     def _enter(self, pid: int, all_namespaces: bool = False) -> list[str]:
         user = ["--user", "--preserve-credentials"] if self._user else []
         more = ["--uts", "--mount", "--ipc"] if all_namespaces else []
-        return [*_tool("nsenter"), f"--target={pid}", *user, "--net", *more, "--"]
+        return [*machine.tool("nsenter"), f"--target={pid}", *user, "--net", *more, "--"]
 
     def _ip(self, pid: int, commands: list[str]) -> None:
-        _batch([*self._enter(pid), *_tool("ip"), "-batch", "-"], commands)
-
-
-def check_machine() -> None:
-    """Raises ``UserError`` if no cluster can be rehearsed here, saying what is missing."""
-    if not sys.platform.startswith("linux"):
-        raise UserError(f"a rehearsal cluster needs Linux (this is {sys.platform})")
-    for tool, package in (("ip", "iproute2"), ("tc", "iproute2"), ("nsenter", "util-linux"), ("env", "coreutils")):
-        if not shutil.which(tool, path=_PATH):
-            raise UserError(f"a rehearsal cluster needs {tool} (apt install {package})")
-    probe = [
-        "unshare",
-        "--net",
-        "--uts",
-        "--mount",
-        "--ipc",
-        *([] if _privileged() else ["--user", "--map-root-user"]),
-        "true",
-    ]
-    done = subprocess.run(probe, capture_output=True, text=True, timeout=_SETUP_S)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["refused"])[0]
-        raise UserError(
-            f"a rehearsal cluster needs root, or unprivileged user namespaces, which are not allowed here ({reason});"
-            " an administrator can allow them: sysctl kernel.unprivileged_userns_clone=1, or"
-            " kernel.apparmor_restrict_unprivileged_userns=0"
-        )
-
-
-def remove_leftovers() -> list[str]:
-    """End what owners that were killed have left running; returns their clusters' ids.
-
-    Namespaces end with their last process, so only processes can be left. They are known by the mark in their environment.
-    """
-    dead = []
-    for record in _records().glob("*.json"):
-        try:
-            owner = json.loads(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # another start is removing or writing it right now
-            continue
-        if _start_time(owner["owner"]) != owner["started"]:
-            dead.append(record.stem)
-    marks = {f"{MARK}={name}".encode() for name in dead}
-    for entry in os.listdir("/proc") if marks else []:
-        try:
-            if entry.isdigit() and marks & set(Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")):
-                os.kill(int(entry), signal.SIGKILL)
-        except OSError:
-            continue
-    for name in dead:
-        for suffix in ("json", "hosts"):
-            (_records() / f"{name}.{suffix}").unlink(missing_ok=True)
-    return dead
-
-
-def bits_per_s(bandwidth: str) -> float:
-    """``1Gbit`` -> 1e9. Raises ``UserError`` for what is not a rate."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)bit(?:/s)?", bandwidth.strip(), re.IGNORECASE)
-    if not match or float(match[1]) == 0:
-        raise UserError(f"bandwidth: {bandwidth!r} is not a rate (allowed: 1Gbit, 100Mbit, 2.5Gbit, ...)")
-    return float(match[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()]
-
-
-def burst_bytes(rate: float) -> int:
-    """A link's token bucket: 2 ms of its rate in bits a second, and at least one of TCP's large packets with the framing of the 45 that it
-    stands for. A bucket that is smaller takes them apart, and 16 busy hosts are then more small packets than two cores can pass on."""
-    return max(round(rate / 8 * 0.002), 72 * 1024)
-
-
-def seconds(latency: str) -> float:
-    """``100us`` -> 1e-4. Raises ``UserError`` for what is not a duration."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s)", str(latency).strip()) if str(latency) != "0" else None
-    if str(latency) == "0":
-        return 0.0
-    if not match:
-        raise UserError(f"latency: {latency!r} is not a duration (allowed: 0, 100us, 1.5ms, 0.1s, ...)")
-    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
-
-
-_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])  # ip and tc live there
-
-
-def _tool(name: str) -> list[str]:
-    return [shutil.which(name, path=_PATH) or name]
-
-
-def _records() -> Path:
-    """Where owners of clusters leave their records: this user's own folder."""
-    folder = Path("/tmp") / f"scaletrain-rehearsal-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise UserError(f"{folder}: belongs to somebody else; a rehearsal keeps its owner records there")
-    return folder
-
-
-def _privileged() -> bool:
-    """Whether this process may make namespaces as it is; otherwise a user namespace of its own is needed (root in most containers)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    effective = int(re.search(r"^CapEff:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
-    return all(effective >> capability & 1 for capability in (_CAP_NET_ADMIN, _CAP_SYS_ADMIN))
-
-
-def _start_time(pid: int) -> int | None:
-    """When a process started (clock ticks since boot); with its id it names a process for good. ``None``: there is none."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return None
-
-
-def _output(argv: Sequence[str]) -> str:
-    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=_SETUP_S).stdout
-
-
-def _batch(argv: Sequence[str], commands: Sequence[str]) -> None:
-    done = subprocess.run(argv, input="\n".join(commands) + "\n", capture_output=True, text=True, timeout=_SETUP_S)
-    if done.returncode != 0:
-        raise RuntimeError(f"{shlex.join(argv)}: {done.stderr.strip()}\n" + "\n".join(commands))
+        machine.batch([*self._enter(pid), *machine.tool("ip"), "-batch", "-"], commands)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from scaletrain.errors import UserError, unknown
-from scaletrain.launching.rehearsal.cluster import bits_per_s
+from scaletrain.launching.rehearsal.links import bits_per_s
 
 ACTIONS = {
     "cut": "the host's cable is pulled",
