@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow  # every mistake is a command of its own
 DIGITS = str(ROOT / "examples" / "digits.yaml")
 SIMULATE = ["simulate", "--model", "nin", "--batch", "64", "--sample-ms", "5", "--workers", "2"]
 REHEARSE = ["train", DIGITS, "--workers", "2", "--launcher", "rehearsal"]

@@ -123,6 +123,7 @@ def test_a_directory_of_another_sweep_is_not_mixed_with_this_one(config, tmp_pat
         make(config, out)
 
 
+@pytest.mark.slow
 def test_a_cell_that_takes_too_long_is_stopped(config, tmp_path, started):
     out = tmp_path / "out"
     plan = make(config, out, ("star",), (1,), cell_timeout_s=1.0, repeats=1)

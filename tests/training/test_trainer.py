@@ -5,6 +5,7 @@ an exchange that loses or doubles a contribution (every rank's share is differen
 """
 
 import json
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,33 @@ def test_resume_goes_on_as_if_never_stopped_with_another_number_of_workers(alone
     torch.testing.assert_close(losses(results, 50), losses([alone], 50)[4:], rtol=1e-4, atol=1e-5)
     assert [record.step for record in read_records(records_path(tmp_path, 0))] == list(range(6))
     assert [record.step for record in read_records(records_path(tmp_path, 2))] == [4, 5]
+
+
+def _one_is_late(rank: int, size: int, exchange: str, run_dir: Path) -> None:
+    make = workload.build
+
+    def late(*arguments: Any) -> workload.Workload:
+        made = make(*arguments)
+
+        def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.2 * rank)
+            return made.loss(output, target)
+
+        return made._replace(loss=loss)
+
+    workload.build = late
+    train(rank, size, JOB | {"exchange": exchange}, run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["native", "scheduled"])
+def test_who_is_early_records_how_long_it_waited_for_gradients(exchange: str, tmp_path: Path):
+    run_ranks(_one_is_late, 2, exchange, tmp_path)
+    early, late = (list(read_records(records_path(tmp_path, rank)))[2:] for rank in (0, 1))
+    for record in early:
+        assert 0.1 < record.exchange["wait_in_backward_s"] < record.backward_s
+    for record in late:
+        assert record.exchange["wait_in_backward_s"] < 0.1
 
 
 def test_records_add_up(tmp_path: Path):
