@@ -31,6 +31,9 @@ _ROUNDS = 3
 _FAR_BEHIND = 2.0  # a candidate that the model puts this far behind the best is not timed
 _BEHIND = 1.25  # one that was never closer to the fastest than this leaves the race
 _PROBE_BYTES = 1 << 20
+_AS_FAST = (
+    1.05  # few timings do not tell such candidates apart: the wire's own allreduce leaves computation more of the cores
+)
 _SAME_WIRE = 1.7  # a kept calibration is used when the probe takes no more than this much longer or shorter than it did
 
 
@@ -56,7 +59,10 @@ class Tuning(NamedTuple):
         return at_a + (at_b - at_a) * (num_bytes - a) / (b - a) if num_bytes > sizes[0] else times[0]
 
     def choose(self, num_bytes: int) -> Choice:
-        return min(self.seconds, key=lambda choice: self.predict(choice, num_bytes))
+        expected = {choice: self.predict(choice, num_bytes) for choice in self.seconds}
+        as_fast = [choice for choice, s in expected.items() if s <= _AS_FAST * min(expected.values())]
+        own = [choice for choice in as_fast if choice.collective == "native"]
+        return own[0] if own else min(as_fast, key=expected.__getitem__)
 
 
 def tune(engine: "Engine", group: Group, candidates: list[Choice], transport: str, hosts: list[str]) -> Tuning:

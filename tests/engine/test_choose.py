@@ -29,6 +29,13 @@ def test_between_sizes_a_line_is_drawn_and_the_lowest_is_chosen():
     assert [tuning.choose(n) for n in (1, SIZES[1], SIZES[2], 100 << 20)] == [DIRECT, DIRECT, RING, RING]
 
 
+def test_of_equals_the_wires_own_allreduce_is_chosen():
+    own = Choice(NATIVE, 1)
+    for seconds, chosen in ((10.4, own), (10.6, RING)):
+        assert Tuning({RING: (10.0,) * 5, own: (seconds,) * 5, DIRECT: (11.0,) * 5}, 1.0).choose(1 << 20) == chosen
+    assert Tuning({RING: (10.0,) * 5, DIRECT: (9.9,) * 5}, 1.0).choose(1 << 20) == DIRECT
+
+
 def test_a_slow_wire_is_measured_at_fewer_sizes():
     tuning = Tuning({DIRECT: (1.0, 2.0, 10.0), RING: (5.0, 5.0, 6.0)}, 1.0)
     assert tuning.choose(100 << 20) == RING and tuning.predict(RING, 2 * SIZES[2] - SIZES[1]) == 7.0
