@@ -51,7 +51,7 @@ class AllreduceExchange(Exchange):
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         self._optimizer = optimizer
         if self._device.type == "cpu":  # on CUDA backward is only enqueued when its hooks run
-            for parameter in model.parameters():
+            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
         self._ddp = DistributedDataParallel(model, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True)
         if spans.on():

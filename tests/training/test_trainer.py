@@ -106,6 +106,7 @@ def _one_is_late(rank: int, size: int, exchange: str, run_dir: Path) -> None:
 
     def late(*arguments: Any) -> workload.Workload:
         made = make(*arguments)
+        next(iter(made.model.parameters())).requires_grad_(False)  # frozen ones make no gradients to wait for
 
         def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             time.sleep(0.2 * rank)
