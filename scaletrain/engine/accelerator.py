@@ -11,9 +11,7 @@ from scaletrain.engine.segment import exchanged
 from scaletrain.engine.transport import Group, Reduce
 from scaletrain.engine.transport.landing import Landing
 
-_PART_BYTES = (
-    8 << 20
-)  # of a message: copied to the host while the part before it is summed, and back while the next one is
+_PART_BYTES = 8 << 20  # of a message: one part is copied while another is summed
 
 
 def shared(group: Group) -> bool:
@@ -43,7 +41,7 @@ class AcceleratorLane(Lane):
         self._host = Landing(0)
 
     def _task(self, future: torch.futures.Future, tensors: list[Tensor], *what: Any) -> Any:
-        made = self._module.current_stream().record_event() if self._accelerated else None
+        made = self._now().record_event()
 
         def task() -> None:
             with self._module.stream(self._stream):

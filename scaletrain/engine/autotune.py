@@ -31,9 +31,7 @@ _ROUNDS = 3
 _FAR_BEHIND = 2.0  # a candidate that the model puts this far behind the best is not timed
 _BEHIND = 1.25  # one that was never closer to the fastest than this leaves the race
 _PROBE_BYTES = 1 << 20
-_AS_FAST = (
-    1.05  # few timings do not tell such candidates apart: the wire's own allreduce leaves computation more of the cores
-)
+_AS_FAST = 1.05  # few timings do not tell these apart: the wire's own allreduce leaves computation more of the cores
 _SAME_WIRE = 1.7  # a kept calibration is used when the probe takes no more than this much longer or shorter than it did
 
 
@@ -60,9 +58,9 @@ class Tuning(NamedTuple):
 
     def choose(self, num_bytes: int) -> Choice:
         expected = {choice: self.predict(choice, num_bytes) for choice in self.seconds}
-        as_fast = [choice for choice, s in expected.items() if s <= _AS_FAST * min(expected.values())]
-        own = [choice for choice in as_fast if choice.collective == "native"]
-        return own[0] if own else min(as_fast, key=expected.__getitem__)
+        fastest = min(expected, key=expected.__getitem__)
+        own = (choice for choice in expected if choice.collective == "native")
+        return next((choice for choice in own if expected[choice] <= _AS_FAST * expected[fastest]), fastest)
 
 
 def tune(engine: "Engine", group: Group, candidates: list[Choice], transport: str, hosts: list[str]) -> Tuning:

@@ -120,9 +120,8 @@ class ProcessGroup(dist.ProcessGroup):
         """To gloo itself for tensors on the CPU. The same method of torch's class keeps the interpreter lock while it waits for gloo's
         thread, which may wait for that lock to let go of a tensor: ranks hang for ever, now and then."""
         on_cpu = all(tensor.device.type == "cpu" for tensor in _tensors(arguments))
-        if on_cpu and name == "barrier" and torch.cuda.is_available():
-            on_cpu = False  # it waits for what the devices are doing
-        if on_cpu or (torch.cuda.is_available() and self._shares_device()):
+        for_devices = name == "barrier" and torch.cuda.is_available()  # waits for what they are doing, too
+        if (on_cpu and not for_devices) or (torch.cuda.is_available() and self._shares_device()):
             of_gloo = _GLOO_NAMES.get(name, name)
             work = getattr(self._gloo, of_gloo)(*arguments, **options)
             if name in _POINT_TO_POINT:

@@ -17,9 +17,7 @@ class Step(NamedTuple):
     input_s: float
     compute_s: float  # forward and backward
     update_s: float
-    waited_s: float | None = (
-        None  # within ``compute_s``: for the others' gradients, after the last of its own; None: not known
-    )
+    waited_s: float | None = None  # within ``compute_s``: after the last gradient of its own; None: not known
 
 
 class Cause(NamedTuple):

@@ -160,14 +160,11 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
     row["step_s_min"] = min(steps)
     row |= {f"step_s_p{percent}": value for percent, value in percentiles(steps, PERCENTS).items()}
     row |= {part: float(np.mean([run.part_s(part) for run in runs])) for part in PARTS}
-    for key, told in (
-        ("bytes_sent", [run.sent_bytes for run in runs]),
-        ("wait_in_backward_s", [run.waited_s for run in runs]),
-    ):
-        values = [value for value in told if value is not None]
-        row[key] = float(np.mean(values)) if values else None
-    for key in ("final_loss", "test_accuracy", "target_step", "target_s"):
-        values = [run.summary[key] for run in runs if run.summary.get(key) is not None]
+    summed_up = ("final_loss", "test_accuracy", "target_step", "target_s")
+    told = {key: [run.summary.get(key) for run in runs] for key in summed_up}
+    told |= {"bytes_sent": [run.sent_bytes for run in runs], "wait_in_backward_s": [run.waited_s for run in runs]}
+    for key, of_runs in told.items():
+        values = [value for value in of_runs if value is not None]
         row[key] = float(np.mean(values)) if values else None
     row["gradient_bytes"] = next((run.gradient_bytes for run in runs if run.gradient_bytes), None)
     row["emulation"] = next((text for run in runs if (text := _emulation(run.summary))), None)

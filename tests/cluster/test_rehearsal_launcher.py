@@ -14,8 +14,6 @@ from scaletrain import plugins
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Companion, Job
 from scaletrain.launching.launchers import rehearsal
-from scaletrain.launching.rehearsal import machine
-from tests.conftest import require
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
 EMULATED = """
@@ -88,14 +86,6 @@ def test_options_are_read_from_the_signature():
     assert schema is not None
     made = schema.model_validate({"straggler": {3: 2.0}, "faults": [{"at_step": 20, "cut": 3}], "bandwidth": None})
     assert made.model_dump()["straggler"] == {3: 2.0} and made.model_dump()["hosts"] is None
-
-
-@pytest.fixture
-def namespaces():
-    try:
-        machine.check()
-    except UserError as missing:
-        require("namespaces", False, str(missing))
 
 
 def train(config: Path, run_dir: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -15,9 +15,9 @@ def bits_per_s(bandwidth: str) -> float:
 
 def seconds(latency: str) -> float:
     """``100us`` -> 1e-4. Raises ``UserError`` for what is not a duration."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s)", str(latency).strip()) if str(latency) != "0" else None
     if str(latency) == "0":
         return 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s)", str(latency).strip())
     if not match:
         raise UserError(f"latency: {latency!r} is not a duration (allowed: 0, 100us, 1.5ms, 0.1s, ...)")
     return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
