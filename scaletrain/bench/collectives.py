@@ -17,7 +17,7 @@ from scaletrain import config, metrics, plugins
 from scaletrain.errors import UserError, unknown
 from scaletrain.scaling import results as pages
 
-PEERS = ("gloo", "mpi", "horovod", "nccl")
+PEERS = {"cpu": ("gloo", "mpi", "horovod"), "cuda": ("gloo", "nccl")}  # by where the tensors are
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -71,7 +71,11 @@ def _list(context: click.Context, parameter: click.Parameter, text: str) -> tupl
     "--sizes", default="4K,64K,1M,25M", show_default=True, callback=_sizes, help="Message sizes in bytes; float32."
 )
 @click.option(
-    "--peers", default="gloo", show_default=True, callback=_list, help="gloo, mpi, horovod, nccl; empty for none."
+    "--peers",
+    default="gloo",
+    show_default=True,
+    callback=_list,
+    help="gloo, mpi, horovod; gloo, nccl with --device cuda; empty for none.",
 )
 @click.option(
     "--repeats", default=3, show_default=True, type=click.IntRange(1), help="Rounds over all contenders, interleaved."
@@ -84,6 +88,13 @@ def _list(context: click.Context, parameter: click.Parameter, text: str) -> tupl
     default=False,
     show_default=True,
     help="Keep each worker (Horovod's excepted: it has a second thread) on a core of its own, where the cores suffice.",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where the tensors are. Workers take the GPUs in turn, and share them where there are fewer.",
 )
 @click.option("--bandwidth", help="Emulate hosts: one a worker, links of this rate (such as 1Gbit), by `rehearsal`.")
 @click.option(
@@ -106,6 +117,7 @@ def command(
     repeats: int,
     seconds: float,
     bind: bool,
+    device: str,
     bandwidth: str | None,
     mpi_python: tuple[str, ...],
     horovod_python: str | None,
@@ -116,8 +128,8 @@ def command(
     Every contender runs in each of --repeats rounds, so that a slow minute of the machine hits all alike. Times are the slowest rank's.
     """
     for peer in peers:
-        if peer not in PEERS:
-            raise unknown("--peers", peer, PEERS)
+        if peer not in PEERS[device]:
+            raise unknown(f"--peers with --device {device}", peer, PEERS[device])
     if algorithms == ("all",):
         algorithms = ("auto", "native", *plugins.names("collective"))
     for name in algorithms:
@@ -133,7 +145,7 @@ def command(
     header = {
         **metrics.environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "repeats": repeats,
         "network": f"EMULATED: one host a worker in network namespaces, {bandwidth} links" if bandwidth else "one host",
-        "bound": bind,
+        "bound": bind, "devices": [],
     }  # fmt: skip
     rows: list[Row] = []
     notes: list[str] = []
@@ -143,13 +155,16 @@ def command(
             for name, run in _worlds(ours, peers, mpi_python, horovod_python, bandwidth):
                 click.echo(f"{count} workers, round {repeat + 1} of {repeats}: {name}", err=True)
                 try:
-                    results = run({"sizes": sizes, "seconds": seconds, "bind": bind}, count)
+                    results = run({"sizes": sizes, "seconds": seconds, "bind": bind, "device": device}, count)
                 except (RuntimeError, UserError) as error:
                     notes.append(f"{name}, {count} workers: {error}")
                     continue
+                header["devices"] = sorted({*header["devices"], *(result.get("device", "cpu") for result in results)})
                 for result in results:
                     found.setdefault((result["contender"], result["size_bytes"]), []).append(result)
         rows += _rows(found, count, bandwidth)
+    if not rows:
+        raise UserError(f"nothing could be measured: {'; '.join(dict.fromkeys(notes))}")
     text = table(rows, header, notes)
     click.echo(text)
     if out:
@@ -283,7 +298,8 @@ def table(rows: Sequence[Row], header: dict[str, Any], notes: Sequence[str]) -> 
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v)
     lines = [
         f"# Allreduce, {header['network']}", "",
-        f"{header['processor']}, {header['cores']} cores, {header['os']}; {versions}; commit {header['commit']}; {header['time']}.",
+        f"{header['processor']}, {header['cores']} cores, {header['os']}; tensors on {', '.join(header['devices'])}; "
+        f"{versions}; commit {header['commit']}; {header['time']}.",
         f"Workers {'are each bound to a core, where the cores suffice' if header['bound'] else 'run where the system puts them'}. "
         "Times of the slowest rank, in milliseconds. busbw = size / time x 2(n - 1)/n. bound: see `scaletrain/bench/collectives.py`.", "",
         "| workers | size | count | type | contender | ran | p50 | p95 | min | max | algbw GB/s | busbw GB/s | bound | p50 / bound | wrong |",

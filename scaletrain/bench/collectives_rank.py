@@ -25,6 +25,12 @@ def main(folder: Path) -> None:
     timeout = timedelta(seconds=300)
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    device = torch.device("cpu")
+    if task["device"] == "cuda":
+        device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+        if "nccl" in task["contenders"] and torch.cuda.device_count() < size:
+            raise RuntimeError(f"NCCL refuses workers that share a GPU, and there is not one for each of {size}")
     groups: dict[str, Any] = {}
     for name in task["contenders"]:
         if name in ("gloo", "nccl"):
@@ -36,13 +42,11 @@ def main(folder: Path) -> None:
     results = []
     for num_bytes in task["sizes"]:
         for name, group in groups.items():
-            device = "cuda" if name == "nccl" else "cpu"
             tensor = torch.empty(max(1, num_bytes // 4), device=device)
 
-            def allreduce(tensor: torch.Tensor = tensor, group: Any = group, device: str = device) -> None:
+            def allreduce(tensor: torch.Tensor = tensor, group: Any = group) -> None:
                 dist.all_reduce(tensor, group=group)
-                if device == "cuda":
-                    torch.cuda.synchronize()
+                finish(tensor)
 
             wrong = 0
             for _ in range(2):  # also opens connections, and lets `auto` calibrate
@@ -57,13 +61,22 @@ def main(folder: Path) -> None:
                 [choice] = group.record(tensor.nbytes)["chosen"].values()
                 ran = choice["collective"] + (f" in {choice['segments']} parts" if choice["segments"] > 1 else "")
                 source = torch.empty_like(tensor)
-                copies = measure(lambda s=source, t=tensor: t.copy_(s), dist.barrier, 0.05, _agree(size))
+                copies = measure(lambda s=source, t=tensor: finish(t.copy_(s)), dist.barrier, 0.05, _agree(size))
                 copy = num_bytes / sorted(copies)[len(copies) // 2]
             result = {"contender": name, "size_bytes": num_bytes, "times_s": times, "wrong": wrong}
-            results.append({**result, "copy_bytes_per_s": copy, "ran": ran})
+            kind = torch.cuda.get_device_name(device) if tensor.is_cuda else "cpu"
+            results.append({**result, "copy_bytes_per_s": copy, "ran": ran, "device": kind})
     folder.joinpath(f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def finish(tensor: Any) -> None:
+    """Wait until the device has made it."""
+    import torch
+
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
 
 
 def _agree(size: int) -> Callable[[float], float]:

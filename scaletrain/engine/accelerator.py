@@ -1,5 +1,6 @@
 """Allreduces of tensors on an accelerator: in the order of its streams; over NCCL, or through the host's memory where ranks share a device."""
 
+import os
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ _PART_BYTES = 8 << 20  # of a message: one part is copied while another is summe
 
 
 def shared(group: Group) -> bool:
-    """Whether several ranks use one CUDA device, which NCCL refuses (collective). Raises as ``exchanged``."""
-    mine = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    """Whether several ranks of one host use one CUDA device, which NCCL refuses (collective). Raises as ``exchanged``."""
+    # NCCL takes ranks for ranks of other hosts where NCCL_HOSTID says so.
+    mine = f"{os.environ.get('NCCL_HOSTID', '')} {torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     return len(set(exchanged(group, "device", mine))) < group.size
 
 

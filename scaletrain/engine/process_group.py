@@ -27,7 +27,7 @@ from scaletrain.engine.accelerator import AcceleratorLane, shared
 from scaletrain.engine.choose import NATIVE, check
 from scaletrain.engine.lane import DTYPES, OPERATIONS, Lane, Operation
 from scaletrain.engine.roll_call import RollCall
-from scaletrain.engine.transport import Group
+from scaletrain.engine.transport import Group, nccl
 from scaletrain.engine.work import All, Forwarded
 from scaletrain.errors import UserError
 
@@ -57,9 +57,10 @@ class ProcessGroup(dist.ProcessGroup):
         self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo/", store), rank, size, timeout)
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._gloo)
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        self._nccl: Any = None
         if torch.cuda.is_available() and dist.is_nccl_available():
-            nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl/", store), rank, size)
-            self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
+            self._nccl = nccl.backend(Group(dist.PrefixStore("nccl/", store), rank, size, timeout))
+            self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, self._nccl)
             self._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
         self._roll_call = RollCall(store, rank, size, timeout)
         self._lanes: dict[str, Lane | None] = {}  # by kind of device; none: left to NCCL
@@ -92,14 +93,14 @@ class ProcessGroup(dist.ProcessGroup):
         return self._lanes[kind]
 
     def _accelerator_lane(self) -> Lane | None:
-        (collective, transport), nccl = self._options, dist.is_nccl_available() and not self._shares_device()
+        (collective, transport), over_nccl = self._options, self._nccl is not None and not self._shares_device()
         wire = transport.partition(":")[0]
-        if wire == "nccl" and not nccl:
+        if wire == "nccl" and not over_nccl:
             raise UserError(
                 "transport 'nccl': several ranks share a GPU, which NCCL refuses, or this torch was built without it"
                 " (allowed here: auto, shared_memory, gloo)"
             )
-        if nccl and wire in ("auto", "nccl"):
+        if over_nccl and wire in ("auto", "nccl"):
             if collective in ("auto", NATIVE):
                 return None
             transport, staged = "nccl", False
@@ -117,18 +118,18 @@ class ProcessGroup(dist.ProcessGroup):
         return self._device_shared
 
     def _forward(self, name: str, *arguments: Any, **options: Any) -> dist.Work:
-        """To gloo itself for tensors on the CPU. The same method of torch's class keeps the interpreter lock while it waits for gloo's
-        thread, which may wait for that lock to let go of a tensor: ranks hang for ever, now and then."""
-        on_cpu = all(tensor.device.type == "cpu" for tensor in _tensors(arguments))
-        for_devices = name == "barrier" and torch.cuda.is_available()  # waits for what they are doing, too
-        if (on_cpu and not for_devices) or (torch.cuda.is_available() and self._shares_device()):
-            of_gloo = _GLOO_NAMES.get(name, name)
-            work = getattr(self._gloo, of_gloo)(*arguments, **options)
-            if name in _POINT_TO_POINT:
-                return work
-            number, plain = self._roll_call.next(), of_gloo.removeprefix("_").removesuffix("_base")
-            return Forwarded(work, lambda error: self._roll_call.explain(plain, number, error))
-        return getattr(super(), name)(*arguments, **options)
+        """To gloo or NCCL themselves: the same method of torch's class comes back to ours, or keeps the interpreter lock while it waits for
+        gloo's thread, which may wait for that lock to let go of a tensor: ranks hang for ever, now and then."""
+        if name == "barrier" and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # a barrier waits for what devices are doing, too
+        on_cpu = all(tensor.is_cpu for tensor in _tensors(arguments))
+        over_nccl = not on_cpu and self._nccl is not None and not self._shares_device()
+        theirs = _BACKENDS_NAMES.get(name, name)
+        work = getattr(self._nccl if over_nccl else self._gloo, theirs)(*arguments, **options)
+        if over_nccl or name in _POINT_TO_POINT:
+            return work
+        number, plain = self._roll_call.next(), theirs.removeprefix("_").removesuffix("_base")
+        return Forwarded(work, lambda error: self._roll_call.explain(plain, number, error))
 
     def record(self, *sizes: int) -> dict[str, Any]:
         """For the run's header: the wire and the algorithms that were chosen (for messages of these bytes); empty before the first allreduce."""
@@ -141,10 +142,12 @@ class ProcessGroup(dist.ProcessGroup):
         """Ends the engine's thread after what is under way."""
         for lane in filter(None, self._lanes.values()):
             lane.close()
-        self._gloo.shutdown()
+        for backend in filter(None, (self._nccl, self._gloo)):
+            backend.shutdown()
 
     def abort(self) -> None:
-        self._gloo.abort()
+        for backend in filter(None, (self._nccl, self._gloo)):
+            backend.abort()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -163,14 +166,14 @@ def _forwarded(name: str) -> Callable[..., dist.Work]:
 
 
 _POINT_TO_POINT = ("recv", "recv_anysource", "send")
-# Methods that torch's ProcessGroup runs under the interpreter lock, and those that scripts call; gloo's own name where it differs.
-_GLOO_NAMES = {
+# Methods that torch's ProcessGroup runs under the interpreter lock, and those that scripts call; gloo's and NCCL's name where it differs.
+_BACKENDS_NAMES = {
     "all_gather_single": "_allgather_base",
     "reduce_scatter_single": "_reduce_scatter_base",
     "all_to_all_single": "alltoall_base",
 }
 for _name in (
-    *_GLOO_NAMES, "allgather", "_allgather_base", "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather",
+    *_BACKENDS_NAMES, "allgather", "_allgather_base", "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather",
     *_POINT_TO_POINT, "reduce", "reduce_scatter", "_reduce_scatter_base", "scatter",
 ):  # fmt: skip
     setattr(ProcessGroup, _name, _forwarded(_name))

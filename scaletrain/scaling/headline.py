@@ -8,6 +8,12 @@ from scaletrain.scaling.intervals import ONE_RUN, change, mean
 _CELL = ("config", "exchange", "workers", "variant")  # what tells rows of a report apart
 
 
+def oversubscribed(report: Mapping[str, Any]) -> str:
+    """What figures and tables say of their marked rows; empty: none is marked."""
+    causes = dict.fromkeys(row["oversubscribed"] for row in report["rows"] if row["oversubscribed"])
+    return f"oversubscribed: {', '.join(causes)}" if causes else ""
+
+
 def of(report: Mapping[str, Any]) -> str:
     """The first sentences of the report: the best that was reached, the most workers where they are no faster, what limits it, what failed."""
     rows = report["rows"]
@@ -36,7 +42,7 @@ def of(report: Mapping[str, Any]) -> str:
                 f"{' and '.join(equals)} may be as fast: {len(best['runs'])} repeats do not tell them apart."
             )
         if largest["speedup"] < best["speedup"]:
-            crowded = ", more threads than cores" if largest["oversubscribed"] else ""
+            crowded = f", {largest['oversubscribed']}" if largest["oversubscribed"] else ""
             apart = ", not told apart by the repeats" if _may_be_as_fast(largest, best) else ""
             sentences.append(
                 f"{_named(largest)}, the most measured: {_times(largest)} (efficiency {largest['efficiency']:.2f}{crowded}){apart}."
@@ -45,7 +51,7 @@ def of(report: Mapping[str, Any]) -> str:
         told = [losses.get(tuple(str(row[key]) for key in _CELL)) for row in (best, largest)]
         sentences += [text for text in told if text][:1]
         if best["oversubscribed"]:
-            sentences.append("There were more threads than cores: these figures are of an oversubscribed machine.")
+            sentences.append(f"There were {best['oversubscribed']}: these figures are of an oversubscribed machine.")
     header = report["header"]
     if header.get("runs_missing"):
         sentences.append(

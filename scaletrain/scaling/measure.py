@@ -1,6 +1,7 @@
 """One run's records as numbers: what a step took, on every rank, and what the run as a whole reached."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class Run(NamedTuple):
     losses: np.ndarray
     ended_s: np.ndarray  # of each step, since the rank's first one began
     servers: dict[str, Any] | None  # what parameter servers counted
+    devices: dict[str, int]  # workers of each, by name and place; without those on the CPU
 
     @property
     def workers(self) -> int:
@@ -93,7 +95,15 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
         losses=array("loss"),
         ended_s=array("time") + array("step_s") - np.array([records[0].time for records in ranks]),
         servers=servers.read(run_dir),
+        devices=_devices(run_dir, len(ranks)),
     )
+
+
+def _devices(run_dir: Path, ranks: int) -> dict[str, int]:
+    paths = (run_dir / f"rank-{rank}.json" for rank in range(ranks))
+    headers = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    on_devices = [header for header in headers if header.get("device", "cpu") != "cpu"]
+    return Counter(f"{header['device_name']}, {header['device']} of host {header['node']}" for header in on_devices)
 
 
 def _gradient_bytes(run_dir: Path) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from scaletrain.scaling import plots, servers
+from scaletrain.scaling import headline, plots, servers
 from scaletrain.scaling.intervals import ONE_RUN
 
 
@@ -50,8 +50,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 def watermark(report: Mapping[str, Any]) -> str:
     """What every figure of a report has to say of itself."""
     marks = ["EMULATED"] * bool(report["header"]["emulated"])
-    marks += ["oversubscribed: more threads than cores"] * any(row["oversubscribed"] for row in report["rows"])
-    return ", ".join(marks)
+    return ", ".join(filter(None, [*marks, headline.oversubscribed(report)]))
 
 
 def note(report: Mapping[str, Any]) -> str:
@@ -81,6 +80,7 @@ def _template(name: str) -> jinja2.Template:
         keep_trailing_newline=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {
+        "oversubscribed": headline.oversubscribed,
         "ms": _ms,
         "number": _number,
         "number4": _number4,

@@ -98,9 +98,13 @@ def _report(measured: Measured, header: dict[str, Any], *, strong: bool, threads
     loss_reached = servers.compare(rows, curves)
     emulated = sorted({text for row in rows for text in [row["emulation"]] if text})
     references = [_row(cell, measured, header.get("cores"), threads, strong) for cell in measured if cell.reference]
+    devices = sorted(
+        {place.partition(", ")[0] for runs, _ in measured.values() for run in runs for place in run.devices}
+    )
+    found = {"baseline": _baseline_text(rows), "emulated": bool(emulated), "emulation": emulated, "devices": devices}
     report = {
         "version": VERSION,
-        "header": header | {"baseline": _baseline_text(rows), "emulated": bool(emulated), "emulation": emulated},
+        "header": header | found,
         "summary": "",
         "rows": rows,
         "losses": losses,
@@ -131,6 +135,13 @@ def _baseline(cell: sweep.Cell, measured: Mapping[sweep.Cell, Any]) -> sweep.Cel
     return next(iter([*plain, *own]), None)
 
 
+def _crowd(cell: sweep.Cell, runs: Sequence[Run], cores: int | None, threads: int | None) -> str:
+    """What the workers had less of than each one needs; empty: nothing."""
+    causes = ["more threads than cores"] * bool(cores and threads and cell.workers * threads > cores)
+    causes += ["workers that share a GPU"] * any(max(run.devices.values(), default=0) > 1 for run in runs)
+    return " and ".join(causes)
+
+
 def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int | None, strong: bool) -> dict[str, Any]:
     runs, failures = measured[cell]
     row: dict[str, Any] = {
@@ -144,7 +155,7 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
         "exposed_comm_s": None, "exposed_comm_s_ci95": None, "wait_in_backward_s": None,
         **dict.fromkeys(PARTS), "bytes_sent": None, "gradient_bytes": None, "final_loss": None, "test_accuracy": None,
         "target_step": None, "target_s": None, "emulation": None, "servers": None, "time_to_loss_s": None,
-        "oversubscribed": bool(cores and threads and cell.workers * threads > cores),
+        "oversubscribed": _crowd(cell, runs, cores, threads),
         "repeats": len(runs), "failures": failures, "baseline": None, "runs": [],
     }  # fmt: skip
     if not runs:

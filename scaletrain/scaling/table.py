@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from scaletrain.scaling.headline import oversubscribed
 from scaletrain.scaling.render import note, outcome
 
 
@@ -52,8 +53,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             *[_number(row["target_s"], ".1f")] * ("to accuracy s" in columns),
         )  # fmt: skip
     console.print(table)
-    if any(row["oversubscribed"] for row in rows):
-        console.print("* oversubscribed: more threads than cores")
+    if crowded := oversubscribed(report):
+        console.print(f"* {crowded}")
     if report["losses"]:
         console.print(_losses(report))
     for row in rows:

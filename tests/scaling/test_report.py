@@ -105,7 +105,7 @@ def test_the_summary_leads_with_the_best_and_names_the_most_workers_beside_it(me
         "speedup": 1.23,
         "speedup_ci95": 0.1,
         "efficiency": 0.41,
-        "oversubscribed": True,
+        "oversubscribed": "more threads than cores",
         "runs": rates,
     }
     told = headline.of(made | {"rows": [*made["rows"], three]})
@@ -368,9 +368,22 @@ def test_one_worker_at_each_batch_size_is_listed(measured):
     assert "One worker at each batch size" in render.html(made)
 
 
-def test_every_figure_says_when_threads_outnumber_cores(measured):
+def test_workers_that_share_a_gpu_are_marked(measured):
+    for records in measured.rglob("rank-*.jsonl"):
+        header = {"node": 0, "device": "cuda:0", "device_name": "H100"}
+        records.with_suffix(".json").write_text(json.dumps(header))
     made = report.of_sweep(measured)
-    made["rows"][0]["oversubscribed"] = True
+    assert made["header"]["devices"] == ["H100"]
+    assert (
+        row(made, "ring", 1)["oversubscribed"] == ""
+        and row(made, "ring", 2)["oversubscribed"] == "workers that share a GPU"
+    )
+    assert "oversubscribed: workers that share a GPU." in render.markdown(made) and "; H100; " in render.markdown(made)
+
+
+def test_every_figure_says_when_the_machine_is_oversubscribed(measured):
+    made = report.of_sweep(measured)
+    made["rows"][0]["oversubscribed"] = "more threads than cores"
     assert all(b"oversubscribed: more threads than cores" in image for image in render.images(made, "svg").values())
 
 

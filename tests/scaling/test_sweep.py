@@ -145,7 +145,7 @@ def test_more_threads_than_cores_is_marked(config, tmp_path, started):
     sweep.run(make(config, out, workers=(1, 64), repeats=1, bind=False), out, lambda line: None)
     path = out / "header.json"
     path.write_text(json.dumps(make(config, out, workers=(1, 64), repeats=1, bind=False).header() | {"cores": 2}))
-    assert [r["oversubscribed"] for r in report.of_sweep(out)["rows"]] == [False, True]
+    assert [r["oversubscribed"] for r in report.of_sweep(out)["rows"]] == ["", "more threads than cores"]
 
 
 def test_what_others_use_of_the_machine_is_recorded(config, tmp_path, started, monkeypatch):

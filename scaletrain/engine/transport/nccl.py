@@ -15,6 +15,13 @@ _OPERATIONS = {
 }  # fmt: skip
 
 
+def backend(group: Group) -> "dist.ProcessGroupNCCL":  # not there in a torch without NCCL
+    """NCCL as torch has it, with the group's timeout. It connects when it is first used."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = group.timeout
+    return dist.ProcessGroupNCCL(group.store, group.rank, group.size, options)
+
+
 class Nccl:
     """Tensors are on this rank's current CUDA device.
 
@@ -29,9 +36,7 @@ class Nccl:
             )
         self.rank, self.size = group.rank, group.size
         self._device = torch.device("cuda", torch.cuda.current_device())
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = group.timeout
-        self._nccl = dist.ProcessGroupNCCL(group.store, group.rank, group.size, options)
+        self._nccl = backend(group)
         self._pg = dist.ProcessGroup(group.rank, group.size)
         self._pg._register_backend(self._device, dist.ProcessGroup.BackendType.NCCL, self._nccl)
         self._pg._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
