@@ -134,7 +134,7 @@ def failure_of(error: BaseException) -> Failure:
     state = _state
     kind = "user" if isinstance(error, UserError) else "peer" if _lost_peer(error) else "exception"
     cut_from = _unreachable(state) if kind == "peer" and state else ""
-    message = str(error) if kind == "user" else f"{type(error).__name__}: {error}"
+    message = " ".join((str(error) if kind == "user" else f"{type(error).__name__}: {error}").split())  # one line
     if cut_from:
         kind, message = (
             "cut",

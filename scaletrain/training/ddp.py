@@ -81,5 +81,5 @@ class AllreduceExchange(Exchange):
         return total.cpu()
 
     def close(self) -> None:
-        dist.barrier()
+        dist.barrier(device_ids=[self._device.index] if dist.get_backend() == "nccl" else None)
         dist.destroy_process_group()
