@@ -25,9 +25,9 @@ def __getattr__(name: str) -> Any:
 
 def _register_backends() -> None:
     """Make ``dist.init_process_group("scaletrain")`` work. torch calls it when it is imported (entry point ``torch.backends``)."""
-    from scaletrain.engine import process_group
+    from scaletrain.engine import backend
 
-    process_group.register()
+    backend.register()
 
 
 if "torch" in sys.modules and hasattr(sys.modules["torch"], "distributed"):

@@ -1,9 +1,15 @@
-"""Run a function as N ranks in processes, with a hard timeout: ``results = run_ranks(function, 3, argument)``.
+"""Run a function as N ranks in processes, with a hard timeout: ``results = run_ranks(function, 3, argument)``; or a program of ours.
 
-Processes are forked from a server that has torch loaded but has never used it, so a rank starts in milliseconds.
+Processes are forked from a server that has torch loaded but has never used it, so they start in milliseconds.
 """
 
+import gc
 import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -54,10 +60,55 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout_
     return [results[rank] for rank in range(size)]
 
 
+class Program:
+    """``python -m MODULE ARGUMENTS`` as ``subprocess.Popen`` would start it; ``output`` is what it writes on both streams."""
+
+    def __init__(self, module: str, *arguments: str):
+        reader, writer = _context.Pipe(duplex=False)
+        self._process = _context.Process(target=_program, args=(writer, module, arguments))
+        self._process.start()
+        writer.close()
+        self.output = open(os.dup(reader.fileno()), encoding="utf-8", errors="replace")  # noqa: SIM115
+        reader.close()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        self._process.join(timeout_s)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout_s or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _program(output: Any, module: str, arguments: tuple[str, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    gc.freeze()
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    output.close()
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
 def _rank(pipe: Any, function: Callable[..., Any], rank: int, size: int, arguments: tuple) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has loaded is no garbage
     try:
         pipe.send((True, function(rank, size, *arguments)))
     except BaseException:

@@ -16,6 +16,7 @@ FLOORS = {
     "scaletrain.plugins": 0,
     "scaletrain.torch_source": 0,
     "scaletrain.errors": 0,
+    "scaletrain.loading": 0,
     "scaletrain.collectives": 0,
     "scaletrain.launching": 1,
     "scaletrain.engine": 2,

@@ -9,14 +9,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from scaletrain import loading
+
 
 def main(folder: Path) -> None:
+    loading.begin(__name__)
     import torch
     import torch.distributed as dist
 
-    from scaletrain.engine import process_group
+    from scaletrain.engine import backend, process_group
 
-    process_group.register()
+    backend.register()
+    loading.done()
     task = json.loads(folder.joinpath("task.json").read_text(encoding="utf-8"))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cores = sorted(os.sched_getaffinity(0))

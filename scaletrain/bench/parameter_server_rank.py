@@ -8,6 +8,10 @@ from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
+from scaletrain import loading
+
+loading.begin(__name__)
+
 import numpy as np
 import psutil
 import torch
@@ -168,6 +172,7 @@ def _each(ends: list[float]) -> float:
 
 
 if __name__ == "__main__":
+    loading.done()
     torch.set_num_threads(1)
     what = {"null": null_steps, "bare": bare, "gloo": gloo_pair, "tree": tree}[sys.argv[1]]
     print(json.dumps(what(*sys.argv[2:])), flush=True)

@@ -12,6 +12,10 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from scaletrain import loading
+
+loading.begin(__name__)
+
 import torch
 import torch.distributed as dist
 
@@ -21,6 +25,7 @@ from scaletrain.world import World
 
 def main(backend: str, run_dir: Path) -> None:
     """All ranks. Raises ``ArithmeticError`` when a sum is wrong."""
+    loading.done()
     world, timeout = World.from_env(), timedelta(seconds=30)
     store = rendezvous.join(world, run_dir, timeout)
     world = rendezvous.place(world, store)

@@ -201,19 +201,3 @@ def _runs_here(tensors: list[Tensor], operation: Operation) -> bool:
         if operation.average and not tensor.is_floating_point():
             return False
     return True
-
-
-def _create(backend_options: Any, options: Options | None) -> ProcessGroup:
-    o = backend_options
-    return ProcessGroup(o.store, o.group_rank, o.group_size, o.timeout, options or Options.from_env())
-
-
-def _create_over_mpi(backend_options: Any, options: Options | None) -> ProcessGroup:
-    return _create(backend_options, options or Options(NATIVE, "mpi"))
-
-
-def register() -> None:
-    """Make the backends known to torch.distributed. Safe to call again."""
-    for name, create in (("scaletrain", _create), ("mpi4py", _create_over_mpi)):
-        if name not in dist.Backend.backend_list:
-            dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu", "cuda"])

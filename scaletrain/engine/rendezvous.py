@@ -16,6 +16,10 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from scaletrain import loading
+
+loading.begin(__name__)
+
 import psutil
 import torch.distributed as dist
 

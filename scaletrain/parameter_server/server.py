@@ -15,6 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from scaletrain import loading
+
+loading.begin(__name__)
+
 import numpy as np
 import torch
 
@@ -245,6 +249,7 @@ def main(run_dir: Path, index: int, settings: Settings, until_left: bool = False
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)])  # torch imports more for its first optimizer: before workers wait for an answer
     server = Server(settings, run_dir, index)
+    loading.done()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     try:

@@ -10,6 +10,10 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+from scaletrain import loading
+
+loading.begin(__name__)
+
 from scaletrain.engine import rendezvous
 from scaletrain.errors import UserError
 from scaletrain.launching import progress
@@ -27,6 +31,7 @@ def main(run_dir: Path, script: str, arguments: list[str]) -> None:
         progress.alive(progress.SCRIPT)
         sys.argv = [script, *arguments]
         sys.path[0] = str(Path(script).resolve().parent)
+        loading.done()
         runpy.run_path(script, run_name="__main__")
 
 

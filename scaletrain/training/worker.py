@@ -14,6 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from scaletrain import loading
+
+loading.begin(__name__)
+
 import torch
 import torch.distributed as dist
 
@@ -72,6 +76,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
             if say:
                 say(record)
 
+        loading.done()
         summary = trainer.fit(on_step, stop)
         stop.over()
         if world.rank == 0:

@@ -4,6 +4,10 @@ import pickle
 import sys
 from pathlib import Path
 
+from scaletrain import loading
+
+loading.begin(__name__)
+
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
@@ -12,6 +16,7 @@ from tests.engine import conformance
 
 
 def main() -> None:
+    loading.done()
     part, path, results = sys.argv[1:]
     torch.set_num_threads(1)
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size

@@ -102,10 +102,11 @@ def test_nccl_is_refused_where_ranks_share_a_device(monkeypatch):
 
 def _group_of_one(options: Options, shared: bool, monkeypatch: pytest.MonkeyPatch) -> process_group.ProcessGroup:
     monkeypatch.setattr(process_group, "shared", lambda group: shared)
-    monkeypatch.setattr(process_group.dist, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(process_group, "AcceleratorLane", _on_cpu)
-    return process_group.ProcessGroup(dist.HashStore(), 0, 1, timedelta(seconds=5), options)
+    made = process_group.ProcessGroup(dist.HashStore(), 0, 1, timedelta(seconds=5), options)
+    made._nccl = made._nccl or object()
+    return made
 
 
 def _on_cpu(group, roll_call, collective, transport, device, staged) -> AcceleratorLane:

@@ -14,6 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from scaletrain import loading
+
+loading.begin(__name__)
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,6 +28,7 @@ from scaletrain.parameter_server.settings import Settings
 from scaletrain.training.exchange import Setup
 from scaletrain.training.exchange.parameter_server import ParameterServerExchange
 from scaletrain.world import World
+from tests.ranks import Program
 
 ROOT = Path(__file__).parents[2]
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
@@ -74,7 +79,7 @@ def servers(made: Settings, run_dir: Path) -> Iterator[list[Server]]:
 
 
 @contextlib.contextmanager
-def server_processes(made: Settings, run_dir: Path) -> Iterator[list[subprocess.Popen]]:
+def server_processes(made: Settings, run_dir: Path) -> Iterator[list[Program]]:
     """The job's servers, ended on leaving."""
     started = [start_server(made, run_dir, index) for index in range(made.servers)]
     try:
@@ -90,8 +95,8 @@ def server_processes(made: Settings, run_dir: Path) -> Iterator[list[subprocess.
                 process.wait()
 
 
-def start_server(made: Settings, run_dir: Path, index: int) -> subprocess.Popen:
-    return subprocess.Popen(placement.command(made, run_dir, index), cwd=ROOT)
+def start_server(made: Settings, run_dir: Path, index: int) -> Program:
+    return Program(*placement.command(made, run_dir, index)[2:])
 
 
 def exchange(made: Settings, run_dir: Path, rank: int) -> ParameterServerExchange:
@@ -169,34 +174,29 @@ class Worker:
         rank: int,
         steps: int,
         delay_s: float = 0.0,
-        on_host: Callable[[list[str]], Sequence[str]] = lambda argv: argv,
+        on_host: Callable[[list[str]], Sequence[str]] | None = None,
     ):
-        text = json.dumps(made._asdict())
-        argv = [
-            sys.executable,
-            "-m",
-            "tests.parameter_server.job",
-            str(run_dir),
-            str(rank),
-            text,
-            str(steps),
-            str(delay_s),
-        ]
-        self.process = subprocess.Popen(
-            on_host(argv),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        arguments = [str(run_dir), str(rank), json.dumps(made._asdict()), str(steps), str(delay_s)]
+        self.process: Program | subprocess.Popen
+        if on_host is None:
+            self.process = Program("tests.parameter_server.job", *arguments)
+            self._output = self.process.output
+        else:
+            self.process = subprocess.Popen(
+                on_host([sys.executable, "-m", "tests.parameter_server.job", *arguments]),
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            self._output = self.process.stdout
         self.lines: list[str] = []
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
+        for line in self._output:
             self.lines.append(line.rstrip())
 
     @property
@@ -247,6 +247,7 @@ def main() -> None:
     steps, delay_s = int(sys.argv[4]), float(sys.argv[5])
 
     live = made.workers
+    loading.done()
 
     def on_step(step: int, joined: ParameterServerExchange) -> None:
         nonlocal live
