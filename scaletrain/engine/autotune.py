@@ -1,7 +1,7 @@
 """The automatic choice of an algorithm: a short calibration on the actual wires, a model of what each costs, a choice that all ranks share.
 
 The network model (``collectives.cost``), fitted to two probes, drops candidates that are far behind; the others race at a few sizes, and
-between and beyond these a straight line is drawn: latency plus bytes over bandwidth. The result is kept in a file, so that a job chooses the same
+between these a straight line is drawn: latency plus bytes over bandwidth. The result is kept in a file, so that a job chooses the same
 algorithms, and so adds in the same order, from run to run.
 """
 
@@ -52,6 +52,9 @@ class Tuning(NamedTuple):
     def predict(self, choice: Choice, num_bytes: int) -> float:
         times = self.seconds[choice]
         sizes = SIZES[: len(times)]
+        if num_bytes > sizes[-1]:
+            # The largest decides. A line through the last two would favour whom the smaller one held up, such as a ring by its many messages.
+            return times[-1] * num_bytes / sizes[-1]
         place = min(max(bisect(sizes, num_bytes), 1), len(sizes) - 1)
         (a, b), (at_a, at_b) = sizes[place - 1 : place + 1], times[place - 1 : place + 1]
         return at_a + (at_b - at_a) * (num_bytes - a) / (b - a) if num_bytes > sizes[0] else times[0]
