@@ -59,11 +59,12 @@ def null_steps(run_dir: str, rank: str, settings: str, mode: str, total_bytes: s
             for block in blocks:
                 client.take_rows(block.key)
         else:
-            for block in blocks if mode == "placed" else reversed(blocks):  # backward makes the last ones first
+            order = blocks if mode == "placed" else blocks[::-1]  # backward makes the last ones first
+            for block in order:
                 if mode != "placed" or step == 0:
                     torch.from_numpy(client.gradient(block.key)).copy_(gradient[: block.numel])
                 client.push(block.key, step, 0.0)
-            for block in blocks:  # in the order of the next forward, as the exchange does
+            for block in order:  # as the exchange does
                 client.take(block.key, weights[: block.numel].copy_)
         ends.append(time.perf_counter())
     cpu_s = _servers_cpu_s(Path(run_dir), made.servers) - cpu_s

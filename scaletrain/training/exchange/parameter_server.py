@@ -192,8 +192,8 @@ class ParameterServerExchange(Exchange):
         return self._take()
 
     def _take(self) -> list[Answer]:
-        """Wait for the new weights, those first that the next forward needs first."""
-        answers = [self._replica.take(block) for block in self._replica.blocks]
+        """Wait for the new weights, those of the last layers first, whose gradients left first: they are copied while others are updated."""
+        answers = [self._replica.take(block) for block in reversed(self._replica.blocks)]
         self._begin()
         return answers
 
