@@ -13,7 +13,7 @@ import pytest
 
 from tests.cluster.commands import DIGITS, ROOT, clean, command, gone, scaletrain, step_of, summary, train, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 SLOW = str(ROOT / "tests" / "cluster" / "slow_digits.yaml")
 
 
