@@ -61,16 +61,21 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout_
 
 
 class Program:
-    """``python -m MODULE ARGUMENTS`` as ``subprocess.Popen`` would start it; ``output`` is what it writes on both streams."""
+    """``python -m MODULE ARGUMENTS`` as ``subprocess.Popen`` would start it.
 
-    def __init__(self, module: str, *arguments: str):
-        reader, writer = _context.Pipe(duplex=False)
+    Args:
+        piped: what it writes on both streams can be read from ``output``, and has to be: the pipe fills up. Else it is shown.
+    """
+
+    def __init__(self, module: str, *arguments: str, piped: bool = False):
+        reader, writer = _context.Pipe(duplex=False) if piped else (None, None)
         self._process = _context.Process(target=_program, args=(writer, module, arguments))
         self._process.start()
-        writer.close()
-        self.output = open(os.dup(reader.fileno()), encoding="utf-8", errors="replace")  # noqa: SIM115
-        reader.close()
         self.pid = self._process.pid
+        if reader and writer:
+            writer.close()
+            self.output = open(os.dup(reader.fileno()), encoding="utf-8", errors="replace")  # noqa: SIM115
+            reader.close()
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -93,23 +98,25 @@ class Program:
 
 
 def _program(output: Any, module: str, arguments: tuple[str, ...]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    gc.freeze()
-    for stream in (1, 2):
-        os.dup2(output.fileno(), stream)
-    output.close()
+    _begin()
+    if output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        output.close()
     sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _rank(pipe: Any, function: Callable[..., Any], rank: int, size: int, arguments: tuple) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    gc.freeze()  # what the server has loaded is no garbage
+    _begin()
     try:
         pipe.send((True, function(rank, size, *arguments)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
+
+
+def _begin() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    gc.freeze()  # what the server has loaded is no garbage

@@ -28,7 +28,7 @@ class Run(NamedTuple):
     losses: np.ndarray
     ended_s: np.ndarray  # of each step, since the rank's first one began
     servers: dict[str, Any] | None  # what parameter servers counted
-    devices: dict[str, int]  # workers of each, by name and place; without those on the CPU
+    devices: dict[tuple[str, str, int], int]  # workers of each, by name, device and node; without those on the CPU
 
     @property
     def workers(self) -> int:
@@ -99,11 +99,11 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
     )
 
 
-def _devices(run_dir: Path, ranks: int) -> dict[str, int]:
+def _devices(run_dir: Path, ranks: int) -> dict[tuple[str, str, int], int]:
     paths = (run_dir / f"rank-{rank}.json" for rank in range(ranks))
     headers = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     on_devices = [header for header in headers if header.get("device", "cpu") != "cpu"]
-    return Counter(f"{header['device_name']}, {header['device']} of host {header['node']}" for header in on_devices)
+    return Counter((header["device_name"], header["device"], header["node"]) for header in on_devices)
 
 
 def _gradient_bytes(run_dir: Path) -> int | None:

@@ -98,9 +98,7 @@ def _report(measured: Measured, header: dict[str, Any], *, strong: bool, threads
     loss_reached = servers.compare(rows, curves)
     emulated = sorted({text for row in rows for text in [row["emulation"]] if text})
     references = [_row(cell, measured, header.get("cores"), threads, strong) for cell in measured if cell.reference]
-    devices = sorted(
-        {place.partition(", ")[0] for runs, _ in measured.values() for run in runs for place in run.devices}
-    )
+    devices = sorted({name for runs, _ in measured.values() for run in runs for name, _, _ in run.devices})
     found = {"baseline": _baseline_text(rows), "emulated": bool(emulated), "emulation": emulated, "devices": devices}
     report = {
         "version": VERSION,

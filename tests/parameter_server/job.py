@@ -179,7 +179,7 @@ class Worker:
         arguments = [str(run_dir), str(rank), json.dumps(made._asdict()), str(steps), str(delay_s)]
         self.process: Program | subprocess.Popen
         if on_host is None:
-            self.process = Program("tests.parameter_server.job", *arguments)
+            self.process = Program("tests.parameter_server.job", *arguments, piped=True)
             self._output = self.process.output
         else:
             self.process = subprocess.Popen(
