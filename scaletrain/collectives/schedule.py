@@ -6,6 +6,7 @@ engine that moves tensors (``scaletrain.engine.execute``), and ``draw`` (``drawi
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from scaletrain import plugins
@@ -55,6 +56,19 @@ class Schedule(NamedTuple):
                     if not mine or mine[-1][0] != index:
                         mine.append((index, [], []))
                     mine[-1][side].append(t)  # type: ignore[union-attr]
+        return found
+
+    def in_turn(self) -> set[tuple[int, int]]:
+        """(round, rank) of all ranks that only send in a round, and then send to others: as the root of a broadcast does.
+
+        Such a rank has nothing to wait for between the two, unless it is told that the first message has arrived. Where it counts as sent
+        before that, both share the link, and whoever waits for the first waits for longer than a round.
+        """
+        found = set()
+        for rank, program in enumerate(self.programs()):
+            for (index, sends, receives), (_, after, _) in pairwise(program):
+                if sends and not receives and after and {t.dst for t in sends} != {t.dst for t in after}:
+                    found.add((index, rank))
         return found
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,10 +19,15 @@ class Message(NamedTuple):
     first: int
     last: int
     add: bool
+    in_turn: bool  # its sender sends to another rank next: see ``Schedule.in_turn``
+
+
+_RECEIPT = -1  # where a receipt lies: one element, which says nothing
 
 
 class Step(NamedTuple):
-    """What is started at once: a round of one segment. ``where`` is the place of a message's elements among all pieces of the tensor."""
+    """What is started at once: a round of one segment, or its receipts. ``where`` is the place of a message's elements among all pieces of
+    the tensor."""
 
     round: int
     segment: int
@@ -40,12 +46,17 @@ class Program:
     @classmethod
     def all_of(cls, schedule: Schedule) -> list["Program"]:
         """Every rank's. Chunks that lie side by side and travel between the same two ranks become one message."""
+        in_turn = schedule.in_turn()
+
+        def messages(index: int, transfers: list[Transfer], of: Callable[[Transfer], int]) -> list[Message]:
+            return _merge([(of(t), t, (index, t.src) in in_turn) for t in transfers])
+
         return [
             cls(
                 schedule.num_chunks,
                 tuple(
-                    (_merge([(t.dst, t) for t in sends]), _merge([(t.src, t) for t in receives]))
-                    for _, sends, receives in program
+                    (messages(index, sends, lambda t: t.dst), messages(index, receives, lambda t: t.src))
+                    for index, sends, receives in program
                 ),
             )
             for program in schedule.programs()
@@ -55,9 +66,10 @@ class Program:
     def of(cls, schedule: Schedule, rank: int) -> "Program":
         return cls.all_of(schedule)[rank]
 
-    def _steps(self, count: int, segments: int) -> tuple[list[slice], list[Step]]:
+    def _steps(self, count: int, segments: int, receipts_from: int | None) -> tuple[list[slice], list[Step]]:
         """For a tensor of ``count`` elements: its pieces, and the steps in the order in which all ranks start them, which is what lets
-        messages match without tags. With fewer elements than chunks some messages are empty; they are left out."""
+        messages match without tags. With fewer elements than chunks some messages are empty; they are left out. A message of at least
+        ``receipts_from`` elements whose sender turns to another rank next is answered by a receipt (None: none is)."""
         pieces: dict[tuple[int, int], int] = {}
         steps = []
         for number, (sends, receives) in enumerate(self.rounds):
@@ -74,6 +86,16 @@ class Program:
                 into = tuple((m.peer, place, m.add) for m in receives if (place := where(m)) is not None)
                 if out or into:
                     steps.append(Step(number, segment, out, into))
+                if receipts_from is not None:
+
+                    def large(message: Message, length: int = length) -> bool:
+                        elements = (message.last - message.first) * length // self.num_chunks
+                        return message.in_turn and elements >= receipts_from
+
+                    back = tuple((m.peer, _RECEIPT) for m in receives if large(m))
+                    awaited = tuple((m.peer, _RECEIPT, False) for m in sends if large(m))
+                    if back or awaited:
+                        steps.append(Step(number, segment, back, awaited))
         return [slice(*piece) for piece in pieces], steps
 
 
@@ -88,8 +110,9 @@ def execute(program: Program, transport: Transport, tensor: Tensor, reduce: Redu
     Raises:
         TimeoutError, ConnectionError: a peer is late or gone; named.
     """
-    slices, steps = program.steps(tensor.numel(), segments)
-    views: list[Tensor | None] = [None] * len(slices)
+    receipts_from = getattr(transport, "receipts_from_bytes", None)
+    slices, steps = program.steps(tensor.numel(), segments, receipts_from and receipts_from // tensor.element_size())
+    views: list[Tensor | None] = [*[None] * len(slices), tensor.new_zeros(1)]  # the last one is the receipts'
 
     def view(place: int) -> Tensor:
         found = views[place]
@@ -125,12 +148,12 @@ def _traced(started: Pending, step: Step) -> Pending:
     return wait
 
 
-def _merge(transfers: list[tuple[int, Transfer]]) -> list[Message]:
+def _merge(transfers: list[tuple[int, Transfer, bool]]) -> list[Message]:
     by_peer: dict[int, list[Message]] = {}
-    for peer, t in transfers:
+    for peer, t, in_turn in transfers:
         messages = by_peer.setdefault(peer, [])
         if messages and messages[-1].last == t.chunk and messages[-1].add == t.add:
             messages[-1] = messages[-1]._replace(last=t.chunk + 1)
         else:
-            messages.append(Message(peer, t.chunk, t.chunk + 1, t.add))
+            messages.append(Message(peer, t.chunk, t.chunk + 1, t.add, in_turn))
     return [message for messages in by_peer.values() for message in messages]

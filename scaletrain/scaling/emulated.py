@@ -5,9 +5,10 @@ The cost model of ``collectives/cost.py`` is of a real network. A rehearsal diff
 - A token bucket lets a burst pass after a pause (``launching/rehearsal``: 2 ms of its rate, at least 72 KiB), at both ends of a link. Ports
   that pause between rounds, as those of trees do, are faster for it; a ring's ports never pause.
 - Whoever adds what has arrived uses a core, and the hosts share the cores. Algorithms that the engine runs in parts side by side add one
-  part while the next one arrives.
+  part while the next one arrives, and whoever only receives adds one piece of a message (``cost.PIECE_BYTES``) while the next arrives.
 - A message counts as sent when the last of it is in the sender's socket. The sender's next one, to somebody else, then shares the link with
-  what is still in there, and the first arrives that much later: at the upper levels of a broadcast, those below wait for it.
+  what is still in there, and the first arrives that much later: at the upper levels of a broadcast, those below wait for it. From the size on
+  that gets a receipt there (``cost.RECEIPTS_FROM_BYTES``), the sender waits for it instead.
 - Where every host sends to several and receives from several at once, their messages leave in whatever order: ports wait for messages
   that are still behind others elsewhere, and then have several at once. In which order is drawn.
 - Nobody waits for a round to end everywhere: a rank goes on when its own messages are there.
@@ -71,21 +72,15 @@ class Work(NamedTuple):
 @functools.lru_cache(maxsize=512)
 def _rounds(collective: str, size: int) -> tuple[int, tuple[_Round, ...]]:
     schedule = plugins.load("collective", collective)(size)
+    in_turn = schedule.in_turn()
     rounds: list[_Round] = []
-    later: dict[
-        int, tuple[int, frozenset[int]]
-    ] = {}  # by rank, of the round after this one that it takes part in: chunks sent, to whom
-    for transfers in reversed(schedule.rounds):
+    next_sends: dict[int, int] = {}  # by rank: chunks that leave it in the next round that it takes part in
+    for index, transfers in reversed(list(enumerate(schedule.rounds))):
         sent, received = Counter(t.src for t in transfers), Counter(t.dst for t in transfers)
-        to = {rank: frozenset(t.dst for t in transfers if t.src == rank) for rank in sent}
-        followed = {
-            rank: later[rank][0]
-            for rank in sent
-            if rank not in received and rank in later and later[rank][1] != to[rank]
-        }
+        followed = {rank: next_sends[rank] for rank in sent if (index, rank) in in_turn}
         added = Counter(t.dst for t in transfers if t.add)
         rounds.insert(0, _Round(sent, received, added, frozenset((t.src, t.dst) for t in transfers), followed))
-        later |= {rank: (sent[rank], to.get(rank, frozenset())) for rank in {*sent, *received}}
+        next_sends |= {rank: sent[rank] for rank in {*sent, *received}}
     return schedule.num_chunks, tuple(rounds)
 
 
@@ -139,14 +134,20 @@ def _last_s(collective: str, workers: int, num_bytes: float, on: Links, late: Se
             leaving[rank] = max(leaving[rank], first_out[rank] - burst_s) + count * chunk_s
         for rank, count in now.received.items():
             arriving[rank] = max(arriving[rank], first_in[rank] - burst_s) + (count + behind.get(rank, 0.0)) * chunk_s
-        adding = 0.0 if in_parts else chunk / on.add_bytes_per_s * max(1.0, len(now.added) / on.cores)
+        add_s_per_byte = 0.0 if in_parts else max(1.0, len(now.added) / on.cores) / on.add_bytes_per_s
         after = list(ready)
         for (s, d), begin in begins.items():
             there = max(begin, leaving[s], arriving[d]) + on.latency_s
-            in_socket_s = min(socket_s, now.sent[s] * chunk_s) if s not in now.received else 0.0
-            after[s] = max(after[s], begin, there - in_socket_s)
-            there += min(in_socket_s, now.followed.get(s, 0) * chunk_s)
-            after[d] = max(after[d], there + now.added.get(d, 0) * adding)
+            if s in now.followed and now.sent[s] * chunk >= cost.RECEIPTS_FROM_BYTES:
+                after[s] = max(after[s], there + on.latency_s)
+            else:
+                in_socket_s = min(socket_s, now.sent[s] * chunk_s) if s not in now.received else 0.0
+                after[s] = max(after[s], begin, there - in_socket_s)
+                there += min(in_socket_s, now.followed.get(s, 0) * chunk_s)
+            added = now.added.get(d, 0) * chunk
+            after[d] = max(
+                after[d], there + add_s_per_byte * (added if d in now.sent else min(added, cost.PIECE_BYTES))
+            )
         ready = after
     return max(ready)
 

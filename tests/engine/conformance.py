@@ -14,6 +14,7 @@ from scaletrain.engine.transport import Group, Receive, Transport
 
 ALGORITHMS = plugins.names("collective")
 COUNTS = (1, 2, 7, 1000, 4099)
+LARGE = 600_001  # TCP cuts them into pieces, and answers some by receipts
 REDUCTIONS = {"add": torch.add, "mul": torch.mul, "minimum": torch.minimum, "maximum": torch.maximum}
 
 
@@ -54,6 +55,11 @@ def every_allreduce(transport: Transport) -> Iterator[tuple[str, Tensor]]:
                 assert close(found[0], reference(size, count, torch.float32, "add")), f"{what}: wrong sum"
                 assert torch.equal(found[0], found[1]), f"{what}: another run gave other bits"
                 yield what, found[0]
+    for name in ("tree", "star", "direct", "recursive_doubling", "pipelined_tree"):
+        tensor = contribution(rank, LARGE)
+        execute(Program.of(plugins.load("collective", name)(size), rank), transport, tensor, torch.add)
+        assert close(tensor, reference(size, LARGE, torch.float32, "add")), f"{name}: {LARGE} elements: wrong sum"
+        yield f"{name}, {LARGE} elements", tensor
     for dtype, reduce in (
         (torch.float64, "add"),
         (torch.int64, "mul"),

@@ -59,6 +59,15 @@ class Transport(Protocol):
         """Give back what was taken from the machine. Not collective."""
 
 
+class Lingering(Protocol):
+    """What a transport has besides when a send is done before the message has left this host: a socket holds up to 4 MiB as Linux comes.
+
+    Messages of at least ``receipts_from_bytes`` are then answered by a receipt where the schedule means that one follows another.
+    """
+
+    receipts_from_bytes: int | None
+
+
 class OwnAllreduce(Protocol):
     """What a transport has besides when the wire brings an allreduce of its own: the collective ``native``."""
 

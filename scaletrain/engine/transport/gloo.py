@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaletrain.collectives import cost
 from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart, sends_go_first
 from scaletrain.engine.transport.landing import Landings
 
@@ -17,6 +18,8 @@ _OPERATIONS = {
 
 class Gloo:
     """Point-to-point over gloo. Receives are posted before sends, or two ranks that send large messages to each other serialise."""
+
+    receipts_from_bytes = cost.RECEIPTS_FROM_BYTES
 
     def __init__(self, group: Group):
         self.rank, self.size = group.rank, group.size
@@ -38,8 +41,12 @@ class Gloo:
             r.into if landing is None else landing.like(r.into) for r, landing in zip(receives, borrowed, strict=True)
         ]
         # A gloo Work that is dropped before it completes loses its message silently: all are kept until all are done.
-        incoming = [self._begin(self._pg.recv, landing, r.src) for r, landing in zip(receives, landings, strict=True)]
-        outgoing = [(peer, self._begin(self._pg.send, tensor, peer)) for peer, tensor in sends]
+        incoming = [
+            (self._begin(self._pg.recv, landed, r.src), r, into, landed)
+            for r, landing in zip(receives, landings, strict=True)
+            for into, landed in zip(_pieces(r.into), _pieces(landing), strict=True)
+        ]
+        outgoing = [(peer, self._begin(self._pg.send, piece, peer)) for peer, t in sends for piece in _pieces(t)]
 
         def wait_for_sends() -> None:
             for peer, work in outgoing:
@@ -48,10 +55,10 @@ class Gloo:
         def wait() -> None:
             if sends_first:
                 wait_for_sends()
-            for work, receive, landing in zip(incoming, receives, landings, strict=True):
+            for work, receive, into, landed in incoming:
                 self._wait(work, receive.src)
                 if receive.reduce is not None:
-                    receive.reduce(receive.into, landing, out=receive.into)
+                    receive.reduce(into, landed, out=into)
             if not sends_first:
                 wait_for_sends()
             for landing in borrowed:
@@ -92,6 +99,12 @@ class Gloo:
     def close(self) -> None:
         self._landings.clear()
         self._pg.shutdown()
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A message travels in these: one is added while the next arrives."""
+    number = -(-tensor.nbytes // cost.PIECE_BYTES)
+    return (tensor,) if number == 1 else tensor.tensor_split(number)
 
 
 def transport(group: Group) -> Transport:

@@ -22,6 +22,7 @@ class Mixed:
         self._between: Transport = plugins.load("transport", between)(
             group._replace(store=dist.PrefixStore("between/", group.store))
         )
+        self.receipts_from_bytes = getattr(self._between, "receipts_from_bytes", None)
         self._local: dict[int, int] = {}  # rank: its number on this host
         self._within: Transport | None = None
         if len(here) > 1:
