@@ -183,7 +183,7 @@ def _trees(counts: list[int]) -> Iterable[dict[str, Any]]:
         with Cluster(p + 1, bandwidth="1Gbit") as cluster:
             for megabytes in (5.0, 30.4, 53.5):
                 size = int(megabytes * MB) // 4 * 4
-                made = Settings(p, 120.0, hosts=2, security="trusted_network", block_mb=0.25)
+                made = Settings(p, 120.0, hosts=2, security="trusted_network", block_mb=0.2)
                 server_formula, tree_formula = size * p / 125e6, 2 * size * (p - 1).bit_length() / 125e6
                 steps = max(3, min(15, round(4 / server_formula)))
 

@@ -310,7 +310,7 @@ class Client:
 
     def _send(self, token: Token, header: Header, payloads: list[Any], poller: zmq.Poller) -> bool:
         link, number = self._route(token)
-        if number in link.blocked:
+        if number in link.blocked or (token.what == "update" and not link.may_push(token)):
             return False
         socket = link.sockets[number]
         header = header._replace(rank=self.rank, session=link.sessions[number])
@@ -320,6 +320,8 @@ class Client:
             link.blocked.add(number)
             poller.register(socket, zmq.POLLIN | zmq.POLLOUT)
             return False
+        if token.what == "update":
+            link.under_way.add(token)
         self.bytes_sent += wire.HEADER_BYTES + sum(memoryview(payload).nbytes for payload in payloads)
         if header.flags & wire.SHARED:
             self.bytes_sent += 4 * header.count
@@ -353,6 +355,7 @@ class Client:
             elif header.kind == Kind.TOTAL:
                 number = header.step
             token = Token(_ANSWERS.get(header.kind, ""), number, header.offset)
+            link.under_way.discard(token)
             self._requests.answer(token, Answered(message, link.epoch, link.weights))
 
     def _lost(self, link: Link, what: str) -> None:

@@ -13,7 +13,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from scaletrain.parameter_server import placement, security, wire
 from scaletrain.parameter_server.memory import SUPPORTED, Slab
-from scaletrain.parameter_server.requests import ServerError
+from scaletrain.parameter_server.requests import ServerError, Token
 from scaletrain.parameter_server.settings import Settings
 from scaletrain.parameter_server.sharding import Block, layout, to_json
 from scaletrain.parameter_server.wire import Header, Kind, Message, Refused
@@ -44,6 +44,7 @@ class Link:
         shared: gradients and weights lie in shared memory.
         epoch: connections made; an answer of an older one has an old version.
         blocked: sockets whose queue is full.
+        under_way: pushes that were sent and not answered yet.
         heard: when the server gave its last sign of life (monotonic).
     """
 
@@ -57,6 +58,7 @@ class Link:
         self.shared = False
         self.epoch = 0
         self.blocked: set[int] = set()
+        self.under_way: set[Token] = set()
         self.heard = time.monotonic()
         self.live = 0  # workers, by the last sign of life
         self.sockets: list[zmq.Socket] = []
@@ -193,6 +195,15 @@ class Link:
             raise ServerError(f"{self} sent a message that is not acceptable: {refusal}") from None
         raise ServerError(f"{self}: {text.get('message') or 'refused: ' + str(text.get('reason'))}")
 
+    def may_push(self, token: Token) -> bool:
+        """Whether a gradient may leave now, or has to wait for weights first (``Settings.blocks_ahead``).
+
+        What counts is under way of the blocks that the next forward needs before this one. They come first at every worker, so that the
+        first block that lacks a gradient never waits here, and nobody can wait for ever.
+        """
+        ahead = self._identity.settings.blocks_ahead
+        return ahead is None or self.shared or sum(sent.key < token.key for sent in self.under_way) < ahead
+
     def closed(self) -> bool:
         """Whether the other end has closed a connection."""
         for monitor in self.monitors:
@@ -209,6 +220,7 @@ class Link:
             socket.close(linger=0)
         self.sockets, self.monitors, self.sessions = [], [], []
         self.blocked.clear()
+        self.under_way.clear()
 
 
 def nearest(endpoints: list[str]) -> str:

@@ -57,8 +57,10 @@ class Settings(NamedTuple):
 
     @property
     def block_bytes(self) -> int:
-        """A message is encrypted as a whole before any of it leaves: smaller ones overlap better."""
-        return int((self.block_mb or (1.0 if self.encrypted else 4.0)) * (1 << 20))
+        """A message is encrypted as a whole before any of it leaves: smaller ones overlap better. A server's own work for a block
+        costs as much as a megabyte on a fast link, and more memory than caches hold is no slower over sockets."""
+        default = 1.0 if self.encrypted else 4.0 if self.on_one_host else 8.0
+        return int((self.block_mb or default) * (1 << 20))
 
     @property
     def num_connections(self) -> int:
@@ -75,6 +77,15 @@ class Settings(NamedTuple):
         """
         share = (1 << 20) // (self.workers * self.num_connections)
         return max(share, 1 << 16) if share <= 1 << 18 else -1
+
+    @property
+    def blocks_ahead(self) -> int | None:
+        """How many blocks a worker sends to a server before the first of them has come back as weights; None: as many as it has.
+
+        A block is complete with the last worker's gradient. A worker that begins late would send its last blocks alone, with all others'
+        behind them: a server's link idle in one direction, and then everybody's weights for the other all at once.
+        """
+        return 4 * self.num_connections if self.mode == "sync" and self.workers > 1 else None
 
     @property
     def io_threads(self) -> int:
