@@ -57,8 +57,8 @@ class Settings(NamedTuple):
 
     @property
     def block_bytes(self) -> int:
-        """A message is encrypted as a whole before any of it leaves: smaller ones overlap better. A server's own work for a block
-        costs as much as a megabyte on a fast link, and more memory than caches hold is no slower over sockets."""
+        """A message is encrypted as a whole before any of it leaves: smaller ones overlap better. Without encryption
+        the server's work for each, some 0.6 ms, speaks for large ones; in shared memory those fall out of the caches."""
         default = 1.0 if self.encrypted else 4.0 if self.on_one_host else 8.0
         return int((self.block_mb or default) * (1 << 20))
 
