@@ -141,12 +141,12 @@ def _markdown(result: Mapping[str, Any]) -> str:
         "Made by `scaletrain bench prediction`. " + measured_on(result["header"]), "",
         "## 1. More hosts than were fitted (EMULATED)", "",
         f"Hosts are network namespaces of one machine, links are shaped. Fitted to 2 and {FITTED_TO} hosts, to all collectives together: a message's"
-        " latency, the bandwidth, how fast a core adds, what a sender's socket holds of a message that counts as sent, and how long the cores are"
+        " latency, the bandwidth, how fast a core adds, and how long the cores are"
         " busy for a byte moved, a byte added and a message. Known, not fitted: the schedules, the links' token buckets, the number of cores."
         " 8 and 16 hosts are predicted. Target: mean error at most 10 % for each.", "",
         "All hosts share this machine's cores. Where these are predicted to need longer than the links, their time is the prediction, marked \\*."
         " How busy they were is measured: near 100 % the emulation ends.", "",
-        "The last column is the error of the cost model of real networks, fitted to the same: it knows neither bursts nor sockets nor shared cores."
+        "The last column is the error of the cost model of real networks, fitted to the same: it knows neither bursts nor shared cores."
         " Servers are predicted by it alone.", "",
     ]  # fmt: skip
     for title, made in result["extrapolations"].items():
@@ -255,7 +255,6 @@ def _fitted(parameters: Mapping[str, Any]) -> str:
         "latency_s": ("latency", 1e3, "ms"),
         "bandwidth_bytes_per_s": ("bandwidth", 1e-6, "MB/s"),
         "add_bytes_per_s": ("adding", 1e-9, "GB/s"),
-        "socket_bytes": ("left in a socket", 1e-6, "MB"),
         "moved_s_per_byte": ("busy for a byte moved", 1e9, "ns"),
         "added_s_per_byte": ("for a byte added", 1e9, "ns"),
         "message_s": ("for a message", 1e6, "us"),

@@ -6,9 +6,6 @@ The cost model of ``collectives/cost.py`` is of a real network. A rehearsal diff
   that pause between rounds, as those of trees do, are faster for it; a ring's ports never pause.
 - Whoever adds what has arrived uses a core, and the hosts share the cores. Algorithms that the engine runs in parts side by side add one
   part while the next one arrives, and whoever only receives adds one piece of a message (``cost.PIECE_BYTES``) while the next arrives.
-- A message counts as sent when the last of it is in the sender's socket. The sender's next one, to somebody else, then shares the link with
-  what is still in there, and the first arrives that much later: at the upper levels of a broadcast, those below wait for it. From the size on
-  that gets a receipt there (``cost.RECEIPTS_FROM_BYTES``), the sender waits for it instead.
 - Where every host sends to several and receives from several at once, their messages leave in whatever order: ports wait for messages
   that are still behind others elsewhere, and then have several at once. In which order is drawn.
 - Nobody waits for a round to end everywhere: a rank goes on when its own messages are there.
@@ -36,12 +33,11 @@ class Links(NamedTuple):
     bandwidth_bytes_per_s: float
     add_bytes_per_s: float  # how fast one core adds what has arrived
     burst_bytes: float = 0.0  # a full token bucket
-    socket_bytes: float = 0.0  # of a message, still in the sender's socket when it counts as sent
     cores: int = 1
 
 
 _DRAWS = 20
-FITTED = ("latency_s", "bandwidth_bytes_per_s", "add_bytes_per_s", "socket_bytes")  # what ``fit`` finds, in this order
+FITTED = ("latency_s", "bandwidth_bytes_per_s", "add_bytes_per_s")  # what ``fit`` finds, in this order
 
 
 class _Round(NamedTuple):
@@ -49,7 +45,6 @@ class _Round(NamedTuple):
     received: dict[int, int]
     added: dict[int, int]  # of those received
     pairs: frozenset[tuple[int, int]]
-    followed: dict[int, int]  # by a rank that only sends in this round: chunks of its next messages, to others
 
 
 class Work(NamedTuple):
@@ -72,16 +67,16 @@ class Work(NamedTuple):
 @functools.lru_cache(maxsize=512)
 def _rounds(collective: str, size: int) -> tuple[int, tuple[_Round, ...]]:
     schedule = plugins.load("collective", collective)(size)
-    in_turn = schedule.in_turn()
-    rounds: list[_Round] = []
-    next_sends: dict[int, int] = {}  # by rank: chunks that leave it in the next round that it takes part in
-    for index, transfers in reversed(list(enumerate(schedule.rounds))):
-        sent, received = Counter(t.src for t in transfers), Counter(t.dst for t in transfers)
-        followed = {rank: next_sends[rank] for rank in sent if (index, rank) in in_turn}
-        added = Counter(t.dst for t in transfers if t.add)
-        rounds.insert(0, _Round(sent, received, added, frozenset((t.src, t.dst) for t in transfers), followed))
-        next_sends |= {rank: sent[rank] for rank in {*sent, *received}}
-    return schedule.num_chunks, tuple(rounds)
+    rounds = tuple(
+        _Round(
+            Counter(t.src for t in transfers),
+            Counter(t.dst for t in transfers),
+            Counter(t.dst for t in transfers if t.add),
+            frozenset((t.src, t.dst) for t in transfers),
+        )
+        for transfers in schedule.rounds
+    )
+    return schedule.num_chunks, rounds
 
 
 @functools.lru_cache(maxsize=512)
@@ -118,7 +113,7 @@ def allreduce_s(collective: str, workers: int, num_bytes: float, on: Links) -> f
 def _last_s(collective: str, workers: int, num_bytes: float, on: Links, late: Sequence[dict[int, float]]) -> float:
     num_chunks, rounds = _rounds(collective, workers)
     chunk = num_bytes / num_chunks
-    chunk_s, burst_s, socket_s = (n / on.bandwidth_bytes_per_s for n in (chunk, on.burst_bytes, on.socket_bytes))
+    chunk_s, burst_s = (n / on.bandwidth_bytes_per_s for n in (chunk, on.burst_bytes))
     ready = [0.0] * workers  # when each rank has done its rounds so far
     leaving, arriving = (
         [-math.inf] * workers,
@@ -138,12 +133,7 @@ def _last_s(collective: str, workers: int, num_bytes: float, on: Links, late: Se
         after = list(ready)
         for (s, d), begin in begins.items():
             there = max(begin, leaving[s], arriving[d]) + on.latency_s
-            if s in now.followed and now.sent[s] * chunk >= cost.RECEIPTS_FROM_BYTES:
-                after[s] = max(after[s], there + on.latency_s)
-            else:
-                in_socket_s = min(socket_s, now.sent[s] * chunk_s) if s not in now.received else 0.0
-                after[s] = max(after[s], begin, there - in_socket_s)
-                there += min(in_socket_s, now.followed.get(s, 0) * chunk_s)
+            after[s] = max(after[s], there)
             added = now.added.get(d, 0) * chunk
             after[d] = max(
                 after[d], there + add_s_per_byte * (added if d in now.sent else min(added, cost.PIECE_BYTES))
@@ -153,8 +143,8 @@ def _last_s(collective: str, workers: int, num_bytes: float, on: Links, late: Se
 
 
 def fit(timings: Sequence[Timing], known: Links) -> tuple[Links, list[Parameter]]:
-    """Links that explain the timings of more than one worker best, and latency, bandwidth, speed of adding and what
-    sockets hold, with their intervals.
+    """Links that explain the timings of more than one worker best, and latency, bandwidth and speed of adding,
+    with their intervals.
 
     The rest of ``known`` stays as it is.
     """
@@ -167,7 +157,7 @@ def fit(timings: Sequence[Timing], known: Links) -> tuple[Links, list[Parameter]
     start = float(np.median([t.num_bytes / t.seconds for t in used]))
     parameters = _fit(
         lambda t, values: allreduce_s(t.strategy, t.workers, t.num_bytes, links(values)),
-        used, [5e-4, start, 2e9, 5e5], [(1e-7, 0.1), (1e4, 1e12), (1e7, 1e12), (1e3, 1e7)],
+        used, [5e-4, start, 2e9], [(1e-7, 0.1), (1e4, 1e12), (1e7, 1e12)],
     )  # fmt: skip
     return links([parameter.value for parameter in parameters]), parameters
 
