@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scaletrain.parameter_server import codec, memory, wire
 from scaletrain.parameter_server.link import Identity, Link
-from scaletrain.parameter_server.requests import Answered, Requests, ServerError, Token
+from scaletrain.parameter_server.requests import Answered, PeerLost, Requests, ServerError, Token
 from scaletrain.parameter_server.settings import SILENCE_S, Settings
 from scaletrain.parameter_server.sharding import Block
 from scaletrain.parameter_server.wire import Dtype, Header, Kind, Message
@@ -231,7 +231,7 @@ class Client:
 
     def fail(self, message: str) -> None:
         """End all waiting, now and later, with a ``ServerError``. Any thread may call it."""
-        self._requests.fail(message)
+        self._requests.fail(ServerError(message))
 
     def close(self) -> None:
         """Leave in good order: the servers go on without this worker."""
@@ -273,9 +273,9 @@ class Client:
                     poller = self._poller()
                 requests.send(lambda token, header, payloads: self._send(token, header, payloads, poller))  # noqa: B023
         except ServerError as error:
-            requests.fail(str(error))
+            requests.fail(error)
         except Exception as error:  # whatever it is, the training thread has to hear of it
-            requests.fail(f"{type(error).__name__}: {error}")
+            requests.fail(ServerError(f"{type(error).__name__}: {error}"))
         finally:
             for link in self._links:
                 link.disconnect()
@@ -367,7 +367,7 @@ class Client:
             link.heard = float("inf")
             return
         if not self.settings.restart_servers:
-            raise ServerError(f"{link} {what}")
+            raise PeerLost(f"{link} {what}")
         link.disconnect()
         self.reconnects += 1
         deadline = time.monotonic() + self.settings.timeout_s

@@ -204,7 +204,9 @@ class Asynchronous(Rule):
     def __init__(self, keys: list[int], workers: int, bound: int | None = None):
         super().__init__(keys, workers)
         self._bound = bound
-        self._clock: dict[int, dict[int, int]] = {key: {} for key in keys}  # steps that each rank has pushed
+        self._clock: dict[int, dict[int, int]] = {
+            key: {} for key in keys
+        }  # the step after the last one that each rank has pushed
         self._held: dict[int, dict[int, int]] = {
             key: {} for key in keys
         }  # waiting ranks -> staleness of their gradient
@@ -223,7 +225,8 @@ class Asynchronous(Rule):
         actions: list[Action] = []
         if not repeated:
             self.version[key] += 1
-            self._clock[key][rank] += 1
+            # Not one more: of several servers each may have told this worker another step to begin with, and it took the last one.
+            self._clock[key][rank] = max(self._clock[key][rank], step + 1)
             actions = [Add(key, rank), Apply(key, 1, self.version[key])]
         self._held[key][rank] = staleness
         return actions + self._release(key)

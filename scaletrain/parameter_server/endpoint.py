@@ -77,6 +77,7 @@ class Endpoint:
         self._context = zmq.Context(io_threads=settings.io_threads)
         self._authenticator: ThreadAuthenticator | None = None
         self._peers: dict[bytes, Peer] = {}
+        self._given_up: dict[bytes, str] = {}  # connections of lost workers, and why
         self._ranks: dict[int, _Rank] = {}
         self._endpoints: list[str] = []
         self._logged: dict[str, float] = {}
@@ -177,7 +178,7 @@ class Endpoint:
         if header.kind == Kind.HELLO:
             return self._hello(route, message)
         if peer is None:
-            raise Refused("unknown session")
+            raise Refused(self._given_up.get(route, "unknown session"))
         if header.kind == Kind.PROOF and not peer.session:
             return self._proof(peer, message)
         if not peer.session or header.session != peer.session or header.rank != peer.rank:
@@ -201,6 +202,7 @@ class Endpoint:
                 raise Refused("too many clients")
         peer = Peer(route, rank, connection, 0, incarnation, attempt)
         self._peers[route] = peer
+        self._given_up.pop(route, None)
         if self._settings.on_one_host or self._settings.encrypted:
             return self._admit(peer)
         nonce = value.get("nonce")
@@ -281,12 +283,13 @@ class Endpoint:
             for route in list(known.routes.values()):
                 self.send(route, Header(Kind.PING, count=live))
 
-    def forget(self, rank: int) -> None:
-        """This worker is lost: what its connections still say is refused."""
+    def forget(self, rank: int, reason: str) -> None:
+        """This worker is lost: what its connections still say is refused, with the reason."""
         known = self._ranks.get(rank)
         if known:
             for route in known.routes.values():
                 self._peers.pop(route, None)
+                self._given_up[route] = f"given up: {reason}"
             known.routes.clear()
 
     def silent_s(self, rank: int) -> float:

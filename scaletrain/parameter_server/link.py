@@ -13,7 +13,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from scaletrain.parameter_server import placement, security, wire
 from scaletrain.parameter_server.memory import SUPPORTED, Slab
-from scaletrain.parameter_server.requests import ServerError, Token
+from scaletrain.parameter_server.requests import PeerLost, ServerError, Token
 from scaletrain.parameter_server.settings import Settings
 from scaletrain.parameter_server.sharding import Block, layout, to_json
 from scaletrain.parameter_server.wire import Header, Kind, Message, Refused
@@ -190,10 +190,10 @@ class Link:
                 return None
             if message.header.kind not in (Kind.REFUSED, Kind.ABORT):
                 return message
-            text = message.json()
+            text, kind = message.json(), PeerLost if message.header.kind == Kind.ABORT else ServerError
         except Refused as refusal:
             raise ServerError(f"{self} sent a message that is not acceptable: {refusal}") from None
-        raise ServerError(f"{self}: {text.get('message') or 'refused: ' + str(text.get('reason'))}")
+        raise kind(f"{self}: {text.get('message') or 'refused: ' + str(text.get('reason'))}")
 
     def may_push(self, token: Token) -> bool:
         """Whether a gradient may leave now, or has to wait for weights first (``Settings.blocks_ahead``).

@@ -14,6 +14,10 @@ class ServerError(RuntimeError):
     """A parameter server is gone, refuses this worker, or says that training cannot go on."""
 
 
+class PeerLost(ServerError, ConnectionError):
+    """It is gone, or says that another worker is: a consequence of what happened elsewhere."""
+
+
 class Token(NamedTuple):
     """What a message asks for; its answer carries the same."""
 
@@ -47,7 +51,7 @@ class Requests:
         self._arrivals = 0
         self._answers: dict[Token, Answered] = {}
         self._awaited: Token | None = None  # nobody is woken for another one
-        self.failure: str | None = None
+        self.failure: ServerError | None = None
 
     def ask(self, token: Token, header: Header, payloads: list[Any]) -> Token:
         with self._changed:
@@ -63,7 +67,8 @@ class Requests:
             self._changed.wait_for(lambda: token in self._answers or self.failure is not None)
             if token in self._answers:
                 return self._answers.pop(token)
-            raise ServerError(self.failure)
+            assert self.failure
+            raise type(self.failure)(*self.failure.args)  # it may be raised again, by another thread
 
     def woken(self) -> None:
         """Take notice of ``wake``."""
@@ -104,10 +109,10 @@ class Requests:
                     self._open[token] = (changed, payloads)
                     self._enqueue(token)
 
-    def fail(self, message: str) -> None:
-        """End all waiting, now and later, with the first message given."""
+    def fail(self, error: ServerError) -> None:
+        """End all waiting, now and later, with the first error given."""
         with self._changed:
-            self.failure = self.failure or message
+            self.failure = self.failure or error
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -173,7 +173,7 @@ class Server:
         owned = self._blocks
         if owned is None or rank not in owned.rule.live:
             return
-        self._endpoint.forget(rank)
+        self._endpoint.forget(rank, reason)
         owned.slabs.pop(rank, None)
         self._tally.lose(rank, reason, owned.updates)
         log.warning("server %d: worker rank %d was lost: %s", self.index, rank, reason)

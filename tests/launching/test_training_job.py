@@ -32,10 +32,14 @@ def pid_of(run_dir: Path, rank: int) -> int:
     return json.loads((run_dir / f"progress-{rank}.json").read_text())["pid"]
 
 
-@pytest.mark.parametrize("launcher", ["local", "torchrun"])
-def test_kill_9_of_one_worker_of_three(launcher: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    "options",
+    [("--launcher", "local"), ("--launcher", "torchrun"), ("--exchange", "parameter_server")],
+    ids=["local", "torchrun", "parameter_server"],
+)
+def test_kill_9_of_one_worker_of_three(options: tuple[str, ...], tmp_path: Path):
     run_dir = tmp_path / "run"
-    process = started(run_dir, "--launcher", launcher)
+    process = started(run_dir, *options)
     began = time.monotonic()
     os.kill(pid_of(run_dir, 2), signal.SIGKILL)
     output, _ = process.communicate(timeout=30)

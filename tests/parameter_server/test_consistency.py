@@ -252,3 +252,14 @@ def test_what_cannot_be_is_refused():
         rule.push(0, 1, 0, 0)
     with pytest.raises(ValueError, match="not there yet"):
         rule.push(0, 0, 0, 1)
+
+
+def test_a_worker_that_began_later_than_this_server_said_holds_nobody_back():
+    """Each of several servers says where a worker is to begin, and it takes the last step named: a server counts the job's steps, not pushes."""
+    rule = Asynchronous([0], 2, bound=1)
+    rule.join(0), rule.join(1)
+    for step in range(2, 10):  # rank 1 was told 2 elsewhere
+        rule.push(0, 1, step, rule.version[0])
+    for step in range(10):
+        answered = rule.push(0, 0, step, rule.version[0])
+        assert Answer(0, 0) in answered, f"step {step}: rank 0 waits for a worker that is done"
