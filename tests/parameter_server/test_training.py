@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from scaletrain.errors import UserError
 from scaletrain.parameter_server import replica, wire
+from scaletrain.parameter_server.link import Link
 from scaletrain.parameter_server.requests import ServerError
 from scaletrain.parameter_server.settings import Settings, settings
 from scaletrain.training import checkpoint
@@ -179,6 +181,22 @@ def test_async_applies_every_gradient_and_records_staleness(tmp_path, mode):
     before = sum(job.loss(job.model(), 99999, rank).item() for rank in range(3))
     after = sum(job.loss(job.model_with(results[0][0]), 99999, rank).item() for rank in range(3))
     assert after < 0.8 * before
+
+
+def test_servers_that_met_a_worker_at_different_steps_agree_at_the_end(tmp_path, monkeypatch):
+    """Rank 1 reaches the second server when rank 0 has done steps there: it begins where that one says, later than the first one said."""
+    connect = Link.connect
+
+    def late(link: Link, *arguments, **options):
+        if link.index == 1 and link._identity.rank == 1:
+            time.sleep(0.5)
+        return connect(link, *arguments, **options)
+
+    monkeypatch.setattr(Link, "connect", late)
+    made, begun = Settings(2, 5, mode="bounded", staleness=1, servers=2, **SMALL_BLOCKS), []
+    job.train(made, tmp_path, STEPS, on_step=lambda step, joined: begun.append((joined.world.rank, step)))
+    assert min(step for rank, step in begun if rank == 1) > 1, "rank 1 was not late"
+    assert job.statistics(tmp_path)["lost"] == []
 
 
 @pytest.mark.parametrize(
