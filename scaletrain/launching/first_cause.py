@@ -58,6 +58,7 @@ class Progress:
     def __init__(self, run_dir: Path, workers: int):
         self.run_dir, self.workers = run_dir, workers
         self._looked = 0.0
+        self._behind: dict[int, float] = {}  # ranks that are least far, and since when
 
     def read(self, rank: int) -> Known | None:
         """A rank's progress; ``None`` when it wrote none, or was writing just now."""
@@ -72,7 +73,7 @@ class Progress:
 
     def stale(self, limit_s: float, starting_s: float, lost: Collection[int] = ()) -> bool:
         """Whether nobody waits for a rank that is alive: of those that report steps, one that is least far has given no sign of life
-        for too long. (Who is further may wait for one that is slow, in asynchronous training for long.) Looks at most twice a second.
+        for too long since then. (Who is further may wait for one that is slow, in asynchronous training for long.) Looks at most twice a second.
         """
         if time.monotonic() - self._looked < 0.5:
             return False
@@ -80,10 +81,12 @@ class Progress:
         now = time.time()
         watched = [known for known in self.all() if known.watched and known.rank not in lost]
         least = min((known.num_steps for known in watched), default=0)
+        behind = [known for known in watched if known.num_steps == least]
+        self._behind = {known.rank: self._behind.get(known.rank, now) for known in behind}
         return any(
-            now - known.time > (starting_s if known.step is None else limit_s)
-            for known in watched if known.num_steps == least
-        )  # fmt: skip
+            now - max(known.time, self._behind[known.rank]) > (starting_s if known.step is None else limit_s)
+            for known in behind
+        )
 
 
 def reported(run_dir: Path, workers: int, since: float) -> list[Failure]:
