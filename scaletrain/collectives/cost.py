@@ -17,7 +17,7 @@ from scaletrain.collectives.schedule import Schedule
 SIDE_BY_SIDE = ("ring", "halving_doubling", "direct", "two_level")
 _PARTS, _SMALL_BYTES = 4, 128 << 10  # pieces below it cost more by their number than by their bytes
 PIECE_BYTES = 512 << 10  # in which a message travels over TCP: one is added while the next arrives
-# There, messages from this size on are answered by a receipt where their sender turns to another rank next (``Schedule.in_turn``).
+# There, messages from this size on are answered by a receipt where their sender turns to another rank next (``schedule.in_turn``).
 RECEIPTS_FROM_BYTES = 1 << 20
 
 

@@ -58,19 +58,6 @@ class Schedule(NamedTuple):
                     mine[-1][side].append(t)  # type: ignore[union-attr]
         return found
 
-    def in_turn(self) -> set[tuple[int, int]]:
-        """(round, rank) of all ranks that only send in a round, and then send to others: as the root of a broadcast does.
-
-        Such a rank has nothing to wait for between the two, unless it is told that the first message has arrived. Where it counts as sent
-        before that, both share the link, and whoever waits for the first waits for longer than a round.
-        """
-        found = set()
-        for rank, program in enumerate(self.programs()):
-            for (index, sends, receives), (_, after, _) in pairwise(program):
-                if sends and not receives and after and {t.dst for t in sends} != {t.dst for t in after}:
-                    found.add((index, rank))
-        return found
-
 
 class ScheduleError(ValueError):
     """A schedule that is not an allreduce; says which round or rank is wrong."""
@@ -260,6 +247,20 @@ def verify_order(programs: list[Program]) -> None:
     if stuck:
         waits = ", ".join(f"rank {rank} in round {programs[rank][done[rank]][0]}" for rank in stuck[:4])
         raise ScheduleError(f"deadlock: {len(stuck)} ranks wait for ever ({waits})")
+
+
+def in_turn(programs: list[Program]) -> set[tuple[int, int]]:
+    """(round, rank) of all ranks that only send in a round, and then send to others: as the root of a broadcast does.
+
+    Such a rank has nothing to wait for between the two, unless it is told that the first message has arrived. Where it counts as sent
+    before that, both share the link, and whoever waits for the first waits for longer than a round.
+    """
+    found = set()
+    for rank, program in enumerate(programs):
+        for (index, sends, receives), (_, after, _) in pairwise(program):
+            if sends and not receives and after and {t.dst for t in sends} != {t.dst for t in after}:
+                found.add((index, rank))
+    return found
 
 
 def pipeline(transfers: Sequence[Transfer], size: int, segments: int) -> Schedule:

@@ -1,13 +1,14 @@
 """Runs a schedule on real tensors: one rank's end."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.collectives.schedule import Schedule, Transfer, in_turn
 from scaletrain.engine import spans
 from scaletrain.engine.transport import Pending, Receive, Reduce, Transport
 
@@ -19,9 +20,10 @@ class Message(NamedTuple):
     first: int
     last: int
     add: bool
-    in_turn: bool  # its sender sends to another rank next: see ``Schedule.in_turn``
+    in_turn: bool  # its sender sends to another rank next: see ``schedule.in_turn``
 
 
+Extent = Callable[[Message], tuple[int, int]]
 _RECEIPT = -1  # where a receipt lies: one element, which says nothing
 
 
@@ -46,10 +48,11 @@ class Program:
     @classmethod
     def all_of(cls, schedule: Schedule) -> list["Program"]:
         """Every rank's. Chunks that lie side by side and travel between the same two ranks become one message."""
-        in_turn = schedule.in_turn()
+        programs = schedule.programs()
+        turns = in_turn(programs)
 
         def messages(index: int, transfers: list[Transfer], of: Callable[[Transfer], int]) -> list[Message]:
-            return _merge([(of(t), t, (index, t.src) in in_turn) for t in transfers])
+            return _merge([(of(t), t, (index, t.src) in turns) for t in transfers])
 
         return [
             cls(
@@ -59,17 +62,17 @@ class Program:
                     for index, sends, receives in program
                 ),
             )
-            for program in schedule.programs()
+            for program in programs
         ]
 
     @classmethod
     def of(cls, schedule: Schedule, rank: int) -> "Program":
         return cls.all_of(schedule)[rank]
 
-    def _steps(self, count: int, segments: int, receipts_from: int | None) -> tuple[list[slice], list[Step]]:
+    def _steps(self, count: int, segments: int, receipts_from: float) -> tuple[list[slice], list[Step]]:
         """For a tensor of ``count`` elements: its pieces, and the steps in the order in which all ranks start them, which is what lets
         messages match without tags. With fewer elements than chunks some messages are empty; they are left out. A message of at least
-        ``receipts_from`` elements whose sender turns to another rank next is answered by a receipt (None: none is)."""
+        ``receipts_from`` elements whose sender turns to another rank next is answered by a receipt."""
         pieces: dict[tuple[int, int], int] = {}
         steps = []
         for number, (sends, receives) in enumerate(self.rounds):
@@ -77,25 +80,27 @@ class Program:
                 base = segment * count // segments
                 length = (segment + 1) * count // segments - base
 
-                def where(message: Message, base: int = base, length: int = length) -> int | None:
-                    low = base + message.first * length // self.num_chunks
-                    high = base + message.last * length // self.num_chunks
+                def extent(message: Message, base: int = base, length: int = length) -> tuple[int, int]:
+                    first, last = (edge * length // self.num_chunks for edge in (message.first, message.last))
+                    return base + first, base + last
+
+                def where(message: Message, extent: Extent = extent) -> int | None:
+                    low, high = extent(message)
                     return pieces.setdefault((low, high), len(pieces)) if low < high else None
 
                 out = tuple((m.peer, place) for m in sends if (place := where(m)) is not None)
                 into = tuple((m.peer, place, m.add) for m in receives if (place := where(m)) is not None)
                 if out or into:
                     steps.append(Step(number, segment, out, into))
-                if receipts_from is not None:
 
-                    def large(message: Message, length: int = length) -> bool:
-                        elements = (message.last - message.first) * length // self.num_chunks
-                        return message.in_turn and elements >= receipts_from
+                def receipt(message: Message, extent: Extent = extent) -> bool:
+                    low, high = extent(message)
+                    return message.in_turn and high - low >= receipts_from
 
-                    back = tuple((m.peer, _RECEIPT) for m in receives if large(m))
-                    awaited = tuple((m.peer, _RECEIPT, False) for m in sends if large(m))
-                    if back or awaited:
-                        steps.append(Step(number, segment, back, awaited))
+                back = tuple((m.peer, _RECEIPT) for m in receives if receipt(m))
+                awaited = tuple((m.peer, _RECEIPT, False) for m in sends if receipt(m))
+                if back or awaited:
+                    steps.append(Step(number, segment, back, awaited))
         return [slice(*piece) for piece in pieces], steps
 
 
@@ -110,14 +115,14 @@ def execute(program: Program, transport: Transport, tensor: Tensor, reduce: Redu
     Raises:
         TimeoutError, ConnectionError: a peer is late or gone; named.
     """
-    receipts_from = getattr(transport, "receipts_from_bytes", None)
-    slices, steps = program.steps(tensor.numel(), segments, receipts_from and receipts_from // tensor.element_size())
-    views: list[Tensor | None] = [*[None] * len(slices), tensor.new_zeros(1)]  # the last one is the receipts'
+    receipts_from = getattr(transport, "receipts_from_bytes", math.inf) / tensor.element_size()
+    slices, steps = program.steps(tensor.numel(), segments, receipts_from)
+    views: list[Tensor | None] = [None] * (len(slices) + 1)  # the last one is the receipts'
 
     def view(place: int) -> Tensor:
         found = views[place]
         if found is None:
-            found = views[place] = tensor[slices[place]]
+            found = views[place] = tensor.new_zeros(1) if place == _RECEIPT else tensor[slices[place]]
         return found
 
     pending: list[Pending | None] = [None] * segments
@@ -150,10 +155,10 @@ def _traced(started: Pending, step: Step) -> Pending:
 
 def _merge(transfers: list[tuple[int, Transfer, bool]]) -> list[Message]:
     by_peer: dict[int, list[Message]] = {}
-    for peer, t, in_turn in transfers:
+    for peer, t, turns in transfers:
         messages = by_peer.setdefault(peer, [])
         if messages and messages[-1].last == t.chunk and messages[-1].add == t.add:
             messages[-1] = messages[-1]._replace(last=t.chunk + 1)
         else:
-            messages.append(Message(peer, t.chunk, t.chunk + 1, t.add, in_turn))
+            messages.append(Message(peer, t.chunk, t.chunk + 1, t.add, turns))
     return [message for messages in by_peer.values() for message in messages]

@@ -204,9 +204,7 @@ class Asynchronous(Rule):
     def __init__(self, keys: list[int], workers: int, bound: int | None = None):
         super().__init__(keys, workers)
         self._bound = bound
-        self._clock: dict[int, dict[int, int]] = {
-            key: {} for key in keys
-        }  # the step after the last one that each rank has pushed
+        self._clock: dict[int, dict[int, int]] = {key: {} for key in keys}  # the step that each rank pushes next
         self._held: dict[int, dict[int, int]] = {
             key: {} for key in keys
         }  # waiting ranks -> staleness of their gradient

@@ -65,7 +65,7 @@ class Lingering(Protocol):
     Messages of at least ``receipts_from_bytes`` are then answered by a receipt where the schedule means that one follows another.
     """
 
-    receipts_from_bytes: int | None
+    receipts_from_bytes: float
 
 
 class OwnAllreduce(Protocol):

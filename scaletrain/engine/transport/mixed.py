@@ -1,5 +1,6 @@
 """Shared memory between ranks of one host, gloo (TCP) or MPI between hosts: the wire for two_level."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,7 +23,7 @@ class Mixed:
         self._between: Transport = plugins.load("transport", between)(
             group._replace(store=dist.PrefixStore("between/", group.store))
         )
-        self.receipts_from_bytes = getattr(self._between, "receipts_from_bytes", None)
+        self.receipts_from_bytes = getattr(self._between, "receipts_from_bytes", math.inf)
         self._local: dict[int, int] = {}  # rank: its number on this host
         self._within: Transport | None = None
         if len(here) > 1:
