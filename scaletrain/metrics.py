@@ -108,7 +108,8 @@ def environment() -> dict[str, Any]:
         platform.processor() or platform.machine(),
     )
     commit = git("rev-parse", "--short=12", "HEAD")
-    if commit and git("status", "--porcelain", "--untracked-files=no"):
+    # Pages of results are not what was measured: a run that writes several does not mark the later ones.
+    if commit and git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"):
         commit += "-dirty"
     return {
         "host": platform.node(),

@@ -15,7 +15,7 @@ The cost model of ``collectives/cost.py`` is of a real network. A rehearsal diff
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,23 +47,6 @@ class _Round(NamedTuple):
     pairs: frozenset[tuple[int, int]]
 
 
-class Work(NamedTuple):
-    """What the cores of the machine do for an exchange, in core-seconds."""
-
-    moved_s_per_byte: float  # from one host to another, all copies and the links' shaping together
-    added_s_per_byte: float
-    message_s: float
-
-    def busy_s(self, collective: str, workers: int, num_bytes: float) -> float:
-        """Core-seconds of one allreduce, of all hosts together."""
-        num_chunks, rounds = _rounds(collective, workers)
-        chunk = num_bytes / num_chunks
-        moved = chunk * sum(count for now in rounds for count in now.sent.values())
-        added = chunk * sum(count for now in rounds for count in now.added.values())
-        messages = cost.parts(collective, workers, num_bytes) * sum(len(now.pairs) for now in rounds)
-        return moved * self.moved_s_per_byte + added * self.added_s_per_byte + messages * self.message_s
-
-
 @functools.lru_cache(maxsize=512)
 def _rounds(collective: str, size: int) -> tuple[int, tuple[_Round, ...]]:
     schedule = plugins.load("collective", collective)(size)
@@ -77,6 +60,12 @@ def _rounds(collective: str, size: int) -> tuple[int, tuple[_Round, ...]]:
         for transfers in schedule.rounds
     )
     return schedule.num_chunks, rounds
+
+
+def bytes_moved(collective: str, workers: int, num_bytes: float) -> float:
+    """What one allreduce of ``num_bytes`` moves from one host to another, all hosts together."""
+    num_chunks, rounds = _rounds(collective, workers)
+    return num_bytes / num_chunks * sum(count for now in rounds for count in now.sent.values())
 
 
 @functools.lru_cache(maxsize=512)
@@ -146,7 +135,7 @@ def fit(timings: Sequence[Timing], known: Links) -> tuple[Links, list[Parameter]
     """Links that explain the timings of more than one worker best, and latency, bandwidth and speed of adding,
     with their intervals.
 
-    The rest of ``known`` stays as it is.
+    The rest of ``known`` stays as it is. By least squares of the logarithms' differences, outliers weighing less.
     """
     used = [t for t in timings if t.workers > 1]
 
@@ -154,36 +143,14 @@ def fit(timings: Sequence[Timing], known: Links) -> tuple[Links, list[Parameter]
         found: dict[str, Any] = dict(zip(FITTED, values, strict=True))
         return known._replace(**found)
 
-    start = float(np.median([t.num_bytes / t.seconds for t in used]))
-    parameters = _fit(
-        lambda t, values: allreduce_s(t.strategy, t.workers, t.num_bytes, links(values)),
-        used, [5e-4, start, 2e9], [(1e-7, 0.1), (1e4, 1e12), (1e7, 1e12)],
-    )  # fmt: skip
-    return links([parameter.value for parameter in parameters]), parameters
-
-
-def fit_work(busy: Sequence[Timing]) -> tuple[Work, list[Parameter]]:
-    """The work that explains best how long the machine's cores were busy. ``busy``: core-seconds instead of seconds."""
-    used = [t for t in busy if t.workers > 1 and t.seconds > 0]
-    parameters = _fit(
-        lambda t, values: Work(*values).busy_s(t.strategy, t.workers, t.num_bytes),
-        used, [1e-9, 3e-10, 2e-5], [(1e-12, 1e-6), (1e-12, 1e-6), (1e-7, 1e-2)],
-    )  # fmt: skip
-    return Work(*(parameter.value for parameter in parameters)), parameters
-
-
-def _fit(
-    predict: Callable[[Timing, Sequence[float]], float],
-    used: Sequence[Timing],
-    start: Sequence[float],
-    bounds: Sequence[tuple[float, float]],
-) -> list[Parameter]:
-    """Positive values by least squares of the logarithms' differences, outliers weighing less."""
-
     def residuals(logs: np.ndarray) -> np.ndarray:
-        values = [float(value) for value in np.exp(logs)]
-        return np.array([math.log(predict(t, values) / t.seconds) for t in used])
+        on = links([float(value) for value in np.exp(logs)])
+        return np.array([math.log(allreduce_s(t.strategy, t.workers, t.num_bytes, on) / t.seconds) for t in used])
 
-    low, high = np.log(np.array(bounds)).T
-    found = optimize.least_squares(residuals, np.log(start), bounds=(low, high), loss="soft_l1", f_scale=0.05)
-    return intervals_of(found.x, found.jac, residuals(found.x))
+    start = float(np.median([t.num_bytes / t.seconds for t in used]))
+    low, high = np.log([(1e-7, 0.1), (1e4, 1e12), (1e7, 1e12)]).T
+    found = optimize.least_squares(
+        residuals, np.log([5e-4, start, 2e9]), bounds=(low, high), loss="soft_l1", f_scale=0.05
+    )
+    parameters = intervals_of(found.x, found.jac, residuals(found.x))
+    return links([parameter.value for parameter in parameters]), parameters

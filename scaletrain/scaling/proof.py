@@ -177,28 +177,24 @@ def extrapolate(
 ) -> Extrapolation:
     """Fit emulated links to the timings of at most ``fitted_to`` workers; predict the others. ``known``: what is not fitted.
 
-    ``busy``: core-seconds of the same exchanges. The work is fitted to those of at most ``fitted_to`` workers; the prediction is no less than
-    the cores need for it (``machine_s`` of a point).
+    ``busy``: core-seconds of the same exchanges. What a byte takes of the cores with the most hosts that are fitted, it takes with more of them,
+    and the prediction is no less than the cores need for all bytes (``machine_s`` of a point).
     """
-
     few = [t for t in timings if t.workers <= fitted_to]
     links, parameters = emulated.fit(few, known)
-    names = list(emulated.FITTED)
-    work = None
-    if busy:
-        work, more = emulated.fit_work([t for t in busy if t.workers <= fitted_to])
-        parameters, names = parameters + more, names + list(emulated.Work._fields)
+    most = max(t.workers for t in few)
+    core_s = {t.strategy: t.seconds / emulated.bytes_moved(*t[:3]) for t in busy if t.workers == most}
     worked = {(t.strategy, t.workers): t.seconds for t in busy}
     plain = extrapolate_plain(timings, fitted_to)
     points = []
     for point, t in zip(plain.points, (t for t in timings if t.workers > fitted_to), strict=True):
         links_s = emulated.allreduce_s(t.strategy, t.workers, t.num_bytes, links)
-        machine_s = work.busy_s(t.strategy, t.workers, t.num_bytes) / known.cores if work else 0.0
+        machine_s = core_s.get(t.strategy, 0.0) * emulated.bytes_moved(*t[:3]) / known.cores
         point |= {"predicted_s": max(links_s, machine_s), "links_s": links_s, "machine_s": machine_s}
         if (t.strategy, t.workers) in worked:
             point["cores_busy"] = worked[t.strategy, t.workers] / known.cores / t.seconds
         points.append(point)
-    return Extrapolation(dict(zip(names, parameters, strict=True)), points)
+    return Extrapolation(dict(zip(emulated.FITTED, parameters, strict=True)), points)
 
 
 def extrapolate_plain(timings: Sequence[Timing], fitted_to: int) -> Extrapolation:
@@ -215,12 +211,13 @@ def extrapolate_plain(timings: Sequence[Timing], fitted_to: int) -> Extrapolatio
 
 
 def timings_of(measured: Sequence[Mapping[str, Any]], key: str = "seconds") -> list[Timing]:
-    """The median of every collective in files that ``benchmarks/suites/time_exchanges.py`` wrote: of ``seconds`` or ``busy_s``."""
-    return [
-        Timing(name, one["workers"], one["num_bytes"], float(np.median(seconds)))
-        for one in measured
-        for name, seconds in one[key].items()
-    ]
+    """The median of every collective and number of workers in files that ``benchmarks/suites/time_exchanges.py`` wrote, those of one number
+    taken together: of ``seconds`` or ``busy_s``."""
+    found: dict[tuple[str, int, float], list[float]] = {}
+    for one in measured:
+        for name, seconds in one[key].items():
+            found.setdefault((name, one["workers"], one["num_bytes"]), []).extend(seconds)
+    return [Timing(*at, float(np.median(seconds))) for at, seconds in found.items()]
 
 
 def extrapolate_server(steps_s: Mapping[int, float], num_bytes: float, fitted_to: int) -> Extrapolation:

@@ -214,18 +214,19 @@ def test_messages_of_all_to_all_get_in_each_others_way():
 
 def test_a_prediction_is_no_less_than_what_the_cores_need():
     known = emulated.Links(0.0, 0.0, 0.0, burst_bytes=65536.0, cores=2)
-    true, work = known._replace(bandwidth_bytes_per_s=10e6, add_bytes_per_s=1e12), emulated.Work(2e-8, 1e-8, 1e-4)
-    sizes = [(name, p) for name in ("ring", "tree", "recursive_doubling") for p in (2, 4, 8, 16)]
-    busy = [fit.Timing(name, p, 4e6, work.busy_s(name, p, 4e6)) for name, p in sizes]
-    links = {(name, p): emulated.allreduce_s(name, p, 4e6, true) for name, p in sizes}
-    timings = [fit.Timing(t.strategy, t.workers, 4e6, max(links[t[:2]], t.seconds / 2)) for t in busy]
+    true = known._replace(bandwidth_bytes_per_s=10e6, add_bytes_per_s=1e12)
+    core_s = {"ring": 2e-8, "tree": 4e-8, "recursive_doubling": 1e-8}  # a byte's
+    sizes = [(name, p, 4e6) for name in core_s for p in (2, 4, 8, 16)]
+    busy = [fit.Timing(*at, core_s[at[0]] * emulated.bytes_moved(*at)) for at in sizes]
+    timings = [fit.Timing(*t[:3], max(emulated.allreduce_s(*t[:3], true), t.seconds / 2)) for t in busy]
     made = proof.extrapolate(timings, 4, known, busy)
     by = {(point["exchange"], point["workers"]): point for point in made.points}
     assert all(point["predicted_s"] == pytest.approx(point["measured_s"], rel=0.03) for point in made.points)
     ring, tree = by["ring", 16], by["tree", 16]
     assert ring["machine_s"] > 1.5 * ring["links_s"] and ring["cores_busy"] == pytest.approx(1.0)
     assert tree["machine_s"] < 0.8 * tree["links_s"] and tree["cores_busy"] < 0.8
-    assert work.busy_s("ring", 4, 4e6) == pytest.approx(2e-8 * 24e6 + 1e-8 * 12e6 + 1e-4 * 4 * 24)
+    assert emulated.bytes_moved("ring", 4, 4e6) == pytest.approx(24e6)
+    assert emulated.bytes_moved("tree", 4, 4e6) == pytest.approx(24e6)
 
 
 def test_fit_finds_the_emulated_links_that_made_the_timings():
