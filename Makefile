@@ -44,7 +44,7 @@ build/%/bin/mpirun: constraints.txt
 	build/$*/bin/python -m pip install --quiet --constraint constraints.txt mpi4py numpy $*
 	@touch $@
 
-# Every figure in benchmarks/results/, with hardware, versions and commit in each header (root; about two hours on a machine that does nothing
+# Every figure in benchmarks/results/, with hardware, versions and commit in each header (root; about three hours on a machine that does nothing
 # else). The training sweeps, predictions and FireCaffe's curves go on from what they left in runs/ when they were stopped.
 RESULTS := benchmarks/results
 COLLECTIVES := $(BIN)/scaletrain bench collectives

@@ -100,6 +100,11 @@ def train(
         click.echo(line)
     with live.progress(run_dir):
         status = supervise.run(plan, job)
+    if run.exchange.name == "parameter_server":
+        from scaletrain.scaling import servers
+
+        if told := servers.text(servers.read(run_dir)):
+            click.echo(told)
     sys.exit(status)
 
 

@@ -7,12 +7,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from scaletrain.scaling import servers
 from scaletrain.scaling.headline import oversubscribed
 from scaletrain.scaling.render import note, outcome
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
-    """Print a table of the rows, the lost time by cause, and the summary sentence."""
+    """Print a table of the rows, the lost time by cause, what parameter servers counted, and the summary sentence."""
     header, rows = report["header"], report["rows"]
     title = f"{header['mode']} scaling" + (" (EMULATED)" if header["emulated"] else "")
     table = Table(
@@ -57,6 +58,10 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         console.print(f"* {crowded}")
     if report["losses"]:
         console.print(_losses(report))
+    for row in rows:
+        if row["servers"]:
+            told = f"{row['exchange']} on {row['workers']}: {servers.text(row['servers'])}"
+            console.print(told, highlight=False, markup=False)
     for row in rows:
         for reason in dict.fromkeys(row["failures"]):
             console.print(f"[red]failed[/red] {row['exchange']} on {row['workers']}: {escape(reason)}", highlight=False)

@@ -34,3 +34,4 @@ def test_digits_are_learned_in_every_mode(tmp_path, settings):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] >= 0.97
+    assert f"{settings.get('servers', 1)} server" in done.stdout and f"{settings['mode']}; staleness" in done.stdout

@@ -1,13 +1,15 @@
 """Parameter servers in the report: what they counted is shown, and faster is not always sooner."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from scaletrain.metrics import StepRecord
-from scaletrain.scaling import render, report, servers
+from scaletrain.scaling import render, report, servers, table
 from tests.scaling.runs import write_run
 
 
@@ -73,6 +75,9 @@ def test_faster_steps_can_reach_a_loss_later(tmp_path):
     assert first["time_to_loss_s"] < second["time_to_loss_s"]
     for page in (render.markdown(made), render.html(made)):
         assert "time to loss" in page and "0: 75 %, 2: 25 %" in page
+    console = Console(width=200, record=True, file=io.StringIO())
+    table.show(made, console)
+    assert f"parameter_server on {second['workers']}: 2 servers, async; staleness 0: 75 %" in console.export_text()
 
 
 def test_without_servers_there_is_no_such_table(tmp_path):
