@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ TRAFFIC_STEP_S = 0.5  # the emulated computation of squeezenet_alexnet.yaml
 def command(data: Path, out: Path, no_measure: bool) -> None:
     """Fit on few hosts and predict many; fit FireCaffe's 32 GPUs and predict its 128; and so on, with every miss written as one.
 
-    Measuring needs root (rehearsals build network namespaces) and about 35 minutes on 2 cores, which nothing else may use.
+    Measuring needs root (rehearsals build network namespaces) and about an hour on 2 cores, which nothing else may use.
     Stopped and started again, it measures what is missing.
     """
     from scaletrain.metrics import environment, write_json
@@ -97,7 +98,9 @@ def _results(data: Path, cores: int) -> dict[str, Any]:
             title = f"collectives, {bandwidth}/s, {num_bytes / 1e6:g} MB"
             known = emulated.Links(0.0, 0.0, 0.0, burst_bytes(bits_per_s(bandwidth)), cores=cores)
             timings, busy = proof.timings_of(measured), proof.timings_of(measured, "busy_s")
-            result["extrapolations"][title] = _extrapolation(proof.extrapolate(timings, FITTED_TO, known, busy))
+            rounds = min(Counter(one["workers"] for one in measured).values())
+            found = _extrapolation(proof.extrapolate(timings, FITTED_TO, known, busy))
+            result["extrapolations"][title] = found | {"rounds": rounds}
     for bandwidth in SERVERS:
         runs = {
             h: data / f"server-{bandwidth}-{h}"
@@ -142,7 +145,7 @@ def _markdown(result: Mapping[str, Any]) -> str:
         "## 1. More hosts than were fitted (EMULATED)", "",
         f"Hosts are network namespaces of one machine, links are shaped. Fitted to 2 and {FITTED_TO} hosts, to all collectives together: a message's"
         " latency, the bandwidth and how fast a core adds. Known, not fitted: the schedules, the links' token buckets, the number of cores."
-        f" 8 and 16 hosts are predicted. Target: mean error at most 10 % for each. All numbers of hosts took turns, {ROUNDS} rounds; medians.", "",
+        f" 8 and 16 hosts are predicted. Target: mean error at most 10 % for each. All numbers of hosts take turns in rounds; medians.", "",
         f"All hosts share this machine's cores. What a byte took of them with {FITTED_TO} hosts, under the same collective, it is taken to take"
         " with more. Where they are predicted to need longer than the links, their time is the prediction, marked \\*."
         " How busy they were is measured: near 100 % the emulation ends.", "",
@@ -150,7 +153,8 @@ def _markdown(result: Mapping[str, Any]) -> str:
         " Servers are predicted by it alone.", "",
     ]  # fmt: skip
     for title, made in result["extrapolations"].items():
-        lines += [f"### {title}", "", _fitted(made["parameters"]), ""]
+        rounds = f" Rounds measured: {made['rounds']} of {ROUNDS}." if "rounds" in made else ""
+        lines += [f"### {title}", "", _fitted(made["parameters"]) + rounds, ""]
         lines += [
             "| exchange | "
             + " | ".join(f"{h} hosts: measured / predicted s" for h in HOSTS[2:])
