@@ -55,9 +55,11 @@ class Tuning(NamedTuple):
         if num_bytes > sizes[-1]:
             # The largest decides. A line through the last two would favour whom the smaller one held up, such as a ring by its many messages.
             return times[-1] * num_bytes / sizes[-1]
-        place = min(max(bisect(sizes, num_bytes), 1), len(sizes) - 1)
+        if num_bytes <= sizes[0]:  # on a slow wire the only size that was timed
+            return times[0]
+        place = min(bisect(sizes, num_bytes), len(sizes) - 1)
         (a, b), (at_a, at_b) = sizes[place - 1 : place + 1], times[place - 1 : place + 1]
-        return at_a + (at_b - at_a) * (num_bytes - a) / (b - a) if num_bytes > sizes[0] else times[0]
+        return at_a + (at_b - at_a) * (num_bytes - a) / (b - a)
 
     def choose(self, num_bytes: int) -> Choice:
         expected = {choice: self.predict(choice, num_bytes) for choice in self.seconds}

@@ -76,17 +76,23 @@ class Lane:
     def _run(self, tensors: list[Tensor], operation: Operation, number: int) -> list[Tensor] | BaseException:
         """The tensors, reduced, or what went wrong."""
         if self._failed is not None:
-            return ConnectionError(f"allreduce #{number}: not run, since an earlier one failed: {self._failed}")
+            return ConnectionError(
+                f"allreduce #{number}: not run, since an earlier one failed: {self._failed or type(self._failed).__name__}"
+            )
         try:
-            if self._engine is None:
-                self._engine = Engine(self._group, self._collective, self._transport)
-            for tensor in tensors:
-                self._reduce(tensor, operation)
+            # Tensors may require gradients, or be made in this mode; buffers that are made now are used later, in whatever mode the caller is.
+            with torch.inference_mode():
+                if self._engine is None:
+                    self._engine = Engine(self._group, self._collective, self._transport)
+                for tensor in tensors:
+                    self._reduce(tensor, operation)
         except (TimeoutError, ConnectionError) as error:
             self._failed = type(error)(self._roll_call.explain("allreduce", number, error))
             return self._failed
         except BaseException as error:
             self._failed = error
+            if not isinstance(error, Exception) and threading.current_thread() is not self._thread:
+                raise  # Ctrl-C: the program is to end, not the collective to fail
             return error
         return tensors
 

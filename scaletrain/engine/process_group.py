@@ -87,7 +87,10 @@ class ProcessGroup(dist.ProcessGroup):
         kind = "cpu" if all(tensor.is_cpu for tensor in tensors) else tensors[0].device.type
         if kind not in self._lanes:
             if kind == "cpu":
-                self._lanes[kind] = Lane(self._group(kind), self._roll_call, *self._options)
+                collective, transport = self._options
+                if self._nccl is not None and transport.partition(":")[0] == "nccl":
+                    transport = "auto"  # what was chosen is for tensors on devices
+                self._lanes[kind] = Lane(self._group(kind), self._roll_call, collective, transport)
             else:
                 self._lanes[kind] = self._accelerator_lane() if kind == "cuda" else None
         return self._lanes[kind]
@@ -110,7 +113,9 @@ class ProcessGroup(dist.ProcessGroup):
         return AcceleratorLane(self._group("cuda"), self._roll_call, collective, transport, device, staged)
 
     def _group(self, kind: str) -> Group:
-        return Group(dist.PrefixStore(f"wire/{kind}/", self._store), self.rank(), self.size(), self._timeout)
+        # A connection of its own: a thread that waits at a TCPStore keeps all others that share its connection from it.
+        store = dist.PrefixStore(f"wire/{kind}/", self._store.clone())
+        return Group(store, self.rank(), self.size(), self._timeout)
 
     def _shares_device(self) -> bool:
         if self._device_shared is None:
@@ -194,6 +199,8 @@ ProcessGroup.reduce_scatter_tensor_coalesced = _coalesced("_reduce_scatter_base"
 
 
 def _runs_here(tensors: list[Tensor], operation: Operation) -> bool:
+    if len(tensors) != 1:  # gloo sums them over ranks and over the list; that meaning stays its own
+        return False
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_cpu != tensors[0].is_cpu or tensor.dtype not in DTYPES:
             return False

@@ -14,7 +14,7 @@ class RollCall:
     """Numbers a group's collectives from 1, in the order in which they are called, which is the same on every rank."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
-        self._store, self._rank, self._size = dist.PrefixStore("roll/", store), rank, size
+        self._store, self._rank, self._size = store, rank, size
         self._answer_s = min(_ANSWER_S, timeout.total_seconds())
         self._called = 0
 
@@ -32,7 +32,9 @@ class RollCall:
         mine = f"{name} #{number}"
         at = {self._rank: mine}  # where each rank failed last
         try:
-            self._store.set(str(self._rank), mine)
+            # A connection of its own: a thread that still waits for a collective may hold the other one.
+            store = dist.PrefixStore("roll/", self._store.clone())
+            store.set(str(self._rank), mine)
             until = time.monotonic() + self._answer_s
             while (
                 len([where for where in at.values() if _number(where) >= number]) < self._size
@@ -40,8 +42,8 @@ class RollCall:
             ):
                 time.sleep(0.05)
                 for rank in range(self._size):
-                    if rank != self._rank and self._store.check([str(rank)]):
-                        at[rank] = self._store.get(str(rank)).decode()
+                    if rank != self._rank and store.check([str(rank)]):
+                        at[rank] = store.get(str(rank)).decode()
         except RuntimeError:
             return "where the other ranks are is not known: the store where they meet is gone"
         # A rank that fails in a later one has this one behind it.

@@ -50,6 +50,7 @@ class Segment:
                 f"transport 'shared_memory': needs Linux on x86-64 (this is {platform.machine()}); use gloo"
             )
         self.rank, self.size, self._timeout_s = group.rank, group.size, group.timeout.total_seconds()
+        self._name = group.name
         self._per_rank = (1 + num_counters) * _LINE  # the first: whether the rank sleeps
         head = -(-8 * self._per_rank * self.size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._map = _map(group, head + num_bytes)
@@ -91,7 +92,11 @@ class Segment:
                 return
         patience = Patience(self, (rank,))
         while (seen := words[place]) < value:
-            patience.pause(8 * place, seen)
+            try:
+                patience.pause(8 * place, seen)
+            except ConnectionError:
+                if words[place] < value:  # else it was done before it ended
+                    raise
 
     def sleep(self, place: int, seen: int) -> None:
         """Until the word at byte ``place`` is no longer ``seen``, or a few milliseconds have passed.
@@ -108,10 +113,10 @@ class Segment:
         """Raises ConnectionError if the rank's process has ended."""
         pid, started = self._processes[rank]
         if _started(pid) != started:
-            raise ConnectionError(f"peer rank {rank} (process {pid}) is lost: it has ended")
+            raise ConnectionError(f"peer rank {self._name(rank)} (process {pid}) is lost: it has ended")
 
     def late(self, ranks: tuple[int, ...]) -> TimeoutError:
-        who = ", ".join(map(str, ranks))
+        who = ", ".join(str(self._name(rank)) for rank in ranks)
         return TimeoutError(
             f"rank{'s' if len(ranks) > 1 else ''} {who} did not answer: timed out after {self._timeout_s:g} s"
         )
@@ -181,7 +186,7 @@ def _map(group: Group, num_bytes: int) -> mmap.mmap:
         try:
             file = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise ConnectionError("peer rank 0 is lost: it ended before its memory was shared") from None
+            raise ConnectionError(f"peer rank {group.name(0)} is lost: it ended before its memory was shared") from None
     try:
         mapped = mmap.mmap(file, num_bytes)
         exchanged(group, "mapped", "")
@@ -209,7 +214,9 @@ def _wait(group: Group, keys: list[str], owners: Sequence[int]) -> None:
         group.store.wait(keys, max(group.timeout, timedelta(seconds=1)))
     except RuntimeError as error:
         try:
-            missing = [str(rank) for rank, key in zip(owners, keys, strict=True) if not group.store.check([key])]
+            missing = [
+                str(group.name(rank)) for rank, key in zip(owners, keys, strict=True) if not group.store.check([key])
+            ]
         except RuntimeError:
             raise ConnectionError("the store where the ranks meet is gone") from error
         raise TimeoutError(

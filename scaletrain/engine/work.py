@@ -3,6 +3,7 @@
 Written in Python for torch's C++, which calls these methods too.
 """
 
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -19,6 +20,11 @@ class Pending(dist.Work):
         self._future = future
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        if timeout > timedelta(0):  # else the group's, which ends the work itself
+            done = threading.Event()
+            self._future.add_done_callback(lambda _: done.set())
+            if not done.wait(timeout.total_seconds()):
+                raise RuntimeError(f"allreduce: not done within the {timeout.total_seconds():g} s that wait was given")
         self._future.wait()
         return True
 
@@ -125,8 +131,16 @@ class All(dist.Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         for work in self._works:
-            work.wait()
+            work.wait(timeout)
         return True
+
+    def get_future(self) -> torch.futures.Future:
+        return torch.futures.collect_all([work.get_future() for work in self._works]).then(
+            lambda all_of: [tensor for future in all_of.value() for tensor in future.value()]
+        )
+
+    def result(self) -> list[Tensor]:
+        return [tensor for work in self._works for tensor in work.result()]
 
     def is_completed(self) -> bool:
         return all(work.is_completed() for work in self._works)

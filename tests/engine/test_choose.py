@@ -29,6 +29,12 @@ def test_between_sizes_a_line_is_drawn_and_the_lowest_is_chosen():
     assert [tuning.choose(n) for n in (1, SIZES[1], SIZES[2], 100 << 20)] == [DIRECT, DIRECT, RING, RING]
 
 
+def test_a_wire_so_slow_that_one_size_was_timed():
+    tuning = Tuning({DIRECT: (1.0,), RING: (2.0,)}, 1.0)
+    assert tuning.choose(1) == tuning.choose(100 << 20) == DIRECT
+    assert tuning.predict(RING, SIZES[0]) == 2.0 and tuning.predict(RING, 3 * SIZES[0]) == 6.0
+
+
 def test_of_equals_the_wires_own_allreduce_is_chosen():
     own = Choice(NATIVE, 1)
     for seconds, chosen in ((10.4, own), (10.6, RING)):

@@ -1,8 +1,12 @@
 """Whatever gloo does on the CPU, backend ``scaletrain`` does too: each call is made under both, and the outcomes compared."""
 
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -83,6 +87,21 @@ def _in_place(call: Callable, tensor: Any, *arguments: Any, **options: Any) -> A
     return tensor
 
 
+def _waited(call: Callable, tensor: Tensor) -> Tensor:
+    call(tensor, async_op=True).wait()
+    return tensor
+
+
+def _in_inference(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+def _pair(*tensors: Tensor) -> list[Tensor]:
+    dist.group.WORLD.allreduce(list(tensors)).wait()
+    return list(tensors)
+
+
 def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     right, left = (rank + 1) % size, (rank - 1) % size
     for dtype in DTYPES:
@@ -138,7 +157,11 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
         lambda: _in_place(dist.all_reduce, give(rank, torch.float32, 2, 3, 4, 4).to(memory_format=torch.channels_last)),
     )
     yield "sparse", lambda: _in_place(dist.all_reduce, torch.eye(3)[rank % 3].to_sparse())
-    yield "requires_grad", lambda: _in_place(dist.all_reduce, torch.ones(3, requires_grad=True).detach())
+    for dtype in (torch.float32, torch.bfloat16):
+        for how, give_more in (("requires_grad", Tensor.requires_grad_), ("inference", _in_inference)):
+            yield f"{how} {dtype}", lambda: _in_place(dist.all_reduce, give_more(give(rank, dtype, 5)))
+            yield f"{how} {dtype}, async", lambda: _waited(dist.all_reduce, give_more(give(rank, dtype, 5)))
+    yield "two tensors", lambda: _pair(give(rank, torch.float32, 5), give(rank + 1, torch.float32, 5))
     yield "coalesced", lambda: _in_place(dist.all_reduce_coalesced, [give(rank, torch.float32, n) for n in (1, 4)])
     yield "uneven all_to_all_single", lambda: _in_place(
         dist.all_to_all_single, torch.empty(size * (rank + 1)), torch.arange(size * (size + 1) // 2) + 100.0 * rank,
@@ -236,6 +259,76 @@ def _collectives(rank: int, size: int, backend: str, path: str) -> dict[str, Any
 
 def test_every_collective(tmp_path: Path):
     both(_collectives, 3, tmp_path)
+
+
+def _begun_in_inference(rank: int, size: int, backend: str, path: str) -> dict[str, Any]:
+    """What the group makes for itself at its first allreduce is used later, in training."""
+    join(backend, rank, size, path)
+    with torch.inference_mode():
+        dist.all_reduce(torch.ones(3))
+    found = outcomes(
+        (str(dtype), lambda: _in_place(dist.all_reduce, give(rank, dtype, 5)))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    dist.destroy_process_group()
+    return found
+
+
+def test_a_group_that_was_first_used_in_inference_mode(tmp_path: Path):
+    both(_begun_in_inference, 2, tmp_path)
+
+
+def _waiting(rank: int, size: int, port_file: str) -> float:
+    """Rank 0's first allreduce waits for rank 1, which waits at the store for what rank 0 sets meanwhile."""
+    from scaletrain.engine.process_group import Options, ProcessGroup
+
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        Path(f"{port_file}.new").write_text(str(store.port))
+        Path(f"{port_file}.new").rename(port_file)
+    else:
+        while not Path(port_file).exists():
+            time.sleep(0.01)
+        store = dist.TCPStore("127.0.0.1", int(Path(port_file).read_text()), size)
+    group = ProcessGroup(dist.PrefixStore("g/", store), rank, size, timedelta(seconds=20), Options())
+    options, tensor = dist.AllreduceOptions(), torch.full((4,), float(rank + 1))
+    options.asyncOp = True
+    if rank == 1:
+        store.wait(["go"], timedelta(seconds=15))
+    work = group.allreduce([tensor], options)
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"not done within the 0\.3 s"):
+            work.wait(timedelta(seconds=0.3))
+        store.set("go", "")
+    work.wait()
+    group.barrier().wait()
+    group.shutdown()
+    return float(tensor[0])
+
+
+def test_a_collective_that_waits_keeps_nobody_from_the_store(tmp_path: Path):
+    assert run_ranks(_waiting, 2, str(tmp_path / "port"), timeout_s=40) == [3.0, 3.0]
+
+
+def _interrupted(rank: int, size: int, path: str) -> str:
+    join("scaletrain", rank, size, path)
+    dist.all_reduce(torch.ones(3))
+    told = ""
+    if rank == 0:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            dist.all_reduce(torch.ones(3))  # rank 1 never comes
+        except KeyboardInterrupt:
+            told = "interrupted"
+    store = dist.PrefixStore("over/", dist.FileStore(path, size))
+    store.add("done", 1)
+    while store.add("done", 0) < size:
+        time.sleep(0.01)
+    return told
+
+
+def test_ctrl_c_is_no_failed_collective(tmp_path: Path):
+    assert run_ranks(_interrupted, 2, str(tmp_path / "store"))[0] == "interrupted"
 
 
 def _profiled(rank: int, size: int, backend: str, path: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from scaletrain.engine.segment import Segment
+from scaletrain.engine.segment import Patience, Segment
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
 from tests.ranks import run_ranks
@@ -65,3 +65,20 @@ def test_who_did_not_join_is_named(tmp_path: Path):
     """Two of three ranks come."""
     for message in run_ranks(_join_alone, 2, str(tmp_path / "store")):
         assert message == "rank 2 did not join the group: timed out after 1 s"
+
+
+def test_who_ends_after_its_last_value_is_not_missed(monkeypatch: pytest.MonkeyPatch):
+    """It may write and end between two looks of who waits for it."""
+    segment = Segment(Group(dist.HashStore(), 0, 1, timedelta(seconds=20)), 1, 64)
+
+    def pause(self: Patience, *_: int) -> None:
+        segment.write(0, value)
+        raise ConnectionError("peer rank 0 is lost")
+
+    monkeypatch.setattr(Patience, "pause", pause)
+    value = 1
+    segment.wait(0, 0, 1)
+    value = 2
+    with pytest.raises(ConnectionError):
+        segment.wait(0, 0, 3)
+    segment.close()

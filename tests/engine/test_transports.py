@@ -6,9 +6,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from scaletrain import plugins
+from scaletrain.engine.transport import mixed
 from tests.engine import conformance
 from tests.ranks import run_ranks
 
@@ -99,3 +101,26 @@ def _make_and_close(rank: int, size: int, name: str, path: str) -> tuple[int, in
         plugins.load("transport", name)(group).close()
         counts.append(len(os.listdir("/proc/self/fd")))
     return counts[1], counts[-1]
+
+
+def _two_hosts(rank: int, size: int, path: str) -> tuple[float, str]:
+    """Ranks 0 and 1 as if on one host, 2 and 3 on another: each sends its number on; then rank 3 ends, for which rank 2 still waits."""
+    mixed.same_host = lambda group: ["a", "a", "b", "b"]  # this process is the rank's own
+    group = conformance.Group(dist.FileStore(path, size), rank, size, timedelta(seconds=20))
+    wire = plugins.load("transport", "mixed")(group)
+    mine, came = torch.full((5000,), float(rank)), torch.empty(5000)
+    wire.start([((rank + 1) % size, mine)], [conformance.Receive((rank - 1) % size, came)])()
+    told = ""
+    if rank == 2:
+        try:
+            wire.start([], [conformance.Receive(3, came.clone())])()
+        except ConnectionError as error:
+            told = str(error)
+    return came[0].item(), told
+
+
+@pytest.mark.slow
+def test_a_mixed_wire_between_hosts_names_ranks_by_their_own_numbers(tmp_path: Path):
+    found = run_ranks(_two_hosts, 4, str(tmp_path / "store"), 3)
+    assert [value for value, _ in found] == [3.0, 0.0, 1.0, 2.0]
+    assert "peer rank 3" in found[2][1], found

@@ -18,6 +18,10 @@ class Group(NamedTuple):
     rank: int
     size: int
     timeout: timedelta  # after which waiting for a peer raises
+    names: tuple[int, ...] = ()  # what errors call the ranks, where not by these numbers
+
+    def name(self, rank: int) -> int:
+        return self.names[rank] if self.names else rank
 
 
 class Reduce(Protocol):

@@ -29,7 +29,8 @@ class Mixed:
         if len(here) > 1:
             self._local = {rank: number for number, rank in enumerate(here)}
             store = dist.PrefixStore(f"within/{here[0]}/", group.store)
-            local = Group(store, self._local[group.rank], len(here), group.timeout)
+            names = tuple(map(group.name, here))
+            local = Group(store, self._local[group.rank], len(here), group.timeout, names)
             self._within = plugins.load("transport", "shared_memory")(local)
 
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
@@ -46,8 +47,7 @@ class Mixed:
         )
 
         def wait() -> None:
-            # In-host errors name the rank's number on its host; no schedule of ours mixes both wires in one chunk's sum.
-            near()
+            near()  # no schedule of ours mixes both wires in one chunk's sum
             far()
 
         return wait

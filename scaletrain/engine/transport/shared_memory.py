@@ -144,9 +144,16 @@ class SharedMemory:
         def wait() -> None:
             while open_parcels := [parcel for parcel in parcels if not parcel.done]:
                 if not self._progress():
-                    patience = Patience(self._segment, tuple(sorted({parcel.peer for parcel in open_parcels})))
+                    # A message that waits behind another one may be here already, and its sender gone.
+                    first = {parcel.peer for parcel in open_parcels if parcel.after is None or parcel.after.done}
+                    patience = Patience(self._segment, tuple(sorted(first)))
                     while not self._progress():
-                        patience.pause()
+                        try:
+                            patience.pause()
+                        except ConnectionError:
+                            if not self._progress():  # else it was done before it ended
+                                raise
+                            break
 
         return wait
 
