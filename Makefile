@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup bench test test-fast lint horovod peers firecaffe results clean
+.PHONY: setup bench test test-fast lint horovod peers firecaffe results results-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -61,6 +61,12 @@ results: setup horovod peers
 	$(BIN)/scaletrain bench parameter-server --output $(RESULTS)/parameter_server
 	$(BIN)/scaletrain bench prediction
 	$(BIN)/scaletrain bench firecaffe
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(MAKE) results-gpu; else echo "no CUDA device: the tables of GPUs stay as they are"; fi
+
+results-gpu: setup
+	$(COLLECTIVES) --device cuda --workers 2,4 --sizes 4K,64K,1M,25M,100M --repeats 2 --seconds 0.2 --out $(RESULTS)/collectives/shared_gpu.json
+	$(SCALING) benchmarks/suites/overlap.yaml --workers 1,2,4 --exchange none,scheduled,parameter_server --mode weak --repeats 2 --no-split --set steps=60 --set device=cuda --out runs/results/shared_gpu
+	$(BIN)/scaletrain report runs/results/shared_gpu --format md,html --out $(RESULTS)/scaling/shared_gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -296,12 +296,14 @@ def _bound(
 def table(rows: Sequence[Row], header: dict[str, Any], notes: Sequence[str]) -> str:
     """Markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v)
+    many = sorted({r.workers for r in rows if r.workers > header["cores"]})
+    crowded = f"OVERSUBSCRIBED: {', '.join(map(str, many))} workers on {header['cores']} cores. " if many else ""
     lines = [
         f"# Allreduce, {header['network']}", "",
         f"{header['processor']}, {header['cores']} cores, {header['os']}; tensors on {', '.join(header['devices'])}; "
         f"{versions}; commit {header['commit']}; {header['time']}.",
         f"Workers {'are each bound to a core, where the cores suffice' if header['bound'] else 'run where the system puts them'}. "
-        "Times of the slowest rank, in milliseconds. busbw = size / time x 2(n - 1)/n. bound: see `scaletrain/bench/collectives.py`.", "",
+        f"{crowded}Times of the slowest rank, in milliseconds. busbw = size / time x 2(n - 1)/n. bound: see `scaletrain/bench/collectives.py`.", "",
         "| workers | size | count | type | contender | ran | p50 | p95 | min | max | algbw GB/s | busbw GB/s | bound | p50 / bound | wrong |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def command(
 
 
 def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -> dict[str, Any]:
-    """Mean seconds of forward and backward of every leaf module of ``model``, and of whole passes.
+    """Mean seconds of forward and backward of every layer of ``model`` (modules without children, or with weights of their own beside
+    them), and of whole passes.
 
     One warm-up pass. Layers are timed by hooks: a module's forward between its own hooks; its backward from when the gradient
     of its output is there until the gradient of its input is. On CUDA each hook waits for the device, so layers do not overlap.
@@ -64,15 +66,21 @@ def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -
     import time
 
     import torch
+    from torch.utils._pytree import tree_leaves
 
     def now() -> float:
         if inputs.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    leaves = {name: module for name, module in model.named_modules() if name and not any(module.children())}
+    def timed(module: Any) -> bool:
+        """Layers without layers of their own, and those that have weights beside them."""
+        return not any(module.children()) or any(p.requires_grad for p in module.parameters(recurse=False))
+
+    leaves = {name or "(model)": module for name, module in model.named_modules() if timed(module)}
     forward, backward = dict.fromkeys(leaves, 0.0), dict.fromkeys(leaves, 0.0)
-    activations: dict[str, int] = {}
+    activations: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()  # of activations, in bytes
     began: dict[str, float] = {}
     handles = []
 
@@ -82,9 +90,11 @@ def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -
 
         def after(module: Any, args: Any, output: Any) -> None:
             forward[name] += now() - began[name]
-            activations[name] = output.numel()
-            if output.requires_grad:
-                output.register_hook(arrived)
+            outputs = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+            activations[name] += sum(value.numel() for value in outputs)  # a layer may be used more than once
+            sizes[name] += sum(value.numel() * value.element_size() for value in outputs)
+            for value in [value for value in outputs if value.requires_grad][:1]:
+                value.register_hook(arrived)
 
         def arrived(gradient: Any) -> None:
             began[f"back {name}"] = now()
@@ -117,7 +127,8 @@ def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -
                     totals.update(dict.fromkeys(totals, 0.0))
                 whole = dict.fromkeys(whole, 0.0)
             model.zero_grad(set_to_none=True)
-            latest.clear()
+            for of_pass in (latest, activations, sizes):
+                of_pass.clear()
             start = now()
             value = loss(model(inputs), targets)
             middle = now()
@@ -134,11 +145,11 @@ def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -
         layers.append(
             {
                 "name": name, "type": type(module).__name__, "forward_s": forward[name] / passes, "backward_s": backward[name] / passes,
-                "parameters": parameters, "gradient_bytes": size, "activations": activations.get(name, 0),
+                "parameters": parameters, "gradient_bytes": size, "activations": activations[name],
             }
         )  # fmt: skip
     weights = sum(layer["gradient_bytes"] for layer in layers)
-    data = sum(layer["activations"] for layer in layers) * inputs.element_size()
+    data = sum(sizes.values())
     return {
         "layers": layers,
         "forward_s": whole["forward_s"] / passes,

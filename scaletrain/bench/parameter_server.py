@@ -68,12 +68,16 @@ def command(
     kept: dict[str, Any] = {}
     if output and output.with_suffix(".json").exists():
         kept = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
-    kept["environment"] = environment()
+    here, before = environment(), kept.get("environment", {}).get("commit")
+    for name in parts:  # rows that stay keep the commit at which they were measured
+        kept[name] = [{"commit": before} | row for row in kept.get(name, [])]
     for name, measure in parts.items():
         if only and name not in only:
             continue
         for row in measure():  # written row by row: what was measured stays, whatever happens to the next
-            kept[name] = _merged(kept.get(name, []), row)
+            kept[name] = _merged(kept[name], {"commit": here["commit"]} | row)
+            commits = sorted({str(row["commit"]) for part in parts for row in kept[part]})
+            kept["environment"] = here | {"commit": ", ".join(commits)}
             if output:
                 write_json(output.with_suffix(".json"), kept)
                 results.write(output.with_suffix(".md"), _page(kept, list(parts)))
@@ -201,7 +205,7 @@ def _trees(counts: list[int]) -> Iterable[dict[str, Any]]:
                 argv = [on_host(r, _rank("tree", r, p, cluster.addresses[0], 29600, size, steps)) for r in range(p)]
                 tree = max(result["step_s"] for result in _run(argv))
                 yield {
-                    "MB": megabytes, "workers": p, "server_s": measured, "server_formula_s": server_formula,
+                    "emulated": True, "MB": megabytes, "workers": p, "server_s": measured, "server_formula_s": server_formula,
                     "server_ratio": measured / server_formula, "tree_s": tree, "tree_formula_s": tree_formula,
                     "tree_ratio": tree / tree_formula,
                     "within_15_percent": abs(measured / server_formula - 1) <= 0.15 and abs(tree / tree_formula - 1) <= 0.15,
@@ -274,16 +278,16 @@ def _ended(processes: list[subprocess.Popen]) -> Any:
 
 
 def _describe(environment: dict[str, Any]) -> str:
-    versions = environment["versions"]
+    from scaletrain.scaling import results
+
     return (
-        f"{environment['processor']}, {environment['cores']} cores, {environment['memory_bytes'] / 2**30:.0f} GiB; Python"
-        f" {environment['python']}, torch {versions['torch']}, pyzmq {versions['pyzmq']}; commit {environment['commit']}."
-        " Everything runs on one machine; medians. Written by `scaletrain bench parameter-server`."
+        f"{results.measured_on(environment)} Everything runs on one machine, {environment['cores']} cores for all workers and servers"
+        " (oversubscribed where they are more); medians. Written by `scaletrain bench parameter-server`."
     )
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("commit", "emulated")))
 
     def cell(value: Any) -> str:
         if value is None:

@@ -121,18 +121,27 @@ def command(
         return
     sweep.claim(out, plan)
     write_json(out / "header.json", plan.header() | {"argv": shlex.join(["scaletrain", *sys.argv[1:]])})
-    bound = ", bound to cores" if plan.bind else ""
     references = sum(cell.reference for cell in cells)
     asked = len(cells) - references
     click.echo(
         f"{asked} cell{'s' * (asked != 1)} and {references} short reference{'s' * (references != 1)},"
         f" {repeats} repeat{'s' * (repeats > 1)} each -> {out}"
     )
-    click.echo(f"{plan.threads} thread{'s' * (plan.threads > 1)} a worker{bound}")
+    click.echo(f"{plan.threads} thread{'s' * (plan.threads > 1)} a worker{_cores(plan)}")
     sweep.run(plan, out, click.echo, trace=trace)
     publish.publish_sweep(out, trace=trace, console=publish.terminal())
     if baseline:
         publish.compare_and_exit(out / "report.json", baseline)
+
+
+def _cores(plan: "Sweep") -> str:
+    """On which cores each rank is kept, where workers are bound."""
+    if not plan.bind:
+        return ""
+    from scaletrain.launching.launchers.local import cores_of
+
+    ranks = (f"{rank} on {','.join(map(str, cores_of(rank, plan.threads)))}" for rank in range(max(plan.workers)))
+    return f", bound to cores: rank {', '.join(ranks)}"
 
 
 def _check_baseline(path: Path, plan: "Sweep") -> None:
@@ -142,7 +151,7 @@ def _check_baseline(path: Path, plan: "Sweep") -> None:
 
     rows = [
         {**cell._asdict(), "batch_size": cell.batch_size * (1 if plan.mode == "strong" else cell.workers),
-         "variant": dict(cell.variant), "runs": []}
+         "variant": dict(cell.variant), "runs": [], "failures": []}
         for cell in plan.cells() if not cell.reference
     ]  # fmt: skip
     try:

@@ -102,13 +102,21 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
     from scaletrain.scaling import publish
 
     report = publish.read_report(path)
-    known = report["rows"][0].get("gradient_bytes") if report["rows"] else None
+    rows = [row for row in report["rows"] if row["runs"]]
+    if not rows:
+        raise UserError(f"{path}: nothing in it was measured")
+    if not fits.alike_but_for_exchange(rows):
+        raise UserError(
+            f"{path}: its rows are of several configs or --vary values, which one calibration cannot explain"
+            " (allowed: a report of one job whose exchanges and workers differ)"
+        )
+    known = rows[0]["gradient_bytes"]
     if model is None and known is None:
         raise UserError("fit: the report does not say how many bytes the gradients have (give --model)")
-    num_bytes = float(known) if model is None else _model_bytes(model)  # type: ignore[arg-type]
+    num_bytes = float(known) if model is None else _model_bytes(model)
     made = fits.fit_report(report, num_bytes, overlap=not no_overlap, max_workers=max_workers)
     out = out or path.with_name("fit.json")
-    write_json(out, made.as_json() | {"num_bytes": num_bytes, "batch_size": report["rows"][0]["batch_size"]})
+    write_json(out, made.as_json() | {"num_bytes": num_bytes, "batch_size": rows[0]["batch_size"]})
     click.echo(f"compute: {1e3 * made.compute.sample_s:.4g} ms a sample + {1e3 * made.compute.fixed_s:.4g} ms a step")
     for label, parameter, unit, scale in (
         ("latency", made.latency_s, "us", 1e6),
@@ -141,6 +149,12 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
     type=click.FloatRange(min=0, min_open=True),
     help="Milliseconds of computation a sample, on one worker.",
 )
+@click.option(
+    "--layers",
+    "layers",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="What `bench model --out` wrote, in place of --model and --sample-ms: when each layer's gradient can leave is then known, too.",
+)
 @click.option("--network", "network", default="10gbit", show_default=True, help="A known network: see --networks.")
 @click.option("--bandwidth", help="Instead of the network's: such as 25Gbit.")
 @click.option(
@@ -149,6 +163,7 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A calibration (fit.json) in place of --sample-ms and of --network, but for what it does not tell.",
 )
+@click.option("--half-duplex", is_flag=True, help="Links do not send while they receive.")
 @click.option("--workers", default="1,2,4,8,16,32,64,128", show_default=True, help="Worker counts, up to 4096.")
 @click.option("--strategy", "names", help="Such as ring,tree,server,server:4,server+3 (backup workers) [default: all].")
 @click.option(
@@ -195,7 +210,8 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
 )
 @click.option("--networks", is_flag=True, help="List the known networks with their sources, and end.")
 def simulate(
-    model: str | None, batch: int | None, sample_ms: float | None, network: str, bandwidth: str | None, fitted: Path | None, workers: str,
+    model: str | None, batch: int | None, sample_ms: float | None, layers: Path | None, network: str, bandwidth: str | None,
+    fitted: Path | None, half_duplex: bool, workers: str,
     names: str | None, mode: str, no_overlap: bool, straggler_variation: float, slow_probability: float, slow_factor: float,
     epoch_samples: int, price: float | None, far: bool, out: Path | None, networks: bool,
 ) -> None:  # fmt: skip
@@ -207,7 +223,7 @@ def simulate(
     from scaletrain.scaling import fit as fits
     from scaletrain.scaling import network as net
     from scaletrain.scaling import publish, simulate
-    from scaletrain.scaling.predict import Compute, Stragglers
+    from scaletrain.scaling.predict import USUAL, Compute, Profile, Stragglers
 
     if networks:
         for name, preset in net.PRESETS.items():
@@ -250,15 +266,29 @@ def simulate(
         compute, overlap, measured = made.compute, made.overlap and overlap, made.max_workers
     if bandwidth:
         on = dataclasses.replace(on, network=on.network._replace(bandwidth_bytes_per_s=net.parse_bandwidth(bandwidth)))
+    if half_duplex:
+        on = dataclasses.replace(on, network=on.network._replace(duplex=False))
+    profile = USUAL
+    if layers:
+        try:
+            timed = json.loads(layers.read_text(encoding="utf-8"))
+            profile, num_bytes = Profile.of_layers(timed), float(timed["weight_bytes"])
+            compute = compute or Compute((timed["forward_s"] + timed["backward_s"]) / timed["header"]["batch"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"--layers {layers}: no layers (allowed: what `scaletrain bench model --out` wrote)"
+            ) from None
     if model:
         num_bytes = _model_bytes(model)
     if sample_ms:
         compute = Compute(sample_ms / 1e3)
     missing = [o for o, v in (("--model", num_bytes), ("--batch", batch), ("--sample-ms", compute)) if v is None]
     if missing or num_bytes is None or batch is None or compute is None:
-        raise UserError(f"simulate: give {', '.join(missing)} (or --fit with a calibration), for example: {EXAMPLE}")
+        raise UserError(
+            f"simulate: give {', '.join(missing)} (or --layers, or --fit with a calibration), for example: {EXAMPLE}"
+        )
     job = simulate.Job(
-        num_bytes, batch, compute, on, mode, overlap, Stragglers(straggler_variation, slow_probability, slow_factor), epoch_samples, price,
+        num_bytes, batch, compute, on, mode, overlap, profile, Stragglers(straggler_variation, slow_probability, slow_factor), epoch_samples, price,
     )  # fmt: skip
     wanted = [word.strip() for word in names.split(",")] if names else simulate.strategies()
     points = simulate.simulate(job, counts, wanted)

@@ -45,6 +45,7 @@ class CellChange(NamedTuple):
 
 def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[CellChange]:
     """Cells that both reports have. A regression is real when the 95 % interval of new/old lies below 1, or a cell fails that did not.
+    Intervals hold for all cells together (Bonferroni): twenty cells without a change give a false alarm in one comparison of twenty, not in most.
 
     Raises:
         UserError: the reports have no cell in common, or scale in different modes.
@@ -54,19 +55,22 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[CellChange]:
             f"--baseline: is of {old['header']['mode']} scaling, the report of {new['header']['mode']} scaling"
         )
     before = {_key(row): row for row in old["rows"]}
-    changes = []
+    both = []
     for row in new["rows"]:
         was = before.get(_key(row))
         if was is None or not was["runs"]:
             continue
         label = f"{row['exchange']} on {row['workers']}"
-        if not row["runs"]:
-            changes.append(CellChange(label, None, failed=True))
-            continue
-        sides = [mean([run["samples_per_s"] for run in side["runs"]]) for side in (row, was)]
-        changes.append(CellChange(label, change(*sides)))
-    if not changes:
+        both.append((label, row, was))
+    if not both:
         raise UserError("--baseline: has no cell in common with this report")
+    changes = []
+    for label, row, was in both:
+        if not row["runs"]:  # failed, or not measured yet
+            changes.append(CellChange(label, None, failed=bool(row["failures"])))
+            continue
+        now, then = (mean([run["samples_per_s"] for run in side["runs"]]) for side in (row, was))
+        changes.append(CellChange(label, change(now, then, together=len(both))))
     return changes
 
 
@@ -76,12 +80,12 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def lines(changes: Sequence[CellChange]) -> list[str]:
     """One line a cell, for people."""
-    told = []
+    told, of_all = [], f" of all {len(changes)} together" if len(changes) > 1 else ""
     for cell in changes:
         by = ""
         if cell.change is not None:
             ratio, low, high = cell.change
-            by = f"{ratio - 1:+.1%} samples/s (95 %: {low - 1:+.1%} to {high - 1:+.1%}): "
+            by = f"{ratio - 1:+.1%} samples/s (95 %{of_all}: {low - 1:+.1%} to {high - 1:+.1%}): "
         told.append(f"{cell.label}: {by}{cell.verdict}")
     return told
 

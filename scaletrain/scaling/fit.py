@@ -217,6 +217,11 @@ def fit_report(
     )
 
 
+def alike_but_for_exchange(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows are of one job on one network, so that one calibration can hold for all: one config, one variant, one model."""
+    return len({(row["config"], str(row["variant"]), row["gradient_bytes"]) for row in rows}) == 1
+
+
 def predictions(fitted: Fit, report: Mapping[str, Any], num_bytes: float) -> list[dict[str, Any]]:
     """Measured and predicted seconds of a step, for every row of several workers whose exchange has a model."""
     alone = {_key(r): r for r in _measured(report) if r["exchange"] == "none"}

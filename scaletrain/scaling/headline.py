@@ -20,6 +20,7 @@ def of(report: Mapping[str, Any]) -> str:
     done = [row for row in rows if row["efficiency"] is not None and row["exchange"] != "none"] or [
         row for row in rows if row["efficiency"] is not None
     ]
+    alone = [row for row in rows if row["samples_per_s"] is not None and not done]  # nothing to be faster than
     sentences = []
     if report["header"].get("emulated"):
         sentences.append("EMULATED: " + "; ".join(report["header"]["emulation"]) + ".")
@@ -30,12 +31,8 @@ def of(report: Mapping[str, Any]) -> str:
         alike = [row for row in done if all(row[key] == best[key] for key in ("config", "variant"))]
         most = max(row["workers"] for row in alike)
         largest = max((row for row in alike if row["workers"] == most), key=lambda row: row["speedup"])
-        compared = f"{_times(best)} the speed of {best['baseline']} (efficiency {best['efficiency']:.2f}, "
-        if most > 1 and min(row["workers"] for row in alike) == most:
-            compared = "no other number of workers to compare with ("
         sentences.append(
-            f"{_named(best)}: {compared}{best['samples_per_s']:,.0f} samples/s)"
-            + (f"; {ONE_RUN}." if len(best["runs"]) < 2 else ".")
+            f"{_named(best)}: {_times(best)} the speed of {best['baseline']} (efficiency {best['efficiency']:.2f}, {_rate(best)}."
         )
         if equals := _not_told_apart(best, done):
             sentences.append(
@@ -50,6 +47,11 @@ def of(report: Mapping[str, Any]) -> str:
         losses = {tuple(str(loss[key]) for key in _CELL): loss["sentence"] for loss in report["losses"]}
         told = [losses.get(tuple(str(row[key]) for key in _CELL)) for row in (best, largest)]
         sentences += [text for text in told if text][:1]
+        if best["oversubscribed"]:
+            sentences.append(f"There were {best['oversubscribed']}: these figures are of an oversubscribed machine.")
+    if alone:
+        best = max(alone, key=lambda row: (row["exchange"] != "none", row["samples_per_s"]))
+        sentences.append(f"{_named(best)}: no other number of workers to compare with ({_rate(best)}.")
         if best["oversubscribed"]:
             sentences.append(f"There were {best['oversubscribed']}: these figures are of an oversubscribed machine.")
     header = report["header"]
@@ -67,7 +69,8 @@ def of(report: Mapping[str, Any]) -> str:
 
 def _may_be_as_fast(row: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
     """Whether the best one's lead, with its 95 % interval, does not leave the row behind. Without repeats nothing is said."""
-    lead = change(*(mean([run["samples_per_s"] for run in one["runs"]]) for one in (best, row)))
+    ahead, behind = (mean([run["samples_per_s"] for run in one["runs"]]) for one in (best, row))
+    lead = change(ahead, behind)
     return lead is not None and not lead.is_higher
 
 
@@ -77,6 +80,10 @@ def _not_told_apart(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
         row for row in rows if row is not best and all(row[k] == best[k] for k in ("config", "workers", "variant"))
     ]
     return [str(row["exchange"]) for row in alike if _may_be_as_fast(row, best)]
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    return f"{row['samples_per_s']:,.0f} samples/s)" + (f"; {ONE_RUN}" if len(row["runs"]) < 2 else "")
 
 
 def _named(row: Mapping[str, Any]) -> str:

@@ -80,8 +80,9 @@ class Change(NamedTuple):
         return self.low > 1.0
 
 
-def change(new: Mean, old: Mean) -> Change | None:
-    """new / old of two independent means, by Welch's t on the logarithms' first-order errors.
+def change(new: Mean, old: Mean, together: int = 1) -> Change | None:
+    """new / old of two independent means, by Welch's t on the logarithms' first-order errors. ``together``: of so many changes that are
+    looked at, whose intervals shall all hold with 95 % (Bonferroni).
 
     None when one of them has a single repeat: nothing can then be said about noise.
     """
@@ -93,5 +94,5 @@ def change(new: Mean, old: Mean) -> Change | None:
     if variance == 0:
         return Change(ratio, ratio, ratio)
     freedom = variance**2 / (errors[0] ** 4 / (new.n - 1) + errors[1] ** 4 / (old.n - 1))
-    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
+    half = float(stats.t.ppf(1 - 0.025 / together, freedom)) * math.sqrt(variance)
     return Change(ratio, ratio * math.exp(-half), ratio * math.exp(half))

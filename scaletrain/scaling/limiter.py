@@ -6,6 +6,7 @@ from scaletrain.scaling.intervals import ONE_RUN
 
 WELL = 0.98  # an efficiency from which on nothing to speak of is lost
 LITTLE = 0.05  # how well an efficiency that good must be known
+WHOLE = 0.05  # of the loss: what the causes may leave over, or take too much
 CLEAR = 1.25  # times the second cause: what the largest must be to be called the limiter
 
 
@@ -145,4 +146,10 @@ def sentence(
         f"{worst.seconds / loss_s:.0%} of the loss" if worst.seconds <= loss_s
         else f"{1000 * worst.seconds:.3g} ms a step, of which other parts gain some back ({1000 * loss_s:.3g} ms are lost)"
     )  # fmt: skip
-    return f"{worst.name.capitalize()}: {share}; {better or ADVICE[worst.name]}{doubt}."
+    rest = next((cause.seconds for cause in causes if cause.name == "unexplained"), 0.0) / loss_s
+    gap = (
+        f"; the causes add up to {1 - rest:.0%} of the loss"
+        if abs(rest) > WHOLE and worst.name != "unexplained"
+        else ""
+    )
+    return f"{worst.name.capitalize()}: {share}; {better or ADVICE[worst.name]}{gap}{doubt}."

@@ -28,11 +28,37 @@ class Run(NamedTuple):
     losses: np.ndarray
     ended_s: np.ndarray  # of each step, since the rank's first one began
     servers: dict[str, Any] | None  # what parameter servers counted
-    devices: dict[tuple[str, str, int], int]  # workers of each, by name, device and node; without those on the CPU
+    headers: list[dict[str, Any]]  # what each rank wrote of itself at its start, where it did
 
     @property
     def workers(self) -> int:
         return self.steps.shape[1]
+
+    @property
+    def commit(self) -> str | None:
+        """What was measured: of the checkout that rank 0 ran."""
+        return self.headers[0]["environment"]["commit"] if self.headers else None
+
+    @property
+    def devices(self) -> dict[tuple[str, str, int], int]:
+        """Workers of each device, by name, device and node; without those on the CPU."""
+        on_devices = [header for header in self.headers if header["device"] != "cpu"]
+        return Counter((header["device_name"], header["device"], header["node"]) for header in on_devices)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a machine had more threads than cores: those that compute, and one of each server that ran beside them."""
+        emulated = self.summary.get("launcher") == "rehearsal"  # its hosts are one machine
+        threads: Counter[int] = Counter()
+        cores: dict[int, set[int]] = {}
+        for header in self.headers:
+            if header["device"] == "cpu":
+                machine = 0 if emulated else header["node"]
+                threads[machine] += header["threads"]
+                cores.setdefault(machine, set()).update(header["cores"])
+        if self.servers and self.summary.get("launcher") in ("local", "rehearsal"):
+            threads[0] += self.servers["servers"]
+        return any(threads[machine] > len(own) for machine, own in cores.items())
 
     @property
     def samples_per_s(self) -> float:
@@ -95,15 +121,13 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
         losses=array("loss"),
         ended_s=array("time") + array("step_s") - np.array([records[0].time for records in ranks]),
         servers=servers.read(run_dir),
-        devices=_devices(run_dir, len(ranks)),
+        headers=_headers(run_dir, len(ranks)),
     )
 
 
-def _devices(run_dir: Path, ranks: int) -> dict[tuple[str, str, int], int]:
+def _headers(run_dir: Path, ranks: int) -> list[dict[str, Any]]:
     paths = (run_dir / f"rank-{rank}.json" for rank in range(ranks))
-    headers = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-    on_devices = [header for header in headers if header.get("device", "cpu") != "cpu"]
-    return Counter((header["device_name"], header["device"], header["node"]) for header in on_devices)
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
 def _gradient_bytes(run_dir: Path) -> int | None:

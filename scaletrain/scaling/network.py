@@ -108,15 +108,27 @@ def _between(collective: str, hosts: int, num_bytes: float, network: Network) ->
     return cost.predict_seconds(_loads(collective, hosts), num_bytes, network)  # type: ignore[arg-type]
 
 
+def _port(on: Preset, hosts: int, all_hosts: int) -> float:
+    """Bytes a second of each host's port when ``hosts`` that fill leaves send out of them at once: uplinks may have less than the ports."""
+    bandwidth = on.network.bandwidth_bytes_per_s
+    if all_hosts <= on.hosts_per_leaf or on.oversubscription <= 1:
+        return bandwidth
+    uplinks = -(-hosts // on.hosts_per_leaf) * on.hosts_per_leaf / on.oversubscription  # in ports
+    return bandwidth * min(1.0, uplinks / hosts)
+
+
 def server_s(workers: int, num_bytes: float, on: Preset, servers: int = 1, segments: int = 16) -> float:
     """Seconds until every worker has the new weights from ``servers`` hosts of their own: the star's schedule, streamed.
 
     Each server's port receives and sends ``workers`` times its share. In ``segments`` a server answers a part while the next one
-    still arrives (FireCaffe counts |W| p / BW: infinitely many). Workers' own ports carry the message once each way.
+    still arrives (FireCaffe counts |W| p / BW: infinitely many). A host's port carries the message once each way for each of its workers.
+    Servers fill leaves of a fat tree of their own.
     """
     network = on.network
-    at_server = workers * num_bytes / servers / network.bandwidth_bytes_per_s
-    at_worker = num_bytes / network.bandwidth_bytes_per_s
+    inside = min(on.workers_per_host, workers)
+    hosts = -(-workers // inside)
+    at_server = workers * num_bytes / servers / _port(on, servers, hosts + servers)
+    at_worker = inside * num_bytes / _port(on, hosts, hosts + servers)
     port_s = max(at_server, at_worker)
     if not network.duplex:
         port_s *= 2

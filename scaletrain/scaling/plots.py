@@ -185,12 +185,21 @@ def predicted(points: Sequence[Mapping[str, Any]]) -> Drawing:
 
 
 def traffic(rows: Sequence[Mapping[str, Any]]) -> Drawing:
-    """Megabytes that one worker sends in a step."""
+    """Megabytes that one worker sends in a step: counted, or those of the collective's schedule (of a ring for ``native`` and ``horovod``)."""
 
     def draw(axes: Axes) -> None:
-        own = [row for row in rows if row["bytes_sent"] is not None][::-1]
-        labels = [f"{_name(row, rows)}, {row['workers']} w" for row in own]
-        axes.barh(labels, [row["bytes_sent"] / 1e6 for row in own], color=SERIES[0])
+        own = [row for row in rows if row["bytes_sent"]][::-1]
+        places = range(len(own))
+        for kind, look in (("counted", {}), ("the schedule's", {"hatch": "//", "alpha": 0.6})):
+            some = [
+                (place, row["bytes_sent"] / 1e6)
+                for place, row in zip(places, own, strict=True)
+                if row["bytes_sent_is"] == kind
+            ]
+            if some:
+                axes.barh(*zip(*some, strict=True), color=SERIES[0], label=kind, **look)  # type: ignore[arg-type]
+        axes.set_yticks(places, [f"{_name(row, rows)}, {row['workers']} w" for row in own])
+        _legend(axes)
         axes.set_xlabel("MB sent by a worker in a step")
         axes.grid(axis="y", visible=False)
 

@@ -1,18 +1,47 @@
 """What a step takes: computation at each batch size, the exchange, and how much of it hides behind backward."""
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from scaletrain.scaling.network import Preset, allreduce_s, server_s
 
-FORWARD_SHARE = 1 / 3  # of a step's computation; backward costs about two forward passes
 BUCKET_BYTES = 25 * 2**20  # DDP's default bucket
 
 
+class Profile(NamedTuple):
+    """How a pass goes: ``forward`` of its time, then backward, in which gradients become complete. ``points``: (part of the gradients'
+    bytes, part of backward after which they are there), both growing to 1.
+
+    Without a measurement: a third is forward, since backward costs about two forward passes, and gradients come in proportion to bytes.
+    """
+
+    forward: float = 1 / 3
+    points: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
+
+    def complete(self, part: float) -> float:
+        """The part of backward after which the first ``part`` of the gradients' bytes is there."""
+        sizes, times = zip((0.0, 0.0), *self.points, strict=True)
+        return float(np.interp(part, sizes, times))
+
+    @classmethod
+    def of_layers(cls, measured: Mapping[str, Any]) -> "Profile":
+        """From what ``bench model`` wrote: backward visits the layers from the last to the first."""
+        forward, backward = measured["forward_s"], measured["backward_s"]
+        layers = measured["layers"][::-1]
+        sizes, times = (np.cumsum([layer[key] for layer in layers]) for key in ("gradient_bytes", "backward_s"))
+        points = tuple((float(s / sizes[-1]), float(t / times[-1])) for s, t in zip(sizes, times, strict=True))
+        return cls(forward / (forward + backward), points)
+
+
+USUAL = Profile()
+
+
 class Compute(NamedTuple):
-    """A worker's computation: ``fixed_s + sample_s * samples``, of which a third is forward; then ``update_s``."""
+    """A worker's computation: ``fixed_s + sample_s * samples`` of forward and backward; then ``update_s``."""
 
     sample_s: float
     fixed_s: float = 0.0
@@ -45,21 +74,19 @@ def buckets(num_bytes: float, bucket_bytes: float = BUCKET_BYTES) -> list[float]
 
 
 def exposed_s(
-    pass_s: float, costs: list[float], sizes: list[float], profile: list[float] | None = None, *, overlap: bool = True
+    pass_s: float, costs: list[float], sizes: list[float], profile: Profile = USUAL, *, overlap: bool = True
 ) -> float:
     """How much longer the step is for its exchanges, which run one after another while backward goes on.
 
-    ``costs[i]`` seconds for bucket i of ``sizes[i]`` bytes. ``profile[i]``: the part of backward after which bucket i is complete;
-    default: in proportion to bytes.
+    ``costs[i]`` seconds for bucket i of ``sizes[i]`` bytes, which leaves when all its gradients are there.
     """
     if not overlap:
         return sum(costs)
-    forward, total = pass_s * FORWARD_SHARE, sum(sizes) or 1.0
+    forward, total = pass_s * profile.forward, sum(sizes) or 1.0
     done, until = 0.0, 0.0
-    for index, (cost, size) in enumerate(zip(costs, sizes, strict=True)):
+    for cost, size in zip(costs, sizes, strict=True):
         until += size
-        part = profile[index] if profile else until / total
-        done = max(done, forward + (pass_s - forward) * part) + cost
+        done = max(done, forward + (pass_s - forward) * profile.complete(until / total)) + cost
     return max(0.0, done - pass_s)
 
 
@@ -75,16 +102,17 @@ def exchange_s(strategy: str, workers: int, num_bytes: float, on: Preset) -> flo
 
 def step_s(
     strategy: str, workers: int, share: float, num_bytes: float, compute: Compute, on: Preset, *,
-    overlap: bool = True, bucket_bytes: float = BUCKET_BYTES,
+    overlap: bool = True, bucket_bytes: float = BUCKET_BYTES, profile: Profile = USUAL,
 ) -> float:  # fmt: skip
     """A synchronous step of ``workers``, each on ``share`` samples."""
     pass_s = compute.pass_s(share)
     sizes = buckets(num_bytes, bucket_bytes) if overlap and not strategy.startswith("server") else [num_bytes]
     costs = [exchange_s(strategy, workers, size, on) for size in sizes]
     hides = overlap and not strategy.startswith("server")
-    return pass_s + exposed_s(pass_s, costs, sizes, overlap=hides) + compute.update_s
+    return pass_s + exposed_s(pass_s, costs, sizes, profile, overlap=hides) + compute.update_s
 
 
+@functools.lru_cache(maxsize=4096)
 def slowest_factor(workers: int, backups: int, stragglers: Stragglers, draws: int = 2000, seed: int = 0) -> float:
     """Mean over steps of the time until ``workers`` of ``workers + backups`` are done, in units of a worker's mean time."""
     if stragglers.is_none:

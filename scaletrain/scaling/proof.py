@@ -250,7 +250,7 @@ def other_batch(report: Mapping[str, Any], fitted_batch: int) -> list[dict[str, 
     points = []
     for row in report["rows"]:
         strategy = "none" if row["exchange"] == "none" or row["workers"] == 1 else strategy_of(row["exchange"])
-        if not row["runs"] or row["batch_size"] <= fitted_batch or strategy is None:
+        if not row["runs"] or row["batch_size"] <= fitted_batch or strategy is None or row["workers"] not in factors:
             continue
         factor = factors[row["workers"]]
         compute = Compute(fitted.compute.sample_s * factor, fitted.compute.fixed_s * factor, fitted.compute.update_s)

@@ -21,7 +21,7 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, tuple[str, plots.Drawing]]
         drawings["anatomy"] = ("Anatomy of a step", plots.anatomy(report["losses"]))
     if report.get("predictions"):
         drawings["predicted"] = ("Predicted against measured", plots.predicted(report["predictions"]))
-    if any(row["bytes_sent"] is not None for row in rows):
+    if any(row["bytes_sent"] for row in rows):
         drawings["traffic"] = ("Traffic", plots.traffic(rows))
     return drawings
 
@@ -64,6 +64,14 @@ def note(report: Mapping[str, Any]) -> str:
     )
 
 
+def to_target(row: Mapping[str, Any]) -> str:
+    """Seconds until the target accuracy, over the repeats that reached it; how many did where not all."""
+    if row["target_s"] is None:
+        return "–"
+    some = f" ({row['target_runs']} of {row['repeats']} runs)" if row["target_runs"] < row["repeats"] else ""
+    return f"{row['target_s']:.1f}{_plus(row['target_s_ci95'], '.1f')}{some}"
+
+
 def outcome(row: Mapping[str, Any]) -> str:
     """What became of a cell without a finished run."""
     return f"failed: {'; '.join(dict.fromkeys(row['failures']))}" if row["failures"] else "not measured"
@@ -86,6 +94,7 @@ def _template(name: str) -> jinja2.Template:
         "number4": _number4,
         "plus": _plus,
         "outcome": outcome,
+        "to_target": to_target,
         "fitted_note": _fitted_note,
         "of_servers": servers.text,
     }

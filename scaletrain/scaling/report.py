@@ -12,14 +12,15 @@ from scaletrain import plugins
 from scaletrain.errors import UserError
 from scaletrain.metrics import environment, has_finished
 from scaletrain.scaling import headline, limiter, machine, servers, sweep
-from scaletrain.scaling.fit import Fit, fit_report, predictions, strategy_of
+from scaletrain.scaling.emulated import bytes_moved
+from scaletrain.scaling.fit import Fit, alike_but_for_exchange, fit_report, predictions, strategy_of
 from scaletrain.scaling.intervals import Mean, mean, percentiles, ratio
 from scaletrain.scaling.measure import PARTS, Run, read_run
 from scaletrain.scaling.predict import step_s as step
 
 VERSION = 1
 PERCENTS = (10, 50, 90, 95)
-UNSYNCHRONISED = ("parameter_server:async", "parameter_server:local_sgd", "none")
+UNSYNCHRONISED = ("parameter_server:async", "parameter_server:bounded", "parameter_server:local_sgd", "none")
 
 Measured = dict[sweep.Cell, tuple[list[Run], list[str]]]  # a cell's finished repeats, and why others failed
 
@@ -59,7 +60,7 @@ def of_sweep(*outs: Path) -> dict[str, Any]:
     header |= {"runs_planned": planned, "runs_missing": missing}
     if others:
         header |= {"used_by_others": round(float(np.mean(others)), 3), "busy": machine.told(others)}
-    return _report(measured, header, strong=made.mode == "strong", threads=made.threads)
+    return _report(measured, header, strong=made.mode == "strong")
 
 
 def of_runs(directories: Sequence[Path]) -> dict[str, Any]:
@@ -84,22 +85,26 @@ def of_runs(directories: Sequence[Path]) -> dict[str, Any]:
         "note": "rendered from single runs; host and versions are those of the machine that rendered",
         "config": {d.name: _text(d / "config.yaml") for d in directories},
     }  # fmt: skip
-    return _report(measured, header, strong=mode == "strong", threads=None)
+    return _report(measured, header, strong=mode == "strong")
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _report(measured: Measured, header: dict[str, Any], *, strong: bool, threads: int | None) -> dict[str, Any]:
-    rows = [_row(cell, measured, header.get("cores"), threads, strong) for cell in measured if not cell.reference]
+def _report(measured: Measured, header: dict[str, Any], *, strong: bool) -> dict[str, Any]:
+    rows = [_row(cell, measured, strong) for cell in measured if not cell.reference]
     losses = [loss for cell in measured if not cell.reference for loss in _losses(cell, measured, strong)]
     curves = [[(run.losses, run.ended_s) for run in measured[cell][0]] for cell in measured if not cell.reference]
     loss_reached = servers.compare(rows, curves)
     emulated = sorted({text for row in rows for text in [row["emulation"]] if text})
-    references = [_row(cell, measured, header.get("cores"), threads, strong) for cell in measured if cell.reference]
+    references = [_row(cell, measured, strong) for cell in measured if cell.reference]
     devices = sorted({name for runs, _ in measured.values() for run in runs for name, _, _ in run.devices})
     found = {"baseline": _baseline_text(rows), "emulated": bool(emulated), "emulation": emulated, "devices": devices}
+    # What ran, not what renders: cells that were measured at several commits say so.
+    commits = sorted({run.commit for runs, _ in measured.values() for run in runs if run.commit})
+    if commits:
+        found["commit"] = ", ".join(commits)
     report = {
         "version": VERSION,
         "header": header | found,
@@ -133,14 +138,20 @@ def _baseline(cell: sweep.Cell, measured: Mapping[sweep.Cell, Any]) -> sweep.Cel
     return next(iter([*plain, *own]), None)
 
 
-def _crowd(cell: sweep.Cell, runs: Sequence[Run], cores: int | None, threads: int | None) -> str:
+def _counts(cell: sweep.Cell, measured: Measured) -> int:
+    """How many numbers of workers the cell's exchange ran on."""
+    alike = (c for c in measured if _key(c) == _key(cell) and c.exchange == cell.exchange and not c.reference)
+    return len({c.workers for c in alike if measured[c][0]})
+
+
+def _crowd(runs: Sequence[Run]) -> str:
     """What the workers had less of than each one needs; empty: nothing."""
-    causes = ["more threads than cores"] * bool(cores and threads and cell.workers * threads > cores)
+    causes = ["more threads than cores"] * any(run.crowded for run in runs)
     causes += ["workers that share a GPU"] * any(max(run.devices.values(), default=0) > 1 for run in runs)
     return " and ".join(causes)
 
 
-def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int | None, strong: bool) -> dict[str, Any]:
+def _row(cell: sweep.Cell, measured: Measured, strong: bool) -> dict[str, Any]:
     runs, failures = measured[cell]
     row: dict[str, Any] = {
         "config": cell.config,
@@ -151,9 +162,9 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
         "samples_per_s": None, "samples_per_s_ci95": None, "speedup": None, "speedup_ci95": None, "efficiency": None,
         "step_s_min": None, **{f"step_s_p{p}": None for p in PERCENTS}, "step_s_mean": None, "step_s_ci95": None,
         "exposed_comm_s": None, "exposed_comm_s_ci95": None, "wait_in_backward_s": None,
-        **dict.fromkeys(PARTS), "bytes_sent": None, "gradient_bytes": None, "final_loss": None, "test_accuracy": None,
-        "target_step": None, "target_s": None, "emulation": None, "servers": None, "time_to_loss_s": None,
-        "oversubscribed": _crowd(cell, runs, cores, threads),
+        **dict.fromkeys(PARTS), "bytes_sent": None, "bytes_sent_is": None, "gradient_bytes": None, "final_loss": None, "test_accuracy": None,
+        "target_step": None, "target_s": None, "target_s_ci95": None, "target_runs": 0, "emulation": None, "servers": None, "time_to_loss_s": None,
+        "oversubscribed": _crowd(runs),
         "repeats": len(runs), "failures": failures, "baseline": None, "runs": [],
     }  # fmt: skip
     if not runs:
@@ -169,7 +180,7 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
     row["step_s_min"] = min(steps)
     row |= {f"step_s_p{percent}": value for percent, value in percentiles(steps, PERCENTS).items()}
     row |= {part: float(np.mean([run.part_s(part) for run in runs])) for part in PARTS}
-    summed_up = ("final_loss", "test_accuracy", "target_step", "target_s")
+    summed_up = ("final_loss", "test_accuracy", "target_step")
     told = {key: [run.summary.get(key) for run in runs] for key in summed_up}
     told |= {"bytes_sent": [run.sent_bytes for run in runs], "wait_in_backward_s": [run.waited_s for run in runs]}
     for key, of_runs in told.items():
@@ -181,8 +192,18 @@ def _row(cell: sweep.Cell, measured: Measured, cores: int | None, threads: int |
     row["runs"] = [
         {"samples_per_s": run.samples_per_s, "step_s": run.step_s, "wall_s": run.summary.get("wall_s")} for run in runs
     ]
+    row["bytes_sent_is"] = "counted" if row["bytes_sent"] is not None else None
+    scheduled = strategy_of(cell.exchange)
+    if row["bytes_sent"] is None and row["gradient_bytes"] and scheduled not in (None, "server", "two_level"):
+        row["bytes_sent"] = bytes_moved(scheduled, cell.workers, row["gradient_bytes"]) / cell.workers
+        row["bytes_sent_is"] = "the schedule's"
+    reached = [run.summary["target_s"] for run in runs if run.summary.get("target_s") is not None]
+    if reached:
+        to_target = mean(reached)
+        row |= {"target_s": to_target.value, "target_s_ci95": to_target.ci95, "target_runs": len(reached)}
     base = _baseline(cell, measured)
-    if base is not None and not cell.reference:
+    # Where all ran on equally many workers, more than one, there is nothing to be faster than.
+    if base is not None and not cell.reference and (base.workers == 1 or _counts(cell, measured) > 1):
         speedup = _speedup(runs, measured[base][0], base.workers)
         row |= {
             "speedup": speedup.value,
@@ -368,9 +389,7 @@ def _predictions(report: dict[str, Any]) -> Fit | None:
     rows differ in more than exchange and workers, or no exchange has a model.
     """
     rows = [row for row in report["rows"] if row["runs"]]
-    alike = {(row["config"], str(row["variant"]), row["gradient_bytes"]) for row in rows}
-    num_bytes = rows[0]["gradient_bytes"] if rows else None
-    if len(alike) != 1 or num_bytes is None:
+    if not alike_but_for_exchange(rows) or (num_bytes := rows[0]["gradient_bytes"]) is None:
         return None
     several = sorted({row["workers"] for row in rows if row["workers"] > 1})
     fitted_to = several[-2] if len(several) > 2 else None
@@ -386,4 +405,6 @@ def _predictions(report: dict[str, Any]) -> Fit | None:
 
 def _baseline_text(rows: Sequence[Mapping[str, Any]]) -> str:
     texts = sorted({str(row["baseline"]) for row in rows if row["baseline"]})
+    if not texts and any(row["runs"] for row in rows):
+        return "nothing: no other number of workers was measured"
     return "; ".join(texts)

@@ -3,6 +3,8 @@
 What a command generates in a page is replaced each time; what people wrote around it stays.
 """
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from scaletrain.metrics import environment, write_json
 
 BEGIN, END = "<!-- generated: replaced by the next run -->", "<!-- end of what is generated -->"
 
@@ -54,10 +58,26 @@ def options(name: str, pages: str) -> Callable[[Callable[..., None]], Callable[.
     return decorate
 
 
-def once(made: Path, *argv: str | Path) -> None:
-    """Run ``scaletrain argv``, which writes the file ``made``, unless it is there. One that fails or is stopped leaves no file; it is told."""
+def noted(header: Path) -> dict[str, Any]:
+    """What ``metrics.environment()`` and the load average were when measuring began, kept in the file ``header``; and every commit at which
+    it went on."""
+    now = environment() | {"load_average": os.getloadavg()[1]}
+    first = json.loads(header.read_text(encoding="utf-8")) if header.exists() else now
+    commits = dict.fromkeys([*str(first["commit"]).split(", "), str(now["commit"])])
+    found = first | {"commit": ", ".join(commits)}
+    write_json(header, found)
+    return found
+
+
+def once(made: Path, *argv: str | Path, header: Path | None = None) -> None:
+    """Run ``scaletrain argv``, which writes the file ``made``, unless it is there. One that fails or is stopped leaves no file; it is told.
+
+    ``header``: where it is noted on what this was measured.
+    """
     if made.exists():
         return
+    if header:
+        noted(header)
     click.echo(f"measuring {made}", err=True)
     command = [sys.executable, "-m", "scaletrain.cli", *map(str, argv)]
     whole = False

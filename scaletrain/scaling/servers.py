@@ -60,11 +60,12 @@ def time_to_loss(losses: np.ndarray, ended_s: np.ndarray, target: float) -> floa
 
 def compare(rows: Sequence[dict[str, Any]], curves: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]]) -> float | None:
     """Write ``time_to_loss_s`` into rows, when one of them had servers; returns the loss: the lowest that every measured run reached.
+    None where rows are of several configs, whose losses are not the same quantity.
 
     ``curves[i]``: (losses, ended_s) of row i's runs.
     """
     lowest = [float(smoothed(losses).min()) for runs in curves for losses, _ in runs]
-    if not any(row["servers"] for row in rows) or not lowest:
+    if not any(row["servers"] for row in rows) or not lowest or len({row["config"] for row in rows}) > 1:
         return None
     target = max(lowest)
     for row, runs in zip(rows, curves, strict=True):

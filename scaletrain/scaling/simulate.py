@@ -8,7 +8,7 @@ from scaletrain.collectives.schedule import proved
 from scaletrain.errors import UserError, unknown
 from scaletrain.scaling import predict
 from scaletrain.scaling.network import Preset
-from scaletrain.scaling.predict import Compute, Stragglers
+from scaletrain.scaling.predict import Compute, Profile, Stragglers
 
 MODEL_BYTES = {  # float32 weights; googlenet with both auxiliary heads, as it is trained
     "lenet": 431_080 * 4, "squeezenet": 1_248_424 * 4, "googlenet": 13_378_280 * 4, "nin": 7_595_176 * 4,
@@ -25,6 +25,7 @@ class Job(NamedTuple):
     network: Preset
     mode: str = "strong"
     overlap: bool = True
+    profile: Profile = predict.USUAL  # of a pass: when gradients are there to leave
     stragglers: Stragglers = Stragglers()
     epoch_samples: int | None = None
     price_per_worker_hour: float | None = None
@@ -74,7 +75,9 @@ def point(job: Job, strategy: str, workers: int) -> Point:
     slow = predict.slowest_factor(workers, backups, job.stragglers)
     compute = Compute(job.compute.sample_s * slow, job.compute.fixed_s * slow, job.compute.update_s)
     ports = workers + backups if name.startswith("server") else workers
-    step = predict.step_s(name, ports, share, job.num_bytes, compute, job.network, overlap=job.overlap)
+    step = predict.step_s(
+        name, ports, share, job.num_bytes, compute, job.network, overlap=job.overlap, profile=job.profile
+    )
     quiet = predict.step_s("none", 1, share, job.num_bytes, compute, job.network)
     alone = predict.step_s("none", 1, job.batch_size, job.num_bytes, job.compute, job.network)
     batch = share * workers

@@ -25,6 +25,10 @@ from scaletrain.scaling import machine
 
 MACHINE = "machine.json"  # in a run's directory: the share of the cores that other processes used meanwhile
 REFERENCE_STEPS = 60  # of the short runs that only the split of lost time needs
+OWN = {  # settings that the sweep gives every cell itself, and the option that decides them
+    "workers": "--workers", "exchange": "--exchange", "batch_mode": "--mode", "threads": "--threads", "launcher": "--launcher",
+    "launcher.name": "--launcher", "launcher.bind": "--bind", "run_dir": "--out",
+}  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -98,10 +102,10 @@ class Sweep(NamedTuple):
         """What a person would type for this cell."""
         source = self.configs[cell.config]
         settings = [
+            *self.settings,
             f"batch_mode={self.mode}",
             f"threads={self.threads}",
             f"batch_size={cell.batch_size}",
-            *self.settings,
         ]
         settings += [f"{key}={json.dumps(value)}" for key, value in cell.variant if key != "batch_size"]
         if self.bind:
@@ -174,7 +178,7 @@ def plan(
     more, as on a cluster. Workers are bound to cores when the launcher is ``local`` and the cores suffice.
 
     Raises:
-        UserError: a mistake in a config, an exchange or a setting; two configs of the same name.
+        UserError: a mistake in a config, an exchange or a setting; a setting that the sweep decides; two configs of the same name.
     """
     sources: dict[str, dict[str, str]] = {}
     for path in paths:
@@ -184,6 +188,15 @@ def plan(
         sources[path.stem] = {"path": str(path.resolve()), "text": path.read_text(encoding="utf-8")}
     for exchange in exchanges:
         configuration.expand_exchange(exchange)
+    for option, keys in (
+        ("--set", [configuration.parse_setting(text)[0] for text in settings]),
+        ("--vary", vary or ()),
+    ):
+        for key in set(keys) & set(OWN):
+            raise UserError(f"{option} {key}: the sweep decides it for every cell (give {OWN[key]})")
+    for key, values in (vary or {}).items():
+        if any(isinstance(value, dict | list) for value in values):
+            raise UserError(f"--vary {key}: {values!r} is not allowed (allowed: numbers and words, such as {key}=1,2)")
     cores = len(os.sched_getaffinity(0))
     threads = threads or max(1, cores // max(workers))
     launched_by = launcher or run.launcher.name

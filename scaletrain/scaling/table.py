@@ -9,7 +9,7 @@ from rich.table import Table
 
 from scaletrain.scaling import servers
 from scaletrain.scaling.headline import oversubscribed
-from scaletrain.scaling.render import note, outcome
+from scaletrain.scaling.render import note, outcome, to_target
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
@@ -51,7 +51,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             _number(row["efficiency"], ".2f"),
             *(_ms(row[f"step_s_{part}"]) for part in ("min", "p10", "p50", "p90", "p95")),
             _ms(row["exposed_comm_s"], row["exposed_comm_s_ci95"]), _number(row["test_accuracy"], ".4f"),
-            *[_number(row["target_s"], ".1f")] * ("to accuracy s" in columns),
+            *[to_target(row)] * ("to accuracy s" in columns),
         )  # fmt: skip
     console.print(table)
     if crowded := oversubscribed(report):

@@ -9,9 +9,19 @@ from scaletrain.metrics import StepRecord
 
 
 def write_run(
-    directory: Path, *, exchange: str = "ring", steps: list[list[float]], samples: int = 48, **summary: Any
+    directory: Path,
+    *,
+    exchange: str = "ring",
+    steps: list[list[float]],
+    samples: int = 48,
+    cores: int = 64,
+    commit: str = "abc",
+    **summary: Any,
 ) -> Path:
-    """``steps[rank][i]``: seconds of a rank's step i; a tenth of it is input, three tenths forward, a half backward, a tenth update."""
+    """Of ranks that compute on a thread each, on a machine of ``cores``.
+
+    ``steps[rank][i]``: seconds of a rank's step i; a tenth of it is input, three tenths forward, a half backward, a tenth update.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     workers = len(steps)
     for rank, seconds in enumerate(steps):
@@ -25,6 +35,14 @@ def write_run(
             lines.append(json.dumps(dataclasses.asdict(record)))
             clock += step_s
         (directory / f"rank-{rank}.jsonl").write_text("\n".join(lines) + "\n")
+        header = {
+            "node": 0,
+            "device": "cpu",
+            "threads": 1,
+            "cores": list(range(cores)),
+            "environment": {"commit": commit},
+        }
+        (directory / f"rank-{rank}.json").write_text(json.dumps(header))
     value = {
         "name": "job", "workers": workers, "exchange": exchange, "batch_size": samples * workers, "batch_mode": "strong",
         "finished": True, "final_loss": 1.0, "test_accuracy": 0.5, "wall_s": 1.0, **summary,

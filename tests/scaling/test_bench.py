@@ -1,6 +1,7 @@
 """The commands as people type them: real trainings, and a model timed layer by layer."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from torch import nn
 from scaletrain.bench import firecaffe
 from scaletrain.bench.model import time_layers
 from scaletrain.cli import cli
+from scaletrain.errors import UserError
 from scaletrain.scaling import sweep
 
 from .runs import write_run
@@ -49,6 +51,44 @@ def test_a_slow_layer_is_found():
     assert max(made["layers"], key=lambda layer: layer["backward_s"])["type"] == "Slow"
 
 
+def test_layers_of_any_shape_are_timed():
+    """Outputs in tuples, weights beside inner layers, one layer used twice."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+            self.lstm, self.act, self.head = nn.LSTM(8, 16, batch_first=True), nn.Tanh(), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.act(self.act(self.lstm(x * self.scale)[0][:, -1])))
+
+    model = Net()
+    made = time_layers(model, nn.functional.cross_entropy, torch.randn(4, 5, 8), torch.randint(0, 3, (4,)), passes=2)
+    by = {layer["name"]: layer for layer in made["layers"]}
+    assert sum(layer["parameters"] for layer in made["layers"]) == sum(p.numel() for p in model.parameters())
+    assert by["act"]["activations"] == 2 * 4 * 16 and by["lstm"]["activations"] == 4 * 5 * 16 + 2 * 4 * 16
+    words = nn.Sequential(
+        nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3)
+    )  # integers go in, four bytes a number come out
+    made = time_layers(words, nn.functional.cross_entropy, torch.randint(0, 10, (2, 3)), torch.tensor([0, 1]), passes=1)
+    assert made["activation_bytes"] == 4 * (24 + 24 + 6)
+
+
+def test_layers_that_were_timed_say_when_gradients_leave(tmp_path):
+    config, out = tmp_path / "job.yaml", tmp_path / "layers.json"
+    config.write_text("model: {name: mlp, sizes: [64, 32, 10]}\ndata: digits\nbatch_size: 64\nsteps: 12\n")
+    timed = CliRunner().invoke(
+        cli, ["bench", "model", str(config), "--passes", "2", "--out", str(out)], catch_exceptions=False
+    )
+    assert timed.exit_code == 0, timed.output
+    arguments = ["simulate", "--batch", "64", "--workers", "1,2,4", "--half-duplex", "--layers"]
+    told = CliRunner().invoke(cli, [*arguments, str(out)], catch_exceptions=False)
+    assert told.exit_code == 0 and "ring" in told.output, told.output
+    with pytest.raises(UserError, match="bench model --out"):
+        CliRunner().invoke(cli, [*arguments, str(config)], catch_exceptions=False)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_sweep_of_real_trainings(tmp_path):
@@ -69,13 +109,20 @@ def test_a_sweep_of_real_trainings(tmp_path):
     ]
     done = CliRunner().invoke(cli, [*arguments, "--trace"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= 2:  # else nothing is bound
+        each = len(cores) // 2
+        own = [",".join(map(str, cores[each * rank : each * (rank + 1)])) for rank in range(2)]
+        assert f"bound to cores: rank 0 on {own[0]}, 1 on {own[1]}" in done.output
     report = json.loads((out / "report.json").read_text())
     rows = {(row["exchange"], row["workers"]): row for row in report["rows"]}
     assert len(rows) == 4 and all(row["samples_per_s"] > 0 and not row["failures"] for row in rows.values())
     assert rows["ring", 2]["gradient_bytes"] == 4 * (64 * 32 + 32 + 32 * 10 + 10)
     assert rows["ring", 2]["final_loss"] == pytest.approx(rows["ring", 1]["final_loss"], abs=1e-4)
     loss = next(x for x in report["losses"] if x["exchange"] == "ring")
-    assert sum(loss["causes"].values()) == pytest.approx(loss["loss_s"])
+    # Within 5 %, of the loss or of a step's hundredth: so short a run may lose next to nothing.
+    assert abs(loss["causes"]["unexplained"]) <= max(0.05 * abs(loss["loss_s"]), 0.01 * loss["step_s"])
+    assert rows["ring", 2]["bytes_sent"] == rows["ring", 2]["gradient_bytes"]
     assert {"commit", "versions", "host", "cores", "config"} <= set(report["header"])
     traces = json.loads(next((out / "traces").glob("*ring-w2*")).read_text())["traceEvents"]
     assert {event["pid"] for event in traces} == {0, 1}

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -61,8 +62,11 @@ def test_settings_that_differ_are_named_and_repeats_are_not():
 def test_a_cell_that_fails_now_is_a_regression(tmp_path):
     old = make(tmp_path / "old", 0.1)
     new = json.loads(json.dumps(old))
-    new["rows"][0]["runs"] = []
+    new["rows"][0] |= {"runs": [], "failures": ["boom"]}
     assert compare(new, old)[0].regressed
+    new["rows"][0]["failures"] = []  # not measured yet
+    (unknown,) = compare(new, old)
+    assert not unknown.regressed and "cannot tell" in lines([unknown])[0]
 
 
 def test_reports_without_a_common_cell_cannot_be_compared(tmp_path):
@@ -82,3 +86,22 @@ def test_the_exit_code_tells(tmp_path, seconds, status):
         cli, ["report", *runs, "--out", str(tmp_path / "out"), "--baseline", str(tmp_path / "old.json")]
     )
     assert done.exit_code == status, done.output
+
+
+def test_many_cells_are_judged_together(tmp_path):
+    """By 95 % each, every twentieth cell would be told to have changed where nothing did."""
+    chance = np.random.default_rng(0)
+
+    def noisy(name, cells=20):
+        made = [make(tmp_path / name / str(cell), 0.1 * (1 + 0.02 * chance.standard_normal())) for cell in range(cells)]
+        rows = [one["rows"][0] | {"variant": {"cell": cell}} for cell, one in enumerate(made)]
+        for r in rows:
+            r["runs"] = [{"samples_per_s": 1000 * (1 + 0.02 * chance.standard_normal())} for _ in range(4)]
+        return made[0] | {"rows": rows}
+
+    changes = [compare(noisy(f"new{i}"), noisy(f"old{i}")) for i in range(5)]
+    assert sum(any(cell.regressed or cell.improved for cell in cells) for cells in changes) <= 1
+    assert "of all 20 together" in lines(changes[0])[0]
+    slow = noisy("slow")
+    slow["rows"][7]["runs"] = [{"samples_per_s": 700 + i} for i in range(4)]
+    assert [cell.regressed for cell in compare(slow, noisy("before"))].count(True) == 1

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import math
@@ -53,6 +54,40 @@ def test_servers_share_the_load():
     assert server_s(2, 1e8, GBIT, servers=64) >= 1e8 / 125e6  # a worker's own port stays
 
 
+def test_servers_feel_an_oversubscribed_tree_as_collectives_do():
+    tree, flat = PRESETS["fat-tree-10gbit"], dataclasses.replace(PRESETS["fat-tree-10gbit"], oversubscription=1.0)
+    ratio = {k: server_s(64, 1e9, tree, servers=k) / server_s(64, 1e9, flat, servers=k) for k in (1, 16, 64)}
+    assert ratio[1] == pytest.approx(1)  # its own port is narrower than the uplinks
+    assert ratio[16] == pytest.approx(4, rel=0.01) and ratio[64] == pytest.approx(4, rel=0.01)
+    assert server_s(8, 1e9, tree, servers=8) == server_s(8, 1e9, flat, servers=8)  # all in one leaf
+    eight_a_host = PRESETS["dgx1-edr"]
+    many = server_s(64, 1e9, eight_a_host, servers=64)
+    assert many == pytest.approx(8 * 1e9 / eight_a_host.network.bandwidth_bytes_per_s, rel=0.1)  # they share a port
+
+
+def test_links_that_cannot_do_both_at_once_take_twice_as_long():
+    half = dataclasses.replace(GBIT, network=GBIT.network._replace(duplex=False))
+    assert server_s(8, 1e9, half) == pytest.approx(2 * server_s(8, 1e9, GBIT), rel=0.01)
+    assert allreduce_s("ring", 8, 1e9, half) == pytest.approx(2 * allreduce_s("ring", 8, 1e9, GBIT), rel=0.01)
+
+
+def test_gradients_that_come_late_in_backward_hide_less():
+    """As in AlexNet: most weights are in the last layers, whose gradients come first."""
+    layers = [
+        {"gradient_bytes": 1e6, "backward_s": 0.08},  # convolutions
+        {"gradient_bytes": 99e6, "backward_s": 0.02},  # fully connected
+    ]
+    early = predict.Profile.of_layers({"forward_s": 0.05, "backward_s": 0.1, "layers": layers})
+    late = predict.Profile.of_layers({"forward_s": 0.05, "backward_s": 0.1, "layers": layers[::-1]})
+    assert early.forward == pytest.approx(1 / 3)
+    assert early.complete(0.99) == pytest.approx(0.2) and late.complete(0.99) > 0.98 and early.complete(1) == 1
+    steps = [
+        predict.step_s("ring", 8, 1.0, 100e6, Compute(0.15), PRESETS["10gbit"], profile=profile)
+        for profile in (early, predict.USUAL, late)
+    ]
+    assert steps[0] < steps[1] < steps[2]
+
+
 def test_backup_workers_cut_the_tail():
     noisy = Stragglers(variation=0.05, slow_probability=0.02, slow_factor=1.5)
     assert predict.slowest_factor(50, 4, noisy) < predict.slowest_factor(50, 0, noisy)
@@ -67,11 +102,12 @@ def test_simulate_is_quick_at_4096_workers():
         8192,
         Compute(0.008),
         PRESETS["gemini"],
+        stragglers=Stragglers(variation=0.1),
         price_per_worker_hour=1,
         epoch_samples=10**6,
     )
     began = time.process_time()
-    points = simulate.simulate(job, [1, 64, 4096], simulate.strategies())
+    points = simulate.simulate(job, [2**i for i in range(13)], simulate.strategies())
     assert time.process_time() - began < 10
     best = simulate.best(points)
     assert best[4096].strategy not in ("star", "server")

@@ -33,3 +33,13 @@ def test_a_measurement_that_fails_or_is_stopped_leaves_no_file(monkeypatch: pyte
     runs(1)  # not run again
     results.once(made, "bench")
     assert made.exists()
+
+
+def test_a_header_keeps_the_first_load_and_every_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    now = {"commit": "a1"}
+    monkeypatch.setattr(results, "environment", lambda: dict(now))
+    first = results.noted(tmp_path / "header.json")
+    now["commit"] = "b2"
+    monkeypatch.setattr(results.os, "getloadavg", lambda: (99.0, 99.0, 99.0))
+    assert results.noted(tmp_path / "header.json") == first | {"commit": "a1, b2"}
+    assert results.noted(tmp_path / "header.json")["commit"] == "a1, b2"

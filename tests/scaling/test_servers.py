@@ -84,3 +84,13 @@ def test_without_servers_there_is_no_such_table(tmp_path):
     made = report.of_runs([with_losses(tmp_path / "a", "ring", 0.1, [1.0] * 20)])
     assert made["loss_reached"] is None
     assert "time to loss" not in render.markdown(made)
+
+
+def test_losses_of_different_jobs_are_not_compared(tmp_path):
+    one = with_losses(tmp_path / "a", "ring", 0.1, [2.0] * 20)
+    other = with_losses(tmp_path / "b", "parameter_server", 0.1, [0.5] * 20)
+    write_servers(other)
+    assert report.of_runs([one, other])["loss_reached"] is not None
+    summary = json.loads((other / "summary.json").read_text())
+    (other / "summary.json").write_text(json.dumps(summary | {"name": "another"}))
+    assert report.of_runs([one, other])["loss_reached"] is None

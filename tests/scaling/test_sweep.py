@@ -143,8 +143,10 @@ def test_mistakes_are_found_before_anything_runs(config):
 def test_more_threads_than_cores_is_marked(config, tmp_path, started):
     out = tmp_path / "out"
     sweep.run(make(config, out, workers=(1, 64), repeats=1, bind=False), out, lambda line: None)
-    path = out / "header.json"
-    path.write_text(json.dumps(make(config, out, workers=(1, 64), repeats=1, bind=False).header() | {"cores": 2}))
+    for path in out.rglob("rank-*.jsonl"):
+        path.with_suffix(".json").write_text(
+            json.dumps({"node": 0, "device": "cpu", "threads": 1, "cores": [0, 1], "environment": {"commit": "a"}})
+        )
     assert [r["oversubscribed"] for r in report.of_sweep(out)["rows"]] == ["", "more threads than cores"]
 
 
@@ -174,3 +176,17 @@ def test_own_work_is_not_that_of_others(monkeypatch):
     watch = machine.Watch()
     subprocess.run([sys.executable, "-c", "sum(range(5_000_000))"], check=True)
     assert watch.others() == pytest.approx(0, abs=0.01)
+
+
+def test_what_the_sweep_decides_cannot_be_set_beside_it(config, tmp_path):
+    plan = sweep.plan([config], [1, 2], ["ring"], settings=["batch_size=64", "seed=5"])
+    for cell in plan.cells():  # a reference computes on a worker's share, whatever the setting says
+        words = plan.command(cell, tmp_path)
+        assert [word for word in words if word.startswith("batch_size=")][-1] == f"batch_size={cell.batch_size}"
+    assert {cell.batch_size for cell in plan.cells()} == {64, 32}
+    with pytest.raises(UserError, match="--threads"):
+        sweep.plan([config], [1], ["ring"], settings=["threads=2"])
+    with pytest.raises(UserError, match="--mode"):
+        sweep.plan([config], [1], ["ring"], vary={"batch_mode": ["weak", "strong"]})
+    with pytest.raises(UserError, match="numbers and words"):
+        sweep.plan([config], [2], ["ring"], launcher="rehearsal", vary={"launcher.straggler": [{1: 2.0}]})

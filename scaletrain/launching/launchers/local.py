@@ -5,6 +5,12 @@ import os
 from scaletrain.launching.job import Command, Job, LaunchPlan
 
 
+def cores_of(rank: int, threads: int) -> list[int]:
+    """The cores that a bound worker is kept on: the next ``threads`` of those that this process may use."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [cores[i % len(cores)] for i in range(rank * threads, (rank + 1) * threads)]
+
+
 def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
     """One process a worker. ``bind`` keeps each worker on its own cores (taskset), which steadies measurements.
 
@@ -30,8 +36,7 @@ def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
         }  # fmt: skip
         argv = job.argv
         if bind:
-            own = [cores[i % len(cores)] for i in range(rank * threads, (rank + 1) * threads)]
-            argv = ("taskset", "--cpu-list", ",".join(map(str, own)), *argv)
+            argv = ("taskset", "--cpu-list", ",".join(map(str, cores_of(rank, threads))), *argv)
         env = (*((key, str(value)) for key, value in variables.items()), *job.env)
         commands.append(Command(f"rank {rank}", argv, env, rank))
     return LaunchPlan(tuple(commands), explain=tuple(explain), store_address="127.0.0.1", companions=job.companions)
