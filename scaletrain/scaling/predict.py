@@ -114,11 +114,13 @@ def step_s(
 
 @functools.lru_cache(maxsize=4096)
 def slowest_factor(workers: int, backups: int, stragglers: Stragglers, draws: int = 2000, seed: int = 0) -> float:
-    """Mean over steps of the time until ``workers`` of ``workers + backups`` are done, in units of a worker's mean time."""
+    """Mean over steps of the time until ``workers`` of ``workers + backups`` are done, in units of the computation without delays."""
     if stragglers.is_none:
         return 1.0
-    random = np.random.default_rng(seed)
     total = workers + backups
+    if total == 1:  # known; draws would only be near it
+        return 1 + stragglers.slow_probability * (stragglers.slow_factor - 1) + stragglers.tail
+    random = np.random.default_rng(seed)
     draws = max(50, min(draws, 4_000_000 // total))
     sigma = math.sqrt(math.log(1 + stragglers.variation**2))
     times = random.lognormal(-sigma * sigma / 2, sigma, size=(draws, total))

@@ -107,7 +107,11 @@ class Sweep(NamedTuple):
             f"threads={self.threads}",
             f"batch_size={cell.batch_size}",
         ]
-        settings += [f"{key}={json.dumps(value)}" for key, value in cell.variant if key != "batch_size"]
+        settings += [
+            f"{key}={json.dumps(value)}"
+            for key, value in cell.variant
+            if key != "batch_size" and _is_there(key, cell.workers)
+        ]
         if self.bind:
             settings.append("launcher.bind=true")
         if cell.reference:
@@ -147,6 +151,12 @@ class Sweep(NamedTuple):
         for key in ("workers", "exchanges", "settings"):
             known[key] = tuple(known[key])
         return cls(**known)
+
+
+def _is_there(key: str, workers: int) -> bool:
+    """Whether a cell has what a setting is about: a straggler may be a host that cells of fewer workers do without."""
+    host = key.removeprefix("launcher.straggler.")
+    return host == key or not host.isdigit() or int(host) < workers
 
 
 def variants(vary: Mapping[str, Sequence[Any]]) -> list[tuple[tuple[str, Any], ...]]:

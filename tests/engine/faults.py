@@ -9,9 +9,11 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from scaletrain.engine.choose import NATIVE, Engine
-from scaletrain.engine.transport import Group
+from scaletrain.engine.process_group import Options, ProcessGroup
+from scaletrain.engine.transport import Group, mixed
 
 TIMEOUT_S = 1.5  # of a collective
 HANG_S = 30.0  # a rank that has not ended by then hangs
@@ -30,6 +33,8 @@ KINDS = ("kill", "kill while joining", "stop", "late", "too late")
 WIRES = (
     ("shared_memory", NATIVE), ("shared_memory", "ring"), ("shared_memory", "tree"), ("shared_memory", "direct"),
     ("gloo", "ring"), ("gloo", "halving_doubling"), ("gloo", "double_tree"), ("gloo", NATIVE),
+    ("mixed", "ring"),  # as if two ranks were a host
+    ("backend, at once", "auto"), ("backend, async", "ring"),  # torch.distributed's process group, over shared memory
 )  # fmt: skip
 
 
@@ -58,7 +63,7 @@ def one_rank(case: dict[str, Any], rank: int, folder: Path) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         group = Group(dist.PrefixStore("group/", store), rank, size, timedelta(seconds=TIMEOUT_S))
-        engine = Engine(group, case["collective"], case["transport"])
+        allreduce = of_backend(group, case) if case["transport"].startswith("backend") else of_engine(group, case)
         tensor = torch.empty(case["count"])
         expected = float(size * (size + 1) // 2)
         for index in itertools.count() if kind != "late" else range(ROUNDS):
@@ -71,16 +76,37 @@ def one_rank(case: dict[str, Any], rank: int, folder: Path) -> str:
                     number = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
                     after(case["delay_s"], number)  # in the midst of what follows
             tensor.fill_(rank + 1)
-            engine.allreduce(tensor)
+            allreduce(tensor)
             if not bool((tensor == expected).all()):
                 raise ArithmeticError(f"rank {rank}, round {index}: a wrong sum")
     except (TimeoutError, ConnectionError) as error:
         return f"{type(error).__name__}: {error}"
+    except RuntimeError as error:  # torch's type for every failure; ours stands in the message
+        if case["transport"].startswith("backend") and (
+            told := re.search(r"(Timeout|Connection)Error: .*", str(error))
+        ):
+            return told[0]
+        if kind == "kill while joining" and "gloo" in str(error):
+            return f"ConnectionError: (gloo's own) {error}"
+        raise
     # Nobody leaves a group while others may still read from it.
     store.set(f"done/{rank}", "")
     with contextlib.suppress(RuntimeError):
         store.wait([f"done/{other}" for other in range(size)], timedelta(seconds=2 * TIMEOUT_S))
     return "right"
+
+
+def of_engine(group: Group, case: dict[str, Any]) -> Callable[[torch.Tensor], object]:
+    if case["transport"] == "mixed":
+        mixed.same_host = lambda group: [str(rank // 2) for rank in range(group.size)]  # this process is the rank's own
+    return Engine(group, case["collective"], case["transport"]).allreduce
+
+
+def of_backend(group: Group, case: dict[str, Any]) -> Callable[[torch.Tensor], object]:
+    made = ProcessGroup(*group[:4], Options(case["collective"], "shared_memory"))
+    options = dist.AllreduceOptions()
+    options.asyncOp = "async" in case["transport"]
+    return lambda tensor: made.allreduce([tensor], options).wait()
 
 
 def after(delay_s: float, number: int) -> None:

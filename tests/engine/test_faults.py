@@ -32,8 +32,9 @@ def test_no_injection_hangs(tmp_path: Path):
         assert all(end.startswith(("TimeoutError: ", "ConnectionError: ")) for end in survivors), result
         if result["kind"] == "too late":
             assert result["ends"][result["victim"]].startswith(("TimeoutError: ", "ConnectionError: ")), result
-        # gloo's own allreduce does not say whom it waited for; the process group above it does.
-        if (result["transport"], result["collective"]) != ("gloo", "native") or result["kind"] == "kill while joining":
+        # gloo's own allreduce, and gloo where its group is made, do not say whom they waited for.
+        joining, gloos = result["kind"] == "kill while joining", any("(gloo's own)" in end for end in survivors)
+        if not gloos and ((result["transport"], result["collective"]) != ("gloo", "native") or joining):
             assert any(named(result["victim"], end) for end in survivors), result
 
 
@@ -42,7 +43,7 @@ def named(rank: int, message: str) -> bool:
 
 
 def test_injections_differ():
-    drawn = [faults.draw(SEED, index) for index in range(40)]
+    drawn = [faults.draw(SEED, index) for index in range(len(faults.WIRES) * len(faults.KINDS))]
     assert {case["kind"] for case in drawn} == set(faults.KINDS)
     assert {(case["transport"], case["collective"], case["kind"]) for case in drawn} == {
         (*wire, kind) for wire in faults.WIRES for kind in faults.KINDS

@@ -190,3 +190,13 @@ def test_what_the_sweep_decides_cannot_be_set_beside_it(config, tmp_path):
         sweep.plan([config], [1], ["ring"], vary={"batch_mode": ["weak", "strong"]})
     with pytest.raises(UserError, match="numbers and words"):
         sweep.plan([config], [2], ["ring"], launcher="rehearsal", vary={"launcher.straggler": [{1: 2.0}]})
+
+
+def test_a_straggler_is_left_out_where_its_host_is_not_there(config, tmp_path):
+    plan = sweep.plan([config], [1, 2], ["ring"], launcher="rehearsal", vary={"launcher.straggler.1": [1, 2]})
+    told = {
+        (cell.workers, "launcher.straggler.1=2" in plan.command(cell, tmp_path))
+        for cell in plan.cells()
+        if cell.variant[0][1] == 2
+    }
+    assert told == {(1, False), (2, True)}
