@@ -121,6 +121,6 @@ def _two_hosts(rank: int, size: int, path: str) -> tuple[float, str]:
 
 @pytest.mark.slow
 def test_a_mixed_wire_between_hosts_names_ranks_by_their_own_numbers(tmp_path: Path):
-    found = run_ranks(_two_hosts, 4, str(tmp_path / "store"), 3)
+    found = run_ranks(_two_hosts, 4, str(tmp_path / "store"))
     assert [value for value, _ in found] == [3.0, 0.0, 1.0, 2.0]
     assert "peer rank 3" in found[2][1], found
