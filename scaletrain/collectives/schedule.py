@@ -280,7 +280,7 @@ def pipeline(transfers: Sequence[Transfer], size: int, segments: int) -> Schedul
     rounds: list[list[Transfer]] = [[] for _ in range(max(starts) + 1 + period * (segments - 1))]
     for segment in range(segments):
         for t, start in zip(transfers, starts, strict=True):
-            rounds[start + period * segment].append(t._replace(chunk=t.chunk * segments + segment))
+            rounds[start + period * segment].append(Transfer(t.src, t.dst, t.chunk * segments + segment, t.add))
     num_chunks = (1 + max(t.chunk for t in transfers)) * segments
     return Schedule(size, num_chunks, tuple(tuple(transfers) for transfers in rounds if transfers))
 
