@@ -92,11 +92,7 @@ class Segment:
                 return
         patience = Patience(self, (rank,))
         while (seen := words[place]) < value:
-            try:
-                patience.pause(8 * place, seen)
-            except ConnectionError:
-                if words[place] < value:  # else it was done before it ended
-                    raise
+            patience.pause(8 * place, seen)
 
     def sleep(self, place: int, seen: int) -> None:
         """Until the word at byte ``place`` is no longer ``seen``, or a few milliseconds have passed.
@@ -140,13 +136,17 @@ class Patience:
         self._segment, self._ranks = segment, ranks
         self._began = self._looked = time.monotonic()
         self._sleep_s = _SLEEP_S[0]
+        self._gone: ConnectionError | None = None
 
     def pause(self, place: int = -1, seen: int = 0) -> None:
         """Once. With ``place`` (see ``Segment.sleep``) a change of that counter ends it at once.
 
         Raises:
-            TimeoutError, ConnectionError: one of the ranks is late, or gone.
+            TimeoutError, ConnectionError: one of the ranks is late, or gone. Who was found gone is told by the next call: what is waited for may
+                have been done before it ended, and is looked for once more.
         """
+        if self._gone:
+            raise self._gone
         now = time.monotonic()
         if now - self._began < _YIELD_S:
             _sched_yield()
@@ -158,8 +158,11 @@ class Patience:
             self._sleep_s = min(1.2 * self._sleep_s, _SLEEP_S[1])
         if now - self._looked > _LOOK_S:
             self._looked = now
-            for rank in self._ranks:
-                self._segment.check_alive(rank)
+            try:
+                for rank in self._ranks:
+                    self._segment.check_alive(rank)
+            except ConnectionError as error:
+                self._gone = error
             if now - self._began > self._segment.timeout_s:
                 raise self._segment.late(self._ranks)
 

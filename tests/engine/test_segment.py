@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from scaletrain.engine.segment import Patience, Segment
+from scaletrain.engine.segment import Segment
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
 from tests.ranks import run_ranks
@@ -71,11 +71,11 @@ def test_who_ends_after_its_last_value_is_not_missed(monkeypatch: pytest.MonkeyP
     """It may write and end between two looks of who waits for it."""
     segment = Segment(Group(dist.HashStore(), 0, 1, timedelta(seconds=20)), 1, 64)
 
-    def pause(self: Patience, *_: int) -> None:
+    def check_alive(rank: int) -> None:
         segment.write(0, value)
-        raise ConnectionError("peer rank 0 is lost")
+        raise ConnectionError(f"peer rank {rank} is lost")
 
-    monkeypatch.setattr(Patience, "pause", pause)
+    monkeypatch.setattr(segment, "check_alive", check_alive)
     value = 1
     segment.wait(0, 0, 1)
     value = 2

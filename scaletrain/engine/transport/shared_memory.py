@@ -148,12 +148,7 @@ class SharedMemory:
                     first = {parcel.peer for parcel in open_parcels if parcel.after is None or parcel.after.done}
                     patience = Patience(self._segment, tuple(sorted(first)))
                     while not self._progress():
-                        try:
-                            patience.pause()
-                        except ConnectionError:
-                            if not self._progress():  # else it was done before it ended
-                                raise
-                            break
+                        patience.pause()
 
         return wait
 
