@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # A rate that suits synchronous exchanges (the example's own bears stale gradients, too), for fewer epochs.
 bench: setup
-	$(BIN)/scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --repeats 3 --set epochs=12 --set optimizer.lr=0.1 --set model.width=24 --out runs/bench-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --repeats 5 --set epochs=12 --set optimizer.lr=0.1 --set model.width=24 --out runs/bench-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
 	$(BIN)/python -m pytest
@@ -55,8 +55,8 @@ results: setup horovod peers
 	$(COLLECTIVES) --workers 4,8,16 --bandwidth 1Gbit --algorithms auto,native,ring,pipelined_tree,double_tree --sizes 4K,25000000 --seconds 2 --out $(RESULTS)/collectives/1Gbit.json
 	for hosts in 4 8 16; do $(COLLECTIVES) --workers $$hosts --bandwidth 100Mbit --algorithms auto,native,ring,pipelined_tree,double_tree --sizes 4K,25000000 --repeats 1 --out $(RESULTS)/collectives/100Mbit_$$hosts.json || exit 1; done
 	$(SCALING) benchmarks/suites/overlap.yaml --workers 2 --exchange none,scheduled,native --mode weak --threads 1 --no-split --repeats 5 --out runs/results/overlap
-	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --set target_accuracy=0.95 --repeats 3 --out runs/results/strong
-	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --mode weak --set epochs=12 --repeats 3 --out runs/results/weak
+	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --set target_accuracy=0.95 --repeats 5 --out runs/results/strong
+	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --mode weak --set epochs=12 --repeats 5 --out runs/results/weak
 	for name in overlap strong weak; do $(BIN)/scaletrain report runs/results/$$name --format md,html --out $(RESULTS)/scaling/$$name || exit 1; done
 	$(BIN)/scaletrain bench parameter-server --output $(RESULTS)/parameter_server
 	$(BIN)/scaletrain bench prediction

@@ -5,6 +5,7 @@
 # Equal to: scaletrain train ... --launcher mpirun --dry-run
 set -eu
 [ $# -ge 2 ] || { echo "usage: $0 RUN_DIR WORKERS [HOSTFILE]" >&2; exit 2; }
+[ -f "$1/config.yaml" ] || { echo "$0: $1: no folder with the job's YAML in it as config.yaml (a script of your own: scaletrain launch)" >&2; exit 2; }
 run_dir=$1 workers=$2 hostfile=${3:-}
 python=${PYTHON:-python3}
 mpirun=${MPIRUN:-mpirun}

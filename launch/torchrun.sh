@@ -5,6 +5,7 @@
 # hosts, where they meet. Equal to: scaletrain train ... --launcher torchrun --dry-run
 set -eu
 [ $# -ge 2 ] || { echo "usage: $0 RUN_DIR WORKERS_A_HOST [HOSTS ENDPOINT]" >&2; exit 2; }
+[ -f "$1/config.yaml" ] || { echo "$0: $1: no folder with the job's YAML in it as config.yaml (a script of your own: torchrun)" >&2; exit 2; }
 run_dir=$1 here=$2 hosts=${3:-1} endpoint=${4:-}
 python=${PYTHON:-python3}
 cores=$(nproc)

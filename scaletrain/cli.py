@@ -224,6 +224,11 @@ def draw(collective: str, workers: int, svg: Path | None) -> None:
     click.echo(drawing.as_text(made))
     if svg:
         svg.write_text(drawing.as_svg(made, f"{name}, {workers} ranks"), encoding="utf-8")
+    if workers <= schedule.PROVED:
+        click.echo(
+            "proved: every rank ends with the same sum, each contribution in it once, and nobody waits for ever",
+            err=True,
+        )
 
 
 @cli.command("list")

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from scaletrain import plugins, torch_source
-from scaletrain.errors import UserError, unknown
+from scaletrain.errors import UserError, did_you_mean, unknown
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -343,7 +343,9 @@ def _validate(schema: type[Model], tree: dict[str, Any], where: str, prefix: str
             .removeprefix("Value error, ")
             .partition(", unable to parse")[0]
         )
-        raise UserError(f"{where}: {key}: {first['input']!r} is not allowed (allowed: {message})") from None
+        words = re.findall("'([^']*)'", message) if first["type"] == "literal_error" else []
+        near = did_you_mean(str(first["input"]), words)
+        raise UserError(f"{where}: {key}: {first['input']!r} is not allowed{near} (allowed: {message})") from None
 
 
 def _schema_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

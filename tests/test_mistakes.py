@@ -41,6 +41,7 @@ def mistake(folder: Path, *arguments: str | Path) -> str:
         (["bench", "scaling", DIGITS, "--out", f"{DIGITS}/sweep"], f"--out {DIGITS}/sweep: Not a directory"),
         (["bench", "scaling", DIGITS, "--baseline", DIGITS], f"--baseline {DIGITS}: not JSON"),
         (["train", DIGITS, "--dry-run", "--set", "optimizer.lr=fast"], "optimizer.lr: 'fast' is not allowed"),
+        (["train", DIGITS, "--exchange", "parameter_server:asink"], "'asink' is not allowed; did you mean 'async'?"),
         ([*REHEARSE, "--set", "launcher.bandwidth=fast"], "launcher.bandwidth: 'fast' is not a rate"),
         ([*REHEARSE, "--set", "launcher.loss=2.0"], "launcher.loss: 2.0 is not allowed"),
         (

@@ -303,7 +303,8 @@ def table(rows: Sequence[Row], header: dict[str, Any], notes: Sequence[str]) -> 
         f"{header['processor']}, {header['cores']} cores, {header['os']}; tensors on {', '.join(header['devices'])}; "
         f"{versions}; commit {header['commit']}; {header['time']}.",
         f"Workers {'are each bound to a core, where the cores suffice' if header['bound'] else 'run where the system puts them'}. "
-        f"{crowded}Times of the slowest rank, in milliseconds. busbw = size / time x 2(n - 1)/n. bound: see `scaletrain/bench/collectives.py`.", "",
+        f"{crowded}Times of the slowest rank, in milliseconds. ran: what `auto` chose; native is the wire's own. busbw = size / time x 2(n - 1)/n. "
+        "bound: what the algorithm's bytes alone take, at the links' rate, or on one host at the speed at which all ranks copy at once.", "",
         "| workers | size | count | type | contender | ran | p50 | p95 | min | max | algbw GB/s | busbw GB/s | bound | p50 / bound | wrong |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -47,7 +47,7 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> tup
     help="Global batch fixed, or growing with the workers.",
 )
 @click.option(
-    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each cell, interleaved."
+    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each cell, interleaved."
 )
 @click.option(
     "--out",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from scaletrain import plugins
 from scaletrain.errors import UserError
 
-_PROVED = 256  # ranks up to which ``proved`` proves
+PROVED = 256  # ranks up to which ``proved`` proves
 
 
 class Transfer(NamedTuple):
@@ -70,7 +70,9 @@ def proved(name: str, size: int, **options: Any) -> Schedule:
         UserError: it is no allreduce of ``size`` ranks with these options; names the fault.
     """
     schedule = plugins.load("collective", name)(size, **options)
-    if size <= _PROVED:
+    if not isinstance(schedule, Schedule):
+        raise UserError(f"collective {name}: schedule({size}) returned {schedule!r:.60} (allowed: a Schedule)")
+    if size <= PROVED:
         try:
             verify(schedule)
         except ScheduleError as error:

@@ -14,6 +14,7 @@ The backend ``mpi4py`` is the same with MPI's own allreduce over mpi4py, since t
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import Group, nccl
 from scaletrain.engine.work import All, Forwarded
 from scaletrain.errors import UserError
+
+_LET_GO_S = 0.01
 
 
 class Options(NamedTuple):
@@ -149,6 +152,9 @@ class ProcessGroup(dist.ProcessGroup):
             lane.close()
         for backend in filter(None, (self._nccl, self._gloo)):
             backend.shutdown()
+        # gloo's threads let go of the last tensors under the interpreter's lock. If the interpreter ends while one of them waits for it,
+        # the C++ runtime aborts the process (under plain gloo, too): let them have it now.
+        time.sleep(_LET_GO_S)
 
     def abort(self) -> None:
         for backend in filter(None, (self._nccl, self._gloo)):

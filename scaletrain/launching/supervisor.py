@@ -283,6 +283,9 @@ class _Supervisor:
         """Pass signals on, and give the workers time to end in good order. A second signal ends them at once."""
         passed = 0
         until = time.monotonic() + _INTERRUPT_S
+        trains = (self.job.run_dir / "config.yaml").exists()
+        if trains and number != signal.SIGUSR1 and self.all.running():
+            self.all.say("scaletrain: stopping in good order; a second signal ends it at once")
         while time.monotonic() < until and self.all.running():
             for heard in self.signals[passed:]:
                 for process in self.all.workers:

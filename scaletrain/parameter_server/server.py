@@ -228,6 +228,7 @@ class Server:
             "restored_at_update": self._snapshots.restored_at,
             "snapshot_at_update": self._snapshots.saved_at,
             "aborted": self._aborted,
+            "cores": sorted(os.sched_getaffinity(0)),
         }
         write_json(self.run_dir / f"server-{self.index}.json", value | self._tally.as_json())
 

@@ -77,7 +77,7 @@ def report(directories: tuple[Path, ...], out: Path | None, formats: str, baseli
 
 
 @click.command("fit")
-@click.argument("path", metavar="REPORT", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("path", metavar="REPORT", type=click.Path(path_type=Path, exists=True))
 @click.option(
     "--model",
     "model",
@@ -95,12 +95,13 @@ def report(directories: tuple[Path, ...], out: Path | None, formats: str, baseli
 )
 @click.option("--no-overlap", is_flag=True, help="Communication does not hide behind backward.")
 def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None, no_overlap: bool) -> None:
-    """Calibrate the models of computation and network from REPORT (a report.json); show the residuals and intervals."""
+    """Calibrate the models of computation and network from REPORT (a report.json, or its directory); show the residuals and intervals."""
     from scaletrain.errors import UserError
     from scaletrain.metrics import write_json
     from scaletrain.scaling import fit as fits
     from scaletrain.scaling import publish
 
+    path = path / "report.json" if path.is_dir() else path
     report = publish.read_report(path)
     rows = [row for row in report["rows"] if row["runs"]]
     if not rows:

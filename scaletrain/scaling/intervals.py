@@ -35,6 +35,15 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(statistics.fmean(values), half, n)
 
 
+def enough(n: int, ci95: float, wanted: float, most: int = 30) -> int | None:
+    """How many repeats bring an interval of ``n`` (at least 2) down to ``wanted``, if they scatter as these did; None: more than ``most``."""
+
+    def width(count: int) -> float:
+        return float(stats.t.ppf(0.975, count - 1)) / math.sqrt(count)
+
+    return next((count for count in range(n + 1, most + 1) if ci95 * width(count) <= wanted * width(n)), None)
+
+
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Mean:
     """The ratio of two means, so that it fits the means it stands beside, with its 95 % interval to first order.
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from scaletrain.scaling.intervals import ONE_RUN
+from scaletrain.scaling.intervals import ONE_RUN, enough
 
 WELL = 0.98  # an efficiency from which on nothing to speak of is lost
 LITTLE = 0.05  # how well an efficiency that good must be known
@@ -87,38 +87,51 @@ def limiter(causes: list[Cause]) -> Cause | None:
 
 
 def untold(
-    causes: list[Cause], efficiency: float, ci95: float | None = None, lead_ci95: float | None = None
+    causes: list[Cause], efficiency: float, ci95: float | None = None, lead_ci95: float | None = None, repeats: int = 2
 ) -> str | None:
     """Why no cause can be called the limiter, in a sentence; None where one can, or where nothing is lost.
 
     ``ci95``: of the efficiency. ``lead_ci95``: of what the largest cause costs beyond the second. None: not known.
     """
     lost_share, loss_s = 1 - efficiency, sum(cause.seconds for cause in causes)
-    if ci95 is not None and ci95 > (lost_share / 2 if efficiency < WELL else LITTLE):
-        what = "from none" if ci95 >= lost_share else "to within half of it"
+    costs = sorted((cause for cause in causes if cause.seconds > 0), key=lambda cause: -cause.seconds)
+    both = " and ".join(
+        f"{cause.name} ({1000 * cause.seconds:.3g} ms{' a step' * (cause is costs[0])})" for cause in costs[:2]
+    )
+    wanted = lost_share / 2 if efficiency < WELL else LITTLE
+    if ci95 is not None and ci95 > wanted:
+        what, largest = "from none", ""
+        if ci95 < lost_share:
+            what, largest = "to within half of it", f" as measured, {both} took most of it;"
         return (
-            f"The repeats do not tell the loss {what} (efficiency {efficiency:.2f} ± {ci95:.2f}), so no cause is named:"
-            " a machine that does nothing else, and more repeats."
+            f"The repeats do not tell the loss {what} (efficiency {efficiency:.2f} ± {ci95:.2f});{largest}"
+            f" {_would_tell(repeats, ci95, wanted)}."
         )
-    worst = limiter(causes)
-    if worst is None or efficiency >= WELL:
+    if not costs or efficiency >= WELL:
         return None
     gained = -sum(cause.seconds for cause in causes if cause.seconds < 0)
     if gained > loss_s:  # what is left is smaller than what cancels: a difference of noises
         return (
             f"No cause can be named: {1000 * (loss_s + gained):.3g} ms a step of losses and {1000 * gained:.3g} ms of gains"
-            " nearly cancel; more repeats, on a machine that does nothing else."
+            " nearly cancel; more repeats may tell."
         )
-    second = max((cause for cause in causes if cause is not worst), key=lambda cause: cause.seconds)
-    both = f"{worst.name} ({1000 * worst.seconds:.3g} ms a step) and {second.name} ({1000 * second.seconds:.3g} ms)"
-    if second.seconds > 0 and lead_ci95 is not None and worst.seconds - second.seconds <= lead_ci95:
+    if len(costs) < 2:
+        return None
+    worst, second, *_ = costs
+    lead = worst.seconds - second.seconds
+    if lead_ci95 is not None and lead <= lead_ci95:
         return (
             f"The repeats do not tell which costs more, {both}: their difference is known to ± {1000 * lead_ci95:.3g} ms;"
-            " a machine that does nothing else, and more repeats."
+            f" {_would_tell(repeats, lead_ci95, lead)}."
         )
     if worst.seconds < CLEAR * second.seconds:
         return f"No cause stands out: {both} cost about the same."
     return None
+
+
+def _would_tell(repeats: int, ci95: float, wanted: float) -> str:
+    needed = enough(repeats, ci95, wanted)
+    return f"about {needed} repeats would tell" if needed else "it would take more than 30 repeats to tell"
 
 
 def sentence(
@@ -136,7 +149,7 @@ def sentence(
     that noise is not known.
     """
     doubt = f" ({ONE_RUN})" if repeats < 2 else ""
-    if why := untold(causes, efficiency, ci95, lead_ci95):
+    if why := untold(causes, efficiency, ci95, lead_ci95, max(2, repeats)):
         return f"{why.removesuffix('.')}{doubt}."
     worst = limiter(causes)
     if worst is None or efficiency >= WELL:

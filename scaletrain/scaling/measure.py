@@ -40,6 +40,11 @@ class Run(NamedTuple):
         return self.headers[0]["environment"]["commit"] if self.headers else None
 
     @property
+    def learns(self) -> bool:
+        """Whether losses mean something: emulated accelerators compute none."""
+        return not (self.summary.get("emulation") or {}).get("compute")
+
+    @property
     def devices(self) -> dict[tuple[str, str, int], int]:
         """Workers of each device, by name, device and node; without those on the CPU."""
         on_devices = [header for header in self.headers if header["device"] != "cpu"]
@@ -58,6 +63,7 @@ class Run(NamedTuple):
                 cores.setdefault(machine, set()).update(header["cores"])
         if self.servers and self.summary.get("launcher") in ("local", "rehearsal"):
             threads[0] += self.servers["servers"]
+            cores.setdefault(0, set()).update(self.servers.get("cores", ()))  # workers may be bound, each to its own
         return any(threads[machine] > len(own) for machine, own in cores.items())
 
     @property

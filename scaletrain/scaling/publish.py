@@ -45,6 +45,7 @@ def publish(
         if form not in FORMATS:
             raise unknown("--format", form, FORMATS)
     out.mkdir(parents=True, exist_ok=True)
+    written = [out / "report.json", *(out / f"report.{form}" for form in ("html", "md", "csv") if form in formats)]
     write_json(out / "report.json", made)
     if "html" in formats:
         (out / "report.html").write_text(render.html(made), encoding="utf-8")
@@ -55,13 +56,11 @@ def publish(
     for form in ("svg", "png"):
         if form in formats:
             for name, image in render.images(made, form).items():
-                (out / f"{name}.{form}").write_bytes(image)
+                written.append(out / f"{name}.{form}")
+                written[-1].write_bytes(image)
     if console:
         table.show(made, console)
-        console.print(
-            f"written: {out / 'report.json'}" + (f", {out / 'report.html'}" if "html" in formats else ""),
-            highlight=False,
-        )
+        console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -143,6 +142,8 @@ def show_simulation(
             highlight=False,
         )
     console.print(f"network: {job.network.source}", highlight=False, markup=False)
+    if job.price_per_worker_hour is not None:
+        console.print(f"an epoch is {job.epoch_samples:,} samples (--epoch-samples)", highlight=False)
     if any(p.machines > p.workers for p in points):
         price = "; prices count them" if job.price_per_worker_hour is not None else ""
         console.print(
@@ -155,9 +156,13 @@ def show_simulation(
         alike = alike if count > 1 else "nothing to exchange"
         more = f" ({p.machines} machines)" if p.machines > p.workers else ""
         price = f", {p.cost_per_epoch:,.2f} an epoch" if p.cost_per_epoch is not None else ""
+        # More machines than workers may be a poor bargain: what the workers alone can do stands beside it.
+        own = [q for q in points if q.workers == count == q.machines]
+        least = min(own, key=lambda q: q.step_s, default=p)
+        without = f"; without more machines {least.strategy}, {1e3 * least.step_s:.2f} ms" * (p.machines > count > 1)
         console.print(
             f"{count:>5} worker{'s' * (count > 1)}: {alike}{more}, {1e3 * p.step_s:.2f} ms a step,"
-            f" efficiency {p.efficiency:.2f}{price}",
+            f" efficiency {p.efficiency:.2f}{price}{without if own else ''}",
             highlight=False,
         )
 

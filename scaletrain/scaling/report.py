@@ -96,7 +96,8 @@ def _report(measured: Measured, header: dict[str, Any], *, strong: bool) -> dict
     rows = [_row(cell, measured, strong) for cell in measured if not cell.reference]
     losses = [loss for cell in measured if not cell.reference for loss in _losses(cell, measured, strong)]
     curves = [[(run.losses, run.ended_s) for run in measured[cell][0]] for cell in measured if not cell.reference]
-    loss_reached = servers.compare(rows, curves)
+    learns = all(run.learns for runs, _ in measured.values() for run in runs)
+    loss_reached = servers.compare(rows, curves) if learns else None
     emulated = sorted({text for row in rows for text in [row["emulation"]] if text})
     references = [_row(cell, measured, strong) for cell in measured if cell.reference]
     devices = sorted({name for runs, _ in measured.values() for run in runs for name, _, _ in run.devices})
@@ -127,21 +128,26 @@ def _key(cell: sweep.Cell) -> tuple[Any, ...]:
 
 
 def _baseline(cell: sweep.Cell, measured: Mapping[sweep.Cell, Any]) -> sweep.Cell | None:
-    """What speed-up is measured against: one worker with ``none`` (plain training), else one with the cell's own exchange.
+    """What speed-up is measured against, the same for every exchange, so that the faster one has the higher speed-up: one worker with
+    ``none`` (plain training; the short reference where no cell is that), else the fastest one worker.
 
-    Only where nobody ran one worker: the fewest workers of the same exchange, whose speed-up then counts as ideal.
-    References do not count: they are short.
+    Only where nobody ran one worker: the fewest there are, whose speed-up counts as ideal; None where all cells have equally many,
+    and there is nothing to be faster than.
     """
-    alike = [c for c in measured if _key(c) == _key(cell) and measured[c][0] and not c.reference]
+    alike = [c for c in measured if _key(c) == _key(cell) and measured[c][0]]
     plain = [c for c in alike if c.exchange == "none" and c.workers == 1]
-    own = sorted((c for c in alike if c.exchange == cell.exchange), key=lambda c: c.workers)
-    return next(iter([*plain, *own]), None)
+    if plain:
+        return min(plain, key=lambda c: c.reference)
+    cells = [c for c in alike if not c.reference]
+    counts = {c.workers for c in cells}
+    if not counts or (min(counts) > 1 and len(counts) == 1):
+        return None
+    fewest = [c for c in cells if c.workers == min(counts)]
+    return max(fewest, key=lambda c: (c.exchange == "none", _rate(measured[c][0])))
 
 
-def _counts(cell: sweep.Cell, measured: Measured) -> int:
-    """How many numbers of workers the cell's exchange ran on."""
-    alike = (c for c in measured if _key(c) == _key(cell) and c.exchange == cell.exchange and not c.reference)
-    return len({c.workers for c in alike if measured[c][0]})
+def _rate(runs: Sequence[Run]) -> float:
+    return mean([run.samples_per_s for run in runs]).value
 
 
 def _crowd(runs: Sequence[Run]) -> str:
@@ -181,7 +187,7 @@ def _row(cell: sweep.Cell, measured: Measured, strong: bool) -> dict[str, Any]:
     row |= {f"step_s_p{percent}": value for percent, value in percentiles(steps, PERCENTS).items()}
     row |= {part: float(np.mean([run.part_s(part) for run in runs])) for part in PARTS}
     summed_up = ("final_loss", "test_accuracy", "target_step")
-    told = {key: [run.summary.get(key) for run in runs] for key in summed_up}
+    told = {key: [run.summary.get(key) for run in runs if run.learns] for key in summed_up}
     told |= {"bytes_sent": [run.sent_bytes for run in runs], "wait_in_backward_s": [run.waited_s for run in runs]}
     for key, of_runs in told.items():
         values = [value for value in of_runs if value is not None]
@@ -202,8 +208,7 @@ def _row(cell: sweep.Cell, measured: Measured, strong: bool) -> dict[str, Any]:
         to_target = mean(reached)
         row |= {"target_s": to_target.value, "target_s_ci95": to_target.ci95, "target_runs": len(reached)}
     base = _baseline(cell, measured)
-    # Where all ran on equally many workers, more than one, there is nothing to be faster than.
-    if base is not None and not cell.reference and (base.workers == 1 or _counts(cell, measured) > 1):
+    if base is not None and not cell.reference:
         speedup = _speedup(runs, measured[base][0], base.workers)
         row |= {
             "speedup": speedup.value,
@@ -212,7 +217,7 @@ def _row(cell: sweep.Cell, measured: Measured, strong: bool) -> dict[str, Any]:
         }
         # Without a run of one worker, the fewest there are count as ideal; that is an assumption, and is told.
         row["baseline"] = (
-            f"1 worker, {base.exchange}" if base.workers == 1
+            f"1 worker, {base.exchange}{' (short runs)' * base.reference}" if base.workers == 1
             else f"1 worker ({base.workers} workers, {base.exchange}, taken as ideal)"
         )  # fmt: skip
     alone = _find(measured, cell, exchange="none")
@@ -264,7 +269,8 @@ def _losses(cell: sweep.Cell, measured: Measured, strong: bool) -> Iterable[dict
     if cell.workers < 2 or not real:
         return
     alone = _find(measured, cell, exchange="none")
-    single = _find(measured, cell, exchange="none", workers=1) or _find(measured, cell, workers=1)
+    base = _baseline(cell, measured)
+    single = measured[base][0] if base and base.workers == 1 else []
     share = -(-cell.batch_size // cell.workers)
     variant = tuple(pair for pair in cell.variant if pair[0] != "batch_size")
     small = single

@@ -32,6 +32,7 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     restored = [server["restored_at_update"] for server in found if server["restored_at_update"] is not None]
     return {
         "servers": len(found),
+        "cores": sorted({core for server in found for core in server.get("cores", ())}),
         "mode": found[0]["mode"],
         "staleness": {str(updates): staleness[updates] for updates in sorted(staleness)},
         "staleness_mean": sum(u * n for u, n in staleness.items()) / max(1, staleness.total()),

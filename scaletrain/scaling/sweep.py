@@ -173,7 +173,7 @@ def plan(
     exchanges: Sequence[str],
     *,
     mode: str = "strong",
-    repeats: int = 3,
+    repeats: int = 5,
     settings: Sequence[str] = (),
     vary: Mapping[str, Sequence[Any]] | None = None,
     launcher: str | None = None,
@@ -289,7 +289,8 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
             write_json(directory / MACHINE, {"used_by_others": others})
         outcome = f"FAILED: {reason}" if reason else f"{time.monotonic() - began:.1f} s"
         left_s = (time.monotonic() - started) / number * (len(todo) - number)
-        tell(f"[{number}/{len(todo)}] {cell.name} repeat {repeat + 1}: {outcome} (about {left_s / 60:.0f} min to go)")
+        to_go = f"{left_s / 60:.0f} min" if left_s > 90 else f"{left_s:.0f} s"
+        tell(f"[{number}/{len(todo)}] {cell.name} repeat {repeat + 1}: {outcome} (about {to_go} to go)")
 
 
 def _run_cell(command: Sequence[str], directory: Path, timeout_s: float) -> str | None:

@@ -37,5 +37,6 @@ def test_page_and_drawing_are_those_of_the_code(name: str):
 def test_draw_shows_what_it_proved_and_writes_the_picture(tmp_path: Path):
     typed = ["draw", "pipelined_tree:segments=3", "--svg", str(tmp_path / "tree.svg")]
     done = CliRunner().invoke(cli, typed, catch_exceptions=False)
-    assert done.exit_code == 0 and f"```\n{done.output}```" in (PAGES / "pipelined_tree.md").read_text()
+    assert done.exit_code == 0 and done.stderr.startswith("proved: ")
+    assert f"```\n{done.stdout}```" in (PAGES / "pipelined_tree.md").read_text()
     assert (tmp_path / "tree.svg").read_text() == (PAGES / "pipelined_tree.svg").read_text()

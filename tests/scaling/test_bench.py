@@ -168,7 +168,7 @@ def test_a_sweep_that_is_ended_ends_its_training(tmp_path, number):
         output, _ = bench.communicate(timeout=30)
         assert bench.returncode == (-number if number == signal.SIGKILL else 128 + number) and "Traceback" not in output
         if number != signal.SIGKILL:
-            assert "stopped: 3 runs are missing; the same command with --out" in output
+            assert "stopped: 5 runs are missing; the same command with --out" in output
         until = time.monotonic() + 15
         while left := training():
             assert time.monotonic() < until, [p.cmdline() for p in left]

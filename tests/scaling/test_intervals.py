@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from scaletrain.scaling.intervals import change, mean, percentiles, ratio
+from scaletrain.scaling.intervals import change, enough, mean, percentiles, ratio
 
 
 def test_t_interval_of_known_values():
@@ -16,6 +16,12 @@ def test_t_interval_of_known_values():
 def test_one_repeat_tells_nothing_about_noise():
     assert mean([7.0]).ci95 is None
     assert change(mean([7.0]), mean([1.0, 2.0])) is None
+
+
+def test_enough_repeats_bring_the_interval_down_to_what_is_wanted():
+    # t(0.975, n - 1) / sqrt(n): 2.484 at 3, 1.241 at 5, 0.715 at 10
+    assert enough(3, 1.0, 0.5) == 5 and enough(3, 1.0, 0.49) == 6
+    assert enough(3, 1.0, 0.29) == 10 and enough(3, 1.0, 0.01) is None
 
 
 def test_interval_covers_the_truth_95_times_in_100():

@@ -142,7 +142,7 @@ def test_noisy_repeats_name_no_cause(tmp_path):
         write_run(tmp_path / f"small-{repeat}", exchange="none", steps=[[0.052] * 6], samples=48)
     made = report.of_runs(sorted(path for path in tmp_path.iterdir()))
     (ring,) = [loss for loss in made["losses"] if loss["exchange"] == "ring"]
-    assert ring["limiter"] is None and "so no cause is named" in ring["sentence"]
+    assert ring["limiter"] is None and ring["sentence"].startswith("The repeats do not tell the loss")
     assert ring["efficiency"] == pytest.approx(row(made, "ring", 2)["efficiency"])
     ratio = row(made, "ring", 2)["samples_per_s"] / row(made, "none", 1)["samples_per_s"]
     assert row(made, "ring", 2)["speedup"] == pytest.approx(ratio)
@@ -242,7 +242,7 @@ def test_tables_in_markdown_are_tables(measured, timed: bool, several: bool):
         each["variant"] = {"batch_size": number % 2} if several else {}
     text = render.markdown(made)
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 2 and text.endswith(".\n")
+    assert len(tables) == 3 and text.endswith(".\n")
     for head, dashes, *rows in tables:
         assert set(dashes) == {"|", "-"} and rows
         assert {line.count("|") for line in (head, dashes, *rows)} == {head.count("|")}, head
@@ -474,6 +474,57 @@ def test_the_fewest_workers_count_as_ideal_only_where_there_are_more(tmp_path):
     assert row(made, "ring", 4)["baseline"] == "1 worker (2 workers, ring, taken as ideal)"
 
 
+def test_all_exchanges_are_held_against_the_same_speed(tmp_path):
+    """Else the one that is slower with one worker looks as if it scaled better."""
+    for exchange, workers, seconds in (("ring", 1, 0.1), ("tree", 1, 0.12), ("ring", 2, 0.06), ("tree", 2, 0.065)):
+        steps = [[seconds] * 8] * workers
+        write_run(tmp_path / f"{exchange}{workers}", exchange=exchange, steps=steps, samples=96 // workers)
+    made = report.of_runs(sorted(tmp_path.iterdir()))
+    assert {r["baseline"] for r in made["rows"]} == {"1 worker, ring"}
+    assert row(made, "ring", 2)["speedup"] == pytest.approx(0.1 / 0.06)
+    assert row(made, "tree", 2)["speedup"] == pytest.approx(0.1 / 0.065)
+    assert made["summary"].startswith("ring on 2 workers")
+
+
+def test_the_short_run_of_one_worker_is_the_baseline_where_no_cell_is(tmp_path):
+    config = tmp_path / "job.yaml"
+    config.write_text("model: mlp\ndata: digits\nbatch_size: 96\nsteps: 100\n")
+    plan = sweep.plan([config], [2, 4], ["ring", "tree"], repeats=2, threads=1)
+    sweep.claim(tmp_path / "out", plan)
+    alone = {96: 0.100, 48: 0.052, 24: 0.028}
+    for cell in plan.cells():
+        seconds = (
+            alone[cell.batch_size] if cell.workers == 1 else 0.11 / cell.workers + 0.01 * (cell.exchange == "tree")
+        )
+        for repeat in range(2):
+            steps = [[seconds * (1 + 0.002 * repeat)] * 8] * cell.workers
+            share = cell.batch_size // cell.workers
+            write_run(sweep.run_dir(tmp_path / "out", cell, repeat), exchange=cell.exchange, steps=steps, samples=share)
+    made = report.of_sweep(tmp_path / "out")
+    assert made["header"]["baseline"] == "1 worker, none (short runs)"
+    assert row(made, "ring", 2)["speedup"] == pytest.approx(0.100 / 0.055, rel=1e-6)
+    assert row(made, "tree", 4)["speedup"] == pytest.approx(0.100 / 0.0375, rel=1e-6)
+    # The table and the sentences below it tell the same efficiency.
+    for loss in made["losses"]:
+        assert loss["efficiency"] == pytest.approx(row(made, loss["exchange"], loss["workers"])["efficiency"])
+
+
+def test_emulated_accelerators_learn_nothing_and_no_figure_says_so(tmp_path):
+    emulation = {"compute": {"step_s": 0.01, "sample_s": 0.001}}
+    made = report.of_runs([write_run(tmp_path / "a", steps=[[0.1] * 6], emulated=True, emulation=emulation)])
+    assert made["rows"][0]["test_accuracy"] is None and made["rows"][0]["final_loss"] is None
+    assert report.of_runs([write_run(tmp_path / "b", steps=[[0.1] * 6])])["rows"][0]["test_accuracy"] == 0.5
+
+
+def test_the_markdown_says_where_the_time_goes_and_how_to_reproduce(measured):
+    (measured / "header.json").write_text(
+        json.dumps(report.of_sweep(measured)["header"] | {"argv": "scaletrain bench scaling job.yaml"})
+    )
+    told = render.markdown(report.of_sweep(measured))
+    assert "| communication | stragglers |" in told and re.search(r"\| ring \| 2 \| 60.06 \| 50.05 \| 10.01 \|", told)
+    assert "    scaletrain bench scaling job.yaml\n" in told and "job:\n\n```yaml\nmodel: mlp\n" in told
+
+
 def test_a_target_that_some_repeats_reached_says_how_many(tmp_path):
     runs = [write_run(tmp_path / str(i), steps=[[0.1] * 6], target_s=s) for i, s in enumerate([9.0, 11.0, None])]
     made = report.of_runs(runs)
@@ -512,6 +563,10 @@ def test_more_threads_than_cores_is_told_from_what_ranks_and_servers_are(tmp_pat
     (spread / "summary.json").write_text(
         (spread / "summary.json").read_text().replace('"finished"', '"launcher": "rehearsal", "finished"')
     )
+    # One worker that is bound to a core, and a server that has the other one.
+    bound = write_run(tmp_path / "d", exchange="parameter_server", launcher="local", steps=[[0.1] * 6], cores=1)
+    (bound / "server-0.json").write_text(json.dumps(counted | {"cores": [0, 1]}))
+    assert not report.of_runs([bound])["rows"][0]["oversubscribed"]
     assert report.of_runs([spread])["rows"][0]["oversubscribed"]  # emulated hosts are one machine
 
 
