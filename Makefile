@@ -54,7 +54,7 @@ results: setup horovod peers
 	$(COLLECTIVES) --workers 2,4 --algorithms all --out $(RESULTS)/collectives/algorithms.json
 	$(COLLECTIVES) --workers 4,8,16 --bandwidth 1Gbit --algorithms auto,native,ring,pipelined_tree,double_tree --sizes 4K,25000000 --seconds 2 --out $(RESULTS)/collectives/1Gbit.json
 	for hosts in 4 8 16; do $(COLLECTIVES) --workers $$hosts --bandwidth 100Mbit --algorithms auto,native,ring,pipelined_tree,double_tree --sizes 4K,25000000 --repeats 1 --out $(RESULTS)/collectives/100Mbit_$$hosts.json || exit 1; done
-	$(SCALING) benchmarks/suites/overlap.yaml --workers 2 --exchange none,scheduled,native --mode weak --threads 1 --no-split --repeats 5 --out runs/results/overlap
+	$(SCALING) benchmarks/suites/overlap.yaml --workers 2 --exchange none,scheduled,native --mode weak --threads 1 --no-split --repeats 15 --out runs/results/overlap
 	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --set target_accuracy=0.95 --repeats 5 --out runs/results/strong
 	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --mode weak --set epochs=12 --repeats 5 --out runs/results/weak
 	for name in overlap strong weak; do $(BIN)/scaletrain report runs/results/$$name --format md,html --out $(RESULTS)/scaling/$$name || exit 1; done

@@ -188,6 +188,8 @@ def launch(
         return
     if command[0].endswith(".py") and not Path(command[0]).is_file():
         raise UserError(f"{command[0]}: there is no such file")
+    for line in plan.explain:
+        click.echo(line, err=True)  # standard output is the script's
     run_dir.mkdir(parents=True, exist_ok=True)
     sys.exit(supervise.run(plan, job))
 

@@ -176,8 +176,9 @@ class Server:
         self._endpoint.forget(rank, reason)
         owned.slabs.pop(rank, None)
         self._tally.lose(rank, reason, owned.updates)
-        log.warning("server %d: worker rank %d was lost: %s", self.index, rank, reason)
         owned.perform(owned.rule.lose(rank))
+        if not self._aborted:  # that says it all, and those who end after it are no news
+            log.warning("server %d: worker rank %d was lost: %s", self.index, rank, reason)
         self._sum_up()
 
     def _abort(self, action: consistency.Abort) -> None:

@@ -118,14 +118,14 @@ def untold(
     if len(costs) < 2:
         return None
     worst, second, *_ = costs
+    if worst.seconds < CLEAR * second.seconds:
+        return f"No cause stands out: {both} cost about the same."
     lead = worst.seconds - second.seconds
     if lead_ci95 is not None and lead <= lead_ci95:
         return (
             f"The repeats do not tell which costs more, {both}: their difference is known to ± {1000 * lead_ci95:.3g} ms;"
             f" {_would_tell(repeats, lead_ci95, lead)}."
         )
-    if worst.seconds < CLEAR * second.seconds:
-        return f"No cause stands out: {both} cost about the same."
     return None
 
 

@@ -231,7 +231,7 @@ def other_batch(report: Mapping[str, Any], fitted_batch: int) -> list[dict[str, 
     """Real training: calibrate on the rows of one global batch size, predict the steps of the others.
 
     Computation is a line through one worker's steps at the fitted batch and its share for two workers. What two workers lose to each other
-    (caches, memory) is taken from the fitted batch too, as a factor.
+    (caches, memory) is taken from the fitted batch too, as a factor. Each exchange has a network of its own: gloo's is TCP, ours memory.
     """
     rows = [r for r in [*report["rows"], *report["references"]] if r["runs"]]
     mine = [r for r in rows if r["batch_size"] <= fitted_batch]
@@ -241,7 +241,13 @@ def other_batch(report: Mapping[str, Any], fitted_batch: int) -> list[dict[str, 
         "references": [{**r, "variant": {}} for r in mine if r in report["references"]],
     }
     num_bytes = next(r["gradient_bytes"] for r in rows if r["gradient_bytes"])
-    fitted = fit_report(part, num_bytes)
+    fits = {
+        exchange: fit_report(
+            {**part, "rows": [r for r in part["rows"] if r["exchange"] in (exchange, "none")]}, num_bytes
+        )
+        for exchange in {r["exchange"] for r in part["rows"] if r["workers"] > 1} - {"none"}
+    }
+    fitted = next(iter(fits.values()))  # computation, from ``none``, is the same in all
     alone = {r["workers"]: r for r in part["rows"] if r["exchange"] == "none"}
     factors = {}
     for workers, row in alone.items():
@@ -255,7 +261,8 @@ def other_batch(report: Mapping[str, Any], fitted_batch: int) -> list[dict[str, 
         factor = factors[row["workers"]]
         compute = Compute(fitted.compute.sample_s * factor, fitted.compute.fixed_s * factor, fitted.compute.update_s)
         share = row["batch_size"] / row["workers"]
-        guess = predict.step_s(strategy, row["workers"], share, num_bytes, compute, fitted.network)
+        on = fits.get(row["exchange"], fitted).network
+        guess = predict.step_s(strategy, row["workers"], share, num_bytes, compute, on)
         points.append(
             {"exchange": row["exchange"], "workers": row["workers"], "batch_size": row["batch_size"],
              "measured_s": row["step_s_mean"], "predicted_s": guess}

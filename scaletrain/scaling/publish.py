@@ -157,12 +157,11 @@ def show_simulation(
         more = f" ({p.machines} machines)" if p.machines > p.workers else ""
         price = f", {p.cost_per_epoch:,.2f} an epoch" if p.cost_per_epoch is not None else ""
         # More machines than workers may be a poor bargain: what the workers alone can do stands beside it.
-        own = [q for q in points if q.workers == count == q.machines]
-        least = min(own, key=lambda q: q.step_s, default=p)
-        without = f"; without more machines {least.strategy}, {1e3 * least.step_s:.2f} ms" * (p.machines > count > 1)
+        own = min((q for q in points if q.workers == count == q.machines), key=lambda q: q.step_s, default=None)
+        without = f"; without more machines {own.strategy}, {1e3 * own.step_s:.2f} ms" if own and more else ""
         console.print(
             f"{count:>5} worker{'s' * (count > 1)}: {alike}{more}, {1e3 * p.step_s:.2f} ms a step,"
-            f" efficiency {p.efficiency:.2f}{price}{without if own else ''}",
+            f" efficiency {p.efficiency:.2f}{price}{without}",
             highlight=False,
         )
 

@@ -68,6 +68,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=40)
     assert process.returncode == 130, output
+    assert output.index("stopping in good order") < output.index("stopped by SIGINT")
     assert "Traceback" not in output and gone(run_dir)
     assert not summary(run_dir)["finished"]
     again = shlex.split(output.split("To go on: scaletrain ")[1].splitlines()[0])

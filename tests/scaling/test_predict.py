@@ -209,6 +209,30 @@ def test_drawn_stragglers_agree_with_the_closed_forms():
 PLAIN = emulated.Links(1e-3, 10e6, math.inf)
 
 
+def test_another_batch_is_predicted_on_each_exchanges_own_wire():
+    """gloo's TCP and our shared memory lie in one report; one network for both would be wrong for each."""
+    compute, wires = Compute(4e-4, 1e-3, 1e-3), {"native": Network(1e-4, 4e8), "ring": Network(2e-5, 4e9)}
+
+    def row(exchange, workers, batch):
+        on = Preset(wires.get(exchange, wires["ring"]), "")
+        strategy = "none" if exchange == "none" or workers == 1 else "ring"
+        step_s = predict.step_s(strategy, workers, batch / workers, 4e6, compute, on)
+        pass_s = compute.pass_s(batch / workers)
+        return {
+            "config": "job", "exchange": exchange, "workers": workers, "batch_size": batch, "variant": {"batch_size": batch}, "runs": [{}],
+            "gradient_bytes": 4e6, "step_s_mean": step_s, "update_s": 1e-3, "input_s": 0.0, "forward_s": pass_s / 3, "backward_s": pass_s * 2 / 3,
+        }  # fmt: skip
+
+    rows = [row(e, n, b) for b in (96, 192) for n in (1, 2) for e in ("none", "native", "ring")]
+    small = row("none", 1, 48) | {"variant": {}}
+    points = proof.other_batch({"header": {}, "rows": rows, "references": [small]}, 96)
+    assert len(points) == 6 and {p["batch_size"] for p in points} == {192}
+    for point in points:
+        assert point["predicted_s"] == pytest.approx(point["measured_s"], rel=0.01), point
+    native, ring = (next(p for p in points if (p["exchange"], p["workers"]) == (e, 2)) for e in wires)
+    assert native["measured_s"] > 1.05 * ring["measured_s"]
+
+
 @pytest.mark.parametrize("collective", ["ring", "star", "recursive_doubling"])
 def test_emulated_links_without_their_peculiarities_cost_what_the_schedule_does(collective):
     on = Preset(Network(0.0, 10e6), "")
@@ -325,7 +349,7 @@ def test_fit_prints_no_figure_for_what_is_not_told(tmp_path):
         row | {"workers": 2, "exchange": "ring", "step_s_mean": 0.029},
     ]
     (tmp_path / "report.json").write_text(json.dumps({"header": {}, "rows": rows, "references": []}))
-    done = CliRunner().invoke(cli, ["fit", str(tmp_path / "report.json")], catch_exceptions=False)
+    done = CliRunner().invoke(cli, ["fit", str(tmp_path)], catch_exceptions=False)  # its directory will do
     assert done.output.count("not told by these measurements") == 2 and "MB/s" not in done.output, done.output
 
 
@@ -344,5 +368,8 @@ def test_one_worker_stars_no_strategy_and_more_machines_are_told_and_paid():
     assert (ring.machines, server.machines, simulate.point(job, "server:2+3", 8).machines) == (8, 24, 13)
     assert server.cost_per_epoch / ring.cost_per_epoch == pytest.approx(3 * ring.samples_per_s / server.samples_per_s)
     assert simulate.point(job, "server:16", 1).machines == 1
-    assert "(24 machines)" in show(job, [8], ["server:16", "tree"])
-    assert "beside the workers" not in show(job, [8], ["ring", "tree"])
+    both = show(job, [8], ["server:16", "tree", "ring"])
+    assert "(24 machines)" in both and f"without more machines ring, {1e3 * ring.step_s:.2f} ms" in both
+    assert "an epoch is 1,000,000 samples" in both and "without more" not in show(job, [8], ["server:16"])
+    plain = show(job, [8], ["ring", "tree"])
+    assert "beside the workers" not in plain and "without more" not in plain
