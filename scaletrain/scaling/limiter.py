@@ -102,7 +102,7 @@ def untold(
     if ci95 is not None and ci95 > wanted:
         what, largest = "from none", ""
         if ci95 < lost_share:
-            what, largest = "to within half of it", f" as measured, {both} took most of it;"
+            what, largest = "to within half of it", f" as measured, {both} cost most;"
         return (
             f"The repeats do not tell the loss {what} (efficiency {efficiency:.2f} ± {ci95:.2f});{largest}"
             f" {_would_tell(repeats, ci95, wanted)}."
