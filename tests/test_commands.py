@@ -147,7 +147,7 @@ def test_launch_runs_a_persons_script(backend: str, tmp_path: Path):
     )
     done = scaletrain("launch", "-n", "3", "--run-dir", tmp_path / "run", "--", script)
     assert done.returncode == 0, done.stderr
-    assert "3 workers, loss" in done.stdout
+    assert "3 workers, loss" in done.stdout and done.stderr.startswith("3 workers on ")
 
 
 def test_attach_in_a_persons_loop_equals_one_process(tmp_path: Path):

@@ -53,6 +53,9 @@ def test_what_is_no_allreduce_is_refused_before_it_is_used(monkeypatch: pytest.M
     monkeypatch.setattr(plugins, "load", lambda kind, name: lambda size: lossy)
     with pytest.raises(UserError, match="collective tree: no allreduce of 5 ranks: "):
         proved("tree", 5)
+    monkeypatch.setattr(plugins, "load", lambda kind, name: lambda size: list(lossy.rounds))
+    with pytest.raises(UserError, match=r"collective tree: schedule\(5\) returned \[.* \(allowed: a Schedule\)"):
+        proved("tree", 5)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -212,6 +212,8 @@ def test_script_jobs():
 
 
 def called(tmp_path: Path, script: str, *arguments: str, version: str = "") -> list[str]:
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "config.yaml").touch()
     stub = tmp_path / "stub"
     stub.write_text(f'#!/bin/sh\n[ "$1" != --version ] || {{ echo "{version}"; exit; }}\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
@@ -223,10 +225,18 @@ def called(tmp_path: Path, script: str, *arguments: str, version: str = "") -> l
 
 
 def test_torchrun_sh(tmp_path: Path):
-    plan = torchrun.plan(job_of(workers=2))
-    assert called(tmp_path, "torchrun.sh", "/shared/run", "2") == [*plan.commands[0].argv[1:]]
-    plan = torchrun.plan(job_of(workers=4), nodes=2, endpoint="h0:29400")
-    assert called(tmp_path, "torchrun.sh", "/shared/run", "2", "2", "h0:29400") == [*plan.commands[0].argv[1:]]
+    run_dir = str(tmp_path / "run")
+    plan = torchrun.plan(job_of(run_dir, workers=2))
+    assert called(tmp_path, "torchrun.sh", run_dir, "2") == [*plan.commands[0].argv[1:]]
+    plan = torchrun.plan(job_of(run_dir, workers=4), nodes=2, endpoint="h0:29400")
+    assert called(tmp_path, "torchrun.sh", run_dir, "2", "2", "h0:29400") == [*plan.commands[0].argv[1:]]
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh"])
+def test_a_script_in_place_of_a_run_is_told(tmp_path: Path, script: str):
+    (tmp_path / "train.py").touch()
+    done = subprocess.run([LAUNCH / script, tmp_path / "train.py", "2"], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "as config.yaml" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -238,8 +248,9 @@ def test_mpirun_sh(tmp_path: Path, kind: str, version: str, workers: int, with_h
     hostfile = tmp_path / "hosts"
     hostfile.write_text("h0 slots=64\n")
     options = {"hostfile": str(hostfile)} if with_hosts else {}
-    plan = mpirun.plan(job_of(workers=workers), mpi=kind, **options)
-    found = called(tmp_path, "mpirun.sh", "/shared/run", str(workers), *options.values(), version=version)
+    run_dir = str(tmp_path / "run")
+    plan = mpirun.plan(job_of(run_dir, workers=workers), mpi=kind, **options)
+    found = called(tmp_path, "mpirun.sh", run_dir, str(workers), *options.values(), version=version)
     # Started by hand, MPICH itself has to end the others when a worker fails.
     assert found == [word for word in plan.commands[0].argv[1:] if word != "-disable-auto-cleanup"]
 
