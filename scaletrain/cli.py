@@ -188,9 +188,9 @@ def launch(
         return
     if command[0].endswith(".py") and not Path(command[0]).is_file():
         raise UserError(f"{command[0]}: there is no such file")
+    run_dir.mkdir(parents=True, exist_ok=True)
     for line in plan.explain:
         click.echo(line, err=True)  # standard output is the script's
-    run_dir.mkdir(parents=True, exist_ok=True)
     sys.exit(supervise.run(plan, job))
 
 
