@@ -283,8 +283,7 @@ class _Supervisor:
         """Pass signals on, and give the workers time to end in good order. A second signal ends them at once."""
         passed = 0
         until = time.monotonic() + _INTERRUPT_S
-        trains = (self.job.run_dir / "config.yaml").exists()
-        if trains and number != signal.SIGUSR1 and self.all.running():
+        if self._trains() and number != signal.SIGUSR1 and self.all.running():
             self.all.say("scaletrain: stopping in good order; a second signal ends it at once")
         while time.monotonic() < until and self.all.running():
             for heard in self.signals[passed:]:
@@ -307,9 +306,13 @@ class _Supervisor:
         ours = self.job.argv[1:2] == ("-m",) and self.job.argv[2].startswith("scaletrain.")
         return ours and process.rank is not None and self.progress.read(process.rank) is None
 
+    def _trains(self) -> bool:
+        """Whether this is a training job, and not somebody's own program."""
+        return (self.job.run_dir / "config.yaml").exists()
+
     def _what_is_left(self) -> str:
         """Of a training run that was stopped: how far it got, and the command that goes on with it."""
-        if not (self.job.run_dir / "config.yaml").exists():  # somebody's own program
+        if not self._trains():
             return ""
         if has_finished(self.job.run_dir):
             return ", when it had finished"

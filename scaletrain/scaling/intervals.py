@@ -8,6 +8,7 @@ from typing import NamedTuple
 from scipy import stats
 
 ONE_RUN = "single runs: no interval"
+MANY = 30  # repeats, beyond which nobody is asked to go
 
 
 class Mean(NamedTuple):
@@ -31,17 +32,17 @@ def mean(values: Sequence[float]) -> Mean:
     n = len(values)
     if n < 2:
         return Mean(float(values[0]), None, n)
-    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    return Mean(statistics.fmean(values), half, n)
+    return Mean(statistics.fmean(values), _half_width(n) * statistics.stdev(values), n)
 
 
-def enough(n: int, ci95: float, wanted: float, most: int = 30) -> int | None:
-    """How many repeats bring an interval of ``n`` (at least 2) down to ``wanted``, if they scatter as these did; None: more than ``most``."""
+def _half_width(n: int) -> float:
+    """Of the interval of a mean of ``n`` values, in their standard deviations."""
+    return float(stats.t.ppf(0.975, n - 1)) / math.sqrt(n)
 
-    def width(count: int) -> float:
-        return float(stats.t.ppf(0.975, count - 1)) / math.sqrt(count)
 
-    return next((count for count in range(n + 1, most + 1) if ci95 * width(count) <= wanted * width(n)), None)
+def enough(n: int, ci95: float, wanted: float) -> int | None:
+    """How many repeats bring an interval of ``n`` (at least 2) down to ``wanted``, if they scatter as these did; None: more than ``MANY``."""
+    return next((m for m in range(n + 1, MANY + 1) if ci95 * _half_width(m) <= wanted * _half_width(n)), None)
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Mean:

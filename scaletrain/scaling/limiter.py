@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from scaletrain.scaling.intervals import ONE_RUN, enough
+from scaletrain.scaling.intervals import MANY, ONE_RUN, enough
 
 WELL = 0.98  # an efficiency from which on nothing to speak of is lost
 LITTLE = 0.05  # how well an efficiency that good must be known
@@ -131,7 +131,7 @@ def untold(
 
 def _would_tell(repeats: int, ci95: float, wanted: float) -> str:
     needed = enough(repeats, ci95, wanted)
-    return f"about {needed} repeats would tell" if needed else "it would take more than 30 repeats to tell"
+    return f"about {needed} repeats would tell" if needed else f"it would take more than {MANY} repeats to tell"
 
 
 def sentence(

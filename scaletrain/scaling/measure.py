@@ -63,7 +63,7 @@ class Run(NamedTuple):
                 cores.setdefault(machine, set()).update(header["cores"])
         if self.servers and self.summary.get("launcher") in ("local", "rehearsal"):
             threads[0] += self.servers["servers"]
-            cores.setdefault(0, set()).update(self.servers.get("cores", ()))  # workers may be bound, each to its own
+            cores.setdefault(0, set()).update(self.servers["cores"])  # workers may be bound, each to its own
         return any(threads[machine] > len(own) for machine, own in cores.items())
 
     @property

@@ -241,13 +241,11 @@ def other_batch(report: Mapping[str, Any], fitted_batch: int) -> list[dict[str, 
         "references": [{**r, "variant": {}} for r in mine if r in report["references"]],
     }
     num_bytes = next(r["gradient_bytes"] for r in rows if r["gradient_bytes"])
-    fits = {
-        exchange: fit_report(
-            {**part, "rows": [r for r in part["rows"] if r["exchange"] in (exchange, "none")]}, num_bytes
-        )
-        for exchange in {r["exchange"] for r in part["rows"] if r["workers"] > 1} - {"none"}
-    }
-    fitted = next(iter(fits.values()))  # computation, from ``none``, is the same in all
+    fitted = fit_report(part, num_bytes)
+    networks = {}
+    for exchange in {r["exchange"] for r in part["rows"] if r["workers"] > 1 and strategy_of(r["exchange"])}:
+        alike = [r for r in part["rows"] if r["exchange"] in (exchange, "none")]
+        networks[exchange] = fit_report({**part, "rows": alike}, num_bytes).network
     alone = {r["workers"]: r for r in part["rows"] if r["exchange"] == "none"}
     factors = {}
     for workers, row in alone.items():
@@ -261,7 +259,7 @@ def other_batch(report: Mapping[str, Any], fitted_batch: int) -> list[dict[str, 
         factor = factors[row["workers"]]
         compute = Compute(fitted.compute.sample_s * factor, fitted.compute.fixed_s * factor, fitted.compute.update_s)
         share = row["batch_size"] / row["workers"]
-        on = fits.get(row["exchange"], fitted).network
+        on = networks.get(row["exchange"], fitted.network)
         guess = predict.step_s(strategy, row["workers"], share, num_bytes, compute, on)
         points.append(
             {"exchange": row["exchange"], "workers": row["workers"], "batch_size": row["batch_size"],

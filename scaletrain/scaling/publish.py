@@ -45,14 +45,15 @@ def publish(
         if form not in FORMATS:
             raise unknown("--format", form, FORMATS)
     out.mkdir(parents=True, exist_ok=True)
-    written = [out / "report.json", *(out / f"report.{form}" for form in ("html", "md", "csv") if form in formats)]
-    write_json(out / "report.json", made)
-    if "html" in formats:
-        (out / "report.html").write_text(render.html(made), encoding="utf-8")
-    if "md" in formats:
-        (out / "report.md").write_text(render.markdown(made), encoding="utf-8")
+    written = [out / "report.json"]
+    write_json(written[0], made)
+    for form, rendered in (("html", render.html), ("md", render.markdown)):
+        if form in formats:
+            written.append(out / f"report.{form}")
+            written[-1].write_text(rendered(made), encoding="utf-8")
     if "csv" in formats:
-        _write_csv(out / "report.csv", made["rows"])
+        written.append(out / "report.csv")
+        _write_csv(written[-1], made["rows"])
     for form in ("svg", "png"):
         if form in formats:
             for name, image in render.images(made, form).items():

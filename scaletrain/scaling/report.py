@@ -93,9 +93,10 @@ def _text(path: Path) -> str:
 
 
 def _report(measured: Measured, header: dict[str, Any], *, strong: bool) -> dict[str, Any]:
-    rows = [_row(cell, measured, strong) for cell in measured if not cell.reference]
-    losses = [loss for cell in measured if not cell.reference for loss in _losses(cell, measured, strong)]
-    curves = [[(run.losses, run.ended_s) for run in measured[cell][0]] for cell in measured if not cell.reference]
+    cells = [cell for cell in measured if not cell.reference]
+    rows = [_row(cell, measured, strong) for cell in cells]
+    losses = [loss for cell, row in zip(cells, rows, strict=True) for loss in _losses(cell, row, measured, strong)]
+    curves = [[(run.losses, run.ended_s) for run in measured[cell][0]] for cell in cells]
     learns = all(run.learns for runs, _ in measured.values() for run in runs)
     loss_reached = servers.compare(rows, curves) if learns else None
     emulated = sorted({text for row in rows for text in [row["emulation"]] if text})
@@ -143,11 +144,7 @@ def _baseline(cell: sweep.Cell, measured: Mapping[sweep.Cell, Any]) -> sweep.Cel
     if not counts or (min(counts) > 1 and len(counts) == 1):
         return None
     fewest = [c for c in cells if c.workers == min(counts)]
-    return max(fewest, key=lambda c: (c.exchange == "none", _rate(measured[c][0])))
-
-
-def _rate(runs: Sequence[Run]) -> float:
-    return mean([run.samples_per_s for run in runs]).value
+    return max(fewest, key=lambda c: (c.exchange == "none", np.mean([run.samples_per_s for run in measured[c][0]])))
 
 
 def _crowd(runs: Sequence[Run]) -> str:
@@ -263,7 +260,7 @@ def _find(measured: Measured, cell: sweep.Cell, **changes: Any) -> list[Run]:
     return []
 
 
-def _losses(cell: sweep.Cell, measured: Measured, strong: bool) -> Iterable[dict[str, Any]]:
+def _losses(cell: sweep.Cell, row: Mapping[str, Any], measured: Measured, strong: bool) -> Iterable[dict[str, Any]]:
     """The split of lost time of a cell of several workers, when the references were measured."""
     real = measured[cell][0]
     if cell.workers < 2 or not real:
@@ -294,8 +291,7 @@ def _losses(cell: sweep.Cell, measured: Measured, strong: bool) -> Iterable[dict
     each = [dict(split(*map(_step, zip(four, strict=True)))) for four in zip(real, alone, small, single, strict=False)]
     largest, second, *_ = sorted(causes, key=lambda cause: -cause.seconds)
     lead = mean([one[largest.name] - one[second.name] for one in each])
-    speedup = _speedup(real, single, 1)
-    efficiency, ci95 = speedup.value / cell.workers, None if speedup.ci95 is None else speedup.ci95 / cell.workers
+    efficiency, ci95 = row["efficiency"], row["speedup_ci95"] and row["speedup_ci95"] / cell.workers
     repeats = min(len(runs) for runs in (real, alone, small, single))
     told = limiter.untold(causes, efficiency, ci95, lead.ci95) is None
     yield {
