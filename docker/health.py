@@ -26,13 +26,17 @@ def silent(runs: Path, host: str, now: float) -> list[str]:
         ):
             continue
         if now - worker["time"] > SILENT_S:
-            complaints.append(f"{path}: no progress for {now - worker['time']:.0f} s ({worker['doing']})")
+            complaints.append(
+                f"{path}: no progress for {now - worker['time']:.0f} s ({worker['doing']})"
+            )
     return complaints
 
 
 if __name__ == "__main__":
     found = silent(
-        Path(os.environ.get("RUNS", "/runs")), os.environ.get("SCALETRAIN_HOST") or socket.gethostname(), time.time()
+        Path(os.environ.get("RUNS", "/runs")),
+        os.environ.get("SCALETRAIN_HOST") or socket.gethostname(),
+        time.time(),
     )
     if found:
         sys.exit("\n".join(found))

@@ -58,11 +58,19 @@ def cli() -> None:
 @click.argument("path", metavar="CONFIG", type=click.Path(path_type=Path))
 @click.option("--workers", type=int, help="Number of workers.")
 @click.option("--launcher", help="What starts them: local, torchrun, ... (see `scaletrain list`).")
-@click.option("--exchange", help="native, none, scheduled:ring (or ring), parameter_server:async, ...")
 @click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key, such as optimizer.lr=0.05; repeatable."
+    "--exchange", help="native, none, scheduled:ring (or ring), parameter_server:async, ..."
 )
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where records go [default: runs/NAME-TIME].")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key, such as optimizer.lr=0.05; repeatable.",
+)
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="Where records go [default: runs/NAME-TIME]."
+)
 @click.option("--resume", is_flag=True, help="Go on from the run directory's last checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Print what would be started, and start nothing.")
 def train(
@@ -112,13 +120,23 @@ def _job(run: Any, run_dir: Path, resume: bool) -> Any:
     """The launcher's view of a training run."""
     from scaletrain.launching.job import Job
 
-    argv = (sys.executable, "-m", "scaletrain.training.worker", str(run_dir), *(["--resume"] if resume else []))
+    argv = (
+        sys.executable,
+        "-m",
+        "scaletrain.training.worker",
+        str(run_dir),
+        *(["--resume"] if resume else []),
+    )
     threads = None if run.threads == "auto" else run.threads
-    job = Job(argv=argv, workers=run.workers, run_dir=run_dir, timeout_s=run.timeout_s, threads=threads)
+    job = Job(
+        argv=argv, workers=run.workers, run_dir=run_dir, timeout_s=run.timeout_s, threads=threads
+    )
     if run.exchange.name == "parameter_server":  # the one exchange that brings processes of its own
         from scaletrain.parameter_server import placement
 
-        job = job._replace(companions=placement.companions(run, run_dir), min_workers=placement.min_workers(run))
+        job = job._replace(
+            companions=placement.companions(run, run_dir), min_workers=placement.min_workers(run)
+        )
     return job
 
 
@@ -144,11 +162,31 @@ def _claim(run_dir: Path, resume: bool, config: str) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.option("-n", "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of workers.")
-@click.option("--launcher", default="local", show_default=True, help="What starts them (see `scaletrain list`).")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the launcher; repeatable.")
 @click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="Where failures are recorded [default: runs/launch-TIME]."
+    "-n",
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of workers.",
+)
+@click.option(
+    "--launcher",
+    default="local",
+    show_default=True,
+    help="What starts them (see `scaletrain list`).",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the launcher; repeatable.",
+)
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    help="Where failures are recorded [default: runs/launch-TIME].",
 )
 @click.option(
     "--timeout",
@@ -206,7 +244,9 @@ def worker(run_dir: Path, resume: bool) -> None:
 
 @cli.group(
     cls=_Verbs,
-    modules=lambda: {_typed("bench", name): f"scaletrain.bench.{name}:command" for name in plugins.names("bench")},
+    modules=lambda: {
+        _typed("bench", name): f"scaletrain.bench.{name}:command" for name in plugins.names("bench")
+    },
 )
 def bench() -> None:
     """Measure: scaling, collectives, the parameter server, a model."""
@@ -214,8 +254,14 @@ def bench() -> None:
 
 @cli.command()
 @click.argument("collective")
-@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Number of ranks.")
-@click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Write the picture to this file as well.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Number of ranks."
+)
+@click.option(
+    "--svg",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the picture to this file as well.",
+)
 def draw(collective: str, workers: int, svg: Path | None) -> None:
     """Prove a collective, such as ring or pipelined_tree:segments=3, and show it round by round."""
     from scaletrain.collectives import drawing, schedule
@@ -239,7 +285,11 @@ def list_plugins(as_json: bool) -> None:
     """Every exchange, collective, transport, launcher, model, data set and benchmark on disk, with its options."""
     menu = {
         kind: [
-            {"name": _typed(kind, name), "description": plugins.describe(kind, name), "options": _options(kind, name)}
+            {
+                "name": _typed(kind, name),
+                "description": plugins.describe(kind, name),
+                "options": _options(kind, name),
+            }
             for name in plugins.names(kind)
         ]
         for kind in plugins.KINDS
@@ -277,7 +327,8 @@ def _about_a_named_path(error: OSError) -> str:
     found = [
         (len(named.parts), f"{before} " * before.startswith("-") + word)
         for before, word in zip(["", *words], words, strict=False)
-        if word and (failed.is_relative_to(named := Path(word).resolve()) or named.is_relative_to(failed))
+        if word
+        and (failed.is_relative_to(named := Path(word).resolve()) or named.is_relative_to(failed))
     ]
     return f"{max(found)[1]}: {error.strerror}" if found else ""
 

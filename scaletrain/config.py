@@ -80,7 +80,9 @@ class RunConfig(Strict):
     batch_mode: Literal["strong", "weak"] = (
         "strong"  # strong: batch_size is global and fixed; weak: it is each worker's
     )
-    accumulate: Annotated[int, Field(ge=1)] = 1  # backward passes a step; the batch is split over them, not multiplied
+    accumulate: Annotated[int, Field(ge=1)] = (
+        1  # backward passes a step; the batch is split over them, not multiplied
+    )
     epochs: Annotated[float, Field(gt=0)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = None  # exactly one of epochs and steps
     optimizer: NameOrOptions = Named(name="sgd", lr=0.1)  # type: ignore[call-arg]
@@ -89,16 +91,24 @@ class RunConfig(Strict):
     launcher: NameOrOptions = Named(name="local")
     workers: Annotated[int, Field(ge=1)] = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # a worker's; auto: its share of the cores
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = (
+        "auto"  # a worker's; auto: its share of the cores
+    )
     loader_workers: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
     evaluate_every: Annotated[int, Field(ge=1)] | None = None  # steps; None: only after the last
-    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None  # the run notes when it is first reached
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = (
+        None  # the run notes when it is first reached
+    )
     checkpoint: Checkpoint = Checkpoint()
     log_every: Annotated[int, Field(ge=1)] = 10
-    timeout_s: Annotated[float, Field(gt=0)] = 60.0  # a rank without progress for this long is taken as hung
+    timeout_s: Annotated[float, Field(gt=0)] = (
+        60.0  # a rank without progress for this long is taken as hung
+    )
     compute: Compute | None = None
-    trace: bool = False  # record buckets, rounds and waits, and each rank's clock, for a Chrome trace
+    trace: bool = (
+        False  # record buckets, rounds and waits, and each rank's clock, for a Chrome trace
+    )
     source: str | None = None  # file this came from; user modules are looked for beside it
 
     @property
@@ -127,13 +137,17 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -156,7 +170,9 @@ def load(path: Path, settings: dict[str, Any] | None = None) -> RunConfig:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a run is a mapping of keys to values, this file holds {_kind(tree)}")
+        raise UserError(
+            f"{path}: a run is a mapping of keys to values, this file holds {_kind(tree)}"
+        )
     tree.setdefault("name", path.stem)
     tree.setdefault("source", str(path.resolve()))
     for key, value in (settings or {}).items():
@@ -170,14 +186,19 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
         tree = {**tree, "exchange": expand_exchange(tree["exchange"], f"{where}: ")}
     exchange = tree.get("exchange")
     if isinstance(exchange, dict) and exchange.get("name") in plugins.names("collective"):
-        tree = {**tree, "exchange": {**exchange, "name": "scheduled", "collective": exchange["name"]}}
+        tree = {
+            **tree,
+            "exchange": {**exchange, "name": "scheduled", "collective": exchange["name"]},
+        }
     config = _validate(RunConfig, tree, where)
     for kind in ("model", "data", "exchange", "launcher"):
         named: Named = getattr(config, kind)
         options = plugin_options(kind, named.name, named.options, where, config.search_path)
         setattr(config, kind, Named(name=named.name, **options))
     _check_loss(config, where)
-    config.optimizer = Named(name=config.optimizer.name, **_optimizer_options(config.optimizer, where))
+    config.optimizer = Named(
+        name=config.optimizer.name, **_optimizer_options(config.optimizer, where)
+    )
     if (config.epochs is None) == (config.steps is None):
         raise UserError(
             f"{where}: give exactly one of epochs and steps (now: {config.epochs} and {config.steps};"
@@ -220,7 +241,11 @@ def _optimizer_options(optimizer: Named, where: str) -> dict[str, Any]:
 
 
 def plugin_options(
-    kind: str, name: str, given: dict[str, Any], where: str = "options", search_path: Path | None = None
+    kind: str,
+    name: str,
+    given: dict[str, Any],
+    where: str = "options",
+    search_path: Path | None = None,
 ) -> dict[str, Any]:
     """A plugin's options, checked against its signature and completed with its defaults. Raises ``UserError``.
 
@@ -239,7 +264,9 @@ def plugin_options(
     return {key: value for key, value in filled.items() if value != plugins.COMPUTED}
 
 
-def plugin_spec(kind: str, text: str, where: str, also: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+def plugin_spec(
+    kind: str, text: str, where: str, also: Sequence[str] = ()
+) -> tuple[str, dict[str, Any]]:
     """``NAME`` or ``NAME:OPTION=VALUE:...``, such as ``pipelined_tree:segments=8``: the name and the options that are given, checked.
 
     Raises:
@@ -251,9 +278,15 @@ def plugin_spec(kind: str, text: str, where: str, also: Sequence[str] = ()) -> t
     given: dict[str, Any] = {}
     if settings:
         schema = plugins.options(kind, name)
-        example = next((f"{key}={field.default}" for key, field in schema.model_fields.items()), "") if schema else ""
+        example = (
+            next((f"{key}={field.default}" for key, field in schema.model_fields.items()), "")
+            if schema
+            else ""
+        )
         if not example:
-            raise UserError(f"{where}: {text!r} is not allowed: {name} has no options (allowed: {name})")
+            raise UserError(
+                f"{where}: {text!r} is not allowed: {name} has no options (allowed: {name})"
+            )
         given = dict(parse_setting(setting, f"{where}: {name}", example) for setting in settings)
     checked = plugin_options(kind, name, given, where)
     return name, {key: checked[key] for key in given}
@@ -270,7 +303,9 @@ def expand_exchange(text: str, where: str = "") -> dict[str, Any]:
     if name in plugins.names("collective"):
         name, value = "scheduled", head
     if name not in plugins.names("exchange"):
-        raise unknown(f"{where}exchange", name, [*plugins.names("exchange"), *plugins.names("collective")])
+        raise unknown(
+            f"{where}exchange", name, [*plugins.names("exchange"), *plugins.names("collective")]
+        )
     tree: dict[str, Any] = {"name": name}
     if value:
         schema = plugins.options("exchange", name)
@@ -294,7 +329,9 @@ def exchange_label(exchange: Named) -> str:
     return label if transport == "auto" else f"{label}@{transport}"
 
 
-def parse_setting(text: str, where: str = "--set", example: str = "optimizer.lr=0.05") -> tuple[str, Any]:
+def parse_setting(
+    text: str, where: str = "--set", example: str = "optimizer.lr=0.05"
+) -> tuple[str, Any]:
     """``a.b=value``; the value is read as YAML. ``example``: one that would be right in this place."""
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -327,14 +364,20 @@ def _validate(schema: type[Model], tree: dict[str, Any], where: str, prefix: str
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:
         # A misspelt key is also a missing one: the misspelling is the news.
-        first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] == "missing"))
+        first = min(
+            error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] == "missing")
+        )
         path = [
-            str(part) for part in first["loc"] if str(part).replace("_", "").isidentifier() or isinstance(part, int)
+            str(part)
+            for part in first["loc"]
+            if str(part).replace("_", "").isidentifier() or isinstance(part, int)
         ]
         key = prefix + ".".join(path)
         if first["type"] == "extra_forbidden":
             inner = _schema_at(schema, first["loc"][:-1])
-            raise unknown(f"{where}: key {key}", str(first["loc"][-1]), inner.model_fields) from None
+            raise unknown(
+                f"{where}: key {key}", str(first["loc"][-1]), inner.model_fields
+            ) from None
         if first["type"] == "missing":
             raise UserError(f"{where}: {key}: is missing") from None
         message = (
@@ -345,14 +388,18 @@ def _validate(schema: type[Model], tree: dict[str, Any], where: str, prefix: str
         )
         words = re.findall("'([^']*)'", message) if first["type"] == "literal_error" else []
         near = did_you_mean(str(first["input"]), words)
-        raise UserError(f"{where}: {key}: {first['input']!r} is not allowed{near} (allowed: {message})") from None
+        raise UserError(
+            f"{where}: {key}: {first['input']!r} is not allowed{near} (allowed: {message})"
+        ) from None
 
 
 def _schema_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
     for part in location:
         field = schema.model_fields.get(str(part))
         candidates = [field.annotation, *typing.get_args(field.annotation)] if field else []
-        schema = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), schema)
+        schema = next(
+            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), schema
+        )
     return schema
 
 

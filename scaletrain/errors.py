@@ -15,7 +15,9 @@ def unknown(what: str, value: str, allowed: Iterable[str]) -> UserError:
     """A ``UserError`` for a name that is not on the list: it shows the list and the nearest match."""
     choices = sorted(allowed)
     near = did_you_mean(value, choices)
-    return UserError(f"{what}: {value!r} is not known{near} (allowed: {', '.join(choices) or 'nothing'})")
+    return UserError(
+        f"{what}: {value!r} is not known{near} (allowed: {', '.join(choices) or 'nothing'})"
+    )
 
 
 def did_you_mean(value: str, choices: Sequence[str]) -> str:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from scaletrain.metrics import records_path
 
@@ -21,7 +28,9 @@ def progress(run_dir: Path) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    os.environ["SCALETRAIN_FOLLOWED"] = "1"  # inherited by the workers: rank 0 leaves the steps to the bar
+    os.environ["SCALETRAIN_FOLLOWED"] = (
+        "1"  # inherited by the workers: rank 0 leaves the steps to the bar
+    )
     over = threading.Event()
     follower = threading.Thread(target=_follow, args=(run_dir, over), daemon=True)
     follower.start()
@@ -58,8 +67,16 @@ def _follow(run_dir: Path, over: threading.Event) -> None:
             unread += sum(len(line.encode()) for line in lines)
             if lines:
                 recent = [json.loads(line) for line in lines[-50:]]
-                rate = header["global_batch"] * len(recent) / sum(record["step_s"] for record in recent)
-                shown = {"completed": recent[-1]["step"] + 1, "loss": recent[-1]["loss"], "rate": rate}
+                rate = (
+                    header["global_batch"]
+                    * len(recent)
+                    / sum(record["step_s"] for record in recent)
+                )
+                shown = {
+                    "completed": recent[-1]["step"] + 1,
+                    "loss": recent[-1]["loss"],
+                    "rate": rate,
+                }
                 if task is None:
                     task = bar.add_task("training", total=header["num_steps"], loss=0.0, rate=0.0)
                 bar.update(task, **shown)

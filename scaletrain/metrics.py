@@ -36,7 +36,9 @@ class RecordWriter:
     """Appends StepRecords to ``RUN_DIR/rank-<rank>.jsonl``. Lines are whole: a killed worker leaves at most one cut line."""
 
     def __init__(self, run_dir: Path, rank: int, *, append: bool = False):
-        self._file: TextIO = open(records_path(run_dir, rank), "a" if append else "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._file: TextIO = open(
+            records_path(run_dir, rank), "a" if append else "w", encoding="utf-8", buffering=1
+        )  # noqa: SIM115
 
     def write(self, record: StepRecord) -> None:
         self._file.write(json.dumps(dataclasses.asdict(record)) + "\n")
@@ -55,7 +57,9 @@ def read_records(path: Path) -> Iterator[StepRecord]:
     with open(path, encoding="utf-8") as lines:
         for line in lines:
             if line.endswith("\n"):
-                yield StepRecord(**{key: value for key, value in json.loads(line).items() if key in known})
+                yield StepRecord(
+                    **{key: value for key, value in json.loads(line).items() if key in known}
+                )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,7 +82,9 @@ def write_json(path: Path, value: Any) -> None:
 def has_finished(run_dir: Path) -> bool:
     """Whether a run has done all its steps, by its summary."""
     try:
-        return bool(json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("finished", True))
+        return bool(
+            json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("finished", True)
+        )
     except (OSError, ValueError):
         return False
 
@@ -104,12 +110,23 @@ def environment() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     processor = next(
-        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        (
+            line.partition(":")[2].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
         platform.processor() or platform.machine(),
     )
     commit = git("rev-parse", "--short=12", "HEAD")
     # Pages of results are not what was measured: a run that writes several does not mark the later ones.
-    if commit and git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"):
+    if commit and git(
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        "--",
+        ":/",
+        ":(top,exclude)benchmarks/results",
+    ):
         commit += "-dirty"
     return {
         "host": platform.node(),
@@ -118,7 +135,10 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("scaletrain", "torch", "numpy", "mpi4py", "horovod", "pyzmq")},
+        "versions": {
+            name: version(name)
+            for name in ("scaletrain", "torch", "numpy", "mpi4py", "horovod", "pyzmq")
+        },
         "commit": commit,
     }
 

@@ -27,7 +27,9 @@ class Kind(NamedTuple):
 
     folder: str  # package below scaletrain/, slashes between
     factory: str  # function every plugin of this kind defines
-    provided: int  # leading parameters that the framework passes; the others are the options people set
+    provided: (
+        int  # leading parameters that the framework passes; the others are the options people set
+    )
 
 
 KINDS = {
@@ -52,7 +54,9 @@ _TYPES = {
 def names(kind: str) -> list[str]:
     """The names of a kind's plugins, sorted: every file of its folder that defines the factory."""
     where = _ROOT / KINDS[kind].folder
-    return sorted(path.stem for path in where.glob("*.py") if path.stem != "__init__" and _factory(kind, path))
+    return sorted(
+        path.stem for path in where.glob("*.py") if path.stem != "__init__" and _factory(kind, path)
+    )
 
 
 def describe(kind: str, name: str) -> str:
@@ -61,7 +65,9 @@ def describe(kind: str, name: str) -> str:
     return text.partition("\n")[0]
 
 
-def options(kind: str, name: str, search_path: Path | None = None) -> type[pydantic.BaseModel] | None:
+def options(
+    kind: str, name: str, search_path: Path | None = None
+) -> type[pydantic.BaseModel] | None:
     """A pydantic model of a plugin's options, read from its factory's signature.
 
     ``None`` when there is no source to read: ``name`` is a ``package.module:factory`` whose module is not found below
@@ -77,7 +83,9 @@ def options(kind: str, name: str, search_path: Path | None = None) -> type[pydan
             return None
         if (node := _function(path, factory)) is None:
             if not _bound(path) & {factory, "*", "__getattr__"}:
-                functions = [node.name for node in _parse(path).body if isinstance(node, ast.FunctionDef)]
+                functions = [
+                    node.name for node in _parse(path).body if isinstance(node, ast.FunctionDef)
+                ]
                 raise unknown(f"{kind}: {name!r}: no such function in {path}", factory, functions)
             return None
         return signature(node, 0)
@@ -109,8 +117,14 @@ def load(kind: str, name: str, search_path: Path | None = None) -> Any:
         looked = f" (looked in {search_path} and on Python's path)" if search_path else ""
         raise UserError(f"{kind}: {name!r}: no module {error.name!r}{looked}") from None
     if not callable(getattr(module, factory, None)):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise unknown(f"{kind}: {name!r}: no such function in {module.__file__}", factory, functions)
+        functions = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and not key.startswith("_")
+        ]
+        raise unknown(
+            f"{kind}: {name!r}: no such function in {module.__file__}", factory, functions
+        )
     return getattr(module, factory)
 
 
@@ -122,7 +136,9 @@ def _path(kind: str, name: str) -> Path:
 
 def _user_file(module: str, search_path: Path | None) -> Path | None:
     stem = (search_path or Path.cwd()).joinpath(*module.split("."))
-    return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+    return next(
+        (path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None
+    )
 
 
 @cache
@@ -138,7 +154,9 @@ def _factory(kind: str, path: Path) -> ast.FunctionDef | None:
 
 
 def _function(path: Path, name: str) -> ast.FunctionDef | None:
-    return next((n for n in _parse(path).body if isinstance(n, ast.FunctionDef) and n.name == name), None)
+    return next(
+        (n for n in _parse(path).body if isinstance(n, ast.FunctionDef) and n.name == name), None
+    )
 
 
 def _bound(path: Path) -> set[str]:
@@ -166,8 +184,13 @@ def signature(node: ast.FunctionDef, provided: int) -> type[pydantic.BaseModel]:
     pairs += [*zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
     fields: dict[str, Any] = {}
     for parameter, default in pairs:
-        fields[parameter.arg] = (_annotation(parameter.annotation), ... if default is None else _literal(default))
-    config = pydantic.ConfigDict(extra="allow" if node.args.kwarg else "forbid", protected_namespaces=())
+        fields[parameter.arg] = (
+            _annotation(parameter.annotation),
+            ... if default is None else _literal(default),
+        )
+    config = pydantic.ConfigDict(
+        extra="allow" if node.args.kwarg else "forbid", protected_namespaces=()
+    )
     return pydantic.create_model(node.name, __config__=config, **fields)
 
 

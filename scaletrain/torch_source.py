@@ -20,16 +20,26 @@ _FUNCTION = re.compile(r"^def ([a-z]\w*)\(((?:[^()]|\([^()]*\))*)\)", re.MULTILI
 def losses() -> frozenset[str] | None:
     """The functions of ``torch.nn.functional`` that have a ``reduction``."""
     found = _FUNCTION.findall(_read("nn/functional.py") or "")
-    return frozenset(name for name, parameters in found if re.search(r"\breduction\b", parameters)) or None
+    return (
+        frozenset(name for name, parameters in found if re.search(r"\breduction\b", parameters))
+        or None
+    )
 
 
 @cache
 def optimizers() -> dict[str, tuple[str, str]] | None:
     """The classes of ``torch.optim``, their names in lower case: where each is defined, and what it is called there."""
     text = _read("optim/__init__.py")
-    imports = (node for node in ast.parse(text or "").body if isinstance(node, ast.ImportFrom) and node.module)
+    imports = (
+        node
+        for node in ast.parse(text or "").body
+        if isinstance(node, ast.ImportFrom) and node.module
+    )
     found = {
-        alias.name.lower(): (f"{str(node.module).removeprefix('torch.').replace('.', '/')}.py", alias.name)
+        alias.name.lower(): (
+            f"{str(node.module).removeprefix('torch.').replace('.', '/')}.py",
+            alias.name,
+        )
         for node in imports
         for alias in node.names
         if alias.name[0].isupper() and alias.name != "Optimizer"
@@ -41,8 +51,17 @@ def optimizers() -> dict[str, tuple[str, str]] | None:
 def optimizer_options(name: str) -> type[pydantic.BaseModel] | None:
     """A pydantic model of an optimizer's arguments, from its signature. A number may be a tensor to torch; not in a file."""
     path, name = (optimizers() or {})[name.lower()]
-    classes = [n for n in ast.parse(_read(path) or "").body if isinstance(n, ast.ClassDef) and n.name == name]
-    makers = [n for c in classes for n in c.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    classes = [
+        n
+        for n in ast.parse(_read(path) or "").body
+        if isinstance(n, ast.ClassDef) and n.name == name
+    ]
+    makers = [
+        n
+        for c in classes
+        for n in c.body
+        if isinstance(n, ast.FunctionDef) and n.name == "__init__"
+    ]
     return plugins.signature(_WithoutTensor().visit(makers[0]), 2) if makers else None
 
 

@@ -7,9 +7,7 @@ from typing import NamedTuple
 
 from scaletrain.errors import UserError, unknown
 
-UNKNOWN = (
-    -1
-)  # of local_rank, local_size, node and num_nodes: the launcher did not say; engine.rendezvous.place finds out
+UNKNOWN = -1  # of local_rank, local_size, node and num_nodes: the launcher did not say; engine.rendezvous.place finds out
 
 
 class World(NamedTuple):
@@ -36,7 +34,9 @@ class World(NamedTuple):
                 message shows the variables. ``SCALETRAIN_LAUNCHER=<name>`` then says which to believe.
         """
         env = os.environ if env is None else env
-        found = [(launcher, world) for launcher in LAUNCHERS if (world := launcher.read(env)) is not None]
+        found = [
+            (launcher, world) for launcher in LAUNCHERS if (world := launcher.read(env)) is not None
+        ]
         chosen = env.get("SCALETRAIN_LAUNCHER", "")
         if chosen and chosen not in (
             "local",
@@ -51,7 +51,9 @@ class World(NamedTuple):
             if not found:
                 launcher = next(launcher for launcher in LAUNCHERS if launcher.name == chosen)
                 missing = f"{launcher.rank} and {launcher.size} are not set"
-                raise UserError(f"SCALETRAIN_LAUNCHER={chosen}: its variables are not there ({missing})")
+                raise UserError(
+                    f"SCALETRAIN_LAUNCHER={chosen}: its variables are not there ({missing})"
+                )
         if not found:
             return cls()
         (innermost, world), *outer = found
@@ -77,7 +79,9 @@ class Launcher(NamedTuple):
     local_size: str = ""
     node: str = ""
     num_nodes: str = ""
-    within: Callable[[Mapping[str, str]], bool] = lambda env: True  # whether the variables mean what they say here
+    within: Callable[[Mapping[str, str]], bool] = lambda env: (
+        True
+    )  # whether the variables mean what they say here
 
     def read(self, env: Mapping[str, str]) -> World | None:
         """The world this launcher's variables describe; ``None`` when they are not set."""
@@ -90,7 +94,9 @@ class Launcher(NamedTuple):
             )
         rank, size = self._number(env, self.rank), self._number(env, self.size)
         if size < 1 or rank >= size:
-            raise UserError(f"{self.evidence(env)} ({self.name}): a rank lies between 0 and the size - 1")
+            raise UserError(
+                f"{self.evidence(env)} ({self.name}): a rank lies between 0 and the size - 1"
+            )
         place = {
             "local_rank": self._number(env, self.local_rank) if self.local_rank in env else UNKNOWN,
             "local_size": self._tasks_here(env),
@@ -102,8 +108,12 @@ class Launcher(NamedTuple):
         elif place["local_size"] == size:
             place |= {"node": 0, "num_nodes": 1}
         if place["local_rank"] >= place["local_size"] != UNKNOWN:
-            here = ", ".join(f"{name}={env[name]}" for name in (self.local_rank, self.local_size) if name in env)
-            raise UserError(f"{here} ({self.name}): a local rank lies between 0 and the local size - 1")
+            here = ", ".join(
+                f"{name}={env[name]}" for name in (self.local_rank, self.local_size) if name in env
+            )
+            raise UserError(
+                f"{here} ({self.name}): a local rank lies between 0 and the local size - 1"
+            )
         return World(rank, size, **place, launcher=_name(self, env))
 
     def evidence(self, env: Mapping[str, str]) -> str:
@@ -117,12 +127,16 @@ class Launcher(NamedTuple):
         node = self._number(env, self.node) if self.node in env else 0
         counts = expand_tasks_per_node(env[self.local_size])
         if node >= len(counts):
-            raise UserError(f"{self.local_size}={env[self.local_size]} has no node {self.node}={env[self.node]}")
+            raise UserError(
+                f"{self.local_size}={env[self.local_size]} has no node {self.node}={env[self.node]}"
+            )
         return counts[node]
 
     def _number(self, env: Mapping[str, str], name: str) -> int:
         if not re.fullmatch(r"\d{1,9}", env[name]):
-            raise UserError(f"{name}={env[name]!r} ({self.name}): expected a whole number, 0 or more")
+            raise UserError(
+                f"{name}={env[name]!r} ({self.name}): expected a whole number, 0 or more"
+            )
         return int(env[name])
 
 
@@ -145,13 +159,17 @@ def _in_step(env: Mapping[str, str]) -> bool:
 def _name(launcher: Launcher, env: Mapping[str, str]) -> str:
     if launcher.name != "torchrun":
         return launcher.name
-    return env.get("SCALETRAIN_LAUNCHER") or ("torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment")
+    return env.get("SCALETRAIN_LAUNCHER") or (
+        "torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment"
+    )
 
 
 def _filled(world: World, other: World) -> World:
     """What one launcher leaves out, another that started the same world may say: ``srun --mpi=pmi2`` sets PMI_RANK and its own."""
     said = other._asdict()
-    return world._replace(**{key: said[key] for key, value in world._asdict().items() if value == UNKNOWN})
+    return world._replace(
+        **{key: said[key] for key, value in world._asdict().items() if value == UNKNOWN}
+    )
 
 
 def _agrees(world: World, outer: World) -> bool:

@@ -18,11 +18,20 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed", "scaletrain.training.trainer", "torch._dynamo", "sklearn.datasets", "pytest"]
+    [
+        "torch",
+        "torch.distributed",
+        "scaletrain.training.trainer",
+        "torch._dynamo",
+        "sklearn.datasets",
+        "pytest",
+    ]
 )
 
 
-def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 60.0
+) -> list[Any]:
     """``[function(rank, size, *arguments) for each rank]``, run at the same time. ``function`` is defined at a module's top.
 
     Raises:
@@ -31,7 +40,9 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout_
     pipes, processes = [], []
     for rank in range(size):
         mine, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(theirs, function, rank, size, arguments), daemon=True)
+        process = _context.Process(
+            target=_rank, args=(theirs, function, rank, size, arguments), daemon=True
+        )
         process.start()
         theirs.close()
         pipes.append(mine)
@@ -42,7 +53,9 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout_
         while len(results) < size:
             waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
             ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-            assert ready, f"ranks {[r for r in range(size) if r not in results]} were not done within {timeout_s} s"
+            assert ready, (
+                f"ranks {[r for r in range(size) if r not in results]} were not done within {timeout_s} s"
+            )
             for pipe in ready:
                 rank = pipes.index(pipe)  # type: ignore[arg-type]
                 try:

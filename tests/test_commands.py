@@ -30,7 +30,16 @@ def scaletrain(*arguments: str | Path, timeout: float = 90) -> subprocess.Comple
 
 def test_train_leaves_a_run_directory(tmp_path: Path):
     done = scaletrain(
-        "train", DIGITS, "--workers", "2", "--set", "steps=12", "--set", "epochs=null", "--run-dir", tmp_path / "run"
+        "train",
+        DIGITS,
+        "--workers",
+        "2",
+        "--set",
+        "steps=12",
+        "--set",
+        "epochs=null",
+        "--run-dir",
+        tmp_path / "run",
     )
     assert done.returncode == 0, done.stderr
     for said in (
@@ -42,43 +51,79 @@ def test_train_leaves_a_run_directory(tmp_path: Path):
         assert said in done.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary) >= SUMMARY
-    assert (summary["workers"], summary["exchange"], summary["steps"], summary["emulated"]) == (2, "native", 12, False)
+    assert (summary["workers"], summary["exchange"], summary["steps"], summary["emulated"]) == (
+        2,
+        "native",
+        12,
+        False,
+    )
     for rank in (0, 1):
-        records = [json.loads(line) for line in (tmp_path / "run" / f"rank-{rank}.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line)
+            for line in (tmp_path / "run" / f"rank-{rank}.jsonl").read_text().splitlines()
+        ]
         assert [record["step"] for record in records] == list(range(12))
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert resolved["steps"] == 12 and resolved["exchange"]["name"] == "native" and resolved["batch_mode"] == "strong"
+    assert (
+        resolved["steps"] == 12
+        and resolved["exchange"]["name"] == "native"
+        and resolved["batch_mode"] == "strong"
+    )
     assert list((tmp_path / "run").glob("step-12.safetensors"))
     again = scaletrain("train", DIGITS, "--run-dir", tmp_path / "run")
-    assert again.returncode == 2 and "holds a run already" in again.stderr, "records are never written over"
+    assert again.returncode == 2 and "holds a run already" in again.stderr, (
+        "records are never written over"
+    )
 
 
 def test_the_header_of_a_run_tells_what_auto_chose(tmp_path: Path):
     options = ("--workers", "2", "--exchange", "scheduled", "--set", "epochs=1")
     done = scaletrain("train", DIGITS, *options, "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    headers = [json.loads((tmp_path / "run" / f"rank-{rank}.json").read_text())["chosen"] for rank in (0, 1)]
+    headers = [
+        json.loads((tmp_path / "run" / f"rank-{rank}.json").read_text())["chosen"]
+        for rank in (0, 1)
+    ]
     assert headers[0] == headers[1] and headers[0]["transport"] == "shared_memory"
     known = {*plugins.names("collective"), "native"}
-    assert headers[0]["chosen"] and all(choice["collective"] in known for choice in headers[0]["chosen"].values())
+    assert headers[0]["chosen"] and all(
+        choice["collective"] in known for choice in headers[0]["chosen"].values()
+    )
 
 
 def test_a_persons_own_model_and_data(tmp_path: Path):
-    done = scaletrain("train", "examples/own/job.yaml", "--workers", "2", "--run-dir", tmp_path / "run")
+    done = scaletrain(
+        "train", "examples/own/job.yaml", "--workers", "2", "--run-dir", tmp_path / "run"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] >= 0.97
 
 
 def test_a_mistake_that_only_a_worker_can_see_is_one_line(tmp_path: Path):
-    done = scaletrain("train", DIGITS, "--workers", "2", "--set", "optimizer.lr=-1", "--run-dir", tmp_path / "run")
+    done = scaletrain(
+        "train", DIGITS, "--workers", "2", "--set", "optimizer.lr=-1", "--run-dir", tmp_path / "run"
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr + done.stdout
     assert done.stderr.count("Invalid learning rate: -1") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nccl works here: tests/gpu")
-def test_a_wire_that_is_not_to_be_had_is_one_line_and_the_directory_may_be_used_again(tmp_path: Path):
-    run = ("train", DIGITS, "--workers", "2", "--set", "steps=3", "--set", "epochs=null", "--run-dir", tmp_path / "run")
+def test_a_wire_that_is_not_to_be_had_is_one_line_and_the_directory_may_be_used_again(
+    tmp_path: Path,
+):
+    run = (
+        "train",
+        DIGITS,
+        "--workers",
+        "2",
+        "--set",
+        "steps=3",
+        "--set",
+        "epochs=null",
+        "--run-dir",
+        tmp_path / "run",
+    )
     done = scaletrain(*run, "--exchange", "ring@nccl")
     assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
     assert done.stderr.count("nccl") == 1, done.stderr
@@ -87,7 +132,9 @@ def test_a_wire_that_is_not_to_be_had_is_one_line_and_the_directory_may_be_used_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_all_ranks_and_the_run_goes_on_with_resume(number: signal.Signals, tmp_path: Path):
+def test_a_signal_stops_all_ranks_and_the_run_goes_on_with_resume(
+    number: signal.Signals, tmp_path: Path
+):
     run = tmp_path / "run"
     command = [
         sys.executable,
@@ -103,12 +150,22 @@ def test_a_signal_stops_all_ranks_and_the_run_goes_on_with_resume(number: signal
         str(run),
     ]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 60
-        while not (run / "rank-2.jsonl").exists() or (run / "rank-2.jsonl").read_text().count("\n") < 20:
-            assert time.monotonic() < deadline and process.poll() is None, process.stdout and process.stdout.read()
+        while (
+            not (run / "rank-2.jsonl").exists()
+            or (run / "rank-2.jsonl").read_text().count("\n") < 20
+        ):
+            assert time.monotonic() < deadline and process.poll() is None, (
+                process.stdout and process.stdout.read()
+            )
             time.sleep(0.1)
         process.send_signal(number)
         output, _ = process.communicate(timeout=30)
@@ -143,7 +200,9 @@ def test_a_signal_stops_all_ranks_and_the_run_goes_on_with_resume(number: signal
 def test_launch_runs_a_persons_script(backend: str, tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(
-        (ROOT / "examples" / "ddp_script.py").read_text().replace('group("scaletrain")', f'group("{backend}")')
+        (ROOT / "examples" / "ddp_script.py")
+        .read_text()
+        .replace('group("scaletrain")', f'group("{backend}")')
     )
     done = scaletrain("launch", "-n", "3", "--run-dir", tmp_path / "run", "--", script)
     assert done.returncode == 0, done.stderr
@@ -188,5 +247,7 @@ def test_doctor_tries_and_says_how_to_mend():
 def test_list_shows_every_plugin_on_disk():
     menu = json.loads(scaletrain("list", "--json").stdout)
     for kind in plugins.KINDS:
-        typed = [name.replace("_", "-") if kind == "bench" else name for name in plugins.names(kind)]
+        typed = [
+            name.replace("_", "-") if kind == "bench" else name for name in plugins.names(kind)
+        ]
         assert [entry["name"] for entry in menu[kind]] == typed

@@ -33,17 +33,44 @@ def message(tree: dict, **settings) -> str:
         ({"workers": 33}, ["workers", "33", "batch_size of 32", "1 to 32"]),
         ({"accumulate": 5, "workers": 8}, ["accumulate", "5", "32"]),
         ({"exchange": "rinj"}, ["exchange", "'rinj'", "did you mean 'ring'"]),
-        ({"exchange": {"name": "native", "bucket_md": 3}}, ["exchange", "bucket_md", "did you mean 'bucket_mb'"]),
-        ({"exchange": {"name": "native", "bucket_mb": -1}}, ["exchange.bucket_mb", "-1", "greater than 0"]),
-        ({"exchange": {"name": "scheduled", "collective": "treee"}}, ["collective", "treee", "did you mean 'tree'"]),
-        ({"exchange": "pipelined_tree:segment=8"}, ["collective", "segment", "did you mean 'segments'"]),
-        ({"exchange": "pipelined_tree:segments=0"}, ["collective", "segments", "0", "greater than or equal to 1"]),
-        ({"exchange": "pipelined_tree:8"}, ["collective", "pipelined_tree", "8", "KEY=VALUE", "such as segments="]),
+        (
+            {"exchange": {"name": "native", "bucket_md": 3}},
+            ["exchange", "bucket_md", "did you mean 'bucket_mb'"],
+        ),
+        (
+            {"exchange": {"name": "native", "bucket_mb": -1}},
+            ["exchange.bucket_mb", "-1", "greater than 0"],
+        ),
+        (
+            {"exchange": {"name": "scheduled", "collective": "treee"}},
+            ["collective", "treee", "did you mean 'tree'"],
+        ),
+        (
+            {"exchange": "pipelined_tree:segment=8"},
+            ["collective", "segment", "did you mean 'segments'"],
+        ),
+        (
+            {"exchange": "pipelined_tree:segments=0"},
+            ["collective", "segments", "0", "greater than or equal to 1"],
+        ),
+        (
+            {"exchange": "pipelined_tree:8"},
+            ["collective", "pipelined_tree", "8", "KEY=VALUE", "such as segments="],
+        ),
         ({"exchange": "ring:foo"}, ["exchange.collective", "'ring:foo'", "ring has no options"]),
         ({"optimizer": {"name": "adm"}}, ["optimizer", "'adm'", "did you mean 'adam'"]),
-        ({"optimizer": {"name": "sgd", "lr": "fast"}}, ["optimizer.lr", "'fast'", "a valid number"]),
-        ({"optimizer": {"name": "sgd", "lr": 0.1, "momentun": 0.9}}, ["optimizer.momentun", "did you mean 'momentum'"]),
-        ({"optimizer": {"name": "Adam", "betas": [0.9, "x"]}}, ["optimizer.betas.1", "'x'", "a valid number"]),
+        (
+            {"optimizer": {"name": "sgd", "lr": "fast"}},
+            ["optimizer.lr", "'fast'", "a valid number"],
+        ),
+        (
+            {"optimizer": {"name": "sgd", "lr": 0.1, "momentun": 0.9}},
+            ["optimizer.momentun", "did you mean 'momentum'"],
+        ),
+        (
+            {"optimizer": {"name": "Adam", "betas": [0.9, "x"]}},
+            ["optimizer.betas.1", "'x'", "a valid number"],
+        ),
         ({"loss": "mse_los"}, ["loss", "'mse_los'", "did you mean 'mse_loss'"]),
         ({"model": "digit_cnn"}, ["model", "digit_cnn", "did you mean 'digits_cnn'"]),
         ({"model": {"name": "digits_cnn", "widht": 3}}, ["model", "widht", "did you mean 'width'"]),
@@ -51,7 +78,10 @@ def message(tree: dict, **settings) -> str:
         ({"steps": None}, ["exactly one of epochs and steps"]),
         ({"epochs": 1}, ["exactly one of epochs and steps"]),
         ({"lr_schedule": {"name": "cosin"}}, ["lr_schedule", "cosin", "cosine"]),
-        ({"checkpoint": {"evry_steps": 1}}, ["checkpoint", "evry_steps", "did you mean 'every_steps'"]),
+        (
+            {"checkpoint": {"evry_steps": 1}},
+            ["checkpoint", "evry_steps", "did you mean 'every_steps'"],
+        ),
         ({"model": 7}, ["model", "7"]),
     ],
 )
@@ -112,25 +142,41 @@ def test_settings_take_the_same_checks():
         config.load(DIGITS, {"batch_sizes": 3})
     run = config.load(
         DIGITS,
-        dict(config.parse_setting(text) for text in ("optimizer.lr=1e-3", "model.width=8", "exchange=ring@gloo")),
+        dict(
+            config.parse_setting(text)
+            for text in ("optimizer.lr=1e-3", "model.width=8", "exchange=ring@gloo")
+        ),
     )
     assert run.optimizer.options["lr"] == 1e-3
     assert run.model.options["width"] == 8
-    assert (run.exchange.options["collective"], run.exchange.options["transport"]) == ("ring", "gloo")
+    assert (run.exchange.options["collective"], run.exchange.options["transport"]) == (
+        "ring",
+        "gloo",
+    )
 
 
 def test_what_torch_offers_is_read_from_its_files():
     optimizers = {
         name.lower(): made
         for name, made in vars(torch.optim).items()
-        if inspect.isclass(made) and issubclass(made, torch.optim.Optimizer) and made is not torch.optim.Optimizer
+        if inspect.isclass(made)
+        and issubclass(made, torch.optim.Optimizer)
+        and made is not torch.optim.Optimizer
     }
     assert set(torch_source.optimizers() or ()) == set(optimizers)
     for name, made in optimizers.items():
         schema = torch_source.optimizer_options(name)
-        assert schema and set(schema.model_fields) == set(inspect.signature(made).parameters) - {"params"}
-    functions = {name: f for name, f in vars(torch.nn.functional).items() if inspect.isfunction(f) and name[0] != "_"}
-    assert torch_source.losses() == {n for n, f in functions.items() if "reduction" in inspect.signature(f).parameters}
+        assert schema and set(schema.model_fields) == set(inspect.signature(made).parameters) - {
+            "params"
+        }
+    functions = {
+        name: f
+        for name, f in vars(torch.nn.functional).items()
+        if inspect.isfunction(f) and name[0] != "_"
+    }
+    assert torch_source.losses() == {
+        n for n, f in functions.items() if "reduction" in inspect.signature(f).parameters
+    }
 
 
 def test_without_torch_names_are_left_to_the_worker(monkeypatch: pytest.MonkeyPatch):
@@ -149,14 +195,27 @@ def test_resolved_config_reads_back_equal(tmp_path: Path):
     path.write_text(run.to_yaml())
     again = config.load(path)
     assert again == run
-    assert yaml.safe_load(path.read_text())["model"] == {"name": "digits_cnn", "width": 32, "classes": 10}, (
-        "defaults are filled in"
+    assert yaml.safe_load(path.read_text())["model"] == {
+        "name": "digits_cnn",
+        "width": 32,
+        "classes": 10,
+    }, "defaults are filled in"
+    assert again.search_path == DIGITS.parent, (
+        "user modules are still looked for beside the file people wrote"
     )
-    assert again.search_path == DIGITS.parent, "user modules are still looked for beside the file people wrote"
 
 
 @pytest.mark.parametrize(
-    "text", ["native", "none", "ring", "tree@gloo", "scheduled", "pipelined_tree:segments=8", "ring@mixed:between=mpi"]
+    "text",
+    [
+        "native",
+        "none",
+        "ring",
+        "tree@gloo",
+        "scheduled",
+        "pipelined_tree:segments=8",
+        "ring@mixed:between=mpi",
+    ],
 )
 def test_exchange_labels_are_what_people_type(text: str):
     run = config.check({**SMALL, "exchange": text})

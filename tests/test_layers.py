@@ -46,7 +46,9 @@ def modules() -> dict[str, ast.Module]:
 
 
 def room(module: str) -> str | None:
-    return next((prefix for prefix in FLOORS if module == prefix or module.startswith(prefix + ".")), None)
+    return next(
+        (prefix for prefix in FLOORS if module == prefix or module.startswith(prefix + ".")), None
+    )
 
 
 def imported(tree: ast.Module, *, top_only: bool) -> set[str]:
@@ -70,7 +72,11 @@ def test_every_module_has_a_floor():
 @pytest.mark.parametrize("name", [name for name in MODULES if name != DOOR])
 def test_imports_point_down(name: str):
     floor = FLOORS[room(name) or ""]
-    assert [t for t in imported(MODULES[name], top_only=False) if (there := room(t)) and FLOORS[there] > floor] == []
+    assert [
+        t
+        for t in imported(MODULES[name], top_only=False)
+        if (there := room(t)) and FLOORS[there] > floor
+    ] == []
 
 
 def test_rooms_stand_in_no_circle():
@@ -83,7 +89,8 @@ def test_rooms_stand_in_no_circle():
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in MODULES if not n.startswith(WITH_TORCH) and not n.endswith(WORKERS_OF_BENCHMARKS)]
+    "name",
+    [n for n in MODULES if not n.startswith(WITH_TORCH) and not n.endswith(WORKERS_OF_BENCHMARKS)],
 )
 def test_no_torch_outside_its_rooms(name: str):
     assert [t for t in imported(MODULES[name], top_only=True) if t.split(".")[0] == "torch"] == []

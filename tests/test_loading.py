@@ -32,7 +32,9 @@ def test_torch_loads_our_engine_when_a_group_is_made():
         "dist.init_process_group('scaletrain', store=dist.HashStore(), rank=0, world_size=1)\n"
         "print(type(dist.group.WORLD).__module__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.splitlines() == [
         "['scaletrain.engine', 'scaletrain.engine.backend']",
         "scaletrain.engine.process_group",

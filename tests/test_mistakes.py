@@ -19,7 +19,9 @@ def mistake(folder: Path, *arguments: str | Path) -> str:
     command = [sys.executable, "-m", "scaletrain.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder)
     assert done.returncode == 2, (done.stdout, done.stderr)
-    assert done.stderr.startswith("scaletrain: error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("scaletrain: error: ") and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
     assert not (folder / "runs").exists()
     return done.stderr
 
@@ -34,15 +36,33 @@ def mistake(folder: Path, *arguments: str | Path) -> str:
         (["train", DIGITS, "--resume"], "which run?"),
         (["train", DIGITS, "--resume", "--run-dir", "nowhere"], "there is no run in nowhere"),
         (["launch", "-n", "2", "--", "nowhere.py"], "nowhere.py: there is no such file"),
-        (["launch", "--run-dir", f"{DIGITS}/run", "--", "true"], f"--run-dir {DIGITS}/run: Not a directory"),
-        (["draw", "tree", "--svg", "nowhere/x.svg"], "--svg nowhere/x.svg: No such file or directory"),
+        (
+            ["launch", "--run-dir", f"{DIGITS}/run", "--", "true"],
+            f"--run-dir {DIGITS}/run: Not a directory",
+        ),
+        (
+            ["draw", "tree", "--svg", "nowhere/x.svg"],
+            "--svg nowhere/x.svg: No such file or directory",
+        ),
         (["draw", "tree", f"--svg={DIGITS}/x.svg"], f"--svg {DIGITS}/x.svg: Not a directory"),
         ([*SIMULATE, "--out", f"{DIGITS}/plots"], f"--out {DIGITS}/plots: Not a directory"),
-        (["bench", "scaling", DIGITS, "--out", f"{DIGITS}/sweep"], f"--out {DIGITS}/sweep: Not a directory"),
+        (
+            ["bench", "scaling", DIGITS, "--out", f"{DIGITS}/sweep"],
+            f"--out {DIGITS}/sweep: Not a directory",
+        ),
         (["bench", "scaling", DIGITS, "--baseline", DIGITS], f"--baseline {DIGITS}: not JSON"),
-        (["train", DIGITS, "--dry-run", "--set", "optimizer.lr=fast"], "optimizer.lr: 'fast' is not allowed"),
-        (["train", DIGITS, "--exchange", "parameter_server:asink"], "'asink' is not allowed; did you mean 'async'?"),
-        ([*REHEARSE, "--set", "launcher.bandwidth=fast"], "launcher.bandwidth: 'fast' is not a rate"),
+        (
+            ["train", DIGITS, "--dry-run", "--set", "optimizer.lr=fast"],
+            "optimizer.lr: 'fast' is not allowed",
+        ),
+        (
+            ["train", DIGITS, "--exchange", "parameter_server:asink"],
+            "'asink' is not allowed; did you mean 'async'?",
+        ),
+        (
+            [*REHEARSE, "--set", "launcher.bandwidth=fast"],
+            "launcher.bandwidth: 'fast' is not a rate",
+        ),
         ([*REHEARSE, "--set", "launcher.loss=2.0"], "launcher.loss: 2.0 is not allowed"),
         (
             [*REHEARSE, "--set", "launcher.faults=[{at_step: 1, slow: 0, bandwidth: x}]"],
@@ -57,7 +77,10 @@ def test_what_is_typed(tmp_path: Path, arguments: list[str], told: str):
 def test_a_key_given_twice(tmp_path: Path):
     job = tmp_path / "job.yaml"
     job.write_text("model: mlp\ndata: digits\nbatch_size: 96\nbatch_size: 48\n")
-    assert "job.yaml:4" in (told := mistake(tmp_path, "train", job)) and "batch_size is given twice" in told
+    assert (
+        "job.yaml:4" in (told := mistake(tmp_path, "train", job))
+        and "batch_size is given twice" in told
+    )
 
 
 def test_a_report_is_no_calibration(tmp_path: Path):
@@ -68,7 +91,11 @@ def test_a_report_is_no_calibration(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("header", "told"),
-    [({}, "not a scaling report"), ({"mode": "weak"}, "of weak scaling"), ({"mode": "strong"}, "no cell in common")],
+    [
+        ({}, "not a scaling report"),
+        ({"mode": "weak"}, "of weak scaling"),
+        ({"mode": "strong"}, "no cell in common"),
+    ],
 )
 def test_a_baseline_that_cannot_be_compared_is_told_before_anything_is_measured(
     tmp_path: Path, header: dict, told: str
@@ -78,9 +105,25 @@ def test_a_baseline_that_cannot_be_compared_is_told_before_anything_is_measured(
 
 
 def test_a_baseline_that_fits_is_no_mistake(tmp_path: Path):
-    row = {"config": "digits", "exchange": "native", "workers": 2, "batch_size": 96, "variant": {}, "runs": [{}]}
+    row = {
+        "config": "digits",
+        "exchange": "native",
+        "workers": 2,
+        "batch_size": 96,
+        "variant": {},
+        "runs": [{}],
+    }
     (tmp_path / "report.json").write_text(json.dumps({"header": {"mode": "strong"}, "rows": [row]}))
-    told = mistake(tmp_path, "bench", "scaling", DIGITS, "--baseline", "report.json", "--out", f"{DIGITS}/sweep")
+    told = mistake(
+        tmp_path,
+        "bench",
+        "scaling",
+        DIGITS,
+        "--baseline",
+        "report.json",
+        "--out",
+        f"{DIGITS}/sweep",
+    )
     assert "baseline" not in told and "Not a directory" in told
 
 
@@ -97,5 +140,9 @@ def test_worker_counts_that_cannot_share_the_batch_are_told(tmp_path: Path):
         "--sample-ms",
         "5",
     ]
-    done = subprocess.run([*command, "--workers", "8,4096"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert done.returncode == 0 and "left out: 4096 workers cannot share a batch of 64" in done.stdout
+    done = subprocess.run(
+        [*command, "--workers", "8,4096"], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert (
+        done.returncode == 0 and "left out: 4096 workers cannot share a batch of 64" in done.stdout
+    )

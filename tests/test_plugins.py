@@ -24,11 +24,15 @@ def test_options_have_types_and_literal_defaults(kind: str, name: str):
     schema = plugins.options(kind, name)
     assert schema is not None
     for key, field in schema.model_fields.items():
-        assert field.default != plugins.COMPUTED, f"{kind} {name}: the default of {key} is not a literal"
+        assert field.default != plugins.COMPUTED, (
+            f"{kind} {name}: the default of {key} is not a literal"
+        )
 
 
 def test_a_persons_module_is_found_beside_the_config(tmp_path: Path):
-    (tmp_path / "mine.py").write_text("def net(*, hidden: int = 4, scale=2 * 3):\n    return hidden, scale\n")
+    (tmp_path / "mine.py").write_text(
+        "def net(*, hidden: int = 4, scale=2 * 3):\n    return hidden, scale\n"
+    )
     tree = {
         "model": {"name": "mine:net", "hidden": "8"},
         "data": "digits",
@@ -37,7 +41,9 @@ def test_a_persons_module_is_found_beside_the_config(tmp_path: Path):
         "source": str(tmp_path / "c.yaml"),
     }
     run = config.check(tree)
-    assert run.model.options == {"hidden": 8}, "checked by its signature; a computed default is left to Python"
+    assert run.model.options == {"hidden": 8}, (
+        "checked by its signature; a computed default is left to Python"
+    )
     assert run.load("model")(**run.model.options) == (8, 6)
     tree["model"] = {"name": "mine:net", "hiden": 8}
     with pytest.raises(UserError, match="did you mean 'hidden'"):
@@ -53,14 +59,24 @@ def test_a_module_that_is_not_there(tmp_path: Path):
 
 
 def test_a_function_that_is_not_there_is_told_without_importing(tmp_path: Path):
-    (tmp_path / "mine4.py").write_text("from torch import nn\nNet = nn.Linear\ndef network(*, hidden: int = 4): ...\n")
-    job = {"model": "mine4:nettwork", "data": "digits", "batch_size": 8, "steps": 1, "source": str(tmp_path / "c.yaml")}
+    (tmp_path / "mine4.py").write_text(
+        "from torch import nn\nNet = nn.Linear\ndef network(*, hidden: int = 4): ...\n"
+    )
+    job = {
+        "model": "mine4:nettwork",
+        "data": "digits",
+        "batch_size": 8,
+        "steps": 1,
+        "source": str(tmp_path / "c.yaml"),
+    }
     with pytest.raises(UserError, match=r"model: .*mine4\.py.*did you mean 'network'"):
         config.check(job)
     with pytest.raises(UserError, match=r"loss: .*mine4\.py.*did you mean 'network'"):
         config.check(job | {"model": "mlp", "loss": "mine4:netwrk"})
     for name in ("mine4:Net", "mine4:nn"):
-        assert config.check(job | {"model": name}).model.name == name, "bound: whether it can be called is seen later"
+        assert config.check(job | {"model": name}).model.name == name, (
+            "bound: whether it can be called is seen later"
+        )
 
 
 def test_an_import_error_inside_a_persons_module_is_theirs_to_see(tmp_path: Path):
@@ -71,7 +87,9 @@ def test_an_import_error_inside_a_persons_module_is_theirs_to_see(tmp_path: Path
 
 def test_a_broken_file_is_named_and_leaves_other_verbs_alone(tmp_path: Path):
     shutil.copytree(
-        Path(plugins.__file__).parent, tmp_path / "scaletrain", ignore=shutil.ignore_patterns("__pycache__")
+        Path(plugins.__file__).parent,
+        tmp_path / "scaletrain",
+        ignore=shutil.ignore_patterns("__pycache__"),
     )
     broken = tmp_path / "scaletrain" / "bench" / "mine.py"
     broken.write_text('"""Mine."""\ndef command(:\n', encoding="utf-8")

@@ -26,7 +26,11 @@ main()
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", REFUSE, *arguments], capture_output=True, text=True, timeout=60, cwd=ROOT
+        [sys.executable, "-c", REFUSE, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
     )
 
 

@@ -69,7 +69,10 @@ def test_each_launcher(env: dict[str, str], world: World):
     ("env", "evidence"),
     [
         # left in the shell by an earlier job: without the check, each of the 8 workers would train alone
-        (OPENMPI | {"RANK": "0", "WORLD_SIZE": "1"}, ["RANK=0 WORLD_SIZE=1", "OMPI_COMM_WORLD_RANK=5"]),
+        (
+            OPENMPI | {"RANK": "0", "WORLD_SIZE": "1"},
+            ["RANK=0 WORLD_SIZE=1", "OMPI_COMM_WORLD_RANK=5"],
+        ),
         (SRUN | {"RANK": "0", "WORLD_SIZE": "8"}, ["RANK=0 WORLD_SIZE=8", "SLURM_PROCID=5"]),
         (MPICH | {"RANK": "6", "WORLD_SIZE": "8"}, ["PMI_RANK=5", "RANK=6"]),
         # torchrun in every one of 8 tasks of 2 nodes: 64 processes where 8 were meant
@@ -81,7 +84,10 @@ def test_each_launcher(env: dict[str, str], world: World):
         ({"RANK": "one", "WORLD_SIZE": "2"}, ["RANK='one'"]),
         (TORCHRUN | {"LOCAL_RANK": "4"}, ["LOCAL_RANK=4", "LOCAL_WORLD_SIZE=4"]),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(y2)"}, ["4(y2)"]),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "8"}, ["SLURM_STEP_TASKS_PER_NODE=8", "SLURM_NODEID=1"]),
+        (
+            SRUN | {"SLURM_STEP_TASKS_PER_NODE": "8"},
+            ["SLURM_STEP_TASKS_PER_NODE=8", "SLURM_NODEID=1"],
+        ),
         ({"SCALETRAIN_LAUNCHER": "openmpy"}, ["openmpy", "did you mean 'openmpi'"]),
         ({"SCALETRAIN_LAUNCHER": "slurm"}, ["SLURM_PROCID"]),
     ],

@@ -29,7 +29,9 @@ def main(folder: Path) -> None:
         for _ in range(2):
             tensor.copy_((torch.arange(count) % 251 + hvd.rank()).float())
             allreduce()
-            wrong += int((tensor != size * (torch.arange(count) % 251) + size * (size - 1) // 2).sum())
+            wrong += int(
+                (tensor != size * (torch.arange(count) % 251) + size * (size - 1) // 2).sum()
+            )
         tensor.zero_()
         began = time.perf_counter()
         allreduce()
@@ -41,7 +43,12 @@ def main(folder: Path) -> None:
             allreduce()
             times.append(time.perf_counter() - began)
         results.append(
-            {"contender": f"horovod {horovod.__version__}", "size_bytes": num_bytes, "times_s": times, "wrong": wrong}
+            {
+                "contender": f"horovod {horovod.__version__}",
+                "size_bytes": num_bytes,
+                "times_s": times,
+                "wrong": wrong,
+            }
         )
     folder.joinpath(f"{hvd.rank()}.json").write_text(json.dumps(results), encoding="utf-8")
 

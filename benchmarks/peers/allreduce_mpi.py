@@ -17,7 +17,11 @@ def main(folder: Path) -> None:
     if task["bind"] and len(cores) >= comm.size:  # else mpirun has bound it, or there are too few
         os.sched_setaffinity(0, {cores[comm.rank]})
     library = " ".join(MPI.Get_library_version().split()[:3]).replace("Version:", "").strip(" ,v")
-    name = "MPICH " + MPI.Get_library_version().split()[2] if "MPICH" in library else library.split(",")[0]
+    name = (
+        "MPICH " + MPI.Get_library_version().split()[2]
+        if "MPICH" in library
+        else library.split(",")[0]
+    )
     results = []
     for num_bytes in task["sizes"]:
         count = max(1, num_bytes // 4)
@@ -26,7 +30,11 @@ def main(folder: Path) -> None:
         for _ in range(2):
             array[:] = np.arange(count) % 251 + comm.rank
             comm.Allreduce(MPI.IN_PLACE, array, MPI.SUM)
-            wrong += int((array != comm.size * (np.arange(count) % 251) + comm.size * (comm.size - 1) // 2).sum())
+            wrong += int(
+                (
+                    array != comm.size * (np.arange(count) % 251) + comm.size * (comm.size - 1) // 2
+                ).sum()
+            )
         array[:] = 0
         comm.Barrier()
         began = time.perf_counter()
@@ -38,7 +46,9 @@ def main(folder: Path) -> None:
             began = time.perf_counter()
             comm.Allreduce(MPI.IN_PLACE, array, MPI.SUM)
             times.append(time.perf_counter() - began)
-        results.append({"contender": f"mpi: {name}", "size_bytes": num_bytes, "times_s": times, "wrong": wrong})
+        results.append(
+            {"contender": f"mpi: {name}", "size_bytes": num_bytes, "times_s": times, "wrong": wrong}
+        )
     folder.joinpath(f"{comm.rank}.json").write_text(json.dumps(results), encoding="utf-8")
 
 

@@ -26,13 +26,20 @@ def idle_s() -> float:
 
 
 WARMUP = 2  # the first one connects; in the second, buffers still grow
-out, num_bytes, repeats, names = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split(",")
+out, num_bytes, repeats, names = (
+    sys.argv[1],
+    int(sys.argv[2]),
+    int(sys.argv[3]),
+    sys.argv[4].split(","),
+)
 dist.init_process_group("gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
 tensor = torch.zeros(num_bytes // 4)
 measured, busy = {}, {}
 for name in names:
-    group = dist.new_group(backend="scaletrain", pg_options=Options(collective=name, transport="gloo"))
+    group = dist.new_group(
+        backend="scaletrain", pg_options=Options(collective=name, transport="gloo")
+    )
     seconds, worked = [], []
     for repeat in range(WARMUP + repeats):
         tensor.fill_(rank + 1.0)
@@ -40,7 +47,9 @@ for name in names:
         began, idle = time.monotonic(), idle_s()
         dist.all_reduce(tensor, group=group)
         took = torch.tensor([time.monotonic() - began])
-        dist.all_reduce(took, op=dist.ReduceOp.MAX)  # an exchange has ended when it has ended everywhere
+        dist.all_reduce(
+            took, op=dist.ReduceOp.MAX
+        )  # an exchange has ended when it has ended everywhere
         busy_s = CORES * (time.monotonic() - began) - (idle_s() - idle)
         wrong = (tensor != size * (size + 1) / 2).nonzero().flatten()
         assert not len(wrong), f"{name}: {len(wrong)} wrong sums, {tensor[wrong[0]]} at {wrong[0]}"
@@ -51,5 +60,7 @@ for name in names:
     dist.barrier()
 if rank == 0:
     with open(out, "w", encoding="utf-8") as file:
-        json.dump({"workers": size, "num_bytes": num_bytes, "seconds": measured, "busy_s": busy}, file)
+        json.dump(
+            {"workers": size, "num_bytes": num_bytes, "seconds": measured, "busy_s": busy}, file
+        )
 dist.destroy_process_group()

@@ -6,7 +6,9 @@ from torch.utils.data import TensorDataset
 
 
 def network(*, hidden: int = 32) -> nn.Module:
-    return nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 3))
+    return nn.Sequential(
+        nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 3)
+    )
 
 
 def dataset(*, samples: int = 1500, noise: float = 0.1) -> tuple[TensorDataset, TensorDataset]:

@@ -50,7 +50,9 @@ def _sizes(context: click.Context, parameter: click.Parameter, text: str) -> tup
             for word in text.split(",")
         )
     except (ValueError, KeyError):
-        raise click.BadParameter(f"{text!r}: expected sizes with commas, such as 4K,1M,25M") from None
+        raise click.BadParameter(
+            f"{text!r}: expected sizes with commas, such as 4K,1M,25M"
+        ) from None
 
 
 def _list(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
@@ -58,7 +60,9 @@ def _list(context: click.Context, parameter: click.Parameter, text: str) -> tupl
 
 
 @click.command("collectives")
-@click.option("--workers", default="2", show_default=True, callback=_list, help="Worker counts, such as 2,4.")
+@click.option(
+    "--workers", default="2", show_default=True, callback=_list, help="Worker counts, such as 2,4."
+)
 @click.option(
     "--algorithms",
     default="auto",
@@ -66,9 +70,15 @@ def _list(context: click.Context, parameter: click.Parameter, text: str) -> tupl
     callback=_list,
     help="auto, native, all, or names (`scaletrain list`), with options if need be: pipelined_tree:segments=8.",
 )
-@click.option("--transports", default="auto", show_default=True, callback=_list, help="auto, or names.")
 @click.option(
-    "--sizes", default="4K,64K,1M,25M", show_default=True, callback=_sizes, help="Message sizes in bytes; float32."
+    "--transports", default="auto", show_default=True, callback=_list, help="auto, or names."
+)
+@click.option(
+    "--sizes",
+    default="4K,64K,1M,25M",
+    show_default=True,
+    callback=_sizes,
+    help="Message sizes in bytes; float32.",
 )
 @click.option(
     "--peers",
@@ -78,10 +88,18 @@ def _list(context: click.Context, parameter: click.Parameter, text: str) -> tupl
     help="gloo, mpi, horovod; gloo, nccl with --device cuda; empty for none.",
 )
 @click.option(
-    "--repeats", default=3, show_default=True, type=click.IntRange(1), help="Rounds over all contenders, interleaved."
+    "--repeats",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Rounds over all contenders, interleaved.",
 )
 @click.option(
-    "--seconds", default=0.3, show_default=True, type=float, help="Time for one contender at one size in one round."
+    "--seconds",
+    default=0.3,
+    show_default=True,
+    type=float,
+    help="Time for one contender at one size in one round.",
 )
 @click.option(
     "--bind/--no-bind",
@@ -96,7 +114,10 @@ def _list(context: click.Context, parameter: click.Parameter, text: str) -> tupl
     type=click.Choice(["cpu", "cuda"]),
     help="Where the tensors are. Workers take the GPUs in turn, and share them where there are fewer.",
 )
-@click.option("--bandwidth", help="Emulate hosts: one a worker, links of this rate (such as 1Gbit), by `rehearsal`.")
+@click.option(
+    "--bandwidth",
+    help="Emulate hosts: one a worker, links of this rate (such as 1Gbit), by `rehearsal`.",
+)
 @click.option(
     "--mpi-python",
     multiple=True,
@@ -140,7 +161,9 @@ def command(
             raise unknown("--transports", name, ["auto", *plugins.names("transport")])
     counts = [int(word) for word in workers if word.isdigit() and int(word) > 0]
     if len(counts) < len(workers):
-        raise UserError(f"--workers: {','.join(workers)!r}: expected numbers with commas, such as 2,4")
+        raise UserError(
+            f"--workers: {','.join(workers)!r}: expected numbers with commas, such as 2,4"
+        )
     ours = [f"{transport}:{name}" for transport in transports for name in algorithms]
     header = {
         **metrics.environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "repeats": repeats,
@@ -155,11 +178,15 @@ def command(
             for name, run in _worlds(ours, peers, mpi_python, horovod_python, bandwidth):
                 click.echo(f"{count} workers, round {repeat + 1} of {repeats}: {name}", err=True)
                 try:
-                    results = run({"sizes": sizes, "seconds": seconds, "bind": bind, "device": device}, count)
+                    results = run(
+                        {"sizes": sizes, "seconds": seconds, "bind": bind, "device": device}, count
+                    )
                 except (RuntimeError, UserError) as error:
                     notes.append(f"{name}, {count} workers: {error}")
                     continue
-                header["devices"] = sorted({*header["devices"], *(result.get("device", "cpu") for result in results)})
+                header["devices"] = sorted(
+                    {*header["devices"], *(result.get("device", "cpu") for result in results)}
+                )
                 for result in results:
                     found.setdefault((result["contender"], result["size_bytes"]), []).append(result)
         rows += _rows(found, count, bandwidth)
@@ -170,7 +197,8 @@ def command(
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         metrics.write_json(
-            out.with_suffix(".json"), {"header": header, "notes": notes, "rows": [row._asdict() for row in rows]}
+            out.with_suffix(".json"),
+            {"header": header, "notes": notes, "rows": [row._asdict() for row in rows]},
         )
         pages.write(out.with_suffix(".md"), text)  # what people wrote on that page stays
     if wrong := sorted({row.contender for row in rows if row.wrong}):
@@ -178,7 +206,11 @@ def command(
 
 
 def _worlds(
-    ours: list[str], peers: Sequence[str], mpi: Sequence[str], horovod: str | None, bandwidth: str | None
+    ours: list[str],
+    peers: Sequence[str],
+    mpi: Sequence[str],
+    horovod: str | None,
+    bandwidth: str | None,
 ) -> list[tuple[str, Any]]:
     """What is started in a round: (name, function(task, count) -> results). One world of torch runs ours and gloo (or nccl)."""
     contenders = [*ours, *(peer for peer in peers if peer in ("gloo", "nccl"))]
@@ -186,7 +218,9 @@ def _worlds(
         ("torch", lambda task, count: _torch({**task, "contenders": contenders}, count, bandwidth))
     ]
     if bandwidth and {"mpi", "horovod"} & set(peers):
-        raise UserError("--peers: mpi and horovod are measured on one host only (leave out --bandwidth)")
+        raise UserError(
+            "--peers: mpi and horovod are measured on one host only (leave out --bandwidth)"
+        )
     if "mpi" in peers:
         worlds += [
             (f"mpi {p}", lambda task, count, p=p: _mpi(p, "allreduce_mpi.py", task, count))
@@ -194,7 +228,12 @@ def _worlds(
         ]
     if "horovod" in peers:
         python = horovod or sys.executable
-        worlds.append((f"horovod {python}", lambda task, count: _mpi(python, "allreduce_horovod.py", task, count)))
+        worlds.append(
+            (
+                f"horovod {python}",
+                lambda task, count: _mpi(python, "allreduce_horovod.py", task, count),
+            )
+        )
     return worlds
 
 
@@ -203,16 +242,24 @@ def _torch(task: dict[str, Any], count: int, bandwidth: str | None) -> list[dict
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scaletrain-bench-")))
         folder.joinpath("task.json").write_text(json.dumps(task), encoding="utf-8")
         argv = [sys.executable, "-m", "scaletrain.bench.collectives_rank", str(folder)]
-        variables = [{"RANK": str(r), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"} for r in range(count)]
+        variables = [
+            {"RANK": str(r), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"} for r in range(count)
+        ]
         if bandwidth:
             from scaletrain.launching.rehearsal.cluster import Cluster
 
             cluster = stack.enter_context(Cluster(count, bandwidth=bandwidth))
             with open(folder / "log", "wb") as log:
-                running = [cluster.start(r, argv, v, stdout=log, stderr=log) for r, v in enumerate(variables)]
+                running = [
+                    cluster.start(r, argv, v, stdout=log, stderr=log)
+                    for r, v in enumerate(variables)
+                ]
         else:
             with open(folder / "log", "wb") as log:
-                running = [subprocess.Popen(argv, env=os.environ | v, stdout=log, stderr=log) for v in variables]
+                running = [
+                    subprocess.Popen(argv, env=os.environ | v, stdout=log, stderr=log)
+                    for v in variables
+                ]
         try:
             codes = [process.wait(timeout=900) for process in running]
         except subprocess.TimeoutExpired:
@@ -221,8 +268,15 @@ def _torch(task: dict[str, Any], count: int, bandwidth: str | None) -> list[dict
             for process in running:
                 process.kill()
         if any(codes):
-            raise RuntimeError(_last_line((folder / "log").read_text(encoding="utf-8", errors="replace")))
-        return _merge([json.loads(folder.joinpath(f"{r}.json").read_text(encoding="utf-8")) for r in range(count)])
+            raise RuntimeError(
+                _last_line((folder / "log").read_text(encoding="utf-8", errors="replace"))
+            )
+        return _merge(
+            [
+                json.loads(folder.joinpath(f"{r}.json").read_text(encoding="utf-8"))
+                for r in range(count)
+            ]
+        )
 
 
 def _mpi(python: str, script: str, task: dict[str, Any], count: int) -> list[dict[str, Any]]:
@@ -235,19 +289,38 @@ def _mpi(python: str, script: str, task: dict[str, Any], count: int) -> list[dic
         Path(folder, "task.json").write_text(json.dumps(task), encoding="utf-8")
         mpirun = str(beside) if beside.exists() else "mpirun"
         try:
-            version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=20).stdout
+            version = subprocess.run(
+                [mpirun, "--version"], capture_output=True, text=True, timeout=20
+            ).stdout
         except OSError:
             raise UserError(f"no mpirun beside {python} nor on the path") from None
-        allow = {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
+        allow = {
+            f"{name}_ALLOW_RUN_AS_ROOT{end}": "1"
+            for name in ("OMPI", "PRTE")
+            for end in ("", "_CONFIRM")
+        }
         argv = [
             mpirun,
-            *(["--oversubscribe"] if "Open MPI" in version or "Open-MPI" in version or "PRRTE" in version else []),
+            *(
+                ["--oversubscribe"]
+                if "Open MPI" in version or "Open-MPI" in version or "PRRTE" in version
+                else []
+            ),
         ]
         argv += ["-n", str(count), python, str(path), folder]
-        done = subprocess.run(argv, env=os.environ | allow, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            argv, env=os.environ | allow, capture_output=True, text=True, timeout=600
+        )
         if done.returncode:
-            raise RuntimeError(_last_line(done.stderr or done.stdout or f"exit status {done.returncode}"))
-        return _merge([json.loads(Path(folder, f"{r}.json").read_text(encoding="utf-8")) for r in range(count)])
+            raise RuntimeError(
+                _last_line(done.stderr or done.stdout or f"exit status {done.returncode}")
+            )
+        return _merge(
+            [
+                json.loads(Path(folder, f"{r}.json").read_text(encoding="utf-8"))
+                for r in range(count)
+            ]
+        )
 
 
 def _merge(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -259,9 +332,13 @@ def _merge(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return merged
 
 
-def _rows(found: dict[tuple[str, int], list[dict[str, Any]]], workers: int, bandwidth: str | None) -> list[Row]:
+def _rows(
+    found: dict[tuple[str, int], list[dict[str, Any]]], workers: int, bandwidth: str | None
+) -> list[Row]:
     rows = []
-    for (contender, size), results in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
+    for (contender, size), results in sorted(
+        found.items(), key=lambda item: (item[0][1], item[0][0])
+    ):
         times = sorted(t for result in results for t in result["times_s"])
         p50 = times[len(times) // 2]
         algbw = size / p50
@@ -287,7 +364,11 @@ def _bound(
 
         text = contender.partition(":")[2]
         # What has no schedule of its own, such as gloo, is held to the least that any allreduce moves through a port.
-        name, options = ("ring", {}) if text in ("", "auto", "native") else config.plugin_spec("collective", text, "")
+        name, options = (
+            ("ring", {})
+            if text in ("", "auto", "native")
+            else config.plugin_spec("collective", text, "")
+        )
         return predict(name, workers, size, Network(0.0, bits_per_s(bandwidth) / 8), **options)
     speeds = [result["copy_bytes_per_s"] for result in results if result.get("copy_bytes_per_s")]
     return 2 * (workers - 1) / workers * size / max(speeds) if speeds else None
@@ -297,7 +378,11 @@ def table(rows: Sequence[Row], header: dict[str, Any], notes: Sequence[str]) -> 
     """Markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v)
     many = sorted({r.workers for r in rows if r.workers > header["cores"]})
-    crowded = f"OVERSUBSCRIBED: {', '.join(map(str, many))} workers on {header['cores']} cores. " if many else ""
+    crowded = (
+        f"OVERSUBSCRIBED: {', '.join(map(str, many))} workers on {header['cores']} cores. "
+        if many
+        else ""
+    )
     lines = [
         f"# Allreduce, {header['network']}", "",
         f"{header['processor']}, {header['cores']} cores, {header['os']}; tensors on {', '.join(header['devices'])}; "
@@ -309,7 +394,9 @@ def table(rows: Sequence[Row], header: dict[str, Any], notes: Sequence[str]) -> 
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for r in rows:
-        times = " | ".join(f"{1e3 * t:.3f}" for t in (r.time_s_p50, r.time_s_p95, r.time_s_min, r.time_s_max))
+        times = " | ".join(
+            f"{1e3 * t:.3f}" for t in (r.time_s_p50, r.time_s_p95, r.time_s_min, r.time_s_max)
+        )
         bound = f"{1e3 * r.bound_s:.3f} | {r.time_s_p50 / r.bound_s:.2f}" if r.bound_s else "- | -"
         lines.append(
             f"| {r.workers} | {_size(r.size_bytes)} | {r.count} | {r.dtype} | {r.contender} | {r.ran or '-'} | {times} "

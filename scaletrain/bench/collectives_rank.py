@@ -34,7 +34,9 @@ def main(folder: Path) -> None:
         device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         if "nccl" in task["contenders"] and torch.cuda.device_count() < size:
-            raise RuntimeError(f"NCCL refuses workers that share a GPU, and there is not one for each of {size}")
+            raise RuntimeError(
+                f"NCCL refuses workers that share a GPU, and there is not one for each of {size}"
+            )
     groups: dict[str, Any] = {}
     for name in task["contenders"]:
         if name in ("gloo", "nccl"):
@@ -63,9 +65,13 @@ def main(folder: Path) -> None:
             copy, ran = None, ""
             if name not in ("gloo", "nccl"):
                 [choice] = group.record(tensor.nbytes)["chosen"].values()
-                ran = choice["collective"] + (f" in {choice['segments']} parts" if choice["segments"] > 1 else "")
+                ran = choice["collective"] + (
+                    f" in {choice['segments']} parts" if choice["segments"] > 1 else ""
+                )
                 source = torch.empty_like(tensor)
-                copies = measure(lambda s=source, t=tensor: finish(t.copy_(s)), dist.barrier, 0.05, _agree(size))
+                copies = measure(
+                    lambda s=source, t=tensor: finish(t.copy_(s)), dist.barrier, 0.05, _agree(size)
+                )
                 copy = num_bytes / sorted(copies)[len(copies) // 2]
             result = {"contender": name, "size_bytes": num_bytes, "times_s": times, "wrong": wrong}
             kind = torch.cuda.get_device_name(device) if tensor.is_cuda else "cpu"
@@ -96,7 +102,10 @@ def _agree(size: int) -> Callable[[float], float]:
 
 
 def measure(
-    run: Callable[[], Any], barrier: Callable[[], Any], seconds: float, largest: Callable[[float], float]
+    run: Callable[[], Any],
+    barrier: Callable[[], Any],
+    seconds: float,
+    largest: Callable[[float], float],
 ) -> list[float]:
     """Times of single runs, as many as fit (3 to 400) into ``seconds``, the same number on every rank (collective)."""
     barrier()

@@ -19,11 +19,19 @@ def _counts(context: click.Context, parameter: click.Parameter, text: str) -> tu
     try:
         return tuple(sorted({int(word) for word in text.split(",")} - {1}))
     except ValueError:
-        raise click.BadParameter(f"{text!r}: expected numbers with commas, such as 2,4,8,16") from None
+        raise click.BadParameter(
+            f"{text!r}: expected numbers with commas, such as 2,4,8,16"
+        ) from None
 
 
 @click.command("firecaffe")
-@click.option("--hosts", default="2,4,8,16", show_default=True, callback=_counts, help="Emulated hosts, beside one.")
+@click.option(
+    "--hosts",
+    default="2,4,8,16",
+    show_default=True,
+    callback=_counts,
+    help="Emulated hosts, beside one.",
+)
 @results.options("firecaffe", "firecaffe.md, .json, .html and the drawings")
 def command(hosts: tuple[int, ...], data: Path, out: Path, no_measure: bool) -> None:
     """Strong scaling of NiN's and GoogLeNet's shapes on 1 to 16 emulated hosts, and the time of their exchanges alone.
@@ -39,7 +47,9 @@ def command(hosts: tuple[int, ...], data: Path, out: Path, no_measure: bool) -> 
         _measure(data, hosts)
     swept = [path for path in (data / "one", data / "many") if (path / "sweep.json").exists()]
     if not swept:
-        raise UserError(f"--data {data}: nothing was measured there (allowed: leave --no-measure out)")
+        raise UserError(
+            f"--data {data}: nothing was measured there (allowed: leave --no-measure out)"
+        )
     made = report.of_sweep(*swept)
     made["header"].pop("argv", None)
     exchanges = [row for count in hosts for row in _exchange_rows(data / f"exchanges-{count}.json")]
@@ -97,11 +107,17 @@ def _markdown(made: Mapping[str, Any], exchanges: Sequence[Mapping[str, Any]]) -
         " server its port, overlapping nothing. Steps after the third count, one run each: no interval.", "",
         "| model | exchange | hosts | step s | speed-up | efficiency | predicted speed-up | MB sent by a worker |", "|---" * 8 + "|",
     ]  # fmt: skip
-    singles = {r["config"]: r["step_s_mean"] for r in made["rows"] if r["workers"] == 1 and r["runs"]}
-    for row in sorted(made["rows"], key=lambda r: (r["config"] != "nin", r["exchange"], r["workers"])):
+    singles = {
+        r["config"]: r["step_s_mean"] for r in made["rows"] if r["workers"] == 1 and r["runs"]
+    }
+    for row in sorted(
+        made["rows"], key=lambda r: (r["config"] != "nin", r["exchange"], r["workers"])
+    ):
         name = f"| {row['config']} | {row['exchange']} | {row['workers']} |"
         if not row["runs"]:
-            lines.append(f"{name} {'failed: ' + row['failures'][0] if row['failures'] else 'not measured'} | | | | |")
+            lines.append(
+                f"{name} {'failed: ' + row['failures'][0] if row['failures'] else 'not measured'} | | | | |"
+            )
             continue
         if row["workers"] == 1 or row["config"] not in singles:
             lines.append(

@@ -11,15 +11,34 @@ import click
 
 @click.command("model")
 @click.argument("path", metavar="CONFIG", type=click.Path(path_type=Path))
-@click.option("--batch", type=click.IntRange(min=1), help="Samples a pass [default: the config's batch_size].")
 @click.option(
-    "--passes", type=click.IntRange(min=1), default=50, show_default=True, help="Timed passes, after one warm-up."
+    "--batch", type=click.IntRange(min=1), help="Samples a pass [default: the config's batch_size]."
+)
+@click.option(
+    "--passes",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="Timed passes, after one warm-up.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Compute threads [default: torch's].")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a key of the config; repeatable.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the figures as JSON.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key of the config; repeatable.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the figures as JSON."
+)
 def command(
-    path: Path, batch: int | None, passes: int, threads: int | None, settings: tuple[str, ...], out: Path | None
+    path: Path,
+    batch: int | None,
+    passes: int,
+    threads: int | None,
+    settings: tuple[str, ...],
+    out: Path | None,
 ) -> None:
     """Time the model of CONFIG layer by layer, on one worker."""
     import torch
@@ -37,19 +56,24 @@ def command(
     if threads:
         torch.set_num_threads(threads)
     device = torch.device(
-        "cuda" if run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available()) else "cpu"
+        "cuda"
+        if run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available())
+        else "cpu"
     )
     workload = build(run, device)
     batch = batch or run.batch_size
     pairs = [workload.train[i % len(workload.train)] for i in range(batch)]  # type: ignore[arg-type]
-    inputs, targets = (torch.stack([torch.as_tensor(pair[i]) for pair in pairs]).to(device) for i in (0, 1))
+    inputs, targets = (
+        torch.stack([torch.as_tensor(pair[i]) for pair in pairs]).to(device) for i in (0, 1)
+    )
     measured = time_layers(workload.model, workload.loss, inputs, targets, passes)
     _show(measured, batch, passes, str(device))
     if out:
         write_json(
             out,
             {
-                "header": environment() | {"config": path.read_text("utf-8"), "batch": batch, "passes": passes},
+                "header": environment()
+                | {"config": path.read_text("utf-8"), "batch": batch, "passes": passes},
                 **measured,
             },
         )
@@ -75,7 +99,9 @@ def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -
 
     def timed(module: Any) -> bool:
         """Layers without layers of their own, and those that have weights beside them."""
-        return not any(module.children()) or any(p.requires_grad for p in module.parameters(recurse=False))
+        return not any(module.children()) or any(
+            p.requires_grad for p in module.parameters(recurse=False)
+        )
 
     leaves = {name or "(model)": module for name, module in model.named_modules() if timed(module)}
     forward, backward = dict.fromkeys(leaves, 0.0), dict.fromkeys(leaves, 0.0)
@@ -91,7 +117,9 @@ def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -
         def after(module: Any, args: Any, output: Any) -> None:
             forward[name] += now() - began[name]
             outputs = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
-            activations[name] += sum(value.numel() for value in outputs)  # a layer may be used more than once
+            activations[name] += sum(
+                value.numel() for value in outputs
+            )  # a layer may be used more than once
             sizes[name] += sum(value.numel() * value.element_size() for value in outputs)
             for value in [value for value in outputs if value.requires_grad][:1]:
                 value.register_hook(arrived)
@@ -108,7 +136,9 @@ def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -
         handles.append(module.register_forward_hook(after))
         handles.append(module.register_full_backward_hook(left))
         handles.extend(
-            p.register_post_accumulate_grad_hook(left) for p in module.parameters(recurse=False) if p.requires_grad
+            p.register_post_accumulate_grad_hook(left)
+            for p in module.parameters(recurse=False)
+            if p.requires_grad
         )
 
     latest: dict[str, float] = {}
@@ -141,7 +171,11 @@ def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -
     layers = []
     for name, module in leaves.items():
         parameters = sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
-        size = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False) if p.requires_grad)
+        size = sum(
+            p.numel() * p.element_size()
+            for p in module.parameters(recurse=False)
+            if p.requires_grad
+        )
         layers.append(
             {
                 "name": name, "type": type(module).__name__, "forward_s": forward[name] / passes, "backward_s": backward[name] / passes,
@@ -166,7 +200,15 @@ def _show(measured: dict[str, Any], batch: int, passes: int, device: str) -> Non
     from scaletrain.scaling.publish import terminal
 
     table = Table(title=f"{passes} passes of {batch} samples on {device}, mean")
-    for column in ("layer", "type", "forward ms", "backward ms", "parameters", "activations", "gradient kB"):
+    for column in (
+        "layer",
+        "type",
+        "forward ms",
+        "backward ms",
+        "parameters",
+        "activations",
+        "gradient kB",
+    ):
         table.add_column(column, justify="left" if column in ("layer", "type") else "right")
     for layer in measured["layers"]:
         table.add_row(
@@ -175,7 +217,11 @@ def _show(measured: dict[str, Any], batch: int, passes: int, device: str) -> Non
         )  # fmt: skip
     console = terminal()
     console.print(table)
-    weights, data, ratio = measured["weight_bytes"], measured["activation_bytes"], measured["data_to_weight_ratio"]
+    weights, data, ratio = (
+        measured["weight_bytes"],
+        measured["activation_bytes"],
+        measured["data_to_weight_ratio"],
+    )
     console.print(
         f"whole passes: forward {1e3 * measured['forward_s']:.2f} ms, backward {1e3 * measured['backward_s']:.2f} ms"
         f" (the hooks' own time included)", highlight=False,

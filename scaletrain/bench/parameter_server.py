@@ -35,14 +35,29 @@ SIZES = {
     multiple=True,
     help="Parts to measure [default: all].",
 )
-@click.option("--workers", default="1,2,4,8", show_default=True, help="Numbers of workers of the null steps.")
-@click.option("--servers", default="1,2", show_default=True, help="Numbers of servers of the null steps.")
 @click.option(
-    "--hosts", default="2,4,8,16", show_default=True, help="Numbers of emulated hosts of the server-tree comparison."
+    "--workers", default="1,2,4,8", show_default=True, help="Numbers of workers of the null steps."
 )
-@click.option("--steps", default=15, show_default=True, help="Measured steps of each row; the median is printed.")
 @click.option(
-    "--memory-gb", default=14.0, show_default=True, help="Rows that would need more memory are left out, and listed."
+    "--servers", default="1,2", show_default=True, help="Numbers of servers of the null steps."
+)
+@click.option(
+    "--hosts",
+    default="2,4,8,16",
+    show_default=True,
+    help="Numbers of emulated hosts of the server-tree comparison.",
+)
+@click.option(
+    "--steps",
+    default=15,
+    show_default=True,
+    help="Measured steps of each row; the median is printed.",
+)
+@click.option(
+    "--memory-gb",
+    default=14.0,
+    show_default=True,
+    help="Rows that would need more memory are left out, and listed.",
 )
 @click.option(
     "--output",
@@ -50,7 +65,13 @@ SIZES = {
     help="Also write FILE.json and FILE.md; rows there that are not measured now stay, so that it can be done in pieces.",
 )
 def command(
-    only: tuple[str, ...], workers: str, servers: str, hosts: str, steps: int, memory_gb: float, output: Path | None
+    only: tuple[str, ...],
+    workers: str,
+    servers: str,
+    hosts: str,
+    steps: int,
+    memory_gb: float,
+    output: Path | None,
 ) -> None:
     """Measure the parameter server, side by side with what it is compared with."""
     from scaletrain.metrics import environment, write_json
@@ -74,7 +95,9 @@ def command(
     for name, measure in parts.items():
         if only and name not in only:
             continue
-        for row in measure():  # written row by row: what was measured stays, whatever happens to the next
+        for (
+            row
+        ) in measure():  # written row by row: what was measured stays, whatever happens to the next
             kept[name] = _merged(kept[name], {"commit": here["commit"]} | row)
             commits = sorted({str(row["commit"]) for part in parts for row in kept[part]})
             kept["environment"] = here | {"commit": ", ".join(commits)}
@@ -120,7 +143,11 @@ def _sockets(steps: int) -> Iterable[dict[str, Any]]:
     """Pairs are measured in turn, three times; the ratio is of the medians of the same security."""
     size = 100 * MB
     cases: dict[str, tuple[dict[str, Any], Callable[[], float], float]] = {
-        "tcp, curve": ({"link": "tcp", "security": "curve"}, lambda: _bare("curve", size, steps), 0.75),
+        "tcp, curve": (
+            {"link": "tcp", "security": "curve"},
+            lambda: _bare("curve", size, steps),
+            0.75,
+        ),
         "tcp, trusted_network": (
             {"link": "tcp", "security": "trusted_network"},
             lambda: _bare("plain", size, steps),
@@ -143,12 +170,16 @@ def _sockets(steps: int) -> Iterable[dict[str, Any]]:
         }  # fmt: skip
 
 
-def _null(counts: list[int], server_counts: list[int], steps: int, memory_gb: float) -> Iterable[dict[str, Any]]:
+def _null(
+    counts: list[int], server_counts: list[int], steps: int, memory_gb: float
+) -> Iterable[dict[str, Any]]:
     for name, (mode, size) in SIZES.items():
         for servers in server_counts:
             for workers in counts:
                 # A dense worker's gradients lie in shared memory; servers hold weights and sums. 0.3 GB is Python with torch.
-                need = (size * (workers + 2) if mode == "dense" else 2 * size) + 300 * MB * (workers + servers)
+                need = (size * (workers + 2) if mode == "dense" else 2 * size) + 300 * MB * (
+                    workers + servers
+                )
                 row: dict[str, Any] = {"step": name, "servers": servers, "workers": workers}
                 if need > memory_gb * 1e9:
                     yield row | {"step_s": None, "note": f"needs {need / 1e9:.0f} GB"}
@@ -188,21 +219,33 @@ def _trees(counts: list[int]) -> Iterable[dict[str, Any]]:
             for megabytes in (5.0, 30.4, 53.5):
                 size = int(megabytes * MB) // 4 * 4
                 made = Settings(p, 120.0, hosts=2, security="trusted_network", block_mb=0.2)
-                server_formula, tree_formula = size * p / 125e6, 2 * size * (p - 1).bit_length() / 125e6
+                server_formula, tree_formula = (
+                    size * p / 125e6,
+                    2 * size * (p - 1).bit_length() / 125e6,
+                )
                 steps = max(3, min(15, round(4 / server_formula)))
 
-                def on_host(host: int, argv: tuple[str, ...], cluster: Any = cluster) -> tuple[str, ...]:
+                def on_host(
+                    host: int, argv: tuple[str, ...], cluster: Any = cluster
+                ) -> tuple[str, ...]:
                     return cluster.command(host, argv)
 
                 with tempfile.TemporaryDirectory(prefix="scaletrain-") as folder:
                     server = subprocess.Popen(
-                        on_host(p, placement.command(made, Path(folder), 0)), stderr=subprocess.DEVNULL
+                        on_host(p, placement.command(made, Path(folder), 0)),
+                        stderr=subprocess.DEVNULL,
                     )
                     with _ended([server]):
                         text = json.dumps(made._asdict())
-                        argv = [on_host(r, _rank("null", folder, r, text, "placed", size, steps)) for r in range(p)]
+                        argv = [
+                            on_host(r, _rank("null", folder, r, text, "placed", size, steps))
+                            for r in range(p)
+                        ]
                         measured = max(result["step_s"] for result in _run(argv))
-                argv = [on_host(r, _rank("tree", r, p, cluster.addresses[0], 29600, size, steps)) for r in range(p)]
+                argv = [
+                    on_host(r, _rank("tree", r, p, cluster.addresses[0], 29600, size, steps))
+                    for r in range(p)
+                ]
                 tree = max(result["step_s"] for result in _run(argv))
                 yield {
                     "emulated": True, "MB": megabytes, "workers": p, "server_s": measured, "server_formula_s": server_formula,
@@ -212,7 +255,9 @@ def _trees(counts: list[int]) -> Iterable[dict[str, Any]]:
                 }  # fmt: skip
 
 
-def _job(workers: int, mode: str, size: int, steps: int, options: dict[str, Any]) -> dict[str, float]:
+def _job(
+    workers: int, mode: str, size: int, steps: int, options: dict[str, Any]
+) -> dict[str, float]:
     """One job of servers and workers on this host: the slowest worker's median step, and what the servers used."""
     from scaletrain.parameter_server import placement
     from scaletrain.parameter_server.settings import Settings
@@ -225,8 +270,12 @@ def _job(workers: int, mode: str, size: int, steps: int, options: dict[str, Any]
         ]
         with _ended(servers):
             text = json.dumps(made._asdict())
-            results = _run([_rank("null", folder, r, text, mode, size, steps) for r in range(workers)])
-        found = [json.loads((Path(folder) / f"server-{k}.json").read_text()) for k in range(made.servers)]
+            results = _run(
+                [_rank("null", folder, r, text, mode, size, steps) for r in range(workers)]
+            )
+        found = [
+            json.loads((Path(folder) / f"server-{k}.json").read_text()) for k in range(made.servers)
+        ]
     largest = max(found, key=lambda server: server["memory_peak_bytes"])
     kept = ("memory_peak_bytes", "memory_at_start_bytes", "mapped_bytes", "owned_bytes")
     return {
@@ -237,13 +286,18 @@ def _job(workers: int, mode: str, size: int, steps: int, options: dict[str, Any]
 
 def _bare(security: str, size: int, steps: int) -> float:
     with tempfile.TemporaryDirectory(prefix="scaletrain-") as folder:
-        sides = [_rank("bare", side, f"{folder}/address", folder, security, size, steps) for side in ("echo", "send")]
+        sides = [
+            _rank("bare", side, f"{folder}/address", folder, security, size, steps)
+            for side in ("echo", "send")
+        ]
         return _run(sides)[1]["step_s"]
 
 
 def _gloo(size: int, steps: int) -> float:
     with tempfile.TemporaryDirectory(prefix="scaletrain-") as folder:
-        return _run([_rank("gloo", r, f"{folder}/store", size, steps) for r in range(2)])[0]["step_s"]
+        return _run([_rank("gloo", r, f"{folder}/store", size, steps) for r in range(2)])[0][
+            "step_s"
+        ]
 
 
 def _rank(*arguments: Any) -> tuple[str, ...]:
@@ -256,7 +310,9 @@ def _run(commands: list[Any], timeout_s: float = 300.0) -> list[dict[str, float]
         outputs = [process.communicate(timeout=timeout_s)[0] for process in started]
         for process, output in zip(started, outputs, strict=True):
             if process.returncode:
-                raise click.ClickException(f"{' '.join(map(str, process.args))[:200]} failed: {output[-300:]}")  # type: ignore[arg-type]
+                raise click.ClickException(
+                    f"{' '.join(map(str, process.args))[:200]} failed: {output[-300:]}"
+                )  # type: ignore[arg-type]
         return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
 
 
@@ -287,7 +343,9 @@ def _describe(environment: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("commit", "emulated")))
+    columns = list(
+        dict.fromkeys(key for row in rows for key in row if key not in ("commit", "emulated"))
+    )
 
     def cell(value: Any) -> str:
         if value is None:

@@ -24,7 +24,9 @@ from scaletrain.parameter_server.client import Client
 from scaletrain.parameter_server.settings import Settings
 
 
-def null_steps(run_dir: str, rank: str, settings: str, mode: str, total_bytes: str, steps: str) -> dict[str, float]:
+def null_steps(
+    run_dir: str, rank: str, settings: str, mode: str, total_bytes: str, steps: str
+) -> dict[str, float]:
     """Push gradients, pull weights, compute nothing: ``dense`` all of them, ``sparse`` 32 rows of a table of that size.
 
     Gradients are copied to where they are sent from (with ``placed`` they lie there already, as what a bare socket sends does), weights from
@@ -34,8 +36,13 @@ def null_steps(run_dir: str, rank: str, settings: str, mode: str, total_bytes: s
     made, numel = Settings(**json.loads(settings)), max(1, int(total_bytes) // 4)
     width = 256
     shape = (numel // width, width) if mode == "sparse" else (numel,)
-    blocks = sharding.plan([sharding.Parameter(shape, sparse=mode == "sparse")], made.servers, made.block_bytes)
-    optimizer = {"name": "SGD", "groups": [{"lr": 0.0, "momentum": 0.9 if mode == "momentum" else 0.0}]}
+    blocks = sharding.plan(
+        [sharding.Parameter(shape, sparse=mode == "sparse")], made.servers, made.block_bytes
+    )
+    optimizer = {
+        "name": "SGD",
+        "groups": [{"lr": 0.0, "momentum": 0.9 if mode == "momentum" else 0.0}],
+    }
     client = Client(made, Path(run_dir), int(rank), blocks, optimizer)
     if int(rank) == 0:
         for block in blocks:
@@ -59,7 +66,9 @@ def null_steps(run_dir: str, rank: str, settings: str, mode: str, total_bytes: s
             for block in blocks:
                 client.take_rows(block.key)
         else:
-            order = blocks if mode == "placed" else blocks[::-1]  # backward makes the last ones first
+            order = (
+                blocks if mode == "placed" else blocks[::-1]
+            )  # backward makes the last ones first
             for block in order:
                 if mode != "placed" or step == 0:
                     torch.from_numpy(client.gradient(block.key)).copy_(gradient[: block.numel])
@@ -84,22 +93,32 @@ def _servers_cpu_s(run_dir: Path, servers: int) -> float:
     return total
 
 
-def bare(side: str, address: str, run_dir: str, curve: str, total_bytes: str, steps: str) -> dict[str, float]:
+def bare(
+    side: str, address: str, run_dir: str, curve: str, total_bytes: str, steps: str
+) -> dict[str, float]:
     """What a bare pair of ZeroMQ sockets needs to send so many bytes and get as many back, over one TCP connection.
 
     In messages as large as the parameter server's blocks.
     """
-    chunk = Settings(1, link="tcp", security="curve" if curve == "curve" else "trusted_network").block_bytes
+    chunk = Settings(
+        1, link="tcp", security="curve" if curve == "curve" else "trusted_network"
+    ).block_bytes
     keys = security.job_keys(Path(run_dir))
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     if curve == "curve":
         if side == "echo":
             socket.curve_server = True
-            socket.curve_publickey, socket.curve_secretkey = keys.server_public.encode(), keys.server_secret.encode()
+            socket.curve_publickey, socket.curve_secretkey = (
+                keys.server_public.encode(),
+                keys.server_secret.encode(),
+            )
         else:
             socket.curve_serverkey = keys.server_public.encode()
-            socket.curve_publickey, socket.curve_secretkey = keys.worker_public.encode(), keys.worker_secret.encode()
+            socket.curve_publickey, socket.curve_secretkey = (
+                keys.worker_public.encode(),
+                keys.worker_secret.encode(),
+            )
     if side == "echo":
         port = socket.bind_to_random_port("tcp://127.0.0.1")
         Path(address).write_text(f"tcp://127.0.0.1:{port}")
@@ -137,7 +156,9 @@ def _join(rank: str, size: str, store: str, port: str = "") -> None:
         if port
         else dist.FileStore(store, int(size))
     )
-    dist.init_process_group("gloo", store=shared, rank=int(rank), world_size=int(size), timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", store=shared, rank=int(rank), world_size=int(size), timeout=timedelta(seconds=120)
+    )
 
 
 def gloo_pair(rank: str, store: str, total_bytes: str, steps: str) -> dict[str, float]:
@@ -156,10 +177,14 @@ def gloo_pair(rank: str, store: str, total_bytes: str, steps: str) -> dict[str, 
     return {"step_s": statistics.median(times[2:])}
 
 
-def tree(rank: str, size: str, address: str, port: str, total_bytes: str, steps: str) -> dict[str, float]:
+def tree(
+    rank: str, size: str, address: str, port: str, total_bytes: str, steps: str
+) -> dict[str, float]:
     """FireCaffe's reduction tree over TCP: the collective ``tree`` of our engine, the whole vector in every message."""
     _join(rank, size, address, port)
-    group = dist.new_group(backend="scaletrain", pg_options=Options(collective="tree", transport="gloo"))
+    group = dist.new_group(
+        backend="scaletrain", pg_options=Options(collective="tree", transport="gloo")
+    )
     data, ends = torch.zeros(int(total_bytes) // 4), []
     for _ in range(int(steps) + 2):
         dist.all_reduce(data, group=group)

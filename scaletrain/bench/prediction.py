@@ -15,7 +15,10 @@ from scaletrain.scaling import results
 HOSTS = (2, 4, 8, 16)
 FITTED_TO = 4
 COLLECTIVES = "ring,tree,star,halving_doubling,recursive_doubling,direct,double_tree,pipelined_tree"
-EXCHANGES = {"1Gbit": (12_500_000, 3), "100Mbit": (2_500_000, 1)}  # bandwidth -> bytes, repeats a round
+EXCHANGES = {
+    "1Gbit": (12_500_000, 3),
+    "100Mbit": (2_500_000, 1),
+}  # bandwidth -> bytes, repeats a round
 ROUNDS = 3  # all numbers of hosts take turns in each: the machine's speed drifts
 SERVERS = {"1Gbit": "squeezenet", "100Mbit": "lenet"}
 FITTED_BATCH = 96
@@ -37,7 +40,9 @@ def command(data: Path, out: Path, no_measure: bool) -> None:
     if not no_measure:
         _measure(data, suites)
     header = data / "header.json"
-    about = json.loads(header.read_text(encoding="utf-8")) if header.exists() else results.noted(header)
+    about = (
+        json.loads(header.read_text(encoding="utf-8")) if header.exists() else results.noted(header)
+    )
     result = _results(data, about["cores"]) | {"header": about}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "prediction.json", result)
@@ -51,9 +56,24 @@ def _measure(data: Path, suites: Path) -> None:
     rehearse = ("--launcher", "rehearsal")
     for bandwidth, (num_bytes, repeats) in EXCHANGES.items():
         for part, hosts in itertools.product(range(ROUNDS), HOSTS):
-            launch = ("launch", "-n", str(hosts), *rehearse, "--set", f"bandwidth={bandwidth}", "--timeout", "280")
+            launch = (
+                "launch",
+                "-n",
+                str(hosts),
+                *rehearse,
+                "--set",
+                f"bandwidth={bandwidth}",
+                "--timeout",
+                "280",
+            )
             made = _exchanges(data, bandwidth, hosts, part)
-            script = (suites / "time_exchanges.py", made.resolve(), str(num_bytes), str(repeats), COLLECTIVES)
+            script = (
+                suites / "time_exchanges.py",
+                made.resolve(),
+                str(num_bytes),
+                str(repeats),
+                COLLECTIVES,
+            )
             where = ("--run-dir", data / f"run-{made.stem}")
             results.once(made, *launch, *where, "--", *script, header=data / "header.json")
     for hosts in HOSTS:
@@ -61,21 +81,55 @@ def _measure(data: Path, suites: Path) -> None:
             run = data / f"server-{bandwidth}-{hosts}"
             link = ("--set", f"launcher.bandwidth={bandwidth}", "--set", f"model.preset={preset}")
             if not (run / "summary.json").exists():
-                shutil.rmtree(run, ignore_errors=True)  # half a run, from a measurement that was stopped
+                shutil.rmtree(
+                    run, ignore_errors=True
+                )  # half a run, from a measurement that was stopped
             train = ("train", suites / "server.yaml", "--workers", str(hosts), *rehearse, *link)
-            results.once(run / "summary.json", *train, "--run-dir", run, header=data / "header.json")
-    training = ("--workers", "1,2", "--exchange", "native,ring,none", "--vary", "batch_size=96,192", "--repeats", "5")
+            results.once(
+                run / "summary.json", *train, "--run-dir", run, header=data / "header.json"
+            )
+    training = (
+        "--workers",
+        "1,2",
+        "--exchange",
+        "native,ring,none",
+        "--vary",
+        "batch_size=96,192",
+        "--repeats",
+        "5",
+    )
     _sweep(data / "training", suites / "digits_batches.yaml", *training)
-    traffic = ("--workers", "1,4", "--exchange", "ring", "--mode", "weak", "--repeats", "1", "--no-split")
+    traffic = (
+        "--workers",
+        "1,4",
+        "--exchange",
+        "ring",
+        "--mode",
+        "weak",
+        "--repeats",
+        "1",
+        "--no-split",
+    )
     models = ("--set", "launcher.bandwidth=1Gbit", "--vary", "model.preset=squeezenet,alexnet")
     _sweep(data / "traffic", suites / "squeezenet_alexnet.yaml", *traffic, *rehearse, *models)
 
 
 def _sweep(out: Path, config: Path, *options: str) -> None:
     made = out / "report.json"
-    if made.exists() and any(row["failures"] for row in json.loads(made.read_text(encoding="utf-8"))["rows"]):
+    if made.exists() and any(
+        row["failures"] for row in json.loads(made.read_text(encoding="utf-8"))["rows"]
+    ):
         made.unlink()  # the sweep tries again what failed
-    results.once(made, "bench", "scaling", config, *options, "--out", out, header=out.with_name("header.json"))
+    results.once(
+        made,
+        "bench",
+        "scaling",
+        config,
+        *options,
+        "--out",
+        out,
+        header=out.with_name("header.json"),
+    )
 
 
 def _exchanges(data: Path, bandwidth: str, hosts: int, part: int) -> Path:
@@ -113,9 +167,13 @@ def _results(data: Path, cores: int) -> dict[str, Any]:
             steps = {hosts: float(np.median(run.steps)) for hosts, run in read.items()}
             num_bytes = next(run.gradient_bytes for run in read.values() if run.gradient_bytes)
             title = f"parameter server, {bandwidth}/s, {num_bytes / 1e6:.1f} MB"
-            result["extrapolations"][title] = _extrapolation(proof.extrapolate_server(steps, num_bytes, FITTED_TO))
+            result["extrapolations"][title] = _extrapolation(
+                proof.extrapolate_server(steps, num_bytes, FITTED_TO)
+            )
     training, traffic = data / "training" / "report.json", data / "traffic" / "report.json"
-    result["training"] = proof.other_batch(read_report(training), FITTED_BATCH) if training.exists() else []
+    result["training"] = (
+        proof.other_batch(read_report(training), FITTED_BATCH) if training.exists() else []
+    )
     made = proof.firecaffe()
     result["firecaffe"] = {
         "bandwidth_bytes_per_s": made.bandwidth_bytes_per_s,
@@ -123,10 +181,15 @@ def _results(data: Path, cores: int) -> dict[str, Any]:
         "speedups": made.speedups, "ratios": made.ratios,
     }  # fmt: skip
     result["backup_workers"] = {
-        name: made._asdict() | {"shortest": made.shortest, "best_per_resource": made.best_per_resource}
+        name: made._asdict()
+        | {"shortest": made.shortest, "best_per_resource": made.best_per_resource}
         for name, made in proof.backup_workers().items()
     }
-    result["traffic"] = proof.traffic(read_report(traffic), TRAFFIC_STEP_S, preset("1gbit")) if traffic.exists() else []
+    result["traffic"] = (
+        proof.traffic(read_report(traffic), TRAFFIC_STEP_S, preset("1gbit"))
+        if traffic.exists()
+        else []
+    )
     return result
 
 
@@ -205,7 +268,9 @@ def _markdown(result: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     for model, (published, predicted) in made["speedups"].items():
         error = predicted / published - 1
-        lines.append(f"| {model} | {published:g} | {predicted:.1f} | {error:+.1%} | {_verdict(abs(error) <= 0.15)} |")
+        lines.append(
+            f"| {model} | {published:g} | {predicted:.1f} | {error:+.1%} | {_verdict(abs(error) <= 0.15)} |"
+        )
     ratios = ", ".join(f"{ratio:.1f} at {workers}" for workers, ratio in made["ratios"].items())
     exact = [round(ratio, 1) for ratio in made["ratios"].values()] == [3.2, 9.1]
     lines += [
@@ -236,7 +301,10 @@ def _markdown(result: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     if result["traffic"]:
         sizes = {p["model"]: p["gradient_bytes"] for p in result["traffic"]}
-        lines += ["| model | hosts | gradients MB | efficiency measured | predicted |", "|---|---|---|---|---|"]
+        lines += [
+            "| model | hosts | gradients MB | efficiency measured | predicted |",
+            "|---|---|---|---|---|",
+        ]
         lines += [
             f"| {p['model']} | {p['workers']} | {p['gradient_bytes'] / 1e6:.1f} | {p['measured']:.2f} | {p['predicted']:.2f} |"
             for p in result["traffic"]

@@ -29,8 +29,12 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> tup
 
 
 @click.command("scaling")
-@click.argument("configs", metavar="CONFIG...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--workers", default="1,2", show_default=True, callback=_numbers, help="Worker counts.")
+@click.argument(
+    "configs", metavar="CONFIG...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.option(
+    "--workers", default="1,2", show_default=True, callback=_numbers, help="Worker counts."
+)
 @click.option(
     "--exchange",
     "exchanges",
@@ -47,7 +51,11 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> tup
     help="Global batch fixed, or growing with the workers.",
 )
 @click.option(
-    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each cell, interleaved."
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Runs of each cell, interleaved.",
 )
 @click.option(
     "--out",
@@ -55,7 +63,8 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> tup
     help="Where everything goes [default: runs/scaling-TIME]. Given again: only missing cells run.",
 )
 @click.option(
-    "--launcher", help="What starts the workers (see `scaletrain list`); rehearsal: emulated hosts and links."
+    "--launcher",
+    help="What starts the workers (see `scaletrain list`); rehearsal: emulated hosts and links.",
 )
 @click.option(
     "--set",
@@ -95,7 +104,11 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> tup
     help="Seconds a cell may take.",
 )
 @baseline_option
-@click.option("--trace", is_flag=True, help="Also record and write a Chrome trace of each cell's first repeat.")
+@click.option(
+    "--trace",
+    is_flag=True,
+    help="Also record and write a Chrome trace of each cell's first repeat.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the command of every cell, and start nothing.")
 def command(
     configs: tuple[Path, ...], workers: tuple[int, ...], exchanges: tuple[str, ...],
@@ -120,7 +133,9 @@ def command(
             click.echo(shlex.join(plan.command(cell, sweep.run_dir(out, cell, 0))))
         return
     sweep.claim(out, plan)
-    write_json(out / "header.json", plan.header() | {"argv": shlex.join(["scaletrain", *sys.argv[1:]])})
+    write_json(
+        out / "header.json", plan.header() | {"argv": shlex.join(["scaletrain", *sys.argv[1:]])}
+    )
     references = sum(cell.reference for cell in cells)
     asked = len(cells) - references
     click.echo(
@@ -140,7 +155,10 @@ def _cores(plan: "Sweep") -> str:
         return ""
     from scaletrain.launching.launchers.local import cores_of
 
-    ranks = (f"{rank} on {','.join(map(str, cores_of(rank, plan.threads)))}" for rank in range(max(plan.workers)))
+    ranks = (
+        f"{rank} on {','.join(map(str, cores_of(rank, plan.threads)))}"
+        for rank in range(max(plan.workers))
+    )
     return f", bound to cores: rank {', '.join(ranks)}"
 
 

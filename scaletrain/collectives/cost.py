@@ -23,7 +23,11 @@ RECEIPTS_FROM_BYTES = 1 << 20
 
 def parts(collective: str, size: int, num_bytes: float) -> int:
     """In how many parts side by side the engine sends a message through an algorithm that a person chose."""
-    return max(1, min(_PARTS, int(num_bytes) // (size * _SMALL_BYTES))) if collective in SIDE_BY_SIDE else 1
+    return (
+        max(1, min(_PARTS, int(num_bytes) // (size * _SMALL_BYTES)))
+        if collective in SIDE_BY_SIDE
+        else 1
+    )
 
 
 class Link(NamedTuple):
@@ -92,22 +96,31 @@ def predict_seconds(schedule: Schedule | Sequence[Load], num_bytes: int, network
     """
     if isinstance(schedule, Schedule):
         if network.ranks_per_host > 1:
-            return sum(_round_on_hosts(schedule, index, num_bytes, network) for index in range(len(schedule.rounds)))
+            return sum(
+                _round_on_hosts(schedule, index, num_bytes, network)
+                for index in range(len(schedule.rounds))
+            )
         schedule = loads_of(schedule)
     elif network.ranks_per_host > 1:
-        raise ValueError("loads say nothing about hosts: give the schedule itself when ranks_per_host is above 1")
+        raise ValueError(
+            "loads say nothing about hosts: give the schedule itself when ranks_per_host is above 1"
+        )
     return sum(
         load.repeats
         * (
             load.messages * network.latency_s
-            + (load.one_way if network.duplex else load.both_ways) * num_bytes / network.bandwidth_bytes_per_s
+            + (load.one_way if network.duplex else load.both_ways)
+            * num_bytes
+            / network.bandwidth_bytes_per_s
             + load.added * num_bytes / network.reduce_bytes_per_s
         )
         for load in schedule
     )
 
 
-def predict(collective: str, size: int, num_bytes: int, network: Network, **options: object) -> float:
+def predict(
+    collective: str, size: int, num_bytes: int, network: Network, **options: object
+) -> float:
     """``predict_seconds`` of an algorithm by its name, for any number of ranks.
 
     Algorithms whose schedule grows with the square of the ranks state their loads in a function ``loads(size)`` beside
@@ -151,7 +164,10 @@ def _round_on_hosts(schedule: Schedule, index: int, num_bytes: int, network: Net
         volume = max(_wire_s(link, port_out[host], port_in[host]) for host in hosts)
         longest = _most_messages(between) * link.latency_s + volume
     if within and network.local:
-        volume = max(_wire_s(network.local, memory_out[rank], memory_in[rank]) for rank in {*memory_out, *memory_in})
+        volume = max(
+            _wire_s(network.local, memory_out[rank], memory_in[rank])
+            for rank in {*memory_out, *memory_in}
+        )
         longest = max(longest, _most_messages(within) * network.local.latency_s + volume)
     elif within:
         longest = max(longest, network.latency_s)

@@ -19,7 +19,11 @@ def schedule(size: int, *, segments: Annotated[int, Ge(1)] = 16) -> Schedule:
     second = [None if (parent := first[back(r)]) is None else shift(parent) for r in range(size)]
     transfers = []
     for tree, parents in enumerate((first, second)):
-        up = [Transfer(r, parent, tree, True) for r in _leaves_first(parents) if (parent := parents[r]) is not None]
+        up = [
+            Transfer(r, parent, tree, True)
+            for r in _leaves_first(parents)
+            if (parent := parents[r]) is not None
+        ]
         transfers += [*up, *(Transfer(t.dst, t.src, tree, False) for t in reversed(up))]
     return pipeline(transfers, size, segments)
 

@@ -14,7 +14,8 @@ def as_text(schedule: Schedule) -> str:
         for t in transfers:
             chunks.setdefault((t.src, t.dst, t.add), []).append(t.chunk)
         parts = [
-            f"{src} {'+' if add else '-'}> {dst}" + (f" [{_spans(which)}]" if schedule.num_chunks > 1 else "")
+            f"{src} {'+' if add else '-'}> {dst}"
+            + (f" [{_spans(which)}]" if schedule.num_chunks > 1 else "")
             for (src, dst, add), which in sorted(chunks.items())
         ]
         lines.append(f"round {index}: " + ", ".join(parts))
@@ -42,7 +43,9 @@ def as_svg(schedule: Schedule, title: str = "") -> str:
     for rank in range(schedule.size):
         y = top + _ROW * rank
         out.append(f'<text x="8" y="{y + 4}">rank {rank}</text>')
-        out.append(f'<line x1="{_MARGIN}" y1="{y}" x2="{width - _MARGIN / 2}" y2="{y}" stroke="#d4d4d4"/>')
+        out.append(
+            f'<line x1="{_MARGIN}" y1="{y}" x2="{width - _MARGIN / 2}" y2="{y}" stroke="#d4d4d4"/>'
+        )
     for index, transfers in enumerate(schedule.rounds):
         x = _MARGIN + _COLUMN * index + 8
         out.append(f'<text x="{x + 20}" y="{top - 14}" fill="#737373">{index}</text>')

@@ -18,11 +18,17 @@ def schedule(size: int) -> Schedule:
             tuple(
                 Transfer(core[i], core[i ^ distance], c, True)
                 for i in range(largest)
-                for c in range((i ^ distance) // distance * distance, (i ^ distance) // distance * distance + distance)
+                for c in range(
+                    (i ^ distance) // distance * distance,
+                    (i ^ distance) // distance * distance + distance,
+                )
             )
         )
         distance //= 2
-    doubling = [tuple(Transfer(t.dst, t.src, t.chunk, False) for t in transfers) for transfers in reversed(halving)]
+    doubling = [
+        tuple(Transfer(t.dst, t.src, t.chunk, False) for t in transfers)
+        for transfers in reversed(halving)
+    ]
     rounds = [*halving, *doubling]
     if extra:
         rounds = [extra, *rounds, tuple(Transfer(t.dst, t.src, t.chunk, False) for t in extra)]

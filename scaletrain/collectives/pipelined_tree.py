@@ -7,7 +7,9 @@ from annotated_types import Ge
 from scaletrain.collectives.schedule import Schedule, Transfer, pipeline
 
 
-def schedule(size: int, *, segments: Annotated[int, Ge(1)] = 16, fan_out: Annotated[int, Ge(1)] = 1) -> Schedule:
+def schedule(
+    size: int, *, segments: Annotated[int, Ge(1)] = 16, fan_out: Annotated[int, Ge(1)] = 1
+) -> Schedule:
     """A tree of ``fan_out`` children a node, cut into ``segments``; 1 is the chain, which moves the fewest bytes through a port.
 
     A port carries (fan_out + 1) times the message: 2 for the chain, in about 2(p + segments) rounds, since the sum of one segment travels down

@@ -24,4 +24,6 @@ def core_of(size: int, chunks: int = 1) -> tuple[list[int], tuple[Transfer, ...]
     others = size - largest
     # Odd ranks below 2 * others stand aside: neighbours are the likeliest to share a host.
     core = [*range(0, 2 * others, 2), *range(2 * others, size)]
-    return core, tuple(Transfer(r, r - 1, c, True) for r in range(1, 2 * others, 2) for c in range(chunks))
+    return core, tuple(
+        Transfer(r, r - 1, c, True) for r in range(1, 2 * others, 2) for c in range(chunks)
+    )

@@ -7,11 +7,19 @@ from scaletrain.collectives.schedule import Schedule, Transfer
 def schedule(size: int) -> Schedule:
     """Patarasuk and Yuan, JPDC 2009: 2(p - 1) rounds of 1/p of the message."""
     rounds = [
-        tuple(Transfer(r, (r + 1) % size, (r - i) % size, True) for r in range(size)) for i in range(size - 1)
-    ] + [tuple(Transfer(r, (r + 1) % size, (r + 1 - i) % size, False) for r in range(size)) for i in range(size - 1)]
+        tuple(Transfer(r, (r + 1) % size, (r - i) % size, True) for r in range(size))
+        for i in range(size - 1)
+    ] + [
+        tuple(Transfer(r, (r + 1) % size, (r + 1 - i) % size, False) for r in range(size))
+        for i in range(size - 1)
+    ]
     return Schedule(size, size, tuple(rounds))
 
 
 def loads(size: int) -> list[Load]:
     rounds = size - 1
-    return [Load(rounds, 1, 1 / size, 2 / size, 1 / size), Load(rounds, 1, 1 / size, 2 / size)] if rounds else []
+    return (
+        [Load(rounds, 1, 1 / size, 2 / size, 1 / size), Load(rounds, 1, 1 / size, 2 / size)]
+        if rounds
+        else []
+    )

@@ -71,7 +71,9 @@ def proved(name: str, size: int, **options: Any) -> Schedule:
     """
     schedule = plugins.load("collective", name)(size, **options)
     if not isinstance(schedule, Schedule):
-        raise UserError(f"collective {name}: schedule({size}) returned {schedule!r:.60} (allowed: a Schedule)")
+        raise UserError(
+            f"collective {name}: schedule({size}) returned {schedule!r:.60} (allowed: a Schedule)"
+        )
     if size <= PROVED:
         try:
             verify(schedule)
@@ -96,7 +98,9 @@ def verify(schedule: Schedule) -> None:
         _require(held, lost, rank, range(schedule.num_chunks), everyone)
         for chunk in range(schedule.num_chunks):
             if held[rank][chunk].expression != held[0][chunk].expression:
-                raise ScheduleError(f"at the end ranks 0 and {rank} have added chunk {chunk} in different orders")
+                raise ScheduleError(
+                    f"at the end ranks 0 and {rank} have added chunk {chunk} in different orders"
+                )
     verify_order(schedule.programs())
 
 
@@ -109,7 +113,9 @@ def verify_reduction(schedule: Schedule) -> list[int]:
     everyone = (1 << schedule.size) - 1
     owners = []
     for chunk in range(schedule.num_chunks):
-        owner = next((rank for rank in range(schedule.size) if held[rank][chunk].mask == everyone), None)
+        owner = next(
+            (rank for rank in range(schedule.size) if held[rank][chunk].mask == everyone), None
+        )
         if owner is None:
             raise ScheduleError(f"at the end no rank holds the sum of chunk {chunk}")
         owners.append(owner)
@@ -151,7 +157,9 @@ def _follow(schedule: Schedule) -> tuple[list[list[_Held]], list[_Lost]]:
     lost: list[_Lost] = []
     for index, transfers in enumerate(schedule.rounds):
         for t in transfers:
-            if not (0 <= t.src < size and 0 <= t.dst < size and t.src != t.dst and 0 <= t.chunk < chunks):
+            if not (
+                0 <= t.src < size and 0 <= t.dst < size and t.src != t.dst and 0 <= t.chunk < chunks
+            ):
                 raise ScheduleError(
                     f"round {index}: {t} is not between two of {size} ranks, or of one of {chunks} chunks"
                 )
@@ -171,7 +179,9 @@ def _follow(schedule: Schedule) -> tuple[list[list[_Held]], list[_Lost]]:
                     )
                 # a + b and b + a are the same number: addition commutes, it is only not associative
                 key = (min(own_expression, expression), max(own_expression, expression))
-                held[t.dst][t.chunk] = _Held(own | mask, numbers.setdefault(key, size + len(numbers)))
+                held[t.dst][t.chunk] = _Held(
+                    own | mask, numbers.setdefault(key, size + len(numbers))
+                )
             else:
                 if gone := held[t.dst][t.chunk].mask & ~mask:
                     lost.append(_Lost(index, t, gone))
@@ -180,7 +190,9 @@ def _follow(schedule: Schedule) -> tuple[list[list[_Held]], list[_Lost]]:
     return held, lost
 
 
-def _require(held: list[list[_Held]], lost: list[_Lost], rank: int, chunks: Iterable[int], wanted: int) -> None:
+def _require(
+    held: list[list[_Held]], lost: list[_Lost], rank: int, chunks: Iterable[int], wanted: int
+) -> None:
     for chunk in chunks:
         if wrong := held[rank][chunk].mask ^ wanted:
             other = (wrong & -wrong).bit_length() - 1
@@ -247,7 +259,9 @@ def verify_order(programs: list[Program]) -> None:
                 post(woken, ready)
     stuck = [rank for rank, program in enumerate(programs) if done[rank] < len(program)]
     if stuck:
-        waits = ", ".join(f"rank {rank} in round {programs[rank][done[rank]][0]}" for rank in stuck[:4])
+        waits = ", ".join(
+            f"rank {rank} in round {programs[rank][done[rank]][0]}" for rank in stuck[:4]
+        )
         raise ScheduleError(f"deadlock: {len(stuck)} ranks wait for ever ({waits})")
 
 
@@ -260,7 +274,12 @@ def in_turn(programs: list[Program]) -> set[tuple[int, int]]:
     found = set()
     for rank, program in enumerate(programs):
         for (index, sends, receives), (_, after, _) in pairwise(program):
-            if sends and not receives and after and {t.dst for t in sends} != {t.dst for t in after}:
+            if (
+                sends
+                and not receives
+                and after
+                and {t.dst for t in sends} != {t.dst for t in after}
+            ):
                 found.add((index, rank))
     return found
 
@@ -277,27 +296,38 @@ def pipeline(transfers: Sequence[Transfer], size: int, segments: int) -> Schedul
         return Schedule(size, segments, ())
     sends, receives = Counter(t.src for t in transfers), Counter(t.dst for t in transfers)
     period = max(*sends.values(), *receives.values())
-    starts = _starts(transfers, period, None) or _starts(transfers, period, _colors(transfers, period))
+    starts = _starts(transfers, period, None) or _starts(
+        transfers, period, _colors(transfers, period)
+    )
     assert starts is not None
     rounds: list[list[Transfer]] = [[] for _ in range(max(starts) + 1 + period * (segments - 1))]
     for segment in range(segments):
         for t, start in zip(transfers, starts, strict=True):
-            rounds[start + period * segment].append(Transfer(t.src, t.dst, t.chunk * segments + segment, t.add))
+            rounds[start + period * segment].append(
+                Transfer(t.src, t.dst, t.chunk * segments + segment, t.add)
+            )
     num_chunks = (1 + max(t.chunk for t in transfers)) * segments
     return Schedule(size, num_chunks, tuple(tuple(transfers) for transfers in rounds if transfers))
 
 
-def _starts(transfers: Sequence[Transfer], period: int, colors: Sequence[int] | None) -> list[int] | None:
+def _starts(
+    transfers: Sequence[Transfer], period: int, colors: Sequence[int] | None
+) -> list[int] | None:
     """The round of each transfer of one segment: the earliest with free ports (None if there is none), or with its color modulo the period."""
     sending, receiving = set(), set()  # (rank, round modulo the period)
-    written: dict[tuple[int, int], int] = {}  # (rank, chunk): the first round that sees what was last written
+    written: dict[
+        tuple[int, int], int
+    ] = {}  # (rank, chunk): the first round that sees what was last written
     read: dict[tuple[int, int], int] = {}  # (rank, chunk): the last round that reads it
     starts = []
     for index, t in enumerate(transfers):
         source, target = (t.src, t.chunk), (t.dst, t.chunk)
         earliest = max(written.get(source, 0), written.get(target, 0), read.get(target, 0))
         for start in range(earliest, earliest + period):
-            free = (t.src, start % period) not in sending and (t.dst, start % period) not in receiving
+            free = (t.src, start % period) not in sending and (
+                t.dst,
+                start % period,
+            ) not in receiving
             if free and (colors is None or start % period == colors[index]):
                 break
         else:
@@ -323,7 +353,9 @@ def _colors(transfers: Sequence[Transfer], num_colors: int) -> list[int]:
         at_sender, at_receiver = taken.setdefault(sender, {}), taken.setdefault(receiver, {})
         a = next(color for color in range(num_colors) if color not in at_sender)
         b = next(color for color in range(num_colors) if color not in at_receiver)
-        if a in at_receiver:  # swap a and b along the path from the receiver; it never comes back to the sender
+        if (
+            a in at_receiver
+        ):  # swap a and b along the path from the receiver; it never comes back to the sender
             path, port, color = [], receiver, a
             while (step := taken[port].get(color)) is not None:
                 path.append(step)

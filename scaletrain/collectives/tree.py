@@ -8,7 +8,13 @@ def schedule(size: int) -> Schedule:
     up = []
     distance = 1
     while distance < size:
-        up.append(tuple(Transfer(r + distance, r, 0, True) for r in range(0, size - distance, 2 * distance)))
+        up.append(
+            tuple(
+                Transfer(r + distance, r, 0, True) for r in range(0, size - distance, 2 * distance)
+            )
+        )
         distance *= 2
-    down = [tuple(Transfer(t.dst, t.src, 0, False) for t in transfers) for transfers in reversed(up)]
+    down = [
+        tuple(Transfer(t.dst, t.src, 0, False) for t in transfers) for transfers in reversed(up)
+    ]
     return Schedule(size, 1, tuple(up + down))

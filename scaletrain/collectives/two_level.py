@@ -14,7 +14,14 @@ def schedule(
     *,
     ranks_per_host: Annotated[int, Ge(1)] = 2,
     between: Literal[
-        "ring", "tree", "halving_doubling", "recursive_doubling", "direct", "double_tree", "pipelined_tree", "star"
+        "ring",
+        "tree",
+        "halving_doubling",
+        "recursive_doubling",
+        "direct",
+        "double_tree",
+        "pipelined_tree",
+        "star",
     ] = "ring",
 ) -> Schedule:
     """Consecutive ranks share a host; the last host may have fewer. A host's port carries its message once, however many ranks it has.
@@ -22,7 +29,9 @@ def schedule(
     Goyal et al. 2017, section 4 (reduce in the host, allreduce between hosts, broadcast in the host), with every local rank owning a slice, as
     NCCL and Horovod's hierarchical allreduce do.
     """
-    hosts = [range(first, min(first + ranks_per_host, size)) for first in range(0, size, ranks_per_host)]
+    hosts = [
+        range(first, min(first + ranks_per_host, size)) for first in range(0, size, ranks_per_host)
+    ]
     slices = min(len(host) for host in hosts)  # each host's first `slices` ranks own one
     factory: Callable[[int], Schedule] = import_module(f"scaletrain.collectives.{between}").schedule
     outer = factory(len(hosts))

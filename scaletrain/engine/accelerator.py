@@ -33,7 +33,13 @@ class AcceleratorLane(Lane):
     """
 
     def __init__(
-        self, group: Group, roll_call: RollCall, collective: str, transport: str, device: torch.device, staged: bool
+        self,
+        group: Group,
+        roll_call: RollCall,
+        collective: str,
+        transport: str,
+        device: torch.device,
+        staged: bool,
     ):
         super().__init__(group, roll_call, collective, transport)
         self._staged, self._accelerated = staged, device.type != "cpu"
@@ -49,7 +55,9 @@ class AcceleratorLane(Lane):
             with self._module.stream(self._stream):
                 self._stream.wait_event(made)
                 if self._accelerated:
-                    for tensor in tensors:  # its memory is not given to others before this stream is through
+                    for (
+                        tensor
+                    ) in tensors:  # its memory is not given to others before this stream is through
                         tensor.record_stream(self._stream)
                 future.set_result(self._run(tensors, *what))
 

@@ -65,10 +65,14 @@ class Tuning(NamedTuple):
         expected = {choice: self.predict(choice, num_bytes) for choice in self.seconds}
         fastest = min(expected, key=expected.__getitem__)
         own = (choice for choice in expected if choice.collective == "native")
-        return next((choice for choice in own if expected[choice] <= _AS_FAST * expected[fastest]), fastest)
+        return next(
+            (choice for choice in own if expected[choice] <= _AS_FAST * expected[fastest]), fastest
+        )
 
 
-def tune(engine: "Engine", group: Group, candidates: list[Choice], transport: str, hosts: list[str]) -> Tuning:
+def tune(
+    engine: "Engine", group: Group, candidates: list[Choice], transport: str, hosts: list[str]
+) -> Tuning:
     """Read or measure (collective)."""
     [probe_s] = _agreed(engine, [_time(engine, PROBE, torch.zeros(_PROBE_BYTES // 4))])
     path = _path(candidates, transport, [hosts.index(host) for host in hosts])
@@ -84,16 +88,24 @@ def tune(engine: "Engine", group: Group, candidates: list[Choice], transport: st
     return tuning
 
 
-def _measure(engine: "Engine", size: int, candidates: list[Choice]) -> dict[Choice, tuple[float, ...]]:
+def _measure(
+    engine: "Engine", size: int, candidates: list[Choice]
+) -> dict[Choice, tuple[float, ...]]:
     network = _network(engine, size)
     rows: list[dict[Choice, float]] = []
     for num_bytes in SIZES:
         # The wire's own allreduce is nothing that the model knows: it is always in the race.
-        expected = {c: predict(c.collective, size, num_bytes, network) for c in candidates if c.collective != "native"}
+        expected = {
+            c: predict(c.collective, size, num_bytes, network)
+            for c in candidates
+            if c.collective != "native"
+        }
         far = _FAR_BEHIND * min(expected.values())
         racing = [c for c in candidates if expected.get(c, 0.0) <= far]
         # Not timed where it cannot win: a pessimistic figure stands in its place.
-        rows.append({c: _FAR_BEHIND * s for c, s in expected.items()} | _race(engine, racing, num_bytes))
+        rows.append(
+            {c: _FAR_BEHIND * s for c, s in expected.items()} | _race(engine, racing, num_bytes)
+        )
         if min(rows[-1].values()) > _LONG_S:
             break
     return {c: tuple(row[c] for row in rows) for c in candidates}
@@ -104,7 +116,8 @@ def _network(engine: "Engine", size: int) -> Network:
     few, many = SIZES[0], 4 << 20
     ring = Choice("ring", 1)
     low, high = _agreed(
-        engine, [_time(engine, PROBE, torch.zeros(few // 4)), _time(engine, ring, torch.zeros(many // 4))]
+        engine,
+        [_time(engine, PROBE, torch.zeros(few // 4)), _time(engine, ring, torch.zeros(many // 4))],
     )
     latency_s = low / predict(PROBE.collective, size, 0, Network(1.0, 1.0))
     wire_s = max(high - predict(ring.collective, size, 0, Network(latency_s, 1.0)), high / 10)
@@ -116,7 +129,9 @@ def _race(engine: "Engine", racing: list[Choice], num_bytes: int) -> dict[Choice
     tensor = torch.zeros(num_bytes // 4)
     found: dict[Choice, list[float]] = {c: [] for c in racing}
     for _ in range(_ROUNDS):
-        for choice, seconds in zip(racing, _agreed(engine, [_time(engine, c, tensor) for c in racing]), strict=True):
+        for choice, seconds in zip(
+            racing, _agreed(engine, [_time(engine, c, tensor) for c in racing]), strict=True
+        ):
             found[choice].append(seconds)
         fastest = min(median(times) for times in found.values())
         racing = [c for c in racing if min(found[c]) <= _BEHIND * fastest]
@@ -155,7 +170,9 @@ def _dump(tuning: Tuning) -> str:
 
 def _load(text: str) -> Tuning:
     tree = json.loads(text)
-    seconds = {Choice(str(row[0]), int(row[1])): tuple(map(float, row[2:])) for row in tree["seconds"]}
+    seconds = {
+        Choice(str(row[0]), int(row[1])): tuple(map(float, row[2:])) for row in tree["seconds"]
+    }
     return Tuning(seconds, float(tree["probe_s"]))
 
 

@@ -16,7 +16,9 @@ def _create(backend_options: Any, options: Any) -> dist.ProcessGroup:
     from scaletrain.engine.process_group import Options, ProcessGroup
 
     o = backend_options
-    return ProcessGroup(o.store, o.group_rank, o.group_size, o.timeout, options or Options.from_env())
+    return ProcessGroup(
+        o.store, o.group_rank, o.group_size, o.timeout, options or Options.from_env()
+    )
 
 
 def _create_over_mpi(backend_options: Any, options: Any) -> dist.ProcessGroup:

@@ -30,9 +30,13 @@ class Engine:
         self._group = group
         self._hosts = segment.same_host(group)
         self.transport_name = self._wire() if transport == "auto" else transport
-        self._transport: Transport = plugins.load("transport", self.transport_name)(group, **wire_options)
+        self._transport: Transport = plugins.load("transport", self.transport_name)(
+            group, **wire_options
+        )
         if collective == NATIVE and not hasattr(self._transport, "allreduce"):
-            raise unknown(f"collective over {self.transport_name}", NATIVE, plugins.names("collective"))
+            raise unknown(
+                f"collective over {self.transport_name}", NATIVE, plugins.names("collective")
+            )
         self._collective = collective
         self._programs: dict[str, Program] = {}
         self._tuning: autotune.Tuning | None = None
@@ -48,25 +52,35 @@ class Engine:
             return
         program = self._programs.get(choice.collective)
         if program is None:
-            schedule = proved(choice.collective, self._group.size, **self._options(choice.collective))
+            schedule = proved(
+                choice.collective, self._group.size, **self._options(choice.collective)
+            )
             program = self._programs[choice.collective] = Program.of(schedule, self._group.rank)
         execute(program, self._transport, tensor, reduce, choice.segments)
 
     def choose(self, num_bytes: int) -> autotune.Choice:
         """What runs for a message of this size; the first use of ``auto`` on a network measures (collective)."""
         if self._collective != "auto":
-            return autotune.Choice(self._collective, cost.parts(self._collective, self._group.size, num_bytes))
+            return autotune.Choice(
+                self._collective, cost.parts(self._collective, self._group.size, num_bytes)
+            )
         if self.transport_name == "shared_memory":
             return _WIRES_OWN
         if self._tuning is None:
-            self._tuning = autotune.tune(self, self._group, self.candidates(), self.transport_name, self._hosts)
+            self._tuning = autotune.tune(
+                self, self._group, self.candidates(), self.transport_name, self._hosts
+            )
         return self._tuning.choose(num_bytes)
 
     def candidates(self) -> list[autotune.Choice]:
         """What ``auto`` chooses from here."""
         found = [_WIRES_OWN] if hasattr(self._transport, "allreduce") else []
         found += [autotune.Choice("recursive_doubling", 1), autotune.Choice("direct", 1)]
-        found += [autotune.Choice(name, segments) for name in ("ring", "halving_doubling") for segments in (1, 4)]
+        found += [
+            autotune.Choice(name, segments)
+            for name in ("ring", "halving_doubling")
+            for segments in (1, 4)
+        ]
         found += [autotune.Choice("ring", 2), autotune.Choice("direct", 4)]
         if self.transport_name == "mixed":
             found += [autotune.Choice("two_level", segments) for segments in (1, 4)]
@@ -74,26 +88,41 @@ class Engine:
 
     def record(self, *sizes: int) -> dict[str, Any]:
         """For the run's header: the wire, and what is chosen for messages of these bytes (once ``auto`` has measured)."""
-        known = self._collective != "auto" or self.transport_name == "shared_memory" or self._tuning is not None
-        chosen = {str(num_bytes): self.choose(num_bytes)._asdict() for num_bytes in sizes or _RECORDED} if known else {}
+        known = (
+            self._collective != "auto"
+            or self.transport_name == "shared_memory"
+            or self._tuning is not None
+        )
+        chosen = (
+            {str(num_bytes): self.choose(num_bytes)._asdict() for num_bytes in sizes or _RECORDED}
+            if known
+            else {}
+        )
         wire = {"transport": self.transport_name, "collective": self._collective}
         return wire | ({"options": self._given} if self._given else {}) | {"chosen": chosen}
 
     def _wire(self) -> str:
         if len(set(self._hosts)) == 1 and self._group.size > 1 and segment.supported():
             return "shared_memory"
-        return "mixed" if len(set(self._hosts)) < self._group.size and segment.supported() else "gloo"
+        return (
+            "mixed" if len(set(self._hosts)) < self._group.size and segment.supported() else "gloo"
+        )
 
     def _options(self, collective: str) -> dict[str, Any]:
         """Those that a person gave, and those that follow from where the ranks are."""
         given = self._given if collective == self._collective else {}
         factory = plugins.load("collective", collective)
-        if "ranks_per_host" not in inspect.signature(factory).parameters or "ranks_per_host" in given:
+        if (
+            "ranks_per_host" not in inspect.signature(factory).parameters
+            or "ranks_per_host" in given
+        ):
             return given
         # Consecutive ranks of equal number on each host; anything else is one level.
         counts = Counter(self._hosts)
         per_host = max(counts.values())
-        blocks = [self._hosts[first : first + per_host] for first in range(0, self._group.size, per_host)]
+        blocks = [
+            self._hosts[first : first + per_host] for first in range(0, self._group.size, per_host)
+        ]
         regular = all(len(set(block)) == 1 for block in blocks)
         return {"ranks_per_host": per_host if regular else 1, **given}
 

@@ -51,14 +51,19 @@ class Program:
         programs = schedule.programs()
         turns = in_turn(programs)
 
-        def messages(index: int, transfers: list[Transfer], of: Callable[[Transfer], int]) -> list[Message]:
+        def messages(
+            index: int, transfers: list[Transfer], of: Callable[[Transfer], int]
+        ) -> list[Message]:
             return _merge([(of(t), t, (index, t.src) in turns) for t in transfers])
 
         return [
             cls(
                 schedule.num_chunks,
                 tuple(
-                    (messages(index, sends, lambda t: t.dst), messages(index, receives, lambda t: t.src))
+                    (
+                        messages(index, sends, lambda t: t.dst),
+                        messages(index, receives, lambda t: t.src),
+                    )
                     for index, sends, receives in program
                 ),
             )
@@ -69,7 +74,9 @@ class Program:
     def of(cls, schedule: Schedule, rank: int) -> "Program":
         return cls.all_of(schedule)[rank]
 
-    def _steps(self, count: int, segments: int, receipts_from: float) -> tuple[list[slice], list[Step]]:
+    def _steps(
+        self, count: int, segments: int, receipts_from: float
+    ) -> tuple[list[slice], list[Step]]:
         """For a tensor of ``count`` elements: its pieces, and the steps in the order in which all ranks start them, which is what lets
         messages match without tags. With fewer elements than chunks some messages are empty; they are left out. A message of at least
         ``receipts_from`` elements whose sender turns to another rank next is answered by a receipt."""
@@ -80,8 +87,12 @@ class Program:
                 base = segment * count // segments
                 length = (segment + 1) * count // segments - base
 
-                def extent(message: Message, base: int = base, length: int = length) -> tuple[int, int]:
-                    first, last = (edge * length // self.num_chunks for edge in (message.first, message.last))
+                def extent(
+                    message: Message, base: int = base, length: int = length
+                ) -> tuple[int, int]:
+                    first, last = (
+                        edge * length // self.num_chunks for edge in (message.first, message.last)
+                    )
                     return base + first, base + last
 
                 def where(message: Message, extent: Extent = extent) -> int | None:
@@ -89,7 +100,9 @@ class Program:
                     return pieces.setdefault((low, high), len(pieces)) if low < high else None
 
                 out = tuple((m.peer, place) for m in sends if (place := where(m)) is not None)
-                into = tuple((m.peer, place, m.add) for m in receives if (place := where(m)) is not None)
+                into = tuple(
+                    (m.peer, place, m.add) for m in receives if (place := where(m)) is not None
+                )
                 if out or into:
                     steps.append(Step(number, segment, out, into))
 
@@ -104,7 +117,9 @@ class Program:
         return [slice(*piece) for piece in pieces], steps
 
 
-def execute(program: Program, transport: Transport, tensor: Tensor, reduce: Reduce, segments: int = 1) -> None:
+def execute(
+    program: Program, transport: Transport, tensor: Tensor, reduce: Reduce, segments: int = 1
+) -> None:
     """Reduce ``tensor`` over all ranks, in place. Every rank of the transport calls it with its program of the same schedule (collective).
 
     Args:
@@ -122,7 +137,9 @@ def execute(program: Program, transport: Transport, tensor: Tensor, reduce: Redu
     def view(place: int) -> Tensor:
         found = views[place]
         if found is None:
-            found = views[place] = tensor.new_zeros(1) if place == _RECEIPT else tensor[slices[place]]
+            found = views[place] = (
+                tensor.new_zeros(1) if place == _RECEIPT else tensor[slices[place]]
+            )
         return found
 
     pending: list[Pending | None] = [None] * segments
@@ -131,7 +148,10 @@ def execute(program: Program, transport: Transport, tensor: Tensor, reduce: Redu
         if (earlier := pending[step.segment]) is not None:
             earlier()
         sends = [(peer, view(place)) for peer, place in step.sends]
-        receives = [Receive(peer, view(place), reduce if add else None) for peer, place, add in step.receives]
+        receives = [
+            Receive(peer, view(place), reduce if add else None)
+            for peer, place, add in step.receives
+        ]
         started = transport.start(sends, receives)
         pending[step.segment] = _traced(started, step) if tracing else started
     for last in pending:
@@ -148,7 +168,14 @@ def _traced(started: Pending, step: Step) -> Pending:
         started()
         to, of = [peer for peer, _ in step.sends], [peer for peer, _, _ in step.receives]
         spans.add("wait", f"wait for {', '.join(map(str, of or to))}", waited, segment=step.segment)
-        spans.add("round", f"round {step.round}", began, segment=step.segment, sends_to=to, receives_from=of)
+        spans.add(
+            "round",
+            f"round {step.round}",
+            began,
+            segment=step.segment,
+            sends_to=to,
+            receives_from=of,
+        )
 
     return wait
 

@@ -33,7 +33,16 @@ OPERATIONS = {
 }
 # Half-precision terms are summed in float32: with more than two, rounding after each would grow with the number of ranks.
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
-DTYPES = {torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, *WIDE}
+DTYPES = {
+    torch.float32,
+    torch.float64,
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    *WIDE,
+}
 
 
 class Lane:
@@ -73,7 +82,9 @@ class Lane:
         """What the thread is given to do."""
         return lambda: future.set_result(self._run(tensors, operation, number))
 
-    def _run(self, tensors: list[Tensor], operation: Operation, number: int) -> list[Tensor] | BaseException:
+    def _run(
+        self, tensors: list[Tensor], operation: Operation, number: int
+    ) -> list[Tensor] | BaseException:
         """The tensors, reduced, or what went wrong."""
         if self._failed is not None:
             return ConnectionError(

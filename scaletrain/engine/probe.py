@@ -33,7 +33,9 @@ def main(backend: str, run_dir: Path) -> None:
     if backend == "nccl":
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    dist.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+    )
     seconds: dict[int, float] = {}
     for count in (1, 1000, 1 << 20):
         index = torch.arange(count, dtype=torch.float32, device=device) % 1000
@@ -54,7 +56,10 @@ def main(backend: str, run_dir: Path) -> None:
         seconds[4 * count] = statistics.median(times)
     if world.rank == 0:
         where = {"host": socket.gethostname(), "pid": os.getpid()}
-        print(json.dumps({"backend": backend, "size": world.size, "seconds": seconds, **where}), flush=True)
+        print(
+            json.dumps({"backend": backend, "size": world.size, "seconds": seconds, **where}),
+            flush=True,
+        )
     dist.barrier()
     dist.destroy_process_group()
 

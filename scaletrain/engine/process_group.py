@@ -45,7 +45,10 @@ class Options(NamedTuple):
     @classmethod
     def from_env(cls) -> "Options":
         """Raises ``UserError`` for a name that is not there."""
-        chosen = cls(os.environ.get("SCALETRAIN_COLLECTIVE", "auto"), os.environ.get("SCALETRAIN_TRANSPORT", "auto"))
+        chosen = cls(
+            os.environ.get("SCALETRAIN_COLLECTIVE", "auto"),
+            os.environ.get("SCALETRAIN_TRANSPORT", "auto"),
+        )
         check(chosen.collective, "collective", "SCALETRAIN_COLLECTIVE")
         check(chosen.transport, "transport", "SCALETRAIN_TRANSPORT")
         return chosen
@@ -54,7 +57,9 @@ class Options(NamedTuple):
 class ProcessGroup(dist.ProcessGroup):
     """One rank's end of a group. Made by torch.distributed, collectively."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, options: Options):
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, timeout: timedelta, options: Options
+    ):
         super().__init__(rank, size)
         self._store, self._timeout, self._options = store, timeout, options
         self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo/", store), rank, size, timeout)
@@ -63,7 +68,9 @@ class ProcessGroup(dist.ProcessGroup):
         self._nccl: Any = None
         if torch.cuda.is_available() and dist.is_nccl_available():
             self._nccl = nccl.backend(Group(dist.PrefixStore("nccl/", store), rank, size, timeout))
-            self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, self._nccl)
+            self._register_backend(
+                torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, self._nccl
+            )
             self._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
         self._roll_call = RollCall(store, rank, size, timeout)
         self._lanes: dict[str, Lane | None] = {}  # by kind of device; none: left to NCCL
@@ -77,7 +84,11 @@ class ProcessGroup(dist.ProcessGroup):
         options = options or dist.AllreduceOptions()
         reduce_op = options.reduceOp  # torch passes a ReduceOp or its inner enum
         operation = OPERATIONS.get(int(getattr(reduce_op, "op", reduce_op)))
-        lane = self._lane(tensors) if operation is not None and _runs_here(tensors, operation) else None
+        lane = (
+            self._lane(tensors)
+            if operation is not None and _runs_here(tensors, operation)
+            else None
+        )
         if operation is None or lane is None:
             return self._forward("allreduce", tensors, options)
         if torch.autograd._profiler_enabled():
@@ -99,7 +110,10 @@ class ProcessGroup(dist.ProcessGroup):
         return self._lanes[kind]
 
     def _accelerator_lane(self) -> Lane | None:
-        (collective, transport), over_nccl = self._options, self._nccl is not None and not self._shares_device()
+        (collective, transport), over_nccl = (
+            self._options,
+            self._nccl is not None and not self._shares_device(),
+        )
         wire = transport.partition(":")[0]
         if wire == "nccl" and not over_nccl:
             raise UserError(
@@ -113,7 +127,9 @@ class ProcessGroup(dist.ProcessGroup):
         else:
             staged = True
         device = torch.device("cuda", torch.cuda.current_device())
-        return AcceleratorLane(self._group("cuda"), self._roll_call, collective, transport, device, staged)
+        return AcceleratorLane(
+            self._group("cuda"), self._roll_call, collective, transport, device, staged
+        )
 
     def _group(self, kind: str) -> Group:
         # A connection of its own: a thread that waits at a TCPStore keeps all others that share its connection from it.
@@ -193,22 +209,32 @@ for _name in (
 def _coalesced(name: str, options_type: type) -> Callable[..., dist.Work]:
     """A coalesced collective (functional collectives call these) as gloo's single one for each pair of tensors."""
 
-    def forward(self: ProcessGroup, outputs: list[Tensor], inputs: list[Tensor], options: Any = None) -> dist.Work:
+    def forward(
+        self: ProcessGroup, outputs: list[Tensor], inputs: list[Tensor], options: Any = None
+    ) -> dist.Work:
         options = options or options_type()
-        return All([self._forward(name, o, i, options) for o, i in zip(outputs, inputs, strict=True)])
+        return All(
+            [self._forward(name, o, i, options) for o, i in zip(outputs, inputs, strict=True)]
+        )
 
     return forward
 
 
 ProcessGroup.allgather_into_tensor_coalesced = _coalesced("_allgather_base", AllgatherOptions)
-ProcessGroup.reduce_scatter_tensor_coalesced = _coalesced("_reduce_scatter_base", ReduceScatterOptions)
+ProcessGroup.reduce_scatter_tensor_coalesced = _coalesced(
+    "_reduce_scatter_base", ReduceScatterOptions
+)
 
 
 def _runs_here(tensors: list[Tensor], operation: Operation) -> bool:
     if len(tensors) != 1:  # gloo sums them over ranks and over the list; that meaning stays its own
         return False
     for tensor in tensors:
-        if tensor.layout != torch.strided or tensor.is_cpu != tensors[0].is_cpu or tensor.dtype not in DTYPES:
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_cpu != tensors[0].is_cpu
+            or tensor.dtype not in DTYPES
+        ):
             return False
         # gloo refuses the average of integers; that answer stays its own.
         if operation.average and not tensor.is_floating_point():

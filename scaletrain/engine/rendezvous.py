@@ -61,7 +61,12 @@ def connect(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
             raise UserError(f"MASTER_PORT={port!r}: expected a port number")
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         store: dist.Store = dist.TCPStore(
-            address, int(port), None, is_master=world.rank == 0 and not agent, timeout=timeout, wait_for_workers=False
+            address,
+            int(port),
+            None,
+            is_master=world.rank == 0 and not agent,
+            timeout=timeout,
+            wait_for_workers=False,
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         _use_interface(_local_address(address, int(port)))
@@ -92,7 +97,9 @@ def place(world: World, store: dist.Store) -> World:
         "node": nodes.index(hosts[world.rank]),
         "num_nodes": len(nodes),
     }
-    return world._replace(**{key: value for key, value in found.items() if getattr(world, key) == UNKNOWN})
+    return world._replace(
+        **{key: value for key, value in found.items() if getattr(world, key) == UNKNOWN}
+    )
 
 
 def serve() -> int:
@@ -103,7 +110,13 @@ def serve() -> int:
     port = listening.getsockname()[1]
     os.set_inheritable(listening.detach(), False)  # libuv's server takes the descriptor over
     _served = dist.TCPStore(
-        "127.0.0.1", port, None, is_master=True, wait_for_workers=False, master_listen_fd=fd, multi_tenant=False
+        "127.0.0.1",
+        port,
+        None,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=fd,
+        multi_tenant=False,
     )
     return port
 
@@ -126,7 +139,9 @@ def _arrive(world: World, store: dist.Store, timeout: timedelta) -> None:
         except RuntimeError:
             raise ConnectionError("rank 0, which serves the store, is gone") from error
         shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-        raise TimeoutError(f"after {timeout.total_seconds():.0f} s ranks {shown} have not joined") from error
+        raise TimeoutError(
+            f"after {timeout.total_seconds():.0f} s ranks {shown} have not joined"
+        ) from error
     progress.alive("joined")
 
 
@@ -152,13 +167,17 @@ def _publish(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
     run_dir.mkdir(parents=True, exist_ok=True)
     _path(run_dir).unlink(missing_ok=True)
     offered = [address for _, address in addresses_to_offer(world)]
-    _served = dist.TCPStore("0.0.0.0", 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
+    _served = dist.TCPStore(
+        "0.0.0.0", 0, None, is_master=True, timeout=timeout, wait_for_workers=False
+    )
     nonce = secrets.token_hex(16)
     _served.set(_NONCE, nonce)
     facts = {"job": _job_id(world), "addresses": offered, "port": _served.port, "nonce": nonce}
     write_json(_path(run_dir), facts)
     reached = _reached(_served, world, timeout)
-    everywhere = [address for address in offered if all(address in answers for answers in reached.values())]
+    everywhere = [
+        address for address in offered if all(address in answers for answers in reached.values())
+    ]
     if not everywhere:
         _served.set(_ADDRESS, "")
         shown = "; ".join(f"rank {rank}: {', '.join(answers)}" for rank, answers in reached.items())
@@ -177,7 +196,9 @@ def _reached(store: dist.Store, world: World, timeout: timedelta) -> dict[int, l
         store.wait([*keys.values()], timeout)
     except RuntimeError:
         missing = ", ".join(str(rank) for rank, key in keys.items() if not store.check([key]))
-        raise TimeoutError(f"after {timeout.total_seconds():.0f} s ranks {missing} have not found rank 0") from None
+        raise TimeoutError(
+            f"after {timeout.total_seconds():.0f} s ranks {missing} have not found rank 0"
+        ) from None
     return {rank: json.loads(store.get(key)) for rank, key in keys.items()}
 
 
@@ -190,14 +211,20 @@ def _find(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
         time.sleep(0.05)
         try:
             facts = json.loads(_path(run_dir).read_text(encoding="utf-8"))
-            job, addresses, port, nonce = (facts[key] for key in ("job", "addresses", "port", "nonce"))
+            job, addresses, port, nonce = (
+                facts[key] for key in ("job", "addresses", "port", "nonce")
+            )
         except (OSError, ValueError, KeyError):
             continue
         if job != _job_id(world):
             seen = f"only an earlier job's rendezvous.json ({job})"
             continue
         left = timedelta(seconds=max(1.0, until - time.monotonic()))
-        stores = {address: store for address in addresses if (store := _proved(address, port, nonce, left))}
+        stores = {
+            address: store
+            for address in addresses
+            if (store := _proved(address, port, nonce, left))
+        }
         if not stores:
             seen = f"rendezvous.json, but rank 0 answers at none of {', '.join(addresses)}, port {port}"
             continue
@@ -222,7 +249,9 @@ def _proved(address: str, port: int, nonce: str, timeout: timedelta) -> dist.TCP
     if not _local_address(address, port):
         return None
     try:
-        store = dist.TCPStore(address, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
+        store = dist.TCPStore(
+            address, port, None, is_master=False, timeout=timeout, wait_for_workers=False
+        )
         return store if store.check([_NONCE]) and store.get(_NONCE).decode() == nonce else None
     except RuntimeError:
         return None
@@ -234,7 +263,9 @@ def address_of(store: dist.Store) -> tuple[str, int]:
         store = store.underlying_store
     if not isinstance(store, dist.TCPStore):
         global _served
-        _served = store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+        _served = store = dist.TCPStore(
+            "127.0.0.1", 0, None, is_master=True, wait_for_workers=False
+        )
     return "127.0.0.1" if store.host == "0.0.0.0" else store.host, store.port
 
 
@@ -243,7 +274,14 @@ def addresses_to_offer(world: World) -> list[tuple[str, str]]:
 
     All of them are published and the others try each: none is taken because it came first.
     """
-    named = next((os.environ[key] for key in ("SCALETRAIN_INTERFACE", "GLOO_SOCKET_IFNAME") if os.environ.get(key)), "")
+    named = next(
+        (
+            os.environ[key]
+            for key in ("SCALETRAIN_INTERFACE", "GLOO_SOCKET_IFNAME")
+            if os.environ.get(key)
+        ),
+        "",
+    )
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     found = [
         (name, entry.address)
@@ -285,7 +323,9 @@ def _use_interface(address: str) -> None:
             return
 
 
-if __name__ == "__main__":  # the store of workers that cannot serve it themselves: it lives until the launcher ends it
+if (
+    __name__ == "__main__"
+):  # the store of workers that cannot serve it themselves: it lives until the launcher ends it
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     serve()
     while True:

@@ -47,11 +47,15 @@ class RollCall:
         except RuntimeError:
             return "where the other ranks are is not known: the store where they meet is gone"
         # A rank that fails in a later one has this one behind it.
-        elsewhere = {rank: where for rank, where in at.items() if where != mine and _number(where) <= number}
+        elsewhere = {
+            rank: where for rank, where in at.items() if where != mine and _number(where) <= number
+        }
         told = [f"rank {rank} is in {where}" for rank, where in elsewhere.items()]
         if missing := [str(rank) for rank in range(self._size) if rank not in at]:
             left = " or has left it" if name in _ONE_SIDED else ""
-            told.append(f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)} never entered it{left}")
+            told.append(
+                f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)} never entered it{left}"
+            )
         return "; ".join(told) or "all ranks entered it"
 
 

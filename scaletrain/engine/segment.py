@@ -19,10 +19,15 @@ from datetime import timedelta
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
 
-_LINE = 8  # counters are 64-bit words, one a cache line, so that no two ranks write to the same line
+_LINE = (
+    8  # counters are 64-bit words, one a cache line, so that no two ranks write to the same line
+)
 _SPINS = 300  # looks at a counter before the core is offered to others; about 20 us
 _YIELD_S = 300e-6  # then for this long the core is offered between looks: others compute on it, and a wake-up costs tens of microseconds
-_SLEEP_S = (20e-6, 1e-3)  # then sleep, longer and longer: whoever waits must not take a core from who computes
+_SLEEP_S = (
+    20e-6,
+    1e-3,
+)  # then sleep, longer and longer: whoever waits must not take a core from who computes
 _NAP_S = 2e-3  # the longest sleep that a lost wake-up can cost
 _FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # the system call's number on x86-64
 _LOOK_S = 0.1  # how often a long wait looks whether its peer is alive
@@ -49,7 +54,11 @@ class Segment:
             raise UserError(
                 f"transport 'shared_memory': needs Linux on x86-64 (this is {platform.machine()}); use gloo"
             )
-        self.rank, self.size, self._timeout_s = group.rank, group.size, group.timeout.total_seconds()
+        self.rank, self.size, self._timeout_s = (
+            group.rank,
+            group.size,
+            group.timeout.total_seconds(),
+        )
         self._name = group.name
         self._per_rank = (1 + num_counters) * _LINE  # the first: whether the rank sleeps
         head = -(-8 * self._per_rank * self.size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -58,7 +67,9 @@ class Segment:
         self._anchor = ctypes.c_char.from_buffer(self._map)
         self._address = ctypes.addressof(self._anchor)
         self._asleep = [rank * self._per_rank for rank in range(self.size)]
-        self._asleep_others = [place for rank, place in enumerate(self._asleep) if rank != self.rank]
+        self._asleep_others = [
+            place for rank, place in enumerate(self._asleep) if rank != self.rank
+        ]
         self.data = memoryview(self._map)[head:]
         processes = exchanged(group, "process", f"{os.getpid()} {_started(os.getpid())}")
         self._processes = [_process(value) for value in processes]
@@ -74,7 +85,15 @@ class Segment:
         words[place] = value
         for other in self._asleep_others:
             if words[other]:
-                _libc.syscall(_FUTEX, ctypes.c_void_p(self._address + 8 * place), _FUTEX_WAKE, 1 << 30, None, None, 0)
+                _libc.syscall(
+                    _FUTEX,
+                    ctypes.c_void_p(self._address + 8 * place),
+                    _FUTEX_WAKE,
+                    1 << 30,
+                    None,
+                    None,
+                    0,
+                )
                 return
 
     def read(self, rank: int, counter: int) -> int:
@@ -102,14 +121,18 @@ class Segment:
         mine = self._asleep[self.rank]
         self._words[mine] = 1
         address = ctypes.c_void_p(self._address + place)
-        _libc.syscall(_FUTEX, address, _FUTEX_WAIT, ctypes.c_uint32(seen & 0xFFFFFFFF), _NAP, None, 0)
+        _libc.syscall(
+            _FUTEX, address, _FUTEX_WAIT, ctypes.c_uint32(seen & 0xFFFFFFFF), _NAP, None, 0
+        )
         self._words[mine] = 0
 
     def check_alive(self, rank: int) -> None:
         """Raises ConnectionError if the rank's process has ended."""
         pid, started = self._processes[rank]
         if _started(pid) != started:
-            raise ConnectionError(f"peer rank {self._name(rank)} (process {pid}) is lost: it has ended")
+            raise ConnectionError(
+                f"peer rank {self._name(rank)} (process {pid}) is lost: it has ended"
+            )
 
     def late(self, ranks: tuple[int, ...]) -> TimeoutError:
         who = ", ".join(str(self._name(rank)) for rank in ranks)
@@ -189,7 +212,9 @@ def _map(group: Group, num_bytes: int) -> mmap.mmap:
         try:
             file = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise ConnectionError(f"peer rank {group.name(0)} is lost: it ended before its memory was shared") from None
+            raise ConnectionError(
+                f"peer rank {group.name(0)} is lost: it ended before its memory was shared"
+            ) from None
     try:
         mapped = mmap.mmap(file, num_bytes)
         exchanged(group, "mapped", "")
@@ -218,7 +243,9 @@ def _wait(group: Group, keys: list[str], owners: Sequence[int]) -> None:
     except RuntimeError as error:
         try:
             missing = [
-                str(group.name(rank)) for rank, key in zip(owners, keys, strict=True) if not group.store.check([key])
+                str(group.name(rank))
+                for rank, key in zip(owners, keys, strict=True)
+                if not group.store.check([key])
             ]
         except RuntimeError:
             raise ConnectionError("the store where the ranks meet is gone") from error

@@ -21,7 +21,9 @@ _writer: "_Writer | None" = None
 class _Writer:
     def __init__(self, path: Path):
         self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (lives as long as the worker)
-        self._lock = threading.Lock()  # buckets come from backward's thread, rounds and waits from the exchange's own
+        self._lock = (
+            threading.Lock()
+        )  # buckets come from backward's thread, rounds and waits from the exchange's own
 
     def write(self, value: dict[str, Any]) -> None:
         line = json.dumps(value) + "\n"

@@ -24,7 +24,9 @@ class Pending(dist.Work):
             done = threading.Event()
             self._future.add_done_callback(lambda _: done.set())
             if not done.wait(timeout.total_seconds()):
-                raise RuntimeError(f"allreduce: not done within the {timeout.total_seconds():g} s that wait was given")
+                raise RuntimeError(
+                    f"allreduce: not done within the {timeout.total_seconds():g} s that wait was given"
+                )
         self._future.wait()
         return True
 
@@ -69,7 +71,9 @@ class Done(dist.Work):
     def result(self) -> list[Tensor]:
         if isinstance(self._outcome, BaseException):
             # What torch's own backends raise, and scripts catch.
-            raise RuntimeError(f"{type(self._outcome).__name__}: {self._outcome}") from self._outcome
+            raise RuntimeError(
+                f"{type(self._outcome).__name__}: {self._outcome}"
+            ) from self._outcome
         return self._outcome
 
     def get_future(self) -> torch.futures.Future:

@@ -12,17 +12,35 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scaletrain.launching.job import Failure
-from scaletrain.launching.progress import SCRIPT, STACKS_SIGNAL, failure_path, host_name, progress_path, stacks_path
+from scaletrain.launching.progress import (
+    SCRIPT,
+    STACKS_SIGNAL,
+    failure_path,
+    host_name,
+    progress_path,
+    stacks_path,
+)
 
 # A rank that raised or was killed is a cause; one that lost its peer is a consequence; that its launcher then ended, too.
-_ORDER = {"user": 0, "exception": 0, "signal": 0, "exit": 0, "cut": 1, "hang": 2, "peer": 3, "launcher": 4}
+_ORDER = {
+    "user": 0,
+    "exception": 0,
+    "signal": 0,
+    "exit": 0,
+    "cut": 1,
+    "hang": 2,
+    "peer": 3,
+    "launcher": 4,
+}
 _STACKS_S = 1.0  # how long a worker may take to write its stacks
 # Functions in whose frames a main thread waits for other ranks: such a rank is a victim of a hang, not its cause.
 _WAITING = re.compile(
     r'/(distributed_c10d|rendezvous|autograd/graph|process_group|execute|futures/__init__)\.py"|/(engine|parameter_server)/'
 )
 
-_RUNNERS = re.compile(r'\n  File "(<frozen runpy>|[^"\n]*/training/script\.py)".*')  # frames around a person's script
+_RUNNERS = re.compile(
+    r'\n  File "(<frozen runpy>|[^"\n]*/training/script\.py)".*'
+)  # frames around a person's script
 
 
 class Known(NamedTuple):
@@ -84,7 +102,8 @@ class Progress:
         behind = [known for known in watched if known.num_steps == least]
         self._behind = {known.rank: self._behind.get(known.rank, now) for known in behind}
         return any(
-            now - max(known.time, self._behind[known.rank]) > (starting_s if known.step is None else limit_s)
+            now - max(known.time, self._behind[known.rank])
+            > (starting_s if known.step is None else limit_s)
             for known in behind
         )
 
@@ -94,7 +113,9 @@ def reported(run_dir: Path, workers: int, since: float) -> list[Failure]:
     found = []
     for rank in range(workers):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            failure = Failure.from_json(json.loads(failure_path(run_dir, rank).read_text(encoding="utf-8")))
+            failure = Failure.from_json(
+                json.loads(failure_path(run_dir, rank).read_text(encoding="utf-8"))
+            )
             if failure.time >= since:
                 found.append(failure)
     return found
@@ -102,8 +123,12 @@ def reported(run_dir: Path, workers: int, since: float) -> list[Failure]:
 
 # What launchers say of a rank that a signal ended: Open MPI, srun ("srun: error: h2: task 2: Killed").
 _ENDED_BY_SIGNAL = (
-    re.compile(r"process rank (?P<rank>\d+) with PID \d+ on node (?P<host>\S+) exited on\s+signal (?P<signal>\d+)"),
-    re.compile(r"error: (?P<host>\S+): tasks? (?P<rank>\d+): (?P<signal>Killed|Segmentation fault|Aborted|Bus error)"),
+    re.compile(
+        r"process rank (?P<rank>\d+) with PID \d+ on node (?P<host>\S+) exited on\s+signal (?P<signal>\d+)"
+    ),
+    re.compile(
+        r"error: (?P<host>\S+): tasks? (?P<rank>\d+): (?P<signal>Killed|Segmentation fault|Aborted|Bus error)"
+    ),
     re.compile(r"error: (?P<host>\S+): tasks? (?P<rank>\d+): (?P<signal>Out Of Memory)"),
 )
 _SIGNALS = {"Killed": 9, "Segmentation fault": 11, "Aborted": 6, "Bus error": 7, "Out Of Memory": 9}
@@ -117,8 +142,14 @@ def told(output: str, progress: Progress, now: float) -> Failure | None:
             rank, given = int(match["rank"]), match["signal"]
             number = _SIGNALS.get(given) or int(given)
             known = progress.read(rank)
-            why = " (out of memory)" if given == "Out Of Memory" else " (did memory run out? see dmesg there)"
-            message = f"was ended by {signal_name(number)}" + (why if number == signal.SIGKILL else "")
+            why = (
+                " (out of memory)"
+                if given == "Out Of Memory"
+                else " (did memory run out? see dmesg there)"
+            )
+            message = f"was ended by {signal_name(number)}" + (
+                why if number == signal.SIGKILL else ""
+            )
             return Failure(
                 rank, match["host"], known.step if known else None, now, "signal", message,
                 collective=known.collective if known else "", exit_code=128 + number,
@@ -153,21 +184,32 @@ def choose(failures: Iterable[Failure]) -> Failure:
         host = next((failure.host for failure in failures if failure.rank == 0), "")
         ranks = _ranks(failure.rank for failure in cut if failure.rank is not None)
         return cause._replace(
-            rank=0, host=host, message=f"is cut off the network: {ranks} do not reach it any more", traceback=""
+            rank=0,
+            host=host,
+            message=f"is cut off the network: {ranks} do not reach it any more",
+            traceback="",
         )
     return cause
 
 
-def hang(progress: Progress, lost: set[int], status: int, restarting: bool = False) -> Failure | None:
+def hang(
+    progress: Progress, lost: set[int], status: int, restarting: bool = False
+) -> Failure | None:
     """The rank that holds up the others, with its stack: the one that is least far, and not itself waiting for others.
 
     Returns ``None`` when every rank has ended by itself; with ``restarting`` (a launcher that starts workers again), also
     while none runs on this host: it is between two attempts, and what is known of other hosts belongs to the earlier one.
     """
     living = [known for known in progress.all() if not known.ended and known.rank not in lost]
-    living = [known for known in living if known.host != host_name() or _state(known.pid) not in ("", "Z", "X")]
+    living = [
+        known
+        for known in living
+        if known.host != host_name() or _state(known.pid) not in ("", "Z", "X")
+    ]
     here = any(known.host == host_name() for known in living)
-    if not living or (restarting and not here and any(known.host == host_name() for known in progress.all())):
+    if not living or (
+        restarting and not here and any(known.host == host_name() for known in progress.all())
+    ):
         return None
     stacks = _stacks(progress.run_dir, living)
 
@@ -267,10 +309,16 @@ def _ranks(ranks: Iterable[int]) -> str:
 def main(run_dir: Path, output: Path | None) -> int:
     """Show the first cause of a job that has ended, for batch scripts: ``python -m scaletrain.launching.first_cause RUN_DIR [OUTPUT]``."""
     workers = len(list(run_dir.glob("progress-*.json")))
-    since = min((path.stat().st_ctime for path in run_dir.glob("progress-*.json")), default=0.0) - 86400
+    since = (
+        min((path.stat().st_ctime for path in run_dir.glob("progress-*.json")), default=0.0) - 86400
+    )
     found = reported(run_dir, workers, since)
     if output and output.exists():
-        said = told(output.read_text(encoding="utf-8", errors="replace"), Progress(run_dir, workers), time.time())
+        said = told(
+            output.read_text(encoding="utf-8", errors="replace"),
+            Progress(run_dir, workers),
+            time.time(),
+        )
         found += [said] if said else []
     if found:
         print(text(choose(found), []), file=sys.stderr)

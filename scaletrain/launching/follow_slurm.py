@@ -47,7 +47,11 @@ class _Task:
         """Note, and say, what has changed in SLURM's record of it."""
         if record["JobState"] != self.state:
             self.state, self._looks = record["JobState"], 0
-            where = f" on {record['NodeList']}" if record.get("NodeList") not in (None, "(null)", "") else ""
+            where = (
+                f" on {record['NodeList']}"
+                if record.get("NodeList") not in (None, "(null)", "")
+                else ""
+            )
             why = f" ({record['Reason']})" if record.get("Reason") not in (None, "None") else ""
             print(f"job {self.name}: {self.state}{where}{why}", flush=True)
         else:
@@ -66,7 +70,9 @@ class _Task:
             if self._prefix and whole_lines:
                 data = data[: data.rfind(b"\n") + 1]
             self._shown += len(data)
-            sys.stdout.buffer.write(b"".join(self._prefix + line for line in data.splitlines(keepends=True)))
+            sys.stdout.buffer.write(
+                b"".join(self._prefix + line for line in data.splitlines(keepends=True))
+            )
             sys.stdout.flush()
 
     def _forget(self) -> None:
@@ -81,7 +87,9 @@ class Follower:
         self.script, self.poll_s = script, poll_s
         self.run_dir = script.parent
         self.job = ""
-        self.tasks: dict[str, _Task] = {}  # by its number in the array; a job without one has a single task, ""
+        self.tasks: dict[
+            str, _Task
+        ] = {}  # by its number in the array; a job without one has a single task, ""
         self.signals: list[int] = []
 
     def run(self) -> int:
@@ -107,7 +115,8 @@ class Follower:
                 return self._end()
             if time.monotonic() - heard > _SILENT_S:
                 print(
-                    f"job {self.job}: SLURM has not answered for {_SILENT_S:.0f} s; the job may run on", file=sys.stderr
+                    f"job {self.job}: SLURM has not answered for {_SILENT_S:.0f} s; the job may run on",
+                    file=sys.stderr,
                 )
                 return 1
             time.sleep(self.poll_s)
@@ -127,20 +136,29 @@ class Follower:
             task.show_output(whole_lines=False)
         failed = [task for task in self.tasks.values() if task.status]
         if all(number.isdigit() for number in self.tasks):
-            print(f"job {self.job}: {len(self.tasks) - len(failed)} of {len(self.tasks)} tasks ended well", flush=True)
+            print(
+                f"job {self.job}: {len(self.tasks) - len(failed)} of {len(self.tasks)} tasks ended well",
+                flush=True,
+            )
         return failed[0].status if failed else 0
 
     def _submit(self) -> str:
         env = {key: value for key, value in os.environ.items() if key != "SCALETRAIN_LAUNCH"}
         try:
-            done = subprocess.run(["sbatch", "--parsable", str(self.script)], env=env, capture_output=True, text=True)
+            done = subprocess.run(
+                ["sbatch", "--parsable", str(self.script)], env=env, capture_output=True, text=True
+            )
         except FileNotFoundError:
-            print("scaletrain: error: launcher: sbatch is not there; this host is no SLURM login node", file=sys.stderr)
+            print(
+                "scaletrain: error: launcher: sbatch is not there; this host is no SLURM login node",
+                file=sys.stderr,
+            )
             sys.exit(2)
         if done.returncode:
             print(f"scaletrain: error: launcher: {done.stderr.strip()}", file=sys.stderr)
             print(
-                "scaletrain: does `sinfo` answer here? It shows the partitions that a job may ask for", file=sys.stderr
+                "scaletrain: does `sinfo` answer here? It shows the partitions that a job may ask for",
+                file=sys.stderr,
             )
             sys.exit(2)
         return done.stdout.strip().split(";")[0]
@@ -153,7 +171,8 @@ class Follower:
         except subprocess.TimeoutExpired:
             return []
         records = [
-            dict(field.split("=", 1) for field in line.split() if "=" in field) for line in done.stdout.splitlines()
+            dict(field.split("=", 1) for field in line.split() if "=" in field)
+            for line in done.stdout.splitlines()
         ]
         return [record for record in records if "JobState" in record]
 

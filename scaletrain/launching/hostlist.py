@@ -19,8 +19,13 @@ def expand(text: str) -> list[str]:
         parts = re.split(r"\[([^\[\]]*)\]", word)  # text, range, text, range, ..., text
         if not word or set("[] \t") & set("".join(parts[::2])):
             raise _wrong(text)
-        choices = [[part] if index % 2 == 0 else _numbers(part, text) for index, part in enumerate(parts)]
-        found += ("".join(choice) for choice in itertools.islice(itertools.product(*choices), _MOST + 1 - len(found)))
+        choices = [
+            [part] if index % 2 == 0 else _numbers(part, text) for index, part in enumerate(parts)
+        ]
+        found += (
+            "".join(choice)
+            for choice in itertools.islice(itertools.product(*choices), _MOST + 1 - len(found))
+        )
         if len(found) > _MOST:
             raise UserError(f"launcher.hosts: {text!r} is more than {_MOST} hosts")
     return found
@@ -38,4 +43,6 @@ def _numbers(ranges: str, text: str) -> list[str]:
 
 
 def _wrong(text: str) -> UserError:
-    return UserError(f"launcher.hosts: {text!r} is not a list of hosts (allowed: h1,h2 or n[01-16,20])")
+    return UserError(
+        f"launcher.hosts: {text!r} is not a list of hosts (allowed: h1,h2 or n[01-16,20])"
+    )

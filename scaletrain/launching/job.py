@@ -38,7 +38,11 @@ class Job(NamedTuple):
 
         Other programs get a process beside them that serves it. So do jobs that outlive rank 0.
         """
-        return self.argv[1:2] == ("-m",) and self.argv[2].startswith("scaletrain.") and self.min_workers is None
+        return (
+            self.argv[1:2] == ("-m",)
+            and self.argv[2].startswith("scaletrain.")
+            and self.min_workers is None
+        )
 
 
 def script_job(command: Sequence[str], workers: int, run_dir: Path, timeout_s: float = 60.0) -> Job:
@@ -56,9 +60,15 @@ class Command(NamedTuple):
     name: str
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...] = ()  # added to the launcher's environment
-    rank: int | None = None  # the worker this is; None: a launcher such as mpirun, which starts workers of its own
-    restarts_workers: bool = False  # a launcher that goes on when a worker fails; only its own end ends the job
-    interrupt: int | None = None  # signal that reaches the workers, where SIGINT would make the launcher kill them
+    rank: int | None = (
+        None  # the worker this is; None: a launcher such as mpirun, which starts workers of its own
+    )
+    restarts_workers: bool = (
+        False  # a launcher that goes on when a worker fails; only its own end ends the job
+    )
+    interrupt: int | None = (
+        None  # signal that reaches the workers, where SIGINT would make the launcher kill them
+    )
     stop_s: float = 3.0  # from SIGTERM to SIGKILL; a launcher must pass the signal on first
 
 
@@ -70,7 +80,9 @@ class LaunchPlan(NamedTuple):
     explain: tuple[str, ...] = ()
     # If set: bind a free port here, hand the socket to who serves the store, tell all as MASTER_ADDR and MASTER_PORT.
     store_address: str = ""
-    companions: tuple[Companion, ...] | None = None  # in place of the job's, where the launcher starts them its own way
+    companions: tuple[Companion, ...] | None = (
+        None  # in place of the job's, where the launcher starts them its own way
+    )
 
     def __str__(self) -> str:
         """The plan as shell text, as ``--dry-run`` prints it."""

@@ -26,7 +26,13 @@ _SAID = 20000  # characters kept of what launchers wrote
 class Process:
     """A started command and what is known of it."""
 
-    def __init__(self, command: Command, environ: dict[str, str], companion: Companion | None = None, fd: int = -1):
+    def __init__(
+        self,
+        command: Command,
+        environ: dict[str, str],
+        companion: Companion | None = None,
+        fd: int = -1,
+    ):
         self.name, self.rank, self.stop_s = command.name, command.rank, command.stop_s
         self.companion, self.restarts = companion, 0
         self.restarts_workers, self.interrupt = command.restarts_workers, command.interrupt
@@ -66,7 +72,11 @@ class Processes:
         self._selector.register(sys.stdin.buffer, selectors.EVENT_READ, None)
 
     def start(
-        self, command: Command, environ: dict[str, str], companion: Companion | None = None, fd: int = -1
+        self,
+        command: Command,
+        environ: dict[str, str],
+        companion: Companion | None = None,
+        fd: int = -1,
     ) -> Process:
         """Start a worker, a launcher or a companion; ``fd`` is handed to it. Raises OSError."""
         process = Process(command, environ, companion, fd)
@@ -117,7 +127,9 @@ class Processes:
                 process.signal(signal.SIGCONT)
                 process.signal(signal.SIGTERM)
             until = time.monotonic() + max([process.stop_s for process in running], default=0)
-            while time.monotonic() < until and any(process.popen.poll() is None for process in running):
+            while time.monotonic() < until and any(
+                process.popen.poll() is None for process in running
+            ):
                 self.read(0.05)
             for process in running:
                 process.signal(signal.SIGKILL)

@@ -28,7 +28,9 @@ _WIDTH = 320  # bytes of a progress file, so that an overwrite is one small writ
 _ANSWER_S = 0.5  # within which a host of a cluster answers; less than the supervisor waits for the others' reports
 _SYNC_S = 2.0  # on several hosts the shared folder is brought up to date this often
 SCRIPT = "running a script"  # what a worker does that promises no signs of life
-STACKS_SIGNAL = signal.SIGUSR2  # a worker that gets it writes all its threads' Python stacks to stacks_path
+STACKS_SIGNAL = (
+    signal.SIGUSR2
+)  # a worker that gets it writes all its threads' Python stacks to stacks_path
 
 
 class _State:
@@ -38,7 +40,9 @@ class _State:
         self.run_dir, self.world, self.host = run_dir, world, host_name()
         self.step: int | None = None
         self.doing, self.collective, self.num_collectives = "starting", "", 0
-        self._file = os.open(progress_path(run_dir, world.rank), os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+        self._file = os.open(
+            progress_path(run_dir, world.rank), os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644
+        )
         self._sync_s = float("inf") if world.num_nodes == 1 else _SYNC_S
         self._synced = time.monotonic()
 
@@ -84,7 +88,10 @@ def reporting(run_dir: Path, world: World) -> Iterator[Callable[[int], None]]:
             failure = failure_of(error)
             write_json(failure_path(run_dir, world.rank), failure._asdict())
             if not {"SCALETRAIN_LAUNCH", SUPERVISED} & set(os.environ):
-                print(f"scaletrain: rank {world.rank} failed: {failure.message}\n{failure.traceback}", file=sys.stderr)
+                print(
+                    f"scaletrain: rank {world.rank} failed: {failure.message}\n{failure.traceback}",
+                    file=sys.stderr,
+                )
             raise SystemExit(failure.exit_code) from error
         except KeyboardInterrupt:
             state.doing = "failed"
@@ -134,7 +141,9 @@ def failure_of(error: BaseException) -> Failure:
     state = _state
     kind = "user" if isinstance(error, UserError) else "peer" if _lost_peer(error) else "exception"
     cut_from = _unreachable(state) if kind == "peer" and state else ""
-    message = " ".join((str(error) if kind == "user" else f"{type(error).__name__}: {error}").split())  # one line
+    message = " ".join(
+        (str(error) if kind == "user" else f"{type(error).__name__}: {error}").split()
+    )  # one line
     if cut_from:
         kind, message = (
             "cut",
@@ -155,7 +164,12 @@ def _unreachable(state: _State) -> str:
     """
     if state.world.rank == 0 or state.world.num_nodes == 1:
         return ""
-    places = [(os.environ.get(RANK_0) or os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))]
+    places = [
+        (
+            os.environ.get(RANK_0) or os.environ.get("MASTER_ADDR", ""),
+            os.environ.get("MASTER_PORT", ""),
+        )
+    ]
     if not all(places[0]):
         try:
             facts = json.loads((state.run_dir / "rendezvous.json").read_text(encoding="utf-8"))
@@ -186,7 +200,13 @@ def _lost_peer(error: BaseException) -> bool:
     chain: BaseException | None = error
     while chain is not None:
         kinds = {cls.__name__ for cls in type(chain).__mro__}
-        if kinds & {"ConnectionError", "TimeoutError", "DistNetworkError", "DistBackendError", "DistStoreError"}:
+        if kinds & {
+            "ConnectionError",
+            "TimeoutError",
+            "DistNetworkError",
+            "DistBackendError",
+            "DistStoreError",
+        }:
             return True
         if isinstance(chain, RuntimeError) and _LOST_PEER.search(str(chain)):
             return True
@@ -197,7 +217,9 @@ def _lost_peer(error: BaseException) -> bool:
 def _own_traceback(error: BaseException) -> list[str]:
     """The traceback without what this package put around a person's script."""
     frames = error.__traceback__
-    while frames and frames.tb_frame.f_code.co_filename.endswith(("launching/progress.py", "training/script.py")):
+    while frames and frames.tb_frame.f_code.co_filename.endswith(
+        ("launching/progress.py", "training/script.py")
+    ):
         frames = frames.tb_next
     while frames and frames.tb_frame.f_code.co_filename == "<frozen runpy>":
         frames = frames.tb_next

@@ -26,7 +26,11 @@ MARK = "SCALETRAIN_LAUNCH"  # every process of a launch carries it; nested launc
 ORDER = pydantic.TypeAdapter(
     tuple[LaunchPlan, Job]
 )  # what the supervisor is told on its standard input, as a line of JSON
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # and SIGHUP, as SIGTERM, unless it is ignored (nohup)
+FORWARDED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # and SIGHUP, as SIGTERM, unless it is ignored (nohup)
 _PRCTL = ctypes.CDLL(None, use_errno=True).prctl
 _END_S = 6.0  # how long the supervisor may take to end once nobody listens
 
@@ -144,7 +148,10 @@ def _forwarding(supervisor: subprocess.Popen[bytes]) -> Iterator[None]:
         supervisor.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    before = {number: signal.signal(number, forward) for number in (*FORWARDED, *[signal.SIGHUP] * (not ignored))}
+    before = {
+        number: signal.signal(number, forward)
+        for number in (*FORWARDED, *[signal.SIGHUP] * (not ignored))
+    }
     try:
         yield
     finally:

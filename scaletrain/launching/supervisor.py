@@ -22,7 +22,9 @@ _GRACE_S = 1.0  # after a failure, time for others to report an earlier or bette
 _PEERS_S = 2.0  # more time, when all that is known is that a peer was lost
 _LAUNCHER_S = 8.0  # how long another launcher may take to end after one of its workers failed
 _NOTICED_S = 0.1  # how late the end of another launcher's worker is noticed, at most
-_STARTING_S = 180.0  # a worker that has not begun its first step may take this long, if timeout_s is less
+_STARTING_S = (
+    180.0  # a worker that has not begun its first step may take this long, if timeout_s is less
+)
 _TELL_S = (3.0, 10.0, 30.0, 60.0, 120.0)  # after the start, while no step is done
 _ON_THE_WAY = ("starting", "looking for rank 0")  # what a worker does that has not joined
 _INTERRUPT_S = 30.0  # after Ctrl-C or SIGTERM, time for workers to write a checkpoint and end
@@ -36,14 +38,18 @@ class _Supervisor:
         self.signals: list[int] = []
         self.lost: set[int] = set()  # ranks that ended badly while the job goes on without them
         self.pids: set[int] = set()  # workers of other launchers that are watched
-        self.vanished: dict[first_cause.Known, Failure] = {}  # those of them that ended without a report
+        self.vanished: dict[
+            first_cause.Known, Failure
+        ] = {}  # those of them that ended without a report
         self.failing_since = 0.0  # when a launcher's worker was first seen to have failed
         self.socket: socket.socket | None = None
         self.asked_companions = job.companions if plan.companions is None else plan.companions
         self.all = Processes(prefixed=len(plan.commands) + len(self.asked_companions) > 1)
         self.progress = first_cause.Progress(job.run_dir, job.workers)
         self.oom_kills = first_cause.oom_kills()
-        self.tell_at: tuple[float, ...] = _TELL_S if "scaletrain.training.worker" in job.argv else ()
+        self.tell_at: tuple[float, ...] = (
+            _TELL_S if "scaletrain.training.worker" in job.argv else ()
+        )
 
     def run(self) -> int:
         for path in self.job.run_dir.glob("failure*.json"):
@@ -79,9 +85,13 @@ class _Supervisor:
         write_json(self.job.run_dir / "failure.json", failure._asdict())
         running = [p.name for p in self.all.workers if p.status is None and p.rank != failure.rank]
         self.all.stop()
-        if failure.message in [p.mistake for p in (*self.all.workers, *self.all.companions) if p.mistake]:
+        if failure.message in [
+            p.mistake for p in (*self.all.workers, *self.all.companions) if p.mistake
+        ]:
             return failure.exit_code
-        if f"scaletrain: rank {failure.rank} on " not in self.all.said:  # a batch script says it itself
+        if (
+            f"scaletrain: rank {failure.rank} on " not in self.all.said
+        ):  # a batch script says it itself
             self.all.say(first_cause.text(failure, running))
             if saved := self._saved():
                 self.all.say(f"scaletrain: {saved}")
@@ -91,11 +101,15 @@ class _Supervisor:
 
     def _start(self) -> None:
         if self.plan.store_address:
-            self.socket = socket.create_server((self.plan.store_address, 0), backlog=max(128, 2 * self.job.workers))
+            self.socket = socket.create_server(
+                (self.plan.store_address, 0), backlog=max(128, 2 * self.job.workers)
+            )
             self.socket.set_inheritable(True)
             self.environ["MASTER_ADDR"] = self.plan.store_address
             self.environ["MASTER_PORT"] = str(self.socket.getsockname()[1])
-            self.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's env:// then joins our store; it serves none
+            self.environ["TORCHELASTIC_USE_AGENT_STORE"] = (
+                "True"  # torch's env:// then joins our store; it serves none
+            )
         store_fd = self.socket.fileno() if self.socket else -1
         if self.socket and not self.job.serves_store:
             argv = (sys.executable, "-m", "scaletrain.engine.rendezvous")
@@ -124,7 +138,11 @@ class _Supervisor:
             return
         self.tell_at = self.tell_at[1:]
         here, of = sum(worker.doing not in _ON_THE_WAY for worker in known), self.job.workers
-        now = f"{here} of {of} workers have joined" if here < of else "all have joined, the first step is not done yet"
+        now = (
+            f"{here} of {of} workers have joined"
+            if here < of
+            else "all have joined, the first step is not done yet"
+        )
         self.all.say(f"scaletrain: starting: {now} ({time.time() - self.started_at:.0f} s)")
 
     # Watching
@@ -134,7 +152,11 @@ class _Supervisor:
         for process in self.all.companions[:]:
             if process.ended_at is not None and self._companion_ended(process):
                 return self._settle()
-        bad = [p for p in self.all.workers if p.ended_at is not None and p.status != 0 and p.rank not in self.lost]
+        bad = [
+            p
+            for p in self.all.workers
+            if p.ended_at is not None and p.status != 0 and p.rank not in self.lost
+        ]
         if not bad:
             return self._failed_inside()
         if self.job.min_workers is None or any(process.rank is None for process in bad):
@@ -154,7 +176,8 @@ class _Supervisor:
         if not any(process.is_launcher and process.status is None for process in self.all.workers):
             return None
         if any(process.restarts_workers for process in self.all.workers) or not (
-            self.vanished or first_cause.reported(self.job.run_dir, self.job.workers, self.started_at)
+            self.vanished
+            or first_cause.reported(self.job.run_dir, self.job.workers, self.started_at)
         ):
             return None
         self.failing_since = self.failing_since or time.monotonic()
@@ -178,7 +201,9 @@ class _Supervisor:
         """Wait a moment for other reports, then choose the first cause among all."""
         self._wait_for_reports(_GRACE_S)
         cause = first_cause.choose(self._failures())
-        if cause.kind == "peer":  # nobody has said more than that: time-outs end all ranks, but not in the same instant
+        if (
+            cause.kind == "peer"
+        ):  # nobody has said more than that: time-outs end all ranks, but not in the same instant
             self._wait_for_reports(_PEERS_S)
             cause = first_cause.choose(self._failures())
         if cause.kind == "peer":  # is one of those that still run the one that hangs?
@@ -191,7 +216,9 @@ class _Supervisor:
             self.all.read(0.05)
 
     def _failures(self) -> list[Failure]:
-        failures = [self._failure_of(p) for p in self.all.workers if p.ended_at is not None and p.status]
+        failures = [
+            self._failure_of(p) for p in self.all.workers if p.ended_at is not None and p.status
+        ]
         failures += [self._failure_of(p) for p in self.all.companions if p.ended_at is not None]
         failures += first_cause.reported(self.job.run_dir, self.job.workers, self.started_at)
         said = first_cause.told(self.all.said, self.progress, time.time())
@@ -210,7 +237,13 @@ class _Supervisor:
         known = None if rank is None else self.progress.read(rank)
         if process.mistake and status == 2:
             return Failure(
-                rank, process.host, None, process.ended_at or time.time(), "user", process.mistake, exit_code=2
+                rank,
+                process.host,
+                None,
+                process.ended_at or time.time(),
+                "user",
+                process.mistake,
+                exit_code=2,
             )
         how = self._how_it_ended(status)
         return Failure(
@@ -258,7 +291,9 @@ class _Supervisor:
             return None
         # The workers' own time-outs are due just now, too, and may tell more: whose network is cut, for one.
         self._wait_for_reports(_GRACE_S)
-        return first_cause.choose([hung, *first_cause.reported(self.job.run_dir, self.job.workers, self.started_at)])
+        return first_cause.choose(
+            [hung, *first_cause.reported(self.job.run_dir, self.job.workers, self.started_at)]
+        )
 
     def _who_hangs(self) -> Failure | None:
         restarting = any(process.restarts_workers for process in self.all.workers)
@@ -275,7 +310,11 @@ class _Supervisor:
         now = first_cause.oom_kills()
         if now is None or self.oom_kills is None:
             return "did memory run out? see dmesg"
-        return "the kernel ran out of memory" if now > self.oom_kills else "by another process; memory did not run out"
+        return (
+            "the kernel ran out of memory"
+            if now > self.oom_kills
+            else "by another process; memory did not run out"
+        )
 
     # Stopping
 
@@ -288,17 +327,26 @@ class _Supervisor:
         while time.monotonic() < until and self.all.running():
             for heard in self.signals[passed:]:
                 for process in self.all.workers:
-                    process.signal(signal.SIGTERM if self._imports(process) else process.interrupt or heard)
+                    process.signal(
+                        signal.SIGTERM if self._imports(process) else process.interrupt or heard
+                    )
             passed = len(self.signals)
-            if self.signals.count(signal.SIGINT) + self.signals.count(signal.SIGTERM) > 1 or self.all.orphaned:
+            if (
+                self.signals.count(signal.SIGINT) + self.signals.count(signal.SIGTERM) > 1
+                or self.all.orphaned
+            ):
                 break
             self.all.read(_TICK_S)
-            if number == signal.SIGUSR1 and not ({signal.SIGINT, signal.SIGTERM} & set(self.signals)):
+            if number == signal.SIGUSR1 and not (
+                {signal.SIGINT, signal.SIGTERM} & set(self.signals)
+            ):
                 # A request to write a checkpoint and end, from a batch system or a person: workers answer in their own time.
                 until = time.monotonic() + _INTERRUPT_S
         self.all.stop()
         statuses = [process.status for process in self.all.workers]
-        self.all.say(f"scaletrain: stopped by {first_cause.signal_name(number)}{self._what_is_left()}")
+        self.all.say(
+            f"scaletrain: stopped by {first_cause.signal_name(number)}{self._what_is_left()}"
+        )
         return 0 if all(status == 0 for status in statuses) else 128 + number
 
     def _imports(self, process: Process) -> bool:
@@ -319,15 +367,24 @@ class _Supervisor:
         if saved := self._saved():
             return f"; {saved}"
         done = max((known.step or 0 for known in self.progress.all()), default=0)
-        return " before the first step was done" if not done else f" after {done} steps; no checkpoint was written"
+        return (
+            " before the first step was done"
+            if not done
+            else f" after {done} steps; no checkpoint was written"
+        )
 
     def _saved(self) -> str:
         """The newest checkpoint and the command that goes on from it; nothing where there is none."""
-        saved = [int(path.stem.removeprefix("step-")) for path in self.job.run_dir.glob("step-*.safetensors")]
+        saved = [
+            int(path.stem.removeprefix("step-"))
+            for path in self.job.run_dir.glob("step-*.safetensors")
+        ]
         if not saved:
             return ""
         config = str(self.job.run_dir / "config.yaml")
-        again = shlex.join(["scaletrain", "train", config, "--run-dir", str(self.job.run_dir), "--resume"])
+        again = shlex.join(
+            ["scaletrain", "train", config, "--run-dir", str(self.job.run_dir), "--resume"]
+        )
         return f"the checkpoint holds {max(saved)} steps. To go on: {again}"
 
 

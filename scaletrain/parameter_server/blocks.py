@@ -49,27 +49,39 @@ class Blocks:
             raise ValueError("a block comes twice")
         if sum(block.numel for block in blocks) * 4 > psutil.virtual_memory().total:
             raise ValueError("the model is larger than this host's memory")
-        self.shard = shard.Shard(blocks, setup["optimizer"], settings.server_lr, settings.shared_memory)
+        self.shard = shard.Shard(
+            blocks, setup["optimizer"], settings.server_lr, settings.shared_memory
+        )
         keys = list(self.shard.blocks)
         if settings.mode in ("async", "bounded"):
             bound = settings.staleness if settings.mode == "bounded" else None
             self.rule: consistency.Rule = consistency.Asynchronous(keys, settings.workers, bound)
         else:
-            self.rule = consistency.Synchronous(keys, settings.workers, settings.backup_workers, settings.min_workers)
+            self.rule = consistency.Synchronous(
+                keys, settings.workers, settings.backup_workers, settings.min_workers
+            )
         self.ready = not keys  # all weights are there
         self.slabs: dict[int, Slab] = {}  # gradients of workers on this host
         self._first_key = min(keys, default=-1)
         self._stored = dict.fromkeys(keys, 0)  # elements of each block that rank 0 has sent so far
-        self._states: dict[int, tuple[dict[str, torch.Tensor], dict[str, float]]] = {}  # of a checkpoint, from rank 0
-        self._partial: dict[tuple[int, int], torch.Tensor] = {}  # gradients of which parts are still to come
+        self._states: dict[
+            int, tuple[dict[str, torch.Tensor], dict[str, float]]
+        ] = {}  # of a checkpoint, from rank 0
+        self._partial: dict[
+            tuple[int, int], torch.Tensor
+        ] = {}  # gradients of which parts are still to come
         self._waiting_pulls: list[tuple[Peer, Header]] = []
         self._gradients: Counter[int] = Counter()  # in each block's sum
         self._lr: dict[int, float] = {}
         self._encoded: dict[int, tuple[int, Any]] = {}  # block -> version, bytes for the wire
         self._dtype = codec.BY_NAME[settings.wire]
         # A block that cannot change before all its answers were received is sent from where it lies.
-        self._frozen_while_sent = settings.mode not in ("async", "bounded") and not settings.backup_workers
-        self._shared_answers = self._frozen_while_sent or settings.backup_workers > 0  # several workers get one version
+        self._frozen_while_sent = (
+            settings.mode not in ("async", "bounded") and not settings.backup_workers
+        )
+        self._shared_answers = (
+            self._frozen_while_sent or settings.backup_workers > 0
+        )  # several workers get one version
 
     @property
     def updates(self) -> int:
@@ -102,7 +114,9 @@ class Blocks:
                 tensors, numbers = self.shard.state(block.key)
                 shapes = [[name, list(value.shape)] for name, value in sorted(tensors.items())]
                 self._endpoint.answer(
-                    peer, Header(Kind.STATES, key=block.key), wire.to_json({"tensors": shapes, "numbers": numbers})
+                    peer,
+                    Header(Kind.STATES, key=block.key),
+                    wire.to_json({"tensors": shapes, "numbers": numbers}),
                 )
             case Kind.PULL_ROWS:
                 self._pull_rows(peer, block, message)
@@ -115,7 +129,11 @@ class Blocks:
         header, key = message.header, block.key
         if peer.rank != 0 or self.ready:
             raise Refused("INIT is rank 0's, once")
-        values = codec.decode(message.payloads[0], Dtype.FLOAT32) if header.dtype == Dtype.FLOAT32 else None
+        values = (
+            codec.decode(message.payloads[0], Dtype.FLOAT32)
+            if header.dtype == Dtype.FLOAT32
+            else None
+        )
         if values is None or header.flags:
             raise Refused("bad part of a block")
         if header.rows:  # of the optimizer's state
@@ -126,7 +144,9 @@ class Blocks:
                 raise Refused("bad part of a block")
             self._part([], header).copy_(values)
             self._stored[key] += header.count
-        self._endpoint.answer(peer, Header(Kind.STORED, key=key, rows=header.rows, offset=header.offset))
+        self._endpoint.answer(
+            peer, Header(Kind.STORED, key=key, rows=header.rows, offset=header.offset)
+        )
         if all(self._stored[key] == b.numel for key, b in self.shard.blocks.items()):
             for number, (tensors, numbers) in self._states.items():
                 self.shard.load_state(number, tensors, numbers)
@@ -142,7 +162,11 @@ class Blocks:
             raise Refused("SET_STATE is rank 0's, before the weights")
         value = message.json()
         tensors, numbers = value.get("tensors"), value.get("numbers")
-        if not isinstance(tensors, list) or not isinstance(numbers, dict) or len(tensors) + len(numbers) > 16:
+        if (
+            not isinstance(tensors, list)
+            or not isinstance(numbers, dict)
+            or len(tensors) + len(numbers) > 16
+        ):
             raise Refused("malformed state of an optimizer")
         made: dict[str, torch.Tensor] = {}
         for entry in tensors:
@@ -156,7 +180,10 @@ class Blocks:
             if sharding.Parameter(tuple(shape)).numel > block.numel:
                 raise Refused("malformed state of an optimizer")
             made[name] = torch.zeros(shape)
-        if not all(type(n) in (int, float) and math.isfinite(n) and abs(n) < 1 << 48 for n in numbers.values()):
+        if not all(
+            type(n) in (int, float) and math.isfinite(n) and abs(n) < 1 << 48
+            for n in numbers.values()
+        ):
             raise Refused("malformed state of an optimizer")
         self._states[block.key] = (dict(sorted(made.items())), numbers)
         self._endpoint.answer(peer, Header(Kind.STORED, key=block.key))
@@ -212,7 +239,9 @@ class Blocks:
             else:
                 self.perform([action])
 
-    def _assemble(self, rank: int, block: sharding.Block, header: Header, part: torch.Tensor) -> torch.Tensor | None:
+    def _assemble(
+        self, rank: int, block: sharding.Block, header: Header, part: torch.Tensor
+    ) -> torch.Tensor | None:
         """Put a part to those before it; the whole gradient with the last one."""
         size = wire.MAX_TENSOR_BYTES // 4
         if header.offset % size or header.count != min(size, block.numel - header.offset):
@@ -223,7 +252,11 @@ class Blocks:
         if whole is None:
             raise Refused("gradient does not have the block's shape")
         whole[header.offset : header.offset + header.count] = part
-        return self._partial.pop((rank, block.key)) if header.offset + header.count == block.numel else None
+        return (
+            self._partial.pop((rank, block.key))
+            if header.offset + header.count == block.numel
+            else None
+        )
 
     def _push_rows(self, peer: Peer, block: sharding.Block, message: Message) -> None:
         header = message.header
@@ -282,14 +315,18 @@ class Blocks:
         if block.sparse:
             self._endpoint.tell(action.rank, header._replace(kind=Kind.APPLIED))
         elif action.rank in self.slabs:
-            shared = header._replace(flags=header.flags | wire.SHARED, dtype=Dtype.FLOAT32, count=block.numel)
+            shared = header._replace(
+                flags=header.flags | wire.SHARED, dtype=Dtype.FLOAT32, count=block.numel
+            )
             self._endpoint.tell(action.rank, shared, b"")
         else:
             values, size = self._bytes(block, version), wire.MAX_TENSOR_BYTES // 4
             for offset in range(0, block.numel, size):
                 part = values[offset : offset + size]
                 self._endpoint.tell(
-                    action.rank, header._replace(dtype=self._dtype, offset=offset, count=len(part)), part
+                    action.rank,
+                    header._replace(dtype=self._dtype, offset=offset, count=len(part)),
+                    part,
                 )
 
     def _bytes(self, block: sharding.Block, version: int) -> Any:

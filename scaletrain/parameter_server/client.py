@@ -47,7 +47,12 @@ class Client:
     """
 
     def __init__(
-        self, settings: Settings, run_dir: Path, rank: int, blocks: Sequence[Block], optimizer: dict[str, Any]
+        self,
+        settings: Settings,
+        run_dir: Path,
+        rank: int,
+        blocks: Sequence[Block],
+        optimizer: dict[str, Any],
     ):
         self.settings, self.rank = settings, rank
         self._blocks = {block.key: block for block in blocks}
@@ -65,7 +70,9 @@ class Client:
             memory.keep_freed()
         identity = Identity.make(settings, run_dir, rank, optimizer)
         self._context = identity.context
-        self._links = [Link(identity, s, [b for b in blocks if b.server == s]) for s in range(settings.servers)]
+        self._links = [
+            Link(identity, s, [b for b in blocks if b.server == s]) for s in range(settings.servers)
+        ]
         deadline = time.monotonic() + settings.timeout_s
         for link in self._links:
             ready = link.connect(deadline, None)
@@ -84,7 +91,9 @@ class Client:
         tokens = []
         for offset in range(0, len(values), PART_ELEMENTS):
             part = values[offset : offset + PART_ELEMENTS].contiguous().numpy()
-            header = Header(Kind.INIT, Dtype.FLOAT32, key=key, rows=which, offset=offset, count=len(part))
+            header = Header(
+                Kind.INIT, Dtype.FLOAT32, key=key, rows=which, offset=offset, count=len(part)
+            )
             tokens.append(self._requests.ask(Token("store", key, offset), header, [part]))
         for token in tokens:
             self._requests.wait(token)
@@ -96,7 +105,13 @@ class Client:
     def _pull(self, key: int, which: int, numel: int, sink: Callable[[int, Tensor], None]) -> int:
         tokens, version = [], 0
         for offset in range(0, numel, PART_ELEMENTS):
-            header = Header(Kind.PULL, key=key, rows=which, offset=offset, count=min(PART_ELEMENTS, numel - offset))
+            header = Header(
+                Kind.PULL,
+                key=key,
+                rows=which,
+                offset=offset,
+                count=min(PART_ELEMENTS, numel - offset),
+            )
             tokens.append(self._requests.ask(Token("part", key, offset), header, []))
         for token in tokens:
             message = self._requests.wait(token).message
@@ -121,9 +136,14 @@ class Client:
     def set_state(self, key: int, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
         """Set the optimizer's state of a block, float32 (rank 0, before ``store``): what ``state`` gave."""
         named = sorted(tensors.items())
-        value = {"tensors": [[name, list(tensor.shape)] for name, tensor in named], "numbers": numbers}
+        value = {
+            "tensors": [[name, list(tensor.shape)] for name, tensor in named],
+            "numbers": numbers,
+        }
         self._requests.wait(
-            self._requests.ask(Token("store", key), Header(Kind.SET_STATE, key=key), [wire.to_json(value)])
+            self._requests.ask(
+                Token("store", key), Header(Kind.SET_STATE, key=key), [wire.to_json(value)]
+            )
         )
         for which, (_, tensor) in enumerate(named, 1):
             self.store(key, tensor.reshape(-1), which)
@@ -142,16 +162,29 @@ class Client:
         """Send what ``gradient(key)`` holds; does not wait. Answered by ``take``. Any thread may call it."""
         link, values = self._links[self._blocks[key].server], self.gradient(key)
         header = Header(
-            Kind.PUSH, self._dtype, key=key, step=step, version=self._version[key], count=len(values), lr=lr
+            Kind.PUSH,
+            self._dtype,
+            key=key,
+            step=step,
+            version=self._version[key],
+            count=len(values),
+            lr=lr,
         )
         if link.shared:
             header = header._replace(flags=wire.SHARED, dtype=Dtype.FLOAT32)
             self._requests.ask(Token("update", key), header, [b""])
             return
-        encoded, size = codec.encode(torch.from_numpy(values), self._dtype), wire.MAX_TENSOR_BYTES // 4
+        encoded, size = (
+            codec.encode(torch.from_numpy(values), self._dtype),
+            wire.MAX_TENSOR_BYTES // 4,
+        )
         for offset in range(0, len(values), size):
             part = encoded[offset : offset + size]
-            self._requests.ask(Token("update", key, offset), header._replace(offset=offset, count=len(part)), [part])
+            self._requests.ask(
+                Token("update", key, offset),
+                header._replace(offset=offset, count=len(part)),
+                [part],
+            )
 
     def push_rows(self, key: int, step: int, lr: float, rows: Tensor, values: Tensor) -> None:
         """Send a sparse gradient: row numbers within the block, int64 (n), and values float32 (n, width). Answered by ``take_rows``."""
@@ -188,7 +221,10 @@ class Client:
                 time.sleep(0)
             version = before // 2
         else:
-            parts, size = [codec.decode(message.payloads[0], header.dtype)], wire.MAX_TENSOR_BYTES // 4
+            parts, size = (
+                [codec.decode(message.payloads[0], header.dtype)],
+                wire.MAX_TENSOR_BYTES // 4,
+            )
             for offset in range(size, self._blocks[key].numel, size):
                 other = self._requests.wait(Token("update", key, offset)).message
                 parts.append(codec.decode(other.payloads[0], other.header.dtype))
@@ -222,11 +258,15 @@ class Client:
         """The sum over all live workers of a float64 vector of at most ``wire.MAX_SUM_VALUES``; every worker calls it."""
         if len(values) > wire.MAX_SUM_VALUES:
             raise ValueError(f"{len(values)} values to sum (at most {wire.MAX_SUM_VALUES})")
-        if self.settings.backup_workers:  # whoever is behind goes on without this worker's gradients
+        if (
+            self.settings.backup_workers
+        ):  # whoever is behind goes on without this worker's gradients
             self._tell_all("pause", Kind.PAUSE)
         number, self._sum_number = self._sum_number, self._sum_number + 1
         header = Header(Kind.SUM, Dtype.FLOAT64, step=number, count=len(values))
-        token = self._requests.ask(Token("sum", number), header, [np.ascontiguousarray(values, np.float64)])
+        token = self._requests.ask(
+            Token("sum", number), header, [np.ascontiguousarray(values, np.float64)]
+        )
         return np.frombuffer(self._requests.wait(token).message.payloads[0], np.float64)
 
     def fail(self, message: str) -> None:
@@ -271,7 +311,9 @@ class Client:
                     requests.woken()
                 if self._attend(ready, poller):
                     poller = self._poller()
-                requests.send(lambda token, header, payloads: self._send(token, header, payloads, poller))  # noqa: B023
+                requests.send(
+                    lambda token, header, payloads: self._send(token, header, payloads, poller)
+                )  # noqa: B023
         except ServerError as error:
             requests.fail(error)
         except Exception as error:  # whatever it is, the training thread has to hear of it
@@ -322,7 +364,9 @@ class Client:
             return False
         if token.what == "update":
             link.under_way.add(token)
-        self.bytes_sent += wire.HEADER_BYTES + sum(memoryview(payload).nbytes for payload in payloads)
+        self.bytes_sent += wire.HEADER_BYTES + sum(
+            memoryview(payload).nbytes for payload in payloads
+        )
         if header.flags & wire.SHARED:
             self.bytes_sent += 4 * header.count
         return True
@@ -362,7 +406,9 @@ class Client:
         """The server is gone: wait for its successor where there will be one, else stop."""
         goodbye = Token("leave", link.index)
         if self._requests.is_open(goodbye):  # it ended while we were saying goodbye
-            self._requests.answer(goodbye, Answered(Message(Header(Kind.LEFT), ()), link.epoch, None))
+            self._requests.answer(
+                goodbye, Answered(Message(Header(Kind.LEFT), ()), link.epoch, None)
+            )
             link.disconnect()
             link.heard = float("inf")
             return
@@ -376,6 +422,10 @@ class Client:
         def again(token: Token, header: Header) -> Header | None:
             if self._route(token)[0] is not link:
                 return None
-            return header._replace(version=self._version[token.key]) if token.what == "update" else header
+            return (
+                header._replace(version=self._version[token.key])
+                if token.what == "update"
+                else header
+            )
 
         self._requests.send_again(again)

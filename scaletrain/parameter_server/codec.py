@@ -11,7 +11,12 @@ from scaletrain.parameter_server.wire import Dtype
 # Received frames and other processes' memory are wrapped as tensors that are only read; torch cannot say so, and warns.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-BY_NAME = {"float32": Dtype.FLOAT32, "bf16": Dtype.BF16, "fp16": Dtype.FP16, "trunc16": Dtype.TRUNC16}
+BY_NAME = {
+    "float32": Dtype.FLOAT32,
+    "bf16": Dtype.BF16,
+    "fp16": Dtype.FP16,
+    "trunc16": Dtype.TRUNC16,
+}
 
 
 def encode(values: Tensor, dtype: Dtype) -> np.ndarray:
@@ -20,7 +25,11 @@ def encode(values: Tensor, dtype: Dtype) -> np.ndarray:
         return values.numpy()
     if dtype == Dtype.TRUNC16:
         return (values.view(torch.int32) >> 16).to(torch.int16).numpy()
-    return values.to(torch.bfloat16 if dtype == Dtype.BF16 else torch.float16).view(torch.int16).numpy()
+    return (
+        values.to(torch.bfloat16 if dtype == Dtype.BF16 else torch.float16)
+        .view(torch.int16)
+        .numpy()
+    )
 
 
 def decode(payload: memoryview, dtype: Dtype) -> Tensor:

@@ -57,7 +57,9 @@ class Rule(abc.ABC):
         self.live: set[int] = set()
         self.lost: set[int] = set()
         self.left: set[int] = set()
-        self._last_step: dict[tuple[int, int], int] = {}  # (key, rank) -> last step whose gradient was taken
+        self._last_step: dict[
+            tuple[int, int], int
+        ] = {}  # (key, rank) -> last step whose gradient was taken
 
     def join(self, rank: int, step: int | None = None) -> int:
         """A worker comes, or comes back; returns the step it begins with.
@@ -104,7 +106,9 @@ class Rule(abc.ABC):
         if rank not in self.live:
             raise KeyError(f"rank {rank} has not joined")
         if version > self.version[key]:
-            raise ValueError(f"version {version} of block {key} is not there yet (now {self.version[key]})")
+            raise ValueError(
+                f"version {version} of block {key} is not there yet (now {self.version[key]})"
+            )
         repeated = step <= self._last_step.get((key, rank), -1)
         self._last_step[key, rank] = max(step, self._last_step.get((key, rank), -1))
         return self._push(key, rank, step, version, repeated)
@@ -116,7 +120,9 @@ class Rule(abc.ABC):
         pass
 
     @abc.abstractmethod
-    def _push(self, key: int, rank: int, step: int, version: int, repeated: bool) -> list[Action]: ...
+    def _push(
+        self, key: int, rank: int, step: int, version: int, repeated: bool
+    ) -> list[Action]: ...
 
     @abc.abstractmethod
     def _without(self, rank: int) -> list[Action]: ...
@@ -129,12 +135,16 @@ class Rule(abc.ABC):
 class Synchronous(Rule):
     """All of ``workers - backup`` gradients of a step, then one update."""
 
-    def __init__(self, keys: list[int], workers: int, backup: int = 0, min_workers: int | None = None):
+    def __init__(
+        self, keys: list[int], workers: int, backup: int = 0, min_workers: int | None = None
+    ):
         super().__init__(keys, workers)
         self._most = workers - backup  # gradients of an update when everybody is here
         self._least = min(self._most, min_workers or self._most)
         self._needed = self._most
-        self._given: dict[int, set[int]] = {key: set() for key in keys}  # whose gradients the sum holds
+        self._given: dict[int, set[int]] = {
+            key: set() for key in keys
+        }  # whose gradients the sum holds
         self._waiting: dict[int, set[int]] = {key: set() for key in keys}
         self._paused: set[int] = set()
 
@@ -149,7 +159,9 @@ class Synchronous(Rule):
         self._needed = max(self._needed, min(self._most, len(self.live) + len(self.left)))
 
     def _push(self, key: int, rank: int, step: int, version: int, repeated: bool) -> list[Action]:
-        if version < self.version[key]:  # late; repeated: sent again after a lost connection, but it had arrived
+        if (
+            version < self.version[key]
+        ):  # late; repeated: sent again after a lost connection, but it had arrived
             return [Answer(key, rank, 0 if repeated else self.version[key] - version, not repeated)]
         actions: list[Action] = []
         if rank not in self._given[key]:
@@ -204,14 +216,24 @@ class Asynchronous(Rule):
     def __init__(self, keys: list[int], workers: int, bound: int | None = None):
         super().__init__(keys, workers)
         self._bound = bound
-        self._clock: dict[int, dict[int, int]] = {key: {} for key in keys}  # the step that each rank pushes next
+        self._clock: dict[int, dict[int, int]] = {
+            key: {} for key in keys
+        }  # the step that each rank pushes next
         self._held: dict[int, dict[int, int]] = {
             key: {} for key in keys
         }  # waiting ranks -> staleness of their gradient
 
     def _begin(self) -> int:
-        clocks = [clock for key in self._clock for rank, clock in self._clock[key].items() if rank in self.live]
-        return min(clocks, default=max((c for key in self._clock for c in self._clock[key].values()), default=0))
+        clocks = [
+            clock
+            for key in self._clock
+            for rank, clock in self._clock[key].items()
+            if rank in self.live
+        ]
+        return min(
+            clocks,
+            default=max((c for key in self._clock for c in self._clock[key].values()), default=0),
+        )
 
     def _joined(self, rank: int, begin: int) -> None:
         for key in self.version:
@@ -234,9 +256,17 @@ class Asynchronous(Rule):
         if not held:
             return []
         # Workers that never came yet count as being at step 0: the bound holds from the first step on.
-        expected = self.live if len(self.live | self.lost | self.left) >= self.workers else self.live | {-1}
+        expected = (
+            self.live
+            if len(self.live | self.lost | self.left) >= self.workers
+            else self.live | {-1}
+        )
         slowest = min((self._clock[key].get(rank, 0) for rank in expected), default=0)
-        ready = [r for r in sorted(held) if self._bound is None or self._clock[key][r] <= slowest + self._bound]
+        ready = [
+            r
+            for r in sorted(held)
+            if self._bound is None or self._clock[key][r] <= slowest + self._bound
+        ]
         return [Answer(key, rank, held.pop(rank)) for rank in ready]
 
     def _without(self, rank: int) -> list[Action]:

@@ -92,20 +92,36 @@ class Endpoint:
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a closed connection is an error, not a silent loss
-        socket.setsockopt(zmq.SNDHWM, 0)  # answers are bounded by the protocol: one a block and worker
-        socket.setsockopt(zmq.RCVHWM, 4)  # of each worker: gradients that wait are the server's memory
+        socket.setsockopt(
+            zmq.ROUTER_MANDATORY, 1
+        )  # a send to a closed connection is an error, not a silent loss
+        socket.setsockopt(
+            zmq.SNDHWM, 0
+        )  # answers are bounded by the protocol: one a block and worker
+        socket.setsockopt(
+            zmq.RCVHWM, 4
+        )  # of each worker: gradients that wait are the server's memory
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
         socket.setsockopt(zmq.HEARTBEAT_IVL, self._settings.heartbeat_ms // 4)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, self._settings.heartbeat_ms)
         self._keys = keys = security.job_keys(self._run_dir)
         if self._authenticator:
-            self._authenticator.configure_curve_callback(domain="*", credentials_provider=_OneKey(keys.worker_public))
+            self._authenticator.configure_curve_callback(
+                domain="*", credentials_provider=_OneKey(keys.worker_public)
+            )
             socket.curve_server = True
-            socket.curve_publickey, socket.curve_secretkey = keys.server_public.encode(), keys.server_secret.encode()
+            socket.curve_publickey, socket.curve_secretkey = (
+                keys.server_public.encode(),
+                keys.server_secret.encode(),
+            )
         self._endpoints = self._bind(socket)
-        address = {"endpoints": self._endpoints, "host": os.uname().nodename, "pid": os.getpid(), "time": time.time()}
+        address = {
+            "endpoints": self._endpoints,
+            "host": os.uname().nodename,
+            "pid": os.getpid(),
+            "time": time.time(),
+        }
         write_json(placement.address_path(self._run_dir, self._index), address)
 
     def _bind(self, socket: zmq.Socket) -> list[str]:
@@ -120,7 +136,8 @@ class Endpoint:
             return [f"ipc://{path}"]
         if not self._settings.encrypted:
             log.warning(
-                "server %d: security: trusted_network: peers are authenticated, data is NOT encrypted", self._index
+                "server %d: security: trusted_network: peers are authenticated, data is NOT encrypted",
+                self._index,
             )
         hosts = ["127.0.0.1"] if self._settings.hosts == 1 else _addresses()
         port = socket.bind_to_random_port(f"tcp://{hosts[0] if self._settings.hosts == 1 else '*'}")
@@ -188,7 +205,9 @@ class Endpoint:
 
     def _hello(self, route: bytes, message: Message) -> None:
         value = message.json()
-        numbers = [value.get(name) for name in ("rank", "workers", "connection", "incarnation", "attempt")]
+        numbers = [
+            value.get(name) for name in ("rank", "workers", "connection", "incarnation", "attempt")
+        ]
         if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
             raise Refused("malformed HELLO")
         rank, workers, connection, incarnation, attempt = numbers
@@ -210,7 +229,9 @@ class Endpoint:
             raise Refused("malformed HELLO")
         peer.nonces = (nonce, security.nonce())
         proof = self._keys.proof("server", *peer.nonces)
-        self.answer(peer, Header(Kind.CHALLENGE), wire.to_json({"nonce": peer.nonces[1], "proof": proof}))
+        self.answer(
+            peer, Header(Kind.CHALLENGE), wire.to_json({"nonce": peer.nonces[1], "proof": proof})
+        )
 
     def _proof(self, peer: Peer, message: Message) -> None:
         if not peer.nonces[1] or not security.same(
@@ -222,11 +243,19 @@ class Endpoint:
 
     def _admit(self, peer: Peer) -> None:
         known = self._ranks.get(peer.rank)
-        if known is not None and known.incarnation == peer.incarnation and peer.attempt < known.attempt:
-            self._peers.pop(peer.route, None)  # given up meanwhile: it is here over another connection
+        if (
+            known is not None
+            and known.incarnation == peer.incarnation
+            and peer.attempt < known.attempt
+        ):
+            self._peers.pop(
+                peer.route, None
+            )  # given up meanwhile: it is here over another connection
             return
         session = secrets.randbits(63) | 1
-        if not self.answer(peer, Header(Kind.WELCOME, session=session), wire.to_json({"server": self._index})):
+        if not self.answer(
+            peer, Header(Kind.WELCOME, session=session), wire.to_json({"server": self._index})
+        ):
             return
         peer.session = session
         if known is None or known.incarnation != peer.incarnation:
@@ -239,9 +268,16 @@ class Endpoint:
         """Count and log what was not acceptable, and tell the peer: an honest worker then stops with the reason."""
         self.refused[reason.partition(":")[0]] += 1
         now = time.monotonic()
-        if now - self._logged.get(reason, -60.0) >= 10.0:  # rubbish in masses must not fill the disk
+        if (
+            now - self._logged.get(reason, -60.0) >= 10.0
+        ):  # rubbish in masses must not fill the disk
             self._logged[reason] = now
-            log.warning("server %d: refused a message (rank %s): %s", self._index, peer.rank if peer else "?", reason)
+            log.warning(
+                "server %d: refused a message (rank %s): %s",
+                self._index,
+                peer.rank if peer else "?",
+                reason,
+            )
         with contextlib.suppress(zmq.ZMQError):
             self._socket.send_multipart(
                 [route, Header(Kind.REFUSED).pack(), wire.to_json({"reason": reason})], zmq.NOBLOCK
@@ -273,7 +309,9 @@ class Endpoint:
         self._peers.pop(route, None)
         for rank, known in list(self._ranks.items()):
             if route in known.routes.values():
-                known.routes = {number: other for number, other in known.routes.items() if other != route}
+                known.routes = {
+                    number: other for number, other in known.routes.items() if other != route
+                }
                 self._closed(rank)
         return False
 

@@ -32,7 +32,9 @@ class Identity(NamedTuple):
     context: zmq.Context
 
     @classmethod
-    def make(cls, settings: Settings, run_dir: Path, rank: int, optimizer: dict[str, Any]) -> "Identity":
+    def make(
+        cls, settings: Settings, run_dir: Path, rank: int, optimizer: dict[str, Any]
+    ) -> "Identity":
         context = zmq.Context(io_threads=settings.io_threads)
         return cls(settings, run_dir, rank, optimizer, secrets.randbits(62) | 1, context)
 
@@ -71,7 +73,11 @@ class Link:
         return f"parameter server {self.index} ({self._endpoint})"
 
     def connect(
-        self, deadline: float, step: int | None, before: str | None = None, given_up: Callable[[], bool] = lambda: False
+        self,
+        deadline: float,
+        step: int | None,
+        before: str | None = None,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
         """Find the server's address, prove who we are, and join; tries until the deadline.
 
@@ -95,7 +101,10 @@ class Link:
             trouble = "does not answer"
             self._attempts += 1
             numbers = range(self._identity.settings.num_connections)
-            if all(self._open(number, min(deadline, time.monotonic() + _ANSWER_S)) for number in numbers):
+            if all(
+                self._open(number, min(deadline, time.monotonic() + _ANSWER_S))
+                for number in numbers
+            ):
                 ready = self._join(deadline, step)
                 if ready is not None:
                     return ready
@@ -112,7 +121,10 @@ class Link:
         keys = security.job_keys(self._identity.run_dir)
         if made.encrypted:
             socket.curve_serverkey = keys.server_public.encode()
-            socket.curve_publickey, socket.curve_secretkey = keys.worker_public.encode(), keys.worker_secret.encode()
+            socket.curve_publickey, socket.curve_secretkey = (
+                keys.worker_public.encode(),
+                keys.worker_secret.encode(),
+            )
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDBUF, made.send_buffer_bytes)
         socket.setsockopt(zmq.SNDHWM, 2)  # little room: what waits here can still be overtaken
@@ -170,7 +182,9 @@ class Link:
             raise ServerError(f"{self} came back without weights: it had no snapshot yet")
         self.epoch += 1
         self.heard = time.monotonic()
-        self.monitors = [socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) for socket in self.sockets]
+        self.monitors = [
+            socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) for socket in self.sockets
+        ]
         return ready
 
     def _next(self, socket: zmq.Socket, deadline: float) -> Message | None:
@@ -190,7 +204,10 @@ class Link:
                 return None
             if message.header.kind not in (Kind.REFUSED, Kind.ABORT):
                 return message
-            text, kind = message.json(), PeerLost if message.header.kind == Kind.ABORT else ServerError
+            text, kind = (
+                message.json(),
+                PeerLost if message.header.kind == Kind.ABORT else ServerError,
+            )
         except Refused as refusal:
             raise ServerError(f"{self} sent a message that is not acceptable: {refusal}") from None
         raise kind(f"{self}: {text.get('message') or 'refused: ' + str(text.get('reason'))}")
@@ -202,7 +219,11 @@ class Link:
         first block that lacks a gradient never waits here, and nobody can wait for ever.
         """
         ahead = self._identity.settings.blocks_ahead
-        return ahead is None or self.shared or sum(sent.key < token.key for sent in self.under_way) < ahead
+        return (
+            ahead is None
+            or self.shared
+            or sum(sent.key < token.key for sent in self.under_way) < ahead
+        )
 
     def closed(self) -> bool:
         """Whether the other end has closed a connection."""

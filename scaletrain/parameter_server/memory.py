@@ -55,7 +55,11 @@ class Slab:
         descriptor = os.memfd_create("scaletrain", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(descriptor, size)
         # Nobody can shrink the file under the other end, whose access would then be a fatal signal.
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(
+            descriptor,
+            fcntl.F_ADD_SEALS,
+            fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+        )
         return cls(floats, blocks, mmap.mmap(descriptor, size), descriptor)
 
     def handle(self) -> dict[str, int]:
@@ -70,20 +74,31 @@ class Slab:
             ValueError: the handle is malformed, or names something that is not a slab of this size, sealed, of the same user.
             OSError: it cannot be reached (another host or container).
         """
-        numbers = [handle.get(name) for name in ("pid", "descriptor", "bytes")] if isinstance(handle, dict) else []
+        numbers = (
+            [handle.get(name) for name in ("pid", "descriptor", "bytes")]
+            if isinstance(handle, dict)
+            else []
+        )
         if len(numbers) != 3 or not all(type(n) is int and 0 <= n < 1 << 50 for n in numbers):
             raise ValueError("malformed handle of shared memory")
         pid, number, size = numbers
         if size != _size(floats, blocks):
             raise ValueError("shared memory has a wrong size")
         path = f"/proc/{pid}/fd/{number}"
-        if not os.readlink(path).startswith("/memfd:scaletrain"):  # before opening: opening a device can have effects
+        if not os.readlink(path).startswith(
+            "/memfd:scaletrain"
+        ):  # before opening: opening a device can have effects
             raise ValueError("not shared memory")
         descriptor = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
         try:
             found = os.fstat(descriptor)
             sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_size != size or not sealed:
+            if (
+                not stat.S_ISREG(found.st_mode)
+                or found.st_uid != os.getuid()
+                or found.st_size != size
+                or not sealed
+            ):
                 raise ValueError("not a sealed slab of this size and user")
             access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ
             return cls(floats, blocks, mmap.mmap(descriptor, size, access=access), -1)

@@ -15,7 +15,13 @@ ELEMENTWISE = {
     "SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD", "SparseAdam"
 }  # fmt: skip
 SPARSE = {"SGD", "Adagrad", "SparseAdam"}  # take sparse gradients at a cost of the touched rows
-_LOCAL = ("params", "capturable", "foreach", "fused", "differentiable")  # how a step is computed, not what it does
+_LOCAL = (
+    "params",
+    "capturable",
+    "foreach",
+    "fused",
+    "differentiable",
+)  # how a step is computed, not what it does
 
 
 def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -30,16 +36,22 @@ def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
             f"optimizer: {name} is not of torch.optim: a parameter server makes its own from name and options"
         )
     if name == "LBFGS":
-        raise UserError("optimizer: LBFGS evaluates the loss several times a step, which a parameter server cannot do")
+        raise UserError(
+            "optimizer: LBFGS evaluates the loss several times a step, which a parameter server cannot do"
+        )
     allowed = inspect.signature(type(optimizer)).parameters
     groups = []
     for group in optimizer.param_groups:
-        options = {key: value for key, value in group.items() if key in allowed and key not in _LOCAL}
+        options = {
+            key: value for key, value in group.items() if key in allowed and key not in _LOCAL
+        }
         for key, value in options.items():
             if isinstance(value, torch.Tensor):
                 options[key] = value.item()
             elif not _plain(value):
-                raise UserError(f"optimizer: option {key} of {name} is a {type(value).__name__}, not a plain value")
+                raise UserError(
+                    f"optimizer: option {key} of {name} is a {type(value).__name__}, not a plain value"
+                )
         groups.append(options)
     return {"name": name, "groups": groups}
 
@@ -48,7 +60,9 @@ def check_sparse(description: dict[str, Any], group: int) -> None:
     """Sparse tables need an optimizer whose step touches the gradient's rows alone. Raises ``UserError``."""
     name, options = description["name"], description["groups"][group]
     if name not in SPARSE:
-        raise UserError(f"optimizer: {name} does not take sparse gradients (allowed: {', '.join(sorted(SPARSE))})")
+        raise UserError(
+            f"optimizer: {name} does not take sparse gradients (allowed: {', '.join(sorted(SPARSE))})"
+        )
     for key in ("momentum", "weight_decay"):
         if options.get(key):
             raise UserError(
@@ -63,7 +77,10 @@ def build(description: Any, group: int, parameter: nn.Parameter) -> torch.optim.
     except (TypeError, KeyError, IndexError):
         raise ValueError("malformed optimizer") from None
     kind = getattr(torch.optim, name, None) if isinstance(name, str) else None
-    if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)) or kind is torch.optim.Optimizer:
+    if (
+        not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer))
+        or kind is torch.optim.Optimizer
+    ):
         raise ValueError("unknown optimizer")
     allowed = [key for key in inspect.signature(kind).parameters if key not in _LOCAL]
     if not all(key in allowed and _plain(value) for key, value in options.items()):
@@ -74,7 +91,9 @@ def build(description: Any, group: int, parameter: nn.Parameter) -> torch.optim.
         raise ValueError(f"bad optimizer option: {error}") from None
 
 
-def scheduler(description: dict[str, Any], optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+def scheduler(
+    description: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> lr_scheduler.LRScheduler:
     """A schedule of torch.optim.lr_scheduler that counts the updates of one block.
 
     Raises:
@@ -99,8 +118,14 @@ def scheduler(description: dict[str, Any], optimizer: torch.optim.Optimizer) -> 
 def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return len(value) <= 16 and all(_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+    return (
+        value is None
+        or isinstance(value, (bool, int, str))
+        or (isinstance(value, float) and math.isfinite(value))
+    )
 
 
 def _tuples(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in options.items()
+    }

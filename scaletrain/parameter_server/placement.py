@@ -15,7 +15,9 @@ DEDICATED = "dedicated"  # the launcher starts them before the workers
 
 def of_run(config: RunConfig) -> Settings:
     """The settings of a configured run. Raises ``UserError``."""
-    return settings(config.exchange.options, config.workers, config.timeout_s, hosts(config.launcher.name, 1))
+    return settings(
+        config.exchange.options, config.workers, config.timeout_s, hosts(config.launcher.name, 1)
+    )
 
 
 def hosts(launcher: str, num_nodes: int) -> int:
@@ -48,8 +50,21 @@ def min_workers(config: RunConfig) -> int | None:
 
 def command(made: Settings, run_dir: Path, index: int) -> tuple[str, ...]:
     """What starts server ``index``."""
-    text = json.dumps({key: value for key, value in made._asdict().items() if value != made._field_defaults.get(key)})
-    return (sys.executable, "-m", "scaletrain.parameter_server.server", str(run_dir), str(index), text)
+    text = json.dumps(
+        {
+            key: value
+            for key, value in made._asdict().items()
+            if value != made._field_defaults.get(key)
+        }
+    )
+    return (
+        sys.executable,
+        "-m",
+        "scaletrain.parameter_server.server",
+        str(run_dir),
+        str(index),
+        text,
+    )
 
 
 def address_path(run_dir: Path, index: int) -> Path:

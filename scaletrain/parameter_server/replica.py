@@ -28,10 +28,16 @@ class Replica:
     """The trained parameters of a model, seen as blocks. Parameters that need no gradient are not part of it."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings):
-        groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        groups = {
+            id(p): number
+            for number, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+        }
         tables = _sparse_tables(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) in groups]
-        untrained = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in groups]
+        untrained = [
+            name for name, p in model.named_parameters() if p.requires_grad and id(p) not in groups
+        ]
         if untrained:
             raise UserError(
                 f"optimizer: parameter {untrained[0]} needs a gradient and is in none of the optimizer's groups"
@@ -54,7 +60,9 @@ class Replica:
         self.blocks = sharding.plan(described, settings.servers, settings.block_bytes, whole)
         self.dense = [block for block in self.blocks if not block.sparse]
         tabled = [index for index, parameter in enumerate(described) if parameter.sparse]
-        self.tables = {i: [b for b in self.blocks if b.sparse and b.pieces[0].parameter == i] for i in tabled}
+        self.tables = {
+            i: [b for b in self.blocks if b.sparse and b.pieces[0].parameter == i] for i in tabled
+        }
         self._staging: Staging | None = None
         self.parts: dict[int, list[Part]] = {index: [] for index in range(len(self.parameters))}
         for block in self.blocks:
@@ -71,7 +79,9 @@ class Replica:
         if self._staging:
             self._gradients = self._staging.gradients
         else:
-            self._gradients = {block.key: torch.from_numpy(client.gradient(block.key)) for block in self.dense}
+            self._gradients = {
+                block.key: torch.from_numpy(client.gradient(block.key)) for block in self.dense
+            }
         self._end = self._staging or client  # who takes gradients and gives weights
 
     def begin(self) -> None:
@@ -114,14 +124,18 @@ class Replica:
             at = 0
             for piece in block.pieces:
                 size = piece.stop - piece.start
-                self._flat(piece.parameter)[piece.start : piece.stop].copy_(values[at : at + size], non_blocking=True)
+                self._flat(piece.parameter)[piece.start : piece.stop].copy_(
+                    values[at : at + size], non_blocking=True
+                )
                 at += size
 
         return write
 
     def store(self, block: Block) -> None:
         """Send a block's weights of this replica as the first ones."""
-        values = torch.cat([self._flat(p.parameter)[p.start : p.stop].float().cpu() for p in block.pieces])
+        values = torch.cat(
+            [self._flat(p.parameter)[p.start : p.stop].float().cpu() for p in block.pieces]
+        )
         self._client.store(block.key, values)
 
     def pull(self, block: Block) -> None:
@@ -129,10 +143,17 @@ class Replica:
 
         def sink(offset: int, values: Tensor) -> None:
             at = 0
-            for piece in block.pieces:  # the part of this piece that lies in [offset, offset + len(values))
-                first, last = max(at, offset), min(at + piece.stop - piece.start, offset + len(values))
+            for (
+                piece
+            ) in block.pieces:  # the part of this piece that lies in [offset, offset + len(values))
+                first, last = (
+                    max(at, offset),
+                    min(at + piece.stop - piece.start, offset + len(values)),
+                )
                 if first < last:
-                    to = self._flat(piece.parameter)[piece.start + first - at : piece.start + last - at]
+                    to = self._flat(piece.parameter)[
+                        piece.start + first - at : piece.start + last - at
+                    ]
                     to.copy_(values[first - offset : last - offset])
                 at += piece.stop - piece.start
 
@@ -141,7 +162,9 @@ class Replica:
     def send_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the servers the state that ``optimizer`` holds, as loaded from a checkpoint; before ``store``."""
         for block in self.blocks:
-            states = [optimizer.state.get(self.parameters[piece.parameter], {}) for piece in block.pieces]
+            states = [
+                optimizer.state.get(self.parameters[piece.parameter], {}) for piece in block.pieces
+            ]
             tensors: dict[str, Tensor] = {}
             numbers: dict[str, float] = {}
             for name, first in states[0].items():
@@ -154,7 +177,11 @@ class Replica:
                         state[name].detach().float().cpu().reshape(-1)[piece.start : piece.stop]
                         for piece, state in zip(block.pieces, states, strict=True)
                     ]
-                    whole = first.detach().float().cpu() if block.shape and not block.sparse else torch.cat(ranges)
+                    whole = (
+                        first.detach().float().cpu()
+                        if block.shape and not block.sparse
+                        else torch.cat(ranges)
+                    )
                     tensors[name] = whole.view(block.shape) if block.sparse else whole
                 else:
                     numbers[name] = float(first)
@@ -177,7 +204,9 @@ class Replica:
                         continue
                     if name not in state or state[name].shape != parameter.shape:
                         state[name] = torch.zeros(parameter.shape)
-                    state[name].view(-1)[piece.start : piece.stop] = tensor.reshape(-1)[at : at + size]
+                    state[name].view(-1)[piece.start : piece.stop] = tensor.reshape(-1)[
+                        at : at + size
+                    ]
                 at += size
 
     def _shape(self, piece: sharding.Piece) -> torch.Size:
@@ -192,7 +221,9 @@ class Replica:
                 self._client.ask_rows(block.key, here - block.first_row)
                 asked.append((block.key, here))
         for key, here in asked:
-            table.index_copy_(0, here.to(table.device), self._client.rows(key).to(table.device, table.dtype))
+            table.index_copy_(
+                0, here.to(table.device), self._client.rows(key).to(table.device, table.dtype)
+            )
 
     def _push_rows(self, index: int, gradient: Tensor | None, step: int, lr: float) -> None:
         """Send a sparse table's gradient: every block of the table gets its rows, or word that there are none."""
@@ -206,7 +237,9 @@ class Replica:
             first, last = torch.searchsorted(
                 rows, torch.tensor([block.first_row, block.first_row + block.shape[0]])
             ).tolist()
-            self._client.push_rows(block.key, step, lr, rows[first:last] - block.first_row, values[first:last])
+            self._client.push_rows(
+                block.key, step, lr, rows[first:last] - block.first_row, values[first:last]
+            )
 
     def _flat(self, index: int) -> Tensor:
         return self.parameters[index].data.view(-1)
@@ -218,7 +251,11 @@ def needs_staging(device: torch.device) -> bool:
 
 def _sparse_tables(model: nn.Module) -> set[int]:
     """Parameters whose gradients are sparse."""
-    return {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse}
+    return {
+        id(m.weight)
+        for m in model.modules()
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse
+    }
 
 
 def _outer(settings: Settings) -> dict[str, Any]:

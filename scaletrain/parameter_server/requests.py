@@ -68,7 +68,9 @@ class Requests:
             if token in self._answers:
                 return self._answers.pop(token)
             assert self.failure
-            raise type(self.failure)(*self.failure.args)  # it may be raised again, by another thread
+            raise type(self.failure)(
+                *self.failure.args
+            )  # it may be raised again, by another thread
 
     def woken(self) -> None:
         """Take notice of ``wake``."""

@@ -70,7 +70,9 @@ def _make(path: Path) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(text)
-        with contextlib.suppress(FileExistsError):  # another process was first: its keys are the job's
+        with contextlib.suppress(
+            FileExistsError
+        ):  # another process was first: its keys are the job's
             os.link(partial, path)
     finally:
         partial.unlink()

@@ -70,7 +70,9 @@ class Server:
                     written = now
                 if until_left and self._blocks and not self._blocks.rule.live:
                     rule = self._blocks.rule
-                    self._stop |= len(rule.left | rule.lost) >= self.settings.workers or bool(self._aborted)
+                    self._stop |= len(rule.left | rule.lost) >= self.settings.workers or bool(
+                        self._aborted
+                    )
             self._write_statistics()
         finally:
             self._endpoint.close()
@@ -84,7 +86,9 @@ class Server:
         header = self._snapshots.found()
         if header is None:
             return
-        self._blocks = Blocks(self.settings, self.index, header["setup"], self._endpoint, self._tally, self._abort)
+        self._blocks = Blocks(
+            self.settings, self.index, header["setup"], self._endpoint, self._tally, self._abort
+        )
         self._blocks.restore(self._snapshots.load(self._blocks.shard))
         log.warning("server %d: restored at update %d", self.index, self._blocks.updates)
 
@@ -94,7 +98,9 @@ class Server:
         """What an admitted worker says. Raises ``Refused``."""
         kind, owned = message.header.kind, self._blocks
         if self._aborted:
-            self._endpoint.answer(peer, Header(Kind.ABORT), wire.to_json({"message": self._aborted}))
+            self._endpoint.answer(
+                peer, Header(Kind.ABORT), wire.to_json({"message": self._aborted})
+            )
         elif kind == Kind.SETUP:
             self._set_up(peer, message)
         elif kind not in blocks.KINDS | {Kind.SUM, Kind.PAUSE, Kind.LEAVE}:
@@ -118,21 +124,31 @@ class Server:
         setup = {name: value.get(name) for name in ("blocks", "optimizer")}
         if self._blocks is None:
             try:
-                self._blocks = Blocks(self.settings, self.index, setup, self._endpoint, self._tally, self._abort)
+                self._blocks = Blocks(
+                    self.settings, self.index, setup, self._endpoint, self._tally, self._abort
+                )
             except (ValueError, UserError) as error:
                 raise Refused(f"setup: {error}") from None
         elif setup != self._blocks.setup:
-            raise Refused("setup: this worker's model or optimizer is not the one that the server has")
+            raise Refused(
+                "setup: this worker's model or optimizer is not the one that the server has"
+            )
         owned, shard = self._blocks, self._blocks.shard
         owned.slabs.pop(peer.rank, None)
         if value.get("gradients") is not None and shard.slab is not None and SUPPORTED:
             try:
-                owned.slabs[peer.rank] = Slab.open(value["gradients"], shard.dense_elements, len(shard.blocks))
+                owned.slabs[peer.rank] = Slab.open(
+                    value["gradients"], shard.dense_elements, len(shard.blocks)
+                )
             except (ValueError, OSError) as error:
-                log.warning("server %d: worker %d: no shared memory: %s", self.index, peer.rank, error)
+                log.warning(
+                    "server %d: worker %d: no shared memory: %s", self.index, peer.rank, error
+                )
         step = value.get("step")
         self._first_join = self._first_join or time.monotonic()
-        begin = owned.rule.join(peer.rank, step if type(step) is int and 0 <= step < 1 << 48 else None)
+        begin = owned.rule.join(
+            peer.rank, step if type(step) is int and 0 <= step < 1 << 48 else None
+        )
         answer = {
             "initialised": owned.ready, "step": begin, "sum": self._sums.next(), "restored": self._snapshots.restored_at,
             "weights": shard.slab.handle() if shard.slab and peer.rank in owned.slabs else None,
@@ -145,20 +161,28 @@ class Server:
         if header.dtype != Dtype.FLOAT64 or header.flags or header.count > wire.MAX_SUM_VALUES:
             raise Refused("bad vector to sum")
         try:
-            done = self._sums.add(header.step, peer.rank, np.frombuffer(message.payloads[0], np.float64))
+            done = self._sums.add(
+                header.step, peer.rank, np.frombuffer(message.payloads[0], np.float64)
+            )
         except ValueError as error:
             raise Refused(str(error)) from None
         if done is not None:
-            self._endpoint.answer(peer, Header(Kind.TOTAL, Dtype.FLOAT64, step=header.step, count=len(done)), done)
+            self._endpoint.answer(
+                peer, Header(Kind.TOTAL, Dtype.FLOAT64, step=header.step, count=len(done)), done
+            )
         self._sum_up()
 
     def _sum_up(self) -> None:
         if self._blocks is None:
             return
         rule = self._blocks.rule
-        for number, total, ranks in self._sums.complete(rule.live, rule.live | rule.lost | rule.left):
+        for number, total, ranks in self._sums.complete(
+            rule.live, rule.live | rule.lost | rule.left
+        ):
             for rank in rule.live.intersection(ranks):
-                self._endpoint.tell(rank, Header(Kind.TOTAL, Dtype.FLOAT64, step=number, count=len(total)), total)
+                self._endpoint.tell(
+                    rank, Header(Kind.TOTAL, Dtype.FLOAT64, step=number, count=len(total)), total
+                )
 
     # Faults
 
@@ -204,7 +228,9 @@ class Server:
                 if self._endpoint.silent_s(rank) > limit:
                     self._lose(rank, f"silent for {limit:g} s while others waited for it")
             if now - self._first_join > limit:
-                for rank in sorted(set(range(self.settings.workers)) - rule.live - rule.lost - rule.left):
+                for rank in sorted(
+                    set(range(self.settings.workers)) - rule.live - rule.lost - rule.left
+                ):
                     rule.join(rank)
                     self._lose(rank, f"did not come within {limit:g} s")
         if owned.ready and self._snapshots.due(owned.updates):
@@ -224,7 +250,9 @@ class Server:
             "updates": self._blocks.updates if self._blocks else 0,
             "parameters": self._blocks.shard.num_parameters if self._blocks else 0,
             "owned_bytes": self._blocks.shard.num_bytes if self._blocks else 0,
-            "mapped_bytes": sum(slab.num_bytes for slab in self._blocks.slabs.values()) if self._blocks else 0,
+            "mapped_bytes": sum(slab.num_bytes for slab in self._blocks.slabs.values())
+            if self._blocks
+            else 0,
             "refused": dict(self._endpoint.refused),
             "restored_at_update": self._snapshots.restored_at,
             "snapshot_at_update": self._snapshots.saved_at,
@@ -249,7 +277,9 @@ def main(run_dir: Path, index: int, settings: Settings, until_left: bool = False
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     memory.keep_freed()
     torch.set_num_threads(1)
-    torch.optim.SGD([torch.zeros(1)])  # torch imports more for its first optimizer: before workers wait for an answer
+    torch.optim.SGD(
+        [torch.zeros(1)]
+    )  # torch imports more for its first optimizer: before workers wait for an answer
     server = Server(settings, run_dir, index)
     loading.done()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -261,4 +291,9 @@ def main(run_dir: Path, index: int, settings: Settings, until_left: bool = False
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), Settings(**json.loads(sys.argv[3])), "--until-left" in sys.argv[4:])
+    main(
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        Settings(**json.loads(sys.argv[3])),
+        "--until-left" in sys.argv[4:],
+    )

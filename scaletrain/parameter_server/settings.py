@@ -107,7 +107,9 @@ class Settings(NamedTuple):
         return None
 
 
-def settings(options: dict[str, Any], workers: int, timeout_s: float = 60.0, hosts: int = 1) -> Settings:
+def settings(
+    options: dict[str, Any], workers: int, timeout_s: float = 60.0, hosts: int = 1
+) -> Settings:
     """Options as the configuration holds them -> Settings.
 
     Raises:
@@ -117,16 +119,22 @@ def settings(options: dict[str, Any], workers: int, timeout_s: float = 60.0, hos
     if made.mode not in MODES:
         raise unknown("exchange.mode", made.mode, MODES)
     if made.backup_workers and made.mode != "sync":
-        raise UserError(f"exchange.backup_workers: {made.backup_workers} needs mode: sync (now: {made.mode})")
+        raise UserError(
+            f"exchange.backup_workers: {made.backup_workers} needs mode: sync (now: {made.mode})"
+        )
     if made.backup_workers >= workers:
         raise UserError(
             f"exchange.backup_workers: {made.backup_workers} of {workers} workers (allowed: 0 to {workers - 1})"
         )
     if made.min_workers is not None and made.min_workers > workers - made.backup_workers:
         most = workers - made.backup_workers
-        raise UserError(f"exchange.min_workers: {made.min_workers} is more than the {most} that an update takes")
+        raise UserError(
+            f"exchange.min_workers: {made.min_workers} is more than the {most} that an update takes"
+        )
     if made.placement == "beside" and made.servers > workers:
-        raise UserError(f"exchange.servers: {made.servers} beside {workers} workers (allowed: 1 to {workers})")
+        raise UserError(
+            f"exchange.servers: {made.servers} beside {workers} workers (allowed: 1 to {workers})"
+        )
     if made.link == "unix" and hosts > 1:
         raise UserError(f"exchange.link: unix does not reach {hosts} hosts (allowed: auto, tcp)")
     if made.restart_servers and not (made.snapshot_updates or made.snapshot_s):
@@ -134,7 +142,11 @@ def settings(options: dict[str, Any], workers: int, timeout_s: float = 60.0, hos
             f"exchange.restart_servers: {made.restart_servers} needs snapshots (snapshot_updates or snapshot_s)"
         )
     if made.server_lr is not None and made.local:
-        raise UserError(f"exchange.server_lr: has no meaning in mode: {made.mode} (the workers take the steps)")
+        raise UserError(
+            f"exchange.server_lr: has no meaning in mode: {made.mode} (the workers take the steps)"
+        )
     if made.mode == "post_local" and not made.local_after:
-        raise UserError("exchange.local_after: post_local needs the step from which on steps are local")
+        raise UserError(
+            "exchange.local_after: post_local needs the step from which on steps are local"
+        )
     return made

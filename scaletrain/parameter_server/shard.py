@@ -25,19 +25,29 @@ class Shard:
     """Blocks with their optimizers. Weights are float32, whatever travels; dense ones lie in one slab that workers may map."""
 
     def __init__(
-        self, blocks: Iterable[Block], optimizer: dict[str, Any], schedule: dict[str, Any] | None, shared: bool
+        self,
+        blocks: Iterable[Block],
+        optimizer: dict[str, Any],
+        schedule: dict[str, Any] | None,
+        shared: bool,
     ):
         self.blocks = {block.key: block for block in blocks}
         self._place = {key: place for place, key in enumerate(sorted(self.blocks))}
         self.starts, self.dense_elements = layout(list(self.blocks.values()))
-        self.slab = Slab.create(self.dense_elements, len(self.blocks)) if shared and SUPPORTED else None
+        self.slab = (
+            Slab.create(self.dense_elements, len(self.blocks)) if shared and SUPPORTED else None
+        )
         slab = torch.from_numpy(self.slab.floats) if self.slab else torch.zeros(self.dense_elements)
         self._flat: dict[int, Tensor] = {}
         self._weights: dict[int, nn.Parameter] = {}
         self._optimizers: dict[int, torch.optim.Optimizer] = {}
         self._schedules: dict[int, Any] = {}
         for key, block in self.blocks.items():
-            flat = torch.zeros(block.numel) if block.sparse else slab[self.starts[key] : self.starts[key] + block.numel]
+            flat = (
+                torch.zeros(block.numel)
+                if block.sparse
+                else slab[self.starts[key] : self.starts[key] + block.numel]
+            )
             self._flat[key] = flat
             self._weights[key] = nn.Parameter(flat.view(block.shape or (block.numel,)))
             self._optimizers[key] = optimizers.build(optimizer, block.group, self._weights[key])
@@ -60,7 +70,9 @@ class Shard:
             for state in optimizer.state.values()
             for value in state.values()
         ]
-        return 4 * self.num_parameters + sum(value.nbytes for value in states if isinstance(value, Tensor))
+        return 4 * self.num_parameters + sum(
+            value.nbytes for value in states if isinstance(value, Tensor)
+        )
 
     def store(self, key: int, offset: int, values: Tensor) -> None:
         """Set part of a block's weights."""
@@ -102,8 +114,13 @@ class Shard:
         block = self.blocks[key]
         if block.sparse:
             parts = self._sparse.pop(key)
-            rows, values = torch.cat([r for r, _ in parts]), torch.cat([v for _, v in parts]) / count
-            gradient = torch.sparse_coo_tensor(rows[None], values, block.shape, check_invariants=False).coalesce()
+            rows, values = (
+                torch.cat([r for r, _ in parts]),
+                torch.cat([v for _, v in parts]) / count,
+            )
+            gradient = torch.sparse_coo_tensor(
+                rows[None], values, block.shape, check_invariants=False
+            ).coalesce()
         else:
             gradient = self._first.pop(key) if key in self._first else self._sum[key].div_(count)
             gradient = gradient.view(parameter.shape)
@@ -160,9 +177,13 @@ class Shard:
             tensors |= {f"state.{key}.{name}": value for name, value in state.items()}
             if key in self._schedules:
                 state_dict = self._schedules[key].state_dict()
-                schedules[str(key)] = {n: v for n, v in state_dict.items() if isinstance(v, (int, float, list))}
+                schedules[str(key)] = {
+                    n: v for n, v in state_dict.items() if isinstance(v, (int, float, list))
+                }
                 schedules[str(key)]["_lr"] = self._optimizers[key].param_groups[0]["lr"]
-        rest = json.dumps({"header": header, "numbers": numbers, "schedules": schedules, "time": time.time()})
+        rest = json.dumps(
+            {"header": header, "numbers": numbers, "schedules": schedules, "time": time.time()}
+        )
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             save_file(

@@ -47,7 +47,10 @@ class Block(NamedTuple):
 
 
 def plan(
-    parameters: Sequence[Parameter], servers: int, block_bytes: int = 4 << 20, whole_tensors: bool = False
+    parameters: Sequence[Parameter],
+    servers: int,
+    block_bytes: int = 4 << 20,
+    whole_tensors: bool = False,
 ) -> list[Block]:
     """Cut parameters (in forward order) into blocks of at most ``block_bytes`` (float32) and share them out over servers.
 
@@ -55,7 +58,9 @@ def plan(
     With ``whole_tensors`` every block is one tensor with its shape. Deterministic: all workers make the same plan.
     """
     if servers < 1 or block_bytes < 4 * ALIGN:
-        raise ValueError(f"servers {servers} and block_bytes {block_bytes} must be at least 1 and {4 * ALIGN}")
+        raise ValueError(
+            f"servers {servers} and block_bytes {block_bytes} must be at least 1 and {4 * ALIGN}"
+        )
     # Blocks small enough that every server gets some.
     dense = sum(parameter.numel for parameter in parameters if not parameter.sparse)
     capacity = max(ALIGN, min(block_bytes // 4, -(-dense // servers)))
@@ -76,7 +81,14 @@ def plan(
         elif whole_tensors:
             whole = Piece(index, 0, parameter.numel)
             drafts.append(
-                Block(len(drafts), 0, parameter.group, parameter.numel, (whole,), shape=parameter.shape or (1,))
+                Block(
+                    len(drafts),
+                    0,
+                    parameter.group,
+                    parameter.numel,
+                    (whole,),
+                    shape=parameter.shape or (1,),
+                )
             )
         else:
             start = 0
@@ -145,13 +157,22 @@ def to_json(block: Block) -> dict[str, Any]:
 def from_json(value: Any, server: int) -> Block:
     """Raises ``ValueError`` when a field is missing, of the wrong type or out of bounds."""
     try:
-        key, group, numel, sparse, shape = (value[name] for name in ("key", "group", "numel", "sparse", "shape"))
+        key, group, numel, sparse, shape = (
+            value[name] for name in ("key", "group", "numel", "sparse", "shape")
+        )
     except (TypeError, KeyError):
         raise ValueError("a block has no key, group, numel, sparse and shape") from None
     numbers = [key, group, numel, *shape] if isinstance(shape, list) else [None]
-    if not all(type(number) is int and 0 <= number < 1 << 40 for number in numbers) or type(sparse) is not bool:
+    if (
+        not all(type(number) is int and 0 <= number < 1 << 40 for number in numbers)
+        or type(sparse) is not bool
+    ):
         raise ValueError("a block's fields are out of bounds")
     block = Block(key, server, group, numel, (), sparse, 0, tuple(shape))
-    if numel < 1 or (shape and Parameter(tuple(shape)).numel != numel) or (sparse and len(shape) != 2):
+    if (
+        numel < 1
+        or (shape and Parameter(tuple(shape)).numel != numel)
+        or (sparse and len(shape) != 2)
+    ):
         raise ValueError("a block's shape is not its number of elements")
     return block

@@ -37,7 +37,8 @@ class Snapshots:
         if updates == self.saved_at:
             return False
         return bool(
-            (every and updates - self.saved_at >= every) or (seconds and time.monotonic() - self._saved_s >= seconds)
+            (every and updates - self.saved_at >= every)
+            or (seconds and time.monotonic() - self._saved_s >= seconds)
         )
 
     def save(self, owned: shard.Shard, setup: dict[str, Any], versions: dict[int, int]) -> None:

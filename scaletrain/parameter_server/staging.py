@@ -28,9 +28,15 @@ class Staging:
         self._module: Any = torch.get_device_module(device)
         self._stream = self._module.Stream()
         sizes = {block.key: block.numel for block in blocks}
-        self.gradients = {key: torch.zeros(numel, pin_memory=self._accelerated) for key, numel in sizes.items()}
-        self._weights = {key: torch.empty(numel, pin_memory=self._accelerated) for key, numel in sizes.items()}
-        self._read: dict[int, Any] = {}  # by block: when the device has the weights that were staged last
+        self.gradients = {
+            key: torch.zeros(numel, pin_memory=self._accelerated) for key, numel in sizes.items()
+        }
+        self._weights = {
+            key: torch.empty(numel, pin_memory=self._accelerated) for key, numel in sizes.items()
+        }
+        self._read: dict[
+            int, Any
+        ] = {}  # by block: when the device has the weights that were staged last
         self._copied: queue.SimpleQueue[tuple[Any, int, int, float] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._push, name="staging", daemon=True)
         self._thread.start()
@@ -41,7 +47,9 @@ class Staging:
         with self._module.stream(self._stream):
             target.copy_(source, non_blocking=True)
         if self._accelerated:
-            source.record_stream(self._stream)  # its memory is not given to others before it was copied
+            source.record_stream(
+                self._stream
+            )  # its memory is not given to others before it was copied
 
     def push(self, key: int, step: int, lr: float) -> None:
         """Push what was copied; does not wait. Answered by ``take``."""
@@ -72,7 +80,9 @@ class Staging:
                 copied.synchronize()
                 np.copyto(self._client.gradient(key), self.gradients[key].numpy())
                 self._client.push(key, step, lr)
-            except Exception as error:  # the thread that trains waits for an answer, and has to hear of it
+            except (
+                Exception
+            ) as error:  # the thread that trains waits for an answer, and has to hear of it
                 self._client.fail(f"gradient of block {key}: {type(error).__name__}: {error}")
 
     def _now(self, stream: Any) -> Any:

@@ -40,7 +40,10 @@ class Sums:
                 total = np.sum([parts[rank] for rank in sorted(parts)], axis=0)
                 ready.append((number, total, sorted(parts)))
                 del self._parts[number]
-                self._done = {number: total, **{n: t for n, t in self._done.items() if n > number - 4}}
+                self._done = {
+                    number: total,
+                    **{n: t for n, t in self._done.items() if n > number - 4},
+                }
         return ready
 
     def awaited(self, live: set[int]) -> set[int]:

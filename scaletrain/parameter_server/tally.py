@@ -14,7 +14,9 @@ import psutil
 class _Pace:
     pushes: int = 0
     dropped: int = 0
-    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=500))  # seconds between steps
+    steps_s: deque[float] = field(
+        default_factory=lambda: deque(maxlen=500)
+    )  # seconds between steps
     stepped: float | None = None
 
 
@@ -54,10 +56,15 @@ class Tally:
         ranks = sorted(self._ranks.items())
         cpu = time.process_time()
         return {
-            "staleness": {str(updates): gradients for updates, gradients in sorted(self._staleness.items())},
+            "staleness": {
+                str(updates): gradients for updates, gradients in sorted(self._staleness.items())
+            },
             "pushes": {str(rank): pace.pushes for rank, pace in ranks},
             "dropped": {str(rank): pace.dropped for rank, pace in ranks},
-            "step_s": {str(rank): float(np.median(pace.steps_s)) if pace.steps_s else None for rank, pace in ranks},
+            "step_s": {
+                str(rank): float(np.median(pace.steps_s)) if pace.steps_s else None
+                for rank, pace in ranks
+            },
             "lost": self.lost,
             "cpu_s": cpu,
             "cpu_s_per_worker": cpu / max(1, len(ranks)),

@@ -47,7 +47,9 @@ class Kind(enum.IntEnum):
     PART = 23  # S tensor: the answer to PULL
     PAUSE = 24  # W: pushes nothing until all have met (a sum)
     PAUSED = 25  # S
-    STATE = 26  # W: the optimizer's state of a block, for a checkpoint; its tensors are fetched by PULL
+    STATE = (
+        26  # W: the optimizer's state of a block, for a checkpoint; its tensors are fetched by PULL
+    )
     STATES = 27  # S json: names and shapes of its tensors, its numbers
     SET_STATE = 28  # W json: the same, from rank 0 with a checkpoint; tensors follow by INIT; answered by STORED
 
@@ -96,14 +98,12 @@ class Header(NamedTuple):
     flags: int = 0
     key: int = 0  # block
     rank: int = 0  # of the worker
-    staleness: int = 0  # of the answered gradient: updates between the weights it came from and its own update
-    rows: int = (
-        0  # row indices in a sparse message; PULL, INIT: 0 for weights, i for the i-th tensor of the optimizer's state
+    staleness: int = (
+        0  # of the answered gradient: updates between the weights it came from and its own update
     )
+    rows: int = 0  # row indices in a sparse message; PULL, INIT: 0 for weights, i for the i-th tensor of the optimizer's state
     step: int = 0  # of the worker
-    version: int = (
-        0  # updates of the block's weights so far (answers); of the weights that a gradient came from (pushes)
-    )
+    version: int = 0  # updates of the block's weights so far (answers); of the weights that a gradient came from (pushes)
     session: int = 0  # given by the server in WELCOME
     offset: int = 0  # first element, in parts of blocks
     count: int = 0  # elements of the tensor payload

@@ -24,7 +24,9 @@ baseline_option = click.option(
     type=click.Path(path_type=Path, exists=True, file_okay=False),
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Where the report goes [default: the first DIR]."
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the report goes [default: the first DIR].",
 )
 @click.option(
     "--format",
@@ -35,9 +37,17 @@ baseline_option = click.option(
 )
 @baseline_option
 @click.option(
-    "--trace", is_flag=True, help="Also write Chrome traces of all ranks (runs with trace: true recorded the most)."
+    "--trace",
+    is_flag=True,
+    help="Also write Chrome traces of all ranks (runs with trace: true recorded the most).",
 )
-def report(directories: tuple[Path, ...], out: Path | None, formats: str, baseline: Path | None, trace: bool) -> None:
+def report(
+    directories: tuple[Path, ...],
+    out: Path | None,
+    formats: str,
+    baseline: Path | None,
+    trace: bool,
+) -> None:
     """Render reports again, from a sweep's directories or from single run directories. Trains nothing, needs no torch."""
     from scaletrain.errors import UserError
     from scaletrain.metrics import write_json
@@ -49,14 +59,18 @@ def report(directories: tuple[Path, ...], out: Path | None, formats: str, baseli
     console = publish.terminal()
     sweeps = [d for d in directories if (d / "sweep.json").exists()]
     runs = [d for d in directories if d not in sweeps and (d / "summary.json").exists()]
-    finished = [d for d in directories if d not in sweeps and d not in runs and (d / "report.json").exists()]
+    finished = [
+        d for d in directories if d not in sweeps and d not in runs and (d / "report.json").exists()
+    ]
     neither = [d for d in directories if d not in (*sweeps, *runs, *finished)]
     if neither:
         raise UserError(
             f"{neither[0]}: neither a sweep (sweep.json), a finished run (summary.json) nor a report (report.json)"
         )
     if out and len(sweeps) + len(finished) + bool(runs) > 1:
-        raise UserError(f"--out {out}: these directories make several reports (allowed: one sweep, or single runs)")
+        raise UserError(
+            f"--out {out}: these directories make several reports (allowed: one sweep, or single runs)"
+        )
     last = None
     for directory in sweeps:
         last = out or directory
@@ -65,7 +79,9 @@ def report(directories: tuple[Path, ...], out: Path | None, formats: str, baseli
             publish.write_traces(directory)
     for directory in finished:
         last = out or directory
-        publish.publish(publish.read_report(directory / "report.json"), last, formats=wanted, console=console)
+        publish.publish(
+            publish.read_report(directory / "report.json"), last, formats=wanted, console=console
+        )
     if runs:
         last = out or runs[0]
         publish.publish(reports.of_runs(runs), last, formats=wanted, console=console)
@@ -94,7 +110,9 @@ def report(directories: tuple[Path, ...], out: Path | None, formats: str, baseli
     help="Calibrate on rows up to here only; the others test the prediction.",
 )
 @click.option("--no-overlap", is_flag=True, help="Communication does not hide behind backward.")
-def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None, no_overlap: bool) -> None:
+def fit(
+    path: Path, model: str | None, out: Path | None, max_workers: int | None, no_overlap: bool
+) -> None:
     """Calibrate the models of computation and network from REPORT (a report.json, or its directory); show the residuals and intervals."""
     from scaletrain.errors import UserError
     from scaletrain.metrics import write_json
@@ -113,12 +131,16 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
         )
     known = rows[0]["gradient_bytes"]
     if model is None and known is None:
-        raise UserError("fit: the report does not say how many bytes the gradients have (give --model)")
+        raise UserError(
+            "fit: the report does not say how many bytes the gradients have (give --model)"
+        )
     num_bytes = float(known) if model is None else _model_bytes(model)
     made = fits.fit_report(report, num_bytes, overlap=not no_overlap, max_workers=max_workers)
     out = out or path.with_name("fit.json")
     write_json(out, made.as_json() | {"num_bytes": num_bytes, "batch_size": rows[0]["batch_size"]})
-    click.echo(f"compute: {1e3 * made.compute.sample_s:.4g} ms a sample + {1e3 * made.compute.fixed_s:.4g} ms a step")
+    click.echo(
+        f"compute: {1e3 * made.compute.sample_s:.4g} ms a sample + {1e3 * made.compute.fixed_s:.4g} ms a step"
+    )
     for label, parameter, unit, scale in (
         ("latency", made.latency_s, "us", 1e6),
         ("bandwidth", made.bandwidth_bytes_per_s, "MB/s", 1e-6),
@@ -144,7 +166,11 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
     "model",
     help="A preset (lenet, squeezenet, googlenet, nin, alexnet, vgg16, vgg19, resnet50) or bytes, such as 100MB.",
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Samples a step: of all workers (strong) or of each (weak).")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help="Samples a step: of all workers (strong) or of each (weak).",
+)
 @click.option(
     "--sample-ms",
     type=click.FloatRange(min=0, min_open=True),
@@ -156,7 +182,13 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="What `bench model --out` wrote, in place of --model and --sample-ms: when each layer's gradient can leave is then known, too.",
 )
-@click.option("--network", "network", default="10gbit", show_default=True, help="A known network: see --networks.")
+@click.option(
+    "--network",
+    "network",
+    default="10gbit",
+    show_default=True,
+    help="A known network: see --networks.",
+)
 @click.option("--bandwidth", help="Instead of the network's: such as 25Gbit.")
 @click.option(
     "--fit",
@@ -165,8 +197,17 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
     help="A calibration (fit.json) in place of --sample-ms and of --network, but for what it does not tell.",
 )
 @click.option("--half-duplex", is_flag=True, help="Links do not send while they receive.")
-@click.option("--workers", default="1,2,4,8,16,32,64,128", show_default=True, help="Worker counts, up to 4096.")
-@click.option("--strategy", "names", help="Such as ring,tree,server,server:4,server+3 (backup workers) [default: all].")
+@click.option(
+    "--workers",
+    default="1,2,4,8,16,32,64,128",
+    show_default=True,
+    help="Worker counts, up to 4096.",
+)
+@click.option(
+    "--strategy",
+    "names",
+    help="Such as ring,tree,server,server:4,server+3 (backup workers) [default: all].",
+)
 @click.option(
     "--mode",
     type=click.Choice(["strong", "weak"]),
@@ -182,7 +223,10 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
     help="Standard deviation / mean of a worker's computation (lognormal).",
 )
 @click.option(
-    "--slow-probability", type=click.FloatRange(min=0, max=1), default=0.0, help="Of a worker's step being slow."
+    "--slow-probability",
+    type=click.FloatRange(min=0, max=1),
+    default=0.0,
+    help="Of a worker's step being slow.",
 )
 @click.option(
     "--slow-factor",
@@ -209,7 +253,9 @@ def fit(path: Path, model: str | None, out: Path | None, max_workers: int | None
     type=click.Path(path_type=Path, file_okay=False),
     help="Also write simulation.json, .csv, .svg and .png there.",
 )
-@click.option("--networks", is_flag=True, help="List the known networks with their sources, and end.")
+@click.option(
+    "--networks", is_flag=True, help="List the known networks with their sources, and end."
+)
 def simulate(
     model: str | None, batch: int | None, sample_ms: float | None, layers: Path | None, network: str, bandwidth: str | None,
     fitted: Path | None, half_duplex: bool, workers: str,
@@ -241,18 +287,31 @@ def simulate(
         ) from None
     if counts[0] < 1 or counts[-1] > 4096:
         raise UserError(f"--workers: {workers!r} is not allowed (allowed: 1 to 4096)")
-    on, num_bytes, compute, overlap, measured = net.preset(network), None, None, not no_overlap, None
+    on, num_bytes, compute, overlap, measured = (
+        net.preset(network),
+        None,
+        None,
+        not no_overlap,
+        None,
+    )
     if fitted:
         try:
             value = json.loads(fitted.read_text(encoding="utf-8"))
-            made, num_bytes, batch = fits.Fit.from_json(value), value["num_bytes"], batch or value["batch_size"]
+            made, num_bytes, batch = (
+                fits.Fit.from_json(value),
+                value["num_bytes"],
+                batch or value["batch_size"],
+            )
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"--fit {fitted}: no calibration (allowed: what `scaletrain fit` wrote, such as fit.json)"
             ) from None
         made.check_reach(counts[-1], far)
         untold = [name for name in made.untold if not (name == "bandwidth" and bandwidth)]
-        chosen = click.get_current_context().get_parameter_source("network") is not ParameterSource.DEFAULT
+        chosen = (
+            click.get_current_context().get_parameter_source("network")
+            is not ParameterSource.DEFAULT
+        )
         if untold and not chosen:
             raise UserError(
                 f"--fit {fitted}: its measurements do not tell the network's {' and '.join(untold)}"
@@ -260,13 +319,13 @@ def simulate(
             )
         on = made.network_or(on.network)
         if untold:
-            source = (
-                f"fitted, but its {' and '.join(untold)} assumed: that of {network}; the measurements do not tell it"
-            )
+            source = f"fitted, but its {' and '.join(untold)} assumed: that of {network}; the measurements do not tell it"
             on = dataclasses.replace(on, source=source)
         compute, overlap, measured = made.compute, made.overlap and overlap, made.max_workers
     if bandwidth:
-        on = dataclasses.replace(on, network=on.network._replace(bandwidth_bytes_per_s=net.parse_bandwidth(bandwidth)))
+        on = dataclasses.replace(
+            on, network=on.network._replace(bandwidth_bytes_per_s=net.parse_bandwidth(bandwidth))
+        )
     if half_duplex:
         on = dataclasses.replace(on, network=on.network._replace(duplex=False))
     profile = USUAL
@@ -274,7 +333,9 @@ def simulate(
         try:
             timed = json.loads(layers.read_text(encoding="utf-8"))
             profile, num_bytes = Profile.of_layers(timed), float(timed["weight_bytes"])
-            compute = compute or Compute((timed["forward_s"] + timed["backward_s"]) / timed["header"]["batch"])
+            compute = compute or Compute(
+                (timed["forward_s"] + timed["backward_s"]) / timed["header"]["batch"]
+            )
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"--layers {layers}: no layers (allowed: what `scaletrain bench model --out` wrote)"
@@ -283,7 +344,11 @@ def simulate(
         num_bytes = _model_bytes(model)
     if sample_ms:
         compute = Compute(sample_ms / 1e3)
-    missing = [o for o, v in (("--model", num_bytes), ("--batch", batch), ("--sample-ms", compute)) if v is None]
+    missing = [
+        o
+        for o, v in (("--model", num_bytes), ("--batch", batch), ("--sample-ms", compute))
+        if v is None
+    ]
     if missing or num_bytes is None or batch is None or compute is None:
         raise UserError(
             f"simulate: give {', '.join(missing)} (or --layers, or --fit with a calibration), for example: {EXAMPLE}"

@@ -13,7 +13,13 @@ from scaletrain.scaling.intervals import Change, change, mean
 WORTH = 0.01  # a change smaller than this is no news, however sure it is
 KNOWN = 0.10  # an interval that reaches further than this does not tell that nothing changed
 ASIDE = ("workers", "exchange", "batch_size", "batch_mode", "run_dir")  # what a cell says of itself
-MACHINE = ("launcher", "threads_per_worker", "bound_to_cores", "processor", "cores")  # of a report's header
+MACHINE = (
+    "launcher",
+    "threads_per_worker",
+    "bound_to_cores",
+    "processor",
+    "cores",
+)  # of a report's header
 
 
 class CellChange(NamedTuple):
@@ -25,7 +31,9 @@ class CellChange(NamedTuple):
 
     @property
     def regressed(self) -> bool:
-        return self.failed or bool(self.change and self.change.is_lower and self.change.ratio < 1 - WORTH)
+        return self.failed or bool(
+            self.change and self.change.is_lower and self.change.ratio < 1 - WORTH
+        )
 
     @property
     def improved(self) -> bool:
@@ -40,7 +48,11 @@ class CellChange(NamedTuple):
         if self.regressed or self.improved:
             return "REGRESSION" if self.regressed else "faster"
         wide = self.change.low < 1 - KNOWN or self.change.high > 1 + KNOWN
-        return "cannot tell (the interval is wide: more repeats, on a quiet machine)" if wide else "no real change"
+        return (
+            "cannot tell (the interval is wide: more repeats, on a quiet machine)"
+            if wide
+            else "no real change"
+        )
 
 
 def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[CellChange]:
@@ -75,7 +87,13 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[CellChange]:
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["config"], row["exchange"], row["workers"], row["batch_size"], str(sorted(row["variant"].items()))
+    return (
+        row["config"],
+        row["exchange"],
+        row["workers"],
+        row["batch_size"],
+        str(sorted(row["variant"].items())),
+    )
 
 
 def lines(changes: Sequence[CellChange]) -> list[str]:
@@ -121,5 +139,9 @@ def _settings(header: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _dotted(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for key, inner in value.items():
-        keys |= _dotted(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
+        keys |= (
+            _dotted(inner, f"{prefix}{key}.")
+            if isinstance(inner, dict) and inner
+            else {f"{prefix}{key}": inner}
+        )
     return keys

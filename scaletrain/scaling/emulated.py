@@ -37,7 +37,11 @@ class Links(NamedTuple):
 
 
 _DRAWS = 20
-FITTED = ("latency_s", "bandwidth_bytes_per_s", "add_bytes_per_s")  # what ``fit`` finds, in this order
+FITTED = (
+    "latency_s",
+    "bandwidth_bytes_per_s",
+    "add_bytes_per_s",
+)  # what ``fit`` finds, in this order
 
 
 class _Round(NamedTuple):
@@ -78,7 +82,9 @@ def _meetings(collective: str, size: int, parts: int) -> tuple[tuple[dict[int, f
         return (({},) * len(rounds),)
     dice = np.random.default_rng(0)
     return tuple(
-        tuple(_late(now, parts, dice) if many else {} for now, many in zip(to, crowded, strict=True))
+        tuple(
+            _late(now, parts, dice) if many else {} for now, many in zip(to, crowded, strict=True)
+        )
         for _ in range(_DRAWS)
     )
 
@@ -90,7 +96,9 @@ def _late(to: dict[int, list[int]], parts: int, dice: np.random.Generator) -> di
         order = [d for _ in range(parts) for d in dice.permutation(sorted(destinations))]
         for slot, d in enumerate(order):
             slots.setdefault(d, []).append(slot)
-    return {d: max(slot - i for i, slot in enumerate(sorted(of))) / parts for d, of in slots.items()}
+    return {
+        d: max(slot - i for i, slot in enumerate(sorted(of))) / parts for d, of in slots.items()
+    }
 
 
 def allreduce_s(collective: str, workers: int, num_bytes: float, on: Links) -> float:
@@ -99,7 +107,9 @@ def allreduce_s(collective: str, workers: int, num_bytes: float, on: Links) -> f
     return sum(_last_s(collective, workers, num_bytes, on, late) for late in draws) / len(draws)
 
 
-def _last_s(collective: str, workers: int, num_bytes: float, on: Links, late: Sequence[dict[int, float]]) -> float:
+def _last_s(
+    collective: str, workers: int, num_bytes: float, on: Links, late: Sequence[dict[int, float]]
+) -> float:
     num_chunks, rounds = _rounds(collective, workers)
     chunk = num_bytes / num_chunks
     chunk_s, burst_s = (n / on.bandwidth_bytes_per_s for n in (chunk, on.burst_bytes))
@@ -111,21 +121,30 @@ def _last_s(collective: str, workers: int, num_bytes: float, on: Links, late: Se
     in_parts = cost.parts(collective, workers, num_bytes) > 1
     for now, behind in zip(rounds, late, strict=True):
         begins = {(s, d): max(ready[s], ready[d]) for s, d in now.pairs}
-        first_out, first_in = dict.fromkeys(now.sent, math.inf), dict.fromkeys(now.received, math.inf)
+        first_out, first_in = (
+            dict.fromkeys(now.sent, math.inf),
+            dict.fromkeys(now.received, math.inf),
+        )
         for (s, d), begin in begins.items():
             first_out[s], first_in[d] = min(first_out[s], begin), min(first_in[d], begin)
         for rank, count in now.sent.items():
             leaving[rank] = max(leaving[rank], first_out[rank] - burst_s) + count * chunk_s
         for rank, count in now.received.items():
-            arriving[rank] = max(arriving[rank], first_in[rank] - burst_s) + (count + behind.get(rank, 0.0)) * chunk_s
-        add_s_per_byte = 0.0 if in_parts else max(1.0, len(now.added) / on.cores) / on.add_bytes_per_s
+            arriving[rank] = (
+                max(arriving[rank], first_in[rank] - burst_s)
+                + (count + behind.get(rank, 0.0)) * chunk_s
+            )
+        add_s_per_byte = (
+            0.0 if in_parts else max(1.0, len(now.added) / on.cores) / on.add_bytes_per_s
+        )
         after = list(ready)
         for (s, d), begin in begins.items():
             there = max(begin, leaving[s], arriving[d]) + on.latency_s
             after[s] = max(after[s], there)
             added = now.added.get(d, 0) * chunk
             after[d] = max(
-                after[d], there + add_s_per_byte * (added if d in now.sent else min(added, cost.PIECE_BYTES))
+                after[d],
+                there + add_s_per_byte * (added if d in now.sent else min(added, cost.PIECE_BYTES)),
             )
         ready = after
     return max(ready)
@@ -145,7 +164,12 @@ def fit(timings: Sequence[Timing], known: Links) -> tuple[Links, list[Parameter]
 
     def residuals(logs: np.ndarray) -> np.ndarray:
         on = links([float(value) for value in np.exp(logs)])
-        return np.array([math.log(allreduce_s(t.strategy, t.workers, t.num_bytes, on) / t.seconds) for t in used])
+        return np.array(
+            [
+                math.log(allreduce_s(t.strategy, t.workers, t.num_bytes, on) / t.seconds)
+                for t in used
+            ]
+        )
 
     start = float(np.median([t.num_bytes / t.seconds for t in used]))
     low, high = np.log([(1e-7, 0.1), (1e4, 1e12), (1e7, 1e12)]).T

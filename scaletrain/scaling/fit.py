@@ -55,7 +55,9 @@ class Fit(NamedTuple):
         return Preset(
             Network(
                 assumed.latency_s if "latency" in self.untold else self.latency_s.value,
-                assumed.bandwidth_bytes_per_s if "bandwidth" in self.untold else self.bandwidth_bytes_per_s.value,
+                assumed.bandwidth_bytes_per_s
+                if "bandwidth" in self.untold
+                else self.bandwidth_bytes_per_s.value,
             ),
             "fitted",
         )
@@ -64,7 +66,8 @@ class Fit(NamedTuple):
     def error(self) -> float:
         """Root of the mean squared residual, as a fraction."""
         return math.sqrt(
-            sum((r["predicted_s"] / r["measured_s"] - 1) ** 2 for r in self.residuals) / len(self.residuals)
+            sum((r["predicted_s"] / r["measured_s"] - 1) ** 2 for r in self.residuals)
+            / len(self.residuals)
         )
 
     def check_reach(self, workers: int, far: bool) -> None:
@@ -127,7 +130,11 @@ def _least_squares(residuals: Callable[[Network], list[float]]) -> tuple[Paramet
     found = min(
         (
             optimize.least_squares(
-                vector, [math.log(1e-4), math.log(start)], bounds=bounds, loss="soft_l1", f_scale=0.05
+                vector,
+                [math.log(1e-4), math.log(start)],
+                bounds=bounds,
+                loss="soft_l1",
+                f_scale=0.05,
             )
             for start in (1e7, 1e8, 1e9, 1e10)
         ),
@@ -135,7 +142,9 @@ def _least_squares(residuals: Callable[[Network], list[float]]) -> tuple[Paramet
     )
     made = intervals_of(found.x, found.jac, vector(found.x))
     at_bound = np.minimum(found.x - bounds[0], bounds[1] - found.x) < 0.01
-    latency, bandwidth = (Parameter(p.value, None, None) if at else p for p, at in zip(made, at_bound, strict=True))
+    latency, bandwidth = (
+        Parameter(p.value, None, None) if at else p for p, at in zip(made, at_bound, strict=True)
+    )
     return latency, bandwidth
 
 
@@ -149,10 +158,17 @@ def intervals_of(logs: np.ndarray, jacobian: np.ndarray, errors: np.ndarray) -> 
             covariance = np.linalg.pinv(jacobian.T @ jacobian) * variance
         scale = float(stats.t.ppf(0.975, freedom))
         known = np.abs(jacobian).max(axis=0) > 1e-6
-        half = [scale * math.sqrt(max(0.0, covariance[i, i])) if known[i] else None for i in range(count)]
+        half = [
+            scale * math.sqrt(max(0.0, covariance[i, i])) if known[i] else None
+            for i in range(count)
+        ]
     made = []
     for log, width in zip(logs, half, strict=True):
-        interval = (None, None) if width is None or width > 50 else (math.exp(log - width), math.exp(log + width))
+        interval = (
+            (None, None)
+            if width is None or width > 50
+            else (math.exp(log - width), math.exp(log + width))
+        )
         made.append(Parameter(math.exp(log), *interval))
     return made
 
@@ -160,7 +176,8 @@ def intervals_of(logs: np.ndarray, jacobian: np.ndarray, errors: np.ndarray) -> 
 def fit_compute(rows: Sequence[Mapping[str, Any]]) -> Compute:
     """Seconds a sample and a step from one worker's runs with ``none`` at one or more batch sizes."""
     points = [
-        (row["batch_size"], row["forward_s"] + row["backward_s"] + row["input_s"], row["update_s"]) for row in rows
+        (row["batch_size"], row["forward_s"] + row["backward_s"] + row["input_s"], row["update_s"])
+        for row in rows
     ]
     if not points:
         raise UserError(
@@ -169,7 +186,9 @@ def fit_compute(rows: Sequence[Mapping[str, Any]]) -> Compute:
     update = float(np.mean([p[2] for p in points]))
     if len({p[0] for p in points}) == 1:
         return Compute(points[0][1] / points[0][0], 0.0, update)
-    solved, _ = optimize.nnls(np.array([[p[0], 1.0] for p in points]), np.array([p[1] for p in points]))
+    solved, _ = optimize.nnls(
+        np.array([[p[0], 1.0] for p in points]), np.array([p[1] for p in points])
+    )
     return Compute(float(solved[0]), float(solved[1]), update)
 
 
@@ -187,7 +206,10 @@ def strategy_of(exchange: str) -> str | None:
 
 
 def fit_report(
-    report: Mapping[str, Any], num_bytes: float, overlap: bool = True, max_workers: int | None = None
+    report: Mapping[str, Any],
+    num_bytes: float,
+    overlap: bool = True,
+    max_workers: int | None = None,
 ) -> Fit:
     """Calibrate from a scaling report. ``num_bytes``: of the gradients. ``max_workers``: use only rows up to there.
 
@@ -206,14 +228,19 @@ def fit_report(
     def residuals(network: Network) -> list[float]:
         on = Preset(network, "")
         return [
-            math.log(_step_s(r, s, alone.get(_key(r)), compute, num_bytes, overlap, on) / r["step_s_mean"])
+            math.log(
+                _step_s(r, s, alone.get(_key(r)), compute, num_bytes, overlap, on)
+                / r["step_s_mean"]
+            )
             for r, s in cells
         ]
 
     latency, bandwidth = _least_squares(residuals)
     fitted = Fit(compute, latency, bandwidth, overlap, [], max(r["workers"] for r in used))
     return fitted._replace(
-        residuals=predictions(fitted, {"rows": [r for r, _ in cells], "references": [*alone.values()]}, num_bytes)
+        residuals=predictions(
+            fitted, {"rows": [r for r, _ in cells], "references": [*alone.values()]}, num_bytes
+        )
     )
 
 
@@ -225,7 +252,11 @@ def alike_but_for_exchange(rows: Sequence[Mapping[str, Any]]) -> bool:
 def predictions(fitted: Fit, report: Mapping[str, Any], num_bytes: float) -> list[dict[str, Any]]:
     """Measured and predicted seconds of a step, for every row of several workers whose exchange has a model."""
     alone = {_key(r): r for r in _measured(report) if r["exchange"] == "none"}
-    rows = [(r, s) for r in report["rows"] if r["runs"] and r["workers"] > 1 and (s := strategy_of(r["exchange"]))]
+    rows = [
+        (r, s)
+        for r in report["rows"]
+        if r["runs"] and r["workers"] > 1 and (s := strategy_of(r["exchange"]))
+    ]
     return [
         {
             "exchange": row["exchange"], "workers": row["workers"], "measured_s": row["step_s_mean"],
@@ -243,7 +274,13 @@ def _step_s(
     if none is not None:
         compute = Compute(0.0, none["step_s_mean"] - none["update_s"], none["update_s"])
     return predict.step_s(
-        strategy, row["workers"], row["batch_size"] / row["workers"], num_bytes, compute, on, overlap=overlap
+        strategy,
+        row["workers"],
+        row["batch_size"] / row["workers"],
+        num_bytes,
+        compute,
+        on,
+        overlap=overlap,
     )
 
 

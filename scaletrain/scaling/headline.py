@@ -20,7 +20,9 @@ def of(report: Mapping[str, Any]) -> str:
     done = [row for row in rows if row["efficiency"] is not None and row["exchange"] != "none"] or [
         row for row in rows if row["efficiency"] is not None
     ]
-    alone = [row for row in rows if row["samples_per_s"] is not None and not done]  # nothing to be faster than
+    alone = [
+        row for row in rows if row["samples_per_s"] is not None and not done
+    ]  # nothing to be faster than
     sentences = []
     if report["header"].get("emulated"):
         sentences.append("EMULATED: " + "; ".join(report["header"]["emulation"]) + ".")
@@ -30,7 +32,9 @@ def of(report: Mapping[str, Any]) -> str:
         best = max(done, key=lambda row: row["speedup"])
         alike = [row for row in done if all(row[key] == best[key] for key in ("config", "variant"))]
         most = max(row["workers"] for row in alike)
-        largest = max((row for row in alike if row["workers"] == most), key=lambda row: row["speedup"])
+        largest = max(
+            (row for row in alike if row["workers"] == most), key=lambda row: row["speedup"]
+        )
         sentences.append(
             f"{_named(best)}: {_times(best)} the speed of {best['baseline']} (efficiency {best['efficiency']:.2f}, {_rate(best)}."
         )
@@ -44,16 +48,24 @@ def of(report: Mapping[str, Any]) -> str:
             sentences.append(
                 f"{_named(largest)}, the most measured: {_times(largest)} (efficiency {largest['efficiency']:.2f}{crowded}){apart}."
             )
-        losses = {tuple(str(loss[key]) for key in _CELL): loss["sentence"] for loss in report["losses"]}
+        losses = {
+            tuple(str(loss[key]) for key in _CELL): loss["sentence"] for loss in report["losses"]
+        }
         told = [losses.get(tuple(str(row[key]) for key in _CELL)) for row in (best, largest)]
         sentences += [text for text in told if text][:1]
         if best["oversubscribed"]:
-            sentences.append(f"There were {best['oversubscribed']}: these figures are of an oversubscribed machine.")
+            sentences.append(
+                f"There were {best['oversubscribed']}: these figures are of an oversubscribed machine."
+            )
     if alone:
         best = max(alone, key=lambda row: (row["exchange"] != "none", row["samples_per_s"]))
-        sentences.append(f"{_named(best)}: no other number of workers to compare with ({_rate(best)}.")
+        sentences.append(
+            f"{_named(best)}: no other number of workers to compare with ({_rate(best)}."
+        )
         if best["oversubscribed"]:
-            sentences.append(f"There were {best['oversubscribed']}: these figures are of an oversubscribed machine.")
+            sentences.append(
+                f"There were {best['oversubscribed']}: these figures are of an oversubscribed machine."
+            )
     header = report["header"]
     if header.get("runs_missing"):
         sentences.append(
@@ -77,13 +89,17 @@ def _may_be_as_fast(row: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
 def _not_told_apart(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Exchanges that may be as fast as the best one of the same cell."""
     alike = [
-        row for row in rows if row is not best and all(row[k] == best[k] for k in ("config", "workers", "variant"))
+        row
+        for row in rows
+        if row is not best and all(row[k] == best[k] for k in ("config", "workers", "variant"))
     ]
     return [str(row["exchange"]) for row in alike if _may_be_as_fast(row, best)]
 
 
 def _rate(row: Mapping[str, Any]) -> str:
-    return f"{row['samples_per_s']:,.0f} samples/s)" + (f"; {ONE_RUN}" if len(row["runs"]) < 2 else "")
+    return f"{row['samples_per_s']:,.0f} samples/s)" + (
+        f"; {ONE_RUN}" if len(row["runs"]) < 2 else ""
+    )
 
 
 def _named(row: Mapping[str, Any]) -> str:

@@ -42,7 +42,10 @@ def _half_width(n: int) -> float:
 
 def enough(n: int, ci95: float, wanted: float) -> int | None:
     """How many repeats bring an interval of ``n`` (at least 2) down to ``wanted``, if they scatter as these did; None: more than ``MANY``."""
-    return next((m for m in range(n + 1, MANY + 1) if ci95 * _half_width(m) <= wanted * _half_width(n)), None)
+    return next(
+        (m for m in range(n + 1, MANY + 1) if ci95 * _half_width(m) <= wanted * _half_width(n)),
+        None,
+    )
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Mean:
@@ -53,14 +56,22 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Mean:
     """
     value = statistics.fmean(ours) / statistics.fmean(theirs)
     if len(ours) == len(theirs):
-        rest = mean([(a - value * b) / statistics.fmean(theirs) for a, b in zip(ours, theirs, strict=True)])
+        rest = mean(
+            [(a - value * b) / statistics.fmean(theirs) for a, b in zip(ours, theirs, strict=True)]
+        )
         return Mean(value, rest.ci95, rest.n)
     a, b = mean(ours), mean(theirs)
-    ci95 = None if a.ci95 is None or b.ci95 is None else value * math.hypot(a.ci95 / a.value, b.ci95 / b.value)
+    ci95 = (
+        None
+        if a.ci95 is None or b.ci95 is None
+        else value * math.hypot(a.ci95 / a.value, b.ci95 / b.value)
+    )
     return Mean(value, ci95, min(a.n, b.n))
 
 
-def percentiles(values: Sequence[float], percents: Sequence[int] = (10, 50, 90, 95)) -> dict[int, float | None]:
+def percentiles(
+    values: Sequence[float], percents: Sequence[int] = (10, 50, 90, 95)
+) -> dict[int, float | None]:
     """Linear-interpolated percentiles (as numpy's default); all None when there are no values."""
     if not values:
         return dict.fromkeys(percents)

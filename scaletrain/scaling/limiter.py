@@ -18,7 +18,9 @@ class Step(NamedTuple):
     input_s: float
     compute_s: float  # forward and backward
     update_s: float
-    waited_s: float | None = None  # within ``compute_s``: after the last gradient of its own; None: not known
+    waited_s: float | None = (
+        None  # within ``compute_s``: after the last gradient of its own; None: not known
+    )
 
 
 class Cause(NamedTuple):
@@ -87,16 +89,23 @@ def limiter(causes: list[Cause]) -> Cause | None:
 
 
 def untold(
-    causes: list[Cause], efficiency: float, ci95: float | None = None, lead_ci95: float | None = None, repeats: int = 2
+    causes: list[Cause],
+    efficiency: float,
+    ci95: float | None = None,
+    lead_ci95: float | None = None,
+    repeats: int = 2,
 ) -> str | None:
     """Why no cause can be called the limiter, in a sentence; None where one can, or where nothing is lost.
 
     ``ci95``: of the efficiency. ``lead_ci95``: of what the largest cause costs beyond the second. None: not known.
     """
     lost_share, loss_s = 1 - efficiency, sum(cause.seconds for cause in causes)
-    costs = sorted((cause for cause in causes if cause.seconds > 0), key=lambda cause: -cause.seconds)
+    costs = sorted(
+        (cause for cause in causes if cause.seconds > 0), key=lambda cause: -cause.seconds
+    )
     both = " and ".join(
-        f"{cause.name} ({1000 * cause.seconds:.3g} ms{' a step' * (cause is costs[0])})" for cause in costs[:2]
+        f"{cause.name} ({1000 * cause.seconds:.3g} ms{' a step' * (cause is costs[0])})"
+        for cause in costs[:2]
     )
     wanted = lost_share / 2 if efficiency < WELL else LITTLE
     if ci95 is not None and ci95 > wanted:
@@ -131,7 +140,11 @@ def untold(
 
 def _would_tell(repeats: int, ci95: float, wanted: float) -> str:
     needed = enough(repeats, ci95, wanted)
-    return f"about {needed} repeats would tell" if needed else f"it would take more than {MANY} repeats to tell"
+    return (
+        f"about {needed} repeats would tell"
+        if needed
+        else f"it would take more than {MANY} repeats to tell"
+    )
 
 
 def sentence(

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import psutil
 
 CONSIDERABLE = 0.10  # of the cores
-CHILDREN = ("local", "torchrun")  # launchers whose workers are this process's descendants, all waited for
+CHILDREN = (
+    "local",
+    "torchrun",
+)  # launchers whose workers are this process's descendants, all waited for
 
 
 class Watch:

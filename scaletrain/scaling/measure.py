@@ -11,7 +11,9 @@ from scaletrain.errors import UserError
 from scaletrain.metrics import read_records
 from scaletrain.scaling import servers
 
-WARMUP_STEPS = 3  # left out: DDP rebuilds its buckets after the first step, and caches and connections warm up
+WARMUP_STEPS = (
+    3  # left out: DDP rebuilds its buckets after the first step, and caches and connections warm up
+)
 PARTS = ("input_s", "forward_s", "backward_s", "update_s")
 
 
@@ -23,8 +25,12 @@ class Run(NamedTuple):
     parts: dict[str, np.ndarray]  # each of PARTS
     samples: np.ndarray
     sent_bytes: float | None  # by one rank in one step, mean; None: the exchange does not count
-    waited_s: float | None  # for the others' gradients, at the end of backward, mean; None: the exchange does not tell
-    gradient_bytes: int | None  # of the model's parameters; None: there is no checkpoint to read it from
+    waited_s: (
+        float | None
+    )  # for the others' gradients, at the end of backward, mean; None: the exchange does not tell
+    gradient_bytes: (
+        int | None
+    )  # of the model's parameters; None: there is no checkpoint to read it from
     losses: np.ndarray
     ended_s: np.ndarray  # of each step, since the rank's first one began
     servers: dict[str, Any] | None  # what parameter servers counted
@@ -48,7 +54,9 @@ class Run(NamedTuple):
     def devices(self) -> dict[tuple[str, str, int], int]:
         """Workers of each device, by name, device and node; without those on the CPU."""
         on_devices = [header for header in self.headers if header["device"] != "cpu"]
-        return Counter((header["device_name"], header["device"], header["node"]) for header in on_devices)
+        return Counter(
+            (header["device_name"], header["device"], header["node"]) for header in on_devices
+        )
 
     @property
     def crowded(self) -> bool:
@@ -63,7 +71,9 @@ class Run(NamedTuple):
                 cores.setdefault(machine, set()).update(header["cores"])
         if self.servers and self.summary.get("launcher") in ("local", "rehearsal"):
             threads[0] += self.servers["servers"]
-            cores.setdefault(0, set()).update(self.servers["cores"])  # workers may be bound, each to its own
+            cores.setdefault(0, set()).update(
+                self.servers["cores"]
+            )  # workers may be bound, each to its own
         return any(threads[machine] > len(own) for machine, own in cores.items())
 
     @property
@@ -113,7 +123,9 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
         return np.array([[getattr(record, key) for record in records] for records in kept]).T
 
     def told(key: str) -> float | None:
-        values = [record.exchange[key] for records in kept for record in records if key in record.exchange]
+        values = [
+            record.exchange[key] for records in kept for record in records if key in record.exchange
+        ]
         return float(np.mean(values)) if values else None
 
     return Run(
@@ -144,6 +156,8 @@ def _gradient_bytes(run_dir: Path) -> int | None:
             if length > 100_000_000:
                 return None
             header = json.loads(file.read(length))
-        spans = [tensor["data_offsets"] for name, tensor in header.items() if name.startswith("model.")]
+        spans = [
+            tensor["data_offsets"] for name, tensor in header.items() if name.startswith("model.")
+        ]
         return sum(end - start for start, end in spans)
     return None

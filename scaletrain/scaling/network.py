@@ -87,10 +87,14 @@ def allreduce_s(collective: str, workers: int, num_bytes: float, on: Preset) -> 
     local_s = 0.0
     if inside > 1:
         link = on.local or Link(on.network.latency_s, on.network.bandwidth_bytes_per_s)
-        local_s = 2 * (inside - 1) * (link.latency_s + num_bytes / inside / link.bandwidth_bytes_per_s)
+        local_s = (
+            2 * (inside - 1) * (link.latency_s + num_bytes / inside / link.bandwidth_bytes_per_s)
+        )
     network = on.network
     if on.oversubscription > 1 and hosts > on.hosts_per_leaf:
-        network = network._replace(bandwidth_bytes_per_s=network.bandwidth_bytes_per_s / on.oversubscription)
+        network = network._replace(
+            bandwidth_bytes_per_s=network.bandwidth_bytes_per_s / on.oversubscription
+        )
     return local_s + (_between(collective, hosts, num_bytes, network) if hosts > 1 else 0.0)
 
 
@@ -117,7 +121,9 @@ def _port(on: Preset, hosts: int, all_hosts: int) -> float:
     return bandwidth * min(1.0, uplinks / hosts)
 
 
-def server_s(workers: int, num_bytes: float, on: Preset, servers: int = 1, segments: int = 16) -> float:
+def server_s(
+    workers: int, num_bytes: float, on: Preset, servers: int = 1, segments: int = 16
+) -> float:
     """Seconds until every worker has the new weights from ``servers`` hosts of their own: the star's schedule, streamed.
 
     Each server's port receives and sends ``workers`` times its share. In ``segments`` a server answers a part while the next one
@@ -132,4 +138,6 @@ def server_s(workers: int, num_bytes: float, on: Preset, servers: int = 1, segme
     port_s = max(at_server, at_worker)
     if not network.duplex:
         port_s *= 2
-    return port_s * (1 + 1 / segments) + 2 * network.latency_s * (workers if servers == 1 else -(-workers // servers))
+    return port_s * (1 + 1 / segments) + 2 * network.latency_s * (
+        workers if servers == 1 else -(-workers // servers)
+    )

@@ -28,7 +28,9 @@ DODGE = 0.015  # of the axis' length, between the points that several lines have
 Drawing = Callable[[Axes], None]
 
 
-def image(draw: Drawing, form: str = "svg", size: tuple[float, float] = (6.0, 3.8), watermark: str = "") -> bytes:
+def image(
+    draw: Drawing, form: str = "svg", size: tuple[float, float] = (6.0, 3.8), watermark: str = ""
+) -> bytes:
     """Draw one plot. ``watermark`` is written above it: emulated figures say so on the figure itself."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -52,7 +54,10 @@ def inline(svg: bytes, label: str) -> str:
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)
     text = re.sub(r'xlink:href="#', f'xlink:href="#{prefix}-', text)
     text = re.sub(
-        r'<svg ([^>]*?)width="[^"]*pt" height="[^"]*pt"', rf'<svg role="img" aria-label="{label}" \1', text, count=1
+        r'<svg ([^>]*?)width="[^"]*pt" height="[^"]*pt"',
+        rf'<svg role="img" aria-label="{label}" \1',
+        text,
+        count=1,
     )
     text = re.sub(
         r'<svg ([^>]*?)height="[^"]*pt" ([^>]*?)width="[^"]*pt"',
@@ -83,12 +88,21 @@ def curves(rows: Sequence[Mapping[str, Any]], value: str, ideal: bool, label: st
         workers = sorted({row["workers"] for row in done})
         if ideal and workers:
             ends = [1, max(workers)] if len(workers) > 1 else [1, max(2, workers[0])]
-            axes.plot(ends, ends if value == "speedup" else [1, 1], "--", color=PALE, label="ideal", zorder=1)
+            axes.plot(
+                ends,
+                ends if value == "speedup" else [1, 1],
+                "--",
+                color=PALE,
+                label="ideal",
+                zorder=1,
+            )
         names = list(dict.fromkeys(_name(row, rows) for row in done))
         length = max(workers[-1] - workers[0], 1) if workers else 1
         for index, name in enumerate(names):
             aside = DODGE * length * (index - (len(names) - 1) / 2)
-            own = sorted((row for row in done if _name(row, rows) == name), key=lambda row: row["workers"])
+            own = sorted(
+                (row for row in done if _name(row, rows) == name), key=lambda row: row["workers"]
+            )
             scale = [1.0 if value == "speedup" else 1 / row["workers"] for row in own]
             errors = [(row["speedup_ci95"] or 0.0) * s for row, s in zip(own, scale, strict=True)]
             colour = SERIES[index % len(SERIES)]
@@ -112,7 +126,9 @@ def curves(rows: Sequence[Mapping[str, Any]], value: str, ideal: bool, label: st
         axes.set_xlabel("workers")
         axes.set_ylabel(label)
         axes.set_xticks(workers, [str(w) for w in workers])
-        top = 1.0 if value == "efficiency" else max(workers, default=1)  # a wide interval must not flatten the curves
+        top = (
+            1.0 if value == "efficiency" else max(workers, default=1)
+        )  # a wide interval must not flatten the curves
         axes.set_ylim(0, 1.12 * max([top, *(row[value] for row in done)]))
         _legend(axes)
 
@@ -122,7 +138,9 @@ def curves(rows: Sequence[Mapping[str, Any]], value: str, ideal: bool, label: st
 def _name(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     several = len({r["config"] for r in rows}) > 1
     varied = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in row["variant"].items())
-    return " ".join(word for word in ([row["config"]] if several else []) + [row["exchange"], varied] if word)
+    return " ".join(
+        word for word in ([row["config"]] if several else []) + [row["exchange"], varied] if word
+    )
 
 
 def anatomy(losses: Sequence[Mapping[str, Any]]) -> Drawing:
@@ -130,17 +148,30 @@ def anatomy(losses: Sequence[Mapping[str, Any]]) -> Drawing:
 
     def draw(axes: Axes) -> None:
         labels = [
-            f"{loss['exchange']}\n{loss['workers']} w" + "".join(f"\n{v}" for v in loss["variant"].values())
+            f"{loss['exchange']}\n{loss['workers']} w"
+            + "".join(f"\n{v}" for v in loss["variant"].values())
             for loss in losses
         ]
         top, below = [0.0] * len(losses), [0.0] * len(losses)
         layers = {"ideal": [1000 * loss["ideal_s"] for loss in losses]}
-        layers |= {name: [1000 * loss["causes"][name] for loss in losses] for name in losses[0]["causes"]}
+        layers |= {
+            name: [1000 * loss["causes"][name] for loss in losses] for name in losses[0]["causes"]
+        }
         for name, heights in layers.items():
             if max(map(abs, heights)) < 0.005 * max(layers["ideal"]):
                 continue  # too thin to be seen
-            starts = [high if height >= 0 else low for height, high, low in zip(heights, top, below, strict=True)]
-            axes.bar(range(len(losses)), heights, bottom=starts, width=0.62, label=name, color=LOSSES[name])
+            starts = [
+                high if height >= 0 else low
+                for height, high, low in zip(heights, top, below, strict=True)
+            ]
+            axes.bar(
+                range(len(losses)),
+                heights,
+                bottom=starts,
+                width=0.62,
+                label=name,
+                color=LOSSES[name],
+            )
             top = [high + max(0.0, height) for high, height in zip(top, heights, strict=True)]
             below = [low + min(0.0, height) for low, height in zip(below, heights, strict=True)]
         axes.axhline(0, color=PALE, linewidth=0.8)
@@ -166,7 +197,9 @@ def predicted(points: Sequence[Mapping[str, Any]]) -> Drawing:
             axes.plot([], [], "o", color=colour, label=name)
             for fitted in (False, True):
                 some = [point for point in own if point["in_fit"] is fitted]
-                x, y = ([1000 * point[key] for point in some] for key in ("measured_s", "predicted_s"))
+                x, y = (
+                    [1000 * point[key] for point in some] for key in ("measured_s", "predicted_s")
+                )
                 axes.plot(x, y, "o", color=colour, mfc="none" if fitted else colour)
         if any(point["in_fit"] for point in points):
             axes.plot([], [], "o", color=INK, mfc="none", label="hollow: residual of the fit")
@@ -175,7 +208,9 @@ def predicted(points: Sequence[Mapping[str, Any]]) -> Drawing:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.set_minor_formatter(
-                lambda value, _: f"{value:g}" if value / 10 ** math.floor(math.log10(value)) in (2, 5) else ""
+                lambda value, _: (
+                    f"{value:g}" if value / 10 ** math.floor(math.log10(value)) in (2, 5) else ""
+                )
             )
         axes.set_xlabel("measured, ms a step")
         axes.set_ylabel("predicted, ms a step")
@@ -229,11 +264,17 @@ def simulation(rows: Sequence[Mapping[str, Any]], reach: int | None) -> Drawing:
             near = [row for row in own if reach is None or row["workers"] <= reach]
             far = [row for row in own if reach is not None and row["workers"] > reach]
             axes.plot(
-                [r["workers"] for r in near], [r["speedup"] for r in near], "-", label=name + _beside(own), **style
+                [r["workers"] for r in near],
+                [r["speedup"] for r in near],
+                "-",
+                label=name + _beside(own),
+                **style,
             )
             joined = near[-1:] + far
             if far:
-                axes.plot([r["workers"] for r in joined], [r["speedup"] for r in joined], "--", **style)
+                axes.plot(
+                    [r["workers"] for r in joined], [r["speedup"] for r in joined], "--", **style
+                )
         if reach is not None and counts[-1] > reach:
             axes.plot([], [], "--", color=INK, lw=1.6, label=f"far: beyond {reach}")
         axes.set_xscale("log", base=2)

@@ -32,8 +32,12 @@ class Profile(NamedTuple):
         """From what ``bench model`` wrote: backward visits the layers from the last to the first."""
         forward, backward = measured["forward_s"], measured["backward_s"]
         layers = measured["layers"][::-1]
-        sizes, times = (np.cumsum([layer[key] for layer in layers]) for key in ("gradient_bytes", "backward_s"))
-        points = tuple((float(s / sizes[-1]), float(t / times[-1])) for s, t in zip(sizes, times, strict=True))
+        sizes, times = (
+            np.cumsum([layer[key] for layer in layers]) for key in ("gradient_bytes", "backward_s")
+        )
+        points = tuple(
+            (float(s / sizes[-1]), float(t / times[-1])) for s, t in zip(sizes, times, strict=True)
+        )
         return cls(forward / (forward + backward), points)
 
 
@@ -74,7 +78,12 @@ def buckets(num_bytes: float, bucket_bytes: float = BUCKET_BYTES) -> list[float]
 
 
 def exposed_s(
-    pass_s: float, costs: list[float], sizes: list[float], profile: Profile = USUAL, *, overlap: bool = True
+    pass_s: float,
+    costs: list[float],
+    sizes: list[float],
+    profile: Profile = USUAL,
+    *,
+    overlap: bool = True,
 ) -> float:
     """How much longer the step is for its exchanges, which run one after another while backward goes on.
 
@@ -106,14 +115,20 @@ def step_s(
 ) -> float:  # fmt: skip
     """A synchronous step of ``workers``, each on ``share`` samples."""
     pass_s = compute.pass_s(share)
-    sizes = buckets(num_bytes, bucket_bytes) if overlap and not strategy.startswith("server") else [num_bytes]
+    sizes = (
+        buckets(num_bytes, bucket_bytes)
+        if overlap and not strategy.startswith("server")
+        else [num_bytes]
+    )
     costs = [exchange_s(strategy, workers, size, on) for size in sizes]
     hides = overlap and not strategy.startswith("server")
     return pass_s + exposed_s(pass_s, costs, sizes, profile, overlap=hides) + compute.update_s
 
 
 @functools.lru_cache(maxsize=4096)
-def slowest_factor(workers: int, backups: int, stragglers: Stragglers, draws: int = 2000, seed: int = 0) -> float:
+def slowest_factor(
+    workers: int, backups: int, stragglers: Stragglers, draws: int = 2000, seed: int = 0
+) -> float:
     """Mean over steps of the time until ``workers`` of ``workers + backups`` are done, in units of the computation without delays."""
     if stragglers.is_none:
         return 1.0
@@ -124,7 +139,11 @@ def slowest_factor(workers: int, backups: int, stragglers: Stragglers, draws: in
     draws = max(50, min(draws, 4_000_000 // total))
     sigma = math.sqrt(math.log(1 + stragglers.variation**2))
     times = random.lognormal(-sigma * sigma / 2, sigma, size=(draws, total))
-    times = np.where(random.random((draws, total)) < stragglers.slow_probability, times * stragglers.slow_factor, times)
+    times = np.where(
+        random.random((draws, total)) < stragglers.slow_probability,
+        times * stragglers.slow_factor,
+        times,
+    )
     if stragglers.tail:
         times = times + random.exponential(stragglers.tail, size=times.shape)
     return float(np.partition(times, workers - 1, axis=1)[:, workers - 1].mean())

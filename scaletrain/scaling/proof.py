@@ -28,7 +28,10 @@ class Published(NamedTuple):
     hours: float
 
 
-ONE_GPU = {"nin": Published("nin", 1, 256, 47, 5.8 * 24), "googlenet": Published("googlenet", 1, 32, 64, 21 * 24)}
+ONE_GPU = {
+    "nin": Published("nin", 1, 256, 47, 5.8 * 24),
+    "googlenet": Published("googlenet", 1, 32, 64, 21 * 24),
+}
 FIT_ROWS = (
     Published("nin", 32, 256, 47, 11.0), Published("nin", 32, 1024, 47, 6.0), Published("googlenet", 32, 1024, 72, 23.4),
 )  # fmt: skip
@@ -54,7 +57,9 @@ def firecaffe() -> FireCaffe:
     def hours(row: Published, on: Preset) -> float:
         single = ONE_GPU[row.model]
         image_s = single.hours * 3600 / (single.epochs * IMAGENET)
-        step = image_s * row.batch / row.gpus + network.allreduce_s("tree", row.gpus, MODEL_BYTES[row.model], on)
+        step = image_s * row.batch / row.gpus + network.allreduce_s(
+            "tree", row.gpus, MODEL_BYTES[row.model], on
+        )
         return step * row.epochs * IMAGENET / row.batch / 3600
 
     def error(log_bandwidth: np.ndarray) -> np.ndarray:
@@ -64,11 +69,17 @@ def firecaffe() -> FireCaffe:
     bandwidth = float(np.exp(optimize.least_squares(error, [math.log(1e9)]).x[0]))
     on = Preset(Network(0.0, bandwidth), "")
     speedups = {
-        model: (published, ONE_GPU[model].hours / hours(Published(model, 128, 1024, epochs, 0.0), on))
+        model: (
+            published,
+            ONE_GPU[model].hours / hours(Published(model, 128, 1024, epochs, 0.0), on),
+        )
         for model, (epochs, published) in SPEEDUPS.items()
     }
     return FireCaffe(
-        bandwidth, [(row, hours(row, on)) for row in FIT_ROWS], speedups, {p: server_tree_ratio(p) for p in (32, 128)}
+        bandwidth,
+        [(row, hours(row, on)) for row in FIT_ROWS],
+        speedups,
+        {p: server_tree_ratio(p) for p in (32, 128)},
     )
 
 
@@ -129,7 +140,9 @@ def backup_workers(most: int = 8) -> dict[str, Backups]:
 
     def few(b: int, base: float, odds: float, late_s: float) -> float:
         # The step is late when more than b of 50 + b are.
-        return base + late_s * float(stats.binom.sf(b, 50 + b, odds / (1 + odds))) + load_s * (50 + b)
+        return (
+            base + late_s * float(stats.binom.sf(b, 50 + b, odds / (1 + odds))) + load_s * (50 + b)
+        )
 
     at, gain = PUBLISHED_GAIN
     facts = [*PUBLISHED_STEPS.items(), (at, PUBLISHED_STEPS[0] / (1 + gain) * 50 / (50 + at))]
@@ -183,14 +196,20 @@ def extrapolate(
     few = [t for t in timings if t.workers <= fitted_to]
     links, parameters = emulated.fit(few, known)
     most = max(t.workers for t in few)
-    core_s = {t.strategy: t.seconds / emulated.bytes_moved(*t[:3]) for t in busy if t.workers == most}
+    core_s = {
+        t.strategy: t.seconds / emulated.bytes_moved(*t[:3]) for t in busy if t.workers == most
+    }
     worked = {(t.strategy, t.workers): t.seconds for t in busy}
     plain = extrapolate_plain(timings, fitted_to)
     points = []
     for point, t in zip(plain.points, (t for t in timings if t.workers > fitted_to), strict=True):
         links_s = emulated.allreduce_s(t.strategy, t.workers, t.num_bytes, links)
         machine_s = core_s.get(t.strategy, 0.0) * emulated.bytes_moved(*t[:3]) / known.cores
-        point |= {"predicted_s": max(links_s, machine_s), "links_s": links_s, "machine_s": machine_s}
+        point |= {
+            "predicted_s": max(links_s, machine_s),
+            "links_s": links_s,
+            "machine_s": machine_s,
+        }
         if (t.strategy, t.workers) in worked:
             point["cores_busy"] = worked[t.strategy, t.workers] / known.cores / t.seconds
         points.append(point)
@@ -220,10 +239,13 @@ def timings_of(measured: Sequence[Mapping[str, Any]], key: str = "seconds") -> l
     return [Timing(*at, float(np.median(seconds))) for at, seconds in found.items()]
 
 
-def extrapolate_server(steps_s: Mapping[int, float], num_bytes: float, fitted_to: int) -> Extrapolation:
+def extrapolate_server(
+    steps_s: Mapping[int, float], num_bytes: float, fitted_to: int
+) -> Extrapolation:
     """The same for a server's null steps (workers -> seconds): nothing is computed, so a step is the exchange."""
     return extrapolate_plain(
-        [Timing("server", workers, num_bytes, seconds) for workers, seconds in steps_s.items()], fitted_to
+        [Timing("server", workers, num_bytes, seconds) for workers, seconds in steps_s.items()],
+        fitted_to,
     )
 
 
@@ -243,7 +265,9 @@ def other_batch(report: Mapping[str, Any], fitted_batch: int) -> list[dict[str, 
     num_bytes = next(r["gradient_bytes"] for r in rows if r["gradient_bytes"])
     fitted = fit_report(part, num_bytes)
     networks = {}
-    for exchange in {r["exchange"] for r in part["rows"] if r["workers"] > 1 and strategy_of(r["exchange"])}:
+    for exchange in {
+        r["exchange"] for r in part["rows"] if r["workers"] > 1 and strategy_of(r["exchange"])
+    }:
         alike = [r for r in part["rows"] if r["exchange"] in (exchange, "none")]
         networks[exchange] = fit_report({**part, "rows": alike}, num_bytes).network
     alone = {r["workers"]: r for r in part["rows"] if r["exchange"] == "none"}
@@ -253,11 +277,24 @@ def other_batch(report: Mapping[str, Any], fitted_batch: int) -> list[dict[str, 
         factors[workers] = (row["step_s_mean"] - row["update_s"]) / own
     points = []
     for row in report["rows"]:
-        strategy = "none" if row["exchange"] == "none" or row["workers"] == 1 else strategy_of(row["exchange"])
-        if not row["runs"] or row["batch_size"] <= fitted_batch or strategy is None or row["workers"] not in factors:
+        strategy = (
+            "none"
+            if row["exchange"] == "none" or row["workers"] == 1
+            else strategy_of(row["exchange"])
+        )
+        if (
+            not row["runs"]
+            or row["batch_size"] <= fitted_batch
+            or strategy is None
+            or row["workers"] not in factors
+        ):
             continue
         factor = factors[row["workers"]]
-        compute = Compute(fitted.compute.sample_s * factor, fitted.compute.fixed_s * factor, fitted.compute.update_s)
+        compute = Compute(
+            fitted.compute.sample_s * factor,
+            fitted.compute.fixed_s * factor,
+            fitted.compute.update_s,
+        )
         share = row["batch_size"] / row["workers"]
         on = networks.get(row["exchange"], fitted.network)
         guess = predict.step_s(strategy, row["workers"], share, num_bytes, compute, on)
@@ -274,7 +311,12 @@ def traffic(report: Mapping[str, Any], compute_s: float, on: Preset) -> list[dic
     for row in report["rows"]:
         if row["runs"] and row["workers"] > 1:
             step = predict.step_s(
-                str(strategy_of(row["exchange"])), row["workers"], 1.0, row["gradient_bytes"], Compute(compute_s), on
+                str(strategy_of(row["exchange"])),
+                row["workers"],
+                1.0,
+                row["gradient_bytes"],
+                Compute(compute_s),
+                on,
             )
             points.append(
                 {"model": str(row["variant"].get("model.preset")), "exchange": row["exchange"], "workers": row["workers"],

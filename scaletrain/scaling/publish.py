@@ -27,7 +27,11 @@ def terminal() -> Console:
 
 
 def publish_sweep(
-    out: Path, *, trace: bool = False, formats: Sequence[str] = ("html",), console: Console | None = None
+    out: Path,
+    *,
+    trace: bool = False,
+    formats: Sequence[str] = ("html",),
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Read a sweep's directory and write its report beside it."""
     made = report.of_sweep(out)
@@ -38,7 +42,11 @@ def publish_sweep(
 
 
 def publish(
-    made: Mapping[str, Any], out: Path, *, formats: Sequence[str] = ("html",), console: Console | None = None
+    made: Mapping[str, Any],
+    out: Path,
+    *,
+    formats: Sequence[str] = ("html",),
+    console: Console | None = None,
 ) -> None:
     """Write ``report.json`` and the wanted formats to ``out``; print the table when there is a console."""
     for form in formats:
@@ -70,7 +78,9 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
+            writer.writerow(
+                {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()}
+            )
 
 
 def write_traces(out: Path) -> list[Path]:
@@ -79,7 +89,11 @@ def write_traces(out: Path) -> list[Path]:
     written = []
     (out / "traces").mkdir(exist_ok=True)
     for cell in made.cells():
-        done = [d for d in (sweep.run_dir(out, cell, repeat) for repeat in range(made.repeats)) if has_finished(d)]
+        done = [
+            d
+            for d in (sweep.run_dir(out, cell, repeat) for repeat in range(made.repeats))
+            if has_finished(d)
+        ]
         if done:
             path = out / "traces" / f"{cell.name}.json"
             write_json(path, traces.of_run(done[0]))
@@ -128,7 +142,10 @@ def show_simulation(
     by = {(p.strategy, p.workers): p for p in points}
     for name in names:
         cells = [by[name, count] for count in counts]
-        marked = [p in fastest[p.workers] and p.workers > 1 and len(fastest[p.workers]) < len(names) for p in cells]
+        marked = [
+            p in fastest[p.workers] and p.workers > 1 and len(fastest[p.workers]) < len(names)
+            for p in cells
+        ]
         grid.add_row(
             name,
             *(
@@ -144,7 +161,9 @@ def show_simulation(
         )
     console.print(f"network: {job.network.source}", highlight=False, markup=False)
     if job.price_per_worker_hour is not None:
-        console.print(f"an epoch is {job.epoch_samples:,} samples (--epoch-samples)", highlight=False)
+        console.print(
+            f"an epoch is {job.epoch_samples:,} samples (--epoch-samples)", highlight=False
+        )
     if any(p.machines > p.workers for p in points):
         price = "; prices count them" if job.price_per_worker_hour is not None else ""
         console.print(
@@ -153,13 +172,23 @@ def show_simulation(
         )
     for count in counts:
         p, equal = best[count], fastest[count]
-        alike = "all alike" if len(equal) == len(names) > 1 else " or ".join(q.strategy for q in equal)
+        alike = (
+            "all alike" if len(equal) == len(names) > 1 else " or ".join(q.strategy for q in equal)
+        )
         alike = alike if count > 1 else "nothing to exchange"
         more = f" ({p.machines} machines)" if p.machines > p.workers else ""
         price = f", {p.cost_per_epoch:,.2f} an epoch" if p.cost_per_epoch is not None else ""
         # More machines than workers may be a poor bargain: what the workers alone can do stands beside it.
-        own = min((q for q in points if q.workers == count == q.machines), key=lambda q: q.step_s, default=None)
-        without = f"; without more machines {own.strategy}, {1e3 * own.step_s:.2f} ms" if own and more else ""
+        own = min(
+            (q for q in points if q.workers == count == q.machines),
+            key=lambda q: q.step_s,
+            default=None,
+        )
+        without = (
+            f"; without more machines {own.strategy}, {1e3 * own.step_s:.2f} ms"
+            if own and more
+            else ""
+        )
         console.print(
             f"{count:>5} worker{'s' * (count > 1)}: {alike}{more}, {1e3 * p.step_s:.2f} ms a step,"
             f" efficiency {p.efficiency:.2f}{price}{without}",
@@ -167,7 +196,9 @@ def show_simulation(
         )
 
 
-def write_simulation(out: Path, job: simulate.Job, points: Sequence[simulate.Point], measured: int | None) -> None:
+def write_simulation(
+    out: Path, job: simulate.Job, points: Sequence[simulate.Point], measured: int | None
+) -> None:
     """simulation.json, .csv, .svg and .png. Beyond what was ``measured`` (times ``fit.FAR``) lines are dashed."""
     out.mkdir(parents=True, exist_ok=True)
     rows = simulate.as_rows(points)

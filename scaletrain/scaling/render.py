@@ -15,12 +15,21 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, tuple[str, plots.Drawing]]
     rows = report["rows"]
     drawings: dict[str, tuple[str, plots.Drawing]] = {}
     if any(row["speedup"] is not None for row in rows):
-        drawings["speedup"] = ("Speed-up", plots.curves(rows, "speedup", True, "times the baseline"))
-        drawings["efficiency"] = ("Efficiency", plots.curves(rows, "efficiency", True, "speed-up / workers"))
+        drawings["speedup"] = (
+            "Speed-up",
+            plots.curves(rows, "speedup", True, "times the baseline"),
+        )
+        drawings["efficiency"] = (
+            "Efficiency",
+            plots.curves(rows, "efficiency", True, "speed-up / workers"),
+        )
     if report["losses"]:
         drawings["anatomy"] = ("Anatomy of a step", plots.anatomy(report["losses"]))
     if report.get("predictions"):
-        drawings["predicted"] = ("Predicted against measured", plots.predicted(report["predictions"]))
+        drawings["predicted"] = (
+            "Predicted against measured",
+            plots.predicted(report["predictions"]),
+        )
     if any(row["bytes_sent"] for row in rows):
         drawings["traffic"] = ("Traffic", plots.traffic(rows))
     return drawings
@@ -29,22 +38,33 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, tuple[str, plots.Drawing]]
 def images(report: Mapping[str, Any], form: str) -> dict[str, bytes]:
     """Stand-alone images (svg or png) by name."""
     mark = watermark(report)
-    return {name: plots.image(draw, form, watermark=mark) for name, (_, draw) in _drawings(report).items()}
+    return {
+        name: plots.image(draw, form, watermark=mark)
+        for name, (_, draw) in _drawings(report).items()
+    }
 
 
 def html(report: Mapping[str, Any]) -> str:
     """The page: no script, no network, light and dark, phone and print."""
     mark = watermark(report)
     figures = [
-        {"name": name, "title": title, "svg": plots.inline(plots.image(draw, watermark=mark), title)}
+        {
+            "name": name,
+            "title": title,
+            "svg": plots.inline(plots.image(draw, watermark=mark), title),
+        }
         for name, (title, draw) in _drawings(report).items()
     ]
-    return _template("report.html").render(report=report, figures=figures, several=_several(report), note=note(report))
+    return _template("report.html").render(
+        report=report, figures=figures, several=_several(report), note=note(report)
+    )
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     timed = any(row["target_s"] is not None for row in report["rows"])
-    return _template("report.md").render(report=report, several=_several(report), timed=timed, note=note(report))
+    return _template("report.md").render(
+        report=report, several=_several(report), timed=timed, note=note(report)
+    )
 
 
 def watermark(report: Mapping[str, Any]) -> str:
@@ -68,13 +88,21 @@ def to_target(row: Mapping[str, Any]) -> str:
     """Seconds until the target accuracy, over the repeats that reached it; how many did where not all."""
     if row["target_s"] is None:
         return "–"
-    some = f" ({row['target_runs']} of {row['repeats']} runs)" if row["target_runs"] < row["repeats"] else ""
+    some = (
+        f" ({row['target_runs']} of {row['repeats']} runs)"
+        if row["target_runs"] < row["repeats"]
+        else ""
+    )
     return f"{row['target_s']:.1f}{_plus(row['target_s_ci95'], '.1f')}{some}"
 
 
 def outcome(row: Mapping[str, Any]) -> str:
     """What became of a cell without a finished run."""
-    return f"failed: {'; '.join(dict.fromkeys(row['failures']))}" if row["failures"] else "not measured"
+    return (
+        f"failed: {'; '.join(dict.fromkeys(row['failures']))}"
+        if row["failures"]
+        else "not measured"
+    )
 
 
 def _several(report: Mapping[str, Any]) -> bool:
@@ -102,7 +130,11 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _ms(seconds: float | None, ci95: float | None = None) -> str:
-    return "–" if seconds is None else f"{1000 * seconds:.2f}{_plus(None if ci95 is None else 1000 * ci95)}"
+    return (
+        "–"
+        if seconds is None
+        else f"{1000 * seconds:.2f}{_plus(None if ci95 is None else 1000 * ci95)}"
+    )
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
@@ -118,7 +150,10 @@ def _fitted_note(points: Sequence[Mapping[str, Any]]) -> str:
     tested = sum(not point["in_fit"] for point in points)
     told = "Computation is that of the same workers without an exchange; the network is calibrated on this report's own steps."
     if not tested:
-        return told + " All of these were used to calibrate it: the errors are residuals, not a test of the model."
+        return (
+            told
+            + " All of these were used to calibrate it: the errors are residuals, not a test of the model."
+        )
     return (
         told
         + f" {tested} of {len(points)} were left out of the calibration: those are predictions, the others residuals."

@@ -20,9 +20,16 @@ from scaletrain.scaling.predict import step_s as step
 
 VERSION = 1
 PERCENTS = (10, 50, 90, 95)
-UNSYNCHRONISED = ("parameter_server:async", "parameter_server:bounded", "parameter_server:local_sgd", "none")
+UNSYNCHRONISED = (
+    "parameter_server:async",
+    "parameter_server:bounded",
+    "parameter_server:local_sgd",
+    "none",
+)
 
-Measured = dict[sweep.Cell, tuple[list[Run], list[str]]]  # a cell's finished repeats, and why others failed
+Measured = dict[
+    sweep.Cell, tuple[list[Run], list[str]]
+]  # a cell's finished repeats, and why others failed
 
 
 def of_sweep(*outs: Path) -> dict[str, Any]:
@@ -36,7 +43,9 @@ def of_sweep(*outs: Path) -> dict[str, Any]:
     headers, planned, missing, others = [], 0, 0, []
     for out in outs:
         try:
-            made = sweep.Sweep.from_json(json.loads((out / "sweep.json").read_text(encoding="utf-8")))
+            made = sweep.Sweep.from_json(
+                json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+            )
         except OSError as error:
             raise UserError(f"{out}: no sweep (sweep.json: {error.strerror})") from None
         for cell in made.cells():
@@ -47,16 +56,29 @@ def of_sweep(*outs: Path) -> dict[str, Any]:
                     runs.append(read_run(directory))
                     if (directory / sweep.MACHINE).exists():
                         others.append(
-                            json.loads((directory / sweep.MACHINE).read_text(encoding="utf-8"))["used_by_others"]
+                            json.loads((directory / sweep.MACHINE).read_text(encoding="utf-8"))[
+                                "used_by_others"
+                            ]
                         )
                 elif (directory / "failed.json").exists():
-                    failures.append(json.loads((directory / "failed.json").read_text(encoding="utf-8"))["reason"])
+                    failures.append(
+                        json.loads((directory / "failed.json").read_text(encoding="utf-8"))[
+                            "reason"
+                        ]
+                    )
             measured[cell] = (runs, failures)
-            planned, missing = planned + made.repeats, missing + made.repeats - len(runs) - len(failures)
+            planned, missing = (
+                planned + made.repeats,
+                missing + made.repeats - len(runs) - len(failures),
+            )
         headers.append(made.header())
-        with contextlib.suppress(OSError):  # rendering again must not claim to have measured here and now
+        with contextlib.suppress(
+            OSError
+        ):  # rendering again must not claim to have measured here and now
             headers[-1] = json.loads((out / "header.json").read_text(encoding="utf-8"))
-    header = headers[0] | {"config": {stem: text for one in headers for stem, text in one["config"].items()}}
+    header = headers[0] | {
+        "config": {stem: text for one in headers for stem, text in one["config"].items()}
+    }
     header |= {"runs_planned": planned, "runs_missing": missing}
     if others:
         header |= {"used_by_others": round(float(np.mean(others)), 3), "busy": machine.told(others)}
@@ -72,8 +94,14 @@ def of_runs(directories: Sequence[Path]) -> dict[str, Any]:
         summary = run.summary
         mode = summary.get("batch_mode", "strong")
         modes.add(mode)
-        batch = int(summary["batch_size"]) // (run.workers if mode == "weak" else 1) if "batch_size" in summary else 0
-        cell = sweep.Cell(str(summary.get("name", "run")), str(summary["exchange"]), run.workers, batch)
+        batch = (
+            int(summary["batch_size"]) // (run.workers if mode == "weak" else 1)
+            if "batch_size" in summary
+            else 0
+        )
+        cell = sweep.Cell(
+            str(summary.get("name", "run")), str(summary["exchange"]), run.workers, batch
+        )
         measured.setdefault(cell, ([], []))[0].append(run)
     if len(modes) > 1:
         raise UserError(
@@ -95,14 +123,25 @@ def _text(path: Path) -> str:
 def _report(measured: Measured, header: dict[str, Any], *, strong: bool) -> dict[str, Any]:
     cells = [cell for cell in measured if not cell.reference]
     rows = [_row(cell, measured, strong) for cell in cells]
-    losses = [loss for cell, row in zip(cells, rows, strict=True) for loss in _losses(cell, row, measured, strong)]
+    losses = [
+        loss
+        for cell, row in zip(cells, rows, strict=True)
+        for loss in _losses(cell, row, measured, strong)
+    ]
     curves = [[(run.losses, run.ended_s) for run in measured[cell][0]] for cell in cells]
     learns = all(run.learns for runs, _ in measured.values() for run in runs)
     loss_reached = servers.compare(rows, curves) if learns else None
     emulated = sorted({text for row in rows for text in [row["emulation"]] if text})
     references = [_row(cell, measured, strong) for cell in measured if cell.reference]
-    devices = sorted({name for runs, _ in measured.values() for run in runs for name, _, _ in run.devices})
-    found = {"baseline": _baseline_text(rows), "emulated": bool(emulated), "emulation": emulated, "devices": devices}
+    devices = sorted(
+        {name for runs, _ in measured.values() for run in runs for name, _, _ in run.devices}
+    )
+    found = {
+        "baseline": _baseline_text(rows),
+        "emulated": bool(emulated),
+        "emulation": emulated,
+        "devices": devices,
+    }
     # What ran, not what renders: cells that were measured at several commits say so.
     commits = sorted({run.commit for runs, _ in measured.values() for run in runs if run.commit})
     if commits:
@@ -144,13 +183,21 @@ def _baseline(cell: sweep.Cell, measured: Mapping[sweep.Cell, Any]) -> sweep.Cel
     if not counts or (min(counts) > 1 and len(counts) == 1):
         return None
     fewest = [c for c in cells if c.workers == min(counts)]
-    return max(fewest, key=lambda c: (c.exchange == "none", np.mean([run.samples_per_s for run in measured[c][0]])))
+    return max(
+        fewest,
+        key=lambda c: (
+            c.exchange == "none",
+            np.mean([run.samples_per_s for run in measured[c][0]]),
+        ),
+    )
 
 
 def _crowd(runs: Sequence[Run]) -> str:
     """What the workers had less of than each one needs; empty: nothing."""
     causes = ["more threads than cores"] * any(run.crowded for run in runs)
-    causes += ["workers that share a GPU"] * any(max(run.devices.values(), default=0) > 1 for run in runs)
+    causes += ["workers that share a GPU"] * any(
+        max(run.devices.values(), default=0) > 1 for run in runs
+    )
     return " and ".join(causes)
 
 
@@ -185,7 +232,10 @@ def _row(cell: sweep.Cell, measured: Measured, strong: bool) -> dict[str, Any]:
     row |= {part: float(np.mean([run.part_s(part) for run in runs])) for part in PARTS}
     summed_up = ("final_loss", "test_accuracy", "target_step")
     told = {key: [run.summary.get(key) for run in runs if run.learns] for key in summed_up}
-    told |= {"bytes_sent": [run.sent_bytes for run in runs], "wait_in_backward_s": [run.waited_s for run in runs]}
+    told |= {
+        "bytes_sent": [run.sent_bytes for run in runs],
+        "wait_in_backward_s": [run.waited_s for run in runs],
+    }
     for key, of_runs in told.items():
         values = [value for value in of_runs if value is not None]
         row[key] = float(np.mean(values)) if values else None
@@ -193,17 +243,32 @@ def _row(cell: sweep.Cell, measured: Measured, strong: bool) -> dict[str, Any]:
     row["emulation"] = next((text for run in runs if (text := _emulation(run.summary))), None)
     row["servers"] = next((run.servers for run in runs if run.servers), None)
     row["runs"] = [
-        {"samples_per_s": run.samples_per_s, "step_s": run.step_s, "wall_s": run.summary.get("wall_s")} for run in runs
+        {
+            "samples_per_s": run.samples_per_s,
+            "step_s": run.step_s,
+            "wall_s": run.summary.get("wall_s"),
+        }
+        for run in runs
     ]
     row["bytes_sent_is"] = "counted" if row["bytes_sent"] is not None else None
     scheduled = strategy_of(cell.exchange)
-    if row["bytes_sent"] is None and row["gradient_bytes"] and scheduled not in (None, "server", "two_level"):
-        row["bytes_sent"] = bytes_moved(scheduled, cell.workers, row["gradient_bytes"]) / cell.workers
+    if (
+        row["bytes_sent"] is None
+        and row["gradient_bytes"]
+        and scheduled not in (None, "server", "two_level")
+    ):
+        row["bytes_sent"] = (
+            bytes_moved(scheduled, cell.workers, row["gradient_bytes"]) / cell.workers
+        )
         row["bytes_sent_is"] = "the schedule's"
     reached = [run.summary["target_s"] for run in runs if run.summary.get("target_s") is not None]
     if reached:
         to_target = mean(reached)
-        row |= {"target_s": to_target.value, "target_s_ci95": to_target.ci95, "target_runs": len(reached)}
+        row |= {
+            "target_s": to_target.value,
+            "target_s_ci95": to_target.ci95,
+            "target_runs": len(reached),
+        }
     base = _baseline(cell, measured)
     if base is not None and not cell.reference:
         speedup = _speedup(runs, measured[base][0], base.workers)
@@ -247,7 +312,9 @@ def _emulation(summary: Mapping[str, Any]) -> str | None:
         if network.get("latency") not in (None, 0, "0"):
             told.append(f"{network['latency']} latency")
     if compute:
-        told.append(f"accelerators that wait {compute['step_s']:g} s a step and {compute['sample_s']:g} s a sample")
+        told.append(
+            f"accelerators that wait {compute['step_s']:g} s a step and {compute['sample_s']:g} s a sample"
+        )
     return ", ".join(told) or "hosts and links of one machine"
 
 
@@ -260,7 +327,9 @@ def _find(measured: Measured, cell: sweep.Cell, **changes: Any) -> list[Run]:
     return []
 
 
-def _losses(cell: sweep.Cell, row: Mapping[str, Any], measured: Measured, strong: bool) -> Iterable[dict[str, Any]]:
+def _losses(
+    cell: sweep.Cell, row: Mapping[str, Any], measured: Measured, strong: bool
+) -> Iterable[dict[str, Any]]:
     """The split of lost time of a cell of several workers, when the references were measured."""
     real = measured[cell][0]
     if cell.workers < 2 or not real:
@@ -272,8 +341,15 @@ def _losses(cell: sweep.Cell, row: Mapping[str, Any], measured: Measured, strong
     variant = tuple(pair for pair in cell.variant if pair[0] != "batch_size")
     small = single
     if strong:
-        small = _find(measured, cell, exchange="none", workers=1, batch_size=share, variant=variant) or _find(
-            measured, cell, exchange="none", workers=1, batch_size=share, variant=(*variant, ("batch_size", share))
+        small = _find(
+            measured, cell, exchange="none", workers=1, batch_size=share, variant=variant
+        ) or _find(
+            measured,
+            cell,
+            exchange="none",
+            workers=1,
+            batch_size=share,
+            variant=(*variant, ("batch_size", share)),
         )
     if not (alone and single and small):
         return
@@ -282,13 +358,20 @@ def _losses(cell: sweep.Cell, row: Mapping[str, Any], measured: Measured, strong
     # The loss by throughput: samples over time, each rank by its own clock; the causes come from the steps' parts.
     batch = cell.batch_size if strong else cell.batch_size * cell.workers
     real_s = float(np.mean([batch / run.samples_per_s for run in real]))
-    ideal = float(np.mean([cell.batch_size / run.samples_per_s for run in single])) / (cell.workers if strong else 1)
+    ideal = float(np.mean([cell.batch_size / run.samples_per_s for run in single])) / (
+        cell.workers if strong else 1
+    )
 
     def split(*steps: limiter.Step, loss_s: float | None = None) -> list[limiter.Cause]:
-        return limiter.split(*steps, workers=cell.workers, strong=strong, waits=waits, loss_s=loss_s)
+        return limiter.split(
+            *steps, workers=cell.workers, strong=strong, waits=waits, loss_s=loss_s
+        )
 
     causes = split(*steps, loss_s=real_s - ideal)
-    each = [dict(split(*map(_step, zip(four, strict=True)))) for four in zip(real, alone, small, single, strict=False)]
+    each = [
+        dict(split(*map(_step, zip(four, strict=True))))
+        for four in zip(real, alone, small, single, strict=False)
+    ]
     largest, second, *_ = sorted(causes, key=lambda cause: -cause.seconds)
     lead = mean([one[largest.name] - one[second.name] for one in each])
     efficiency, ci95 = row["efficiency"], row["speedup_ci95"] and row["speedup_ci95"] / cell.workers
@@ -313,7 +396,9 @@ def _step(runs: Sequence[Run]) -> limiter.Step:
         input_s=average(run.part_s("input_s") for run in runs),
         compute_s=average(run.part_s("forward_s") + run.part_s("backward_s") for run in runs),
         update_s=average(run.part_s("update_s") for run in runs),
-        waited_s=None if any(run.waited_s is None for run in runs) else average(run.waited_s or 0.0 for run in runs),
+        waited_s=None
+        if any(run.waited_s is None for run in runs)
+        else average(run.waited_s or 0.0 for run in runs),
     )
 
 
@@ -327,21 +412,39 @@ def _batches(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             key = row["config"], str(variant), row["batch_size"]
             found.setdefault(
                 key,
-                {"config": row["config"], "variant": variant, "batch_size": row["batch_size"], "sample_s": sample_s},
+                {
+                    "config": row["config"],
+                    "variant": variant,
+                    "batch_size": row["batch_size"],
+                    "sample_s": sample_s,
+                },
             )
-    by_size = sorted(found.values(), key=lambda point: (point["config"], str(point["variant"]), point["batch_size"]))
+    by_size = sorted(
+        found.values(),
+        key=lambda point: (point["config"], str(point["variant"]), point["batch_size"]),
+    )
     for point in by_size:
-        alike = [p for p in by_size if (p["config"], p["variant"]) == (point["config"], point["variant"])]
-        point["efficiency"] = max(alike, key=lambda p: p["batch_size"])["sample_s"] / point["sample_s"]
+        alike = [
+            p for p in by_size if (p["config"], p["variant"]) == (point["config"], point["variant"])
+        ]
+        point["efficiency"] = (
+            max(alike, key=lambda p: p["batch_size"])["sample_s"] / point["sample_s"]
+        )
     return by_size
 
 
-def _name_alternatives(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str, Any]], fitted: Fit | None) -> None:
+def _name_alternatives(
+    rows: Sequence[dict[str, Any]], losses: Sequence[dict[str, Any]], fitted: Fit | None
+) -> None:
     """Where communication limits, name the better exchange: one that was measured, else the collective that is predicted to be best."""
     for loss in losses:
         if loss["limiter"] != "communication":
             continue
-        alike = [r for r in rows if all(r[k] == loss[k] for k in ("config", "workers", "variant")) and r["efficiency"]]
+        alike = [
+            r
+            for r in rows
+            if all(r[k] == loss[k] for k in ("config", "workers", "variant")) and r["efficiency"]
+        ]
         own = next((r for r in alike if r["exchange"] == loss["exchange"]), None)
         others = [r for r in alike if r["exchange"] not in (loss["exchange"], "none")]
         best = max(others, key=lambda r: r["efficiency"], default=None)
@@ -356,7 +459,9 @@ def _name_alternatives(rows: Sequence[dict[str, Any]], losses: Sequence[dict[str
             better = _predicted_alternative(own, fitted)
         if better:
             causes = [limiter.Cause(*item) for item in loss["causes"].items()]
-            loss["sentence"] = limiter.sentence(causes, loss["efficiency"], better, repeats=loss["repeats"])
+            loss["sentence"] = limiter.sentence(
+                causes, loss["efficiency"], better, repeats=loss["repeats"]
+            )
 
 
 def _apart(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> bool:
@@ -374,7 +479,13 @@ def _predicted_alternative(row: Mapping[str, Any], fitted: Fit) -> str | None:
 
     def step_s(name: str) -> float:
         return step(
-            name, row["workers"], share, row["gradient_bytes"], fitted.compute, fitted.network, overlap=fitted.overlap
+            name,
+            row["workers"],
+            share,
+            row["gradient_bytes"],
+            fitted.compute,
+            fitted.network,
+            overlap=fitted.overlap,
         )
 
     best = min((name for name in plugins.names("collective") if name != "two_level"), key=step_s)
@@ -396,10 +507,15 @@ def _predictions(report: dict[str, Any]) -> Fit | None:
     several = sorted({row["workers"] for row in rows if row["workers"] > 1})
     fitted_to = several[-2] if len(several) > 2 else None
     try:
-        both = [fit_report(report, num_bytes, overlap, max_workers=fitted_to) for overlap in (True, False)]
+        both = [
+            fit_report(report, num_bytes, overlap, max_workers=fitted_to)
+            for overlap in (True, False)
+        ]
     except UserError:
         return None
-    fitted = min(both, key=lambda fit: fit.error)  # whether communication hides behind backward, the measurements tell
+    fitted = min(
+        both, key=lambda fit: fit.error
+    )  # whether communication hides behind backward, the measurements tell
     report["predictions"] = predictions(fitted, report, num_bytes)
     report["header"]["calibrated_on"] = f"up to {fitted.max_workers} workers"
     return fitted

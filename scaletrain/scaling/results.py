@@ -34,7 +34,9 @@ def write(page: Path, generated: str) -> None:
 
 def measured_on(header: dict[str, Any]) -> str:
     """Hardware, versions and commit in a sentence, from ``metrics.environment()``; the load average where it was noted."""
-    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
+    versions = ", ".join(
+        f"{name} {version}" for name, version in header["versions"].items() if version
+    )
     load = f"; load average {header['load_average']:.1f}" if "load_average" in header else ""
     return (
         f"{header['processor']}, {header['cores']} cores, {header['memory_bytes'] / 2**30:.0f} GiB; {header['os']};"
@@ -45,12 +47,16 @@ def measured_on(header: dict[str, Any]) -> str:
 def options(name: str, pages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options ``data``, ``out`` and ``no_measure`` of a command that measures in pieces below runs/``name`` and writes ``pages``."""
 
-    def folder(flag: str, default: Path, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def folder(
+        flag: str, default: Path, text: str
+    ) -> Callable[[Callable[..., None]], Callable[..., None]]:
         kind = click.Path(path_type=Path, file_okay=False)
         return click.option(flag, type=kind, default=default, show_default=True, help=text)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        command = click.option("--no-measure", is_flag=True, help="Measure nothing: use what --data holds.")(command)
+        command = click.option(
+            "--no-measure", is_flag=True, help="Measure nothing: use what --data holds."
+        )(command)
         command = folder("--out", Path("benchmarks/results"), f"Where {pages} go.")(command)
         data = "Where measurements lie; what is there is not measured again."
         return folder("--data", Path("runs") / name, data)(command)

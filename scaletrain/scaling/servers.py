@@ -20,16 +20,23 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     ``staleness``: gradients of blocks by the number of updates between the weights they came from and their own. ``dropped``: share of
     the pushed gradients that came too late. ``pace_s``: each worker's median seconds a step. ``lost``: workers with the reason.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run_dir.glob("server-*.json"))]
+    found = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(run_dir.glob("server-*.json"))
+    ]
     found = [server for server in found if "staleness" in server]
     if not found:
         return None
     staleness: Counter[int] = Counter()
     for server in found:
         staleness.update({int(updates): count for updates, count in server["staleness"].items()})
-    pushes, dropped = (sum(sum(server[key].values()) for server in found) for key in ("pushes", "dropped"))
+    pushes, dropped = (
+        sum(sum(server[key].values()) for server in found) for key in ("pushes", "dropped")
+    )
     lost = {entry["rank"]: entry["reason"] for server in found for entry in server["lost"]}
-    restored = [server["restored_at_update"] for server in found if server["restored_at_update"] is not None]
+    restored = [
+        server["restored_at_update"] for server in found if server["restored_at_update"] is not None
+    ]
     return {
         "servers": len(found),
         "cores": sorted({core for server in found for core in server.get("cores", ())}),
@@ -59,14 +66,20 @@ def time_to_loss(losses: np.ndarray, ended_s: np.ndarray, target: float) -> floa
     return float(ended_s[below[0] + len(losses) - len(curve)].mean()) if len(below) else None
 
 
-def compare(rows: Sequence[dict[str, Any]], curves: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]]) -> float | None:
+def compare(
+    rows: Sequence[dict[str, Any]], curves: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]]
+) -> float | None:
     """Write ``time_to_loss_s`` into rows, when one of them had servers; returns the loss: the lowest that every measured run reached.
     None where rows are of several configs, whose losses are not the same quantity.
 
     ``curves[i]``: (losses, ended_s) of row i's runs.
     """
     lowest = [float(smoothed(losses).min()) for runs in curves for losses, _ in runs]
-    if not any(row["servers"] for row in rows) or not lowest or len({row["config"] for row in rows}) > 1:
+    if (
+        not any(row["servers"] for row in rows)
+        or not lowest
+        or len({row["config"] for row in rows}) > 1
+    ):
         return None
     target = max(lowest)
     for row, runs in zip(rows, curves, strict=True):
@@ -81,7 +94,9 @@ def text(servers: Mapping[str, Any] | None) -> str:
         return ""
     total = sum(servers["staleness"].values())
     histogram = (
-        ", ".join(f"{updates}: {100 * n / total:.0f} %" for updates, n in servers["staleness"].items())
+        ", ".join(
+            f"{updates}: {100 * n / total:.0f} %" for updates, n in servers["staleness"].items()
+        )
         if total
         else "none"
     )

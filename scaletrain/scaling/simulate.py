@@ -48,7 +48,11 @@ class Point(NamedTuple):
 
 def strategies() -> list[str]:
     """Every collective on disk that needs no options, and one and many servers."""
-    return [name for name in plugins.names("collective") if name != "two_level"] + ["server", "server:4", "server:16"]
+    return [name for name in plugins.names("collective") if name != "two_level"] + [
+        "server",
+        "server:4",
+        "server:16",
+    ]
 
 
 def check(names: Sequence[str]) -> None:
@@ -61,7 +65,9 @@ def check(names: Sequence[str]) -> None:
         if kind == "server" and (not servers or (servers.isdigit() and int(servers) > 0)):
             continue
         if kind not in [*plugins.names("collective"), "none"] or servers:
-            raise unknown("--strategy", name, [*plugins.names("collective"), "none", "server", "server:4"])
+            raise unknown(
+                "--strategy", name, [*plugins.names("collective"), "none", "server", "server:4"]
+            )
         if kind in plugins.names("collective"):
             for size in (2, 5, 8):
                 proved(kind, size)
@@ -76,7 +82,14 @@ def point(job: Job, strategy: str, workers: int) -> Point:
     compute = Compute(job.compute.sample_s * slow, job.compute.fixed_s * slow, job.compute.update_s)
     ports = workers + backups if name.startswith("server") else workers
     step = predict.step_s(
-        name, ports, share, job.num_bytes, compute, job.network, overlap=job.overlap, profile=job.profile
+        name,
+        ports,
+        share,
+        job.num_bytes,
+        compute,
+        job.network,
+        overlap=job.overlap,
+        profile=job.profile,
     )
     quiet = predict.step_s("none", 1, share, job.num_bytes, compute, job.network)
     alone = predict.step_s("none", 1, job.batch_size, job.num_bytes, job.compute, job.network)
@@ -84,11 +97,17 @@ def point(job: Job, strategy: str, workers: int) -> Point:
     rate = batch / step
     speedup = rate / (job.batch_size / alone)
     # One worker alone has nobody to exchange with.
-    servers = int(name.partition(":")[2] or 1) if name.startswith("server") and workers + backups > 1 else 0
+    servers = (
+        int(name.partition(":")[2] or 1)
+        if name.startswith("server") and workers + backups > 1
+        else 0
+    )
     machines, cost = workers + backups + servers, None
     if job.price_per_worker_hour is not None and job.epoch_samples:
         cost = job.price_per_worker_hour * machines * job.epoch_samples / rate / 3600
-    return Point(strategy, workers, step, step - quiet, rate, speedup, speedup / workers, cost, machines)
+    return Point(
+        strategy, workers, step, step - quiet, rate, speedup, speedup / workers, cost, machines
+    )
 
 
 def simulate(job: Job, workers: Sequence[int], names: Sequence[str]) -> list[Point]:
@@ -105,7 +124,9 @@ def simulate(job: Job, workers: Sequence[int], names: Sequence[str]) -> list[Poi
 
 def best(points: Sequence[Point]) -> dict[int, Point]:
     """The fastest strategy at each worker count; of equally fast ones the one with fewest machines."""
-    return {workers: min(equal, key=lambda p: p.machines) for workers, equal in fastest(points).items()}
+    return {
+        workers: min(equal, key=lambda p: p.machines) for workers, equal in fastest(points).items()
+    }
 
 
 def fastest(points: Sequence[Point]) -> dict[int, list[Point]]:

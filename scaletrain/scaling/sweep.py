@@ -44,7 +44,9 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         words = [self.config, self.exchange, f"w{self.workers}", f"b{self.batch_size}"]
-        words += [f"{key.rpartition('.')[2]}{value}" for key, value in self.variant if key != "batch_size"]
+        words += [
+            f"{key.rpartition('.')[2]}{value}" for key, value in self.variant if key != "batch_size"
+        ]
         words += ["ref"] * self.reference
         return "-".join(re.sub(r"[^\w.@]+", "_", word).strip("_") for word in words)
 
@@ -72,7 +74,9 @@ class Sweep(NamedTuple):
             for variant in variants(self.vary):
                 for workers in self.workers:
                     batch = self._resolve(source, variant, workers).batch_size
-                    cells += [Cell(stem, exchange, workers, batch, variant) for exchange in self.exchanges]
+                    cells += [
+                        Cell(stem, exchange, workers, batch, variant) for exchange in self.exchanges
+                    ]
         return cells + (self._references(cells) if self.split else [])
 
     def _references(self, cells: Sequence[Cell]) -> list[Cell]:
@@ -88,7 +92,9 @@ class Sweep(NamedTuple):
         measured = {cell._replace(reference=True) for cell in cells}
         return [cell for cell in dict.fromkeys(wanted) if cell not in measured]
 
-    def _resolve(self, source: Mapping[str, str], variant: Sequence[tuple[str, Any]], workers: int) -> Any:
+    def _resolve(
+        self, source: Mapping[str, str], variant: Sequence[tuple[str, Any]], workers: int
+    ) -> Any:
         """The cell's RunConfig: raises ``UserError`` before anything has run."""
         settings = (
             {"launcher": self.launcher}
@@ -121,7 +127,15 @@ class Sweep(NamedTuple):
             settings += ["evaluate_every=null", "target_accuracy=null"]
         if trace:
             settings.append("trace=true")
-        command = [sys.executable, "-m", "scaletrain.cli", "train", source["path"], "--workers", str(cell.workers)]
+        command = [
+            sys.executable,
+            "-m",
+            "scaletrain.cli",
+            "train",
+            source["path"],
+            "--workers",
+            str(cell.workers),
+        ]
         command += ["--exchange", cell.exchange, "--run-dir", str(run_dir)]
         command += ["--launcher", self.launcher]
         return command + [word for setting in settings for word in ("--set", setting)]
@@ -203,17 +217,23 @@ def plan(
         ("--vary", vary or ()),
     ):
         for key in set(keys) & set(OWN):
-            raise UserError(f"{option} {key}: the sweep decides it for every cell (give {OWN[key]})")
+            raise UserError(
+                f"{option} {key}: the sweep decides it for every cell (give {OWN[key]})"
+            )
     for key, values in (vary or {}).items():
         if any(isinstance(value, dict | list) for value in values):
-            raise UserError(f"--vary {key}: {values!r} is not allowed (allowed: numbers and words, such as {key}=1,2)")
+            raise UserError(
+                f"--vary {key}: {values!r} is not allowed (allowed: numbers and words, such as {key}=1,2)"
+            )
     cores = len(os.sched_getaffinity(0))
     threads = threads or max(1, cores // max(workers))
     launched_by = launcher or run.launcher.name
     if bind is None:
         bind = launched_by == "local" and threads * max(workers) <= cores
     if bind and launched_by != "local":
-        raise UserError(f"--bind: only the launcher local binds workers to cores, not {launched_by}")
+        raise UserError(
+            f"--bind: only the launcher local binds workers to cores, not {launched_by}"
+        )
     sweep = Sweep(
         sources, tuple(workers), tuple(exchanges), mode, repeats, tuple(settings),
         {key: list(values) for key, values in (vary or {}).items()}, launched_by, threads, bind, split, cell_timeout_s,
@@ -236,7 +256,9 @@ def claim(out: Path, sweep: Sweep) -> None:
         for key in fixed:
             if key == "configs":
                 same = all(
-                    before[key][stem]["text"] == text["text"] for stem, text in now[key].items() if stem in before[key]
+                    before[key][stem]["text"] == text["text"]
+                    for stem, text in now[key].items()
+                    if stem in before[key]
                 )
             else:
                 same = before[key] == now[key]
@@ -278,9 +300,15 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         directory.parent.mkdir(parents=True, exist_ok=True)
         began, watch = time.monotonic(), machine.Watch()
         try:
-            reason = _run_cell(sweep.command(cell, directory, trace and repeat == 0), directory, sweep.cell_timeout_s)
+            reason = _run_cell(
+                sweep.command(cell, directory, trace and repeat == 0),
+                directory,
+                sweep.cell_timeout_s,
+            )
         except BaseException:
-            tell(f"stopped: {len(todo) - number + 1} runs are missing; the same command with --out {out} goes on")
+            tell(
+                f"stopped: {len(todo) - number + 1} runs are missing; the same command with --out {out} goes on"
+            )
             raise
         if reason:
             directory.mkdir(exist_ok=True)
@@ -290,7 +318,9 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         outcome = f"FAILED: {reason}" if reason else f"{time.monotonic() - began:.1f} s"
         left_s = (time.monotonic() - started) / number * (len(todo) - number)
         to_go = f"{left_s / 60:.0f} min" if left_s > 90 else f"{left_s:.0f} s"
-        tell(f"[{number}/{len(todo)}] {cell.name} repeat {repeat + 1}: {outcome} (about {to_go} to go)")
+        tell(
+            f"[{number}/{len(todo)}] {cell.name} repeat {repeat + 1}: {outcome} (about {to_go} to go)"
+        )
 
 
 def _run_cell(command: Sequence[str], directory: Path, timeout_s: float) -> str | None:
@@ -331,12 +361,18 @@ def _reason(directory: Path, log: Path, status: int) -> str:
     for path in directory.glob("failure-*.json"):
         with contextlib.suppress(OSError, ValueError):
             failures.append(json.loads(path.read_text(encoding="utf-8")))
-    failures.sort(key=lambda failure: (failure.get("kind") in ("peer", "launcher"), failure.get("time", 0)))
+    failures.sort(
+        key=lambda failure: (failure.get("kind") in ("peer", "launcher"), failure.get("time", 0))
+    )
     if failures:
         first = failures[0]
         at = f" at step {first['step']}" if first.get("step") is not None else ""
         return f"rank {first.get('rank')}{at}: {first.get('message', 'failed')}"
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     errors = [line for line in lines if "error" in line.lower()]
     told = (errors or lines or ["it printed nothing"])[-1]
     return f"exit status {status}: {told[:300]}"

@@ -39,10 +39,16 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     for column in (["config"] if several else []) + columns:
         table.add_column(column, justify="left" if column in ("config", "exchange") else "right")
     for row in rows:
-        label = [" ".join([row["config"], *(f"{k}={v}" for k, v in row["variant"].items())])] if several else []
+        label = (
+            [" ".join([row["config"], *(f"{k}={v}" for k, v in row["variant"].items())])]
+            if several
+            else []
+        )
         marks = "*" if row["oversubscribed"] else ""
         if row["samples_per_s"] is None:
-            table.add_row(*label, row["exchange"], str(row["workers"]), f"[red]{escape(outcome(row))}[/red]")
+            table.add_row(
+                *label, row["exchange"], str(row["workers"]), f"[red]{escape(outcome(row))}[/red]"
+            )
             continue
         table.add_row(
             *label, row["exchange"], f"{row['workers']}{marks}",
@@ -64,7 +70,10 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             console.print(told, highlight=False, markup=False)
     for row in rows:
         for reason in dict.fromkeys(row["failures"]):
-            console.print(f"[red]failed[/red] {row['exchange']} on {row['workers']}: {escape(reason)}", highlight=False)
+            console.print(
+                f"[red]failed[/red] {row['exchange']} on {row['workers']}: {escape(reason)}",
+                highlight=False,
+            )
     console.print(report["summary"], highlight=False, markup=False)
 
 
@@ -75,7 +84,9 @@ def _losses(report: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "exchange" else "right")
     for loss in report["losses"]:
         cells = [f"{1000 * loss['causes'][name]:.2f}" for name in names]
-        table.add_row(loss["exchange"], str(loss["workers"]), f"{1000 * loss['loss_s']:.2f}", *cells)
+        table.add_row(
+            loss["exchange"], str(loss["workers"]), f"{1000 * loss['loss_s']:.2f}", *cells
+        )
     return table
 
 
@@ -90,4 +101,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _ms(seconds: float | None, ci95: float | None = None) -> str:
-    return "-" if seconds is None else _with_ci(1000 * seconds, None if ci95 is None else 1000 * ci95, ".2f")
+    return (
+        "-"
+        if seconds is None
+        else _with_ci(1000 * seconds, None if ci95 is None else 1000 * ci95, ".2f")
+    )

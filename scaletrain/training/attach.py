@@ -47,5 +47,7 @@ def attach(
     store = rendezvous.join(world, shared, timeout)
     world = rendezvous.place(world, store)
     device = next(model.parameters()).device
-    joined: Exchange = plugins.load("exchange", name)(world, Setup(store, device, timeout, shared), **checked)
+    joined: Exchange = plugins.load("exchange", name)(
+        world, Setup(store, device, timeout, shared), **checked
+    )
     return joined.attach(model, optimizer), joined

@@ -39,10 +39,14 @@ class GlobalBatches:
 
     def share(self, step: int, rank: int, size: int) -> torch.Tensor:
         """Rank's slice of the step's global batch."""
-        return self.indices(step)[rank * self.batch_size // size : (rank + 1) * self.batch_size // size]
+        return self.indices(step)[
+            rank * self.batch_size // size : (rank + 1) * self.batch_size // size
+        ]
 
 
-def load(dataset: Dataset, shares: Iterator[torch.Tensor], workers: int) -> Iterator[tuple[Any, Any]]:
+def load(
+    dataset: Dataset, shares: Iterator[torch.Tensor], workers: int
+) -> Iterator[tuple[Any, Any]]:
     """(input, target) batches of the samples that ``shares`` names. ``workers`` processes read ahead (0: none, read in line).
 
     A TensorDataset is indexed at once; any other map-style dataset is read sample by sample and collated.

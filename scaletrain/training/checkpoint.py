@@ -16,7 +16,9 @@ from scaletrain.errors import UserError
 _FORMAT = "scaletrain-checkpoint-1"
 
 
-def save(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+def save(
+    run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+) -> Path:
     """Write RUN_DIR/step-<step>.safetensors with the weights and the optimizer's state after ``step`` steps; rank 0 calls it.
 
     Only the newest ``keep`` checkpoints stay. A crash or a full disk in the middle leaves the older ones as they were.
@@ -35,7 +37,10 @@ def save(run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Opti
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         # Tied weights share memory, which the format refuses: every tensor gets its own.
-        owned = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+        owned = {
+            name: value.detach().to("cpu", copy=True).contiguous()
+            for name, value in tensors.items()
+        }
         save_file(owned, partial, metadata={"format": _FORMAT, "rest": json.dumps(rest)})
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
@@ -61,11 +66,15 @@ def load_latest(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimize
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise UserError(f"{path}: not a checkpoint of this program (format {metadata.get('format')!r})")
+                raise UserError(
+                    f"{path}: not a checkpoint of this program (format {metadata.get('format')!r})"
+                )
             rest = json.loads(metadata["rest"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({error}); delete it to resume from the one before") from None
+        raise UserError(
+            f"{path}: damaged checkpoint ({error}); delete it to resume from the one before"
+        ) from None
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
@@ -75,7 +84,9 @@ def load_latest(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimize
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     try:
-        model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
+        model.load_state_dict(
+            {key[6:]: value for key, value in tensors.items() if key.startswith("model.")}
+        )
         optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
     except (RuntimeError, ValueError) as error:
         raise UserError(

@@ -33,7 +33,9 @@ class AllreduceExchange(Exchange):
     Constructed by all ranks; initialises torch.distributed's default process group.
     """
 
-    def __init__(self, world: World, setup: Setup, *, backend: str, bucket_mb: float, options: Any = None):
+    def __init__(
+        self, world: World, setup: Setup, *, backend: str, bucket_mb: float, options: Any = None
+    ):
         dist.init_process_group(
             backend,
             store=setup.store,
@@ -53,7 +55,9 @@ class AllreduceExchange(Exchange):
         if self._device.type == "cpu":  # on CUDA backward is only enqueued when its hooks run
             for parameter in filter(lambda p: p.requires_grad, model.parameters()):
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
-        self._ddp = DistributedDataParallel(model, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True)
+        self._ddp = DistributedDataParallel(
+            model, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True
+        )
         if spans.on():
             self._ddp.register_comm_hook(None, _traced_allreduce)
         return self._ddp

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FORWARD_SHARE = 1 / 3  # a backward pass costs about two forward passes: gradients of inputs, and of weights
+FORWARD_SHARE = (
+    1 / 3
+)  # a backward pass costs about two forward passes: gradients of inputs, and of weights
 SLOWDOWN = "SCALETRAIN_SLOWDOWN"  # path of a file with this host's factor; a rehearsal may change it while the job runs
 
 
-def emulate(model: nn.Module, step_s: float = 0.0, sample_s: float = 0.0, slowdown: float = 1.0) -> nn.Module:
+def emulate(
+    model: nn.Module, step_s: float = 0.0, sample_s: float = 0.0, slowdown: float = 1.0
+) -> nn.Module:
     """``model``'s parameters on an accelerator that takes ``(step_s + sample_s * samples) * slowdown`` seconds for a pass.
 
     The result keeps the model as ``inner``, with the same parameter tensors. Its outputs are zeros of the model's
@@ -45,7 +49,10 @@ class Emulated(nn.Module):
         seconds = (self.step_s + self.sample_s * len(inputs)) * self.slowdown * _host_slowdown()
         clock = _Clock(seconds * (1 - FORWARD_SHARE))
         outputs = torch.zeros(
-            len(inputs), *self._output_shape, device=inputs.device, requires_grad=torch.is_grad_enabled()
+            len(inputs),
+            *self._output_shape,
+            device=inputs.device,
+            requires_grad=torch.is_grad_enabled(),
         )
         until = 0.0  # when this layer's gradients are there, as a part of backward; the last layer's are first
         backwards = []
@@ -84,7 +91,9 @@ class _Layer(torch.autograd.Function):
     """Passes its input on; in backward waits for the layer's share and hands out gradients of its parameters' sizes."""
 
     @staticmethod
-    def forward(ctx: Any, passed: Tensor, clock: _Clock, part: float, num_weights: int, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, passed: Tensor, clock: _Clock, part: float, num_weights: int, *parameters: Tensor
+    ) -> Tensor:
         ctx.clock, ctx.part, ctx.num_weights = clock, part, num_weights
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
         return passed.view_as(passed)
@@ -93,7 +102,13 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         ctx.clock.wait(ctx.part)
         value = (gradient[..., 0].sum() / ctx.num_weights).item()
-        return gradient, None, None, None, *(torch.full(s, value, dtype=t, device=d) for s, t, d in ctx.like)
+        return (
+            gradient,
+            None,
+            None,
+            None,
+            *(torch.full(s, value, dtype=t, device=d) for s, t, d in ctx.like),
+        )
 
 
 def _layers(model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:

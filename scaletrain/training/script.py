@@ -46,12 +46,18 @@ def variables(world: World, run_dir: Path) -> dict[str, str]:
     world = rendezvous.place(world, store)
     found |= {"LOCAL_RANK": str(world.local_rank), "LOCAL_WORLD_SIZE": str(world.local_size)}
     address, port = rendezvous.address_of(store)
-    return found | {"MASTER_ADDR": address, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return found | {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
-    except UserError as mistake:  # made before the worker could report it: in the variables that say who it is
+    except (
+        UserError
+    ) as mistake:  # made before the worker could report it: in the variables that say who it is
         print(f"scaletrain: error: {mistake}", file=sys.stderr)
         sys.exit(2)

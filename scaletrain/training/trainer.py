@@ -44,9 +44,13 @@ class Trainer:
         self.device, self.run_dir = device, run_dir
         self.global_batch = config.batch_size * (world.size if config.batch_mode == "weak" else 1)
         self.batches = GlobalBatches(len(workload.train), self.global_batch, config.seed)  # type: ignore[arg-type]
-        self.num_steps = config.steps or max(1, round((config.epochs or 0) * self.batches.steps_per_epoch))
+        self.num_steps = config.steps or max(
+            1, round((config.epochs or 0) * self.batches.steps_per_epoch)
+        )
         self.base_lr = float(workload.optimizer.param_groups[0]["lr"])
-        loaded = checkpoint.load_latest(run_dir, workload.model, workload.optimizer) if resume else None
+        loaded = (
+            checkpoint.load_latest(run_dir, workload.model, workload.optimizer) if resume else None
+        )
         self.next_step = loaded or 0
         self.resumed = loaded is not None
         self.model = exchange.attach(workload.model, workload.optimizer)
@@ -55,7 +59,10 @@ class Trainer:
         self.records: list[StepRecord] = []
         self._before = _cut_records(run_dir, world.rank, self.next_step) if self.resumed else []
         self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or came_late > 0)
-        shares = (self.batches.share(i, world.rank, world.size) for i in range(self.next_step, self.num_steps))
+        shares = (
+            self.batches.share(i, world.rank, world.size)
+            for i in range(self.next_step, self.num_steps)
+        )
         self._loaded = load(workload.train, shares, config.loader_workers)
 
     @property
@@ -68,14 +75,22 @@ class Trainer:
         began, clock = time.time(), _Clock(self.device)
         lr = learning_rate(self.config.lr_schedule, self.base_lr, self.next_step, self.num_steps)
         for group in self.workload.optimizer.param_groups:
-            group["lr"] = lr  # before backward: a parameter server gets gradients and rate while it runs
+            group["lr"] = (
+                lr  # before backward: a parameter server gets gradients and rate while it runs
+            )
         self.model.train()
         self.model.zero_grad()
-        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in next(self._loaded))
+        inputs, targets = (
+            tensor.to(self.device, non_blocking=True) for tensor in next(self._loaded)
+        )
         clock.lap("input")
         samples, losses = len(targets), torch.zeros((), device=self.device)
         parts = list(
-            zip(inputs.tensor_split(self.config.accumulate), targets.tensor_split(self.config.accumulate), strict=True)
+            zip(
+                inputs.tensor_split(self.config.accumulate),
+                targets.tensor_split(self.config.accumulate),
+                strict=True,
+            )
         )
         for index, (x, y) in enumerate(parts):
             with self.exchange.accumulate() if index < len(parts) - 1 else contextlib.nullcontext():
@@ -95,7 +110,9 @@ class Trainer:
         self.next_step += 1
         return record
 
-    def fit(self, on_step: Callable[[StepRecord], None], stop: Callable[[int], bool]) -> dict[str, Any]:
+    def fit(
+        self, on_step: Callable[[StepRecord], None], stop: Callable[[int], bool]
+    ) -> dict[str, Any]:
         """Train to the last step, or until ``stop(step)`` is true (on all ranks at the same step); returns the summary.
 
         ``on_step`` hears of every step of this rank.
@@ -106,7 +123,11 @@ class Trainer:
         def evaluate() -> None:
             evaluated.update(self.evaluate())
             target = self.config.target_accuracy
-            if target and "target_step" not in evaluated and (evaluated["test_accuracy"] or 0) >= target:
+            if (
+                target
+                and "target_step" not in evaluated
+                and (evaluated["test_accuracy"] or 0) >= target
+            ):
                 evaluated.update(target_step=self.next_step, target_s=time.monotonic() - began)
 
         while not self.finished and not stop(self.next_step):
@@ -142,7 +163,9 @@ class Trainer:
                     correct += int((output.argmax(1) == y).sum())
                     judged += y.numel()
         module.train(was_training)
-        counts = torch.tensor([loss_sum, len(mine), correct, judged, not classes], dtype=torch.float64)
+        counts = torch.tensor(
+            [loss_sum, len(mine), correct, judged, not classes], dtype=torch.float64
+        )
         loss_sum, samples, correct, judged, unjudgeable = self.exchange.sum(counts).tolist()
         return {
             "test_loss": loss_sum / samples if samples else None,
@@ -154,7 +177,11 @@ class Trainer:
         if self.world.rank == 0:
             progress.alive("writing a checkpoint")
             checkpoint.save(
-                self.run_dir, self.next_step, self.workload.model, self.workload.optimizer, self.config.checkpoint.keep
+                self.run_dir,
+                self.next_step,
+                self.workload.model,
+                self.workload.optimizer,
+                self.config.checkpoint.keep,
             )
 
     def describe(self) -> list[str]:
@@ -163,9 +190,17 @@ class Trainer:
         least, most = self.global_batch // n, math.ceil(self.global_batch / n)
         each = f"{least}" if least == most else f"{least} or {most}"
         split = f" in {config.accumulate} backward passes" if config.accumulate > 1 else ""
-        mode = "fixed global batch" if config.batch_mode == "strong" else f"{config.batch_size} a worker"
+        mode = (
+            "fixed global batch"
+            if config.batch_mode == "strong"
+            else f"{config.batch_size} a worker"
+        )
         epochs = self.num_steps / self.batches.steps_per_epoch
-        warmup = f", {config.lr_schedule.warmup_steps} steps of warm-up" if config.lr_schedule.warmup_steps else ""
+        warmup = (
+            f", {config.lr_schedule.warmup_steps} steps of warm-up"
+            if config.lr_schedule.warmup_steps
+            else ""
+        )
         if config.lr_schedule.warmup_steps > self.num_steps:
             warmup += f" (longer than the run: the rate never reaches {self.base_lr:g})"
         samples = len(self.workload.train)  # type: ignore[arg-type]
@@ -194,14 +229,17 @@ class Trainer:
 
     def _summary(self, evaluated: dict[str, Any], wall_s: float) -> dict[str, Any]:
         """The run in numbers. Speed leaves out the first steps; it is the sum of all ranks' samples a second. All ranks must call it."""
-        records = self.records or self._before  # ended after its last step, before its summary: those are what there is
+        records = (
+            self.records or self._before
+        )  # ended after its last step, before its summary: those are what there is
         timed = records[min(WARMUP_STEPS, max(0, len(records) - 1)) :]
         seconds = [record.step_s for record in timed]
         last = records[-1] if records else None
         rate = sum(record.samples for record in timed) / sum(seconds) if seconds else 0.0
         totals = self.exchange.sum(
             torch.tensor(
-                [rate, last.loss * last.samples if last else 0.0, last.samples if last else 0.0], dtype=torch.float64
+                [rate, last.loss * last.samples if last else 0.0, last.samples if last else 0.0],
+                dtype=torch.float64,
             )
         ).tolist()
         return {

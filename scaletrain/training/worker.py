@@ -38,9 +38,13 @@ def main(run_dir: Path, resume: bool = False) -> int:
     world = World.from_env()
     with progress.reporting(run_dir, world) as report, contextlib.ExitStack() as stack:
         config = configuration.load(run_dir / "config.yaml")
-        resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun has started all workers once more
+        resume |= (
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        )  # torchrun has started all workers once more
         if not resume and world.rank == 0 and (run_dir / "summary.json").exists():
-            raise UserError(f"{run_dir}: holds a run already (allowed: another directory, --resume to go on with it)")
+            raise UserError(
+                f"{run_dir}: holds a run already (allowed: another directory, --resume to go on with it)"
+            )
         timeout = timedelta(seconds=config.timeout_s)
         store = rendezvous.join(world, run_dir, timeout)
         world = rendezvous.place(world, store)
@@ -60,11 +64,17 @@ def main(run_dir: Path, resume: bool = False) -> int:
             exchange.close()
             return 0
         if world.rank == 0:
-            (run_dir / "summary.json").unlink(missing_ok=True)  # of the part before: not true any more
+            (run_dir / "summary.json").unlink(
+                missing_ok=True
+            )  # of the part before: not true any more
             if resume and not trainer.resumed:
                 print(f"no checkpoint in {run_dir}: training begins anew", flush=True)
         say = _Narrator(config, world, trainer) if world.rank == 0 else None
-        clock = {"clock_offset_s": spans.clock_offset_s(store, world.rank, world.size)} if config.trace else {}
+        clock = (
+            {"clock_offset_s": spans.clock_offset_s(store, world.rank, world.size)}
+            if config.trace
+            else {}
+        )
         header, path = _header(world, trainer) | clock, run_dir / f"rank-{world.rank}.json"
         write_json(path, header)
 
@@ -95,7 +105,9 @@ def choose_device(config: RunConfig, world: World) -> torch.device:
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("device: 'cuda' is not there (torch.cuda.is_available() is false); allowed here: cpu, auto")
+        raise UserError(
+            "device: 'cuda' is not there (torch.cuda.is_available() is false); allowed here: cpu, auto"
+        )
     # A launcher may have narrowed CUDA_VISIBLE_DEVICES to this worker's own GPU: then there is one, number 0.
     device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -141,7 +153,11 @@ class StopTogether:
             at = (step // self._every + 2) * self._every
             self._store.compare_set("scaletrain/stop_at", "", str(at))
             self._announced = True
-        if self._stop_at is None and step % self._every == 0 and self._store.check(["scaletrain/stop_at"]):
+        if (
+            self._stop_at is None
+            and step % self._every == 0
+            and self._store.check(["scaletrain/stop_at"])
+        ):
             self._stop_at = int(self._store.get("scaletrain/stop_at"))
         return self._stop_at is not None and step >= self._stop_at
 
@@ -157,7 +173,9 @@ class _Narrator:
             print(f"resumed at step {trainer.next_step}", flush=True)
         threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} a worker"
         exchange = configuration.exchange_label(config.exchange)
-        print(f"workers: {world.size} ({world.launcher}), exchange {exchange}, {trainer.device.type}, {threads}")
+        print(
+            f"workers: {world.size} ({world.launcher}), exchange {exchange}, {trainer.device.type}, {threads}"
+        )
         print(*trainer.describe(), sep="\n", flush=True)
 
     def __call__(self, record: StepRecord) -> None:
@@ -169,8 +187,17 @@ class _Narrator:
             return
         rate = self._samples / self._seconds * self._trainer.exchange.live_workers()
         # This rank's own steps: each is its share of the batch, whether or not the others live.
-        left = (total - done) * self._seconds * self._trainer.global_batch / self._samples / self._trainer.world.size
-        print(f"step {done}/{total}  loss {record.loss:.4f}  {rate:,.0f} samples/s  {left:.0f} s left", flush=True)
+        left = (
+            (total - done)
+            * self._seconds
+            * self._trainer.global_batch
+            / self._samples
+            / self._trainer.world.size
+        )
+        print(
+            f"step {done}/{total}  loss {record.loss:.4f}  {rate:,.0f} samples/s  {left:.0f} s left",
+            flush=True,
+        )
         self._said, self._samples, self._seconds = now, 0.0, 0.0
 
     def close(self, summary: dict[str, Any]) -> None:
@@ -204,12 +231,17 @@ def _emulation(run_dir: Path, config: RunConfig) -> dict[str, Any]:
     path = run_dir / "emulation.json"
     network = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     compute = config.compute.model_dump() if config.compute else None
-    return {"emulated": bool(network or compute), "emulation": {"network": network, "compute": compute}}
+    return {
+        "emulated": bool(network or compute),
+        "emulation": {"network": network, "compute": compute},
+    }
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1]), "--resume" in sys.argv[2:]))
-    except UserError as mistake:  # made before the worker could report it: in the variables that say who it is
+    except (
+        UserError
+    ) as mistake:  # made before the worker could report it: in the variables that say who it is
         print(f"scaletrain: error: {mistake}", file=sys.stderr)
         sys.exit(2)

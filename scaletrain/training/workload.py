@@ -32,10 +32,18 @@ def build(config: RunConfig, device: torch.device) -> Workload:
     torch.manual_seed(config.seed)
     model = config.load("model")(**config.model.options)
     if not isinstance(model, nn.Module):
-        raise UserError(f"model: {config.model.name} returned a {type(model).__name__}, not a torch.nn.Module")
+        raise UserError(
+            f"model: {config.model.name} returned a {type(model).__name__}, not a torch.nn.Module"
+        )
     datasets = config.load("data")(**config.data.options)
-    if not (isinstance(datasets, tuple) and len(datasets) == 2 and all(hasattr(d, "__getitem__") for d in datasets)):
-        raise UserError(f"data: {config.data.name} must return two datasets with [index] and len(): (train, test)")
+    if not (
+        isinstance(datasets, tuple)
+        and len(datasets) == 2
+        and all(hasattr(d, "__getitem__") for d in datasets)
+    ):
+        raise UserError(
+            f"data: {config.data.name} must return two datasets with [index] and len(): (train, test)"
+        )
     model = model.to(device)
     if config.compute:
         from scaletrain.training.emulation import emulate
@@ -57,9 +65,13 @@ def _loss(config: RunConfig) -> Callable[[Tensor, Tensor], Tensor]:
         value = function(output, target)
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = (
-                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                f"a tensor of shape {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else f"a {type(value).__name__}"
             )
-            raise UserError(f"loss: {config.loss} returned {shape} (allowed: a scalar tensor, the mean over the batch)")
+            raise UserError(
+                f"loss: {config.loss} returned {shape} (allowed: a scalar tensor, the mean over the batch)"
+            )
         return value
 
     return loss
@@ -83,7 +95,9 @@ def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     classes = {
         name.lower(): value
         for name, value in vars(torch.optim).items()
-        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+        if inspect.isclass(value)
+        and issubclass(value, torch.optim.Optimizer)
+        and value is not torch.optim.Optimizer
     }
     kind = classes.get(config.optimizer.name.lower())
     if kind is None:
@@ -93,7 +107,9 @@ def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     for key in options:
         if key not in allowed:
             raise unknown(f"optimizer: option of {config.optimizer.name}", key, allowed)
-        if isinstance(options[key], str):  # torch compares it with numbers, and says no more than that it cannot
+        if isinstance(
+            options[key], str
+        ):  # torch compares it with numbers, and says no more than that it cannot
             raise UserError(
                 f"optimizer.{key}: {options[key]!r} is not allowed (allowed: a number, true, false or a list)"
             )

@@ -19,18 +19,30 @@ def command(*arguments: str, python: str = sys.executable) -> list[str]:
 
 
 def scaletrain(
-    *arguments: str, python: str = sys.executable, env: Mapping[str, str] | None = None, timeout: float = 90
+    *arguments: str,
+    python: str = sys.executable,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 90,
 ) -> subprocess.CompletedProcess[str]:
     """One command, to its end. Variables of the launcher that runs the tests (a CI job under SLURM, say) do not leak in."""
     return subprocess.run(
-        command(*arguments, python=python), env=clean(env), cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        command(*arguments, python=python),
+        env=clean(env),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
 def clean(env: Mapping[str, str] | None = None) -> dict[str, str]:
     prefixes = ("SLURM_", "OMPI_COMM", "PMI_", "PMIX_", "HOROVOD_", "SCALETRAIN_LAUNCH")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(prefixes) and key not in names}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(prefixes) and key not in names
+    }
     return kept | dict(env or {})
 
 

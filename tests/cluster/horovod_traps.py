@@ -42,7 +42,9 @@ def reference_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: r
         optimizer.step()
 
 
-def exchange_steps(model: nn.Module, attached: nn.Module, steps: range, lr: float, parts: int = 1) -> None:
+def exchange_steps(
+    model: nn.Module, attached: nn.Module, steps: range, lr: float, parts: int = 1
+) -> None:
     for step in steps:
         x, y = (tensor[world.rank :: world.size] for tensor in batch(step))
         model.zero_grad()
@@ -71,9 +73,9 @@ def no_hidden_step() -> None:
     model, expected = model_of(world.rank), model_of(0)
     optimizer = adam(model)
     attached = exchange.attach(model, optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True)), (
-        "weights moved"
-    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True)
+    ), "weights moved"
     assert not optimizer.state, "attach took a step"
     reference_steps(expected, adam(expected), range(3))
     exchange_steps(model, attached, range(3), 0.01)

@@ -72,7 +72,11 @@ PartitionName=timed Nodes=t0 MaxTime=INFINITE State=UP PreemptMode=OFF"""
 
 def missing() -> list[str]:
     """What this machine lacks for it; empty when it can be started."""
-    lacking = [name for name in DAEMONS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    lacking = [
+        name
+        for name in DAEMONS
+        if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+    ]
     return lacking + ([] if os.geteuid() == 0 else ["root"])
 
 
@@ -92,10 +96,15 @@ def _ended_with_us() -> None:
 class Slurm:
     def __init__(self, folder: Path, nodes: int = 4, network: Cluster | None = None):
         self.folder, self.network = folder, network
-        self.nodes = [f"n{i}" for i in range(nodes)] + ([] if network else ["k0", "k1", "k2", "t0", "g0"])
+        self.nodes = [f"n{i}" for i in range(nodes)] + (
+            [] if network else ["k0", "k1", "k2", "t0", "g0"]
+        )
         self.daemons: dict[str, subprocess.Popen] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("state", *(f"tmp-{node}" for node in self.nodes)):  # PMIx keeps its sockets in a node's own tmp
+        for name in (
+            "state",
+            *(f"tmp-{node}" for node in self.nodes),
+        ):  # PMIx keeps its sockets in a node's own tmp
             (folder / name).mkdir()
         host = socket.gethostname()
         port, *ports = [6817, *[6818] * nodes] if network else _free_ports(len(self.nodes) + 1)
@@ -110,9 +119,13 @@ class Slurm:
         if not network:
             lines.append(MORE)
             self._make_gpus(2)
-        controller = f"{network.names[0]}({network.addresses[0]})" if network else f"{host}(127.0.0.1)"
+        controller = (
+            f"{network.names[0]}({network.addresses[0]})" if network else f"{host}(127.0.0.1)"
+        )
         hosts, lines = f"n[0-{nodes - 1}]", "\n".join(lines)
-        text = CONF.format(controller=controller, port=port, folder=folder, nodes=lines, hosts=hosts)
+        text = CONF.format(
+            controller=controller, port=port, folder=folder, nodes=lines, hosts=hosts
+        )
         (folder / "slurm.conf").write_text(text)
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
@@ -124,7 +137,9 @@ class Slurm:
         """Devices such as /dev/null, that SLURM hands out as if they were GPUs."""
         for i in range(count):
             os.mknod(self.folder / f"gpu{i}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        (self.folder / "gres.conf").write_text(f"NodeName=g0 Name=gpu File={self.folder}/gpu[0-{count - 1}]\n")
+        (self.folder / "gres.conf").write_text(
+            f"NodeName=g0 Name=gpu File={self.folder}/gpu[0-{count - 1}]\n"
+        )
 
     def __enter__(self) -> "Slurm":
         try:
@@ -141,7 +156,9 @@ class Slurm:
         self.folder.chmod(0o755)
         paths = {"key-file": key, "socket": munge, "pid-file": self.folder / "munged.pid"}
         paths |= {"log-file": self.folder / "munged.log", "seed-file": self.folder / "munged.seed"}
-        self._start("munged", "munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in paths.items()))
+        self._start(
+            "munged", "munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in paths.items())
+        )
         self._until(munge.exists, "munged's socket")
         self.start_controller("-c")
         for node in self.nodes:
@@ -149,7 +166,9 @@ class Slurm:
         self._until(lambda: self._sinfo().count("idle") == len(self.nodes), "idle nodes")
 
     def start_controller(self, *arguments: str) -> None:
-        self._start("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"), *arguments)
+        self._start(
+            "slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"), *arguments
+        )
 
     def start_node(self, node: str) -> None:
         self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
@@ -182,12 +201,17 @@ class Slurm:
         """slurmstepd has no parent; it is ours when it was started with our configuration."""
         for entry in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                if f"SLURM_CONF={self.folder}".encode() in Path(f"/proc/{entry}/environ").read_bytes():
+                if (
+                    f"SLURM_CONF={self.folder}".encode()
+                    in Path(f"/proc/{entry}/environ").read_bytes()
+                ):
                     os.kill(int(entry), signal.SIGKILL) if int(entry) != os.getpid() else None
 
     def run(self, *command: str, timeout: float = 30) -> str:
         """The output of a SLURM command; raises when it fails."""
-        done = subprocess.run(self.on(command), env=self.env, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            self.on(command), env=self.env, capture_output=True, text=True, timeout=timeout
+        )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -201,7 +225,9 @@ class Slurm:
 
     def _sinfo(self) -> str:
         command = self.on(["sinfo", "-h", "-N", "-o", "%N %T"])
-        found = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=20).stdout
+        found = subprocess.run(
+            command, env=self.env, capture_output=True, text=True, timeout=20
+        ).stdout
         return " ".join(sorted(set(found.splitlines())))
 
     def _start(self, name: str, *command: str) -> None:
@@ -218,5 +244,7 @@ class Slurm:
         while not condition():
             dead = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
             assert not dead, f"{dead} ended: {(self.folder / f'{dead[0]}.out').read_text()[-2000:]}"
-            assert time.monotonic() < until, f"SLURM: no {what} after {timeout_s} s: {self._sinfo()}"
+            assert time.monotonic() < until, (
+                f"SLURM: no {what} after {timeout_s} s: {self._sinfo()}"
+            )
             time.sleep(0.1)

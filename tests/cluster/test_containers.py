@@ -48,7 +48,9 @@ def test_images_run_as_an_ordinary_user_with_a_health_check_and_pinned_versions(
 def test_images_are_given_what_they_copy_and_nothing_else(name: str):
     text = (DOCKER / name).read_text(encoding="utf-8")
     copied = {
-        source for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE) for source in line.split()[:-1]
+        source
+        for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE)
+        for source in line.split()[:-1]
     }
     assert all((ROOT / source).exists() for source in copied), copied
     ignored = (DOCKER / f"{name}.dockerignore").read_text(encoding="utf-8").split()
@@ -62,27 +64,44 @@ def arguments_of(text: str) -> dict[str, str]:
 
 def steps_of(text: str) -> list[tuple[str, str]]:
     """A Dockerfile as (instruction, its text); lines that end in a backslash go on."""
-    lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line
+        for line in text.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     return [(line.split()[0], line.split(None, 1)[1]) for line in lines]
 
 
 def test_the_cuda_image_follows_the_cpu_image():
     """It cannot be built here (no registry): what can be checked is that it says the same, and that its shell commands parse."""
-    texts = {name: (DOCKER / f"Dockerfile.{name}").read_text(encoding="utf-8") for name in ("cpu", "cuda")}
+    texts = {
+        name: (DOCKER / f"Dockerfile.{name}").read_text(encoding="utf-8")
+        for name in ("cpu", "cuda")
+    }
     cpu, cuda = (steps_of(texts[name]) for name in ("cpu", "cuda"))
     for instruction in ("ENV", "WORKDIR", "USER", "VOLUME", "HEALTHCHECK", "ENTRYPOINT", "CMD"):
-        assert [step for step in cpu if step[0] == instruction] == [step for step in cuda if step[0] == instruction]
+        assert [step for step in cpu if step[0] == instruction] == [
+            step for step in cuda if step[0] == instruction
+        ]
     copied = [text for kind, text in cuda if kind == "COPY" and "horovod" not in text]
     assert copied == [text for kind, text in cpu if kind == "COPY"]
     for kind, text in [*cpu, *cuda]:
         if kind == "RUN":
             shell = re.sub(r"^--mount=\S+ ", "", text)
-            assert subprocess.run(["sh", "-n", "-c", shell], capture_output=True).returncode == 0, shell
+            assert subprocess.run(["sh", "-n", "-c", shell], capture_output=True).returncode == 0, (
+                shell
+            )
     pinned = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if re.match(r"[\w.-]+==", line)
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if re.match(r"[\w.-]+==", line)
     )
-    assert {"torch", "mpi4py", "hatchling"} <= {name.lower() for name in pinned}  # and pyproject.toml's own
-    version = re.search(r"^version=(\S+)$", (ROOT / "launch" / "build_horovod.sh").read_text(), re.MULTILINE)
+    assert {"torch", "mpi4py", "hatchling"} <= {
+        name.lower() for name in pinned
+    }  # and pyproject.toml's own
+    version = re.search(
+        r"^version=(\S+)$", (ROOT / "launch" / "build_horovod.sh").read_text(), re.MULTILINE
+    )
     assert version and version[1] == "0.28.1"
 
 
@@ -91,11 +110,20 @@ def compose() -> dict:
 
 
 def test_compose_describes_a_world_of_four():
-    services = {name: service for name, service in compose()["services"].items() if name.startswith("worker")}
+    services = {
+        name: service
+        for name, service in compose()["services"].items()
+        if name.startswith("worker")
+    }
     worlds = [World.from_env(service["environment"]) for service in services.values()]
-    assert [(w.rank, w.size, w.local_rank, w.node, w.num_nodes) for w in worlds] == [(i, 4, 0, i, 4) for i in range(4)]
+    assert [(w.rank, w.size, w.local_rank, w.node, w.num_nodes) for w in worlds] == [
+        (i, 4, 0, i, 4) for i in range(4)
+    ]
     assert {service["environment"]["MASTER_ADDR"] for service in services.values()} == {"worker-0"}
-    assert all(service["hostname"] == name and service["networks"] == ["workers"] for name, service in services.items())
+    assert all(
+        service["hostname"] == name and service["networks"] == ["workers"]
+        for name, service in services.items()
+    )
 
 
 # --- the image ------------------------------------------------------------------------------------------------------------------------
@@ -115,10 +143,16 @@ class Podman(NamedTuple):
         }
         return os.environ | conf
 
-    def __call__(self, *arguments: str, timeout_s: float = 60.0, check: bool = True) -> subprocess.CompletedProcess:
-        done = subprocess.run(["podman", *arguments], env=self.env, capture_output=True, text=True, timeout=timeout_s)
+    def __call__(
+        self, *arguments: str, timeout_s: float = 60.0, check: bool = True
+    ) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            ["podman", *arguments], env=self.env, capture_output=True, text=True, timeout=timeout_s
+        )
         if check and done.returncode:
-            raise AssertionError(f"podman {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}")
+            raise AssertionError(
+                f"podman {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}"
+            )
         return done
 
 
@@ -126,7 +160,11 @@ class Podman(NamedTuple):
 def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
     have = all(shutil.which(tool) for tool in ("podman", "buildah", "runc", "mmdebstrap"))
     packages = "podman buildah runc netavark aardvark-dns mmdebstrap uidmap iptables"
-    require("containers", have and os.geteuid() == 0, f"as root, apt-get install --no-install-recommends {packages}")
+    require(
+        "containers",
+        have and os.geteuid() == 0,
+        f"as root, apt-get install --no-install-recommends {packages}",
+    )
     kept = os.environ.get("SCALETRAIN_CONTAINERS_DIR")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("containers")
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +190,10 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
 
 def _mounts_below(folder: Path) -> list[str]:
     """What is mounted in a folder, in the order in which it was."""
-    places = [line.split()[1] for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+    places = [
+        line.split()[1]
+        for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    ]
     return [place for place in places if place.startswith(f"{folder.resolve()}/")]
 
 
@@ -166,8 +207,17 @@ def image(podman: Podman) -> str:
         podman("import", "--quiet", str(base), BASE, timeout_s=120)
         base.unlink()
     command = ["buildah", "bud", "--format", "docker", "--isolation", "chroot", "--pull-never"]
-    command += ["--layers"] if podman.kept else []  # to go on from the next time; they take half a minute
-    command += ["--file", str(DOCKER / "Dockerfile.cpu"), "--tag", IMAGE, *_this_machines_pip(podman.folder), str(ROOT)]
+    command += (
+        ["--layers"] if podman.kept else []
+    )  # to go on from the next time; they take half a minute
+    command += [
+        "--file",
+        str(DOCKER / "Dockerfile.cpu"),
+        "--tag",
+        IMAGE,
+        *_this_machines_pip(podman.folder),
+        str(ROOT),
+    ]
     done = subprocess.run(command, env=podman.env, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return IMAGE
@@ -175,16 +225,24 @@ def image(podman: Podman) -> str:
 
 def _this_machines_pip(folder: Path) -> list[str]:
     """Mounts for the time of the build that make pip inside find its packages where pip here does. Nothing of it is baked in."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    )
     settings = dict(line.split("=", 1) for line in listed.stdout.splitlines() if "=" in line)
     config = configparser.ConfigParser(interpolation=None)
-    config["global"] = {key.partition(".")[2].lstrip("."): value.strip("'\"") for key, value in settings.items()}
+    config["global"] = {
+        key.partition(".")[2].lstrip("."): value.strip("'\"") for key, value in settings.items()
+    }
     mounts = []
     places = set()
     for word in " ".join(value for key, value in config["global"].items() if key != "cert").split():
         # The files of an index lie beside its pages.
-        places.add(str(Path(word.removeprefix("file://")).parent) if word.startswith("file://") else word)
-    for place in sorted(place for place in places if place.startswith("/") and Path(place).exists()):
+        places.add(
+            str(Path(word.removeprefix("file://")).parent) if word.startswith("file://") else word
+        )
+    for place in sorted(
+        place for place in places if place.startswith("/") and Path(place).exists()
+    ):
         mounts += ["--volume", f"{place}:{place}:ro"]
     if certificates := config["global"].get("cert"):
         mounts += ["--volume", f"{certificates}:/run/build-certificates.crt:ro"]
@@ -232,7 +290,11 @@ def test_the_image_works_as_an_ordinary_user(podman: Podman, image: str):
         "cat /etc/pip.conf /run/build-certificates.crt; env",
         check=False,
     )
-    assert "find-links" not in baked.stdout and "BEGIN CERTIFICATE" not in baked.stdout and "PIP_" not in baked.stdout
+    assert (
+        "find-links" not in baked.stdout
+        and "BEGIN CERTIFICATE" not in baked.stdout
+        and "PIP_" not in baked.stdout
+    )
 
 
 @needs_image
@@ -241,7 +303,9 @@ def test_the_health_check_tells_a_silent_worker(podman: Podman, image: str):
     try:
         assert podman("healthcheck", "run", name, check=False).returncode == 0
         for age, status in ((10, 0), (600, 1)):
-            progress = json.dumps({"host": name[:12], "pid": 1, "time": time.time() - age, "doing": "step"})
+            progress = json.dumps(
+                {"host": name[:12], "pid": 1, "time": time.time() - age, "doing": "step"}
+            )
             script = f"mkdir -p /runs/x && echo '{progress}' > /runs/x/progress-0.json"
             podman("exec", name, "sh", "-c", script)
             assert podman("healthcheck", "run", name, check=False).returncode == status
@@ -250,7 +314,9 @@ def test_the_health_check_tells_a_silent_worker(podman: Podman, image: str):
 
 
 @needs_image
-def test_two_containers_train_together_over_their_network(podman: Podman, image: str, tmp_path: Path):
+def test_two_containers_train_together_over_their_network(
+    podman: Podman, image: str, tmp_path: Path
+):
     alone = tmp_path / "alone"
     command = [
         sys.executable,
@@ -261,24 +327,45 @@ def test_two_containers_train_together_over_their_network(podman: Podman, image:
         "--run-dir",
         str(alone),
     ]
-    subprocess.run([*command, "--set", "epochs=2", "--set", "threads=1"], check=True, capture_output=True, timeout=200)
+    subprocess.run(
+        [*command, "--set", "epochs=2", "--set", "threads=1"],
+        check=True,
+        capture_output=True,
+        timeout=200,
+    )
     services = compose()["services"]
     name = f"scaletrain-{os.getpid()}"
     podman("network", "create", name)
     podman("volume", "create", name)
     volume = ["--volume", f"{name}:/runs"]
     try:
-        prepare = services["prepare"]["command"][0] + " && sed -i 's/^epochs:.*/epochs: 2/' /runs/digits/config.yaml"
+        prepare = (
+            services["prepare"]["command"][0]
+            + " && sed -i 's/^epochs:.*/epochs: 2/' /runs/digits/config.yaml"
+        )
         podman("run", "--rm", *volume, "--entrypoint", "sh", image, "-c", prepare)
         workers = []
         for host in ("worker-0", "worker-1"):
             variables = services[host]["environment"] | {"WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
             env = [part for key, value in variables.items() for part in ("--env", f"{key}={value}")]
-            place = ["--network", name, "--name", f"{name}-{host}", "--hostname", host, "--network-alias", host]
-            started = podman("run", "--detach", *place, *volume, *env, image, *services[host]["command"])
+            place = [
+                "--network",
+                name,
+                "--name",
+                f"{name}-{host}",
+                "--hostname",
+                host,
+                "--network-alias",
+                host,
+            ]
+            started = podman(
+                "run", "--detach", *place, *volume, *env, image, *services[host]["command"]
+            )
             workers.append(started.stdout.strip())
         statuses = [podman("wait", worker, timeout_s=300).stdout.strip() for worker in workers]
-        logs = "\n".join(podman("logs", worker).stdout + podman("logs", worker).stderr for worker in workers)
+        logs = "\n".join(
+            podman("logs", worker).stdout + podman("logs", worker).stderr for worker in workers
+        )
         assert statuses == ["0", "0"], logs
         files = podman(
             "run",
@@ -296,25 +383,40 @@ def test_two_containers_train_together_over_their_network(podman: Podman, image:
             podman("rm", "--force", "--ignore", "--time", "0", f"{name}-{host}")
         podman("volume", "rm", "--force", name, check=False)
         podman("network", "rm", "--force", name, check=False)
-    together, reference = json.loads(summary), json.loads((alone / "summary.json").read_text(encoding="utf-8"))
+    together, reference = (
+        json.loads(summary),
+        json.loads((alone / "summary.json").read_text(encoding="utf-8")),
+    )
     assert together["workers"] == 2 and json.loads(second)["environment"]["host"] == "worker-1"
     assert together["final_loss"] == pytest.approx(reference["final_loss"], abs=1e-4)
 
 
 @needs_image
-def test_compose_starts_four_workers_that_train_together(podman: Podman, image: str, tmp_path: Path):
+def test_compose_starts_four_workers_that_train_together(
+    podman: Podman, image: str, tmp_path: Path
+):
     """``compose.yaml`` for real, with podman-compose. It does not wait for ``prepare`` as docker compose does: that runs first here."""
-    require("compose", shutil.which("podman-compose") is not None, "Debian: apt-get install podman-compose")
+    require(
+        "compose",
+        shutil.which("podman-compose") is not None,
+        "Debian: apt-get install podman-compose",
+    )
     text = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
     prepare = compose()["services"]["prepare"]["command"][0]
     assert prepare in text
     short = tmp_path / "compose.yaml"  # one epoch of the job, all else as it is
-    short.write_text(text.replace(prepare, f"{prepare} && sed -i 's/^epochs:.*/epochs: 1/' /runs/digits/config.yaml"))
+    short.write_text(
+        text.replace(
+            prepare, f"{prepare} && sed -i 's/^epochs:.*/epochs: 1/' /runs/digits/config.yaml"
+        )
+    )
     project = f"scaletrain-{os.getpid()}"
 
     def call(*arguments: str) -> str:
         argv = ["podman-compose", "-p", project, "-f", str(short), *arguments]
-        done = subprocess.run(argv, env=podman.env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            argv, env=podman.env, cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -324,12 +426,18 @@ def test_compose_starts_four_workers_that_train_together(podman: Podman, image: 
         workers = [f"worker-{i}" for i in range(4)]
         call("up", "--detach", *workers)
         containers = [f"{project}_{worker}_1" for worker in workers]
-        statuses = [podman("wait", container, timeout_s=200).stdout.strip() for container in containers]
-        logs = "\n".join(podman("logs", name).stdout + podman("logs", name).stderr for name in containers)
+        statuses = [
+            podman("wait", container, timeout_s=200).stdout.strip() for container in containers
+        ]
+        logs = "\n".join(
+            podman("logs", name).stdout + podman("logs", name).stderr for name in containers
+        )
         assert statuses == ["0"] * 4, logs
         volume = f"{project}_runs:/runs"
         show = "cat /runs/digits/summary.json && cat /runs/digits/rank-*.json"
-        files = podman("run", "--rm", "--volume", volume, "--entrypoint", "sh", image, "-c", show).stdout
+        files = podman(
+            "run", "--rm", "--volume", volume, "--entrypoint", "sh", image, "-c", show
+        ).stdout
     finally:
         call("down", "--volumes")
     summary, *ranks = [json.loads(part) for part in re.split(r"(?<=\})\n(?=\{)", files.strip())]

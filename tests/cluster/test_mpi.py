@@ -9,12 +9,28 @@ import pytest
 
 from scaletrain import config
 from scaletrain.launching.rehearsal import Cluster
-from tests.cluster.commands import DIGITS, ROOT, SHORT, clean, command, gone, scaletrain, step_of, summary, train, until
+from tests.cluster.commands import (
+    DIGITS,
+    ROOT,
+    SHORT,
+    clean,
+    command,
+    gone,
+    scaletrain,
+    step_of,
+    summary,
+    train,
+    until,
+)
 from tests.engine.mpi import KINDS, mpirun
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(150)]
 SLOW = str(Path(__file__).with_name("slow_digits.yaml"))
-AS_ROOT = {f"{name}_ALLOW_RUN_AS_ROOT{suffix}": "1" for name in ("OMPI", "PRTE") for suffix in ("", "_CONFIRM")}
+AS_ROOT = {
+    f"{name}_ALLOW_RUN_AS_ROOT{suffix}": "1"
+    for name in ("OMPI", "PRTE")
+    for suffix in ("", "_CONFIRM")
+}
 
 
 def by(kind: str) -> tuple[str, ...]:
@@ -31,10 +47,16 @@ def test_the_same_loss(kind: str, alone: dict, tmp_path: Path):
 @pytest.mark.parametrize("kind", ["openmpi4", "mpich"])
 def test_by_hand(kind: str, alone: dict, tmp_path: Path):
     """``mpirun -n 2 scaletrain worker RUN_DIR``, also where an earlier run has left its meeting point in RUN_DIR."""
-    (tmp_path / "config.yaml").write_text(config.load(Path(DIGITS), {"epochs": 1, "workers": 2}).to_yaml())
-    (tmp_path / "rendezvous.json").write_text('{"job": "", "addresses": ["127.0.0.1"], "port": 9, "nonce": "old"}')
+    (tmp_path / "config.yaml").write_text(
+        config.load(Path(DIGITS), {"epochs": 1, "workers": 2}).to_yaml()
+    )
+    (tmp_path / "rendezvous.json").write_text(
+        '{"job": "", "addresses": ["127.0.0.1"], "port": 9, "nonce": "old"}'
+    )
     argv = [str(mpirun(kind)), "-n", "2", *command("worker", str(tmp_path))]
-    done = subprocess.run(argv, env=clean(AS_ROOT), cwd=ROOT, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        argv, env=clean(AS_ROOT), cwd=ROOT, capture_output=True, text=True, timeout=90
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary(tmp_path)["workers"] == 2
     assert summary(tmp_path)["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
@@ -42,7 +64,10 @@ def test_by_hand(kind: str, alone: dict, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("kind", "end"),
-    [("openmpi5", "raise ValueError('the cause')"), *((kind, "os.kill(os.getpid(), 9)") for kind in KINDS)],
+    [
+        ("openmpi5", "raise ValueError('the cause')"),
+        *((kind, "os.kill(os.getpid(), 9)") for kind in KINDS),
+    ],
 )
 def test_a_failing_rank_is_named(kind: str, end: str, tmp_path: Path):
     script, run_dir = tmp_path / "script.py", tmp_path / "run"
@@ -121,13 +146,24 @@ def test_four_hosts_and_a_launch_agent(kind: str, alone: dict, tmp_path: Path):
             f"launcher.arguments={arguments}",
         ]
         argv = command(
-            "train", DIGITS, *SHORT, "--run-dir", str(tmp_path / "run"), "--workers", "4", "--launcher", "mpirun"
+            "train",
+            DIGITS,
+            *SHORT,
+            "--run-dir",
+            str(tmp_path / "run"),
+            "--workers",
+            "4",
+            "--launcher",
+            "mpirun",
         )
         before = network.counters()
         argv += ["--set", f"launcher.command={command_of}", *options]
         argv = [*network.command(0, argv, {**AS_ROOT, "GLOO_SOCKET_IFNAME": ""})]
         done = subprocess.run(argv, env=clean(), capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stdout + done.stderr
-        moved = [now.sent_bytes - then.sent_bytes for now, then in zip(network.counters(), before, strict=True)]
+        moved = [
+            now.sent_bytes - then.sent_bytes
+            for now, then in zip(network.counters(), before, strict=True)
+        ]
     assert summary(tmp_path / "run")["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
     assert min(moved) > 1_000_000, "the gradients did not cross the links"

@@ -18,7 +18,14 @@ def training(hosts: Cluster, made: Settings, run_dir, steps: int, delay_s: float
     """The server on host 0, worker r on host r + 1."""
     server = subprocess.Popen(hosts.command(0, placement.command(made, run_dir, 0)), cwd=job.ROOT)
     started = [
-        job.Worker(made, run_dir, rank, steps, delay_s, on_host=lambda argv, host=rank + 1: hosts.command(host, argv))
+        job.Worker(
+            made,
+            run_dir,
+            rank,
+            steps,
+            delay_s,
+            on_host=lambda argv, host=rank + 1: hosts.command(host, argv),
+        )
         for rank in range(made.workers)
     ]
     try:
@@ -35,7 +42,9 @@ def test_a_cut_link_is_noticed_by_both_ends_which_name_each_other(tmp_path):
     with Cluster(3, bandwidth=None) as hosts, training(hosts, made, tmp_path, 200, 0.05) as started:
         started[1].wait_for(10)
         hosts.cut(2)
-        assert started[0].end(60) == 0, started[0].lines[-5:]  # the other one goes on to the last step
+        assert started[0].end(60) == 0, started[0].lines[
+            -5:
+        ]  # the other one goes on to the last step
         assert started[0].step == 200
         assert started[1].end(30) != 0
         said = "\n".join(started[1].lines)
@@ -46,7 +55,10 @@ def test_a_cut_link_is_noticed_by_both_ends_which_name_each_other(tmp_path):
 
 def test_plain_sync_names_the_worker_behind_a_cut_link(tmp_path):
     made = Settings(2, 4, hosts=3, placement="dedicated")
-    with Cluster(3, bandwidth=None) as hosts, training(hosts, made, tmp_path, 10_000, 0.0) as started:
+    with (
+        Cluster(3, bandwidth=None) as hosts,
+        training(hosts, made, tmp_path, 10_000, 0.0) as started,
+    ):
         started[1].wait_for(10)
         hosts.cut(2)
         assert started[0].end(30) != 0
@@ -55,9 +67,14 @@ def test_plain_sync_names_the_worker_behind_a_cut_link(tmp_path):
 
 def test_a_slow_link_is_waited_for(tmp_path):
     made = Settings(2, 4, hosts=3, placement="dedicated")
-    with Cluster(3, bandwidth="100Mbit") as hosts, training(hosts, made, tmp_path, 30, 0.0) as started:
+    with (
+        Cluster(3, bandwidth="100Mbit") as hosts,
+        training(hosts, made, tmp_path, 30, 0.0) as started,
+    ):
         started[1].wait_for(5)
         hosts.shape(2, "1Mbit")
-        assert [worker.end(60) for worker in started] == [0, 0], [worker.lines[-5:] for worker in started]
+        assert [worker.end(60) for worker in started] == [0, 0], [
+            worker.lines[-5:] for worker in started
+        ]
         assert started[0].result()["digest"] == started[1].result()["digest"]
     assert job.statistics(tmp_path)["lost"] == []

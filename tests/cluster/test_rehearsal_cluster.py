@@ -128,11 +128,18 @@ def test_latency_delays_or_is_refused_by_name():
 def test_what_the_kernel_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     which = shutil.which
     with monkeypatch.context() as without:
-        without.setattr(shutil, "which", lambda name, path=None: None if name == "iptables" else which(name, path=path))
+        without.setattr(
+            shutil,
+            "which",
+            lambda name, path=None: None if name == "iptables" else which(name, path=path),
+        )
         with pytest.raises(UserError, match="loss: needs iptables"), Cluster(2, loss=0.1):
             pass
     monkeypatch.setattr(Cluster, "_has_netem", lambda self: False)
-    with pytest.raises(UserError, match=r"latency: 0\.0001 s needs netem"), Cluster(2, latency="100us"):
+    with (
+        pytest.raises(UserError, match=r"latency: 0\.0001 s needs netem"),
+        Cluster(2, latency="100us"),
+    ):
         pass
 
 
@@ -162,7 +169,9 @@ def gone(pid: int, within_s: float) -> bool:
 
 @pytest.mark.parametrize("program", ["entering", "entered"])
 def test_kill_9_of_the_owner_leaves_nothing(program: str):
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, program], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, program], stdout=subprocess.PIPE, text=True
+    )
     assert owner.stdout
     keeper_pid, pid = map(int, owner.stdout.readline().split())
     owner.kill()
@@ -173,7 +182,9 @@ def test_kill_9_of_the_owner_leaves_nothing(program: str):
 
 
 def test_leftovers_of_a_killed_owner_and_keeper_are_removed_at_the_next_start():
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, "entered"], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, "entered"], stdout=subprocess.PIPE, text=True
+    )
     assert owner.stdout
     keeper_pid, program = map(int, owner.stdout.readline().split())
     os.kill(keeper_pid, signal.SIGKILL)
@@ -192,7 +203,9 @@ with Cluster(2, bandwidth="100Mbit") as hosts:
     hosts.cut(1)
 """
     drop = [] if os.geteuid() else ["setpriv", "--bounding-set=-all,+setfcap", "--inh-caps=-all"]
-    done = subprocess.run([*drop, sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*drop, sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     if done.returncode and "not allowed here" in done.stderr:
         require("namespaces", False, done.stderr.strip().splitlines()[-1])
     assert done.stdout == "True h1 True\n", done.stderr

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 from scaletrain.launching import hostlist
-from tests.cluster.commands import DIGITS, ROOT, SHORT, command, gone, scaletrain, step_of, summary, train, until
+from tests.cluster.commands import (
+    DIGITS,
+    ROOT,
+    SHORT,
+    command,
+    gone,
+    scaletrain,
+    step_of,
+    summary,
+    train,
+    until,
+)
 from tests.cluster.slurm import Slurm, missing
 from tests.conftest import require
 from tests.launching.test_hostlist import LISTS
@@ -22,14 +33,25 @@ SLOW = str(Path(__file__).with_name("slow_digits.yaml"))  # 40 steps of 0.1 s: t
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory):
     lacking = missing()
-    require("slurm", not lacking, f"{', '.join(lacking)} (Debian: apt-get install slurm-wlm munge; run as root)")
+    require(
+        "slurm",
+        not lacking,
+        f"{', '.join(lacking)} (Debian: apt-get install slurm-wlm munge; run as root)",
+    )
     with Slurm(tmp_path_factory.mktemp("slurm") / "daemons") as slurm:
         yield slurm
 
 
 @pytest.fixture(scope="module")
 def alone_slow(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return train(tmp_path_factory.mktemp("alone") / "run", "--workers", "2", "--set", "data=digits", config=SLOW)
+    return train(
+        tmp_path_factory.mktemp("alone") / "run",
+        "--workers",
+        "2",
+        "--set",
+        "data=digits",
+        config=SLOW,
+    )
 
 
 def in_background(slurm: Slurm, run_dir: Path, *arguments: str) -> subprocess.Popen:
@@ -37,15 +59,24 @@ def in_background(slurm: Slurm, run_dir: Path, *arguments: str) -> subprocess.Po
     options = ("--run-dir", str(run_dir), "--workers", "2", "--launcher", "slurm", *arguments)
     with open(run_dir.with_name("output"), "w") as output:
         argv = command("train", SLOW, *options)
-        return subprocess.Popen(argv, env=slurm.env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            argv, env=slurm.env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def out_of_time(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory):
     """A job of half a minute with a time limit of a minute, of which it is warned: SLURM looks at the clock each 30 s only."""
     run_dir = tmp_path_factory.mktemp("out-of-time") / "run"
-    options = ("launcher.time_limit_min=1", "launcher.warn_s=30", "launcher.partition=timed", "steps=300")
-    launcher = in_background(slurm, run_dir, *(word for option in options for word in ("--set", option)))
+    options = (
+        "launcher.time_limit_min=1",
+        "launcher.warn_s=30",
+        "launcher.partition=timed",
+        "steps=300",
+    )
+    launcher = in_background(
+        slurm, run_dir, *(word for option in options for word in ("--set", option))
+    )
     yield launcher, run_dir
     launcher.terminate()
     launcher.wait(30)
@@ -72,17 +103,32 @@ def test_one_task_a_worker(slurm: Slurm, alone: dict, tmp_path: Path):
 
 def test_one_torchrun_a_node(slurm: Slurm, alone: dict, tmp_path: Path):
     options = ("--set", "launcher.tasks=nodes", "--set", "launcher.nodes=2")
-    found = train(tmp_path / "run", *SHORT, "--workers", "2", "--launcher", "slurm", *options, env=slurm.env)
+    found = train(
+        tmp_path / "run", *SHORT, "--workers", "2", "--launcher", "slurm", *options, env=slurm.env
+    )
     assert found["workers"] == 2 and found["launcher"] == "torchrun"
     assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
 
 
 def test_inside_an_allocation(slurm: Slurm, alone: dict, tmp_path: Path):
     inside = command(
-        "train", DIGITS, *SHORT, "--run-dir", str(tmp_path / "run"), "--workers", "2", "--launcher", "slurm"
+        "train",
+        DIGITS,
+        *SHORT,
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--workers",
+        "2",
+        "--launcher",
+        "slurm",
     )
     done = subprocess.run(
-        ["salloc", "-n", "2", *inside], env=slurm.env, cwd=ROOT, capture_output=True, text=True, timeout=90
+        ["salloc", "-n", "2", *inside],
+        env=slurm.env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list((tmp_path / "run").glob("slurm-*.out")), "a batch job was submitted"
@@ -92,7 +138,16 @@ def test_inside_an_allocation(slurm: Slurm, alone: dict, tmp_path: Path):
 def test_host_lists_are_read_as_scontrol_reads_them(slurm: Slurm):
     for text, hosts in LISTS.items():
         assert slurm.run("scontrol", "show", "hostnames", text).split() == hosts
-    inside = ("salloc", "-n", "2", "-N", "2", "sh", "-c", "echo list $SLURM_JOB_NODELIST; scontrol show hostnames")
+    inside = (
+        "salloc",
+        "-n",
+        "2",
+        "-N",
+        "2",
+        "sh",
+        "-c",
+        "echo list $SLURM_JOB_NODELIST; scontrol show hostnames",
+    )
     (_, found), *hosts = map(str.split, slurm.run(*inside).splitlines())
     assert "[" in found and hostlist.expand(found) == [name for (name,) in hosts]
 
@@ -101,7 +156,9 @@ def test_srun_by_hand(slurm: Slurm, alone: dict, tmp_path: Path):
     """The run directory is made here; ``srun -n 2 scaletrain worker RUN_DIR`` does the rest."""
     from scaletrain import config
 
-    (tmp_path / "config.yaml").write_text(config.load(Path(DIGITS), {"epochs": 1, "workers": 2}).to_yaml())
+    (tmp_path / "config.yaml").write_text(
+        config.load(Path(DIGITS), {"epochs": 1, "workers": 2}).to_yaml()
+    )
     slurm.run("srun", "-n", "2", *command("worker", str(tmp_path)), timeout=90)
     assert summary(tmp_path)["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
     assert summary(tmp_path)["workers"] == 2
@@ -116,7 +173,16 @@ def test_a_failing_rank_ends_the_job_and_is_named(slurm: Slurm, tmp_path: Path, 
     )
     run_dir = tmp_path / "run"
     done = scaletrain(
-        "launch", "-n", "3", "--launcher", "slurm", "--run-dir", str(run_dir), "--", str(script), env=slurm.env
+        "launch",
+        "-n",
+        "3",
+        "--launcher",
+        "slurm",
+        "--run-dir",
+        str(run_dir),
+        "--",
+        str(script),
+        env=slurm.env,
     )
     output = done.stdout + done.stderr
     assert done.returncode == (137 if "kill" in end else 1), output
@@ -153,7 +219,9 @@ def test_kill_9_of_the_launcher_leaves_no_job(slurm: Slurm, tmp_path: Path):
     until(lambda: gone(tmp_path / "run"), "the tasks are gone", 15)
 
 
-def goes_on(slurm: Slurm, launcher: subprocess.Popen, job: str, run_dir: Path, alone_slow: dict) -> None:
+def goes_on(
+    slurm: Slurm, launcher: subprocess.Popen, job: str, run_dir: Path, alone_slow: dict
+) -> None:
     """The requeued job ends well, went on from its checkpoint, and trained as if nothing had been."""
     until(lambda: slurm.state(job).get("Restarts") == "1", "the job is requeued")
     output, _ = launcher.communicate(timeout=100)
@@ -166,19 +234,43 @@ def goes_on(slurm: Slurm, launcher: subprocess.Popen, job: str, run_dir: Path, a
 def test_preempted_and_requeued_from_the_checkpoint(slurm: Slurm, alone_slow: dict, tmp_path: Path):
     launcher, job = started(slurm, tmp_path / "run", "--set", "launcher.partition=low")
     other = slurm.run(
-        "sbatch", "--parsable", "-p", "high", "-N", "4", "-n", "4", "-o", "/dev/null", "--wrap", "sleep 2"
+        "sbatch",
+        "--parsable",
+        "-p",
+        "high",
+        "-N",
+        "4",
+        "-n",
+        "4",
+        "-o",
+        "/dev/null",
+        "--wrap",
+        "sleep 2",
     )
-    until(lambda: slurm.state(other.strip())["JobState"] in ("RUNNING", "COMPLETED"), "the other job has the nodes")
+    until(
+        lambda: slurm.state(other.strip())["JobState"] in ("RUNNING", "COMPLETED"),
+        "the other job has the nodes",
+    )
     goes_on(slurm, launcher, job, tmp_path / "run", alone_slow)
 
 
 def test_a_mistake_is_one_line(slurm: Slurm, tmp_path: Path):
     options = ("--set", "launcher.partition=nowhere")
     done = scaletrain(
-        "train", DIGITS, "--run-dir", str(tmp_path / "run"), "--launcher", "slurm", *options, env=slurm.env
+        "train",
+        DIGITS,
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--launcher",
+        "slurm",
+        *options,
+        env=slurm.env,
     )
     assert done.returncode == 2
-    assert "invalid partition" in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
+    assert (
+        "invalid partition" in done.stdout + done.stderr
+        and "Traceback" not in done.stdout + done.stderr
+    )
 
 
 def test_the_controller_may_be_away_for_a_while(slurm: Slurm, alone_slow: dict, tmp_path: Path):
@@ -190,7 +282,9 @@ def test_the_controller_may_be_away_for_a_while(slurm: Slurm, alone_slow: dict, 
     slurm.start_controller()
     output, _ = launcher.communicate(timeout=100)
     assert launcher.returncode == 0, output
-    assert summary(tmp_path / "run")["final_loss"] == pytest.approx(alone_slow["final_loss"], abs=1e-4)
+    assert summary(tmp_path / "run")["final_loss"] == pytest.approx(
+        alone_slow["final_loss"], abs=1e-4
+    )
 
 
 def test_a_job_array_trains_a_seed_a_task(slurm: Slurm, alone: dict, tmp_path: Path):
@@ -200,16 +294,25 @@ def test_a_job_array_trains_a_seed_a_task(slurm: Slurm, alone: dict, tmp_path: P
     run_dir = tmp_path / "run"
     own = run_dir / "task-2" / "config.yaml"
     own.parent.mkdir(parents=True)
-    own.write_text(config.load(Path(DIGITS), {"epochs": 1, "workers": 2, "batch_size": 48}).to_yaml())
+    own.write_text(
+        config.load(Path(DIGITS), {"epochs": 1, "workers": 2, "batch_size": 48}).to_yaml()
+    )
     options = ("--launcher", "slurm", "--workers", "2", "--set", "launcher.array=0-2%2")
-    done = scaletrain("train", DIGITS, "--run-dir", str(run_dir), *SHORT, *options, env=slurm.env, timeout=140)
+    done = scaletrain(
+        "train", DIGITS, "--run-dir", str(run_dir), *SHORT, *options, env=slurm.env, timeout=140
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert "3 of 3 tasks ended well" in output and "[1] workers: 2 (slurm)" in output, output
     losses = [summary(run_dir / f"task-{k}")["final_loss"] for k in range(3)]
     assert losses[0] == pytest.approx(alone["final_loss"], abs=1e-4)  # seed 0, the job's own
-    seed_0, seed_1 = (json.loads((run_dir / f"task-{k}" / "rank-0.jsonl").read_text().splitlines()[0]) for k in (0, 1))
-    assert abs(seed_1["loss"] - seed_0["loss"]) > 1e-3  # of the first step: other weights, other samples
+    seed_0, seed_1 = (
+        json.loads((run_dir / f"task-{k}" / "rank-0.jsonl").read_text().splitlines()[0])
+        for k in (0, 1)
+    )
+    assert (
+        abs(seed_1["loss"] - seed_0["loss"]) > 1e-3
+    )  # of the first step: other weights, other samples
     assert [config.load(run_dir / f"task-{k}" / "config.yaml").seed for k in range(3)] == [0, 1, 0]
     assert summary(run_dir / "task-2")["steps"] > summary(run_dir / "task-0")["steps"]
 
@@ -223,15 +326,30 @@ def test_an_array_is_followed_and_cancelled_as_one(slurm: Slurm, tmp_path: Path)
     )
     run_dir = tmp_path / "run"
     argv = command(
-        "launch", "--launcher", "slurm", "--run-dir", str(run_dir), "--set", "array=0-9%2", "--", str(script)
+        "launch",
+        "--launcher",
+        "slurm",
+        "--run-dir",
+        str(run_dir),
+        "--set",
+        "array=0-9%2",
+        "--",
+        str(script),
     )
     with open(tmp_path / "output", "w+") as output:
-        launcher = subprocess.Popen(argv, env=slurm.env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        launcher = subprocess.Popen(
+            argv, env=slurm.env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+        )
         shown = (tmp_path / "output").read_text
-        until(lambda: "[2] seed 2" in shown() or launcher.poll() is not None, "task 2 runs, as task 0 has ended")
+        until(
+            lambda: "[2] seed 2" in shown() or launcher.poll() is not None,
+            "task 2 runs, as task 0 has ended",
+        )
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(30) == 130, shown()
-    assert shown().count("scaletrain: rank 0 on") == 1 and "ValueError: the cause" in shown(), shown()
+    assert shown().count("scaletrain: rank 0 on") == 1 and "ValueError: the cause" in shown(), (
+        shown()
+    )
     assert all(f"_{tasks}: CANCELLED" in shown() for tasks in ("1", "2", "3-9%2")), shown()
     job = shown().split("submitted job ")[1].split(";")[0]
     assert "RUNNING" not in slurm.run("scontrol", "show", "job", "-o", job)
@@ -260,10 +378,21 @@ print("place", world.local_rank, seen, worker.choose_device(config.load(Path("DI
         ("gres=gpu:2", ["0 0,1 cuda:0", "1 0,1 cuda:1"]),  # both see both
     ],
 )
-def test_each_task_takes_a_gpu_of_its_own(slurm: Slurm, tmp_path: Path, option: str, places: list[str]):
+def test_each_task_takes_a_gpu_of_its_own(
+    slurm: Slurm, tmp_path: Path, option: str, places: list[str]
+):
     script = tmp_path / "script.py"
     script.write_text(GPU_TASK.replace("DIGITS", DIGITS))
-    options = ("-n", "2", "--launcher", "slurm", "--run-dir", str(tmp_path / "run"), "--set", "partition=gpu")
+    options = (
+        "-n",
+        "2",
+        "--launcher",
+        "slurm",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--set",
+        "partition=gpu",
+    )
     done = scaletrain("launch", *options, "--set", option, "--", str(script), env=slurm.env)
     assert done.returncode == 0, done.stdout + done.stderr
     found = sorted(line.split("place ")[1] for line in done.stdout.splitlines() if "place " in line)
@@ -284,14 +413,27 @@ def test_pmix_over_hosts(slurm: Slurm, alone: dict, tmp_path: Path):
         require("namespaces", False, str(missing))
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(config.load(Path(DIGITS), {"epochs": 1, "workers": 2}).to_yaml())
+    (run_dir / "config.yaml").write_text(
+        config.load(Path(DIGITS), {"epochs": 1, "workers": 2}).to_yaml()
+    )
     short = tempfile.TemporaryDirectory(prefix="slurm-")  # the names of PMIx's sockets are long
-    with short as folder, Cluster(2, bandwidth=None) as network, Slurm(Path(folder), 2, network) as two:
+    with (
+        short as folder,
+        Cluster(2, bandwidth=None) as network,
+        Slurm(Path(folder), 2, network) as two,
+    ):
         before = network.counters()
-        two.run("srun", "--mpi=pmix", "-N", "2", "-n", "2", *command("worker", str(run_dir)), timeout=90)
-        moved = [now.sent_bytes - then.sent_bytes for now, then in zip(network.counters(), before, strict=True)]
+        two.run(
+            "srun", "--mpi=pmix", "-N", "2", "-n", "2", *command("worker", str(run_dir)), timeout=90
+        )
+        moved = [
+            now.sent_bytes - then.sent_bytes
+            for now, then in zip(network.counters(), before, strict=True)
+        ]
     found = summary(run_dir)
-    assert found["workers"] == 2 and found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    assert found["workers"] == 2 and found["final_loss"] == pytest.approx(
+        alone["final_loss"], abs=1e-4
+    )
     assert min(moved) > 1_000_000, "the gradients did not cross the links"
 
 
@@ -301,24 +443,41 @@ def test_each_kind_of_srun_says_who_a_task_is(slurm: Slurm, mpi: str):
         pytest.skip(f"this SLURM has no --mpi={mpi}")
     code = "from scaletrain.world import World; w = World.from_env(); print(w.rank, w.size, w.local_rank, w.local_size, w.launcher)"
     # On one node: two PMIx servers of one step cannot live on the same real host; across hosts, see below.
-    output = slurm.run("srun", f"--mpi={mpi}", "-N", "1", "-n", "2", "--overcommit", sys.executable, "-c", code)
+    output = slurm.run(
+        "srun", f"--mpi={mpi}", "-N", "1", "-n", "2", "--overcommit", sys.executable, "-c", code
+    )
     places = sorted(line.split()[:4] for line in output.splitlines() if line.count(" ") == 4)
     assert places == [["0", "2", "0", "2"], ["1", "2", "1", "2"]], output
 
 
 @pytest.mark.timeout(240)
-def test_out_of_time_and_requeued_from_the_checkpoint(out_of_time: tuple[subprocess.Popen, Path], tmp_path: Path):
+def test_out_of_time_and_requeued_from_the_checkpoint(
+    out_of_time: tuple[subprocess.Popen, Path], tmp_path: Path
+):
     launcher, run_dir = out_of_time
     status, output = launcher.wait(200), run_dir.with_name("output").read_text()
     assert status == 0, output
-    assert "stopped early" in output and "requeued; it goes on from its last checkpoint" in output, output
+    assert (
+        "stopped early" in output and "requeued; it goes on from its last checkpoint" in output
+    ), output
     assert int(output.split("resumed at step ")[1].split()[0]) >= 10, output
     assert summary(run_dir)["finished"] and summary(run_dir)["steps"] == 300
-    whole = train(tmp_path / "whole", "--workers", "2", "--set", "steps=300", "--set", "data=digits", config=SLOW)
+    whole = train(
+        tmp_path / "whole",
+        "--workers",
+        "2",
+        "--set",
+        "steps=300",
+        "--set",
+        "data=digits",
+        config=SLOW,
+    )
     assert summary(run_dir)["final_loss"] == pytest.approx(whole["final_loss"], abs=1e-4)
 
 
-def test_kill_9_of_a_node_daemon_is_no_hang(without_its_daemon: tuple[subprocess.Popen, Path], alone_slow: dict):
+def test_kill_9_of_a_node_daemon_is_no_hang(
+    without_its_daemon: tuple[subprocess.Popen, Path], alone_slow: dict
+):
     """The node is down for SLURM after its time-out; the job is requeued to others and goes on, or has ended by then."""
     launcher, run_dir = without_its_daemon
     status, output = launcher.wait(100), run_dir.with_name("output").read_text()

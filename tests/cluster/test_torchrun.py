@@ -10,7 +10,17 @@ import pytest
 
 from scaletrain.errors import UserError
 from scaletrain.launching.rehearsal import Cluster, machine
-from tests.cluster.commands import DIGITS, SHORT, clean, command, gone, step_of, summary, train, until
+from tests.cluster.commands import (
+    DIGITS,
+    SHORT,
+    clean,
+    command,
+    gone,
+    step_of,
+    summary,
+    train,
+    until,
+)
 from tests.conftest import require
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(150)]
@@ -26,10 +36,30 @@ def hosts(count: int) -> Cluster:
 
 
 def start(
-    network: Cluster, host: int, run_dir: Path, config: str, workers: int, *arguments: str, nodes: str = ""
+    network: Cluster,
+    host: int,
+    run_dir: Path,
+    config: str,
+    workers: int,
+    *arguments: str,
+    nodes: str = "",
 ) -> subprocess.Popen:
-    options = ("--set", f"launcher.nodes={nodes or len(network.names)}", "--set", "launcher.endpoint=h0:29400")
-    argv = command("train", config, "--run-dir", str(run_dir), "--workers", str(workers), "--launcher", "torchrun")
+    options = (
+        "--set",
+        f"launcher.nodes={nodes or len(network.names)}",
+        "--set",
+        "launcher.endpoint=h0:29400",
+    )
+    argv = command(
+        "train",
+        config,
+        "--run-dir",
+        str(run_dir),
+        "--workers",
+        str(workers),
+        "--launcher",
+        "torchrun",
+    )
     # No interface is named: each host has to find out which one leads to the others.
     return subprocess.Popen(
         network.command(host, [*argv, *options, *arguments], {"GLOO_SOCKET_IFNAME": "", "PYTHONFAULTHANDLER": "1"}), env=clean(),
@@ -65,7 +95,10 @@ def test_several_hosts(alone: dict, tmp_path: Path, count: int):
         agents = [start(network, host, run_dir, DIGITS, 4, *SHORT) for host in range(count)]
         outputs = ended(network, agents, 100)
         assert [agent.returncode for agent in agents] == [0] * count, "\n".join(outputs)
-        moved = [now.sent_bytes - then.sent_bytes for now, then in zip(network.counters(), before, strict=True)]
+        moved = [
+            now.sent_bytes - then.sent_bytes
+            for now, then in zip(network.counters(), before, strict=True)
+        ]
     assert summary(run_dir)["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
     assert min(moved) > 1_000_000, "the gradients did not cross the links"
 
@@ -92,10 +125,22 @@ def test_kill_9_of_a_worker_on_another_host(tmp_path: Path):
 
 def test_an_elastic_job_goes_on_without_a_lost_host(tmp_path: Path):
     """``--nnodes 1:2``: a host loses power; the other starts its worker again, which goes on alone from the checkpoint."""
-    run_dir, whole = tmp_path / "run", train(tmp_path / "whole", "--set", "data=digits", config=SLOW)
-    options = ("--set", "checkpoint.every_steps=10", "--set", "launcher.last_call_s=5", "--set", "timeout_s=8")
+    run_dir, whole = (
+        tmp_path / "run",
+        train(tmp_path / "whole", "--set", "data=digits", config=SLOW),
+    )
+    options = (
+        "--set",
+        "checkpoint.every_steps=10",
+        "--set",
+        "launcher.last_call_s=5",
+        "--set",
+        "timeout_s=8",
+    )
     with hosts(2) as network:
-        agents = [start(network, host, run_dir, SLOW, 2, *options, nodes="1:2") for host in range(2)]
+        agents = [
+            start(network, host, run_dir, SLOW, 2, *options, nodes="1:2") for host in range(2)
+        ]
         until(lambda: step_of(run_dir) >= 15, "fifteen steps of both")
         assert step_of(run_dir, 1) >= 10
         network.kill(1)

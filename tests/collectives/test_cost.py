@@ -16,9 +16,13 @@ def test_firecaffes_server_against_its_tree():
     """t_server / t_tree = p / (2 log2 p): 3.2 at 32 and 9.1 at 128 workers (a server that sends while it receives)."""
     network = Network(0.0, 1e9)
     for p, ratio in ((32, 3.2), (128, 9.1)):
-        server = predict("star", p, SIZE, network, segments=200)  # answers one layer while it receives the next
+        server = predict(
+            "star", p, SIZE, network, segments=200
+        )  # answers one layer while it receives the next
         # The server is one of our p ranks: p - 1 others write to it, where FireCaffe counts p.
-        assert server / predict("tree", p, SIZE, network) == pytest.approx(ratio * (p - 1) / p, rel=0.02)
+        assert server / predict("tree", p, SIZE, network) == pytest.approx(
+            ratio * (p - 1) / p, rel=0.02
+        )
 
 
 @pytest.mark.parametrize("p", [2, 3, 4, 7, 8, 16])
@@ -29,14 +33,21 @@ def test_closed_forms(p: int):
     assert predict("tree", p, SIZE, ETHERNET) == pytest.approx(2 * log * (a + wire))
     assert predict("star", p, SIZE, ETHERNET) == pytest.approx(2 * (p - 1) * (a + wire))
     if p & (p - 1) == 0:
-        assert predict("halving_doubling", p, SIZE, ETHERNET) == pytest.approx(2 * log * a + 2 * (p - 1) / p * wire)
+        assert predict("halving_doubling", p, SIZE, ETHERNET) == pytest.approx(
+            2 * log * a + 2 * (p - 1) / p * wire
+        )
         assert predict("recursive_doubling", p, SIZE, ETHERNET) == pytest.approx(log * (a + wire))
         half = ETHERNET._replace(duplex=False)
         assert predict("recursive_doubling", p, SIZE, half) == pytest.approx(log * (a + 2 * wire))
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in plugins.names("collective") if "loads" in plugins.load("collective", n).__globals__]
+    "name",
+    [
+        n
+        for n in plugins.names("collective")
+        if "loads" in plugins.load("collective", n).__globals__
+    ],
 )
 def test_stated_loads_are_those_of_the_schedule(name: str):
     factory = plugins.load("collective", name)
@@ -57,7 +68,9 @@ def test_ranks_of_a_host_share_its_port():
     """4 hosts of 4: two levels move 2(4 - 1)/4 of the message over a port, a ring over all ranks 2(16 - 1)/16."""
     network = Network(0.0, 125e6, ranks_per_host=4, local=Link(0.0, 1e15))
     wire = SIZE / 125e6
-    assert predict("two_level", 16, SIZE, network, ranks_per_host=4) == pytest.approx(1.5 * wire, rel=1e-3)
+    assert predict("two_level", 16, SIZE, network, ranks_per_host=4) == pytest.approx(
+        1.5 * wire, rel=1e-3
+    )
     assert predict("ring", 16, SIZE, network) == pytest.approx(2 * 15 / 16 * wire, rel=1e-3)
     assert predict("halving_doubling", 16, SIZE, network) > 2 * wire
 

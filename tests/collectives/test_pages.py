@@ -24,7 +24,9 @@ def test_page_and_drawing_are_those_of_the_code(name: str):
     schedule = plugins.load("collective", name)(size, **options)
     picture = drawing.as_svg(schedule, f"{name}, {size} ranks")
     ET.fromstring(picture)
-    missing = [f"{name}.{form}" for form in ("md", "svg") if not (PAGES / f"{name}.{form}").exists()]
+    missing = [
+        f"{name}.{form}" for form in ("md", "svg") if not (PAGES / f"{name}.{form}").exists()
+    ]
     assert not missing, (
         f"docs/algorithms: no {' and no '.join(missing)}; write the page: see docs/algorithms/README.md#add-one"
     )

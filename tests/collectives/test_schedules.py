@@ -18,7 +18,16 @@ from scaletrain.collectives.schedule import (
 from scaletrain.errors import UserError
 
 ALGORITHMS = plugins.names("collective")
-BETWEEN = ["ring", "tree", "halving_doubling", "recursive_doubling", "direct", "double_tree", "pipelined_tree", "star"]
+BETWEEN = [
+    "ring",
+    "tree",
+    "halving_doubling",
+    "recursive_doubling",
+    "direct",
+    "double_tree",
+    "pipelined_tree",
+    "star",
+]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -54,7 +63,9 @@ def test_what_is_no_allreduce_is_refused_before_it_is_used(monkeypatch: pytest.M
     with pytest.raises(UserError, match="collective tree: no allreduce of 5 ranks: "):
         proved("tree", 5)
     monkeypatch.setattr(plugins, "load", lambda kind, name: lambda size: list(lossy.rounds))
-    with pytest.raises(UserError, match=r"collective tree: schedule\(5\) returned \[.* \(allowed: a Schedule\)"):
+    with pytest.raises(
+        UserError, match=r"collective tree: schedule\(5\) returned \[.* \(allowed: a Schedule\)"
+    ):
         proved("tree", 5)
 
 
@@ -73,7 +84,9 @@ def test_a_lost_round_is_caught(name: str, size: int):
 def test_each_single_fault_is_caught(name: str, size: int):
     """A transfer that is missing, happens twice, goes to the wrong rank or replaces where it should add: refused, unless the numbers
     still come out right (a ring may be entered elsewhere), which an independent simulation with integers decides."""
-    schedule = plugins.load("collective", name)(size, **({"segments": 2} if "tree" in name and name != "tree" else {}))
+    schedule = plugins.load("collective", name)(
+        size, **({"segments": 2} if "tree" in name and name != "tree" else {})
+    )
     caught = 0
     for index, transfers in enumerate(schedule.rounds):
         for place, t in enumerate(transfers):
@@ -85,7 +98,9 @@ def test_each_single_fault_is_caught(name: str, size: int):
                 (*others, t._replace(add=not t.add)),
                 (*transfers, t),
             ):
-                changed = schedule._replace(rounds=(*schedule.rounds[:index], wrong, *schedule.rounds[index + 1 :]))
+                changed = schedule._replace(
+                    rounds=(*schedule.rounds[:index], wrong, *schedule.rounds[index + 1 :])
+                )
                 if sums_up(changed):
                     continue
                 caught += 1
@@ -105,7 +120,9 @@ def sums_up(schedule: Schedule) -> bool:
     return held == [[sum(row[0] for row in start)] * schedule.num_chunks] * schedule.size
 
 
-REDUCE_THEN_DISTRIBUTE = [name for name in ALGORITHMS if name != "recursive_doubling"]  # whose additions are all of it
+REDUCE_THEN_DISTRIBUTE = [
+    name for name in ALGORITHMS if name != "recursive_doubling"
+]  # whose additions are all of it
 
 
 @pytest.mark.parametrize("name", REDUCE_THEN_DISTRIBUTE)
@@ -128,11 +145,15 @@ def test_a_fault_in_a_half_is_caught(name: str):
     reduction, distribution = schedule.reduction(), schedule.distribution()
     owners = verify_reduction(reduction)
     for index, transfers in enumerate(reduction.rounds):
-        lost = reduction._replace(rounds=(*reduction.rounds[:index], transfers[1:], *reduction.rounds[index + 1 :]))
+        lost = reduction._replace(
+            rounds=(*reduction.rounds[:index], transfers[1:], *reduction.rounds[index + 1 :])
+        )
         doubled = (*transfers, transfers[0])
         for changed in (
             lost,
-            lost._replace(rounds=(*reduction.rounds[:index], doubled, *reduction.rounds[index + 1 :])),
+            lost._replace(
+                rounds=(*reduction.rounds[:index], doubled, *reduction.rounds[index + 1 :])
+            ),
         ):
             with pytest.raises(ScheduleError):
                 verify_reduction(changed)
@@ -141,7 +162,11 @@ def test_a_fault_in_a_half_is_caught(name: str):
             with pytest.raises(ScheduleError):
                 verify_distribution(
                     distribution._replace(
-                        rounds=(*distribution.rounds[:index], wrong, *distribution.rounds[index + 1 :])
+                        rounds=(
+                            *distribution.rounds[:index],
+                            wrong,
+                            *distribution.rounds[index + 1 :],
+                        )
                     ),
                     owners,
                 )
@@ -157,7 +182,9 @@ def test_another_order_of_additions_is_caught():
     )
     with pytest.raises(ScheduleError):
         verify(Schedule(3, 1, rounds))
-    everybody_adds_everybody = tuple(Transfer(s, d, 0, True) for s in range(3) for d in range(3) if s != d)
+    everybody_adds_everybody = tuple(
+        Transfer(s, d, 0, True) for s in range(3) for d in range(3) if s != d
+    )
     with pytest.raises(ScheduleError, match="different orders"):
         verify(Schedule(3, 1, (everybody_adds_everybody,)))
 
@@ -165,14 +192,19 @@ def test_another_order_of_additions_is_caught():
 def test_a_lost_contribution_is_told_with_the_round_that_lost_it():
     gather = tuple(Transfer(rank, 0, 0, True) for rank in (1, 2, 3))
     wrong = (Transfer(3, 0, 0, False), *(Transfer(0, rank, 0, False) for rank in (1, 2)))
-    with pytest.raises(ScheduleError, match=r"rank 0 lacks the contribution of rank 0 .*: in round 1 what rank 3 sent"):
+    with pytest.raises(
+        ScheduleError,
+        match=r"rank 0 lacks the contribution of rank 0 .*: in round 1 what rank 3 sent",
+    ):
         verify(Schedule(4, 1, (gather, wrong)))
 
 
 def test_a_blocking_order_that_waits_for_ever_is_caught():
     a, b = Transfer(0, 1, 0, True), Transfer(1, 0, 0, True)
     with pytest.raises(ScheduleError, match="deadlock"):
-        verify_order([[(0, [], [b]), (1, [a], [])], [(0, [], [a]), (1, [b], [])]])  # both receive before they send
+        verify_order(
+            [[(0, [], [b]), (1, [a], [])], [(0, [], [a]), (1, [b], [])]]
+        )  # both receive before they send
     with pytest.raises(ScheduleError, match="meets"):
         verify_order([[(0, [a], [])], [(0, [], [a._replace(chunk=1)])]])
     with pytest.raises(ScheduleError, match="deadlock"):

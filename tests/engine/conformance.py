@@ -15,7 +15,12 @@ from scaletrain.engine.transport import Group, Receive, Transport
 ALGORITHMS = plugins.names("collective")
 COUNTS = (1, 2, 7, 1000, 4099)
 LARGE = 600_001  # TCP cuts them into pieces, and answers some by receipts
-REDUCTIONS = {"add": torch.add, "mul": torch.mul, "minimum": torch.minimum, "maximum": torch.maximum}
+REDUCTIONS = {
+    "add": torch.add,
+    "mul": torch.mul,
+    "minimum": torch.minimum,
+    "maximum": torch.maximum,
+}
 
 
 def contribution(rank: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,13 +57,19 @@ def every_allreduce(transport: Transport) -> Iterator[tuple[str, Tensor]]:
                 for tensor in found:
                     execute(program, transport, tensor, torch.add, segments)
                 what = f"{name}, {size} ranks, {count} elements, {segments} segments"
-                assert close(found[0], reference(size, count, torch.float32, "add")), f"{what}: wrong sum"
+                assert close(found[0], reference(size, count, torch.float32, "add")), (
+                    f"{what}: wrong sum"
+                )
                 assert torch.equal(found[0], found[1]), f"{what}: another run gave other bits"
                 yield what, found[0]
     for name in ("tree", "star", "direct", "recursive_doubling", "pipelined_tree"):
         tensor = contribution(rank, LARGE)
-        execute(Program.of(plugins.load("collective", name)(size), rank), transport, tensor, torch.add)
-        assert close(tensor, reference(size, LARGE, torch.float32, "add")), f"{name}: {LARGE} elements: wrong sum"
+        execute(
+            Program.of(plugins.load("collective", name)(size), rank), transport, tensor, torch.add
+        )
+        assert close(tensor, reference(size, LARGE, torch.float32, "add")), (
+            f"{name}: {LARGE} elements: wrong sum"
+        )
         yield f"{name}, {LARGE} elements", tensor
     for dtype, reduce in (
         (torch.float64, "add"),
@@ -122,7 +133,10 @@ def messages_in_order(transport: Transport) -> None:
             return torch.div(a, b, out=out).add_(1)
 
         sends = [(peer, torch.full((2,), 2.0)), (peer, torch.full((2,), 5.0))]
-        receives = [Receive(peer, into, first_divided_by_second), Receive(peer, into, first_divided_by_second)]
+        receives = [
+            Receive(peer, into, first_divided_by_second),
+            Receive(peer, into, first_divided_by_second),
+        ]
         transport.start(sends, receives)()
         assert into.tolist() == [2.0, 2.0]  # (8 / 2 + 1) / 5 + 1
 

@@ -28,7 +28,9 @@ from scaletrain.engine.transport import Group, mixed
 
 TIMEOUT_S = 1.5  # of a collective
 HANG_S = 30.0  # a rank that has not ended by then hangs
-ROUNDS = 15  # what is to happen happens in one of the first; without a fatal fault, that many are run
+ROUNDS = (
+    15  # what is to happen happens in one of the first; without a fatal fault, that many are run
+)
 KINDS = ("kill", "kill while joining", "stop", "late", "too late")
 WIRES = (
     ("shared_memory", NATIVE), ("shared_memory", "ring"), ("shared_memory", "tree"), ("shared_memory", "direct"),
@@ -63,7 +65,11 @@ def one_rank(case: dict[str, Any], rank: int, folder: Path) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         group = Group(dist.PrefixStore("group/", store), rank, size, timedelta(seconds=TIMEOUT_S))
-        allreduce = of_backend(group, case) if case["transport"].startswith("backend") else of_engine(group, case)
+        allreduce = (
+            of_backend(group, case)
+            if case["transport"].startswith("backend")
+            else of_engine(group, case)
+        )
         tensor = torch.empty(case["count"])
         expected = float(size * (size + 1) // 2)
         for index in itertools.count() if kind != "late" else range(ROUNDS):
@@ -98,7 +104,9 @@ def one_rank(case: dict[str, Any], rank: int, folder: Path) -> str:
 
 def of_engine(group: Group, case: dict[str, Any]) -> Callable[[torch.Tensor], object]:
     if case["transport"] == "mixed":
-        mixed.same_host = lambda group: [str(rank // 2) for rank in range(group.size)]  # this process is the rank's own
+        mixed.same_host = lambda group: [
+            str(rank // 2) for rank in range(group.size)
+        ]  # this process is the rank's own
     return Engine(group, case["collective"], case["transport"]).allreduce
 
 
@@ -150,7 +158,9 @@ def inject(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         path = folder / f"end-{case['index']}-{rank}"
-        ends.append(path.read_text() if path.exists() else "killed" if rank == case["victim"] else "hang")
+        ends.append(
+            path.read_text() if path.exists() else "killed" if rank == case["victim"] else "hang"
+        )
     return {**case, "ends": ends, "seconds": round(seconds, 2)}
 
 

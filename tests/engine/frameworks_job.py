@@ -30,7 +30,9 @@ def reference(size: int) -> list[torch.Tensor]:
     return [p.detach() for p in single.parameters()]
 
 
-def loop(module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, backward=torch.Tensor.backward) -> None:
+def loop(
+    module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, backward=torch.Tensor.backward
+) -> None:
     for step in range(STEPS):
         optimizer.zero_grad()
         backward(module(batch(step, rank)).pow(2).mean())
@@ -67,7 +69,9 @@ def fabric(rank: int, size: int) -> list[torch.Tensor]:
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
 
-    made = Fabric(accelerator="cpu", devices=size, strategy=DDPStrategy(process_group_backend="scaletrain"))
+    made = Fabric(
+        accelerator="cpu", devices=size, strategy=DDPStrategy(process_group_backend="scaletrain")
+    )
     made.launch()
     module = model()
     module, optimizer = made.setup(module, torch.optim.SGD(module.parameters(), 0.1))

@@ -12,11 +12,15 @@ import scaletrain  # noqa: F401  (registers the backend)
 def main() -> None:
     torch.set_num_threads(1)
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
-    dist.init_process_group("mpi4py", store=dist.FileStore(sys.argv[1], size), rank=rank, world_size=size)
+    dist.init_process_group(
+        "mpi4py", store=dist.FileStore(sys.argv[1], size), rank=rank, world_size=size
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         tensor = (torch.arange(1000) % 7 + rank).to(dtype)
         dist.all_reduce(tensor)
-        assert torch.equal(tensor, (size * (torch.arange(1000) % 7) + size * (size - 1) // 2).to(dtype)), dtype
+        assert torch.equal(
+            tensor, (size * (torch.arange(1000) % 7) + size * (size - 1) // 2).to(dtype)
+        ), dtype
     assert dist.group.WORLD.record()["transport"] == "mpi"
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)

@@ -21,7 +21,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
     store = dist.FileStore(path, size)
-    found = {"conform": conformance.conform, "late": conformance.late}[part]("mpi", store, rank, size)
+    found = {"conform": conformance.conform, "late": conformance.late}[part](
+        "mpi", store, rank, size
+    )
     Path(results, str(rank)).write_bytes(pickle.dumps(found))
     MPI.COMM_WORLD.Barrier()
 

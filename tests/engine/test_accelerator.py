@@ -18,7 +18,12 @@ from scaletrain.errors import UserError
 from tests.engine.conformance import close, contribution, reference
 from tests.ranks import run_ranks
 
-COUNTS = (1, 1000, 7001, 3)  # in parts of 4 KiB: one, one, seven; larger ones first and then smaller
+COUNTS = (
+    1,
+    1000,
+    7001,
+    3,
+)  # in parts of 4 KiB: one, one, seven; larger ones first and then smaller
 
 
 def _staged(rank: int, size: int, path: str) -> list[bytes]:
@@ -26,7 +31,12 @@ def _staged(rank: int, size: int, path: str) -> list[bytes]:
     store, timeout = dist.FileStore(path, size), timedelta(seconds=30)
     group = Group(dist.PrefixStore("wire/", store), rank, size, timeout)
     lane = AcceleratorLane(
-        group, RollCall(store, rank, size, timeout), "auto", "auto", torch.device("cpu"), staged=True
+        group,
+        RollCall(store, rank, size, timeout),
+        "auto",
+        "auto",
+        torch.device("cpu"),
+        staged=True,
     )
     total, found = OPERATIONS[int(dist.ReduceOp.SUM)], []
     for at_once in (True, False):
@@ -58,7 +68,12 @@ def _late(rank: int, size: int, path: str) -> str:
     store, timeout = dist.FileStore(path, size), timedelta(seconds=1)
     group = Group(dist.PrefixStore("wire/", store), rank, size, timeout)
     lane = AcceleratorLane(
-        group, RollCall(store, rank, size, timeout), "auto", "gloo", torch.device("cpu"), staged=True
+        group,
+        RollCall(store, rank, size, timeout),
+        "auto",
+        "gloo",
+        torch.device("cpu"),
+        staged=True,
     )
     total, message = OPERATIONS[int(dist.ReduceOp.SUM)], ""
     lane.allreduce([torch.ones(3)], total, False).wait()
@@ -100,7 +115,9 @@ def test_nccl_is_refused_where_ranks_share_a_device(monkeypatch):
         _group_of_one(Options("ring", "nccl"), True, monkeypatch)._accelerator_lane()
 
 
-def _group_of_one(options: Options, shared: bool, monkeypatch: pytest.MonkeyPatch) -> process_group.ProcessGroup:
+def _group_of_one(
+    options: Options, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> process_group.ProcessGroup:
     monkeypatch.setattr(process_group, "shared", lambda group: shared)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(process_group, "AcceleratorLane", _on_cpu)

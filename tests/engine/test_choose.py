@@ -25,8 +25,15 @@ def test_between_sizes_a_line_is_drawn_and_the_lowest_is_chosen():
     tuning = Tuning({DIRECT: (1.0, 2.0, 10.0, 40.0, 160.0), RING: (5.0, 5.0, 6.0, 12.0, 36.0)}, 1.0)
     assert tuning.predict(DIRECT, 1) == 1.0, "below the smallest size it is latency"
     assert tuning.predict(DIRECT, (SIZES[2] + SIZES[3]) // 2) == 25.0
-    assert tuning.predict(RING, 2 * SIZES[4]) == 72.0, "beyond the largest it is as much a byte as there"
-    assert [tuning.choose(n) for n in (1, SIZES[1], SIZES[2], 100 << 20)] == [DIRECT, DIRECT, RING, RING]
+    assert tuning.predict(RING, 2 * SIZES[4]) == 72.0, (
+        "beyond the largest it is as much a byte as there"
+    )
+    assert [tuning.choose(n) for n in (1, SIZES[1], SIZES[2], 100 << 20)] == [
+        DIRECT,
+        DIRECT,
+        RING,
+        RING,
+    ]
 
 
 def test_a_wire_so_slow_that_one_size_was_timed():
@@ -38,7 +45,12 @@ def test_a_wire_so_slow_that_one_size_was_timed():
 def test_of_equals_the_wires_own_allreduce_is_chosen():
     own = Choice(NATIVE, 1)
     for seconds, chosen in ((10.4, own), (10.6, RING)):
-        assert Tuning({RING: (10.0,) * 5, own: (seconds,) * 5, DIRECT: (11.0,) * 5}, 1.0).choose(1 << 20) == chosen
+        assert (
+            Tuning({RING: (10.0,) * 5, own: (seconds,) * 5, DIRECT: (11.0,) * 5}, 1.0).choose(
+                1 << 20
+            )
+            == chosen
+        )
     assert Tuning({RING: (10.0,) * 5, DIRECT: (9.9,) * 5}, 1.0).choose(1 << 20) == DIRECT
 
 
@@ -60,7 +72,11 @@ def _in_shared_memory(rank: int, size: int, path: str) -> dict:
 
 
 def test_on_one_host_it_is_shared_memory(tmp_path: Path):
-    told = {"transport": "shared_memory", "collective": "auto", "chosen": {"4096": Choice(NATIVE, 1)._asdict()}}
+    told = {
+        "transport": "shared_memory",
+        "collective": "auto",
+        "chosen": {"4096": Choice(NATIVE, 1)._asdict()},
+    }
     assert run_ranks(_in_shared_memory, 2, str(tmp_path / "store")) == [told] * 2
 
 
@@ -85,7 +101,9 @@ def _calibrate(rank: int, size: int, path: str, same_wire: float) -> tuple[dict,
 @pytest.mark.slow
 def test_a_calibration_is_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(autotune, "SIZES", SIZES[:3])
-    first = run_ranks(_calibrate, 3, str(tmp_path), 0.5)  # no wire is the same: measured whatever is kept
+    first = run_ranks(
+        _calibrate, 3, str(tmp_path), 0.5
+    )  # no wire is the same: measured whatever is kept
     assert all(found == first[0] for found in first), "all ranks choose the same"
     before, after = first[0]
     assert before["chosen"] == {} and after["chosen"].keys() == {"4096", "1200000"}
@@ -99,14 +117,18 @@ def test_a_calibration_is_kept_and_used_again(tmp_path: Path, monkeypatch: pytes
     slowest = max(kept.seconds, key=lambda choice: kept.predict(choice, 4096))
     forged = kept._replace(seconds={c: (0.0 if c == slowest else 9.0,) * 3 for c in kept.seconds})
     path.write_text(autotune._dump(forged))
-    again = run_ranks(_calibrate, 3, str(tmp_path), 1e9)  # every wire is the same: what is kept is believed
+    again = run_ranks(
+        _calibrate, 3, str(tmp_path), 1e9
+    )  # every wire is the same: what is kept is believed
     assert [found[1]["chosen"]["4096"] for found in again] == [slowest._asdict()] * 3
     assert autotune._read(path) == forged
 
     path.write_text(json.dumps({"seconds": []}))
     run_ranks(_calibrate, 3, str(tmp_path), 1e8)
     mended = autotune._read(path)
-    assert mended is not None and mended.seconds.keys() == kept.seconds.keys(), "a file that is not whole is replaced"
+    assert mended is not None and mended.seconds.keys() == kept.seconds.keys(), (
+        "a file that is not whole is replaced"
+    )
 
 
 def _with_options(rank: int, size: int, path: str) -> tuple[dict, int]:
@@ -132,19 +154,36 @@ def test_a_mistake_in_an_option_is_named(monkeypatch: pytest.MonkeyPatch):
     from scaletrain.engine.process_group import Options
 
     monkeypatch.setenv("SCALETRAIN_COLLECTIVE", "pipelined_tree:segment=3")
-    with pytest.raises(UserError, match=r"SCALETRAIN_COLLECTIVE.*'segment'.*did you mean 'segments'"):
+    with pytest.raises(
+        UserError, match=r"SCALETRAIN_COLLECTIVE.*'segment'.*did you mean 'segments'"
+    ):
         Options.from_env()
 
 
 @pytest.mark.slow
 def test_the_measurement_runs(tmp_path: Path):
     """`scaletrain bench collectives`, for real: ours and gloo, both right."""
-    arguments = ["--workers", "2", "--sizes", "4K", "--peers", "gloo", "--repeats", "1", "--seconds", "0.02"]
-    result = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "found")], catch_exceptions=False)
+    arguments = [
+        "--workers",
+        "2",
+        "--sizes",
+        "4K",
+        "--peers",
+        "gloo",
+        "--repeats",
+        "1",
+        "--seconds",
+        "0.02",
+    ]
+    result = CliRunner().invoke(
+        command, [*arguments, "--out", str(tmp_path / "found")], catch_exceptions=False
+    )
     assert result.exit_code == 0
     found = json.loads((tmp_path / "found.json").read_text())
     rows = {row["contender"]: row for row in found["rows"]}
     assert rows.keys() == {"auto:auto", "gloo"} and not found["notes"]
-    assert all(row["wrong"] == 0 and row["runs"] >= 3 and row["time_s_min"] > 0 for row in rows.values())
+    assert all(
+        row["wrong"] == 0 and row["runs"] >= 3 and row["time_s_min"] > 0 for row in rows.values()
+    )
     assert rows["auto:auto"]["ran"] == NATIVE
     assert "| 2 | 4 KiB | 1024 | float32 | auto:auto | native |" in result.output

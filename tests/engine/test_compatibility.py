@@ -31,17 +31,24 @@ OPERATIONS = ["SUM", "PRODUCT", "MIN", "MAX", "AVG", "BAND", "BOR", "BXOR"]
 
 def join(backend: str, rank: int, size: int, path: str, timeout_s: float = 30) -> None:
     store = dist.FileStore(path, size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+    )
 
 
 def both(function: Callable, size: int, tmp_path: Path, *arguments: Any) -> None:
     """``function(rank, size, backend, path, ...)`` must give the same on every rank under gloo and under scaletrain."""
     of_gloo, ours = (
-        run_ranks(function, size, backend, str(tmp_path / backend), *arguments) for backend in ("gloo", "scaletrain")
+        run_ranks(function, size, backend, str(tmp_path / backend), *arguments)
+        for backend in ("gloo", "scaletrain")
     )
     for rank, (expected, found) in enumerate(zip(of_gloo, ours, strict=True)):
         assert expected.keys() == found.keys()
-        wrong = {what: (expected[what], found[what]) for what in expected if not agrees(expected[what], found[what])}
+        wrong = {
+            what: (expected[what], found[what])
+            for what in expected
+            if not agrees(expected[what], found[what])
+        }
         assert not wrong, f"rank {rank}: (gloo, scaletrain) {wrong}"
 
 
@@ -50,11 +57,15 @@ def agrees(expected: Any, found: Any) -> bool:
     if isinstance(expected, str) and expected.startswith("refused"):
         return True
     if isinstance(expected, list) and isinstance(found, list):
-        return len(expected) == len(found) and all(agrees(a, b) for a, b in zip(expected, found, strict=True))
+        return len(expected) == len(found) and all(
+            agrees(a, b) for a, b in zip(expected, found, strict=True)
+        )
     if isinstance(expected, tuple) and isinstance(found, tuple):
         (dtype, shape, values), (other_dtype, other_shape, other_values) = expected, found
         tolerance = {"torch.float16": 2e-3, "torch.bfloat16": 2e-2}.get(dtype, 1e-5)
-        same = torch.allclose(torch.tensor(values), torch.tensor(other_values), rtol=tolerance, atol=tolerance)
+        same = torch.allclose(
+            torch.tensor(values), torch.tensor(other_values), rtol=tolerance, atol=tolerance
+        )
         return dtype == other_dtype and shape == other_shape and same
     return expected == found
 
@@ -107,27 +118,43 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
     for dtype in DTYPES:
         for name in OPERATIONS:
             operation = getattr(dist.ReduceOp, name)
-            yield f"all_reduce {name} {dtype}", lambda: _in_place(dist.all_reduce, give(rank, dtype, 5), operation)
-        yield f"reduce {dtype}", lambda: dist.reduce(t := give(rank, dtype, 4), 1) or (t if rank == 1 else None)
+            yield (
+                f"all_reduce {name} {dtype}",
+                lambda: _in_place(dist.all_reduce, give(rank, dtype, 5), operation),
+            )
+        yield (
+            f"reduce {dtype}",
+            lambda: dist.reduce(t := give(rank, dtype, 4), 1) or (t if rank == 1 else None),
+        )
         yield f"broadcast {dtype}", lambda: _in_place(dist.broadcast, give(rank, dtype, 4), 1)
         yield (
             f"all_gather {dtype}",
             lambda: _in_place(
-                dist.all_gather, [torch.empty(3, dtype=dtype) for _ in range(size)], give(rank, dtype, 3)
+                dist.all_gather,
+                [torch.empty(3, dtype=dtype) for _ in range(size)],
+                give(rank, dtype, 3),
             ),
         )
         yield (
             f"all_gather_into_tensor {dtype}",
-            lambda: _in_place(dist.all_gather_into_tensor, torch.empty(3 * size, dtype=dtype), give(rank, dtype, 3)),
+            lambda: _in_place(
+                dist.all_gather_into_tensor,
+                torch.empty(3 * size, dtype=dtype),
+                give(rank, dtype, 3),
+            ),
         )
         yield (
             f"reduce_scatter_tensor {dtype}",
-            lambda: _in_place(dist.reduce_scatter_tensor, torch.empty(3, dtype=dtype), give(rank, dtype, 3 * size)),
+            lambda: _in_place(
+                dist.reduce_scatter_tensor, torch.empty(3, dtype=dtype), give(rank, dtype, 3 * size)
+            ),
         )
         yield (
             f"reduce_scatter {dtype}",
             lambda: _in_place(
-                dist.reduce_scatter, torch.empty(3, dtype=dtype), [give(rank + i, dtype, 3) for i in range(size)]
+                dist.reduce_scatter,
+                torch.empty(3, dtype=dtype),
+                [give(rank + i, dtype, 3) for i in range(size)],
             ),
         )
         yield f"gather {dtype}", lambda: _in_place(
@@ -145,24 +172,49 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
         )
         yield (
             f"all_to_all_single {dtype}",
-            lambda: _in_place(dist.all_to_all_single, torch.empty(size, dtype=dtype), give(rank, dtype, size)),
+            lambda: _in_place(
+                dist.all_to_all_single, torch.empty(size, dtype=dtype), give(rank, dtype, size)
+            ),
         )
     for shape in ((), (0,), (1,), (2, 3), (size - 1,), (70_001,)):
-        yield f"all_reduce of shape {shape}", lambda: _in_place(dist.all_reduce, torch.full(shape, rank + 0.5))
+        yield (
+            f"all_reduce of shape {shape}",
+            lambda: _in_place(dist.all_reduce, torch.full(shape, rank + 0.5)),
+        )
     yield "transposed", lambda: _in_place(dist.all_reduce, give(rank, torch.float32, 4, 3).t())
     # Not compared: tensors with gaps, which gloo sums up wrongly (below, against the true sums), and monitored_barrier, which torch itself
     # refuses to every backend that is not called gloo.
     yield (
         "channels_last",
-        lambda: _in_place(dist.all_reduce, give(rank, torch.float32, 2, 3, 4, 4).to(memory_format=torch.channels_last)),
+        lambda: _in_place(
+            dist.all_reduce,
+            give(rank, torch.float32, 2, 3, 4, 4).to(memory_format=torch.channels_last),
+        ),
     )
     yield "sparse", lambda: _in_place(dist.all_reduce, torch.eye(3)[rank % 3].to_sparse())
     for dtype in (torch.float32, torch.bfloat16):
-        for how, give_more in (("requires_grad", Tensor.requires_grad_), ("inference", _in_inference)):
-            yield f"{how} {dtype}", lambda: _in_place(dist.all_reduce, give_more(give(rank, dtype, 5)))
-            yield f"{how} {dtype}, async", lambda: _waited(dist.all_reduce, give_more(give(rank, dtype, 5)))
-    yield "two tensors", lambda: _pair(give(rank, torch.float32, 5), give(rank + 1, torch.float32, 5))
-    yield "coalesced", lambda: _in_place(dist.all_reduce_coalesced, [give(rank, torch.float32, n) for n in (1, 4)])
+        for how, give_more in (
+            ("requires_grad", Tensor.requires_grad_),
+            ("inference", _in_inference),
+        ):
+            yield (
+                f"{how} {dtype}",
+                lambda: _in_place(dist.all_reduce, give_more(give(rank, dtype, 5))),
+            )
+            yield (
+                f"{how} {dtype}, async",
+                lambda: _waited(dist.all_reduce, give_more(give(rank, dtype, 5))),
+            )
+    yield (
+        "two tensors",
+        lambda: _pair(give(rank, torch.float32, 5), give(rank + 1, torch.float32, 5)),
+    )
+    yield (
+        "coalesced",
+        lambda: _in_place(
+            dist.all_reduce_coalesced, [give(rank, torch.float32, n) for n in (1, 4)]
+        ),
+    )
     yield "uneven all_to_all_single", lambda: _in_place(
         dist.all_to_all_single, torch.empty(size * (rank + 1)), torch.arange(size * (size + 1) // 2) + 100.0 * rank,
         [rank + 1] * size, list(range(1, size + 1)),
@@ -191,7 +243,10 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
 
     def batch() -> Tensor:
         got = torch.empty(2)
-        pair = [dist.P2POp(dist.irecv, got, left), dist.P2POp(dist.isend, torch.full((2,), float(rank)), right)]
+        pair = [
+            dist.P2POp(dist.irecv, got, left),
+            dist.P2POp(dist.isend, torch.full((2,), float(rank)), right),
+        ]
         for work in dist.batch_isend_irecv(pair):
             work.wait()
         return got
@@ -204,7 +259,9 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
         elif call == "gather_object":
             dist.gather_object(rank, out := [None] * size if rank == 0 else None)
         else:
-            dist.scatter_object_list(out := [None], [[i] for i in range(size)] if rank == 0 else None)
+            dist.scatter_object_list(
+                out := [None], [[i] for i in range(size)] if rank == 0 else None
+            )
         return str(out)
 
     def out_of_order() -> Any:
@@ -224,22 +281,38 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
         if group == dist.GroupMember.NON_GROUP_MEMBER:
             return None
         dist.all_reduce(tensor := torch.tensor([1.0 + rank]), group=group)
-        return [tensor, dist.get_rank(group), dist.get_world_size(group), dist.get_process_group_ranks(group)]
+        return [
+            tensor,
+            dist.get_rank(group),
+            dist.get_world_size(group),
+            dist.get_process_group_ranks(group),
+        ]
 
     def functional() -> Any:
         import torch.distributed._functional_collectives as functional
 
         group = dist.group.WORLD
         return [
-            functional.wait_tensor(functional.all_reduce(torch.full((3,), rank + 1.0), "sum", group)),
-            functional.wait_tensor(functional.all_gather_tensor(torch.full((2,), rank + 1.0), 0, group)),
-            functional.wait_tensor(functional.reduce_scatter_tensor(torch.full((size,), rank + 1.0), "sum", 0, group)),
+            functional.wait_tensor(
+                functional.all_reduce(torch.full((3,), rank + 1.0), "sum", group)
+            ),
+            functional.wait_tensor(
+                functional.all_gather_tensor(torch.full((2,), rank + 1.0), 0, group)
+            ),
+            functional.wait_tensor(
+                functional.reduce_scatter_tensor(torch.full((size,), rank + 1.0), "sum", 0, group)
+            ),
         ]
 
     yield "ring of isend and recv", ring
     yield "recv from any", any_source
     yield "batch_isend_irecv", batch
-    for call in ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list"):
+    for call in (
+        "all_gather_object",
+        "broadcast_object_list",
+        "gather_object",
+        "scatter_object_list",
+    ):
         yield call, lambda call=call: objects(call)
     yield "out of order", out_of_order
     yield "future", future
@@ -290,7 +363,9 @@ def _waiting(rank: int, size: int, port_file: str) -> float:
         while not Path(port_file).exists():
             time.sleep(0.01)
         store = dist.TCPStore("127.0.0.1", int(Path(port_file).read_text()), size)
-    group = ProcessGroup(dist.PrefixStore("g/", store), rank, size, timedelta(seconds=20), Options())
+    group = ProcessGroup(
+        dist.PrefixStore("g/", store), rank, size, timedelta(seconds=20), Options()
+    )
     options, tensor = dist.AllreduceOptions(), torch.full((4,), float(rank + 1))
     options.asyncOp = True
     if rank == 1:
@@ -311,7 +386,9 @@ def test_a_collective_that_waits_keeps_nobody_from_the_store(tmp_path: Path):
 
 
 def _interrupted(rank: int, size: int, path: str) -> str:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what was started in the background ignores it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what was started in the background ignores it
     join("scaletrain", rank, size, path)
     dist.all_reduce(torch.ones(3))
     told = ""
@@ -340,7 +417,10 @@ def _profiled(rank: int, size: int, backend: str, path: str) -> dict[str, Any]:
         dist.barrier()
     names = {event.key for event in profile.key_averages()}
     dist.destroy_process_group()
-    return {name: any(name in event for event in names) for name in ("all_reduce", "all_gather", "barrier")}
+    return {
+        name: any(name in event for event in names)
+        for name in ("all_reduce", "all_gather", "barrier")
+    }
 
 
 def test_the_profiler_sees_collectives(tmp_path: Path):
@@ -356,7 +436,9 @@ def _late(rank: int, size: int, backend: str, path: str, name: str) -> dict[str,
         "allgather": lambda: dist.all_gather([torch.empty(3) for _ in range(size)], torch.ones(3)),
         "barrier": dist.barrier,
         "broadcast": lambda: dist.broadcast(torch.ones(3), 2),
-        "alltoall": lambda: dist.all_to_all_single(torch.empty(size), torch.ones(size), async_op=True).wait(),
+        "alltoall": lambda: dist.all_to_all_single(
+            torch.empty(size), torch.ones(size), async_op=True
+        ).wait(),
     }
     message = ""
     if rank < 2:
@@ -380,8 +462,12 @@ def test_a_timeout_names_the_collective_and_who_never_entered(name: str, tmp_pat
 
 def test_a_rank_in_another_collective_is_named(tmp_path: Path):
     first, second, _ = run_ranks(_late, 3, "scaletrain", str(tmp_path / "store"), "broadcast")
-    assert first["message"].endswith("; rank 1 is in barrier #2; rank 2 never entered it or has left it"), first
-    assert second["message"].endswith("; rank 0 is in broadcast #2; rank 2 never entered it"), second
+    assert first["message"].endswith(
+        "; rank 1 is in barrier #2; rank 2 never entered it or has left it"
+    ), first
+    assert second["message"].endswith("; rank 0 is in broadcast #2; rank 2 never entered it"), (
+        second
+    )
 
 
 def _hypothesis(rank: int, size: int, path: str, cases: list) -> list:
@@ -418,7 +504,9 @@ CASES = strategies.tuples(strategies.sampled_from(NAMES), SHAPES, strategies.boo
 @settings(
     max_examples=5, deadline=None, database=None, phases=[Phase.generate]
 )  # shrinking would start hundreds of jobs
-@given(size=strategies.sampled_from([2, 3, 5]), cases=strategies.lists(CASES, min_size=20, max_size=40))
+@given(
+    size=strategies.sampled_from([2, 3, 5]), cases=strategies.lists(CASES, min_size=20, max_size=40)
+)
 def test_any_shape_and_dtype(size: int, cases: list):
     """0, 1, odd numbers of elements, fewer than ranks, with gaps; each example is a job that runs its cases one after the other."""
     with tempfile.TemporaryDirectory() as folder:
@@ -434,6 +522,9 @@ def test_any_shape_and_dtype(size: int, cases: list):
 def test_any_module_may_be_the_first_to_import_torch(module: str):
     """torch loads this backend while it is imported: a module that is half imported then has nothing to give."""
     done = subprocess.run(
-        [sys.executable, "-c", f"import scaletrain.engine.{module}"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", f"import scaletrain.engine.{module}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,8 @@ def contribution(rank: int, numel: int, dtype: torch.dtype = torch.float32) -> t
 
 def expected(size: int, numel: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return sum(
-        (contribution(r, numel, torch.float64) for r in range(size)), torch.zeros(numel, dtype=torch.float64)
+        (contribution(r, numel, torch.float64) for r in range(size)),
+        torch.zeros(numel, dtype=torch.float64),
     ).to(dtype)
 
 
@@ -34,12 +35,16 @@ def on_threads(size: int, work) -> list:
 
     def rank_main(rank: int) -> None:
         try:
-            wire = plugins.load("transport", "threads")(Group(store, rank, size, timedelta(seconds=10)))
+            wire = plugins.load("transport", "threads")(
+                Group(store, rank, size, timedelta(seconds=10))
+            )
             results[rank] = work(rank, wire)
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+    threads = [
+        threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -78,13 +83,17 @@ def test_replicas_are_bitwise_equal(name: str):
     programs = Program.all_of(plugins.load("collective", name)(size))
 
     def work(rank, wire):
-        tensor = torch.randn(numel, generator=torch.Generator().manual_seed(rank)) * 10.0 ** (rank % 3)
+        tensor = torch.randn(numel, generator=torch.Generator().manual_seed(rank)) * 10.0 ** (
+            rank % 3
+        )
         execute(programs[rank], wire, tensor, torch.add, 2)
         return tensor
 
     first, *others = on_threads(size, work)
     assert all(torch.equal(first, other) for other in others)
-    assert all(torch.equal(first, again) for again in on_threads(size, work)), "the same from run to run"
+    assert all(torch.equal(first, again) for again in on_threads(size, work)), (
+        "the same from run to run"
+    )
 
 
 def every_dtype(rank: int, size: int, path: str) -> list[str]:
@@ -92,7 +101,9 @@ def every_dtype(rank: int, size: int, path: str) -> list[str]:
     import scaletrain  # registers the backend
 
     assert scaletrain.__version__
-    dist.init_process_group("scaletrain", store=dist.FileStore(path, size), rank=rank, world_size=size)
+    dist.init_process_group(
+        "scaletrain", store=dist.FileStore(path, size), rank=rank, world_size=size
+    )
     gloo = dist.new_group(backend="gloo")
     wrong = []
     dtypes = [
@@ -134,13 +145,21 @@ def every_dtype(rank: int, size: int, path: str) -> list[str]:
     # Forwarded: everything else that gloo does
     gathered = [torch.zeros(3) for _ in range(size)]
     dist.all_gather(gathered, contribution(rank, 3))
-    wrong += [] if all(torch.equal(g, contribution(r, 3)) for r, g in enumerate(gathered)) else ["all_gather"]
+    wrong += (
+        []
+        if all(torch.equal(g, contribution(r, 3)) for r, g in enumerate(gathered))
+        else ["all_gather"]
+    )
     told = contribution(rank, 4)
     dist.broadcast(told, size - 1)
     wrong += [] if torch.equal(told, contribution(size - 1, 4)) else ["broadcast"]
     part = torch.zeros(2)
     dist.reduce_scatter_tensor(part, contribution(rank, 2 * size))
-    wrong += [] if torch.equal(part, expected(size, 2 * size)[2 * rank : 2 * rank + 2]) else ["reduce_scatter"]
+    wrong += (
+        []
+        if torch.equal(part, expected(size, 2 * size)[2 * rank : 2 * rank + 2])
+        else ["reduce_scatter"]
+    )
     objects = [None] * size
     dist.all_gather_object(objects, {"rank": rank})
     wrong += [] if [o["rank"] for o in objects] == list(range(size)) else ["object"]
@@ -148,7 +167,11 @@ def every_dtype(rank: int, size: int, path: str) -> list[str]:
     if rank in (0, size - 1):
         both = contribution(rank, 9)
         dist.all_reduce(both, group=pair)
-        wrong += [] if torch.equal(both, contribution(0, 9) + contribution(size - 1, 9)) else ["subgroup"]
+        wrong += (
+            []
+            if torch.equal(both, contribution(0, 9) + contribution(size - 1, 9))
+            else ["subgroup"]
+        )
     dist.barrier()
     dist.destroy_process_group()
     return wrong
@@ -168,18 +191,25 @@ def half_sums(rank: int, size: int, path: str) -> dict[str, bytes]:
     import scaletrain
 
     assert scaletrain.__version__
-    dist.init_process_group("scaletrain", store=dist.FileStore(path, size), rank=rank, world_size=size)
+    dist.init_process_group(
+        "scaletrain", store=dist.FileStore(path, size), rank=rank, world_size=size
+    )
     found = {}
     for dtype, large in ((torch.bfloat16, 256.0), (torch.float16, 2048.0)):
         few = torch.tensor([large if rank == owner else 1.0 for owner in range(size)], dtype=dtype)
         dist.all_reduce(few)
         whole = torch.full((size,), large + size - 1).to(dtype)
         assert torch.equal(few, whole), f"{dtype}: {few.tolist()} is not {whole.tolist()}"
-        terms = [torch.randn(300_001, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(size)]
+        terms = [
+            torch.randn(300_001, generator=torch.Generator().manual_seed(r)).to(dtype)
+            for r in range(size)
+        ]
         many = terms[rank].clone()
         dist.all_reduce(many)
         exact = sum(term.double() for term in terms)
-        assert torch.allclose(many.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-6), "rounded once"
+        assert torch.allclose(
+            many.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-6
+        ), "rounded once"
         found[str(dtype)] = many.view(torch.uint8).numpy().tobytes()
     dist.destroy_process_group()
     return found

@@ -18,8 +18,18 @@ SEED = 20261123
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_no_injection_hangs(tmp_path: Path):
-    argv = [sys.executable, "-m", "tests.engine.faults", str(SEED), str(NUM), str(AT_ONCE), str(tmp_path)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=230, cwd=Path(__file__).parents[2])
+    argv = [
+        sys.executable,
+        "-m",
+        "tests.engine.faults",
+        str(SEED),
+        str(NUM),
+        str(AT_ONCE),
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=230, cwd=Path(__file__).parents[2]
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) == NUM
@@ -27,14 +37,26 @@ def test_no_injection_hangs(tmp_path: Path):
     for result in results:
         survivors = [end for rank, end in enumerate(result["ends"]) if rank != result["victim"]]
         if result["kind"] == "late":
-            assert survivors == ["right"] * len(survivors) and result["ends"][result["victim"]] == "right", result
+            assert (
+                survivors == ["right"] * len(survivors)
+                and result["ends"][result["victim"]] == "right"
+            ), result
             continue
-        assert all(end.startswith(("TimeoutError: ", "ConnectionError: ")) for end in survivors), result
+        assert all(end.startswith(("TimeoutError: ", "ConnectionError: ")) for end in survivors), (
+            result
+        )
         if result["kind"] == "too late":
-            assert result["ends"][result["victim"]].startswith(("TimeoutError: ", "ConnectionError: ")), result
+            assert result["ends"][result["victim"]].startswith(
+                ("TimeoutError: ", "ConnectionError: ")
+            ), result
         # gloo's own allreduce, and gloo where its group is made, do not say whom they waited for.
-        joining, gloos = result["kind"] == "kill while joining", any("(gloo's own)" in end for end in survivors)
-        if not gloos and ((result["transport"], result["collective"]) != ("gloo", "native") or joining):
+        joining, gloos = (
+            result["kind"] == "kill while joining",
+            any("(gloo's own)" in end for end in survivors),
+        )
+        if not gloos and (
+            (result["transport"], result["collective"]) != ("gloo", "native") or joining
+        ):
             assert any(named(result["victim"], end) for end in survivors), result
 
 

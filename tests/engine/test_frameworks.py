@@ -10,14 +10,23 @@ import pytest
 
 from tests.conftest import require
 
-PACKAGES = {"ddp": "torch", "fsdp": "torch", "accelerate": "accelerate", "fabric": "lightning_fabric"}
+PACKAGES = {
+    "ddp": "torch",
+    "fsdp": "torch",
+    "accelerate": "accelerate",
+    "fabric": "lightning_fabric",
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", PACKAGES)
 def test_the_weights_of_one_process(framework: str):
     package = PACKAGES[framework]
-    require(framework, importlib.util.find_spec(package) is not None, f"pip install {package.replace('_', '-')}")
+    require(
+        framework,
+        importlib.util.find_spec(package) is not None,
+        f"pip install {package.replace('_', '-')}",
+    )
     script = Path(__file__).with_name("frameworks_job.py")
     argv = [
         sys.executable,
@@ -29,6 +38,8 @@ def test_the_weights_of_one_process(framework: str):
         str(script),
         framework,
     ]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(f"rank {rank} right" in done.stdout for rank in range(2)), done.stdout

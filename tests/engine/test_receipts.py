@@ -38,7 +38,11 @@ class Lingering(Threads):
         started = super().start(sends, receives)
 
         def wait() -> None:
-            if self.rank == 2 and self.size == 4 and any(len(receive.into) > 1 for receive in receives):
+            if (
+                self.rank == 2
+                and self.size == 4
+                and any(len(receive.into) > 1 for receive in receives)
+            ):
                 time.sleep(0.1)
             started()
             if any(len(receive.into) > 1 for receive in receives):
@@ -52,12 +56,16 @@ def test_a_root_sends_to_one_after_another(count: int):
     def rank_of(rank: int, store: dist.Store) -> Lingering:
         transport = Lingering(group(store, rank, 4))
         tensor = conformance.contribution(rank, count, torch.float32)
-        execute(Program.of(plugins.load("collective", "tree")(4), rank), transport, tensor, torch.add)
+        execute(
+            Program.of(plugins.load("collective", "tree")(4), rank), transport, tensor, torch.add
+        )
         assert conformance.close(tensor, conformance.reference(4, count, torch.float32, "add"))
         return transport
 
     root, _, inner, _ = on_threads(rank_of, 4)
-    assert (root.sent_to[1] >= inner.arrived) == (count == LARGE)  # rank 2 is the first that it sends to
+    assert (root.sent_to[1] >= inner.arrived) == (
+        count == LARGE
+    )  # rank 2 is the first that it sends to
 
 
 def test_every_algorithm_is_right_with_receipts():

@@ -49,7 +49,12 @@ def test_rank_0_publishes_and_the_others_find_it(tmp_path: Path):
     "old",
     [
         {"job": "an-earlier-job", "port": 9, "addresses": ["127.0.0.1"], "nonce": "x"},
-        {"job": "this-job", "port": 9, "addresses": ["127.0.0.1"], "nonce": "x"},  # nobody answers there
+        {
+            "job": "this-job",
+            "port": 9,
+            "addresses": ["127.0.0.1"],
+            "nonce": "x",
+        },  # nobody answers there
         {"half": "a file"},
     ],
 )
@@ -85,7 +90,11 @@ def test_who_is_missing_is_told(tmp_path: Path):
 
 
 def handed(rank: int, size: int, run_dir: Path, port: int, fd: int) -> int:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     if rank == 0:
         os.environ[rendezvous.STORE_FD] = str(fd)
     store = rendezvous.join(World(rank, size, launcher="local"), run_dir, SOON)
@@ -116,7 +125,9 @@ def test_all_addresses_are_offered_or_the_one_that_was_named(monkeypatch: pytest
     one_host = World(0, 2, 0, 2, 0, 1, "openmpi")
     assert all(address.startswith("127.") for _, address in rendezvous.addresses_to_offer(one_host))
     two_hosts = World(0, 2, 0, 1, UNKNOWN, UNKNOWN, "openmpi")
-    assert not any(address.startswith("127.") for _, address in rendezvous.addresses_to_offer(two_hosts))
+    assert not any(
+        address.startswith("127.") for _, address in rendezvous.addresses_to_offer(two_hosts)
+    )
     monkeypatch.setenv("SCALETRAIN_INTERFACE", "lo")
     assert {name for name, _ in rendezvous.addresses_to_offer(two_hosts)} == {"lo"}
     monkeypatch.setenv("SCALETRAIN_INTERFACE", "nonet7")

@@ -38,7 +38,9 @@ def _no_room(rank: int, size: int, path: str) -> str:
 
     os.posix_fallocate = full  # this process is the rank's own
     try:
-        Segment(Group(dist.FileStore(path, size), rank, size, timedelta(seconds=20)), 1, 123_456_789)
+        Segment(
+            Group(dist.FileStore(path, size), rank, size, timedelta(seconds=20)), 1, 123_456_789
+        )
     except UserError as error:
         return str(error)
     return ""
@@ -47,7 +49,8 @@ def _no_room(rank: int, size: int, path: str) -> str:
 def test_no_room_is_said_by_every_rank_with_the_size(tmp_path: Path):
     for message in run_ranks(_no_room, 2, str(tmp_path / "store")):
         found = re.fullmatch(
-            r"transport 'shared_memory': no room for ([\d,]+) bytes of shared memory; use gloo, .*", message
+            r"transport 'shared_memory': no room for ([\d,]+) bytes of shared memory; use gloo, .*",
+            message,
         )
         assert found and 0 <= int(found[1].replace(",", "")) - 123_456_789 < 10_000, message
 

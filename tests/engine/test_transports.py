@@ -97,7 +97,9 @@ def _make_and_close(rank: int, size: int, name: str, path: str) -> tuple[int, in
     store = dist.FileStore(path, size)
     counts = []
     for index in range(6):
-        group = conformance.Group(dist.PrefixStore(f"{index}/", store), rank, size, timedelta(seconds=5))
+        group = conformance.Group(
+            dist.PrefixStore(f"{index}/", store), rank, size, timedelta(seconds=5)
+        )
         plugins.load("transport", name)(group).close()
         counts.append(len(os.listdir("/proc/self/fd")))
     return counts[1], counts[-1]

@@ -17,7 +17,8 @@ def results(kind: str, size: int, part: str, tmp_path: Path) -> list:
 
 # Larger sizes under one MPI only: on few cores the others poll for minutes.
 @pytest.mark.parametrize(
-    ("kind", "size"), [*((kind, size) for kind in KINDS for size in (1, 2, 3)), ("openmpi5", 5), ("openmpi5", 8)]
+    ("kind", "size"),
+    [*((kind, size) for kind in KINDS for size in (1, 2, 3)), ("openmpi5", 5), ("openmpi5", 8)],
 )
 def test_every_algorithm(kind: str, size: int, tmp_path: Path):
     found = results(kind, size, "conform", tmp_path)

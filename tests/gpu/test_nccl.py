@@ -37,7 +37,9 @@ def _device(rank: int, size: int) -> int:
 
 def _group(rank: int, size: int, path: str) -> Group:
     torch.cuda.set_device(_device(rank, size))
-    return Group(dist.PrefixStore("group/", dist.FileStore(path, size)), rank, size, timedelta(seconds=60))
+    return Group(
+        dist.PrefixStore("group/", dist.FileStore(path, size)), rank, size, timedelta(seconds=60)
+    )
 
 
 def _every_algorithm(rank: int, size: int, path: str) -> dict[str, bytes]:
@@ -81,10 +83,16 @@ def _collectives(rank: int, size: int, path: str) -> None:
     assert first.tolist() == [1.0] * 4
     dist.all_gather(parts := [torch.empty_like(mine) for _ in range(size)], mine)
     dist.all_gather_into_tensor(whole := torch.empty(4 * size, device="cuda"), mine)
-    assert torch.cat(parts).tolist() == whole.tolist() == [r + 1.0 for r in range(size) for _ in range(4)]
+    assert (
+        torch.cat(parts).tolist()
+        == whole.tolist()
+        == [r + 1.0 for r in range(size) for _ in range(4)]
+    )
     dist.reduce_scatter_tensor(part := torch.empty(4, device="cuda"), whole * (rank + 1))
     assert part.tolist() == [(rank + 1.0) * sum(range(1, size + 1))] * 4
-    dist.all_to_all_single(turned := torch.empty(size, device="cuda"), torch.arange(size, device="cuda") + 10.0 * rank)
+    dist.all_to_all_single(
+        turned := torch.empty(size, device="cuda"), torch.arange(size, device="cuda") + 10.0 * rank
+    )
     assert turned.tolist() == [10.0 * r + rank for r in range(size)]
     if rank == 0:
         dist.send(mine, 1)

@@ -41,7 +41,9 @@ def _allreduces(rank: int, size: int, path: str, collective: str) -> None:
             work.wait()
             doubled = tensor * 2  # and this for the allreduce
         torch.cuda.synchronize()
-        assert close(doubled.cpu() / 2, reference(size, count, torch.float32, "add")), f"{count} elements"
+        assert close(doubled.cpu() / 2, reference(size, count, torch.float32, "add")), (
+            f"{count} elements"
+        )
     dist.broadcast(values := torch.full((3,), float(rank), device="cuda"), 1)
     assert values.tolist() == [1.0] * 3
     dist.barrier()
@@ -63,7 +65,9 @@ def ddp(rank: int, size: int, path: str, collective: str, device: int = 0) -> li
         job.loss(net, step, rank).backward()
         optimizer.step()
     dist.destroy_process_group()
-    return [p.detach().cpu().numpy() for p in net.parameters()]  # a tensor's memory would end with this rank
+    return [
+        p.detach().cpu().numpy() for p in net.parameters()
+    ]  # a tensor's memory would end with this rank
 
 
 def test_ddp_on_one_device_is_single_process_training(tmp_path: Path):

@@ -24,7 +24,9 @@ def test_what_follows_goes_to_each_host():
     assert hostlist.expand("h[0-1]:2,h7:1,g[2]-ib") == ["h0:2", "h1:2", "h7:1", "g2-ib"]
 
 
-@pytest.mark.parametrize("text", ["", "h1,", "h[1-2", "h1]", "h[2-1]", "h[a-b]", "h[]", "h 1", "h[[1]]", "h[1-]"])
+@pytest.mark.parametrize(
+    "text", ["", "h1,", "h[1-2", "h1]", "h[2-1]", "h[a-b]", "h[]", "h 1", "h[[1]]", "h[1-]"]
+)
 def test_what_is_no_list(text: str):
     with pytest.raises(UserError, match="is not a list of hosts"):
         hostlist.expand(text)

@@ -17,12 +17,16 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 CORES = len(os.sched_getaffinity(0))
 
 
-def job_of(run_dir: Path | str = "/shared/run", workers: int = 4, python: str = sys.executable, **fields) -> Job:
+def job_of(
+    run_dir: Path | str = "/shared/run", workers: int = 4, python: str = sys.executable, **fields
+) -> Job:
     argv = (python, "-m", "scaletrain.training.worker", str(run_dir))
     return Job(argv, workers, Path(run_dir), **fields)
 
 
-@pytest.mark.parametrize("name", [name for name in plugins.names("launcher") if name != "rehearsal"])
+@pytest.mark.parametrize(
+    "name", [name for name in plugins.names("launcher") if name != "rehearsal"]
+)
 def test_a_plan_is_pure_and_complete(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(mpirun, "_which", lambda command: "openmpi")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -30,7 +34,9 @@ def test_a_plan_is_pure_and_complete(name: str, monkeypatch: pytest.MonkeyPatch)
     first, second = plan(job_of()), plan(job_of())
     assert first == second
     text = str(first)
-    assert "scaletrain.training.worker" in text and "/shared/run" in text and "OMP_NUM_THREADS" in text
+    assert (
+        "scaletrain.training.worker" in text and "/shared/run" in text and "OMP_NUM_THREADS" in text
+    )
     assert not Path("/shared/run").exists(), "planning wrote something"
 
 
@@ -77,7 +83,9 @@ def test_a_range_of_nodes_reaches_torchrun_as_it_is_typed():
 
 
 def test_torchrun_elastic_range():
-    argv = torchrun.plan(job_of(), nodes="2:4", endpoint="h0:29400", max_restarts=3).commands[0].argv
+    argv = (
+        torchrun.plan(job_of(), nodes="2:4", endpoint="h0:29400", max_restarts=3).commands[0].argv
+    )
     assert "--nnodes=2:4" in argv and "--nproc-per-node=1" in argv and "--max-restarts=3" in argv
     assert "--rdzv-conf=join_timeout=600,last_call_timeout=30" in argv
     again = torchrun.plan(job_of(), nodes="2:4", endpoint="h0:29400").commands[0]
@@ -94,7 +102,11 @@ def test_mpirun_refuses_what_is_not_there(tmp_path: Path):
 
 
 def test_mpirun_hosts_and_binding():
-    argv = mpirun.plan(job_of(threads=2), mpi="openmpi", hosts="h0,h1", per_host=2, bind=True).commands[0].argv
+    argv = (
+        mpirun.plan(job_of(threads=2), mpi="openmpi", hosts="h0,h1", per_host=2, bind=True)
+        .commands[0]
+        .argv
+    )
     assert argv[argv.index("--host") + 1] == "h0:2,h1:2"
     assert argv[argv.index("--map-by") + 1] == "ppr:2:node:PE=2" and "--oversubscribe" not in argv
     argv = mpirun.plan(job_of(), mpi="mpich", hosts="h[0-1]", per_host=2).commands[0].argv
@@ -118,7 +130,11 @@ def test_slurm_never_mixes_tasks_and_torchrun(monkeypatch: pytest.MonkeyPatch):
     workers = slurm.plan(job_of(), nodes=2).files[0][1]
     assert "#SBATCH --ntasks=4" in workers and "torch.distributed.run" not in workers
     nodes = slurm.plan(job_of(), tasks="nodes", nodes=2).files[0][1]
-    assert "#SBATCH --ntasks=2" in nodes and "#SBATCH --ntasks-per-node=1" in nodes and "--nproc-per-node=2" in nodes
+    assert (
+        "#SBATCH --ntasks=2" in nodes
+        and "#SBATCH --ntasks-per-node=1" in nodes
+        and "--nproc-per-node=2" in nodes
+    )
     with pytest.raises(UserError, match="nodes: is missing"):
         slurm.plan(job_of(), tasks="nodes")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -142,7 +158,10 @@ def test_slurm_array_gives_each_task_a_directory_of_its_own(monkeypatch: pytest.
     assert "#SBATCH --output='/shared/my run/slurm-%A_%a.out'" in text
     assert 'training.worker "/shared/my run/task-$SLURM_ARRAY_TASK_ID"' in text
     # The number of the last task's job is that of the whole array: a task must not requeue all of them.
-    assert "requeue ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" in text and "requeue $SLURM_JOB_ID" not in text
+    assert (
+        "requeue ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" in text
+        and "requeue $SLURM_JOB_ID" not in text
+    )
     assert subprocess.run(["sh", "-n"], input=text, text=True).returncode == 0
     with pytest.raises(UserError, match="array: '0-'"):
         slurm.plan(job_of(), array="0-")
@@ -165,10 +184,14 @@ def test_slurm_array_task_makes_its_configuration_and_spares_an_earlier_run(
 
     def task(job: Job) -> subprocess.CompletedProcess[str]:
         text = slurm.plan(job, array="0-3").files[0][1]
-        return subprocess.run(["sh"], input=text, env=env, capture_output=True, text=True, timeout=20)
+        return subprocess.run(
+            ["sh"], input=text, env=env, capture_output=True, text=True, timeout=20
+        )
 
     done = task(job_of(tmp_path))
-    assert done.returncode == 0 and done.stdout.endswith(f"training.worker {tmp_path}/task-3\n"), done.stderr
+    assert done.returncode == 0 and done.stdout.endswith(f"training.worker {tmp_path}/task-3\n"), (
+        done.stderr
+    )
     assert (tmp_path / "task-3" / "config.yaml").read_text() == "name: x\nseed: 3\n"
     (tmp_path / "task-3" / "rank-0.jsonl").touch()
     assert task(job_of(tmp_path)).returncode == 2
@@ -181,7 +204,12 @@ def test_slurm_array_task_makes_its_configuration_and_spares_an_earlier_run(
     [(0, True, 0, False), (0, False, 0, True), (138, None, 0, True), (138, False, 0, True), (138, True, 0, False), (1, False, 1, False)],
 )  # fmt: skip
 def test_slurm_script_is_requeued_only_while_there_is_something_left_to_do(
-    status: int, finished: bool | None, ends: int, requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    status: int,
+    finished: bool | None,
+    ends: int,
+    requeued: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """The batch script and the one to copy run here, with stand-ins for SLURM's commands."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -190,22 +218,35 @@ def test_slurm_script_is_requeued_only_while_there_is_something_left_to_do(
     stubs.mkdir()
     if finished is not None:
         write_json(run_dir / "summary.json", {"steps": 3, "finished": finished})
-    says = {"srun": f"exit {status}", "squeue": "echo RUNNING", "scontrol": 'echo "scontrol $@"', "python3": "exit 0"}
+    says = {
+        "srun": f"exit {status}",
+        "squeue": "echo RUNNING",
+        "scontrol": 'echo "scontrol $@"',
+        "python3": "exit 0",
+    }
     for name, does in says.items():
         (stubs / name).write_text(f"#!/bin/sh\n{does}\n")
         (stubs / name).chmod(0o755)
     env = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     for text in (slurm.plan(job_of(run_dir)).files[0][1], (LAUNCH / "slurm.sbatch").read_text()):
-        done = subprocess.run(["sh"], input=text, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["sh"], input=text, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20
+        )
         assert done.returncode == ends, done.stderr
         assert ("scontrol requeue 7" in done.stdout) == requeued
 
 
 def test_script_jobs():
     run_dir = Path("/shared/run")
-    assert script_job(["train.py", "--lr", "1"], 2, run_dir).argv[1:3] == ("-m", "scaletrain.training.script")
+    assert script_job(["train.py", "--lr", "1"], 2, run_dir).argv[1:3] == (
+        "-m",
+        "scaletrain.training.script",
+    )
     assert script_job(["./program", "x"], 2, run_dir).argv == ("./program", "x")
-    assert script_job(["train.py"], 2, run_dir).serves_store and not script_job(["./program"], 2, run_dir).serves_store
+    assert (
+        script_job(["train.py"], 2, run_dir).serves_store
+        and not script_job(["./program"], 2, run_dir).serves_store
+    )
 
 
 # The scripts: each runs with a stand-in for the launcher that prints what it was called with.
@@ -215,11 +256,15 @@ def called(tmp_path: Path, script: str, *arguments: str, version: str = "") -> l
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "config.yaml").touch()
     stub = tmp_path / "stub"
-    stub.write_text(f'#!/bin/sh\n[ "$1" != --version ] || {{ echo "{version}"; exit; }}\nprintf "%s\\n" "$@"\n')
+    stub.write_text(
+        f'#!/bin/sh\n[ "$1" != --version ] || {{ echo "{version}"; exit; }}\nprintf "%s\\n" "$@"\n'
+    )
     stub.chmod(0o755)
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     env |= {"MPIRUN": str(stub), "PYTHON": str(stub) if script == "torchrun.sh" else sys.executable}
-    done = subprocess.run([str(LAUNCH / script), *arguments], env=env, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [str(LAUNCH / script), *arguments], env=env, capture_output=True, text=True, timeout=20
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -229,18 +274,25 @@ def test_torchrun_sh(tmp_path: Path):
     plan = torchrun.plan(job_of(run_dir, workers=2))
     assert called(tmp_path, "torchrun.sh", run_dir, "2") == [*plan.commands[0].argv[1:]]
     plan = torchrun.plan(job_of(run_dir, workers=4), nodes=2, endpoint="h0:29400")
-    assert called(tmp_path, "torchrun.sh", run_dir, "2", "2", "h0:29400") == [*plan.commands[0].argv[1:]]
+    assert called(tmp_path, "torchrun.sh", run_dir, "2", "2", "h0:29400") == [
+        *plan.commands[0].argv[1:]
+    ]
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh"])
 def test_a_script_in_place_of_a_run_is_told(tmp_path: Path, script: str):
     (tmp_path / "train.py").touch()
-    done = subprocess.run([LAUNCH / script, tmp_path / "train.py", "2"], capture_output=True, text=True, timeout=20)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "as config.yaml" in done.stderr, done.stderr
+    done = subprocess.run(
+        [LAUNCH / script, tmp_path / "train.py", "2"], capture_output=True, text=True, timeout=20
+    )
+    assert (
+        done.returncode == 2 and done.stderr.count("\n") == 1 and "as config.yaml" in done.stderr
+    ), done.stderr
 
 
 @pytest.mark.parametrize(
-    ("kind", "version"), [("openmpi", "mpirun (Open MPI) 5.0.11"), ("mpich", "HYDRA build details:")]
+    ("kind", "version"),
+    [("openmpi", "mpirun (Open MPI) 5.0.11"), ("mpich", "HYDRA build details:")],
 )
 @pytest.mark.parametrize("workers", [1, 64])
 @pytest.mark.parametrize("with_hosts", [False, True])

@@ -36,7 +36,12 @@ def job_of(tmp_path: Path, body: str, workers: int = 3, **fields) -> tuple[Launc
     run_dir = tmp_path / "run"
     argv = (sys.executable, str(script))
     commands = tuple(
-        Command(f"rank {r}", argv, (("RANK", str(r)), ("WORLD_SIZE", str(workers)), ("RUN_DIR", str(run_dir))), r)
+        Command(
+            f"rank {r}",
+            argv,
+            (("RANK", str(r)), ("WORLD_SIZE", str(workers)), ("RUN_DIR", str(run_dir))),
+            r,
+        )
         for r in range(workers)
     )
     return LaunchPlan(commands), Job(argv, workers, run_dir, **{"timeout_s": 30.0, **fields})
@@ -54,7 +59,10 @@ def left(text: str) -> list[int]:
     found = []
     for process in psutil.process_iter():
         try:
-            if text in process.environ().get("RUN_DIR", "") and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                text in process.environ().get("RUN_DIR", "")
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process.pid)
         except (psutil.Error, OSError):
             continue
@@ -90,7 +98,9 @@ def test_an_exception_is_shown_once_and_consequences_are_not(tmp_path: Path):
     began = time.monotonic()
     status, output = carry_out(plan, job)
     assert status == 1 and time.monotonic() - began < 10
-    assert output.count("ValueError: the cause") == 2  # the headline, and the last line of the traceback
+    assert (
+        output.count("ValueError: the cause") == 2
+    )  # the headline, and the last line of the traceback
     assert "rank 1 on" in output and "after 7 steps" in output and 'worker.py", line' in output
     assert "Connection closed" not in output
     assert "last collective: allreduce 4 MB #1" in output
@@ -134,7 +144,9 @@ def test_a_hang_is_named_with_its_stack(tmp_path: Path, how: str):
         stuck_in_here()
     progress.entering("allreduce")
     time.sleep(100)
-    """.replace("HOW", "time.sleep(100)" if how == "sleep" else "os.kill(os.getpid(), signal.SIGSTOP)")
+    """.replace(
+        "HOW", "time.sleep(100)" if how == "sleep" else "os.kill(os.getpid(), signal.SIGSTOP)"
+    )
     plan, job = job_of(tmp_path, body, timeout_s=2.0)
     began = time.monotonic()
     status, output = carry_out(plan, job)
@@ -176,7 +188,11 @@ def test_the_job_goes_on_while_enough_workers_live(tmp_path: Path):
     plan, job = job_of(tmp_path, body, min_workers=2)
     status, output = carry_out(plan, job)
     assert status == 0, output
-    assert "goes on with 2 of 3" in output and "[rank 1] done 1" in output and "[rank 2] done 2" in output
+    assert (
+        "goes on with 2 of 3" in output
+        and "[rank 1] done 1" in output
+        and "[rank 2] done 2" in output
+    )
     plan, job = job_of(tmp_path, body, min_workers=3)
     assert carry_out(plan, job)[0] == 137
 
@@ -193,7 +209,9 @@ def test_a_companion_is_started_again_as_often_as_allowed(tmp_path: Path):
 def test_companions_end_after_the_workers(tmp_path: Path):
     serve = "import signal, sys, time; signal.signal(15, lambda *a: (print('served', flush=True), sys.exit())); time.sleep(60)"
     plan, job = job_of(tmp_path, "time.sleep(1); print('worked')", workers=1)
-    status, output = carry_out(plan, job._replace(companions=(Companion("server 0", (sys.executable, "-c", serve)),)))
+    status, output = carry_out(
+        plan, job._replace(companions=(Companion("server 0", (sys.executable, "-c", serve)),))
+    )
     assert status == 0
     assert output.splitlines() == ["[rank 0] worked", "[server 0] served"]
 
@@ -201,7 +219,9 @@ def test_companions_end_after_the_workers(tmp_path: Path):
 def test_a_companions_mistake_is_told_once_and_alone(tmp_path: Path):
     plan, job = job_of(tmp_path, "time.sleep(60)")
     serve = "import sys; print('scaletrain: error: launcher.latency: no netem', file=sys.stderr); sys.exit(2)"
-    status, output = carry_out(plan, job._replace(companions=(Companion("rehearsal", (sys.executable, "-c", serve)),)))
+    status, output = carry_out(
+        plan, job._replace(companions=(Companion("rehearsal", (sys.executable, "-c", serve)),))
+    )
     assert (status, output) == (2, "[rehearsal] scaletrain: error: launcher.latency: no netem")
     assert cause(job)["message"] == "launcher.latency: no netem"
 
@@ -215,8 +235,12 @@ def test_a_slow_start_is_told_in_a_few_lines(tmp_path: Path):
     time.sleep(5)
     """
     plan, job = job_of(tmp_path, body, workers=2)
-    status, output = carry_out(plan, job._replace(argv=(sys.executable, "-m", "scaletrain.training.worker")))
-    assert status == 0 and output == "scaletrain: starting: 1 of 2 workers have joined (3 s)", output
+    status, output = carry_out(
+        plan, job._replace(argv=(sys.executable, "-m", "scaletrain.training.worker"))
+    )
+    assert status == 0 and output == "scaletrain: starting: 1 of 2 workers have joined (3 s)", (
+        output
+    )
 
 
 def test_a_command_that_is_not_there(tmp_path: Path):
@@ -247,7 +271,10 @@ time.sleep(100)
 def started(tmp_path: Path, body: str) -> tuple[subprocess.Popen, Job]:
     plan, job = job_of(tmp_path, body)
     launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, repr((plan, job))], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", LAUNCH, repr((plan, job))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     until = time.monotonic() + 20
     while len(list(job.run_dir.glob("ready-*"))) < job.workers:
@@ -273,7 +300,9 @@ def test_nothing_survives_kill_9(tmp_path: Path, victim: str):
         else STUBBORN.replace("start_new_session=True", "preexec_fn=None").replace("child =", "#")
     )
     launcher, job = started(tmp_path, body)
-    watcher = next(p for p in psutil.Process(launcher.pid).children() if "supervisor" in " ".join(p.cmdline()))
+    watcher = next(
+        p for p in psutil.Process(launcher.pid).children() if "supervisor" in " ".join(p.cmdline())
+    )
     assert len(left(str(job.run_dir))) >= 3
     if victim in ("launcher", "both"):
         launcher.kill()

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.commands import DIGITS, ROOT, clean, command, gone, scaletrain, step_of, summary, train, until
+from tests.cluster.commands import (
+    DIGITS,
+    ROOT,
+    clean,
+    command,
+    gone,
+    scaletrain,
+    step_of,
+    summary,
+    train,
+    until,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 SLOW = str(ROOT / "tests" / "cluster" / "slow_digits.yaml")
@@ -90,7 +101,9 @@ def test_an_early_ctrl_c_says_that_nothing_was_done(tmp_path: Path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=40)
     assert process.returncode == 130, output
-    assert "stopped by SIGINT before the first step was done" in output and "Traceback" not in output, output
+    assert (
+        "stopped by SIGINT before the first step was done" in output and "Traceback" not in output
+    ), output
     assert gone(run_dir)
 
 
@@ -102,7 +115,9 @@ def test_resuming_a_finished_run_changes_nothing_unless_there_is_more_to_do(tmp_
     written = (run_dir / "summary.json").read_bytes()
 
     again = scaletrain(*job, "epochs=1", "--resume")
-    assert again.returncode == 0 and "nothing to do: all 14 steps are done" in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "nothing to do: all 14 steps are done" in again.stdout, (
+        again.stdout + again.stderr
+    )
     assert (run_dir / "summary.json").read_bytes() == written
 
     by_hand = scaletrain("worker", str(run_dir))
@@ -114,10 +129,15 @@ def test_resuming_a_finished_run_changes_nothing_unless_there_is_more_to_do(tmp_
     assert closed.returncode == 0, closed.stdout + closed.stderr
     found = summary(run_dir)
     assert found["finished"] and found["final_loss"] == pytest.approx(first["final_loss"], rel=1e-6)
-    assert found["test_accuracy"] == first["test_accuracy"] and found["step_s_p50"] == first["step_s_p50"]
+    assert (
+        found["test_accuracy"] == first["test_accuracy"]
+        and found["step_s_p50"] == first["step_s_p50"]
+    )
 
     more = scaletrain(*job, "epochs=2", "--resume")
-    assert "resumed at step 14" in more.stdout and summary(run_dir)["steps"] == 28, more.stdout + more.stderr
+    assert "resumed at step 14" in more.stdout and summary(run_dir)["steps"] == 28, (
+        more.stdout + more.stderr
+    )
 
 
 def test_a_warning_in_a_workers_last_moments_does_not_end_it(tmp_path: Path):
@@ -132,5 +152,7 @@ def test_a_warning_in_a_workers_last_moments_does_not_end_it(tmp_path: Path):
         "if sys.argv[1:]: stop.over()\n"
     )
     for arguments, status in (((), -signal.SIGUSR1), (("over",), 0)):
-        done = subprocess.run([sys.executable, "-c", program, *arguments], env=clean(), cwd=ROOT, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], env=clean(), cwd=ROOT, timeout=60
+        )
         assert done.returncode == status

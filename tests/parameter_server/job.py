@@ -40,7 +40,9 @@ SEEDING = threading.Lock()  # torch's generator is the process's
 def model() -> nn.Module:
     with SEEDING:
         torch.manual_seed(7)
-        return nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 4))
+        return nn.Sequential(
+            nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 4)
+        )
 
 
 def loss(net: nn.Module, step: int, rank: int) -> torch.Tensor:
@@ -50,7 +52,9 @@ def loss(net: nn.Module, step: int, rank: int) -> torch.Tensor:
     return (net(x) - x[:, :4].sin()).square().mean()
 
 
-def single(steps: int, workers: int, make=lambda p: torch.optim.SGD(p, **SGD)) -> list[torch.Tensor]:
+def single(
+    steps: int, workers: int, make=lambda p: torch.optim.SGD(p, **SGD)
+) -> list[torch.Tensor]:
     """The same training in one process."""
     net = model()
     optimizer = make(net.parameters())
@@ -134,7 +138,9 @@ def work(
         step += joined.skip(steps - step)
     total = joined.sum(torch.tensor([1.0, 10.0**rank]))
     joined.close()
-    return [p.detach().cpu() for p in net.parameters()], joined.record() | {"workers": float(total[0])}
+    return [p.detach().cpu() for p in net.parameters()], joined.record() | {
+        "workers": float(total[0])
+    }
 
 
 def threads(jobs: list[Callable[[], object]], timeout_s: float = 60) -> list[object]:
@@ -147,7 +153,9 @@ def threads(jobs: list[Callable[[], object]], timeout_s: float = 60) -> list[obj
         except BaseException as error:
             results[index] = error
 
-    running = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(jobs))]
+    running = [
+        threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(jobs))
+    ]
     for thread in running:
         thread.start()
     for thread in running:
@@ -158,10 +166,17 @@ def threads(jobs: list[Callable[[], object]], timeout_s: float = 60) -> list[obj
     return results
 
 
-def train(made: Settings, run_dir: Path, steps: int, **options) -> list[tuple[list[torch.Tensor], dict[str, float]]]:
+def train(
+    made: Settings, run_dir: Path, steps: int, **options
+) -> list[tuple[list[torch.Tensor], dict[str, float]]]:
     """Servers and workers of one job; returns what each worker has in the end."""
     with servers(made, run_dir):
-        return threads([lambda r=rank: work(made, run_dir, r, steps, **options) for rank in range(made.workers)])  # type: ignore[return-value]
+        return threads(
+            [
+                lambda r=rank: work(made, run_dir, r, steps, **options)
+                for rank in range(made.workers)
+            ]
+        )  # type: ignore[return-value]
 
 
 class Worker:
@@ -201,7 +216,9 @@ class Worker:
 
     @property
     def step(self) -> int:
-        return max((int(line.split()[1]) for line in self.lines if line.startswith("step ")), default=0)
+        return max(
+            (int(line.split()[1]) for line in self.lines if line.startswith("step ")), default=0
+        )
 
     def wait_for(self, step: int, timeout_s: float = 40) -> None:
         deadline = time.monotonic() + timeout_s
@@ -223,7 +240,10 @@ class Worker:
 def workers(
     made: Settings, run_dir: Path, steps: int, delays: dict[int, float] | None = None
 ) -> Iterator[list[Worker]]:
-    started = [Worker(made, run_dir, rank, steps, (delays or {}).get(rank, 0.0)) for rank in range(made.workers)]
+    started = [
+        Worker(made, run_dir, rank, steps, (delays or {}).get(rank, 0.0))
+        for rank in range(made.workers)
+    ]
     with killed_at_the_end(started):
         yield started
 
@@ -256,7 +276,11 @@ def main() -> None:
         time.sleep(delay_s)
 
     weights, record = work(made, run_dir, rank, steps, on_step=on_step)
-    final = torch.stack([loss(model_with(weights), 99999, r).detach() for r in range(made.workers)]).mean().item()
+    final = (
+        torch.stack([loss(model_with(weights), 99999, r).detach() for r in range(made.workers)])
+        .mean()
+        .item()
+    )
     digest = float(sum(w.double().sum() for w in weights))
     print(json.dumps({"loss": final, "digest": digest, "live": live, **record}), flush=True)
 

@@ -17,11 +17,20 @@ SGD = {"name": "SGD", "groups": [{"lr": 1.0}]}
 
 
 def made(workers: int) -> Settings:
-    return Settings(workers, 20, link="tcp", security="trusted_network", connections=1, block_mb=4 * NUMEL / (1 << 20))
+    return Settings(
+        workers,
+        20,
+        link="tcp",
+        security="trusted_network",
+        connections=1,
+        block_mb=4 * NUMEL / (1 << 20),
+    )
 
 
 def join(settings: Settings, run_dir: Path, rank: int) -> Client:
-    blocks = sharding.plan([sharding.Parameter((BLOCKS * NUMEL,))], settings.servers, settings.block_bytes)
+    blocks = sharding.plan(
+        [sharding.Parameter((BLOCKS * NUMEL,))], settings.servers, settings.block_bytes
+    )
     assert len(blocks) == BLOCKS
     client = Client(settings, run_dir, rank, blocks, SGD)
     if rank == 0:
@@ -40,7 +49,11 @@ def test_workers_may_push_in_any_order(tmp_path):
     settings = made(3)
 
     def worker(rank: int) -> None:
-        client, order, weights = join(settings, tmp_path, rank), random.Random(rank), torch.zeros(BLOCKS, NUMEL)
+        client, order, weights = (
+            join(settings, tmp_path, rank),
+            random.Random(rank),
+            torch.zeros(BLOCKS, NUMEL),
+        )
         for step in range(STEPS):
             for key in order.sample(range(BLOCKS), BLOCKS):
                 push(client, key, step, rank + key)

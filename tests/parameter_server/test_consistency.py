@@ -6,20 +6,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaletrain.parameter_server.consistency import Abort, Add, Answer, Apply, Asynchronous, Rule, Synchronous
+from scaletrain.parameter_server.consistency import (
+    Abort,
+    Add,
+    Answer,
+    Apply,
+    Asynchronous,
+    Rule,
+    Synchronous,
+)
 
 
 class Workers:
     """Simulated workers: each pushes all blocks in a random order, then waits for all answers. Whose turn it is, is random."""
 
-    def __init__(self, rule: Rule, workers: int, steps: int, random: random.Random, meet: bool = False):
+    def __init__(
+        self, rule: Rule, workers: int, steps: int, random: random.Random, meet: bool = False
+    ):
         self.rule, self.steps, self.random, self.meet = rule, steps, random, meet
         self.keys = list(rule.version)
         self.step = dict.fromkeys(range(workers), 0)  # steps done
         self.to_push = {rank: self._shuffled() for rank in range(workers)}
         self.waiting: dict[int, set[int]] = {rank: set() for rank in range(workers)}
         self.version = {(key, rank): 0 for key in self.keys for rank in range(workers)}
-        self.applied: dict[int, list[tuple[set[tuple[int, int]], int]]] = {key: [] for key in self.keys}
+        self.applied: dict[int, list[tuple[set[tuple[int, int]], int]]] = {
+            key: [] for key in self.keys
+        }
         self.sum: dict[int, set[tuple[int, int]]] = {key: set() for key in self.keys}
         self.dropped = 0
         self.aborted: Abort | None = None
@@ -54,7 +66,11 @@ class Workers:
     def run(self, on_step=lambda rank: None) -> None:
         """Until all are done; fails when nobody can go on."""
         while self.aborted is None:
-            able = [r for r in self.step if r not in self.dead and (self.to_push[r] or self._may_step(r))]
+            able = [
+                r
+                for r in self.step
+                if r not in self.dead and (self.to_push[r] or self._may_step(r))
+            ]
             able = [r for r in able if self.step[r] < self.steps or self.to_push[r]]
             if not able:
                 break
@@ -77,7 +93,11 @@ class Workers:
     def _pause(self) -> None:
         """Whoever has done all steps waits for the others."""
         while (
-            done := {r for r in self.step if self.meet and self.step[r] == self.steps and not self.waiting[r]}
+            done := {
+                r
+                for r in self.step
+                if self.meet and self.step[r] == self.steps and not self.waiting[r]
+            }
             - self.met
         ):
             rank = min(done)
@@ -97,16 +117,22 @@ sizes = {"workers": st.integers(1, 5), "blocks": st.integers(1, 4), "steps": st.
 
 
 @given(**sizes, rng=st.randoms(use_true_random=False))
-def test_synchronous_updates_take_one_gradient_of_each_worker_of_the_same_step(workers, blocks, steps, rng):
+def test_synchronous_updates_take_one_gradient_of_each_worker_of_the_same_step(
+    workers, blocks, steps, rng
+):
     simulated = Workers(Synchronous(list(range(blocks)), workers), workers, steps, rng)
     simulated.run()
     for updates in simulated.applied.values():
-        assert [given for given, _ in updates] == [{(rank, step) for rank in range(workers)} for step in range(steps)]
+        assert [given for given, _ in updates] == [
+            {(rank, step) for rank in range(workers)} for step in range(steps)
+        ]
     assert simulated.dropped == 0
 
 
 @given(**sizes, bound=st.integers(0, 3), rng=st.randoms(use_true_random=False))
-def test_bounded_workers_never_run_more_than_the_bound_ahead_of_the_slowest(workers, blocks, steps, bound, rng):
+def test_bounded_workers_never_run_more_than_the_bound_ahead_of_the_slowest(
+    workers, blocks, steps, bound, rng
+):
     simulated = Workers(Asynchronous(list(range(blocks)), workers, bound), workers, steps, rng)
 
     def check(rank: int) -> None:
@@ -123,8 +149,15 @@ def test_bounded_workers_never_run_more_than_the_bound_ahead_of_the_slowest(work
 def test_the_bound_is_reached_and_not_needlessly_low():
     rule = Asynchronous([0], 2, bound=2)
     rule.join(0), rule.join(1)
-    answers = [any(isinstance(a, Answer) for a in rule.push(0, 0, step, rule.version[0])) for step in range(3)]
-    assert answers == [True, True, False]  # steps 0 and 1 done, two ahead; the third is answered when rank 1 has moved
+    answers = [
+        any(isinstance(a, Answer) for a in rule.push(0, 0, step, rule.version[0]))
+        for step in range(3)
+    ]
+    assert answers == [
+        True,
+        True,
+        False,
+    ]  # steps 0 and 1 done, two ahead; the third is answered when rank 1 has moved
     assert [a.rank for a in rule.push(0, 1, 0, 0) if isinstance(a, Answer)] == [0, 1]
 
 
@@ -133,7 +166,12 @@ def test_asynchronous_workers_never_wait(workers, blocks, steps, rng):
     rule = Asynchronous(list(range(blocks)), workers)
     for rank in range(workers):
         rule.join(rank)
-    pushes = [(rank, step, key) for rank in range(workers) for step in range(steps) for key in range(blocks)]
+    pushes = [
+        (rank, step, key)
+        for rank in range(workers)
+        for step in range(steps)
+        for key in range(blocks)
+    ]
     for rank, _, key in (rng.choice(pushes) for _ in range(40)):
         step = rule._last_step.get((key, rank), -1) + 1
         actions = rule.push(key, rank, step, max(0, rule.version[key] - 2))
@@ -142,9 +180,14 @@ def test_asynchronous_workers_never_wait(workers, blocks, steps, rng):
 
 
 @given(
-    blocks=st.integers(1, 3), spare=st.integers(1, 2), steps=st.integers(1, 8), rng=st.randoms(use_true_random=False)
+    blocks=st.integers(1, 3),
+    spare=st.integers(1, 2),
+    steps=st.integers(1, 8),
+    rng=st.randoms(use_true_random=False),
 )
-def test_backup_workers_the_first_gradients_win_and_late_ones_never_count(blocks, spare, steps, rng):
+def test_backup_workers_the_first_gradients_win_and_late_ones_never_count(
+    blocks, spare, steps, rng
+):
     workers = 2 + spare
     rule = Synchronous(list(range(blocks)), workers, backup=spare)
     for rank in range(workers):
@@ -152,7 +195,12 @@ def test_backup_workers_the_first_gradients_win_and_late_ones_never_count(blocks
     version = {(key, rank): 0 for key in range(blocks) for rank in range(workers)}
     waiting: set[tuple[int, int]] = set()
     for turn in range(steps * blocks * workers * 2):
-        free = [(key, rank) for key in range(blocks) for rank in range(workers) if (key, rank) not in waiting]
+        free = [
+            (key, rank)
+            for key in range(blocks)
+            for rank in range(workers)
+            if (key, rank) not in waiting
+        ]
         if not free:
             pytest.fail("all workers wait")
         key, rank = rng.choice(free)
@@ -160,7 +208,9 @@ def test_backup_workers_the_first_gradients_win_and_late_ones_never_count(blocks
         late = version[key, rank] < before
         actions = rule.push(key, rank, turn, version[key, rank])
         waiting.add((key, rank))
-        assert [a.dropped for a in actions if isinstance(a, Answer) and a.rank == rank] == [True] * late or not late
+        assert [a.dropped for a in actions if isinstance(a, Answer) and a.rank == rank] == [
+            True
+        ] * late or not late
         assert not (late and any(isinstance(a, (Add, Apply)) for a in actions))
         for action in actions:
             if isinstance(action, Apply):
@@ -171,11 +221,18 @@ def test_backup_workers_the_first_gradients_win_and_late_ones_never_count(blocks
 
 
 @given(
-    blocks=st.integers(1, 4), spare=st.integers(1, 2), steps=st.integers(1, 8), rng=st.randoms(use_true_random=False)
+    blocks=st.integers(1, 4),
+    spare=st.integers(1, 2),
+    steps=st.integers(1, 8),
+    rng=st.randoms(use_true_random=False),
 )
-def test_backup_workers_that_came_too_late_do_not_wait_for_those_who_wait_for_them(blocks, spare, steps, rng):
+def test_backup_workers_that_came_too_late_do_not_wait_for_those_who_wait_for_them(
+    blocks, spare, steps, rng
+):
     workers = 2 + spare
-    simulated = Workers(Synchronous(list(range(blocks)), workers, backup=spare), workers, steps, rng, meet=True)
+    simulated = Workers(
+        Synchronous(list(range(blocks)), workers, backup=spare), workers, steps, rng, meet=True
+    )
     simulated.run()
     assert simulated.met == set(range(workers))
     # After the meeting an update takes as many gradients as before.

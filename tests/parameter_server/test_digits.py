@@ -23,8 +23,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
     ids=lambda settings: settings.get("outer", settings["mode"]),
 )
 def test_digits_are_learned_in_every_mode(tmp_path, settings):
-    options = [text for key, value in settings.items() for text in ("--set", f"exchange.{key}={value}")]
-    argv = [sys.executable, "-m", "scaletrain.cli", "train", "examples/digits.yaml", "--exchange", "parameter_server"]
+    options = [
+        text for key, value in settings.items() for text in ("--set", f"exchange.{key}={value}")
+    ]
+    argv = [
+        sys.executable,
+        "-m",
+        "scaletrain.cli",
+        "train",
+        "examples/digits.yaml",
+        "--exchange",
+        "parameter_server",
+    ]
     done = subprocess.run(
         [*argv, "--workers", "3", "--run-dir", str(tmp_path / "run"), *options],
         cwd=ROOT,
@@ -34,4 +44,7 @@ def test_digits_are_learned_in_every_mode(tmp_path, settings):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] >= 0.97
-    assert f"{settings.get('servers', 1)} server" in done.stdout and f"{settings['mode']}; staleness" in done.stdout
+    assert (
+        f"{settings.get('servers', 1)} server" in done.stdout
+        and f"{settings['mode']}; staleness" in done.stdout
+    )

@@ -43,11 +43,16 @@ def test_training_goes_on_when_a_worker_is_killed(tmp_path, options):
     ):
         started[2].wait_for(5)
         started[2].process.kill()
-        assert [worker.end() for worker in started[:2]] == [0, 0], [worker.lines[-5:] for worker in started[:2]]
+        assert [worker.end() for worker in started[:2]] == [0, 0], [
+            worker.lines[-5:] for worker in started[:2]
+        ]
         results = [worker.result() for worker in started[:2]]
         assert all(worker.step == 60 for worker in started[:2])
     assert [result["workers"] for result in results] == [2.0, 2.0]  # the sum is over those who live
-    assert [result["live"] for result in results] == [2, 2]  # as each of them had heard at its last step
+    assert [result["live"] for result in results] == [
+        2,
+        2,
+    ]  # as each of them had heard at its last step
     lost = job.statistics(tmp_path)["lost"]
     assert [entry["rank"] for entry in lost] == [2]
 
@@ -77,13 +82,19 @@ def test_a_stopped_worker_is_noticed_after_the_timeout(tmp_path):
 def test_a_restarted_worker_joins_again_with_current_weights(tmp_path, mode):
     options = {"min_workers": 1} if mode == "sync" else {}
     made = Settings(2, 20, mode=mode, placement="dedicated", **options)
-    with job.server_processes(made, tmp_path), job.workers(made, tmp_path, 180, {0: 0.05, 1: 0.05}) as started:
+    with (
+        job.server_processes(made, tmp_path),
+        job.workers(made, tmp_path, 180, {0: 0.05, 1: 0.05}) as started,
+    ):
         started[1].wait_for(10)
         started[1].process.kill()
         started[0].wait_for(20)
         again = job.Worker(made, tmp_path, 1, 180)
         try:
-            assert [started[0].end(60), again.end(60)] == [0, 0], (started[0].lines[-5:], again.lines[-5:])
+            assert [started[0].end(60), again.end(60)] == [0, 0], (
+                started[0].lines[-5:],
+                again.lines[-5:],
+            )
             steps = [int(line.split()[1]) for line in again.lines if line.startswith("step ")]
             assert steps[0] > 10 and steps[-1] == 180  # it did not begin again at step 1
             assert started[0].result()["workers"] == again.result()["workers"] == 2.0
@@ -94,13 +105,17 @@ def test_a_restarted_worker_joins_again_with_current_weights(tmp_path, mode):
 
 def test_workers_stop_cleanly_when_a_server_is_killed(tmp_path):
     made = Settings(2, 20, servers=2, placement="dedicated")
-    with job.server_processes(made, tmp_path) as servers, job.workers(made, tmp_path, 10_000) as started:
+    with (
+        job.server_processes(made, tmp_path) as servers,
+        job.workers(made, tmp_path, 10_000) as started,
+    ):
         started[0].wait_for(5)
         servers[1].kill()
         assert all(worker.end(15) != 0 for worker in started)
         for worker in started:
             assert re.search(
-                r"parameter server 1 .* closed the connection|worker rank \d was lost", "\n".join(worker.lines)
+                r"parameter server 1 .* closed the connection|worker rank \d was lost",
+                "\n".join(worker.lines),
             )
         assert any("parameter server 1" in "\n".join(worker.lines) for worker in started)
 
@@ -117,13 +132,19 @@ def test_a_killed_server_goes_on_from_its_snapshot(tmp_path, mode):
         servers[0].wait()
         killed_at = max(worker.step for worker in started)
         servers[0] = job.start_server(made, tmp_path, 0)
-        assert [worker.end(60) for worker in started] == [0, 0], [worker.lines[-5:] for worker in started]
+        assert [worker.end(60) for worker in started] == [0, 0], [
+            worker.lines[-5:] for worker in started
+        ]
         assert all(worker.step == 120 for worker in started)
     statistics = job.statistics(tmp_path)
     updates_a_step = 2 if mode == "async" else 1
     restored = statistics["restored_at_update"]
     # At most the interval is lost (and the steps that the snapshot was due in, between two looks at the clock).
-    assert killed_at * updates_a_step - 10 - 15 * updates_a_step <= restored <= (killed_at + 1) * updates_a_step
+    assert (
+        killed_at * updates_a_step - 10 - 15 * updates_a_step
+        <= restored
+        <= (killed_at + 1) * updates_a_step
+    )
     assert restored % 1 == 0 and statistics["updates"] >= 120 * updates_a_step - 30 * updates_a_step
 
 
@@ -171,7 +192,13 @@ def test_malformed_and_truncated_frames_change_nothing(tmp_path):
     """
     rng, steps = random.Random(0), 200
     made = Settings(
-        3, 30, link="tcp", security="trusted_network", placement="dedicated", block_mb=0.002, backup_workers=1
+        3,
+        30,
+        link="tcp",
+        security="trusted_network",
+        placement="dedicated",
+        block_mb=0.002,
+        backup_workers=1,
     )
     clean = job.single(steps, 2)
     flooded, trained = threading.Event(), threading.Barrier(3)
@@ -191,7 +218,10 @@ def test_malformed_and_truncated_frames_change_nothing(tmp_path):
                 peer.send_multipart(malformed(rng, 2, session, replica.blocks[0].numel))
                 sent += 1
         deadline = time.monotonic() + 30
-        while sum(job.statistics(tmp_path)["refused"].values()) < 10_000 and time.monotonic() < deadline:
+        while (
+            sum(job.statistics(tmp_path)["refused"].values()) < 10_000
+            and time.monotonic() < deadline
+        ):
             while peer.poll(50):
                 peer.recv_multipart()
         flooded.set()
@@ -239,7 +269,10 @@ def test_messages_of_an_admitted_peer_are_checked_one_by_one(tmp_path):
             "wire dtype": [header._replace(dtype=Dtype.BF16).pack(), bytes(2 * numel)],
             "bad rows": [header._replace(kind=Kind.PULL_ROWS, rows=1, count=0).pack(), bytes(8)],
             "INIT is rank 0's, once": [header._replace(kind=Kind.INIT).pack(), bytes(4 * numel)],
-            "not a message for a server": [header._replace(kind=Kind.TOTAL, count=1).pack(), bytes(4)],
+            "not a message for a server": [
+                header._replace(kind=Kind.TOTAL, count=1).pack(),
+                bytes(4),
+            ],
             "bad part": [header._replace(kind=Kind.PULL, offset=numel).pack()],
             "unknown session": [header._replace(session=1).pack(), bytes(4 * numel)],
             "bad vector": [header._replace(kind=Kind.SUM, count=1).pack(), bytes(4)],
@@ -262,7 +295,9 @@ def test_peers_without_the_key_never_get_in(tmp_path, security_option):
     with job.servers(made, tmp_path):
         while placement.read_address(tmp_path, 0) is None:
             time.sleep(0.01)
-        (thief / "server-0.address.json").write_text((tmp_path / "server-0.address.json").read_text())
+        (thief / "server-0.address.json").write_text(
+            (tmp_path / "server-0.address.json").read_text()
+        )
         net = job.model()
         with pytest.raises(ServerError):  # its own keys are not the job's
             job.exchange(made, thief, 0).attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
@@ -295,7 +330,9 @@ def test_a_server_does_not_outlive_who_started_it(tmp_path):
         f"p = subprocess.Popen(placement.command(settings.Settings(1), Path({str(tmp_path)!r}), 0)); print(p.pid, flush=True);"
         "time.sleep(60)"
     )
-    parent = subprocess.Popen([job.sys.executable, "-c", code], cwd=job.ROOT, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [job.sys.executable, "-c", code], cwd=job.ROOT, stdout=subprocess.PIPE, text=True
+    )
     server = int(parent.stdout.readline())
     while placement.read_address(tmp_path, 0) is None:
         time.sleep(0.05)
@@ -320,9 +357,14 @@ def test_a_slow_worker_is_left_behind_by_one_spare(tmp_path):
 
     def median_step(folder, made, delays, steps):
         folder.mkdir()
-        with job.server_processes(made, folder), job.workers(made, folder, steps, delays) as started:
+        with (
+            job.server_processes(made, folder),
+            job.workers(made, folder, steps, delays) as started,
+        ):
             assert started[0].end(60) == 0, started[0].lines[-5:]
-            times = [float(line.split()[2]) for line in started[0].lines if line.startswith("step ")]
+            times = [
+                float(line.split()[2]) for line in started[0].lines if line.startswith("step ")
+            ]
             assert all(worker.end(30) == 0 for worker in started)
         gaps = sorted(b - a for a, b in itertools.pairwise(times[3:]))
         return gaps[len(gaps) // 2]

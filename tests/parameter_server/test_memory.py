@@ -31,7 +31,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux (glibc's malloc)")
 def test_freed_memory_is_used_again():
     def faults(what: str) -> int:
-        done = subprocess.run([sys.executable, "-c", ROUNDS, what], capture_output=True, text=True, timeout=50)
+        done = subprocess.run(
+            [sys.executable, "-c", ROUNDS, what], capture_output=True, text=True, timeout=50
+        )
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
@@ -45,4 +47,6 @@ def test_send_buffers_share_a_servers_link():
     # No smaller: a packet has up to 64 KiB.
     assert Settings(64, hosts=2, security="trusted_network").send_buffer_bytes == 1 << 16
     assert Settings(8, hosts=2).send_buffer_bytes == 1 << 16  # four connections with encryption
-    assert Settings(2, hosts=2, security="trusted_network").send_buffer_bytes == -1  # as the system lets it grow
+    assert (
+        Settings(2, hosts=2, security="trusted_network").send_buffer_bytes == -1
+    )  # as the system lets it grow

@@ -67,4 +67,9 @@ def test_a_server_refuses_tables_of_blocks_that_cannot_be(broken):
 def test_what_a_worker_writes_a_server_reads():
     for block in plan([Parameter((30, 4)), Parameter((9, 2), sparse=True)], 2, 64):
         read = sharding.from_json(sharding.to_json(block), block.server)
-        assert (read.key, read.numel, read.sparse, read.shape) == (block.key, block.numel, block.sparse, block.shape)
+        assert (read.key, read.numel, read.sparse, read.shape) == (
+            block.key,
+            block.numel,
+            block.sparse,
+            block.shape,
+        )

@@ -45,7 +45,9 @@ def test_sync_is_single_process_training(tmp_path, workers, options):
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[-1][0], strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"link": "tcp"}, {"mode": "local_sgd", "local_steps": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"link": "tcp"}, {"mode": "local_sgd", "local_steps": 1}], ids=str
+)
 def test_what_accelerators_do_gives_the_same(tmp_path, monkeypatch, options):
     """Gradients and weights through staging. On the CPU nothing of it overlaps: tests/gpu has the rest."""
     monkeypatch.setattr(replica, "needs_staging", lambda device: True)
@@ -67,7 +69,9 @@ def test_a_gradient_that_cannot_be_staged_ends_the_wait(tmp_path, monkeypatch):
 
     monkeypatch.setattr(replica, "needs_staging", lambda device: True)
     monkeypatch.setattr(torch.cpu.Event, "synchronize", broken)
-    with pytest.raises(ServerError, match=r"gradient of block \d+: RuntimeError: device-side assert"):
+    with pytest.raises(
+        ServerError, match=r"gradient of block \d+: RuntimeError: device-side assert"
+    ):
         job.train(Settings(1, 20), tmp_path, 2)
 
 
@@ -77,7 +81,9 @@ def test_a_gradient_that_cannot_be_staged_ends_the_wait(tmp_path, monkeypatch):
         lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
         lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5),
         lambda p: torch.optim.Adafactor(p, lr=1e-2),  # looks at whole tensors
-        lambda p: torch.optim.SGD([{"params": list(p)[:3]}, {"params": list(p)[3:], "weight_decay": 0.2}], lr=0.05),
+        lambda p: torch.optim.SGD(
+            [{"params": list(p)[:3]}, {"params": list(p)[3:], "weight_decay": 0.2}], lr=0.05
+        ),
     ],
     ids=["AdamW", "RMSprop", "Adafactor", "two groups"],
 )
@@ -85,14 +91,19 @@ def test_any_optimizer_runs_on_the_server(tmp_path, make):
     def listed(parameters):
         return make(list(parameters))
 
-    for weights, _ in job.train(Settings(2, 20, servers=2, **SMALL_BLOCKS), tmp_path, STEPS, make=listed):
+    for weights, _ in job.train(
+        Settings(2, 20, servers=2, **SMALL_BLOCKS), tmp_path, STEPS, make=listed
+    ):
         assert_close(weights, job.single(STEPS, 2, listed))
 
 
 @pytest.mark.parametrize(
     "make, options",
     [
-        (lambda p: torch.optim.SGD(p, **job.SGD), {"server_lr": {"name": "StepLR", "step_size": 4, "gamma": 0.5}}),
+        (
+            lambda p: torch.optim.SGD(p, **job.SGD),
+            {"server_lr": {"name": "StepLR", "step_size": 4, "gamma": 0.5}},
+        ),
         (lambda p: torch.optim.AdamW(p, lr=1e-2), {}),
         (lambda p: torch.optim.Adafactor(p, lr=1e-2), {"link": "tcp"}),
     ],
@@ -160,7 +171,9 @@ def test_sixteen_bits_on_the_wire_halve_the_bytes_and_stay_near(tmp_path, wire, 
     assert 2 * numel <= record["bytes_sent"] < 2 * numel + 500
     expected = job.single(STEPS, 2)
     assert_close(weights, expected, tolerance)
-    assert any(not torch.equal(a, b) for a, b in zip(weights, expected, strict=True))  # it did round
+    assert any(
+        not torch.equal(a, b) for a, b in zip(weights, expected, strict=True)
+    )  # it did round
 
 
 def test_async_of_one_worker_is_single_process_training(tmp_path):
@@ -172,7 +185,9 @@ def test_async_of_one_worker_is_single_process_training(tmp_path):
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 def test_async_applies_every_gradient_and_records_staleness(tmp_path, mode):
     made = Settings(3, 20, mode=mode, staleness=1)
-    steps = 25 * STEPS  # after 12 one process is at 0.86 of the first loss itself, after 300 at 0.32
+    steps = (
+        25 * STEPS
+    )  # after 12 one process is at 0.86 of the first loss itself, after 300 at 0.32
     results = job.train(made, tmp_path, steps, meet=threading.Barrier(3, timeout=30).wait)
     statistics = job.statistics(tmp_path)
     assert statistics["updates"] == 3 * steps
@@ -194,20 +209,33 @@ def test_servers_that_met_a_worker_at_different_steps_agree_at_the_end(tmp_path,
 
     monkeypatch.setattr(Link, "connect", late)
     made, begun = Settings(2, 5, mode="bounded", staleness=1, servers=2, **SMALL_BLOCKS), []
-    job.train(made, tmp_path, STEPS, on_step=lambda step, joined: begun.append((joined.world.rank, step)))
+    job.train(
+        made, tmp_path, STEPS, on_step=lambda step, joined: begun.append((joined.world.rank, step))
+    )
     assert min(step for rank, step in begun if rank == 1) > 1, "rank 1 was not late"
     assert job.statistics(tmp_path)["lost"] == []
 
 
 @pytest.mark.parametrize(
-    "mode, outer, after", [("local_sgd", "average", 0), ("local_sgd", "nesterov", 0), ("post_local", "average", 4)]
+    "mode, outer, after",
+    [("local_sgd", "average", 0), ("local_sgd", "nesterov", 0), ("post_local", "average", 4)],
 )
 def test_local_steps_are_averaged_by_the_outer_optimizer(tmp_path, mode, outer, after):
-    made = Settings(2, 20, mode=mode, local_steps=4, local_after=after, outer=outer, outer_lr=0.5, outer_momentum=0.6)
+    made = Settings(
+        2,
+        20,
+        mode=mode,
+        local_steps=4,
+        local_after=after,
+        outer=outer,
+        outer_lr=0.5,
+        outer_momentum=0.6,
+    )
     results = job.train(made, tmp_path, STEPS)
     shared = job.model()
     slow = torch.optim.SGD(
-        shared.parameters(), **({"lr": 1.0} if outer == "average" else {"lr": 0.5, "momentum": 0.6, "nesterov": True})
+        shared.parameters(),
+        **({"lr": 1.0} if outer == "average" else {"lr": 0.5, "momentum": 0.6, "nesterov": True}),
     )
     locals_ = [copy.deepcopy(shared) for _ in range(2)]
     fast = [torch.optim.SGD(m.parameters(), **job.SGD) for m in locals_]
@@ -217,7 +245,9 @@ def test_local_steps_are_averaged_by_the_outer_optimizer(tmp_path, mode, outer, 
             job.loss(net, step, rank).backward()
             optimizer.step()
         if step < after or (step + 1 - after) % 4 == 0:
-            for mean, *mine in zip(shared.parameters(), *(m.parameters() for m in locals_), strict=True):
+            for mean, *mine in zip(
+                shared.parameters(), *(m.parameters() for m in locals_), strict=True
+            ):
                 mean.grad = sum(mean.detach() - p.detach() for p in mine) / 2
             slow.step()
             for net in locals_:
@@ -286,7 +316,9 @@ def test_accumulated_passes_are_pushed_once(tmp_path):
             joined.step(0.2)
     (job.loss(reference, 0, 0) + job.loss(reference, 0, 1)).backward()
     plain.step()
-    assert_close([p.detach() for p in net.parameters()], [p.detach() for p in reference.parameters()])
+    assert_close(
+        [p.detach() for p in net.parameters()], [p.detach() for p in reference.parameters()]
+    )
 
 
 def test_workers_with_another_model_are_refused(tmp_path):
@@ -297,7 +329,9 @@ def test_workers_with_another_model_are_refused(tmp_path):
         first.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
         other = nn.Linear(3, 3)
         with pytest.raises(ServerError, match="not the one that the server has"):
-            job.exchange(made, tmp_path, 1).attach(other, torch.optim.SGD(other.parameters(), lr=0.1))
+            job.exchange(made, tmp_path, 1).attach(
+                other, torch.optim.SGD(other.parameters(), lr=0.1)
+            )
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,10 @@ def test_a_header_comes_back_as_it_was():
         ([Header(Kind.PUSH, Dtype.FLOAT32, count=2).pack(), b"1234567"], "length"),
         ([Header(Kind.PUSH, Dtype.NONE, count=0).pack(), b""], "length"),
         ([Header(Kind.PUSH, Dtype.FLOAT32, wire.SHARED, count=1).pack(), b"1234"], "length"),
-        ([Header(Kind.PUSH_ROWS, Dtype.FLOAT32, rows=2, count=1).pack(), bytes(8), bytes(4)], "length"),
+        (
+            [Header(Kind.PUSH_ROWS, Dtype.FLOAT32, rows=2, count=1).pack(), bytes(8), bytes(4)],
+            "length",
+        ),
         ([Header(Kind.PING, flags=64).pack()], "field"),
         ([Header(Kind.PING, lr=float("nan")).pack()], "field"),
     ],
@@ -50,7 +53,10 @@ def test_rubbish_is_refused(frames):
         parse(frames)
 
 
-@given(st.binary(min_size=wire.HEADER_BYTES - 5, max_size=wire.HEADER_BYTES - 5), st.binary(max_size=16))
+@given(
+    st.binary(min_size=wire.HEADER_BYTES - 5, max_size=wire.HEADER_BYTES - 5),
+    st.binary(max_size=16),
+)
 def test_a_header_with_rubbish_fields_is_refused_or_consistent(rest, payload):
     frames = [wire.MAGIC + bytes([Kind.PUSH]) + rest, payload]
     try:
@@ -67,7 +73,9 @@ def test_json_that_is_none_is_refused(text):
         parse(frames_of(Header(Kind.HELLO), text)).json()
 
 
-@pytest.mark.parametrize("name, tolerance", [("float32", 0), ("bf16", 2**-8), ("fp16", 2**-11), ("trunc16", 2**-7)])
+@pytest.mark.parametrize(
+    "name, tolerance", [("float32", 0), ("bf16", 2**-8), ("fp16", 2**-11), ("trunc16", 2**-7)]
+)
 def test_wire_dtypes_round_within_their_precision(name, tolerance):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     dtype = codec.BY_NAME[name]
@@ -77,4 +85,7 @@ def test_wire_dtypes_round_within_their_precision(name, tolerance):
     assert (back - values).abs().div(values.abs()).max() <= tolerance
     if name == "trunc16":  # cut off, never rounded away from zero; bf16 rounds both ways
         assert (back.abs() <= values.abs()).all()
-        assert (codec.decode(memoryview(codec.encode(values, Dtype.BF16)), Dtype.BF16).abs() > values.abs()).any()
+        assert (
+            codec.decode(memoryview(codec.encode(values, Dtype.BF16)), Dtype.BF16).abs()
+            > values.abs()
+        ).any()

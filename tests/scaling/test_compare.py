@@ -16,7 +16,8 @@ from .runs import write_run
 def make(folder, seconds):
     """A report of two repeats and a little noise."""
     runs = [
-        write_run(folder / str(i), steps=[[s] * 6] * 2) for i, s in enumerate([seconds, seconds * 1.01, seconds * 0.99])
+        write_run(folder / str(i), steps=[[s] * 6] * 2)
+        for i, s in enumerate([seconds, seconds * 1.01, seconds * 0.99])
     ]
     return report.of_runs(runs)
 
@@ -51,11 +52,21 @@ def test_a_wide_interval_does_not_tell_that_nothing_changed(low, high, told):
 def test_settings_that_differ_are_named_and_repeats_are_not():
     def header(**changes):
         text = "model: mlp\noptimizer: {name: sgd, lr: 0.1}\nepochs: 5\n"
-        return {"header": {"config": {"job": text}, "settings": [], "bound_to_cores": True, "repeats": 3} | changes}
+        return {
+            "header": {
+                "config": {"job": text},
+                "settings": [],
+                "bound_to_cores": True,
+                "repeats": 3,
+            }
+            | changes
+        }
 
     assert differences(header(repeats=2), header()) is None
     assert differences(header(config={"other": "epochs: 1"}), header()) is None
-    told = differences(header(settings=["epochs=2", "optimizer.lr=0.1"], bound_to_cores=False), header())
+    told = differences(
+        header(settings=["epochs=2", "optimizer.lr=0.1"], bound_to_cores=False), header()
+    )
     assert told == "not measured alike: epochs 5 -> 2, bound_to_cores true -> false"
 
 
@@ -83,7 +94,8 @@ def test_the_exit_code_tells(tmp_path, seconds, status):
     make(tmp_path / "new", seconds)
     runs = [str(tmp_path / "new" / str(i)) for i in range(3)]
     done = CliRunner().invoke(
-        cli, ["report", *runs, "--out", str(tmp_path / "out"), "--baseline", str(tmp_path / "old.json")]
+        cli,
+        ["report", *runs, "--out", str(tmp_path / "out"), "--baseline", str(tmp_path / "old.json")],
     )
     assert done.exit_code == status, done.output
 
@@ -93,10 +105,15 @@ def test_many_cells_are_judged_together(tmp_path):
     chance = np.random.default_rng(0)
 
     def noisy(name, cells=20):
-        made = [make(tmp_path / name / str(cell), 0.1 * (1 + 0.02 * chance.standard_normal())) for cell in range(cells)]
+        made = [
+            make(tmp_path / name / str(cell), 0.1 * (1 + 0.02 * chance.standard_normal()))
+            for cell in range(cells)
+        ]
         rows = [one["rows"][0] | {"variant": {"cell": cell}} for cell, one in enumerate(made)]
         for r in rows:
-            r["runs"] = [{"samples_per_s": 1000 * (1 + 0.02 * chance.standard_normal())} for _ in range(4)]
+            r["runs"] = [
+                {"samples_per_s": 1000 * (1 + 0.02 * chance.standard_normal())} for _ in range(4)
+            ]
         return made[0] | {"rows": rows}
 
     changes = [compare(noisy(f"new{i}"), noisy(f"old{i}")) for i in range(5)]

@@ -34,7 +34,12 @@ def test_interval_covers_the_truth_95_times_in_100():
 
 
 def test_percentiles_interpolate():
-    assert percentiles([4, 1, 3, 2]) == {10: 1.3, 50: 2.5, 90: pytest.approx(3.7), 95: pytest.approx(3.85)}
+    assert percentiles([4, 1, 3, 2]) == {
+        10: 1.3,
+        50: 2.5,
+        90: pytest.approx(3.7),
+        95: pytest.approx(3.85),
+    }
     assert percentiles([]) == {10: None, 50: None, 90: None, 95: None}
 
 
@@ -58,6 +63,8 @@ def test_the_interval_of_a_ratio_covers_the_truth():
     covered = 0
     for _ in range(2000):
         drift = [draw.gauss(10, 1) for _ in range(4)]
-        r = ratio([2 * d + draw.gauss(0, 0.4) for d in drift], [d + draw.gauss(0, 0.2) for d in drift])
+        r = ratio(
+            [2 * d + draw.gauss(0, 0.4) for d in drift], [d + draw.gauss(0, 0.2) for d in drift]
+        )
         covered += r.low <= 2 <= r.high
     assert 0.93 < covered / 2000 < 0.97

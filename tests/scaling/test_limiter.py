@@ -11,7 +11,9 @@ def test_causes_are_told_apart_and_add_up():
     alone = Step(step_s=0.035, slowest_s=0.038, input_s=0.001, compute_s=0.030, update_s=0.004)
     real = Step(step_s=0.050, slowest_s=0.050, input_s=0.001, compute_s=0.045, update_s=0.004)
     causes = dict(split(real, alone, small, single, workers=4, strong=True))
-    assert causes["communication"] == pytest.approx(0.012)  # 15 ms that the exchange adds, less 3 ms of waiting
+    assert causes["communication"] == pytest.approx(
+        0.012
+    )  # 15 ms that the exchange adds, less 3 ms of waiting
     assert causes["stragglers"] == pytest.approx(0.003)
     assert causes["input"] == pytest.approx(0.001)
     assert causes["optimizer"] == pytest.approx(0.003)  # 4 ms stay 4 ms; a quarter would be ideal
@@ -35,18 +37,26 @@ def test_nobody_waits_in_an_asynchronous_exchange():
 
 
 def test_sentence_names_the_limiter_its_share_and_a_remedy():
-    causes = [Cause("communication", 0.006), Cause("stragglers", 0.004), Cause("small batch", -0.001)]
+    causes = [
+        Cause("communication", 0.006),
+        Cause("stragglers", 0.004),
+        Cause("small batch", -0.001),
+    ]
     assert limiter(causes).name == "communication"
     assert sentence(causes, 0.83, "ring instead of tree predicts 0.83 -> 0.94") == (
         "Communication: 67% of the loss; ring instead of tree predicts 0.83 -> 0.94."
     )
-    assert sentence(causes, 0.83, ci95=0.05, lead_ci95=0.001).startswith("Communication: 67% of the loss")
+    assert sentence(causes, 0.83, ci95=0.05, lead_ci95=0.001).startswith(
+        "Communication: 67% of the loss"
+    )
     assert sentence([Cause("input", -0.1)], 1.0).startswith("Nothing")
 
 
 def test_no_cause_is_named_where_gains_hide_the_losses():
     causes = [Cause("stolen cores", 0.010), Cause("unexplained", -0.008)]
-    assert sentence(causes, 0.9).startswith("No cause can be named: 10 ms a step of losses and 8 ms of gains")
+    assert sentence(causes, 0.9).startswith(
+        "No cause can be named: 10 ms a step of losses and 8 ms of gains"
+    )
     partly = sentence([causes[0], Cause("unexplained", -0.004)], 0.9)
     assert (
         partly.startswith("Stolen cores: 10 ms a step")
@@ -60,7 +70,11 @@ def test_no_cause_is_named_where_gains_hide_the_losses():
     [(0.53, 0.49, "from none"), (1.03, 1.4, "from none"), (0.80, 0.15, "to within half")],
 )
 def test_no_cause_is_named_where_the_interval_hides_the_loss(efficiency, ci95, what):
-    causes = [Cause("communication", -0.02307), Cause("stolen cores", 0.04808), Cause("optimizer", 0.00582)]
+    causes = [
+        Cause("communication", -0.02307),
+        Cause("stolen cores", 0.04808),
+        Cause("optimizer", 0.00582),
+    ]
     told = sentence(causes, efficiency, ci95=ci95)
     assert (
         what in told
@@ -68,7 +82,9 @@ def test_no_cause_is_named_where_the_interval_hides_the_loss(efficiency, ci95, w
         and re.search(r"(about \d+|more than 30) repeats", told)
     )
     # What is known to be lost has causes, if not in which order; of what may be nothing none is named.
-    assert ("as measured, stolen cores (48.1 ms a step) and optimizer (5.82 ms)" in told) == (what == "to within half")
+    assert ("as measured, stolen cores (48.1 ms a step) and optimizer (5.82 ms)" in told) == (
+        what == "to within half"
+    )
     assert not told.startswith("Stolen cores")
 
 
@@ -84,12 +100,22 @@ def test_a_good_efficiency_that_is_known_well_needs_no_cause():
 
 
 def test_no_cause_is_named_where_the_second_costs_about_as_much():
-    causes = [Cause("communication", 0.00153), Cause("stragglers", 0.0019), Cause("optimizer", 0.0005)]
+    causes = [
+        Cause("communication", 0.00153),
+        Cause("stragglers", 0.0019),
+        Cause("optimizer", 0.0005),
+    ]
     told = sentence(causes, 0.84)
-    assert told == "No cause stands out: stragglers (1.9 ms a step) and communication (1.53 ms) cost about the same."
-    noisy = sentence([Cause("communication", 0.004), Cause("stragglers", 0.002)], 0.8, ci95=0.01, lead_ci95=0.003)
     assert (
-        "do not tell which costs more, communication (4 ms a step) and stragglers (2 ms)" in noisy and "± 3 ms" in noisy
+        told
+        == "No cause stands out: stragglers (1.9 ms a step) and communication (1.53 ms) cost about the same."
+    )
+    noisy = sentence(
+        [Cause("communication", 0.004), Cause("stragglers", 0.002)], 0.8, ci95=0.01, lead_ci95=0.003
+    )
+    assert (
+        "do not tell which costs more, communication (4 ms a step) and stragglers (2 ms)" in noisy
+        and "± 3 ms" in noisy
     )
 
 
@@ -97,7 +123,9 @@ def test_what_the_exchange_takes_from_computation_is_stolen_cores():
     alone = Step(0.100, 0.104, 0.0, 0.095, 0.005)
     real = Step(0.120, 0.120, 0.0, 0.115, 0.005, waited_s=0.013)
     causes = dict(split(real, alone, alone, alone, workers=2, strong=False))
-    assert causes["stolen cores"] == pytest.approx(0.007)  # 20 ms more of backward, 13 of them waiting
+    assert causes["stolen cores"] == pytest.approx(
+        0.007
+    )  # 20 ms more of backward, 13 of them waiting
     assert causes["stragglers"] == pytest.approx(0.004)
     assert causes["communication"] == pytest.approx(0.009)
     assert sum(causes.values()) == pytest.approx(0.020)

@@ -55,20 +55,30 @@ def test_servers_share_the_load():
 
 
 def test_servers_feel_an_oversubscribed_tree_as_collectives_do():
-    tree, flat = PRESETS["fat-tree-10gbit"], dataclasses.replace(PRESETS["fat-tree-10gbit"], oversubscription=1.0)
-    ratio = {k: server_s(64, 1e9, tree, servers=k) / server_s(64, 1e9, flat, servers=k) for k in (1, 16, 64)}
+    tree, flat = (
+        PRESETS["fat-tree-10gbit"],
+        dataclasses.replace(PRESETS["fat-tree-10gbit"], oversubscription=1.0),
+    )
+    ratio = {
+        k: server_s(64, 1e9, tree, servers=k) / server_s(64, 1e9, flat, servers=k)
+        for k in (1, 16, 64)
+    }
     assert ratio[1] == pytest.approx(1)  # its own port is narrower than the uplinks
     assert ratio[16] == pytest.approx(4, rel=0.01) and ratio[64] == pytest.approx(4, rel=0.01)
     assert server_s(8, 1e9, tree, servers=8) == server_s(8, 1e9, flat, servers=8)  # all in one leaf
     eight_a_host = PRESETS["dgx1-edr"]
     many = server_s(64, 1e9, eight_a_host, servers=64)
-    assert many == pytest.approx(8 * 1e9 / eight_a_host.network.bandwidth_bytes_per_s, rel=0.1)  # they share a port
+    assert many == pytest.approx(
+        8 * 1e9 / eight_a_host.network.bandwidth_bytes_per_s, rel=0.1
+    )  # they share a port
 
 
 def test_links_that_cannot_do_both_at_once_take_twice_as_long():
     half = dataclasses.replace(GBIT, network=GBIT.network._replace(duplex=False))
     assert server_s(8, 1e9, half) == pytest.approx(2 * server_s(8, 1e9, GBIT), rel=0.01)
-    assert allreduce_s("ring", 8, 1e9, half) == pytest.approx(2 * allreduce_s("ring", 8, 1e9, GBIT), rel=0.01)
+    assert allreduce_s("ring", 8, 1e9, half) == pytest.approx(
+        2 * allreduce_s("ring", 8, 1e9, GBIT), rel=0.01
+    )
 
 
 def test_gradients_that_come_late_in_backward_hide_less():
@@ -80,7 +90,11 @@ def test_gradients_that_come_late_in_backward_hide_less():
     early = predict.Profile.of_layers({"forward_s": 0.05, "backward_s": 0.1, "layers": layers})
     late = predict.Profile.of_layers({"forward_s": 0.05, "backward_s": 0.1, "layers": layers[::-1]})
     assert early.forward == pytest.approx(1 / 3)
-    assert early.complete(0.99) == pytest.approx(0.2) and late.complete(0.99) > 0.98 and early.complete(1) == 1
+    assert (
+        early.complete(0.99) == pytest.approx(0.2)
+        and late.complete(0.99) > 0.98
+        and early.complete(1) == 1
+    )
     steps = [
         predict.step_s("ring", 8, 1.0, 100e6, Compute(0.15), PRESETS["10gbit"], profile=profile)
         for profile in (early, predict.USUAL, late)
@@ -122,7 +136,9 @@ def test_simulate_refuses_what_it_does_not_know():
         simulate.simulate(job, [16], ["ring"])
 
 
-@pytest.mark.parametrize(("text", "value"), [("1Gbit", 125e6), ("100Mbit/s", 12.5e6), ("1.2GB", 1.2e9)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("1Gbit", 125e6), ("100Mbit/s", 12.5e6), ("1.2GB", 1.2e9)]
+)
 def test_bandwidths(text, value):
     assert parse_bandwidth(text) == pytest.approx(value)
 
@@ -146,7 +162,9 @@ def test_fit_finds_the_network_that_made_the_timings():
 
 def test_large_messages_do_not_tell_the_latency():
     true = Preset(Network(1e-9, 40e6), "")
-    timings = [fit.Timing("ring", p, 1e8, predict.exchange_s("ring", p, 1e8, true)) for p in (2, 4, 8)]
+    timings = [
+        fit.Timing("ring", p, 1e8, predict.exchange_s("ring", p, 1e8, true)) for p in (2, 4, 8)
+    ]
     latency, bandwidth = fit.fit_exchanges(timings)
     assert bandwidth.value == pytest.approx(40e6, rel=0.01)
     assert latency.value < 1e-3
@@ -181,28 +199,39 @@ def test_firecaffe_128_gpus_from_its_32():
 
 @pytest.mark.parametrize("workers", [2, 8, 32, 128])
 def test_the_schedules_give_firecaffes_ratio(workers):
-    assert proof.server_tree_ratio(workers) == pytest.approx(workers / (2 * math.log2(workers)), rel=1e-4)
+    assert proof.server_tree_ratio(workers) == pytest.approx(
+        workers / (2 * math.log2(workers)), rel=1e-4
+    )
 
 
 def test_backup_workers_of_tensorflow():
     made = proof.backup_workers()
     for assumed in made.values():
-        assert assumed.steps[0] == pytest.approx(2.25) and assumed.steps[4] == pytest.approx(1.93)  # the fit
+        assert assumed.steps[0] == pytest.approx(2.25) and assumed.steps[4] == pytest.approx(
+            1.93
+        )  # the fit
         assert assumed.best_per_resource == 3
-    assert abs(made["everyone"].per_resource[3] - 0.095) < 0.05  # predicted; the other assumption is fitted to it
+    assert (
+        abs(made["everyone"].per_resource[3] - 0.095) < 0.05
+    )  # predicted; the other assumption is fitted to it
     assert made["few"].shortest == 4
 
 
 def test_drawn_stragglers_agree_with_the_closed_forms():
     made = proof.backup_workers()
     tail, few = made["everyone"].delay["tail"], made["few"].delay
-    slow = Stragglers(slow_probability=few["odds"] / (1 + few["odds"]), slow_factor=1 + few["late_s"] / few["base_s"])
+    slow = Stragglers(
+        slow_probability=few["odds"] / (1 + few["odds"]),
+        slow_factor=1 + few["late_s"] / few["base_s"],
+    )
     for backups in (0, 4):
         harmonic = sum(1 / i for i in range(backups + 1, 50 + backups + 1))
         assert predict.slowest_factor(50, backups, Stragglers(tail=tail)) == pytest.approx(
             1 + tail * harmonic, rel=0.01
         )
-        drawn = few["base_s"] * predict.slowest_factor(50, backups, slow) + made["few"].load_s * (50 + backups)
+        drawn = few["base_s"] * predict.slowest_factor(50, backups, slow) + made["few"].load_s * (
+            50 + backups
+        )
         assert drawn == pytest.approx(made["few"].steps[backups], rel=0.01)
 
 
@@ -211,7 +240,10 @@ PLAIN = emulated.Links(1e-3, 10e6, math.inf)
 
 def test_another_batch_is_predicted_on_each_exchanges_own_wire():
     """gloo's TCP and our shared memory lie in one report; one network for both would be wrong for each."""
-    compute, wires = Compute(4e-4, 1e-3, 1e-3), {"native": Network(1e-4, 4e8), "ring": Network(2e-5, 4e9)}
+    compute, wires = (
+        Compute(4e-4, 1e-3, 1e-3),
+        {"native": Network(1e-4, 4e8), "ring": Network(2e-5, 4e9)},
+    )
 
     def row(exchange, workers, batch):
         on = Preset(wires.get(exchange, wires["ring"]), "")
@@ -229,7 +261,9 @@ def test_another_batch_is_predicted_on_each_exchanges_own_wire():
     assert len(points) == 6 and {p["batch_size"] for p in points} == {192}
     for point in points:
         assert point["predicted_s"] == pytest.approx(point["measured_s"], rel=0.01), point
-    native, ring = (next(p for p in points if (p["exchange"], p["workers"]) == (e, 2)) for e in wires)
+    native, ring = (
+        next(p for p in points if (p["exchange"], p["workers"]) == (e, 2)) for e in wires
+    )
     assert native["measured_s"] > 1.05 * ring["measured_s"]
 
 
@@ -237,16 +271,21 @@ def test_another_batch_is_predicted_on_each_exchanges_own_wire():
 def test_emulated_links_without_their_peculiarities_cost_what_the_schedule_does(collective):
     on = Preset(Network(0.0, 10e6), "")
     plain = PLAIN._replace(latency_s=0.0)
-    assert emulated.allreduce_s(collective, 8, 4e6, plain) == pytest.approx(allreduce_s(collective, 8, 4e6, on))
+    assert emulated.allreduce_s(collective, 8, 4e6, plain) == pytest.approx(
+        allreduce_s(collective, 8, 4e6, on)
+    )
 
 
 def test_ports_that_pause_are_faster_for_their_token_buckets():
     steady = PLAIN._replace(latency_s=0.0)
     bursts = steady._replace(burst_bytes=65536.0)
     gain = {
-        n: emulated.allreduce_s(n, 8, 4e6, steady) - emulated.allreduce_s(n, 8, 4e6, bursts) for n in ("ring", "tree")
+        n: emulated.allreduce_s(n, 8, 4e6, steady) - emulated.allreduce_s(n, 8, 4e6, bursts)
+        for n in ("ring", "tree")
     }
-    assert 0 <= gain["ring"] <= 65536 / 10e6 + 1e-9  # a ring's ports have one full bucket, at the beginning
+    assert (
+        0 <= gain["ring"] <= 65536 / 10e6 + 1e-9
+    )  # a ring's ports have one full bucket, at the beginning
     assert gain["tree"] > 1.9 * gain["ring"]
 
 
@@ -256,7 +295,9 @@ def test_hosts_that_share_cores_add_slowly_unless_they_add_while_they_receive():
     shared = emulated.allreduce_s("recursive_doubling", 8, 4e6, adding._replace(cores=2))
     assert shared - alone == pytest.approx(3 * 4e6 / 100e6 * (8 / 2 - 1))
     # 4 MB go through the ring in parts.
-    assert emulated.allreduce_s("ring", 8, 4e6, adding) == emulated.allreduce_s("ring", 8, 4e6, PLAIN)
+    assert emulated.allreduce_s("ring", 8, 4e6, adding) == emulated.allreduce_s(
+        "ring", 8, 4e6, PLAIN
+    )
 
 
 def test_messages_of_all_to_all_get_in_each_others_way():
@@ -266,7 +307,9 @@ def test_messages_of_all_to_all_get_in_each_others_way():
     late = {}
     for p in (2, 3, 8, 16):
         bound = 2 * (p - 1) / p * 2e5 / plain.bandwidth_bytes_per_s
-        late[p] = (emulated.allreduce_s("direct", p, 2e5, plain) - bound) / (2e5 / p / plain.bandwidth_bytes_per_s)
+        late[p] = (emulated.allreduce_s("direct", p, 2e5, plain) - bound) / (
+            2e5 / p / plain.bandwidth_bytes_per_s
+        )
     assert late[2] == 0 and 0.5 < late[3] < 2 and 1.5 * late[3] < late[8] < late[16] < 10
     ratio = {n: emulated.allreduce_s("direct", 4, n, plain) / n for n in (4e5, 4e6)}
     assert ratio[4e6] < 0.97 * ratio[4e5]
@@ -278,10 +321,15 @@ def test_a_prediction_is_no_less_than_what_the_cores_need():
     core_s = {"ring": 2e-8, "tree": 4e-8, "recursive_doubling": 1e-8}  # a byte's
     sizes = [(name, p, 4e6) for name in core_s for p in (2, 4, 8, 16)]
     busy = [fit.Timing(*at, core_s[at[0]] * emulated.bytes_moved(*at)) for at in sizes]
-    timings = [fit.Timing(*t[:3], max(emulated.allreduce_s(*t[:3], true), t.seconds / 2)) for t in busy]
+    timings = [
+        fit.Timing(*t[:3], max(emulated.allreduce_s(*t[:3], true), t.seconds / 2)) for t in busy
+    ]
     made = proof.extrapolate(timings, 4, known, busy)
     by = {(point["exchange"], point["workers"]): point for point in made.points}
-    assert all(point["predicted_s"] == pytest.approx(point["measured_s"], rel=0.03) for point in made.points)
+    assert all(
+        point["predicted_s"] == pytest.approx(point["measured_s"], rel=0.03)
+        for point in made.points
+    )
     ring, tree = by["ring", 16], by["tree", 16]
     assert ring["machine_s"] > 1.5 * ring["links_s"] and ring["cores_busy"] == pytest.approx(1.0)
     assert tree["machine_s"] < 0.8 * tree["links_s"] and tree["cores_busy"] < 0.8
@@ -322,9 +370,9 @@ def test_what_a_fit_does_not_tell_is_not_simulated_with(tmp_path):
         path = write_fit(tmp_path / "fit.json", known, untold)
         arguments = ["simulate", "--fit", path, "--workers", "2", "--strategy", "ring"]
         refused = CliRunner().invoke(cli, arguments)
-        assert isinstance(refused.exception, UserError) and "do not tell the network's bandwidth" in str(
-            refused.exception
-        )
+        assert isinstance(
+            refused.exception, UserError
+        ) and "do not tell the network's bandwidth" in str(refused.exception)
         done = CliRunner().invoke(cli, [*arguments, "--network", "1gbit"], catch_exceptions=False)
         assert "bandwidth assumed: that of 1gbit" in done.output
         done = CliRunner().invoke(cli, [*arguments, "--bandwidth", "1Gbit"], catch_exceptions=False)
@@ -333,7 +381,9 @@ def test_what_a_fit_does_not_tell_is_not_simulated_with(tmp_path):
 
 def test_a_network_that_costs_nothing_has_no_bandwidth():
     """Exchanges that take next to no time drive the fit to its bounds; that is no interval."""
-    timings = [fit.Timing(name, p, 1e3, 1e-9) for name in ("ring", "tree", "star") for p in (2, 4, 8)]
+    timings = [
+        fit.Timing(name, p, 1e3, 1e-9) for name in ("ring", "tree", "star") for p in (2, 4, 8)
+    ]
     for parameter in fit.fit_exchanges(timings):
         assert not parameter.is_told and parameter.low is None
 
@@ -348,9 +398,15 @@ def test_fit_prints_no_figure_for_what_is_not_told(tmp_path):
         row | {"workers": 2, "step_s_mean": 0.03},
         row | {"workers": 2, "exchange": "ring", "step_s_mean": 0.029},
     ]
-    (tmp_path / "report.json").write_text(json.dumps({"header": {}, "rows": rows, "references": []}))
-    done = CliRunner().invoke(cli, ["fit", str(tmp_path)], catch_exceptions=False)  # its directory will do
-    assert done.output.count("not told by these measurements") == 2 and "MB/s" not in done.output, done.output
+    (tmp_path / "report.json").write_text(
+        json.dumps({"header": {}, "rows": rows, "references": []})
+    )
+    done = CliRunner().invoke(
+        cli, ["fit", str(tmp_path)], catch_exceptions=False
+    )  # its directory will do
+    assert done.output.count("not told by these measurements") == 2 and "MB/s" not in done.output, (
+        done.output
+    )
 
 
 def show(job, counts, names):
@@ -363,13 +419,26 @@ def test_one_worker_stars_no_strategy_and_more_machines_are_told_and_paid():
     job = simulate.Job(4e6, 64, Compute(0.01), GBIT, price_per_worker_hour=1, epoch_samples=10**6)
     text = show(job, [1, 8], ["ring", "tree", "server:16"])
     assert text.count("*") == 1 and "1 worker: nothing to exchange" in text
-    assert "server:K take 1 and K machines beside the workers" in text and "prices count them" in text
+    assert (
+        "server:K take 1 and K machines beside the workers" in text and "prices count them" in text
+    )
     ring, server = (simulate.point(job, name, 8) for name in ("ring", "server:16"))
-    assert (ring.machines, server.machines, simulate.point(job, "server:2+3", 8).machines) == (8, 24, 13)
-    assert server.cost_per_epoch / ring.cost_per_epoch == pytest.approx(3 * ring.samples_per_s / server.samples_per_s)
+    assert (ring.machines, server.machines, simulate.point(job, "server:2+3", 8).machines) == (
+        8,
+        24,
+        13,
+    )
+    assert server.cost_per_epoch / ring.cost_per_epoch == pytest.approx(
+        3 * ring.samples_per_s / server.samples_per_s
+    )
     assert simulate.point(job, "server:16", 1).machines == 1
     both = show(job, [8], ["server:16", "tree", "ring"])
-    assert "(24 machines)" in both and f"without more machines ring, {1e3 * ring.step_s:.2f} ms" in both
-    assert "an epoch is 1,000,000 samples" in both and "without more" not in show(job, [8], ["server:16"])
+    assert (
+        "(24 machines)" in both
+        and f"without more machines ring, {1e3 * ring.step_s:.2f} ms" in both
+    )
+    assert "an epoch is 1,000,000 samples" in both and "without more" not in show(
+        job, [8], ["server:16"]
+    )
     plain = show(job, [8], ["ring", "tree"])
     assert "beside the workers" not in plain and "without more" not in plain

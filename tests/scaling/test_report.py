@@ -14,7 +14,17 @@ from rich.console import Console
 
 from scaletrain.cli import cli
 from scaletrain.errors import UserError
-from scaletrain.scaling import headline, plots, publish, render, report, results, sweep, table, trace
+from scaletrain.scaling import (
+    headline,
+    plots,
+    publish,
+    render,
+    report,
+    results,
+    sweep,
+    table,
+    trace,
+)
 from scaletrain.scaling.fit import Fit, Parameter
 from scaletrain.scaling.measure import read_run
 from scaletrain.scaling.predict import Compute
@@ -44,12 +54,19 @@ def measured(tmp_path):
             directory = sweep.run_dir(out, cell, repeat)
             if cell.exchange == "tree":
                 directory.mkdir(parents=True)
-                (directory / "failed.json").write_text(json.dumps({"reason": "rank 1 at step 3: <boom> | & so on"}))
+                (directory / "failed.json").write_text(
+                    json.dumps({"reason": "rank 1 at step 3: <boom> | & so on"})
+                )
                 continue
             seconds = STEP_S[cell.exchange, cell.workers, cell.batch_size] * (1 + 0.002 * repeat)
             # The first three steps are slow: they must not count.
             steps = [[9.0] * 3 + [seconds] * 7] * cell.workers
-            write_run(directory, exchange=cell.exchange, steps=steps, samples=cell.batch_size // cell.workers)
+            write_run(
+                directory,
+                exchange=cell.exchange,
+                steps=steps,
+                samples=cell.batch_size // cell.workers,
+            )
     return out
 
 
@@ -70,7 +87,9 @@ def test_rows_have_speed_intervals_and_exposed_communication(measured):
     assert ring["exposed_comm_s"] == pytest.approx(0.005, rel=0.01)
     assert ring["step_s_p50"] == pytest.approx(0.060, rel=0.01)
     assert ring["baseline"] == "1 worker, none"
-    assert not any("none" not in r["exchange"] and r["reference"] for r in made["rows"] if "reference" in r)
+    assert not any(
+        "none" not in r["exchange"] and r["reference"] for r in made["rows"] if "reference" in r
+    )
 
 
 def test_a_failed_cell_says_why_and_the_others_stay(measured):
@@ -115,9 +134,15 @@ def test_the_summary_leads_with_the_best_and_names_the_most_workers_beside_it(me
     }
     told = headline.of(made | {"rows": [*made["rows"], three]})
     assert told.startswith("ring on 2 workers: 1.67 ± 0.00 times")
-    assert "ring on 3 workers, the most measured: 1.23 ± 0.10 times (efficiency 0.41, more threads than cores)." in told
+    assert (
+        "ring on 3 workers, the most measured: 1.23 ± 0.10 times (efficiency 0.41, more threads than cores)."
+        in told
+    )
     same = three | {
-        "runs": [run | {"samples_per_s": run["samples_per_s"] * (1 - 0.01 * i)} for i, run in enumerate(best["runs"])]
+        "runs": [
+            run | {"samples_per_s": run["samples_per_s"] * (1 - 0.01 * i)}
+            for i, run in enumerate(best["runs"])
+        ]
     }
     assert "not told apart by the repeats" in headline.of(made | {"rows": [*made["rows"], same]})
 
@@ -142,7 +167,9 @@ def test_noisy_repeats_name_no_cause(tmp_path):
         write_run(tmp_path / f"small-{repeat}", exchange="none", steps=[[0.052] * 6], samples=48)
     made = report.of_runs(sorted(path for path in tmp_path.iterdir()))
     (ring,) = [loss for loss in made["losses"] if loss["exchange"] == "ring"]
-    assert ring["limiter"] is None and ring["sentence"].startswith("The repeats do not tell the loss")
+    assert ring["limiter"] is None and ring["sentence"].startswith(
+        "The repeats do not tell the loss"
+    )
     assert ring["efficiency"] == pytest.approx(row(made, "ring", 2)["efficiency"])
     ratio = row(made, "ring", 2)["samples_per_s"] / row(made, "none", 1)["samples_per_s"]
     assert row(made, "ring", 2)["speedup"] == pytest.approx(ratio)
@@ -150,8 +177,12 @@ def test_noisy_repeats_name_no_cause(tmp_path):
 
 def test_a_busy_machine_is_told_where_it_is_known(measured):
     assert "BUSY" not in report.of_sweep(measured)["summary"]
-    for number, run in enumerate(sorted(path.parent for path in measured.glob("cells/*/*/summary.json"))):
-        (run / "machine.json").write_text(json.dumps({"used_by_others": 0.4 if number == 0 else 0.02}))
+    for number, run in enumerate(
+        sorted(path.parent for path in measured.glob("cells/*/*/summary.json"))
+    ):
+        (run / "machine.json").write_text(
+            json.dumps({"used_by_others": 0.4 if number == 0 else 0.02})
+        )
     made = report.of_sweep(measured)
     told = "BUSY MACHINE: other processes used more than 10% of the cores during 1 of 10 runs (40% at most)."
     assert told in made["summary"] and made["header"]["busy"] == told
@@ -185,7 +216,10 @@ def test_legends_cover_nothing_and_points_at_one_place_stand_side_by_side(measur
     for draw in (plots.curves(made["rows"], "speedup", True, "x"), plots.anatomy(made["losses"])):
         figure, axes = drawn(draw)
         (legend,) = figure.legends
-        assert legend.get_window_extent().y1 <= axes.get_tightbbox().y0 + 1 and axes.get_legend() is None
+        assert (
+            legend.get_window_extent().y1 <= axes.get_tightbbox().y0 + 1
+            and axes.get_legend() is None
+        )
         assert legend.get_window_extent().width <= figure.bbox.width
     _, axes = drawn(plots.curves(made["rows"], "speedup", True, "x"))
     starts = [bars.lines[0].get_xdata()[0] for bars in axes.containers]
@@ -194,7 +228,9 @@ def test_legends_cover_nothing_and_points_at_one_place_stand_side_by_side(measur
 
 def test_bars_below_zero_are_not_cut(measured):
     losses = report.of_sweep(measured)["losses"]
-    assert len(losses) == 2  # the second one's unexplained part makes a layer whose bar in the first is next to nothing
+    assert (
+        len(losses) == 2
+    )  # the second one's unexplained part makes a layer whose bar in the first is next to nothing
     losses[0]["causes"] |= {"communication": -0.02, "unexplained": -1e-9}
     losses[1]["causes"]["unexplained"] = -0.005
     _, axes = drawn(plots.anatomy(losses))
@@ -226,7 +262,14 @@ def test_the_page_is_one_file_that_asks_for_nothing(measured):
 
 def test_every_format_is_written(measured):
     publish.publish_sweep(measured, formats=publish.FORMATS)
-    assert {p.suffix for p in measured.iterdir() if p.is_file()} >= {".html", ".md", ".csv", ".svg", ".png", ".json"}
+    assert {p.suffix for p in measured.iterdir() if p.is_file()} >= {
+        ".html",
+        ".md",
+        ".csv",
+        ".svg",
+        ".png",
+        ".json",
+    }
     assert "± " in (measured / "report.md").read_text()
     with pytest.raises(UserError, match="allowed"):
         publish.publish_sweep(measured, formats=["pdf"])
@@ -252,10 +295,16 @@ def test_tables_in_markdown_are_tables(measured, timed: bool, several: bool):
 def test_emulated_runs_are_labelled(tmp_path):
     emulation = {"network": {"bandwidth": "1Gbit"}, "compute": {"step_s": 0.1, "sample_s": 0.0}}
     for workers in (1, 2):
-        write_run(tmp_path / str(workers), steps=[[0.1] * 6] * workers, emulated=True, emulation=emulation)
+        write_run(
+            tmp_path / str(workers), steps=[[0.1] * 6] * workers, emulated=True, emulation=emulation
+        )
     made = report.of_runs([tmp_path / "1", tmp_path / "2"])
     assert made["header"]["emulated"] and made["summary"].startswith("EMULATED")
-    assert "1Gbit" in made["summary"] and "Emulated" in render.html(made) and "EMULATED" in render.markdown(made)
+    assert (
+        "1Gbit" in made["summary"]
+        and "Emulated" in render.html(made)
+        and "EMULATED" in render.markdown(made)
+    )
 
 
 def test_weak_scaling_counts_samples_not_steps(tmp_path):
@@ -263,7 +312,9 @@ def test_weak_scaling_counts_samples_not_steps(tmp_path):
         write_run(tmp_path / str(workers), steps=[[seconds] * 8] * workers, batch_mode="weak")
     made = report.of_runs([tmp_path / "1", tmp_path / "4"])
     four = row(made, "ring", 4)
-    assert four["speedup"] == pytest.approx(4 * 0.1 / 0.125) and four["efficiency"] == pytest.approx(0.8)
+    assert four["speedup"] == pytest.approx(4 * 0.1 / 0.125) and four[
+        "efficiency"
+    ] == pytest.approx(0.8)
 
 
 def test_a_directory_without_a_run_is_a_plain_mistake(tmp_path):
@@ -278,7 +329,9 @@ def test_trace_puts_all_ranks_on_one_clock(tmp_path):
     (run / "rank-1.json").write_text(json.dumps({"clock_offset_s": 0.05}))
     events = trace.of_run(run)["traceEvents"]
     steps = {(e["pid"], e["name"]): e for e in events if e["name"].startswith("step")}
-    assert steps[1, "step 0"]["ts"] == pytest.approx(0) and steps[0, "step 0"]["ts"] == pytest.approx(0.05e6)
+    assert steps[1, "step 0"]["ts"] == pytest.approx(0) and steps[0, "step 0"][
+        "ts"
+    ] == pytest.approx(0.05e6)
     assert steps[1, "step 1"]["dur"] == pytest.approx(0.2e6)
     parts = [e for e in events if e["pid"] == 0 and e.get("tid") == 1 and e["ph"] == "X"]
     assert sum(e["dur"] for e in parts) == pytest.approx(4 * 0.1e6)
@@ -297,7 +350,11 @@ def test_trace_shows_buckets_rounds_and_waits_without_covering_each_other(tmp_pa
     events = trace.of_run(run)["traceEvents"]
     rows = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert list(rows.values()) == ["step", "parts", "bucket", "bucket (2)", "wait"]
-    shown = [(rows[e["tid"]], e["name"], e["args"].get("bytes")) for e in events if e["ph"] == "X" and e["tid"] > 1]
+    shown = [
+        (rows[e["tid"]], e["name"], e["args"].get("bytes"))
+        for e in events
+        if e["ph"] == "X" and e["tid"] > 1
+    ]
     assert shown == [
         ("bucket", "bucket 0", 4), ("bucket", "bucket 0", 4), ("bucket (2)", "bucket 1", 8), ("wait", "wait for 1", None),
     ]  # fmt: skip
@@ -306,13 +363,17 @@ def test_trace_shows_buckets_rounds_and_waits_without_covering_each_other(tmp_pa
 
 def test_report_renders_again_without_torch(measured, tmp_path):
     (tmp_path / "blocked").mkdir()
-    (tmp_path / "blocked" / "torch.py").write_text("raise ImportError('torch is not wanted here')\n")
+    (tmp_path / "blocked" / "torch.py").write_text(
+        "raise ImportError('torch is not wanted here')\n"
+    )
     code = (
         "from scaletrain.cli import cli;"
         f"cli(['report', {str(measured)!r}, '--format', 'html,md'], standalone_mode=False)"
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path / "blocked")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env
+    )
     assert done.returncode == 0, done.stderr
     assert (measured / "report.html").exists() and "ring on 2 workers" in done.stdout
 
@@ -321,7 +382,9 @@ def test_an_unfinished_sweep_says_how_much_is_missing(measured):
     for directory in sorted((measured / "cells").glob("*none*"))[:2]:
         (directory / "1" / "summary.json").unlink()
     made = report.of_sweep(measured)
-    assert "Unfinished: 2 of 14 runs are missing" in made["summary"]  # 6 cells and 1 reference, twice
+    assert (
+        "Unfinished: 2 of 14 runs are missing" in made["summary"]
+    )  # 6 cells and 1 reference, twice
     assert made["header"]["runs_missing"] == 2
 
 
@@ -331,32 +394,54 @@ def test_one_run_has_no_interval_and_its_conclusions_say_so(measured):
     (measured / "header.json").unlink(missing_ok=True)
     made = report.of_sweep(measured)
     loss = next(x for x in made["losses"] if x["exchange"] == "ring")
-    assert loss["sentence"].endswith("(single runs: no interval).") and "single runs: no interval" in made["summary"]
-    assert "Single runs: no interval." in render.html(made) and "±" not in render.markdown(made).split("exposed")[0]
+    assert (
+        loss["sentence"].endswith("(single runs: no interval).")
+        and "single runs: no interval" in made["summary"]
+    )
+    assert (
+        "Single runs: no interval." in render.html(made)
+        and "±" not in render.markdown(made).split("exposed")[0]
+    )
 
 
 def test_a_missing_repeat_leaves_the_interval_that_the_others_give(measured):
-    shutil.copytree(next(measured.glob("cells/*none-w1-b96")) / "1", next(measured.glob("cells/*none-w1-b96")) / "2")
+    shutil.copytree(
+        next(measured.glob("cells/*none-w1-b96")) / "1",
+        next(measured.glob("cells/*none-w1-b96")) / "2",
+    )
     ring = row(report.of_sweep(measured), "ring", 2)
-    assert ring["speedup"] == pytest.approx(0.100 / 0.060, rel=2e-3) and 0 < ring["speedup_ci95"] < 0.1
+    assert (
+        ring["speedup"] == pytest.approx(0.100 / 0.060, rel=2e-3) and 0 < ring["speedup_ci95"] < 0.1
+    )
 
 
 def test_what_a_speed_up_is_over_is_told_where_no_single_worker_was_measured(measured):
     for cell in measured.glob("cells/*-w1-*"):
         shutil.rmtree(cell)
     made = report.of_sweep(measured)
-    assert re.search(r"no other number of workers to compare with \([0-9,]+ samples/s\)", made["summary"])
-    assert row(made, "ring", 2)["speedup"] is None and "no other number of workers" in made["header"]["baseline"]
+    assert re.search(
+        r"no other number of workers to compare with \([0-9,]+ samples/s\)", made["summary"]
+    )
+    assert (
+        row(made, "ring", 2)["speedup"] is None
+        and "no other number of workers" in made["header"]["baseline"]
+    )
     assert "speedup" not in render.images(made, "svg") and "–" in render.markdown(made)
     for cell in measured.glob("cells/*-w2-*"):
         shutil.rmtree(cell)
     nothing = report.of_sweep(measured)
-    assert "Speed-up over: nothing was measured." in render.markdown(nothing) and "not measured" in render.html(nothing)
+    assert "Speed-up over: nothing was measured." in render.markdown(
+        nothing
+    ) and "not measured" in render.html(nothing)
 
 
 def test_residuals_of_the_fit_are_not_shown_as_predictions(measured):
-    header = json.dumps({"model.weight": {"dtype": "F32", "shape": [10**6], "data_offsets": [0, 4 * 10**6]}}).encode()
-    for run in measured.glob("cells/*/*/"):  # how many bytes the gradients have is read from a checkpoint
+    header = json.dumps(
+        {"model.weight": {"dtype": "F32", "shape": [10**6], "data_offsets": [0, 4 * 10**6]}}
+    ).encode()
+    for run in measured.glob(
+        "cells/*/*/"
+    ):  # how many bytes the gradients have is read from a checkpoint
         (run / "step-10.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     made = report.of_sweep(measured)
     assert made["predictions"] and all(p["in_fit"] for p in made["predictions"])
@@ -370,13 +455,20 @@ def test_one_worker_at_each_batch_size_is_listed(measured):
     made = report.of_sweep(measured)
     small, large = made["batches"]
     assert (small["batch_size"], large["batch_size"]) == (48, 96)
-    assert large["efficiency"] == 1 and small["efficiency"] == pytest.approx((0.100 / 96) / (0.052 / 48), rel=1e-6)
+    assert large["efficiency"] == 1 and small["efficiency"] == pytest.approx(
+        (0.100 / 96) / (0.052 / 48), rel=1e-6
+    )
     assert "One worker at each batch size" in render.html(made)
 
 
 def test_workers_that_share_a_gpu_are_marked(measured):
     for records in measured.rglob("rank-*.jsonl"):
-        header = {"node": 0, "device": "cuda:0", "device_name": "H100", "environment": {"commit": "abc"}}
+        header = {
+            "node": 0,
+            "device": "cuda:0",
+            "device_name": "H100",
+            "environment": {"commit": "abc"},
+        }
         records.with_suffix(".json").write_text(json.dumps(header))
     made = report.of_sweep(measured)
     assert made["header"]["devices"] == ["H100"]
@@ -384,13 +476,18 @@ def test_workers_that_share_a_gpu_are_marked(measured):
         row(made, "ring", 1)["oversubscribed"] == ""
         and row(made, "ring", 2)["oversubscribed"] == "workers that share a GPU"
     )
-    assert "oversubscribed: workers that share a GPU." in render.markdown(made) and "; H100; " in render.markdown(made)
+    assert "oversubscribed: workers that share a GPU." in render.markdown(
+        made
+    ) and "; H100; " in render.markdown(made)
 
 
 def test_every_figure_says_when_the_machine_is_oversubscribed(measured):
     made = report.of_sweep(measured)
     made["rows"][0]["oversubscribed"] = "more threads than cores"
-    assert all(b"oversubscribed: more threads than cores" in image for image in render.images(made, "svg").values())
+    assert all(
+        b"oversubscribed: more threads than cores" in image
+        for image in render.images(made, "svg").values()
+    )
 
 
 def test_sweeps_of_different_cells_make_one_report(measured, tmp_path):
@@ -398,7 +495,11 @@ def test_sweeps_of_different_cells_make_one_report(measured, tmp_path):
     plan = sweep.plan([config], [4], ["ring"], repeats=2, threads=1, split=False)
     sweep.claim(tmp_path / "more", plan)
     for repeat in range(2):
-        write_run(sweep.run_dir(tmp_path / "more", plan.cells()[0], repeat), steps=[[0.04] * 8] * 4, samples=24)
+        write_run(
+            sweep.run_dir(tmp_path / "more", plan.cells()[0], repeat),
+            steps=[[0.04] * 8] * 4,
+            samples=24,
+        )
     made = report.of_sweep(measured, tmp_path / "more")
     assert row(made, "ring", 4)["speedup"] == pytest.approx(0.1 / 0.04, rel=0.01)
     assert made["header"]["runs_planned"] == 16
@@ -418,7 +519,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt install chromium")
-@pytest.mark.parametrize("look", [["--window-size=390,900"], ["--window-size=1200,900", "--force-dark-mode"]])
+@pytest.mark.parametrize(
+    "look", [["--window-size=390,900"], ["--window-size=1200,900", "--force-dark-mode"]]
+)
 def test_the_page_in_a_browser(measured, tmp_path, look):
     page = measured / "report.html"
     page.write_text(render.html(report.of_sweep(measured)))
@@ -431,13 +534,30 @@ def test_the_page_in_a_browser(measured, tmp_path, look):
         f"--user-data-dir={tmp_path / 'profile'}",
         *look,
     ]
-    quiet = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync"]
-    shot = [f"--screenshot={tmp_path / 'shot.png'}", f"--log-net-log={log}", "--enable-logging=stderr", "--v=0"]
-    done = subprocess.run([*browser, *quiet, *shot, page.as_uri()], capture_output=True, text=True, timeout=100)
+    quiet = [
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--no-first-run",
+        "--disable-sync",
+    ]
+    shot = [
+        f"--screenshot={tmp_path / 'shot.png'}",
+        f"--log-net-log={log}",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
+    done = subprocess.run(
+        [*browser, *quiet, *shot, page.as_uri()], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0 and (tmp_path / "shot.png").stat().st_size > 20_000, done.stderr
     assert "CONSOLE" not in done.stderr
     asked = set(re.findall(r'"url":"([^"]+)"', log.read_text()))
-    hosts = {host for url in asked if url.startswith(("http:", "https:", "ws:")) if (host := urlsplit(url).hostname)}
+    hosts = {
+        host
+        for url in asked
+        if url.startswith(("http:", "https:", "ws:"))
+        if (host := urlsplit(url).hostname)
+    }
     assert not [host for host in hosts if "google" not in host or host.startswith("fonts.")], (
         asked
     )  # a browser calls home
@@ -455,7 +575,12 @@ def test_the_page_on_paper(measured, tmp_path):
         f"--user-data-dir={tmp_path / 'profile'}",
         "--force-dark-mode",
     ]
-    command = [CHROMIUM, *flags, f"--print-to-pdf={tmp_path / 'page.pdf'}", (tmp_path / "page.html").as_uri()]
+    command = [
+        CHROMIUM,
+        *flags,
+        f"--print-to-pdf={tmp_path / 'page.pdf'}",
+        (tmp_path / "page.html").as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     made = (tmp_path / "page.pdf").read_bytes()
     assert (
@@ -476,9 +601,16 @@ def test_the_fewest_workers_count_as_ideal_only_where_there_are_more(tmp_path):
 
 def test_all_exchanges_are_held_against_the_same_speed(tmp_path):
     """Else the one that is slower with one worker looks as if it scaled better."""
-    for exchange, workers, seconds in (("ring", 1, 0.1), ("tree", 1, 0.12), ("ring", 2, 0.06), ("tree", 2, 0.065)):
+    for exchange, workers, seconds in (
+        ("ring", 1, 0.1),
+        ("tree", 1, 0.12),
+        ("ring", 2, 0.06),
+        ("tree", 2, 0.065),
+    ):
         steps = [[seconds] * 8] * workers
-        write_run(tmp_path / f"{exchange}{workers}", exchange=exchange, steps=steps, samples=96 // workers)
+        write_run(
+            tmp_path / f"{exchange}{workers}", exchange=exchange, steps=steps, samples=96 // workers
+        )
     made = report.of_runs(sorted(tmp_path.iterdir()))
     assert {r["baseline"] for r in made["rows"]} == {"1 worker, ring"}
     assert row(made, "ring", 2)["speedup"] == pytest.approx(0.1 / 0.06)
@@ -494,55 +626,90 @@ def test_the_short_run_of_one_worker_is_the_baseline_where_no_cell_is(tmp_path):
     alone = {96: 0.100, 48: 0.052, 24: 0.028}
     for cell in plan.cells():
         seconds = (
-            alone[cell.batch_size] if cell.workers == 1 else 0.11 / cell.workers + 0.01 * (cell.exchange == "tree")
+            alone[cell.batch_size]
+            if cell.workers == 1
+            else 0.11 / cell.workers + 0.01 * (cell.exchange == "tree")
         )
         for repeat in range(2):
             steps = [[seconds * (1 + 0.002 * repeat)] * 8] * cell.workers
             share = cell.batch_size // cell.workers
-            write_run(sweep.run_dir(tmp_path / "out", cell, repeat), exchange=cell.exchange, steps=steps, samples=share)
+            write_run(
+                sweep.run_dir(tmp_path / "out", cell, repeat),
+                exchange=cell.exchange,
+                steps=steps,
+                samples=share,
+            )
     made = report.of_sweep(tmp_path / "out")
     assert made["header"]["baseline"] == "1 worker, none (short runs)"
     assert row(made, "ring", 2)["speedup"] == pytest.approx(0.100 / 0.055, rel=1e-6)
     assert row(made, "tree", 4)["speedup"] == pytest.approx(0.100 / 0.0375, rel=1e-6)
     # The table and the sentences below it tell the same efficiency.
     for loss in made["losses"]:
-        assert loss["efficiency"] == pytest.approx(row(made, loss["exchange"], loss["workers"])["efficiency"])
+        assert loss["efficiency"] == pytest.approx(
+            row(made, loss["exchange"], loss["workers"])["efficiency"]
+        )
 
 
 def test_emulated_accelerators_learn_nothing_and_no_figure_says_so(tmp_path):
     emulation = {"compute": {"step_s": 0.01, "sample_s": 0.001}}
-    made = report.of_runs([write_run(tmp_path / "a", steps=[[0.1] * 6], emulated=True, emulation=emulation)])
+    made = report.of_runs(
+        [write_run(tmp_path / "a", steps=[[0.1] * 6], emulated=True, emulation=emulation)]
+    )
     assert made["rows"][0]["test_accuracy"] is None and made["rows"][0]["final_loss"] is None
-    assert report.of_runs([write_run(tmp_path / "b", steps=[[0.1] * 6])])["rows"][0]["test_accuracy"] == 0.5
+    assert (
+        report.of_runs([write_run(tmp_path / "b", steps=[[0.1] * 6])])["rows"][0]["test_accuracy"]
+        == 0.5
+    )
 
 
 def test_the_markdown_says_where_the_time_goes_and_how_to_reproduce(measured):
     (measured / "header.json").write_text(
-        json.dumps(report.of_sweep(measured)["header"] | {"argv": "scaletrain bench scaling job.yaml"})
+        json.dumps(
+            report.of_sweep(measured)["header"] | {"argv": "scaletrain bench scaling job.yaml"}
+        )
     )
     told = render.markdown(report.of_sweep(measured))
-    assert "| communication | stragglers |" in told and re.search(r"\| ring \| 2 \| 60.06 \| 50.05 \| 10.01 \|", told)
-    assert "    scaletrain bench scaling job.yaml\n" in told and "job:\n\n```yaml\nmodel: mlp\n" in told
+    assert "| communication | stragglers |" in told and re.search(
+        r"\| ring \| 2 \| 60.06 \| 50.05 \| 10.01 \|", told
+    )
+    assert (
+        "    scaletrain bench scaling job.yaml\n" in told
+        and "job:\n\n```yaml\nmodel: mlp\n" in told
+    )
 
 
 def test_a_target_that_some_repeats_reached_says_how_many(tmp_path):
-    runs = [write_run(tmp_path / str(i), steps=[[0.1] * 6], target_s=s) for i, s in enumerate([9.0, 11.0, None])]
+    runs = [
+        write_run(tmp_path / str(i), steps=[[0.1] * 6], target_s=s)
+        for i, s in enumerate([9.0, 11.0, None])
+    ]
     made = report.of_runs(runs)
     (only,) = made["rows"]
     assert (only["target_s"], only["target_runs"]) == (10.0, 2) and only["target_s_ci95"] > 1
-    assert render.to_target(only).startswith("10.0 ± ") and render.to_target(only).endswith("(2 of 3 runs)")
-    assert render.to_target(only) in render.markdown(made) and render.to_target(only) in render.html(made)
+    assert render.to_target(only).startswith("10.0 ± ") and render.to_target(only).endswith(
+        "(2 of 3 runs)"
+    )
+    assert render.to_target(only) in render.markdown(made) and render.to_target(
+        only
+    ) in render.html(made)
 
 
 def test_what_collectives_send_is_told_from_their_schedule(measured):
     made = report.of_sweep(measured)
     assert "traffic" not in render.images(made, "svg")  # nobody knows how large the gradients are
     for path in measured.rglob("rank-0.jsonl"):
-        tensors = json.dumps({"model.w": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}).encode()
-        path.with_name("step-10.safetensors").write_bytes(len(tensors).to_bytes(8, "little") + tensors)
+        tensors = json.dumps(
+            {"model.w": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}
+        ).encode()
+        path.with_name("step-10.safetensors").write_bytes(
+            len(tensors).to_bytes(8, "little") + tensors
+        )
     made = report.of_sweep(measured)
     ring = row(made, "ring", 2)
-    assert (ring["bytes_sent"], ring["bytes_sent_is"]) == (4000, "the schedule's")  # 2 (p - 1) / p of the gradients
+    assert (ring["bytes_sent"], ring["bytes_sent_is"]) == (
+        4000,
+        "the schedule's",
+    )  # 2 (p - 1) / p of the gradients
     assert row(made, "none", 2)["bytes_sent"] is None and row(made, "ring", 1)["bytes_sent"] == 0
     assert b"the schedule's" in render.images(made, "svg")["traffic"]
 
@@ -551,7 +718,15 @@ def test_more_threads_than_cores_is_told_from_what_ranks_and_servers_are(tmp_pat
     two = {"steps": [[0.1] * 6] * 2, "cores": 2}
     alone = write_run(tmp_path / "a", **two)
     beside = write_run(tmp_path / "b", exchange="parameter_server", launcher="local", **two)
-    counted = {"mode": "sync", "staleness": {}, "pushes": {}, "dropped": {}, "lost": [], "step_s": {}, "refused": {}}
+    counted = {
+        "mode": "sync",
+        "staleness": {},
+        "pushes": {},
+        "dropped": {},
+        "lost": [],
+        "step_s": {},
+        "refused": {},
+    }
     counted |= {"restored_at_update": None, "cpu_s_per_worker": 0.0, "memory_bytes": 1}
     (beside / "server-0.json").write_text(json.dumps(counted))
     spread = write_run(tmp_path / "c", exchange="tree", steps=[[0.1] * 6] * 4, cores=2)
@@ -561,10 +736,14 @@ def test_more_threads_than_cores_is_told_from_what_ranks_and_servers_are(tmp_pat
     made = report.of_runs([alone, beside, spread])
     assert [r["oversubscribed"] for r in made["rows"]] == ["", "more threads than cores", ""]
     (spread / "summary.json").write_text(
-        (spread / "summary.json").read_text().replace('"finished"', '"launcher": "rehearsal", "finished"')
+        (spread / "summary.json")
+        .read_text()
+        .replace('"finished"', '"launcher": "rehearsal", "finished"')
     )
     # One worker that is bound to a core, and a server that has the other one.
-    bound = write_run(tmp_path / "d", exchange="parameter_server", launcher="local", steps=[[0.1] * 6], cores=1)
+    bound = write_run(
+        tmp_path / "d", exchange="parameter_server", launcher="local", steps=[[0.1] * 6], cores=1
+    )
     (bound / "server-0.json").write_text(json.dumps(counted | {"cores": [0, 1]}))
     assert not report.of_runs([bound])["rows"][0]["oversubscribed"]
     assert report.of_runs([spread])["rows"][0]["oversubscribed"]  # emulated hosts are one machine
@@ -572,23 +751,34 @@ def test_more_threads_than_cores_is_told_from_what_ranks_and_servers_are(tmp_pat
 
 def test_a_report_names_the_commits_that_ran(tmp_path):
     runs = [
-        write_run(tmp_path / str(i), steps=[[0.1] * 6], commit=commit) for i, commit in enumerate(["b2", "a1", "b2"])
+        write_run(tmp_path / str(i), steps=[[0.1] * 6], commit=commit)
+        for i, commit in enumerate(["b2", "a1", "b2"])
     ]
     assert report.of_runs(runs)["header"]["commit"] == "a1, b2"
 
 
 def test_a_report_of_several_jobs_is_not_fitted_as_one(measured, tmp_path):
     made = report.of_sweep(measured)
-    made["rows"] = [r | {"variant": {"launcher.bandwidth": f"{number}Gbit"}} for number, r in enumerate(made["rows"])]
+    made["rows"] = [
+        r | {"variant": {"launcher.bandwidth": f"{number}Gbit"}}
+        for number, r in enumerate(made["rows"])
+    ]
     (tmp_path / "mixed.json").write_text(json.dumps(made))
     with pytest.raises(UserError, match="one calibration cannot explain"):
-        CliRunner().invoke(cli, ["fit", str(tmp_path / "mixed.json"), "--model", "1MB"], catch_exceptions=False)
+        CliRunner().invoke(
+            cli, ["fit", str(tmp_path / "mixed.json"), "--model", "1MB"], catch_exceptions=False
+        )
 
 
 def test_far_predictions_are_drawn_dashed():
-    rows = [{"strategy": "ring", "workers": n, "machines": n, "speedup": 0.9 * n} for n in (1, 4, 16, 64)]
+    rows = [
+        {"strategy": "ring", "workers": n, "machines": n, "speedup": 0.9 * n}
+        for n in (1, 4, 16, 64)
+    ]
     _, axes = drawn(plots.simulation(rows, 16))
-    (far,) = [line for line in axes.get_lines() if line.get_linestyle() == "--" and len(line.get_xdata())]
+    (far,) = [
+        line for line in axes.get_lines() if line.get_linestyle() == "--" and len(line.get_xdata())
+    ]
     assert list(far.get_xdata()) == [16, 64]
     _, axes = drawn(plots.simulation(rows, None))
     assert not [line for line in axes.get_lines() if line.get_linestyle() == "--"]
@@ -614,5 +804,7 @@ def test_a_better_collective_is_predicted_where_none_was_measured(measured):
         "limiter": "communication",
     }
     report._name_alternatives([own], [loss], fitted)
-    better, low, high = re.search(r"(\w+) instead of tree predicts (0\.\d\d) -> (0\.\d\d)", loss["sentence"]).groups()
+    better, low, high = re.search(
+        r"(\w+) instead of tree predicts (0\.\d\d) -> (0\.\d\d)", loss["sentence"]
+    ).groups()
     assert better != "tree" and float(high) > 1.5 * float(low) == 1.5 * 0.2

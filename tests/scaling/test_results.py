@@ -8,7 +8,9 @@ import pytest
 from scaletrain.scaling import results
 
 
-def test_a_measurement_that_fails_or_is_stopped_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_measurement_that_fails_or_is_stopped_leaves_no_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     made = tmp_path / "made.json"
 
     def runs(ending: int | type[BaseException]) -> None:
@@ -35,7 +37,9 @@ def test_a_measurement_that_fails_or_is_stopped_leaves_no_file(monkeypatch: pyte
     assert made.exists()
 
 
-def test_a_header_keeps_the_first_load_and_every_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_header_keeps_the_first_load_and_every_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     now = {"commit": "a1"}
     monkeypatch.setattr(results, "environment", lambda: dict(now))
     first = results.noted(tmp_path / "header.json")

@@ -18,8 +18,12 @@ def with_losses(directory, exchange: str, step_s: float, losses: list[float]):
     for rank in range(2):
         path = directory / f"rank-{rank}.jsonl"
         records = [StepRecord(**json.loads(line)) for line in path.read_text().splitlines()]
-        changed = [dataclasses.replace(r, loss=loss) for r, loss in zip(records, losses, strict=True)]
-        path.write_text("\n".join(json.dumps(dataclasses.asdict(record)) for record in changed) + "\n")
+        changed = [
+            dataclasses.replace(r, loss=loss) for r, loss in zip(records, losses, strict=True)
+        ]
+        path.write_text(
+            "\n".join(json.dumps(dataclasses.asdict(record)) for record in changed) + "\n"
+        )
     return directory
 
 
@@ -38,7 +42,11 @@ def test_what_several_servers_counted_is_added_up(tmp_path):
     write_servers(tmp_path)
     (tmp_path / "server-0.address.json").write_text("{}")
     found = servers.read(tmp_path)
-    assert found["servers"] == 2 and found["staleness"] == {"0": 60, "2": 20} and found["staleness_mean"] == 0.5
+    assert (
+        found["servers"] == 2
+        and found["staleness"] == {"0": 60, "2": 20}
+        and found["staleness_mean"] == 0.5
+    )
     assert found["dropped"] == 0.1 and found["pace_s"] == [0.01, 0.05]
     line = servers.text(found)
     for part in (
@@ -71,13 +79,18 @@ def test_faster_steps_can_reach_a_loss_later(tmp_path):
     made = report.of_runs([sync, eager])
     first, second = made["rows"]
     assert second["samples_per_s"] > first["samples_per_s"]
-    assert made["loss_reached"] == pytest.approx(np.mean(slowly[-10:]))  # the lowest that both reached
+    assert made["loss_reached"] == pytest.approx(
+        np.mean(slowly[-10:])
+    )  # the lowest that both reached
     assert first["time_to_loss_s"] < second["time_to_loss_s"]
     for page in (render.markdown(made), render.html(made)):
         assert "time to loss" in page and "0: 75 %, 2: 25 %" in page
     console = Console(width=200, record=True, file=io.StringIO())
     table.show(made, console)
-    assert f"parameter_server on {second['workers']}: 2 servers, async; staleness 0: 75 %" in console.export_text()
+    assert (
+        f"parameter_server on {second['workers']}: 2 servers, async; staleness 0: 75 %"
+        in console.export_text()
+    )
 
 
 def test_without_servers_there_is_no_such_table(tmp_path):

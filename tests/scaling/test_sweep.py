@@ -46,14 +46,22 @@ def started(monkeypatch, tmp_path):
     monkeypatch.setattr(
         sweep.Sweep,
         "command",
-        lambda self, cell, d, trace=False: [sys.executable, str(script), str(log), *real(self, cell, d)[3:]],
+        lambda self, cell, d, trace=False: [
+            sys.executable,
+            str(script),
+            str(log),
+            *real(self, cell, d)[3:],
+        ],
     )
     return lambda: log.read_text().splitlines()
 
 
 def make(config, out, exchanges=("ring",), workers=(1, 2), **options):
     plan = sweep.plan(
-        [config], workers, exchanges, **{"repeats": 2, "split": False, "threads": 1, "bind": False} | options
+        [config],
+        workers,
+        exchanges,
+        **{"repeats": 2, "split": False, "threads": 1, "bind": False} | options,
     )
     sweep.claim(out, plan)
     return plan
@@ -71,7 +79,9 @@ def test_repeats_are_interleaved_and_turn_round():
 
 
 def test_cells_cover_workers_exchanges_and_variants(config):
-    plan = sweep.plan([config], [1, 2], ["ring", "none"], vary={"batch_size": [32, 64]}, split=False)
+    plan = sweep.plan(
+        [config], [1, 2], ["ring", "none"], vary={"batch_size": [32, 64]}, split=False
+    )
     assert len(plan.cells()) == 8
     assert {c.batch_size for c in plan.cells()} == {32, 64}
     assert len({c.name for c in plan.cells()}) == 8
@@ -80,7 +90,13 @@ def test_cells_cover_workers_exchanges_and_variants(config):
 def test_references_are_what_the_split_needs_and_no_more(config):
     plan = sweep.plan([config], [1, 2, 4], ["ring"])
     references = {(c.exchange, c.workers, c.batch_size) for c in plan.cells() if c.reference}
-    assert references == {("none", 1, 96), ("none", 2, 96), ("none", 4, 96), ("none", 1, 48), ("none", 1, 24)}
+    assert references == {
+        ("none", 1, 96),
+        ("none", 2, 96),
+        ("none", 4, 96),
+        ("none", 1, 48),
+        ("none", 1, 24),
+    }
     weak = sweep.plan([config], [1, 2], ["ring", "none"], mode="weak")
     assert not any(c.reference for c in weak.cells())
 
@@ -88,7 +104,9 @@ def test_references_are_what_the_split_needs_and_no_more(config):
 def test_reference_runs_are_short(config, tmp_path):
     plan = sweep.plan([config], [2], ["ring"])
     reference = next(c for c in plan.cells() if c.reference)
-    assert "steps=60" in plan.command(reference, tmp_path) and "epochs=null" in plan.command(reference, tmp_path)
+    assert "steps=60" in plan.command(reference, tmp_path) and "epochs=null" in plan.command(
+        reference, tmp_path
+    )
     assert "steps=60" not in plan.command(plan.cells()[0], tmp_path)
 
 
@@ -100,7 +118,11 @@ def test_a_failed_cell_keeps_its_first_cause_and_loses_no_other(config, tmp_path
     assert sum("FAILED: rank 1 at step 3: boom" in line for line in lines) == 4
     made = report.of_sweep(out)
     assert [r["repeats"] for r in made["rows"] if r["exchange"] == "ring"] == [2, 2]
-    assert all(r["failures"] == ["rank 1 at step 3: boom"] * 2 for r in made["rows"] if r["exchange"] == "tree")
+    assert all(
+        r["failures"] == ["rank 1 at step 3: boom"] * 2
+        for r in made["rows"]
+        if r["exchange"] == "tree"
+    )
 
 
 def test_a_resume_runs_only_what_is_missing(config, tmp_path, started):
@@ -145,9 +167,20 @@ def test_more_threads_than_cores_is_marked(config, tmp_path, started):
     sweep.run(make(config, out, workers=(1, 64), repeats=1, bind=False), out, lambda line: None)
     for path in out.rglob("rank-*.jsonl"):
         path.with_suffix(".json").write_text(
-            json.dumps({"node": 0, "device": "cpu", "threads": 1, "cores": [0, 1], "environment": {"commit": "a"}})
+            json.dumps(
+                {
+                    "node": 0,
+                    "device": "cpu",
+                    "threads": 1,
+                    "cores": [0, 1],
+                    "environment": {"commit": "a"},
+                }
+            )
         )
-    assert [r["oversubscribed"] for r in report.of_sweep(out)["rows"]] == ["", "more threads than cores"]
+    assert [r["oversubscribed"] for r in report.of_sweep(out)["rows"]] == [
+        "",
+        "more threads than cores",
+    ]
 
 
 def test_what_others_use_of_the_machine_is_recorded(config, tmp_path, started, monkeypatch):
@@ -182,18 +215,24 @@ def test_what_the_sweep_decides_cannot_be_set_beside_it(config, tmp_path):
     plan = sweep.plan([config], [1, 2], ["ring"], settings=["batch_size=64", "seed=5"])
     for cell in plan.cells():  # a reference computes on a worker's share, whatever the setting says
         words = plan.command(cell, tmp_path)
-        assert [word for word in words if word.startswith("batch_size=")][-1] == f"batch_size={cell.batch_size}"
+        assert [word for word in words if word.startswith("batch_size=")][
+            -1
+        ] == f"batch_size={cell.batch_size}"
     assert {cell.batch_size for cell in plan.cells()} == {64, 32}
     with pytest.raises(UserError, match="--threads"):
         sweep.plan([config], [1], ["ring"], settings=["threads=2"])
     with pytest.raises(UserError, match="--mode"):
         sweep.plan([config], [1], ["ring"], vary={"batch_mode": ["weak", "strong"]})
     with pytest.raises(UserError, match="numbers and words"):
-        sweep.plan([config], [2], ["ring"], launcher="rehearsal", vary={"launcher.straggler": [{1: 2.0}]})
+        sweep.plan(
+            [config], [2], ["ring"], launcher="rehearsal", vary={"launcher.straggler": [{1: 2.0}]}
+        )
 
 
 def test_a_straggler_is_left_out_where_its_host_is_not_there(config, tmp_path):
-    plan = sweep.plan([config], [1, 2], ["ring"], launcher="rehearsal", vary={"launcher.straggler.1": [1, 2]})
+    plan = sweep.plan(
+        [config], [1, 2], ["ring"], launcher="rehearsal", vary={"launcher.straggler.1": [1, 2]}
+    )
     told = {
         (cell.workers, "launcher.straggler.1=2" in plan.command(cell, tmp_path))
         for cell in plan.cells()

@@ -10,7 +10,12 @@ from scaletrain.errors import UserError
 from scaletrain.training.batches import GlobalBatches, load
 
 
-@given(samples=st.integers(1, 300), batch=st.integers(1, 60), size=st.integers(1, 70), step=st.integers(0, 50))
+@given(
+    samples=st.integers(1, 300),
+    batch=st.integers(1, 60),
+    size=st.integers(1, 70),
+    step=st.integers(0, 50),
+)
 def test_shares_are_the_global_batch(samples: int, batch: int, size: int, step: int):
     batch = min(batch, samples)
     batches = GlobalBatches(samples, batch, seed=3)
@@ -26,7 +31,9 @@ def test_an_epoch_sees_each_sample_at_most_once_and_epochs_differ():
     for seen in epochs:
         assert len(seen.unique()) == 49
     assert not torch.equal(epochs[0], epochs[1])
-    assert not torch.equal(epochs[0], torch.cat([GlobalBatches(50, 7, seed=1).indices(i) for i in range(7)]))
+    assert not torch.equal(
+        epochs[0], torch.cat([GlobalBatches(50, 7, seed=1).indices(i) for i in range(7)])
+    )
 
 
 def test_a_batch_larger_than_the_data_is_refused():

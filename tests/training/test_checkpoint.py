@@ -20,7 +20,9 @@ def job(kind: str = "Adam", width: int = 5) -> tuple[nn.Module, torch.optim.Opti
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         model.zero_grad()
-        model(torch.randn(8, 3, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        model(
+            torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        ).square().mean().backward()
         optimizer.step()
 
 
@@ -33,7 +35,9 @@ def test_resumed_training_equals_uninterrupted_training(kind: str, tmp_path: Pat
     again, optimizer_again = job(kind)
     assert checkpoint.load_latest(tmp_path, again, optimizer_again) == 5
     train(again, optimizer_again, range(5, 9))
-    for (name, value), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+    for (name, value), other in zip(
+        model.state_dict().items(), again.state_dict().values(), strict=True
+    ):
         assert torch.equal(value, other), name
 
 
@@ -41,7 +45,10 @@ def test_only_the_newest_stay_and_numbers_sort_as_numbers(tmp_path: Path):
     model, optimizer = job()
     for step in (8, 9, 10, 100):
         checkpoint.save(tmp_path, step, model, optimizer, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10.safetensors", "step-100.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-10.safetensors",
+        "step-100.safetensors",
+    ]
     assert checkpoint.load_latest(tmp_path, model, optimizer) == 100
 
 
@@ -50,7 +57,8 @@ def test_nothing_to_load(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b[:100], lambda b: b[: len(b) - 7], lambda b: b"", lambda b: b"\xff" * 64 + b[64:]]
+    "damage",
+    [lambda b: b[:100], lambda b: b[: len(b) - 7], lambda b: b"", lambda b: b"\xff" * 64 + b[64:]],
 )
 def test_a_damaged_file_is_refused(damage, tmp_path: Path):
     path = checkpoint.save(tmp_path, 1, *job(), keep=1)
@@ -65,7 +73,9 @@ def test_another_models_file_is_refused(tmp_path: Path):
         checkpoint.load_latest(tmp_path, *job(width=6))
 
 
-def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_write_leaves_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     model, optimizer = job()
     checkpoint.save(tmp_path, 1, model, optimizer, keep=1)
 

@@ -35,7 +35,9 @@ def test_a_pass_takes_its_time_and_sleeps():
     timed_pass(model, inputs)  # learns the output's shape
     processor = time.process_time()
     forward, backward = quickest_pass(model, inputs)
-    assert forward == pytest.approx(0.3 * FORWARD_SHARE, abs=0.05) and forward >= 0.3 * FORWARD_SHARE
+    assert (
+        forward == pytest.approx(0.3 * FORWARD_SHARE, abs=0.05) and forward >= 0.3 * FORWARD_SHARE
+    )
     assert forward + backward == pytest.approx(0.3, abs=0.06) and forward + backward >= 0.299
     assert time.process_time() - processor < 0.5, "of 1.5 s"
 
@@ -58,7 +60,9 @@ def test_layers_get_their_gradients_one_after_the_other_last_first():
     model = emulate(mlp.model(sizes=[4, 4, 4, 4]), step_s=0.3)
     order: list[tuple[str, float]] = []
     for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append((name, time.monotonic())))
+        parameter.register_post_accumulate_grad_hook(
+            lambda _, name=name: order.append((name, time.monotonic()))
+        )
     timed_pass(model, torch.zeros(1, 4))
     weights = [(name, at) for name, at in order if name.endswith("weight")]
     assert [name for name, _ in weights] == ["inner.5.weight", "inner.3.weight", "inner.1.weight"]

@@ -27,4 +27,6 @@ from scaletrain.training.learning_rate import learning_rate
     ],
 )
 def test_policy(schedule: dict, step: int, expected: float):
-    assert math.isclose(learning_rate(LrSchedule(**schedule), 0.5, step, 100), expected, rel_tol=1e-12)
+    assert math.isclose(
+        learning_rate(LrSchedule(**schedule), 0.5, step, 100), expected, rel_tol=1e-12
+    )

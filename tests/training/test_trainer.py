@@ -34,7 +34,12 @@ SYNCHRONOUS = ["native", "ring@gloo", "tree@gloo", "star@gloo", "scheduled"]
 
 
 def train(
-    rank: int, size: int, tree: dict[str, Any], run_dir: Path, resume: bool = False, stop_at: int | None = None
+    rank: int,
+    size: int,
+    tree: dict[str, Any],
+    run_dir: Path,
+    resume: bool = False,
+    stop_at: int | None = None,
 ) -> dict[str, Any]:
     run = config.check(tree | {"workers": size})
     world = World(rank, size, rank, size)
@@ -46,7 +51,11 @@ def train(
     summary = trainer.fit(lambda record: None, lambda step: step == stop_at)
     exchange.close()
     weights = torch.cat([p.detach().flatten() for p in parts.model.parameters()])
-    return {"summary": summary, "weights": weights.numpy(), "losses": [r.loss * r.samples for r in trainer.records]}
+    return {
+        "summary": summary,
+        "weights": weights.numpy(),
+        "losses": [r.loss * r.samples for r in trainer.records],
+    }
 
 
 def losses(results: list[dict[str, Any]], batch: int) -> torch.Tensor:
@@ -62,18 +71,25 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("exchange", SYNCHRONOUS)
-def test_the_trajectory_is_that_of_one_worker(exchange: str, size: int, alone: dict[str, Any], tmp_path: Path):
+def test_the_trajectory_is_that_of_one_worker(
+    exchange: str, size: int, alone: dict[str, Any], tmp_path: Path
+):
     results = run_ranks(train, size, JOB | {"exchange": exchange}, tmp_path)
     torch.testing.assert_close(losses(results, 50), losses([alone], 50), rtol=1e-4, atol=1e-5)
     for result in results:
         assert (result["weights"] == results[0]["weights"]).all(), "replicas are bitwise equal"
         torch.testing.assert_close(
-            torch.from_numpy(result["weights"]), torch.from_numpy(alone["weights"]), rtol=1e-3, atol=1e-5
+            torch.from_numpy(result["weights"]),
+            torch.from_numpy(alone["weights"]),
+            rtol=1e-3,
+            atol=1e-5,
         )
         assert result["summary"]["test_accuracy"] == pytest.approx(
             alone["summary"]["test_accuracy"], abs=1 / 360 + 1e-9
         )
-        assert result["summary"]["final_loss"] == pytest.approx(alone["summary"]["final_loss"], abs=1e-4)
+        assert result["summary"]["final_loss"] == pytest.approx(
+            alone["summary"]["final_loss"], abs=1e-4
+        )
 
 
 @pytest.mark.slow
@@ -87,11 +103,17 @@ def test_no_exchange_drifts_apart_and_weak_scaling_grows_the_batch(tmp_path: Pat
     results = run_ranks(train, 2, JOB | {"exchange": "none", "batch_mode": "weak"}, tmp_path)
     assert (results[0]["weights"] != results[1]["weights"]).any()
     assert [result["summary"]["batch_size"] for result in results] == [100, 100]
-    assert all(record.samples == 50 for rank in (0, 1) for record in read_records(records_path(tmp_path, rank)))
+    assert all(
+        record.samples == 50
+        for rank in (0, 1)
+        for record in read_records(records_path(tmp_path, rank))
+    )
 
 
 @pytest.mark.slow
-def test_resume_goes_on_as_if_never_stopped_with_another_number_of_workers(alone: dict[str, Any], tmp_path: Path):
+def test_resume_goes_on_as_if_never_stopped_with_another_number_of_workers(
+    alone: dict[str, Any], tmp_path: Path
+):
     tree = JOB | {"exchange": "native", "checkpoint": {"every_steps": 1, "keep": 1}}
     stopped = run_ranks(train, 2, tree, tmp_path, False, 4)
     assert stopped[0]["summary"]["finished"] is False
@@ -106,7 +128,9 @@ def _one_is_late(rank: int, size: int, exchange: str, run_dir: Path) -> None:
 
     def late(*arguments: Any) -> workload.Workload:
         made = make(*arguments)
-        next(iter(made.model.parameters())).requires_grad_(False)  # frozen ones make no gradients to wait for
+        next(iter(made.model.parameters())).requires_grad_(
+            False
+        )  # frozen ones make no gradients to wait for
 
         def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             time.sleep(0.2 * rank)
@@ -137,7 +161,14 @@ def test_records_add_up(tmp_path: Path):
         assert record.step_s == pytest.approx(
             record.input_s + record.forward_s + record.backward_s + record.update_s, rel=1e-6
         )
-        assert record.samples == 50 and record.step_s > 0 and record.forward_s > 0 and record.backward_s > 0
+        assert (
+            record.samples == 50
+            and record.step_s > 0
+            and record.forward_s > 0
+            and record.backward_s > 0
+        )
     text = (tmp_path / "rank-0.jsonl").read_text()
     (tmp_path / "rank-0.jsonl").write_text(text + json.dumps({"step": 6})[:5])
-    assert len(list(read_records(records_path(tmp_path, 0)))) == 6, "a line that was cut is left out"
+    assert len(list(read_records(records_path(tmp_path, 0)))) == 6, (
+        "a line that was cut is left out"
+    )

@@ -23,13 +23,17 @@ def on(device: str) -> RunConfig:
     [(4, 0, 0), (4, 3, 3), (1, 3, 0), (2, 3, 1)],
     ids=["first", "its own", "narrowed to its own", "shared"],
 )
-def test_a_gpu_for_each_local_rank(monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, index: int):
+def test_a_gpu_for_each_local_rank(
+    monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, index: int
+):
     taken: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     # On the second of two hosts: its rank in the job must not count.
-    world = World(rank=4 + local_rank, size=8, local_rank=local_rank, local_size=4, node=1, num_nodes=2)
+    world = World(
+        rank=4 + local_rank, size=8, local_rank=local_rank, local_size=4, node=1, num_nodes=2
+    )
     assert worker.choose_device(on("auto"), world) == torch.device("cuda", index)
     assert taken == [torch.device("cuda", index)]
     assert worker.choose_device(on("cpu"), world) == torch.device("cpu")
@@ -42,8 +46,12 @@ def test_without_cuda(monkeypatch: pytest.MonkeyPatch):
         worker.choose_device(on("cuda"), World())
 
 
-def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps(capsys: pytest.CaptureFixture[str]):
-    run = config.check({"model": "mlp", "data": "digits", "batch_size": 96, "steps": 40, "workers": 3})
+def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps(
+    capsys: pytest.CaptureFixture[str],
+):
+    run = config.check(
+        {"model": "mlp", "data": "digits", "batch_size": 96, "steps": 40, "workers": 3}
+    )
     world = World(0, 3, 0, 3)
     trainer = SimpleNamespace(
         world=world, num_steps=40, global_batch=96, resumed=False, device=torch.device("cpu"), describe=list,
@@ -53,7 +61,17 @@ def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps
     say._said -= 2
     say(
         StepRecord(
-            19, 0, 0.0, loss=1.0, samples=32, lr=0.1, step_s=0.5, input_s=0, forward_s=0, backward_s=0, update_s=0
+            19,
+            0,
+            0.0,
+            loss=1.0,
+            samples=32,
+            lr=0.1,
+            step_s=0.5,
+            input_s=0,
+            forward_s=0,
+            backward_s=0,
+            update_s=0,
         )
     )
     assert "step 20/40  loss 1.0000  128 samples/s  10 s left" in capsys.readouterr().out
@@ -62,13 +80,19 @@ def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps
 @pytest.mark.parametrize(
     ("outputs", "loss", "told"),
     [
-        (10, "lossy:vector", r"loss: lossy:vector returned a tensor of shape \(8,\) \(allowed: a scalar tensor"),
+        (
+            10,
+            "lossy:vector",
+            r"loss: lossy:vector returned a tensor of shape \(8,\) \(allowed: a scalar tensor",
+        ),
         (10, "lossy:number", "loss: lossy:number returned a float"),
         (1, "cross_entropy", "cross_entropy over one class is always 0"),
         (10, "cross_entropy", ""),
     ],
 )
-def test_a_loss_that_nothing_can_be_trained_with_is_refused(tmp_path: Path, outputs: int, loss: str, told: str):
+def test_a_loss_that_nothing_can_be_trained_with_is_refused(
+    tmp_path: Path, outputs: int, loss: str, told: str
+):
     (tmp_path / "lossy.py").write_text(
         "from torch import nn\n"
         "def net(*, outputs: int): return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs))\n"
@@ -82,7 +106,9 @@ def test_a_loss_that_nothing_can_be_trained_with_is_refused(tmp_path: Path, outp
         "steps": 1,
         "loss": loss,
     }
-    parts = workload.build(config.check(job | {"source": str(tmp_path / "job.yaml")}), torch.device("cpu"))
+    parts = workload.build(
+        config.check(job | {"source": str(tmp_path / "job.yaml")}), torch.device("cpu")
+    )
     inputs, targets = parts.train[:8]
     if told:
         with pytest.raises(UserError, match=told):

@@ -84,10 +84,14 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
-def apart(sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> list[tuple[int, Tensor]]:
+def apart(
+    sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]
+) -> list[tuple[int, Tensor]]:
     """The sends, copied where one of ``receives`` writes into the same elements: it may be there first."""
     written = [receive.into for receive in receives]
-    return [(peer, t.clone() if any(overlap(t, into) for into in written) else t) for peer, t in sends]
+    return [
+        (peer, t.clone() if any(overlap(t, into) for into in written) else t) for peer, t in sends
+    ]
 
 
 def sends_go_first(sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> bool:

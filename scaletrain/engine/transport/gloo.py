@@ -7,7 +7,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaletrain.collectives import cost
-from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart, sends_go_first
+from scaletrain.engine.transport import (
+    Group,
+    Pending,
+    Receive,
+    Reduce,
+    Transport,
+    apart,
+    sends_go_first,
+)
 from scaletrain.engine.transport.landing import Landings
 
 _OPERATIONS = {
@@ -36,9 +44,12 @@ class Gloo:
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
         sends = apart(sends, [receive for receive in receives if receive.reduce is None])
         sends_first = sends_go_first(sends, receives)
-        borrowed = [None if r.reduce is None else self._landings.take(r.into.nbytes) for r in receives]
+        borrowed = [
+            None if r.reduce is None else self._landings.take(r.into.nbytes) for r in receives
+        ]
         landings = [
-            r.into if landing is None else landing.like(r.into) for r, landing in zip(receives, borrowed, strict=True)
+            r.into if landing is None else landing.like(r.into)
+            for r, landing in zip(receives, borrowed, strict=True)
         ]
         # A gloo Work that is dropped before it completes loses its message silently: all are kept until all are done.
         incoming = [
@@ -46,7 +57,11 @@ class Gloo:
             for r, landing in zip(receives, landings, strict=True)
             for into, landed in zip(_pieces(r.into), _pieces(landing), strict=True)
         ]
-        outgoing = [(peer, self._begin(self._pg.send, piece, peer)) for peer, t in sends for piece in _pieces(t)]
+        outgoing = [
+            (peer, self._begin(self._pg.send, piece, peer))
+            for peer, t in sends
+            for piece in _pieces(t)
+        ]
 
         def wait_for_sends() -> None:
             for peer, work in outgoing:
@@ -77,7 +92,9 @@ class Gloo:
             raise self._failure(error, None) from error
         self._wait(work, None)
 
-    def _begin(self, start: Callable[[list[Tensor], int, int], dist.Work], tensor: Tensor, peer: int) -> dist.Work:
+    def _begin(
+        self, start: Callable[[list[Tensor], int, int], dist.Work], tensor: Tensor, peer: int
+    ) -> dist.Work:
         """Connects on first use; raises already here when the peer is known to be gone."""
         try:
             return start([tensor], peer, 0)

@@ -9,12 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart, sends_go_first
+from scaletrain.engine.transport import (
+    Group,
+    Pending,
+    Receive,
+    Reduce,
+    Transport,
+    apart,
+    sends_go_first,
+)
 from scaletrain.engine.transport.landing import Landings
 from scaletrain.errors import UserError
 
 _YIELD_S = 200e-6  # for this long the core is offered between looks at a request
-_SLEEP_S = (20e-6, 1e-3)  # then sleep, longer and longer: whoever waits must not take a core from who computes
+_SLEEP_S = (
+    20e-6,
+    1e-3,
+)  # then sleep, longer and longer: whoever waits must not take a core from who computes
 
 
 def start_mpi() -> Any:
@@ -35,7 +46,9 @@ def start_mpi() -> Any:
         ) from None
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         # The engine's thread, DDP's and the main one all reach MPI.
-        raise UserError("transport 'mpi': this MPI library was built or started without MPI_THREAD_MULTIPLE")
+        raise UserError(
+            "transport 'mpi': this MPI library was built or started without MPI_THREAD_MULTIPLE"
+        )
     return MPI
 
 
@@ -54,7 +67,9 @@ def communicator(group: Group) -> Any:
         )
     if group.rank == 0:  # groups that are made at the same time must not be mistaken for each other
         group.store.set("mpi/tag", str(random.SystemRandom().randrange(1 << 15)))
-    return MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(world), int(group.store.get("mpi/tag")))
+    return MPI.COMM_WORLD.Create_group(
+        MPI.COMM_WORLD.Get_group().Incl(world), int(group.store.get("mpi/tag"))
+    )
 
 
 class Types:
@@ -113,15 +128,21 @@ class Mpi:
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
         sends = apart(sends, [receive for receive in receives if receive.reduce is None])
         sends_first = sends_go_first(sends, receives)
-        borrowed = [None if r.reduce is None else self._landings.take(r.into.nbytes) for r in receives]
+        borrowed = [
+            None if r.reduce is None else self._landings.take(r.into.nbytes) for r in receives
+        ]
         landings = [
-            r.into if landing is None else landing.like(r.into) for r, landing in zip(receives, borrowed, strict=True)
+            r.into if landing is None else landing.like(r.into)
+            for r, landing in zip(receives, borrowed, strict=True)
         ]
         incoming = [
             self._comm.Irecv(self._types.buffer(t.view(torch.uint8)), r.src)
             for r, t in zip(receives, landings, strict=True)
         ]  # posted before sends, so that messages land where they belong
-        outgoing = [(peer, self._comm.Isend(self._types.buffer(t.view(torch.uint8)), peer)) for peer, t in sends]
+        outgoing = [
+            (peer, self._comm.Isend(self._types.buffer(t.view(torch.uint8)), peer))
+            for peer, t in sends
+        ]
 
         def wait_for_sends() -> None:
             for peer, request in outgoing:
@@ -131,7 +152,9 @@ class Mpi:
             try:
                 if sends_first:
                     wait_for_sends()
-                for request, receive, landing, lent in zip(incoming, receives, landings, borrowed, strict=True):
+                for request, receive, landing, lent in zip(
+                    incoming, receives, landings, borrowed, strict=True
+                ):
                     self._wait(request, f"rank {receive.src} sent nothing")
                     if receive.reduce is not None and lent is not None:
                         receive.reduce(receive.into, landing, out=receive.into)

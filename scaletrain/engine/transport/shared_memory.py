@@ -15,7 +15,12 @@ from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transpo
 from scaletrain.errors import UserError
 
 _STAGE = 0  # this rank's counter of phases behind it, over all allreduces
-_NUMPY = {torch.add: np.add, torch.mul: np.multiply, torch.minimum: np.minimum, torch.maximum: np.maximum}
+_NUMPY = {
+    torch.add: np.add,
+    torch.mul: np.multiply,
+    torch.minimum: np.minimum,
+    torch.maximum: np.maximum,
+}
 # numpy reduces these as fast as torch does, with a third of the overhead of a call, and on one thread.
 _NUMPY_DTYPES = {
     torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32, torch.int64: np.int64,
@@ -36,11 +41,15 @@ class SharedMemory:
         self._block_bytes = block_bytes = -(-block_bytes // 128) * 128
         self._at_once_bytes = min(at_once_bytes // self.size, block_bytes)
         blocks_bytes = 2 * self.size * block_bytes
-        self._slot_bytes = max(4096, min(256 << 10, (32 << 20) // (_SLOTS * self.size**2) // 64 * 64))
+        self._slot_bytes = max(
+            4096, min(256 << 10, (32 << 20) // (_SLOTS * self.size**2) // 64 * 64)
+        )
         mail_bytes = self.size**2 * _SLOTS * self._slot_bytes
         # Counters: the stage, then for each peer what was sent to it and what was taken from it.
         self._segment = Segment(group, 1 + 2 * self.size, blocks_bytes + mail_bytes)
-        self._blocks = np.frombuffer(self._segment.data, np.uint8, blocks_bytes).reshape(2, self.size, block_bytes)
+        self._blocks = np.frombuffer(self._segment.data, np.uint8, blocks_bytes).reshape(
+            2, self.size, block_bytes
+        )
         self._torch_blocks = torch.from_numpy(self._blocks)
         mail = np.frombuffer(self._segment.data, np.uint8, mail_bytes, blocks_bytes)
         self._mail = torch.from_numpy(mail.reshape(self.size, self.size, _SLOTS, self._slot_bytes))
@@ -115,14 +124,18 @@ class SharedMemory:
         for step in range(1, size):
             rank = (me + step) % size
             segment.wait(rank, _STAGE, self._stage)
-            copy(flat[edges[rank] : edges[rank + 1]], blocks[rank - 1][edges[rank] : edges[rank + 1]])
+            copy(
+                flat[edges[rank] : edges[rank + 1]], blocks[rank - 1][edges[rank] : edges[rank + 1]]
+            )
 
     def _typed(self, dtype: Any) -> list[Any]:
         """``[set][rank]``: the blocks as arrays, or tensors, of ``dtype``."""
         views = self._views.get(dtype)
         if views is None:
             blocks = self._torch_blocks if isinstance(dtype, torch.dtype) else self._blocks
-            views = self._views[dtype] = [[blocks[s][r].view(dtype) for r in range(self.size)] for s in range(2)]
+            views = self._views[dtype] = [
+                [blocks[s][r].view(dtype) for r in range(self.size)] for s in range(2)
+            ]
         return views
 
     # Mailboxes
@@ -145,7 +158,11 @@ class SharedMemory:
             while open_parcels := [parcel for parcel in parcels if not parcel.done]:
                 if not self._progress():
                     # A message that waits behind another one may be here already, and its sender gone.
-                    first = {parcel.peer for parcel in open_parcels if parcel.after is None or parcel.after.done}
+                    first = {
+                        parcel.peer
+                        for parcel in open_parcels
+                        if parcel.after is None or parcel.after.done
+                    }
                     patience = Patience(self._segment, tuple(sorted(first)))
                     while not self._progress():
                         patience.pause()
@@ -213,10 +230,14 @@ def transport(
     group: Group,
     *,
     block_bytes: Annotated[int, Ge(4096)] = 1_048_576,  # reduced at a time, by all ranks together
-    at_once_bytes: Annotated[int, Ge(0)] = 524_288,  # of all ranks together, up to which each reduces everything
+    at_once_bytes: Annotated[
+        int, Ge(0)
+    ] = 524_288,  # of all ranks together, up to which each reduces everything
 ) -> Transport:
     hosts = len(set(same_host(group)))
-    if hosts > 1:  # rehearsed hosts have one kernel: it would work, and go round the network that is being rehearsed
+    if (
+        hosts > 1
+    ):  # rehearsed hosts have one kernel: it would work, and go round the network that is being rehearsed
         raise UserError(
             f"transport: 'shared_memory' joins ranks of one host, these lie on {hosts} (allowed: auto, mixed, gloo)"
         )

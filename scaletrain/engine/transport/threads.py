@@ -8,7 +8,9 @@ from torch import Tensor
 
 from scaletrain.engine.transport import Group, Pending, Receive, Transport
 
-_boxes: dict[tuple[int, int, int], queue.SimpleQueue] = {}  # (group, src, dst): what was sent and not yet received
+_boxes: dict[
+    tuple[int, int, int], queue.SimpleQueue
+] = {}  # (group, src, dst): what was sent and not yet received
 
 
 class Threads:

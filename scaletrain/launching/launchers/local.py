@@ -39,4 +39,9 @@ def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
             argv = ("taskset", "--cpu-list", ",".join(map(str, cores_of(rank, threads))), *argv)
         env = (*((key, str(value)) for key, value in variables.items()), *job.env)
         commands.append(Command(f"rank {rank}", argv, env, rank))
-    return LaunchPlan(tuple(commands), explain=tuple(explain), store_address="127.0.0.1", companions=job.companions)
+    return LaunchPlan(
+        tuple(commands),
+        explain=tuple(explain),
+        store_address="127.0.0.1",
+        companions=job.companions,
+    )

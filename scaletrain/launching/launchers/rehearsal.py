@@ -32,7 +32,9 @@ def plan(
     """
     hosts = job.workers if hosts is None else hosts
     if not 1 <= hosts <= job.workers or job.workers % hosts:
-        raise UserError(f"launcher.hosts: {job.workers} workers do not spread evenly over {hosts} hosts")
+        raise UserError(
+            f"launcher.hosts: {job.workers} workers do not spread evenly over {hosts} hosts"
+        )
     for host, factor in straggler.items():
         if not 0 <= host < hosts or factor <= 0:
             raise UserError(
@@ -74,7 +76,11 @@ def plan(
         }  # fmt: skip
         env = (*((key, str(value)) for key, value in variables.items()), *job.env)
         commands.append(Command(f"rank {rank}", (*enter, str(host), *job.argv), env, rank))
-    companions = [Companion("rehearsal", (sys.executable, "-m", "scaletrain.launching.rehearsal.serve", str(folder)))]
+    companions = [
+        Companion(
+            "rehearsal", (sys.executable, "-m", "scaletrain.launching.rehearsal.serve", str(folder))
+        )
+    ]
     if outlives:
         store = (sys.executable, "-m", "scaletrain.launching.rehearsal.store", str(PORT))
         companions.append(Companion("store", (*enter, str(store_host), *store)))
@@ -83,8 +89,12 @@ def plan(
     explain = [
         f"EMULATED: {all_hosts} hosts in namespaces of this machine, links of {bandwidth or 'any bandwidth'}, {threads} thread(s) a worker"
     ]
-    explain += [f"EMULATED: host h{host} is {factor:g} times as slow" for host, factor in straggler.items()]
+    explain += [
+        f"EMULATED: host h{host} is {factor:g} times as slow" for host, factor in straggler.items()
+    ]
     explain += [f"EMULATED: {fault}" for fault in script]
     files = [(folder / "settings.json", json.dumps(settings, indent=2) + "\n")]
-    files += [(folder / f"slowdown-h{host}", f"{straggler.get(host, 1.0):g}\n") for host in range(hosts)]
+    files += [
+        (folder / f"slowdown-h{host}", f"{straggler.get(host, 1.0):g}\n") for host in range(hosts)
+    ]
     return LaunchPlan(tuple(commands), tuple(files), tuple(explain), companions=tuple(companions))

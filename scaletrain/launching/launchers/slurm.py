@@ -46,11 +46,17 @@ def plan(
     """
     array = str(array)
     if array and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", array):
-        raise UserError(f"launcher.array: {array!r} is not allowed (allowed: 0-3, 0-7%2, 1,3,5, ... as in sbatch)")
+        raise UserError(
+            f"launcher.array: {array!r} is not allowed (allowed: 0-3, 0-7%2, 1,3,5, ... as in sbatch)"
+        )
     if tasks == "nodes" and not nodes:
-        raise UserError("launcher.nodes: is missing; with tasks: nodes, say on how many nodes torchrun starts")
+        raise UserError(
+            "launcher.nodes: is missing; with tasks: nodes, say on how many nodes torchrun starts"
+        )
     if nodes and job.workers % nodes and not per_node:
-        raise UserError(f"launcher.nodes: {job.workers} workers do not spread evenly over {nodes} nodes")
+        raise UserError(
+            f"launcher.nodes: {job.workers} workers do not spread evenly over {nodes} nodes"
+        )
     if job.companions:
         raise UserError(
             "exchange.placement: 'dedicated' is not allowed with slurm, which starts workers only (allowed: beside, auto)"
@@ -72,26 +78,41 @@ def plan(
     step = _torchrun(job, nodes or 1) if tasks == "nodes" else job.argv
     srun = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={allocation['cpus-per-task']}"]
     srun += [f"--mpi={mpi}"] if mpi else []
-    explain = [f"{job.workers} workers, {cpus} core{'s' * (cpus > 1)} and thread{'s' * (cpus > 1)} each"]
+    explain = [
+        f"{job.workers} workers, {cpus} core{'s' * (cpus > 1)} and thread{'s' * (cpus > 1)} each"
+    ]
     exports = {"OMP_NUM_THREADS": str(cpus), **dict(job.env)}
     if inside := _allocation(os.environ):
         explain.append(f"inside allocation {inside}: srun, no new job")
         if tasks == "nodes":
-            raise UserError("launcher.tasks: 'nodes' is for batch jobs (allowed inside an allocation: workers)")
+            raise UserError(
+                "launcher.tasks: 'nodes' is for batch jobs (allowed inside an allocation: workers)"
+            )
         if array:
-            raise UserError(f"launcher.array: {array!r} is for batch jobs; this is inside allocation {inside}")
-        command = Command("srun", (*srun, f"--ntasks={job.workers}", *step), tuple(exports.items()), stop_s=15.0)
+            raise UserError(
+                f"launcher.array: {array!r} is for batch jobs; this is inside allocation {inside}"
+            )
+        command = Command(
+            "srun", (*srun, f"--ntasks={job.workers}", *step), tuple(exports.items()), stop_s=15.0
+        )
         return LaunchPlan((command,), explain=tuple(explain), companions=())
     script = shared / "job.sbatch"
     lines = [
-        f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in allocation.items() if value not in (None, "")
+        f"#SBATCH --{key}={shlex.quote(str(value))}"
+        for key, value in allocation.items()
+        if value not in (None, "")
     ]
-    lines += [f"#SBATCH --{'' if requeue else 'no-'}requeue", *(f"#SBATCH {directive}" for directive in directives)]
+    lines += [
+        f"#SBATCH --{'' if requeue else 'no-'}requeue",
+        *(f"#SBATCH {directive}" for directive in directives),
+    ]
     job_id = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"
     run_dir = _words((str(job.run_dir),))
     text = _SCRIPT.format(
         directives="\n".join(lines),
-        before=_TASK.format(shared=shlex.quote(str(shared)), run_dir=run_dir, fresh=str(_resumes(job)).lower())
+        before=_TASK.format(
+            shared=shlex.quote(str(shared)), run_dir=run_dir, fresh=str(_resumes(job)).lower()
+        )
         if array
         else "",
         exports=" ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items()),
@@ -104,10 +125,21 @@ def plan(
     )
     if not follow:
         return LaunchPlan(
-            (Command("sbatch", ("sbatch", str(script))),), ((script, text),), tuple(explain), companions=()
+            (Command("sbatch", ("sbatch", str(script))),),
+            ((script, text),),
+            tuple(explain),
+            companions=(),
         )
-    follower = (sys.executable, "-m", "scaletrain.launching.follow_slurm", str(script), f"{poll_s:g}")
-    explain.append("the last command submits the script with sbatch, shows its output, and cancels it when interrupted")
+    follower = (
+        sys.executable,
+        "-m",
+        "scaletrain.launching.follow_slurm",
+        str(script),
+        f"{poll_s:g}",
+    )
+    explain.append(
+        "the last command submits the script with sbatch, shows its output, and cancels it when interrupted"
+    )
     command = Command("slurm", follower, restarts_workers=True, stop_s=15.0)
     return LaunchPlan((command,), ((script, text),), tuple(explain), companions=())
 
@@ -115,7 +147,9 @@ def plan(
 def _one_of(job: Job) -> Job:
     """The job as one task of an array runs it, in a directory of its own; the batch shell knows the task's number."""
     own = Path(f"{job.run_dir}/task-$SLURM_ARRAY_TASK_ID")
-    return job._replace(run_dir=own, argv=tuple(str(own) if word == str(job.run_dir) else word for word in job.argv))
+    return job._replace(
+        run_dir=own, argv=tuple(str(own) if word == str(job.run_dir) else word for word in job.argv)
+    )
 
 
 def _allocation(env: Mapping[str, str]) -> str:
@@ -130,14 +164,23 @@ def _torchrun(job: Job, nodes: int) -> tuple[str, ...]:
     """One agent a node. They meet in a file of the shared run directory: no port has to be guessed for them."""
     meet = f"{job.run_dir}/torchrun-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
     agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
-    agent += [f"--nproc-per-node={job.workers // nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={meet}"]
+    agent += [
+        f"--nproc-per-node={job.workers // nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={meet}",
+    ]
     agent += ["--rdzv-conf=store_type=file", "--rdzv-id=job"]
-    return (*agent, *(job.argv[1:] if job.argv[:2] == (sys.executable, "-m") else ("--no-python", *job.argv)))
+    return (
+        *agent,
+        *(job.argv[1:] if job.argv[:2] == (sys.executable, "-m") else ("--no-python", *job.argv)),
+    )
 
 
 def _words(argv: tuple[str, ...]) -> str:
     """As shell words; what names a variable of SLURM is left to the batch shell."""
-    return " ".join(f'"{word}"' if "$SLURM" in word or "${SLURM" in word else shlex.quote(word) for word in argv)
+    return " ".join(
+        f'"{word}"' if "$SLURM" in word or "${SLURM" in word else shlex.quote(word) for word in argv
+    )
 
 
 # Ranks are variables of each task (SLURM_PROCID): the batch shell must not expand them, and does not.

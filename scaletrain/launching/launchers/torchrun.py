@@ -35,11 +35,15 @@ def plan(
         )
     most = int(high or low)
     if job.workers % most:
-        raise UserError(f"launcher.nodes: {job.workers} workers do not spread evenly over {most} nodes")
+        raise UserError(
+            f"launcher.nodes: {job.workers} workers do not spread evenly over {most} nodes"
+        )
     if max_restarts is None:
         max_restarts = 3 if high else 0
     if most > 1 and not endpoint:
-        raise UserError(f"launcher.endpoint: is missing; {most} nodes meet at HOST:PORT of one of them")
+        raise UserError(
+            f"launcher.endpoint: is missing; {most} nodes meet at HOST:PORT of one of them"
+        )
     here = job.workers // most
     cores = len(os.sched_getaffinity(0))
     threads = job.threads or max(1, cores // here)
@@ -72,6 +76,10 @@ def plan(
     env = (("OMP_NUM_THREADS", str(threads)), *job.env)
     # torchrun ends its workers within 30 s of a SIGTERM; ours leave sooner.
     agent_command = Command(
-        "torchrun", (*agent, *command), env, restarts_workers=max_restarts > 0 or bool(high), stop_s=15.0
+        "torchrun",
+        (*agent, *command),
+        env,
+        restarts_workers=max_restarts > 0 or bool(high),
+        stop_s=15.0,
     )
     return LaunchPlan((agent_command,), explain=tuple(explain), companions=job.companions)

@@ -65,11 +65,15 @@ class Cluster:
         UserError: something that was asked for cannot be had on this machine; says what is missing.
     """
 
-    def __init__(self, hosts: int, *, bandwidth: str | None = "1Gbit", latency: str = "0", loss: float = 0.0):
+    def __init__(
+        self, hosts: int, *, bandwidth: str | None = "1Gbit", latency: str = "0", loss: float = 0.0
+    ):
         if not 1 <= hosts <= MAX_HOSTS:
             raise UserError(f"hosts: {hosts} is not allowed (allowed: 1 to {MAX_HOSTS})")
         if not 0 <= loss < 1:
-            raise UserError(f"loss: {loss} is not allowed (allowed: a probability, from 0 to below 1)")
+            raise UserError(
+                f"loss: {loss} is not allowed (allowed: a probability, from 0 to below 1)"
+            )
         self.bandwidth, self.latency_s, self.loss = bandwidth, seconds(latency), loss
         self._bits_per_s = bits_per_s(bandwidth) if bandwidth else None
         self.id = secrets.token_hex(4)
@@ -92,7 +96,8 @@ class Cluster:
             lines += [f"{address} {name}", f"::ffff:{address} {name}"]
         hosts_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         record.write_text(
-            json.dumps({"owner": os.getpid(), "started": machine.start_time(os.getpid())}), encoding="utf-8"
+            json.dumps({"owner": os.getpid(), "started": machine.start_time(os.getpid())}),
+            encoding="utf-8",
         )
         request = {"hosts": self.names, "hosts_file": str(hosts_file), "user": self._user}
         self._keeper = subprocess.Popen(
@@ -103,7 +108,9 @@ class Cluster:
             assert self._keeper.stdout and self._keeper.stderr
             answer = self._keeper.stdout.readline()
             if not answer:
-                raise UserError(f"the rehearsal cluster could not be made: {self._keeper.stderr.read().strip()}")
+                raise UserError(
+                    f"the rehearsal cluster could not be made: {self._keeper.stderr.read().strip()}"
+                )
             made = json.loads(answer)
             self._switch, self._pids = made["switch"], tuple(made["hosts"])
             self._wire()
@@ -137,7 +144,9 @@ class Cluster:
         """Variables that a process on this host is started with (``command`` sets them)."""
         return {**_ENVIRONMENT, "SCALETRAIN_HOST": self.names[host], machine.MARK: self.id}
 
-    def command(self, host: int, argv: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    def command(
+        self, host: int, argv: Sequence[str], env: Mapping[str, str] | None = None
+    ) -> tuple[str, ...]:
         """The command line that runs ``argv`` on a host, in this directory; the process started is ``argv`` itself (no fork)."""
         variables = self.environment(host) | dict(env or {})
         assignments = [f"{key}={value}" for key, value in variables.items()]
@@ -173,9 +182,16 @@ class Cluster:
     def counters(self) -> list[Traffic]:
         """Each host's traffic so far, counted at the switch."""
         text = machine.output([*self._enter(self._switch), "cat", "/proc/net/dev"])
-        fields = {line.split(":")[0].strip(): line.split(":")[1].split() for line in text.splitlines() if ":" in line}
+        fields = {
+            line.split(":")[0].strip(): line.split(":")[1].split()
+            for line in text.splitlines()
+            if ":" in line
+        }
         dropped = [self._dropped(pid) for pid in self._pids] if self.loss else [0] * len(self.names)
-        return [Traffic(int(fields[f"p{i}"][0]), int(fields[f"p{i}"][8]), n) for i, n in enumerate(dropped)]
+        return [
+            Traffic(int(fields[f"p{i}"][0]), int(fields[f"p{i}"][8]), n)
+            for i, n in enumerate(dropped)
+        ]
 
     def cut(self, host: int) -> None:
         """Pull a host's cable at the switch: packets vanish, connections stay open, nobody is told."""
@@ -212,13 +228,25 @@ class Cluster:
     # --- wiring ---------------------------------------------------------------------------------------------------------------------
 
     def _wire(self) -> None:
-        links = ["link add switch type bridge mcast_snooping 0", "link set switch up", "link set lo up"]
+        links = [
+            "link add switch type bridge mcast_snooping 0",
+            "link set switch up",
+            "link set lo up",
+        ]
         for i, pid in enumerate(self._pids):
-            links += [f"link add p{i} type veth peer name {INTERFACE} netns {pid}", f"link set p{i} master switch up"]
+            links += [
+                f"link add p{i} type veth peer name {INTERFACE} netns {pid}",
+                f"link set p{i} master switch up",
+            ]
         self._ip(self._switch, links)
         for i, pid in enumerate(self._pids):
             self._ip(
-                pid, ["link set lo up", f"addr add {self.addresses[i]}/24 dev {INTERFACE}", f"link set {INTERFACE} up"]
+                pid,
+                [
+                    "link set lo up",
+                    f"addr add {self.addresses[i]}/24 dev {INTERFACE}",
+                    f"link set {INTERFACE} up",
+                ],
             )
             self._steady_tcp(pid)
         delay = self.latency_s > 0 and self._has_netem()
@@ -244,11 +272,14 @@ class Cluster:
             )
         else:
             subprocess.run(
-                [*self._enter(pid), *machine.tool("tc"), "qdisc", "del", "dev", device, "root"], capture_output=True
+                [*self._enter(pid), *machine.tool("tc"), "qdisc", "del", "dev", device, "root"],
+                capture_output=True,
             )
         if delay_s:
             parent = "parent 1:1" if rate else "root"
-            commands.append(f"qdisc replace dev {device} {parent} netem delay {delay_s * 1e6:.0f}us limit 100000")
+            commands.append(
+                f"qdisc replace dev {device} {parent} netem delay {delay_s * 1e6:.0f}us limit 100000"
+            )
         if commands:
             machine.batch([*self._enter(pid), *machine.tool("tc"), "-batch", "-"], commands)
 
@@ -256,7 +287,9 @@ class Cluster:
         """Reno, which a namespace may always choose. The machine's own may be BBR, which guesses a token bucket's rate and paces below it:
         exchanges in both directions then took 10 % longer, and varied. Where /proc/sys is not writable the machine's own stays."""
         choose = f"echo {CONGESTION_CONTROL} > /proc/sys/net/ipv4/tcp_congestion_control"
-        subprocess.run([*self._enter(pid), "sh", "-c", choose], capture_output=True, timeout=machine.SETUP_S)
+        subprocess.run(
+            [*self._enter(pid), "sh", "-c", choose], capture_output=True, timeout=machine.SETUP_S
+        )
 
     def _has_netem(self) -> bool:
         probe = [
@@ -277,7 +310,9 @@ class Cluster:
         """Packets are dropped where they enter the host. Without netem that takes iptables."""
         if not shutil.which("iptables", path=machine.PATH):
             raise UserError("loss: needs iptables (apt install iptables)")
-        rule = f"-A INPUT -i {INTERFACE} -m statistic --mode random --probability {self.loss} -j DROP"
+        rule = (
+            f"-A INPUT -i {INTERFACE} -m statistic --mode random --probability {self.loss} -j DROP"
+        )
         done = subprocess.run(
             [*self._enter(pid), *machine.tool("iptables"), *rule.split()],
             capture_output=True,
@@ -291,9 +326,19 @@ class Cluster:
 
     def _dropped(self, pid: int) -> int:
         text = machine.output(
-            [*self._enter(pid), *machine.tool("iptables"), "--list", "INPUT", "--verbose", "--exact", "--numeric"]
+            [
+                *self._enter(pid),
+                *machine.tool("iptables"),
+                "--list",
+                "INPUT",
+                "--verbose",
+                "--exact",
+                "--numeric",
+            ]
         )
-        return next(int(line.split()[0]) for line in text.splitlines() if "DROP" in line.split()[2:3])
+        return next(
+            int(line.split()[0]) for line in text.splitlines() if "DROP" in line.split()[2:3]
+        )
 
     def _enter(self, pid: int, all_namespaces: bool = False) -> list[str]:
         user = ["--user", "--preserve-credentials"] if self._user else []

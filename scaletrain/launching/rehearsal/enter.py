@@ -28,7 +28,9 @@ def _prefix(path: Path, host: int) -> list[str]:
         except FileNotFoundError:
             pass
         time.sleep(0.02)
-    sys.exit(f"scaletrain: error: the rehearsal cluster was not there after {_WAIT_S:.0f} s ({path})")
+    sys.exit(
+        f"scaletrain: error: the rehearsal cluster was not there after {_WAIT_S:.0f} s ({path})"
+    )
 
 
 if __name__ == "__main__":

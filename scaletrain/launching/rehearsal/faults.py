@@ -32,7 +32,13 @@ class Fault(NamedTuple):
     after_s: float | None = None
 
     def __str__(self) -> str:
-        how = f" x {self.factor:g}" if self.factor else f" to {self.bandwidth}" if self.bandwidth else ""
+        how = (
+            f" x {self.factor:g}"
+            if self.factor
+            else f" to {self.bandwidth}"
+            if self.bandwidth
+            else ""
+        )
         when = f"at step {self.at_step}" if self.after_s is None else f"{self.after_s:g} s later"
         return f"{when}: {self.action} h{self.host}{how}"
 
@@ -42,13 +48,17 @@ def parse(faults: Sequence[Any], hosts: int) -> tuple[Fault, ...]:
     parsed: list[Fault] = []
     for index, fault in enumerate(faults):
         parsed.append(_parse(index, fault, hosts, parsed[-1] if parsed else None))
-    return tuple(sorted(parsed, key=lambda fault: fault.at_step))  # what comes after a fault stays behind it
+    return tuple(
+        sorted(parsed, key=lambda fault: fault.at_step)
+    )  # what comes after a fault stays behind it
 
 
 def _parse(index: int, fault: Any, hosts: int, before: Fault | None) -> Fault:
     where = f"launcher.faults.{index}"
     if not isinstance(fault, dict):
-        raise UserError(f"{where}: {fault!r} is not allowed (allowed: a mapping such as {{at_step: 20, cut: 3}})")
+        raise UserError(
+            f"{where}: {fault!r} is not allowed (allowed: a mapping such as {{at_step: 20, cut: 3}})"
+        )
     for key in fault:
         if key not in _KEYS | ACTIONS.keys():
             raise unknown(f"{where}: key", str(key), [*_KEYS, *ACTIONS])
@@ -56,23 +66,41 @@ def _parse(index: int, fault: Any, hosts: int, before: Fault | None) -> Fault:
     if len(actions) != 1:
         raise UserError(f"{where}: {fault!r} must have exactly one of {', '.join(ACTIONS)}")
     action = actions[0]
-    step, host, factor, bandwidth = fault.get("at_step"), fault[action], fault.get("factor"), fault.get("bandwidth")
+    step, host, factor, bandwidth = (
+        fault.get("at_step"),
+        fault[action],
+        fault.get("factor"),
+        fault.get("bandwidth"),
+    )
     after_s = fault.get("after_s")
     if after_s is not None:
-        if step is not None or before is None or not isinstance(after_s, int | float) or after_s < 0:
-            raise UserError(f"{where}.after_s: {after_s!r} must be seconds after the fault before it, without at_step")
+        if (
+            step is not None
+            or before is None
+            or not isinstance(after_s, int | float)
+            or after_s < 0
+        ):
+            raise UserError(
+                f"{where}.after_s: {after_s!r} must be seconds after the fault before it, without at_step"
+            )
         step = before.at_step
     if not _whole(step):
-        raise UserError(f"{where}.at_step: {step!r} is not allowed (allowed: a number of steps, 0 or more)")
+        raise UserError(
+            f"{where}.at_step: {step!r} is not allowed (allowed: a number of steps, 0 or more)"
+        )
     if not _whole(host) or host >= hosts:
         raise UserError(f"{where}.{action}: {host!r} is not a host (allowed: 0 to {hosts - 1})")
     if action != "slow" and (factor is not None or bandwidth is not None):
         raise UserError(f"{where}: factor and bandwidth belong to slow, not to {action}")
     if action == "slow":
         if (factor is None) == (bandwidth is None):
-            raise UserError(f"{where}: slow needs one of factor (such as 2.0) and bandwidth (such as 100Mbit)")
+            raise UserError(
+                f"{where}: slow needs one of factor (such as 2.0) and bandwidth (such as 100Mbit)"
+            )
         if factor is not None and not (isinstance(factor, int | float) and factor > 0):
-            raise UserError(f"{where}.factor: {factor!r} is not allowed (allowed: a number above 0)")
+            raise UserError(
+                f"{where}.factor: {factor!r} is not allowed (allowed: a number above 0)"
+            )
         if bandwidth is not None:
             try:
                 bits_per_s(bandwidth)

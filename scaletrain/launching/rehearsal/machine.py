@@ -16,14 +16,21 @@ from scaletrain.errors import UserError
 MARK = "SCALETRAIN_CLUSTER"  # in the environment of everything started on a host: how leftovers are known
 SETUP_S = 60.0  # for any one command
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
-PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])  # ip and tc live there
+PATH = os.pathsep.join(
+    [os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]
+)  # ip and tc live there
 
 
 def check() -> None:
     """Raises ``UserError`` if no cluster can be rehearsed here, saying what is missing."""
     if not sys.platform.startswith("linux"):
         raise UserError(f"a rehearsal cluster needs Linux (this is {sys.platform})")
-    for tool, package in (("ip", "iproute2"), ("tc", "iproute2"), ("nsenter", "util-linux"), ("env", "coreutils")):
+    for tool, package in (
+        ("ip", "iproute2"),
+        ("tc", "iproute2"),
+        ("nsenter", "util-linux"),
+        ("env", "coreutils"),
+    ):
         if not shutil.which(tool, path=PATH):
             raise UserError(f"a rehearsal cluster needs {tool} (apt install {package})")
     probe = [
@@ -61,7 +68,9 @@ def remove_leftovers() -> list[str]:
     marks = {f"{MARK}={name}".encode() for name in dead}
     for entry in os.listdir("/proc") if marks else []:
         try:
-            if entry.isdigit() and marks & set(Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")):
+            if entry.isdigit() and marks & set(
+                Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+            ):
                 os.kill(int(entry), signal.SIGKILL)
         except OSError:
             continue
@@ -80,7 +89,9 @@ def records() -> Path:
     folder = Path("/tmp") / f"scaletrain-rehearsal-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise UserError(f"{folder}: belongs to somebody else; a rehearsal keeps its owner records there")
+        raise UserError(
+            f"{folder}: belongs to somebody else; a rehearsal keeps its owner records there"
+        )
     return folder
 
 
@@ -104,6 +115,8 @@ def output(argv: Sequence[str]) -> str:
 
 
 def batch(argv: Sequence[str], commands: Sequence[str]) -> None:
-    done = subprocess.run(argv, input="\n".join(commands) + "\n", capture_output=True, text=True, timeout=SETUP_S)
+    done = subprocess.run(
+        argv, input="\n".join(commands) + "\n", capture_output=True, text=True, timeout=SETUP_S
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(argv)}: {done.stderr.strip()}\n" + "\n".join(commands))

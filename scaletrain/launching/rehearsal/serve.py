@@ -34,7 +34,10 @@ def main(folder: Path) -> int:
     with Cluster(**settings["cluster"]) as cluster:
         commands = [cluster.command(host, ()) for host in range(len(cluster.names))]
         launch = os.environ.get("SCALETRAIN_LAUNCH", "")
-        write_json(folder / "cluster.json", {"launch": launch, "names": cluster.names, "commands": commands})
+        write_json(
+            folder / "cluster.json",
+            {"launch": launch, "names": cluster.names, "commands": commands},
+        )
         record = cluster.describe() | {"straggler": settings["straggler"], "faults": []}
         counted = played = 0.0
         while not ended:
@@ -46,7 +49,9 @@ def main(folder: Path) -> int:
                 counted = time.monotonic()
             time.sleep(_TICK_S)
         until = time.monotonic() + _LEAVE_S
-        while time.monotonic() < until and any(cluster.processes(host) for host in range(len(cluster.names))):
+        while time.monotonic() < until and any(
+            cluster.processes(host) for host in range(len(cluster.names))
+        ):
             time.sleep(_TICK_S)
         _write(folder.parent, record, cluster)
     (folder / "cluster.json").unlink(missing_ok=True)
@@ -88,7 +93,9 @@ def _steps_done(run_dir: Path) -> int:
 
 
 def _write(run_dir: Path, record: dict[str, Any], cluster: Cluster) -> None:
-    traffic = {name: link._asdict() for name, link in zip(cluster.names, cluster.counters(), strict=True)}
+    traffic = {
+        name: link._asdict() for name, link in zip(cluster.names, cluster.counters(), strict=True)
+    }
     write_json(run_dir / "emulation.json", record | {"traffic": traffic})
 
 

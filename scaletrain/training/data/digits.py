@@ -31,5 +31,7 @@ def _rows() -> np.ndarray:
     """(1797, 65) float64: 64 pixels, label. What ``load_digits`` reads; to import scikit-learn takes a second of every worker's start."""
     spec = find_spec("sklearn")
     assert spec is not None and spec.origin is not None
-    with gzip.open(Path(spec.origin).with_name("datasets") / "data" / "digits.csv.gz", "rt") as file:
+    with gzip.open(
+        Path(spec.origin).with_name("datasets") / "data" / "digits.csv.gz", "rt"
+    ) as file:
         return np.loadtxt(file, delimiter=",")

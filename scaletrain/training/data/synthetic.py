@@ -17,4 +17,6 @@ def data(
     inputs = torch.randn(samples + test_samples, *shape, generator=random)
     teacher = torch.randn(inputs[0].numel(), classes, generator=random)
     targets = (inputs.flatten(1) @ teacher).argmax(1)
-    return TensorDataset(inputs[:samples], targets[:samples]), TensorDataset(inputs[samples:], targets[samples:])
+    return TensorDataset(inputs[:samples], targets[:samples]), TensorDataset(
+        inputs[samples:], targets[samples:]
+    )

@@ -63,7 +63,9 @@ class HorovodExchange(Exchange):
         if self._accumulating:
             return
         if name in self._handles:
-            raise RuntimeError(f"{name}: a second gradient before step(); accumulate inside exchange.accumulate()")
+            raise RuntimeError(
+                f"{name}: a second gradient before step(); accumulate inside exchange.accumulate()"
+            )
         self._send(name, parameter)
 
     def _send(self, name: str, parameter: nn.Parameter) -> None:
@@ -119,14 +121,26 @@ def _initialise(hvd: Any, world: World, setup: Setup, controller: str) -> None:
         controller = "mpi" if world.launcher == "openmpi" and hvd.mpi_built() else "gloo"
     if controller == "mpi":
         if not hvd.mpi_built():
-            raise UserError("exchange.controller: 'mpi' is not in this build of Horovod (allowed: gloo)")
+            raise UserError(
+                "exchange.controller: 'mpi' is not in this build of Horovod (allowed: gloo)"
+            )
     elif not hvd.gloo_built():
-        raise UserError("exchange.controller: 'gloo' is not in this build of Horovod (allowed: mpi)")
-    elif "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ:  # horovodrun sets it; elsewhere we are horovodrun
+        raise UserError(
+            "exchange.controller: 'gloo' is not in this build of Horovod (allowed: mpi)"
+        )
+    elif (
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ
+    ):  # horovodrun sets it; elsewhere we are horovodrun
         os.environ.update(_rendezvous_variables(world, setup))
-    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(1, round(setup.timeout.total_seconds()))))
-    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(1, round(setup.timeout.total_seconds()))))
-    os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(setup.timeout.total_seconds() / 2))))
+    os.environ.setdefault(
+        "HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(1, round(setup.timeout.total_seconds())))
+    )
+    os.environ.setdefault(
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(1, round(setup.timeout.total_seconds())))
+    )
+    os.environ.setdefault(
+        "HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(setup.timeout.total_seconds() / 2)))
+    )
     hvd.init()
 
 
@@ -136,7 +150,9 @@ def _rendezvous_variables(world: World, setup: Setup) -> dict[str, str]:
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo").split(",")[0]
     here = next(e.address for e in psutil.net_if_addrs()[interface] if e.family.name == "AF_INET")
     setup.store.set(f"horovod/host/{world.rank}", f"{progress.host_name()} {here}")
-    hosts = [setup.store.get(f"horovod/host/{rank}").decode().split()[0] for rank in range(world.size)]
+    hosts = [
+        setup.store.get(f"horovod/host/{rank}").decode().split()[0] for rank in range(world.size)
+    ]
     nodes = list(dict.fromkeys(hosts))
     local = [hosts[:rank].count(host) for rank, host in enumerate(hosts)]
     if world.rank == 0:

@@ -65,7 +65,11 @@ class ParameterServerExchange(Exchange):
         self.world, self._setup, self._settings = world, setup, made
         configured = (setup.run_dir / "config.yaml").exists()  # else nobody has started companions
         beside = where.resolve(made, world.launcher, configured) == where.BESIDE
-        self._own_server = _Beside(made, setup.run_dir, world.rank) if beside and world.rank < made.servers else None
+        self._own_server = (
+            _Beside(made, setup.run_dir, world.rank)
+            if beside and world.rank < made.servers
+            else None
+        )
         self._steps = 0  # of the job, as this rank knows
         self._lag = 0  # of them done without this rank, and not yet left out by it
         self._offset = 0  # what servers lost when they were restarted
@@ -98,7 +102,9 @@ class ParameterServerExchange(Exchange):
             # Checkpoints hold what the servers hold, as long as they are there.
             self._hooks.append(optimizer.register_state_dict_pre_hook(replica.fetch_state))
             for index, parameter in enumerate(replica.parameters):
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, index))
+                parameter.register_post_accumulate_grad_hook(
+                    functools.partial(self._on_gradient, index)
+                )
             self._watch_tables(model)
         self._sent, self._received = client.bytes_sent, client.bytes_received
         return model
@@ -176,12 +182,16 @@ class ParameterServerExchange(Exchange):
 
     def _push(self, index: int, gradient: Tensor | None) -> None:
         if index in self._pushed:
-            raise RuntimeError("a second backward pass in one step: wrap all but the last in exchange.accumulate()")
+            raise RuntimeError(
+                "a second backward pass in one step: wrap all but the last in exchange.accumulate()"
+            )
         self._pushed.add(index)
         self._replica.push(index, gradient, self._steps, self._rate(index))
 
     def _finish_step(self, lr: float) -> list[Answer]:
-        if self._settings.server_lr is None and any(group["lr"] != lr for group in self._optimizer.param_groups):
+        if self._settings.server_lr is None and any(
+            group["lr"] != lr for group in self._optimizer.param_groups
+        ):
             raise ValueError(
                 f"step(lr={lr}): the gradients have left with rate {self._optimizer.param_groups[0]['lr']}:"
                 " set the rate in the optimizer's groups before backward"
@@ -225,14 +235,18 @@ class ParameterServerExchange(Exchange):
 
     def _rounds(self, steps: int) -> int:
         """Synchronisations in the first ``steps`` steps: one a step up to ``local_after``, then one every ``local_steps``."""
-        together = min(steps, self._settings.local_after) if self._settings.mode == "post_local" else 0
+        together = (
+            min(steps, self._settings.local_after) if self._settings.mode == "post_local" else 0
+        )
         return together + (steps - together) // self._settings.local_steps
 
     def _job_steps(self, version: int) -> int:
         """The reverse: steps after ``version`` updates."""
         if not self._settings.local:
             return version
-        together = min(version, self._settings.local_after) if self._settings.mode == "post_local" else 0
+        together = (
+            min(version, self._settings.local_after) if self._settings.mode == "post_local" else 0
+        )
         return together + (version - together) * self._settings.local_steps
 
     # Embeddings
@@ -246,7 +260,10 @@ class ParameterServerExchange(Exchange):
             self._replica.pull_rows(index_of[id(module.weight)], rows)
 
         for module in model.modules():
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and id(module.weight) in index_of:
+            if (
+                isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+                and id(module.weight) in index_of
+            ):
                 module.register_forward_pre_hook(fetch)
         if self._replica.tables:
             self._hooks.append(model.register_state_dict_pre_hook(lambda *_: self._pull_tables()))
@@ -265,7 +282,9 @@ class ParameterServerExchange(Exchange):
         for number, tensor in enumerate(rest):
             key = f"scaletrain/parameter_server/{number}"
             if self.world.rank == 0 and not store.check([key]):
-                store.set(key, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                store.set(
+                    key, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                )
             elif self.world.rank:
                 raw = torch.frombuffer(bytearray(store.get(key)), dtype=torch.uint8)
                 tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))

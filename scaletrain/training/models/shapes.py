@@ -32,15 +32,26 @@ class Shapes(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(n, ...) -> (n, classes)."""
-        total = torch.stack([layer.weight.mean() + layer.bias.mean() for layer in self.layers.values()]).sum()
-        first = nn.functional.one_hot(torch.tensor(0, device=total.device), self.classes).to(total.dtype)
+        total = torch.stack(
+            [layer.weight.mean() + layer.bias.mean() for layer in self.layers.values()]
+        ).sum()
+        first = nn.functional.one_hot(torch.tensor(0, device=total.device), self.classes).to(
+            total.dtype
+        )
         return (total * first).expand(len(inputs), self.classes)
 
 
 def model(
     *,
     preset: Literal[
-        "lenet", "squeezenet", "googlenet", "googlenet_inference", "nin", "alexnet", "vgg16", "vgg19"
+        "lenet",
+        "squeezenet",
+        "googlenet",
+        "googlenet_inference",
+        "nin",
+        "alexnet",
+        "vgg16",
+        "vgg19",
     ] = "nin",
 ) -> nn.Module:
     """``googlenet`` is what is trained, both auxiliary heads included; ``googlenet_inference`` is without them."""
@@ -149,9 +160,16 @@ def _vgg(depths: tuple[int, ...]) -> list[Layer]:
     previous = 3
     for block, (depth, width) in enumerate(zip(depths, (64, 128, 256, 512, 512), strict=True)):
         for index in range(depth):
-            layers.append(Layer(f"conv{block + 1}_{index + 1}", (width, previous, 3, 3), (224 >> block) ** 2))
+            layers.append(
+                Layer(f"conv{block + 1}_{index + 1}", (width, previous, 3, 3), (224 >> block) ** 2)
+            )
             previous = width
-    return [*layers, Layer("fc6", (4096, 25088)), Layer("fc7", (4096, 4096)), Layer("fc8", (1000, 4096))]
+    return [
+        *layers,
+        Layer("fc6", (4096, 25088)),
+        Layer("fc7", (4096, 4096)),
+        Layer("fc8", (1000, 4096)),
+    ]
 
 
 PRESETS = {

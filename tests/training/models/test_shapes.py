@@ -22,7 +22,9 @@ def test_multiply_adds_of_alexnet():
     """AlexNet's forward pass takes 724 million multiply-adds (a widely quoted count: 0.72 G)."""
     with torch.device("meta"):
         made = model(preset="alexnet")
-    assert sum(layer.multiply_adds for layer in made.layers.values()) == pytest.approx(724e6, rel=0.01)
+    assert sum(layer.multiply_adds for layer in made.layers.values()) == pytest.approx(
+        724e6, rel=0.01
+    )
 
 
 def test_every_weight_has_a_gradient():
