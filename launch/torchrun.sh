@@ -16,4 +16,4 @@ else
     set -- "--nnodes=$hosts" --rdzv-backend=c10d "--rdzv-endpoint=$endpoint" "--rdzv-id=$(basename "$run_dir")" --rdzv-conf=join_timeout=600
 fi
 OMP_NUM_THREADS=$threads exec "$python" -m torch.distributed.run "--nproc-per-node=$here" --max-restarts=0 "$@" \
-    -m scaletrain.training.worker "$run_dir"
+    -m scaletrain.programs.worker "$run_dir"

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-__version__ = "0.1.0"
+from scaletrain._version import __version__
 
 # Names that people import from here, and where they are; found when asked for, so that a command needs no torch to print its help.
 _EXPORTS = {
@@ -12,7 +12,7 @@ _EXPORTS = {
     "Trainer": "scaletrain.training.trainer",
     "attach": "scaletrain.training.attach",
 }
-__all__ = ["Schedule", "Trainer", "World", "attach"]
+__all__ = ["Schedule", "Trainer", "World", "__version__", "attach"]
 
 
 def __getattr__(name: str) -> Any:

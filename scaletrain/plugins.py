@@ -39,7 +39,7 @@ KINDS = {
     "launcher": Kind("launching/launchers", "plan", 1),  # plan(job, *, ...)
     "model": Kind("training/models", "model", 0),  # model(*, ...)
     "data": Kind("training/data", "data", 0),  # data(*, ...)
-    "bench": Kind("bench", "command", 0),  # a click command
+    "bench": Kind("cli/bench", "command", 0),  # a click command
 }
 
 # What an option's annotation may use.

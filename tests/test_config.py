@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from scaletrain import config, plugins, torch_source
+from scaletrain import config, plugins, torch_names
+from scaletrain.config import grammar
 from scaletrain.errors import UserError
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits.yaml"
@@ -163,9 +164,9 @@ def test_what_torch_offers_is_read_from_its_files():
         and issubclass(made, torch.optim.Optimizer)
         and made is not torch.optim.Optimizer
     }
-    assert set(torch_source.optimizers() or ()) == set(optimizers)
+    assert set(torch_names.optimizers() or ()) == set(optimizers)
     for name, made in optimizers.items():
-        schema = torch_source.optimizer_options(name)
+        schema = torch_names.optimizer_options(name)
         assert schema and set(schema.model_fields) == set(inspect.signature(made).parameters) - {
             "params"
         }
@@ -174,18 +175,18 @@ def test_what_torch_offers_is_read_from_its_files():
         for name, f in vars(torch.nn.functional).items()
         if inspect.isfunction(f) and name[0] != "_"
     }
-    assert torch_source.losses() == {
+    assert torch_names.losses() == {
         n for n, f in functions.items() if "reduction" in inspect.signature(f).parameters
     }
 
 
 def test_without_torch_names_are_left_to_the_worker(monkeypatch: pytest.MonkeyPatch):
-    for reader in (torch_source.losses, torch_source.optimizers):
+    for reader in (torch_names.losses, torch_names.optimizers):
         reader.cache_clear()
-    monkeypatch.setattr(torch_source, "_read", lambda path: None)
+    monkeypatch.setattr(torch_names, "_read", lambda path: None)
     run = config.check({**SMALL, "loss": "mse_los", "optimizer": {"name": "adm", "lr": "fast"}})
     assert run.optimizer.options == {"lr": "fast"}
-    for reader in (torch_source.losses, torch_source.optimizers):
+    for reader in (torch_names.losses, torch_names.optimizers):
         reader.cache_clear()
 
 
@@ -224,9 +225,9 @@ def test_exchange_labels_are_what_people_type(text: str):
 
 def test_naming_the_same_exchange_keeps_the_files_options():
     tree = {**SMALL, "exchange": {"name": "scheduled", "collective": "tree", "bucket_mb": 3.0}}
-    config._set(tree, "exchange", "ring")
+    grammar.set_key(tree, "exchange", "ring")
     assert tree["exchange"] == {"name": "scheduled", "collective": "ring", "bucket_mb": 3.0}
-    config._set(tree, "exchange", "native")
+    grammar.set_key(tree, "exchange", "native")
     assert tree["exchange"] == {"name": "native"}
 
 

@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from scaletrain import loading
+from scaletrain import programs
 
 
 def test_collection_waits_until_a_program_has_loaded():
     assert gc.isenabled()
-    loading.begin("scaletrain.training.worker")  # imported, not run
+    programs.begin("scaletrain.programs.worker")  # imported, not run
     assert gc.isenabled()
     try:
-        loading.begin("__main__")
+        programs.begin("__main__")
         assert not gc.isenabled()
-        loading.done()
+        programs.done()
         assert gc.isenabled() and gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()

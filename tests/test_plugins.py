@@ -91,7 +91,7 @@ def test_a_broken_file_is_named_and_leaves_other_verbs_alone(tmp_path: Path):
         tmp_path / "scaletrain",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    broken = tmp_path / "scaletrain" / "bench" / "mine.py"
+    broken = tmp_path / "scaletrain" / "cli" / "bench" / "mine.py"
     broken.write_text('"""Mine."""\ndef command(:\n', encoding="utf-8")
 
     def run(*argv: str) -> subprocess.CompletedProcess[str]:

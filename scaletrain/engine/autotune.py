@@ -22,7 +22,7 @@ from scaletrain.collectives.cost import Network, predict
 from scaletrain.engine.transport import Group
 
 if TYPE_CHECKING:
-    from scaletrain.engine.choose import Engine
+    from scaletrain.engine.choice import Engine
 
 # The last is large: token buckets and socket buffers let short messages pass faster than the wire.
 SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20, 16 << 20)

@@ -22,7 +22,7 @@ def _create(backend_options: Any, options: Any) -> dist.ProcessGroup:
 
 
 def _create_over_mpi(backend_options: Any, options: Any) -> dist.ProcessGroup:
-    from scaletrain.engine.choose import NATIVE
+    from scaletrain.engine.choice import NATIVE
     from scaletrain.engine.process_group import Options
 
     return _create(backend_options, options or Options(NATIVE, "mpi"))

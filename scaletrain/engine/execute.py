@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from scaletrain.collectives.schedule import Schedule, Transfer, in_turn
-from scaletrain.engine import spans
 from scaletrain.engine.transport import Pending, Receive, Reduce, Transport
+from scaletrain.run import spans
 
 
 class Message(NamedTuple):

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaletrain.engine.choose import Engine
+from scaletrain.engine.choice import Engine
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import Group, Reduce
 from scaletrain.engine.work import Done, Pending, future_of, result_of
-from scaletrain.launching import progress
+from scaletrain.run import progress
 
 
 class Operation(NamedTuple):

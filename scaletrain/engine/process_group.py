@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 from scaletrain.engine.accelerator import AcceleratorLane, shared
-from scaletrain.engine.choose import NATIVE, check
+from scaletrain.engine.choice import NATIVE, check
 from scaletrain.engine.lane import DTYPES, OPERATIONS, Lane, Operation
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import Group, nccl

@@ -9,23 +9,17 @@
 import json
 import os
 import secrets
-import signal
 import socket
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-
-from scaletrain import loading
-
-loading.begin(__name__)
 
 import psutil
 import torch.distributed as dist
 
 from scaletrain.errors import UserError
-from scaletrain.launching import progress
-from scaletrain.metrics import write_json
+from scaletrain.run import progress
+from scaletrain.run.atomic import write_json
 from scaletrain.world import UNKNOWN, World
 
 STORE_FD = "SCALETRAIN_STORE_FD"
@@ -321,12 +315,3 @@ def _use_interface(address: str) -> None:
         if any(entry.address == address for entry in entries):
             os.environ["GLOO_SOCKET_IFNAME"] = name
             return
-
-
-if (
-    __name__ == "__main__"
-):  # the store of workers that cannot serve it themselves: it lives until the launcher ends it
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    serve()
-    while True:
-        signal.pause()

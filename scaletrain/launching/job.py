@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Companion(NamedTuple):
@@ -46,11 +46,11 @@ class Job(NamedTuple):
 
 
 def script_job(command: Sequence[str], workers: int, run_dir: Path, timeout_s: float = 60.0) -> Job:
-    """The job of a person's own program. A ``.py`` file runs inside ``scaletrain.training.script``, which reports its traceback
+    """The job of a person's own program. A ``.py`` file runs inside ``scaletrain.programs.script``, which reports its traceback
     and sets the variables torch.distributed needs under every launcher; any other command runs as it is."""
     argv = tuple(command)
     if argv[0].endswith(".py"):
-        argv = (sys.executable, "-m", "scaletrain.training.script", str(run_dir), *argv)
+        argv = (sys.executable, "-m", "scaletrain.programs.script", str(run_dir), *argv)
     return Job(argv, workers, run_dir, timeout_s=timeout_s)
 
 
@@ -96,22 +96,3 @@ class LaunchPlan(NamedTuple):
             assignments = [f"{key}={shlex.quote(value)}" for key, value in command.env]
             parts.append(bound + " ".join([*assignments, shlex.join(command.argv)]))
         return "\n".join(parts)
-
-
-class Failure(NamedTuple):
-    """The first cause of a job's end. Written as RUN_DIR/failure-<rank>.json by the worker, or made by the supervisor."""
-
-    rank: int | None
-    host: str
-    step: int | None
-    time: float  # unix seconds; among equals the earliest is the cause, the others are consequences
-    # "exception", "user" (a person's mistake: one line), "signal", "exit", "hang"; consequences: "peer" (lost another rank), "launcher"
-    kind: str
-    message: str
-    traceback: str = ""
-    collective: str = ""  # the last collective this rank entered, when known
-    exit_code: int = 1
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Failure":
-        return cls(**{key: value[key] for key in cls._fields if key in value})

@@ -50,10 +50,10 @@ def report(
 ) -> None:
     """Render reports again, from a sweep's directories or from single run directories. Trains nothing, needs no torch."""
     from scaletrain.errors import UserError
-    from scaletrain.metrics import write_json
-    from scaletrain.scaling import publish
-    from scaletrain.scaling import report as reports
-    from scaletrain.scaling import trace as traces
+    from scaletrain.run.atomic import write_json
+    from scaletrain.scaling.explain import report as reports
+    from scaletrain.scaling.show import publish
+    from scaletrain.scaling.show import trace as traces
 
     wanted = [word.strip() for word in formats.split(",") if word.strip()]
     console = publish.terminal()
@@ -115,9 +115,9 @@ def fit(
 ) -> None:
     """Calibrate the models of computation and network from REPORT (a report.json, or its directory); show the residuals and intervals."""
     from scaletrain.errors import UserError
-    from scaletrain.metrics import write_json
-    from scaletrain.scaling import fit as fits
-    from scaletrain.scaling import publish
+    from scaletrain.run.atomic import write_json
+    from scaletrain.scaling.predict import fit as fits
+    from scaletrain.scaling.show import publish
 
     path = path / "report.json" if path.is_dir() else path
     report = publish.read_report(path)
@@ -267,10 +267,11 @@ def simulate(
     import json
 
     from scaletrain.errors import UserError
-    from scaletrain.scaling import fit as fits
-    from scaletrain.scaling import network as net
-    from scaletrain.scaling import publish, simulate
-    from scaletrain.scaling.predict import USUAL, Compute, Profile, Stragglers
+    from scaletrain.scaling.predict import fit as fits
+    from scaletrain.scaling.predict import network as net
+    from scaletrain.scaling.predict import simulate
+    from scaletrain.scaling.predict.step_time import USUAL, Compute, Profile, Stragglers
+    from scaletrain.scaling.show import publish
 
     if networks:
         for name, preset in net.PRESETS.items():
@@ -367,7 +368,7 @@ def simulate(
 def _model_bytes(text: str) -> float:
     """A preset's name or a size with its unit."""
     from scaletrain.errors import unknown
-    from scaletrain.scaling.simulate import MODEL_BYTES
+    from scaletrain.scaling.predict.simulate import MODEL_BYTES
 
     if text.lower() in MODEL_BYTES:
         return MODEL_BYTES[text.lower()]

@@ -23,7 +23,7 @@ from scipy import optimize
 
 from scaletrain import plugins
 from scaletrain.collectives import cost
-from scaletrain.scaling.fit import Parameter, Timing, intervals_of
+from scaletrain.scaling.predict.fit import Parameter, Timing, intervals_of
 
 
 class Links(NamedTuple):

@@ -9,11 +9,12 @@ from scipy import optimize, stats
 
 from scaletrain.collectives import cost
 from scaletrain.collectives.cost import Network
-from scaletrain.scaling import emulated, network, predict
-from scaletrain.scaling.fit import Parameter, Timing, fit_exchanges, fit_report, strategy_of
-from scaletrain.scaling.network import Preset
-from scaletrain.scaling.predict import Compute
-from scaletrain.scaling.simulate import MODEL_BYTES
+from scaletrain.scaling import emulated
+from scaletrain.scaling.predict import network, step_time
+from scaletrain.scaling.predict.fit import Parameter, Timing, fit_exchanges, fit_report, strategy_of
+from scaletrain.scaling.predict.network import Preset
+from scaletrain.scaling.predict.simulate import MODEL_BYTES
+from scaletrain.scaling.predict.step_time import Compute
 
 IMAGENET = 1_281_167  # training images
 
@@ -223,7 +224,7 @@ def extrapolate_plain(timings: Sequence[Timing], fitted_to: int) -> Extrapolatio
     points = []
     for t in timings:
         if t.workers > fitted_to:
-            seconds = predict.exchange_s(t.strategy, t.workers, t.num_bytes, on)
+            seconds = step_time.exchange_s(t.strategy, t.workers, t.num_bytes, on)
             point = {"exchange": t.strategy, "workers": t.workers, "measured_s": t.seconds}
             points.append(point | {"predicted_s": seconds, "plain_s": seconds})
     return Extrapolation({"latency_s": latency, "bandwidth_bytes_per_s": bandwidth}, points)
@@ -297,7 +298,7 @@ def other_batch(report: Mapping[str, Any], fitted_batch: int) -> list[dict[str, 
         )
         share = row["batch_size"] / row["workers"]
         on = networks.get(row["exchange"], fitted.network)
-        guess = predict.step_s(strategy, row["workers"], share, num_bytes, compute, on)
+        guess = step_time.step_s(strategy, row["workers"], share, num_bytes, compute, on)
         points.append(
             {"exchange": row["exchange"], "workers": row["workers"], "batch_size": row["batch_size"],
              "measured_s": row["step_s_mean"], "predicted_s": guess}
@@ -310,7 +311,7 @@ def traffic(report: Mapping[str, Any], compute_s: float, on: Preset) -> list[dic
     points = []
     for row in report["rows"]:
         if row["runs"] and row["workers"] > 1:
-            step = predict.step_s(
+            step = step_time.step_s(
                 str(strategy_of(row["exchange"])),
                 row["workers"],
                 1.0,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from scaletrain.engine import spans
+from scaletrain.run import spans
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from scaletrain.config import RunConfig, exchange_label
-from scaletrain.launching import progress
-from scaletrain.metrics import RecordWriter, StepRecord, read_records, records_path
+from scaletrain.run import progress
+from scaletrain.run.records import RecordWriter, StepRecord, read_records, records_path
 from scaletrain.training import checkpoint
 from scaletrain.training.batches import GlobalBatches, load
 from scaletrain.training.exchange import Exchange

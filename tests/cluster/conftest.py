@@ -3,7 +3,7 @@
 import pytest
 
 from scaletrain.errors import UserError
-from scaletrain.launching.rehearsal import machine
+from scaletrain.rehearsal import machine
 from tests.cluster.commands import SHORT, train
 from tests.conftest import require
 

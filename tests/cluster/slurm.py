@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaletrain.launching.rehearsal import Cluster
+from scaletrain.rehearsal import Cluster
 
 _LIBC = ctypes.CDLL(None)
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scaletrain.scaling import trace
+from scaletrain.scaling.show import trace
 from tests.cluster.commands import SHORT, clean, gone, scaletrain, train
 from tests.conftest import require
 

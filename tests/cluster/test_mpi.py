@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scaletrain import config
-from scaletrain.launching.rehearsal import Cluster
+from scaletrain.rehearsal import Cluster
 from tests.cluster.commands import (
     DIGITS,
     ROOT,

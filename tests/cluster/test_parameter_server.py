@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from scaletrain.launching.rehearsal import Cluster
-from scaletrain.parameter_server import placement
-from scaletrain.parameter_server.settings import Settings
+from scaletrain.parameter_server.protocol import placement
+from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.rehearsal import Cluster
 from tests.parameter_server import job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120), pytest.mark.usefixtures("namespaces")]

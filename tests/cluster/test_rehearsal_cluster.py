@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scaletrain.errors import UserError
-from scaletrain.launching.rehearsal import Cluster, machine
+from scaletrain.rehearsal import Cluster, machine
 from tests.conftest import require
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("namespaces")]
@@ -145,7 +145,7 @@ def test_what_the_kernel_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
 
 OWNER = """
 import subprocess, sys, time
-from scaletrain.launching.rehearsal import Cluster
+from scaletrain.rehearsal import Cluster
 with Cluster(2) as hosts:
     program = hosts.start(1, ["sleep", "300"])
     while "entered" in sys.argv and not hosts.processes(1):
@@ -197,7 +197,7 @@ def test_leftovers_of_a_killed_owner_and_keeper_are_removed_at_the_next_start():
 
 def test_without_privileges_in_a_user_namespace():
     program = """
-from scaletrain.launching.rehearsal import Cluster
+from scaletrain.rehearsal import Cluster
 with Cluster(2, bandwidth="100Mbit") as hosts:
     print(hosts._user, hosts.run(1, ["hostname"]).stdout.strip(), hosts.counters()[0].sent_bytes >= 0)
     hosts.cut(1)

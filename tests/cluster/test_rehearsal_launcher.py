@@ -31,7 +31,7 @@ timeout_s: 5
 
 def job(run_dir: Path, workers: int = 4, **more) -> Job:
     return Job(
-        (sys.executable, "-m", "scaletrain.training.worker", str(run_dir)), workers, run_dir, **more
+        (sys.executable, "-m", "scaletrain.programs.worker", str(run_dir)), workers, run_dir, **more
     )
 
 

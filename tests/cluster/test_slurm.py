@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scaletrain.launching import hostlist
+from scaletrain.launching.hosts import expand
 from tests.cluster.commands import (
     DIGITS,
     ROOT,
@@ -24,7 +24,7 @@ from tests.cluster.commands import (
 )
 from tests.cluster.slurm import Slurm, missing
 from tests.conftest import require
-from tests.launching.test_hostlist import LISTS
+from tests.launching.test_hosts import LISTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(150)]
 SLOW = str(Path(__file__).with_name("slow_digits.yaml"))  # 40 steps of 0.1 s: time to interrupt
@@ -149,7 +149,7 @@ def test_host_lists_are_read_as_scontrol_reads_them(slurm: Slurm):
         "echo list $SLURM_JOB_NODELIST; scontrol show hostnames",
     )
     (_, found), *hosts = map(str.split, slurm.run(*inside).splitlines())
-    assert "[" in found and hostlist.expand(found) == [name for (name,) in hosts]
+    assert "[" in found and expand(found) == [name for (name,) in hosts]
 
 
 def test_srun_by_hand(slurm: Slurm, alone: dict, tmp_path: Path):
@@ -359,6 +359,7 @@ def test_an_array_is_followed_and_cancelled_as_one(slurm: Slurm, tmp_path: Path)
 GPU_TASK = """
 import os, torch
 from pathlib import Path
+from scaletrain.launching.hosts import expand
 from scaletrain import config
 from scaletrain.training import worker
 from scaletrain.world import World
@@ -403,7 +404,7 @@ def test_pmix_over_hosts(slurm: Slurm, alone: dict, tmp_path: Path):
     """``srun --mpi=pmix`` over two nodes that are hosts of their own (network namespaces)."""
     from scaletrain import config
     from scaletrain.errors import UserError
-    from scaletrain.launching.rehearsal import Cluster, machine
+    from scaletrain.rehearsal import Cluster, machine
 
     if "pmix" not in slurm.run("srun", "--mpi=list"):
         pytest.skip("this SLURM has no --mpi=pmix")

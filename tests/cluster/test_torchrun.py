@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scaletrain.errors import UserError
-from scaletrain.launching.rehearsal import Cluster, machine
+from scaletrain.rehearsal import Cluster, machine
 from tests.cluster.commands import (
     DIGITS,
     SHORT,

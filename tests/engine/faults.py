@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scaletrain.engine.choose import NATIVE, Engine
+from scaletrain.engine.choice import NATIVE, Engine
 from scaletrain.engine.process_group import Options, ProcessGroup
 from scaletrain.engine.transport import Group, mixed
 

@@ -4,9 +4,9 @@ import pickle
 import sys
 from pathlib import Path
 
-from scaletrain import loading
+from scaletrain import programs
 
-loading.begin(__name__)
+programs.begin(__name__)
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from tests.engine import conformance
 
 
 def main() -> None:
-    loading.done()
+    programs.done()
     part, path, results = sys.argv[1:]
     torch.set_num_threads(1)
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size

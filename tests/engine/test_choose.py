@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 
-from scaletrain.bench.collectives import command
+from scaletrain.cli.bench.collectives import command
 from scaletrain.engine import autotune
 from scaletrain.engine.autotune import SIZES, Choice, Tuning
-from scaletrain.engine.choose import NATIVE, Engine
+from scaletrain.engine.choice import NATIVE, Engine
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
 from tests.ranks import run_ranks

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scaletrain.parameter_server.settings import Settings
+from scaletrain.parameter_server.protocol.settings import Settings
 from tests.parameter_server import job
 
 pytestmark = [

@@ -11,7 +11,7 @@ from scaletrain import config, plugins
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Companion, Job, script_job
 from scaletrain.launching.launchers import horovodrun, local, mpirun, slurm, torchrun
-from scaletrain.metrics import write_json
+from scaletrain.run.atomic import write_json
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 CORES = len(os.sched_getaffinity(0))
@@ -20,7 +20,7 @@ CORES = len(os.sched_getaffinity(0))
 def job_of(
     run_dir: Path | str = "/shared/run", workers: int = 4, python: str = sys.executable, **fields
 ) -> Job:
-    argv = (python, "-m", "scaletrain.training.worker", str(run_dir))
+    argv = (python, "-m", "scaletrain.programs.worker", str(run_dir))
     return Job(argv, workers, Path(run_dir), **fields)
 
 
@@ -35,7 +35,7 @@ def test_a_plan_is_pure_and_complete(name: str, monkeypatch: pytest.MonkeyPatch)
     assert first == second
     text = str(first)
     assert (
-        "scaletrain.training.worker" in text and "/shared/run" in text and "OMP_NUM_THREADS" in text
+        "scaletrain.programs.worker" in text and "/shared/run" in text and "OMP_NUM_THREADS" in text
     )
     assert not Path("/shared/run").exists(), "planning wrote something"
 
@@ -156,7 +156,7 @@ def test_slurm_array_gives_each_task_a_directory_of_its_own(monkeypatch: pytest.
     assert path == Path("/shared/my run/job.sbatch")
     assert "#SBATCH --array=0-3%2" in text and "#SBATCH --gres=gpu:2" in text
     assert "#SBATCH --output='/shared/my run/slurm-%A_%a.out'" in text
-    assert 'training.worker "/shared/my run/task-$SLURM_ARRAY_TASK_ID"' in text
+    assert 'programs.worker "/shared/my run/task-$SLURM_ARRAY_TASK_ID"' in text
     # The number of the last task's job is that of the whole array: a task must not requeue all of them.
     assert (
         "requeue ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" in text
@@ -189,7 +189,7 @@ def test_slurm_array_task_makes_its_configuration_and_spares_an_earlier_run(
         )
 
     done = task(job_of(tmp_path))
-    assert done.returncode == 0 and done.stdout.endswith(f"training.worker {tmp_path}/task-3\n"), (
+    assert done.returncode == 0 and done.stdout.endswith(f"programs.worker {tmp_path}/task-3\n"), (
         done.stderr
     )
     assert (tmp_path / "task-3" / "config.yaml").read_text() == "name: x\nseed: 3\n"
@@ -240,7 +240,7 @@ def test_script_jobs():
     run_dir = Path("/shared/run")
     assert script_job(["train.py", "--lr", "1"], 2, run_dir).argv[1:3] == (
         "-m",
-        "scaletrain.training.script",
+        "scaletrain.programs.script",
     )
     assert script_job(["./program", "x"], 2, run_dir).argv == ("./program", "x")
     assert (

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scaletrain.launching import first_cause, supervise, supervisor
 from scaletrain.launching.job import Command, Companion, Job, LaunchPlan
+from scaletrain.launching.supervision import first_cause, supervise, supervisor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
@@ -236,7 +236,7 @@ def test_a_slow_start_is_told_in_a_few_lines(tmp_path: Path):
     """
     plan, job = job_of(tmp_path, body, workers=2)
     status, output = carry_out(
-        plan, job._replace(argv=(sys.executable, "-m", "scaletrain.training.worker"))
+        plan, job._replace(argv=(sys.executable, "-m", "scaletrain.programs.worker"))
     )
     assert status == 0 and output == "scaletrain: starting: 1 of 2 workers have joined (3 s)", (
         output

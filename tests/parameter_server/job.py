@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from scaletrain import loading
+from scaletrain import programs
 
-loading.begin(__name__)
+programs.begin(__name__)
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from scaletrain.parameter_server import placement
-from scaletrain.parameter_server.server import Server
-from scaletrain.parameter_server.settings import Settings
+from scaletrain.parameter_server.protocol import placement
+from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.parameter_server.server.server import Server
 from scaletrain.training.exchange import Setup
 from scaletrain.training.exchange.parameter_server import ParameterServerExchange
 from scaletrain.world import World
@@ -267,7 +267,7 @@ def main() -> None:
     steps, delay_s = int(sys.argv[4]), float(sys.argv[5])
 
     live = made.workers
-    loading.done()
+    programs.done()
 
     def on_step(step: int, joined: ParameterServerExchange) -> None:
         nonlocal live

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from scaletrain.parameter_server import sharding
-from scaletrain.parameter_server.client import Client
-from scaletrain.parameter_server.settings import Settings
+from scaletrain.parameter_server.protocol import sharding
+from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.parameter_server.worker.client import Client
 from tests.parameter_server import job
 
 BLOCKS, NUMEL, STEPS = 40, 64, 10

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaletrain.parameter_server.consistency import (
+from scaletrain.parameter_server.protocol.consistency import (
     Abort,
     Add,
     Answer,

@@ -14,12 +14,12 @@ import pytest
 import torch
 import zmq
 
-from scaletrain.parameter_server import placement, security, wire
-from scaletrain.parameter_server.link import Identity, Link
-from scaletrain.parameter_server.replica import Replica
-from scaletrain.parameter_server.requests import ServerError
-from scaletrain.parameter_server.settings import Settings
-from scaletrain.parameter_server.wire import Dtype, Header, Kind
+from scaletrain.parameter_server.protocol import placement, security, wire
+from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.parameter_server.protocol.wire import Dtype, Header, Kind
+from scaletrain.parameter_server.worker.link import Identity, Link
+from scaletrain.parameter_server.worker.replica import Replica
+from scaletrain.parameter_server.worker.requests import ServerError
 from tests.parameter_server import job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -326,7 +326,7 @@ def test_keys_and_sockets_are_the_owners_alone(tmp_path):
 
 def test_a_server_does_not_outlive_who_started_it(tmp_path):
     code = (
-        "import subprocess, sys, time; from scaletrain.parameter_server import placement, settings; from pathlib import Path;"
+        "import subprocess, sys, time; from scaletrain.parameter_server.protocol import placement, settings; from pathlib import Path;"
         f"p = subprocess.Popen(placement.command(settings.Settings(1), Path({str(tmp_path)!r}), 0)); print(p.pid, flush=True);"
         "time.sleep(60)"
     )

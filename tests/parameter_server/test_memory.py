@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from scaletrain.parameter_server.settings import Settings
+from scaletrain.parameter_server.protocol.settings import Settings
 
 pytestmark = pytest.mark.timeout(60)
 # Eight messages of 4 MiB come and go, ten times: prints how many pages had to be made anew in the last nine rounds.
 ROUNDS = """
 import ctypes, resource, sys
-from scaletrain.parameter_server import memory
+from scaletrain.parameter_server.protocol import memory
 if sys.argv[1] == "kept":
     memory.keep_freed()
 libc = ctypes.CDLL(None)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaletrain.parameter_server import sharding
-from scaletrain.parameter_server.sharding import Parameter, plan
+from scaletrain.parameter_server.protocol import sharding
+from scaletrain.parameter_server.protocol.sharding import Parameter, plan
 
 shapes = st.lists(
     st.builds(Parameter, st.tuples(st.integers(1, 60), st.integers(1, 60)), st.integers(0, 1), st.booleans()),

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from scaletrain.errors import UserError
-from scaletrain.parameter_server import replica, wire
-from scaletrain.parameter_server.link import Link
-from scaletrain.parameter_server.requests import ServerError
-from scaletrain.parameter_server.settings import Settings, settings
+from scaletrain.parameter_server.protocol import wire
+from scaletrain.parameter_server.protocol.settings import Settings, settings
+from scaletrain.parameter_server.worker import replica
+from scaletrain.parameter_server.worker.link import Link
+from scaletrain.parameter_server.worker.requests import ServerError
 from scaletrain.training import checkpoint
 from tests.parameter_server import job
 

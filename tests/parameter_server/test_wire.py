@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaletrain.parameter_server import codec, wire
-from scaletrain.parameter_server.wire import Dtype, Header, Kind, Refused, parse
+from scaletrain.parameter_server.protocol import codec, wire
+from scaletrain.parameter_server.protocol.wire import Dtype, Header, Kind, Refused, parse
 
 
 def frames_of(header: Header, *payloads: bytes) -> list[bytes]:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scaletrain.metrics import StepRecord
+from scaletrain.run.records import StepRecord
 
 
 def write_run(

@@ -15,11 +15,11 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from scaletrain.bench import firecaffe
-from scaletrain.bench.model import time_layers
 from scaletrain.cli import cli
+from scaletrain.cli.bench import firecaffe
+from scaletrain.cli.bench.model import time_layers
 from scaletrain.errors import UserError
-from scaletrain.scaling import sweep
+from scaletrain.scaling.measure import sweep
 
 from .runs import write_run
 

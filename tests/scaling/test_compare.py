@@ -6,9 +6,9 @@ from click.testing import CliRunner
 
 from scaletrain.cli import cli
 from scaletrain.errors import UserError
-from scaletrain.scaling import report
-from scaletrain.scaling.compare import CellChange, compare, differences, lines
-from scaletrain.scaling.intervals import Change
+from scaletrain.scaling.explain import report
+from scaletrain.scaling.explain.compare import CellChange, compare, differences, lines
+from scaletrain.scaling.measure.intervals import Change
 
 from .runs import write_run
 

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from scaletrain.scaling.intervals import change, enough, mean, percentiles, ratio
+from scaletrain.scaling.measure.intervals import change, enough, mean, percentiles, ratio
 
 
 def test_t_interval_of_known_values():

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from scaletrain.scaling.limiter import Cause, Step, limiter, sentence, split
+from scaletrain.scaling.explain.limiter import Cause, Step, limiter, sentence, split
 
 
 def test_causes_are_told_apart_and_add_up():

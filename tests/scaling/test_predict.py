@@ -11,9 +11,17 @@ from rich.console import Console
 from scaletrain.cli import cli
 from scaletrain.collectives.cost import Link, Network
 from scaletrain.errors import UserError
-from scaletrain.scaling import emulated, fit, predict, proof, publish, simulate
-from scaletrain.scaling.network import PRESETS, Preset, allreduce_s, parse_bandwidth, server_s
-from scaletrain.scaling.predict import Compute, Stragglers, buckets, exposed_s
+from scaletrain.scaling import emulated, proof
+from scaletrain.scaling.predict import fit, simulate, step_time
+from scaletrain.scaling.predict.network import (
+    PRESETS,
+    Preset,
+    allreduce_s,
+    parse_bandwidth,
+    server_s,
+)
+from scaletrain.scaling.predict.step_time import Compute, Stragglers, buckets, exposed_s
+from scaletrain.scaling.show import publish
 
 GBIT = Preset(Network(50e-6, 125e6), "")
 
@@ -21,7 +29,7 @@ GBIT = Preset(Network(50e-6, 125e6), "")
 def test_buckets_hold_every_byte():
     for size in (0, 1000, 2**20, 30e6, 244e6):
         assert sum(buckets(size)) == pytest.approx(size)
-    assert max(buckets(244e6)) <= predict.BUCKET_BYTES
+    assert max(buckets(244e6)) <= step_time.BUCKET_BYTES
 
 
 def test_communication_hides_behind_backward_but_for_the_last_bucket():
@@ -87,8 +95,10 @@ def test_gradients_that_come_late_in_backward_hide_less():
         {"gradient_bytes": 1e6, "backward_s": 0.08},  # convolutions
         {"gradient_bytes": 99e6, "backward_s": 0.02},  # fully connected
     ]
-    early = predict.Profile.of_layers({"forward_s": 0.05, "backward_s": 0.1, "layers": layers})
-    late = predict.Profile.of_layers({"forward_s": 0.05, "backward_s": 0.1, "layers": layers[::-1]})
+    early = step_time.Profile.of_layers({"forward_s": 0.05, "backward_s": 0.1, "layers": layers})
+    late = step_time.Profile.of_layers(
+        {"forward_s": 0.05, "backward_s": 0.1, "layers": layers[::-1]}
+    )
     assert early.forward == pytest.approx(1 / 3)
     assert (
         early.complete(0.99) == pytest.approx(0.2)
@@ -96,17 +106,17 @@ def test_gradients_that_come_late_in_backward_hide_less():
         and early.complete(1) == 1
     )
     steps = [
-        predict.step_s("ring", 8, 1.0, 100e6, Compute(0.15), PRESETS["10gbit"], profile=profile)
-        for profile in (early, predict.USUAL, late)
+        step_time.step_s("ring", 8, 1.0, 100e6, Compute(0.15), PRESETS["10gbit"], profile=profile)
+        for profile in (early, step_time.USUAL, late)
     ]
     assert steps[0] < steps[1] < steps[2]
 
 
 def test_backup_workers_cut_the_tail():
     noisy = Stragglers(variation=0.05, slow_probability=0.02, slow_factor=1.5)
-    assert predict.slowest_factor(50, 4, noisy) < predict.slowest_factor(50, 0, noisy)
-    assert predict.slowest_factor(1, 0, Stragglers(variation=0.3)) == pytest.approx(1.0, abs=0.03)
-    assert predict.slowest_factor(50, 0, Stragglers()) == 1.0
+    assert step_time.slowest_factor(50, 4, noisy) < step_time.slowest_factor(50, 0, noisy)
+    assert step_time.slowest_factor(1, 0, Stragglers(variation=0.3)) == pytest.approx(1.0, abs=0.03)
+    assert step_time.slowest_factor(50, 0, Stragglers()) == 1.0
 
 
 @pytest.mark.slow  # five seconds of computing
@@ -151,7 +161,7 @@ def test_a_bandwidth_without_unit_is_refused():
 def test_fit_finds_the_network_that_made_the_timings():
     true = Preset(Network(2e-3, 40e6), "")
     timings = [
-        fit.Timing(name, p, n, predict.exchange_s(name, p, n, true))
+        fit.Timing(name, p, n, step_time.exchange_s(name, p, n, true))
         for name in ("ring", "tree", "star", "halving_doubling") for p in (2, 4) for n in (1e4, 5e6)
     ]  # fmt: skip
     latency, bandwidth = fit.fit_exchanges(timings)
@@ -163,7 +173,7 @@ def test_fit_finds_the_network_that_made_the_timings():
 def test_large_messages_do_not_tell_the_latency():
     true = Preset(Network(1e-9, 40e6), "")
     timings = [
-        fit.Timing("ring", p, 1e8, predict.exchange_s("ring", p, 1e8, true)) for p in (2, 4, 8)
+        fit.Timing("ring", p, 1e8, step_time.exchange_s("ring", p, 1e8, true)) for p in (2, 4, 8)
     ]
     latency, bandwidth = fit.fit_exchanges(timings)
     assert bandwidth.value == pytest.approx(40e6, rel=0.01)
@@ -226,10 +236,10 @@ def test_drawn_stragglers_agree_with_the_closed_forms():
     )
     for backups in (0, 4):
         harmonic = sum(1 / i for i in range(backups + 1, 50 + backups + 1))
-        assert predict.slowest_factor(50, backups, Stragglers(tail=tail)) == pytest.approx(
+        assert step_time.slowest_factor(50, backups, Stragglers(tail=tail)) == pytest.approx(
             1 + tail * harmonic, rel=0.01
         )
-        drawn = few["base_s"] * predict.slowest_factor(50, backups, slow) + made["few"].load_s * (
+        drawn = few["base_s"] * step_time.slowest_factor(50, backups, slow) + made["few"].load_s * (
             50 + backups
         )
         assert drawn == pytest.approx(made["few"].steps[backups], rel=0.01)
@@ -248,7 +258,7 @@ def test_another_batch_is_predicted_on_each_exchanges_own_wire():
     def row(exchange, workers, batch):
         on = Preset(wires.get(exchange, wires["ring"]), "")
         strategy = "none" if exchange == "none" or workers == 1 else "ring"
-        step_s = predict.step_s(strategy, workers, batch / workers, 4e6, compute, on)
+        step_s = step_time.step_s(strategy, workers, batch / workers, 4e6, compute, on)
         pass_s = compute.pass_s(batch / workers)
         return {
             "config": "job", "exchange": exchange, "workers": workers, "batch_size": batch, "variant": {"batch_size": batch}, "runs": [{}],

@@ -14,20 +14,12 @@ from rich.console import Console
 
 from scaletrain.cli import cli
 from scaletrain.errors import UserError
-from scaletrain.scaling import (
-    headline,
-    plots,
-    publish,
-    render,
-    report,
-    results,
-    sweep,
-    table,
-    trace,
-)
-from scaletrain.scaling.fit import Fit, Parameter
-from scaletrain.scaling.measure import read_run
-from scaletrain.scaling.predict import Compute
+from scaletrain.scaling.explain import headline, report
+from scaletrain.scaling.measure import sweep
+from scaletrain.scaling.measure.run import read_run
+from scaletrain.scaling.predict.fit import Fit, Parameter
+from scaletrain.scaling.predict.step_time import Compute
+from scaletrain.scaling.show import plots, publish, render, results, table, trace
 
 from .runs import write_run
 

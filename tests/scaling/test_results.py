@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scaletrain.scaling import results
+from scaletrain.scaling.show import results
 
 
 def test_a_measurement_that_fails_or_is_stopped_leaves_no_file(

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from scaletrain.metrics import StepRecord
-from scaletrain.scaling import render, report, servers, table
+from scaletrain.run.records import StepRecord
+from scaletrain.scaling.explain import report
+from scaletrain.scaling.measure import servers
+from scaletrain.scaling.show import render, table
 from tests.scaling.runs import write_run
 
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from scaletrain.errors import UserError
-from scaletrain.scaling import machine, report, sweep
+from scaletrain.scaling.explain import report
+from scaletrain.scaling.measure import machine, sweep
 
 
 @pytest.fixture

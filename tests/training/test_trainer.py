@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from scaletrain import config
-from scaletrain.metrics import read_records, records_path
+from scaletrain.run.records import read_records, records_path
 from scaletrain.training import workload
 from scaletrain.training.exchange import Setup
 from scaletrain.training.trainer import Trainer

@@ -9,8 +9,9 @@ import torch
 from scaletrain import config
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
-from scaletrain.metrics import StepRecord
-from scaletrain.training import worker, workload
+from scaletrain.programs import worker
+from scaletrain.run.records import StepRecord
+from scaletrain.training import workload
 from scaletrain.world import World
 
 

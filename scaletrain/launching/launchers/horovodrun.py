@@ -4,7 +4,7 @@ import os
 from typing import Literal
 
 from scaletrain.errors import UserError
-from scaletrain.launching import hostlist
+from scaletrain.launching.hosts import expand
 from scaletrain.launching.job import Command, Job, LaunchPlan
 
 
@@ -27,7 +27,7 @@ def plan(
             "launcher.hosts and launcher.hostfile: name the hosts in one of them, not in both"
         )
     cores = len(os.sched_getaffinity(0))
-    hosts = ",".join(hostlist.expand(hosts)) if hosts else ""
+    hosts = ",".join(expand(hosts)) if hosts else ""
     elsewhere = bool(hosts or hostfile)
     threads = job.threads or (1 if elsewhere else max(1, cores // job.workers))
     argv = [

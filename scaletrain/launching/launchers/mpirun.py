@@ -6,7 +6,7 @@ import subprocess
 from typing import Literal
 
 from scaletrain.errors import UserError
-from scaletrain.launching import hostlist
+from scaletrain.launching.hosts import expand
 from scaletrain.launching.job import Command, Job, LaunchPlan
 
 
@@ -34,7 +34,7 @@ def plan(
         )
     if hostfile and not os.path.isfile(hostfile):
         raise UserError(f"launcher.hostfile: {hostfile}: there is no such file")
-    hosts = ",".join(hostlist.expand(hosts)) if hosts else ""
+    hosts = ",".join(expand(hosts)) if hosts else ""
     kind = _which(command) if mpi == "auto" else mpi
     cores = len(os.sched_getaffinity(0))
     here = per_host or job.workers

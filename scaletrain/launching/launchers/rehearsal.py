@@ -8,9 +8,9 @@ from annotated_types import Ge
 
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Command, Companion, Job, LaunchPlan
-from scaletrain.launching.progress import RANK_0
-from scaletrain.launching.rehearsal import faults as scripted
-from scaletrain.launching.rehearsal.cluster import Cluster
+from scaletrain.rehearsal import faults as scripted
+from scaletrain.rehearsal.cluster import Cluster
+from scaletrain.run.progress import RANK_0
 
 PORT = 29500  # of the job's store: in a fresh namespace every port is free
 
@@ -54,7 +54,7 @@ def plan(
         "faults": [fault._asdict() for fault in script],
     }
     folder = job.run_dir / "rehearsal"
-    enter = (sys.executable, "-m", "scaletrain.launching.rehearsal.enter", str(folder))
+    enter = (sys.executable, "-m", "scaletrain.programs.rehearsal_enter", str(folder))
     per_host = job.workers // hosts
     threads = job.threads or 1
     # A job that goes on without some of its workers keeps its store on the first server's host, else rank 0 serves it.
@@ -78,11 +78,11 @@ def plan(
         commands.append(Command(f"rank {rank}", (*enter, str(host), *job.argv), env, rank))
     companions = [
         Companion(
-            "rehearsal", (sys.executable, "-m", "scaletrain.launching.rehearsal.serve", str(folder))
+            "rehearsal", (sys.executable, "-m", "scaletrain.programs.rehearsal_serve", str(folder))
         )
     ]
     if outlives:
-        store = (sys.executable, "-m", "scaletrain.launching.rehearsal.store", str(PORT))
+        store = (sys.executable, "-m", "scaletrain.programs.rehearsal_store", str(PORT))
         companions.append(Companion("store", (*enter, str(store_host), *store)))
     for host, companion in enumerate(job.companions, hosts):
         companions.append(companion._replace(argv=(*enter, str(host), *companion.argv)))

@@ -133,7 +133,7 @@ def plan(
     follower = (
         sys.executable,
         "-m",
-        "scaletrain.launching.follow_slurm",
+        "scaletrain.programs.follow_slurm",
         str(script),
         f"{poll_s:g}",
     )
@@ -157,7 +157,7 @@ def _allocation(env: Mapping[str, str]) -> str:
 
 
 def _resumes(job: Job) -> bool:
-    return job.argv[1:3] == ("-m", "scaletrain.training.worker") and "--resume" not in job.argv
+    return job.argv[1:3] == ("-m", "scaletrain.programs.worker") and "--resume" not in job.argv
 
 
 def _torchrun(job: Job, nodes: int) -> tuple[str, ...]:
@@ -189,7 +189,7 @@ _SCRIPT = """#!/bin/sh
 export {exports} SCALETRAIN_SUPERVISED=1
 {before}{srun} {step}
 status=$?
-{again}[ $status -eq 0 ] || {python} -m scaletrain.launching.first_cause {run_dir} {output}
+{again}[ $status -eq 0 ] || {python} -m scaletrain.programs.first_cause {run_dir} {output}
 exit $status
 """
 # A task of an array trains with its own number as seed, unless somebody has put a configuration of its own there.

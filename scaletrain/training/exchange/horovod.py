@@ -10,9 +10,8 @@ import psutil
 import torch
 from torch import nn
 
-from scaletrain.engine import spans
 from scaletrain.errors import UserError
-from scaletrain.launching import progress
+from scaletrain.run import progress, spans
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
 

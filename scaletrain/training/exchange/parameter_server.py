@@ -14,10 +14,10 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from scaletrain.parameter_server import placement as where
-from scaletrain.parameter_server import settings
-from scaletrain.parameter_server.client import Answer, Client
-from scaletrain.parameter_server.replica import Replica
+from scaletrain.parameter_server.protocol import placement as where
+from scaletrain.parameter_server.protocol import settings
+from scaletrain.parameter_server.worker.client import Answer, Client
+from scaletrain.parameter_server.worker.replica import Replica
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
 

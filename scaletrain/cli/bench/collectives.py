@@ -1,0 +1,421 @@
+"""How fast allreduces are: our algorithms over our wires beside gloo, MPI and Horovod, each against its own bound."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from scaletrain import config, plugins
+from scaletrain.errors import UserError, unknown
+from scaletrain.run.atomic import write_json
+from scaletrain.run.environment import environment
+from scaletrain.scaling.show import results as pages
+
+PEERS = {"cpu": ("gloo", "mpi", "horovod"), "cuda": ("gloo", "nccl")}  # by where the tensors are
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Row(NamedTuple):
+    """One contender at one size: times over all iterations of all repeats, of the slowest rank, in seconds."""
+
+    contender: str
+    workers: int
+    size_bytes: int
+    count: int  # type: ignore[assignment]  # the column is called so everywhere, tuple.count is not missed
+    dtype: str
+    time_s_p50: float
+    time_s_p95: float
+    time_s_min: float
+    time_s_max: float
+    algbw_bytes_per_s: float  # size / time
+    busbw_bytes_per_s: float  # algbw x 2(n - 1)/n
+    bound_s: (
+        float | None
+    )  # what this algorithm cannot beat: the link's rate, or the measured speed of the copies it needs
+    wrong: int  # elements
+    runs: int
+    ran: str  # ours: the algorithm, which `auto` chose in each round anew
+
+
+def _sizes(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(
+            int(float(word.rstrip("KMGiB")) * _UNITS[word.rstrip("iB")[-1:].strip("0123456789.")])
+            for word in text.split(",")
+        )
+    except (ValueError, KeyError):
+        raise click.BadParameter(
+            f"{text!r}: expected sizes with commas, such as 4K,1M,25M"
+        ) from None
+
+
+def _list(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+@click.command("collectives")
+@click.option(
+    "--workers", default="2", show_default=True, callback=_list, help="Worker counts, such as 2,4."
+)
+@click.option(
+    "--algorithms",
+    default="auto",
+    show_default=True,
+    callback=_list,
+    help="auto, native, all, or names (`scaletrain list`), with options if need be: pipelined_tree:segments=8.",
+)
+@click.option(
+    "--transports", default="auto", show_default=True, callback=_list, help="auto, or names."
+)
+@click.option(
+    "--sizes",
+    default="4K,64K,1M,25M",
+    show_default=True,
+    callback=_sizes,
+    help="Message sizes in bytes; float32.",
+)
+@click.option(
+    "--peers",
+    default="gloo",
+    show_default=True,
+    callback=_list,
+    help="gloo, mpi, horovod; gloo, nccl with --device cuda; empty for none.",
+)
+@click.option(
+    "--repeats",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Rounds over all contenders, interleaved.",
+)
+@click.option(
+    "--seconds",
+    default=0.3,
+    show_default=True,
+    type=float,
+    help="Time for one contender at one size in one round.",
+)
+@click.option(
+    "--bind/--no-bind",
+    default=False,
+    show_default=True,
+    help="Keep each worker (Horovod's excepted: it has a second thread) on a core of its own, where the cores suffice.",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where the tensors are. Workers take the GPUs in turn, and share them where there are fewer.",
+)
+@click.option(
+    "--bandwidth",
+    help="Emulate hosts: one a worker, links of this rate (such as 1Gbit), by `rehearsal`.",
+)
+@click.option(
+    "--mpi-python",
+    multiple=True,
+    help="A Python with mpi4py whose folder has its mpirun; repeatable [default: this one].",
+)
+@click.option("--horovod-python", help="A Python with Horovod [default: this one].")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write NAME.json, and the table beside it as NAME.md.",
+)
+def command(
+    workers: tuple[str, ...],
+    algorithms: tuple[str, ...],
+    transports: tuple[str, ...],
+    sizes: tuple[int, ...],
+    peers: tuple[str, ...],
+    repeats: int,
+    seconds: float,
+    bind: bool,
+    device: str,
+    bandwidth: str | None,
+    mpi_python: tuple[str, ...],
+    horovod_python: str | None,
+    out: Path | None,
+) -> None:
+    """Measure allreduces side by side.
+
+    Every contender runs in each of --repeats rounds, so that a slow minute of the machine hits all alike. Times are the slowest rank's.
+    """
+    for peer in peers:
+        if peer not in PEERS[device]:
+            raise unknown(f"--peers with --device {device}", peer, PEERS[device])
+    if algorithms == ("all",):
+        algorithms = ("auto", "native", *plugins.names("collective"))
+    for name in algorithms:
+        if name not in ("auto", "native"):
+            config.plugin_spec("collective", name, "--algorithms", also=("auto", "native", "all"))
+    for name in transports:
+        if name not in ("auto", *plugins.names("transport")):
+            raise unknown("--transports", name, ["auto", *plugins.names("transport")])
+    counts = [int(word) for word in workers if word.isdigit() and int(word) > 0]
+    if len(counts) < len(workers):
+        raise UserError(
+            f"--workers: {','.join(workers)!r}: expected numbers with commas, such as 2,4"
+        )
+    ours = [f"{transport}:{name}" for transport in transports for name in algorithms]
+    header = {
+        **environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "repeats": repeats,
+        "network": f"EMULATED: one host a worker in network namespaces, {bandwidth} links" if bandwidth else "one host",
+        "bound": bind, "devices": [],
+    }  # fmt: skip
+    rows: list[Row] = []
+    notes: list[str] = []
+    for count in counts:
+        found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for repeat in range(repeats):
+            for name, run in _worlds(ours, peers, mpi_python, horovod_python, bandwidth):
+                click.echo(f"{count} workers, round {repeat + 1} of {repeats}: {name}", err=True)
+                try:
+                    results = run(
+                        {"sizes": sizes, "seconds": seconds, "bind": bind, "device": device}, count
+                    )
+                except (RuntimeError, UserError) as error:
+                    notes.append(f"{name}, {count} workers: {error}")
+                    continue
+                header["devices"] = sorted(
+                    {*header["devices"], *(result.get("device", "cpu") for result in results)}
+                )
+                for result in results:
+                    found.setdefault((result["contender"], result["size_bytes"]), []).append(result)
+        rows += _rows(found, count, bandwidth)
+    if not rows:
+        raise UserError(f"nothing could be measured: {'; '.join(dict.fromkeys(notes))}")
+    text = table(rows, header, notes)
+    click.echo(text)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(
+            out.with_suffix(".json"),
+            {"header": header, "notes": notes, "rows": [row._asdict() for row in rows]},
+        )
+        pages.write(out.with_suffix(".md"), text)  # what people wrote on that page stays
+    if wrong := sorted({row.contender for row in rows if row.wrong}):
+        raise UserError(f"wrong sums: {', '.join(wrong)} (the last column counts the elements)")
+
+
+def _worlds(
+    ours: list[str],
+    peers: Sequence[str],
+    mpi: Sequence[str],
+    horovod: str | None,
+    bandwidth: str | None,
+) -> list[tuple[str, Any]]:
+    """What is started in a round: (name, function(task, count) -> results). One world of torch runs ours and gloo (or nccl)."""
+    contenders = [*ours, *(peer for peer in peers if peer in ("gloo", "nccl"))]
+    worlds: list[tuple[str, Any]] = [
+        ("torch", lambda task, count: _torch({**task, "contenders": contenders}, count, bandwidth))
+    ]
+    if bandwidth and {"mpi", "horovod"} & set(peers):
+        raise UserError(
+            "--peers: mpi and horovod are measured on one host only (leave out --bandwidth)"
+        )
+    if "mpi" in peers:
+        worlds += [
+            (f"mpi {p}", lambda task, count, p=p: _mpi(p, "allreduce_mpi.py", task, count))
+            for p in mpi or [sys.executable]
+        ]
+    if "horovod" in peers:
+        python = horovod or sys.executable
+        worlds.append(
+            (
+                f"horovod {python}",
+                lambda task, count: _mpi(python, "allreduce_horovod.py", task, count),
+            )
+        )
+    return worlds
+
+
+def _torch(task: dict[str, Any], count: int, bandwidth: str | None) -> list[dict[str, Any]]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scaletrain-bench-")))
+        folder.joinpath("task.json").write_text(json.dumps(task), encoding="utf-8")
+        argv = [sys.executable, "-m", "scaletrain.programs.bench_collectives", str(folder)]
+        variables = [
+            {"RANK": str(r), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"} for r in range(count)
+        ]
+        if bandwidth:
+            from scaletrain.rehearsal.cluster import Cluster
+
+            cluster = stack.enter_context(Cluster(count, bandwidth=bandwidth))
+            with open(folder / "log", "wb") as log:
+                running = [
+                    cluster.start(r, argv, v, stdout=log, stderr=log)
+                    for r, v in enumerate(variables)
+                ]
+        else:
+            with open(folder / "log", "wb") as log:
+                running = [
+                    subprocess.Popen(argv, env=os.environ | v, stdout=log, stderr=log)
+                    for v in variables
+                ]
+        try:
+            codes = [process.wait(timeout=900) for process in running]
+        except subprocess.TimeoutExpired:
+            raise RuntimeError("not done within 900 s") from None
+        finally:
+            for process in running:
+                process.kill()
+        if any(codes):
+            raise RuntimeError(
+                _last_line((folder / "log").read_text(encoding="utf-8", errors="replace"))
+            )
+        return _merge(
+            [
+                json.loads(folder.joinpath(f"{r}.json").read_text(encoding="utf-8"))
+                for r in range(count)
+            ]
+        )
+
+
+def _mpi(python: str, script: str, task: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """A peer's script under the mpirun that stands beside its Python, else the one on the path."""
+    path = Path(__file__).parents[3] / "benchmarks" / "peers" / script
+    if not path.exists():
+        raise UserError(f"--peers: {path} is missing: peers are measured from a checkout")
+    beside = Path(python).with_name("mpirun")
+    with tempfile.TemporaryDirectory(prefix="scaletrain-bench-") as folder:
+        Path(folder, "task.json").write_text(json.dumps(task), encoding="utf-8")
+        mpirun = str(beside) if beside.exists() else "mpirun"
+        try:
+            version = subprocess.run(
+                [mpirun, "--version"], capture_output=True, text=True, timeout=20
+            ).stdout
+        except OSError:
+            raise UserError(f"no mpirun beside {python} nor on the path") from None
+        allow = {
+            f"{name}_ALLOW_RUN_AS_ROOT{end}": "1"
+            for name in ("OMPI", "PRTE")
+            for end in ("", "_CONFIRM")
+        }
+        argv = [
+            mpirun,
+            *(
+                ["--oversubscribe"]
+                if "Open MPI" in version or "Open-MPI" in version or "PRRTE" in version
+                else []
+            ),
+        ]
+        argv += ["-n", str(count), python, str(path), folder]
+        done = subprocess.run(
+            argv, env=os.environ | allow, capture_output=True, text=True, timeout=600
+        )
+        if done.returncode:
+            raise RuntimeError(
+                _last_line(done.stderr or done.stdout or f"exit status {done.returncode}")
+            )
+        return _merge(
+            [
+                json.loads(Path(folder, f"{r}.json").read_text(encoding="utf-8"))
+                for r in range(count)
+            ]
+        )
+
+
+def _merge(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Iteration by iteration the slowest rank's time."""
+    merged = []
+    for entries in zip(*ranks, strict=True):
+        times = [max(t) for t in zip(*(e["times_s"] for e in entries), strict=True)]
+        merged.append({**entries[0], "times_s": times, "wrong": sum(e["wrong"] for e in entries)})
+    return merged
+
+
+def _rows(
+    found: dict[tuple[str, int], list[dict[str, Any]]], workers: int, bandwidth: str | None
+) -> list[Row]:
+    rows = []
+    for (contender, size), results in sorted(
+        found.items(), key=lambda item: (item[0][1], item[0][0])
+    ):
+        times = sorted(t for result in results for t in result["times_s"])
+        p50 = times[len(times) // 2]
+        algbw = size / p50
+        rows.append(
+            Row(
+                contender, workers, size, size // 4, "float32", p50, times[int(0.95 * (len(times) - 1))], times[0], times[-1], algbw,
+                algbw * 2 * (workers - 1) / workers, _bound(contender, size, workers, bandwidth, results),
+                sum(result["wrong"] for result in results), len(times),
+                ", ".join(dict.fromkeys(ran for result in results if (ran := result.get("ran")))),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _bound(
+    contender: str, size: int, workers: int, bandwidth: str | None, results: list[dict[str, Any]]
+) -> float | None:
+    """On emulated links: what the algorithm moves through the busiest port, at the link's rate. On one host: the bytes that any allreduce
+    moves between the ranks, 2(n - 1)/n of the message a rank, at the speed at which all ranks copy at once."""
+    if bandwidth:
+        from scaletrain.collectives.cost import Network, predict
+        from scaletrain.rehearsal.links import bits_per_s
+
+        text = contender.partition(":")[2]
+        # What has no schedule of its own, such as gloo, is held to the least that any allreduce moves through a port.
+        name, options = (
+            ("ring", {})
+            if text in ("", "auto", "native")
+            else config.plugin_spec("collective", text, "")
+        )
+        return predict(name, workers, size, Network(0.0, bits_per_s(bandwidth) / 8), **options)
+    speeds = [result["copy_bytes_per_s"] for result in results if result.get("copy_bytes_per_s")]
+    return 2 * (workers - 1) / workers * size / max(speeds) if speeds else None
+
+
+def table(rows: Sequence[Row], header: dict[str, Any], notes: Sequence[str]) -> str:
+    """Markdown."""
+    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v)
+    many = sorted({r.workers for r in rows if r.workers > header["cores"]})
+    crowded = (
+        f"OVERSUBSCRIBED: {', '.join(map(str, many))} workers on {header['cores']} cores. "
+        if many
+        else ""
+    )
+    lines = [
+        f"# Allreduce, {header['network']}", "",
+        f"{header['processor']}, {header['cores']} cores, {header['os']}; tensors on {', '.join(header['devices'])}; "
+        f"{versions}; commit {header['commit']}; {header['time']}.",
+        f"Workers {'are each bound to a core, where the cores suffice' if header['bound'] else 'run where the system puts them'}. "
+        f"{crowded}Times of the slowest rank, in milliseconds. ran: what `auto` chose; native is the wire's own. busbw = size / time x 2(n - 1)/n. "
+        "bound: what the algorithm's bytes alone take, at the links' rate, or on one host at the speed at which all ranks copy at once.", "",
+        "| workers | size | count | type | contender | ran | p50 | p95 | min | max | algbw GB/s | busbw GB/s | bound | p50 / bound | wrong |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in rows:
+        times = " | ".join(
+            f"{1e3 * t:.3f}" for t in (r.time_s_p50, r.time_s_p95, r.time_s_min, r.time_s_max)
+        )
+        bound = f"{1e3 * r.bound_s:.3f} | {r.time_s_p50 / r.bound_s:.2f}" if r.bound_s else "- | -"
+        lines.append(
+            f"| {r.workers} | {_size(r.size_bytes)} | {r.count} | {r.dtype} | {r.contender} | {r.ran or '-'} | {times} "
+            f"| {r.algbw_bytes_per_s / 1e9:.3f} | {r.busbw_bytes_per_s / 1e9:.3f} | {bound} | {r.wrong} |"
+        )
+    return "\n".join([*lines, *(f"\nNot measured: {note}" for note in dict.fromkeys(notes))])
+
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:g} {unit}"
+    return f"{num_bytes} B"
+
+
+def _last_line(text: str) -> str:
+    """What a failed program said last, an error if there is one."""
+    lines = [line for line in text.splitlines() if line.strip(" -")]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["no output"])[-1][:300]

@@ -1,0 +1,24 @@
+"""What a run is: the YAML that people write, checked against a schema, resolved once, written to RUN_DIR/config.yaml.
+
+Workers read that file and their rank variables, nothing else. Every mistake ends in one line that names the key, the
+value and what would be right. Nothing here imports torch.
+"""
+
+from scaletrain.config.checks import check, load, plugin_options, plugin_spec
+from scaletrain.config.grammar import exchange_label, expand_exchange, parse_setting
+from scaletrain.config.schema import Checkpoint, Compute, LrSchedule, Named, RunConfig
+
+__all__ = [
+    "Checkpoint",
+    "Compute",
+    "LrSchedule",
+    "Named",
+    "RunConfig",
+    "check",
+    "exchange_label",
+    "expand_exchange",
+    "load",
+    "parse_setting",
+    "plugin_options",
+    "plugin_spec",
+]

@@ -1,5 +1,0 @@
-"""A cluster of hosts on one machine: Linux namespaces behind a switch, with shaped links. Linux only; imports no torch."""
-
-from scaletrain.launching.rehearsal.cluster import Cluster, Traffic
-
-__all__ = ["Cluster", "Traffic"]

@@ -1,0 +1,1 @@
+"""The server: it owns parameters and their optimizer."""

@@ -1,0 +1,63 @@
+"""Runs a person's own script as one worker: ``python -m scaletrain.programs.script RUN_DIR script.py arguments``.
+
+Under every launcher the script finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, so that
+``torch.distributed.init_process_group()`` works as it stands; when it raises, the traceback is recorded and shown once.
+"""
+
+import os
+import runpy
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from scaletrain import programs
+
+programs.begin(__name__)
+
+from scaletrain.engine import rendezvous
+from scaletrain.errors import UserError
+from scaletrain.run import progress
+from scaletrain.world import World
+
+_MEET = timedelta(seconds=120)  # for rank 0 to come up under mpirun, srun and horovodrun
+
+
+def main(run_dir: Path, script: str, arguments: list[str]) -> None:
+    world = World.from_env()
+    with progress.reporting(run_dir, world):
+        if not Path(script).is_file():
+            raise UserError(f"{script}: there is no such file")
+        os.environ.update(variables(world, run_dir))
+        progress.alive(progress.SCRIPT)
+        sys.argv = [script, *arguments]
+        sys.path[0] = str(Path(script).resolve().parent)
+        programs.done()
+        runpy.run_path(script, run_name="__main__")
+
+
+def variables(world: World, run_dir: Path) -> dict[str, str]:
+    """What torch.distributed's ``env://`` needs, where the launcher did not set it (collective where rank 0 must be found)."""
+    if rendezvous.STORE_FD in os.environ:
+        rendezvous.serve()
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ and "RANK" in os.environ:
+        return {}
+    found = {"RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
+    store = rendezvous.connect(world, run_dir, _MEET)
+    world = rendezvous.place(world, store)
+    found |= {"LOCAL_RANK": str(world.local_rank), "LOCAL_WORLD_SIZE": str(world.local_size)}
+    address, port = rendezvous.address_of(store)
+    return found | {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    except (
+        UserError
+    ) as mistake:  # made before the worker could report it: in the variables that say who it is
+        print(f"scaletrain: error: {mistake}", file=sys.stderr)
+        sys.exit(2)

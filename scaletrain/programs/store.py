@@ -1,0 +1,25 @@
+"""Serve the job's store, for workers that cannot serve it themselves: ``python -m scaletrain.programs.store``.
+
+It serves on the socket whose descriptor is in SCALETRAIN_STORE_FD, and lives until the launcher ends it.
+"""
+
+import signal
+import sys
+
+from scaletrain import programs
+
+programs.begin(__name__)
+
+from scaletrain.engine import rendezvous
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    rendezvous.serve()
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

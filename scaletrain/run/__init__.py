@@ -1,0 +1,1 @@
+"""A run's directory: what workers, servers and launchers write there, and who reads it."""

@@ -1,0 +1,1 @@
+"""Explain: what limits a run, and how runs compare."""

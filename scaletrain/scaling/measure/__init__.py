@@ -1,0 +1,1 @@
+"""Measure: run jobs, read their records, summarise them with intervals."""

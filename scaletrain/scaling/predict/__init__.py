@@ -1,0 +1,1 @@
+"""Predict: step times from network models and fits."""

@@ -1,0 +1,1 @@
+"""Show: tables, plots and pages."""
