@@ -118,18 +118,16 @@ def train(
 
 def _job(run: Any, run_dir: Path, resume: bool) -> Any:
     """The launcher's view of a training run."""
-    from scaletrain.launching.job import Job
+    from scaletrain.launching.job import Job, Program
 
-    argv = (
-        sys.executable,
-        "-m",
-        "scaletrain.programs.worker",
-        str(run_dir),
-        *(["--resume"] if resume else []),
-    )
-    threads = None if run.threads == "auto" else run.threads
     job = Job(
-        argv=argv, workers=run.workers, run_dir=run_dir, timeout_s=run.timeout_s, threads=threads
+        command=(),
+        workers=run.workers,
+        run_dir=run_dir,
+        program=Program.TRAINING,
+        resume=resume,
+        timeout_s=run.timeout_s,
+        threads=None if run.threads == "auto" else run.threads,
     )
     if run.exchange.name == "parameter_server":  # the one exchange that brings processes of its own
         from scaletrain.parameter_server.protocol import placement

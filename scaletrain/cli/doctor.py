@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import click
 
+from scaletrain.launching.job import Program
+
 
 class Check(NamedTuple):
     """What one trial found. ``status``: ok; absent (optional, not here); broken (here, but does not work)."""
@@ -257,7 +259,7 @@ def _allreduce(name: str, backend: str, fix: str, workers: int = 2, needed: bool
             "--",
         ]
         status, out = _try(
-            [*command, sys.executable, "-m", "scaletrain.programs.probe", backend, run_dir],
+            [*command, *Program.PROBE.command(backend, run_dir)],
             timeout_s=90,
         )
     found = [line[line.index("{") :] for line in out.splitlines() if '"backend"' in line]

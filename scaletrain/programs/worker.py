@@ -28,7 +28,7 @@ from scaletrain.errors import UserError
 from scaletrain.run import progress, spans
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
-from scaletrain.run.layout import has_finished
+from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord
 from scaletrain.training import workload
 from scaletrain.training.exchange import Setup
@@ -59,7 +59,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
         exchange = config.load("exchange")(world, setup, **config.exchange.options)
         trainer = Trainer(config, world, parts, exchange, device, run_dir, resume)
         stop = StopTogether(store, config.log_every)
-        if trainer.resumed and trainer.finished and has_finished(run_dir):
+        if trainer.resumed and trainer.finished and RunDir(run_dir).has_finished():
             if world.rank == 0:
                 print(
                     f"nothing to do: all {trainer.num_steps} steps are done (more: --resume with larger steps or epochs)"

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from scaletrain.errors import UserError
 from scaletrain.rehearsal import keeper, machine
-from scaletrain.rehearsal.links import bits_per_s, burst_bytes, seconds
+from scaletrain.rehearsal.links import burst_bytes
+from scaletrain.units import bits_per_s, seconds
 
 MAX_HOSTS = 250
 INTERFACE = "eth0"

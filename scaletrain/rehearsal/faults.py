@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from scaletrain.errors import UserError, unknown
-from scaletrain.rehearsal.links import bits_per_s
+from scaletrain.units import bits_per_s
 
 ACTIONS = {
     "cut": "the host's cable is pulled",

@@ -1,14 +1,195 @@
-"""The files of a run directory."""
+"""The files of a run directory: the only place that spells their names.
+
+A run directory belongs to one job. On several hosts it lies on a file system that all of them share.
+Every file has one writer; readers must expect that a file is missing or, unless it is written
+atomically (``run.atomic``), cut off.
+
+>>> RunDir(Path("runs/digits")).records(0)
+PosixPath('runs/digits/rank-0.jsonl')
+"""
 
 import json
+import re
 from pathlib import Path
 
 
-def has_finished(run_dir: Path) -> bool:
-    """Whether a run has done all its steps, by its summary."""
-    try:
-        return bool(
-            json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("finished", True)
-        )
-    except (OSError, ValueError):
-        return False
+class RunDir:
+    """The paths of one run directory. Making one touches no file.
+
+    Args:
+        path: the directory, absolute or relative to the working directory.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    # Written by the command that starts the job.
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration. Every worker reads it, and so does every report."""
+        return self.path / "config.yaml"
+
+    # Written by workers.
+
+    def header(self, rank: int) -> Path:
+        """Facts about one worker, written at its start. Read by the progress bar and reports."""
+        return self.path / f"rank-{rank}.json"
+
+    def records(self, rank: int) -> Path:
+        """One line of JSON a step (``run.records``). Read by the progress bar and reports."""
+        return self.path / f"rank-{rank}.jsonl"
+
+    def all_records(self) -> list[Path]:
+        """Return the records files that exist, in the order of their ranks."""
+        return [path for _, path in self._numbered("rank-*.jsonl")]
+
+    def spans(self, rank: int) -> Path:
+        """Buckets, rounds and waits of one worker (``run.spans``). Read for Chrome traces."""
+        return self.path / f"spans-{rank}.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """What the run reached, written by rank 0 at its end. Read by reports and by resumes."""
+        return self.path / "summary.json"
+
+    def checkpoint(self, step: int) -> Path:
+        """Weights and optimizer state after ``step`` steps, written by rank 0."""
+        return self.path / f"step-{step}.safetensors"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Return (step, path) of every checkpoint that exists, the oldest step first."""
+        return self._numbered("step-*.safetensors")
+
+    def progress(self, rank: int) -> Path:
+        """How far one worker is, overwritten in place (``run.progress``). Read by the supervisor."""
+        return self.path / f"progress-{rank}.json"
+
+    def all_progress(self) -> list[tuple[int, Path]]:
+        """Return (rank, path) of every progress file that exists, in the order of the ranks."""
+        return self._numbered("progress-*.json")
+
+    def failure(self, rank: int) -> Path:
+        """The failure that one worker reports, written once. Read by the supervisor."""
+        return self.path / f"failure-{rank}.json"
+
+    def all_failures(self) -> list[tuple[int, Path]]:
+        """Return (rank, path) of every reported failure, in the order of the ranks."""
+        return self._numbered("failure-*.json")
+
+    def stacks(self, rank: int) -> Path:
+        """The Python stacks of one worker, written on request. Read by the supervisor."""
+        return self.path / f"stacks-{rank}.txt"
+
+    @property
+    def rendezvous(self) -> Path:
+        """Where rank 0 serves the store, if no launcher says so. Read by the other ranks."""
+        return self.path / "rendezvous.json"
+
+    # Written by the supervisor.
+
+    @property
+    def first_cause(self) -> Path:
+        """The first cause of the job's failure. Read by people and by sweeps."""
+        return self.path / "failure.json"
+
+    # Written by parameter servers.
+
+    def server_address(self, index: int) -> Path:
+        """Where one server listens. Read by workers."""
+        return self.path / f"server-{index}.address.json"
+
+    def server_statistics(self, index: int) -> Path:
+        """What one server counted. Read by reports."""
+        return self.path / f"server-{index}.json"
+
+    def all_server_statistics(self) -> list[Path]:
+        """Return the statistics files that exist, in the order of the servers."""
+        return [path for _, path in self._numbered("server-*.json")]
+
+    def server_snapshot(self, index: int) -> Path:
+        """Parameters and optimizer state of one server. Read by the server that replaces it."""
+        return self.path / f"server-{index}.safetensors"
+
+    @property
+    def server_keys(self) -> Path:
+        """Keys of the encrypted links, readable by their owner alone."""
+        return self.path / ".parameter_server.keys"
+
+    @property
+    def sockets(self) -> Path:
+        """The directory of Unix sockets, mode 0700."""
+        return self.path / ".sockets"
+
+    # Written for emulated clusters.
+
+    @property
+    def rehearsal(self) -> "RehearsalDir":
+        """The files of the emulated cluster that the workers run on."""
+        return RehearsalDir(self.path / "rehearsal")
+
+    @property
+    def emulation(self) -> Path:
+        """What is emulated, and the bytes that crossed each link. Read by summaries and reports."""
+        return self.path / "emulation.json"
+
+    # Written for SLURM.
+
+    @property
+    def batch_script(self) -> Path:
+        """The batch script of the job or array."""
+        return self.path / "job.sbatch"
+
+    def slurm_output(self, job: str) -> Path:
+        """What a SLURM job printed; ``job`` is its number, or a pattern that SLURM fills in."""
+        return self.path / f"slurm-{job}.out"
+
+    def array_task(self, number: str) -> Path:
+        """The run directory of one task of a job array; a number, or a variable of the shell."""
+        return self.path / f"task-{number}"
+
+    def torchrun_store(self, attempt: str) -> Path:
+        """The file in which torchrun's agents meet."""
+        return self.path / f"torchrun-{attempt}"
+
+    # Questions about the run as a whole.
+
+    def has_finished(self) -> bool:
+        """Return True if the run has done all its steps, by its summary."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(summary.get("finished", True))
+
+    def _numbered(self, pattern: str) -> list[tuple[int, Path]]:
+        """Return (number, path) of files like ``rank-3.jsonl``, the smallest number first."""
+        before, _, after = pattern.partition("*")
+        named = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+        numbered = []
+        for path in self.path.glob(pattern):
+            match = named.fullmatch(path.name)
+            if match:
+                numbered.append((int(match[1]), path))
+        return sorted(numbered)
+
+
+class RehearsalDir:
+    """The directory ``rehearsal`` below a run directory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def settings(self) -> Path:
+        """The cluster and the faults to play, written by the launcher."""
+        return self.path / "settings.json"
+
+    @property
+    def cluster(self) -> Path:
+        """How to enter each host, there while the cluster is up."""
+        return self.path / "cluster.json"
+
+    def slowdown(self, host: int) -> Path:
+        """By which factor the emulated accelerators of a host are slowed down."""
+        return self.path / f"slowdown-h{host}"

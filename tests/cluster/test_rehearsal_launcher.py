@@ -12,7 +12,7 @@ import pytest
 
 from scaletrain import plugins
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Companion, Job
+from scaletrain.launching.job import Companion, Job, Program
 from scaletrain.launching.launchers import rehearsal
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
@@ -30,9 +30,7 @@ timeout_s: 5
 
 
 def job(run_dir: Path, workers: int = 4, **more) -> Job:
-    return Job(
-        (sys.executable, "-m", "scaletrain.programs.worker", str(run_dir)), workers, run_dir, **more
-    )
+    return Job((), workers, run_dir, Program.TRAINING, **more)
 
 
 def test_plan_is_pure_and_places_workers_and_servers_on_hosts(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from scaletrain import config, plugins
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Companion, Job, script_job
+from scaletrain.launching.job import Companion, Job, Program, script_job
 from scaletrain.launching.launchers import horovodrun, local, mpirun, slurm, torchrun
 from scaletrain.run.atomic import write_json
 
@@ -17,11 +17,8 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 CORES = len(os.sched_getaffinity(0))
 
 
-def job_of(
-    run_dir: Path | str = "/shared/run", workers: int = 4, python: str = sys.executable, **fields
-) -> Job:
-    argv = (python, "-m", "scaletrain.programs.worker", str(run_dir))
-    return Job(argv, workers, Path(run_dir), **fields)
+def job_of(run_dir: Path | str = "/shared/run", workers: int = 4, **fields) -> Job:
+    return Job((), workers, Path(run_dir), Program.TRAINING, **fields)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +192,7 @@ def test_slurm_array_task_makes_its_configuration_and_spares_an_earlier_run(
     assert (tmp_path / "task-3" / "config.yaml").read_text() == "name: x\nseed: 3\n"
     (tmp_path / "task-3" / "rank-0.jsonl").touch()
     assert task(job_of(tmp_path)).returncode == 2
-    resumed = job_of(tmp_path)
-    assert task(resumed._replace(argv=(*resumed.argv, "--resume"))).returncode == 0
+    assert task(job_of(tmp_path, resume=True)).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -310,6 +306,7 @@ def test_mpirun_sh(tmp_path: Path, kind: str, version: str, workers: int, with_h
 def test_slurm_sbatch(monkeypatch: pytest.MonkeyPatch):
     """The script to copy is the plan of the digits job on 4 workers, and a few lines of comment."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    expected = slurm.plan(job_of("runs/digits", python="python3")).files[0][1].splitlines()
+    monkeypatch.setattr(sys, "executable", "python3")
+    expected = slurm.plan(job_of("runs/digits")).files[0][1].splitlines()
     found = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     assert [line for line in found if not line.startswith("# ")] == expected

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan
+from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
 from scaletrain.launching.supervision import first_cause, supervise, supervisor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
@@ -235,9 +235,7 @@ def test_a_slow_start_is_told_in_a_few_lines(tmp_path: Path):
     time.sleep(5)
     """
     plan, job = job_of(tmp_path, body, workers=2)
-    status, output = carry_out(
-        plan, job._replace(argv=(sys.executable, "-m", "scaletrain.programs.worker"))
-    )
+    status, output = carry_out(plan, job._replace(program=Program.TRAINING))
     assert status == 0 and output == "scaletrain: starting: 1 of 2 workers have joined (3 s)", (
         output
     )
@@ -254,7 +252,7 @@ def test_a_command_that_is_not_there(tmp_path: Path):
 LAUNCH = """
 import sys
 from pathlib import PosixPath
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan
+from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
 from scaletrain.launching.supervise import run
 sys.exit(run(*eval(sys.argv[1])))
 """

@@ -15,6 +15,7 @@ import click
 
 from scaletrain import config, plugins
 from scaletrain.errors import UserError, unknown
+from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 from scaletrain.scaling.show import results as pages
@@ -243,7 +244,7 @@ def _torch(task: dict[str, Any], count: int, bandwidth: str | None) -> list[dict
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scaletrain-bench-")))
         folder.joinpath("task.json").write_text(json.dumps(task), encoding="utf-8")
-        argv = [sys.executable, "-m", "scaletrain.programs.bench_collectives", str(folder)]
+        argv = Program.BENCH_COLLECTIVES.command(folder)
         variables = [
             {"RANK": str(r), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"} for r in range(count)
         ]
@@ -362,7 +363,7 @@ def _bound(
     moves between the ranks, 2(n - 1)/n of the message a rank, at the speed at which all ranks copy at once."""
     if bandwidth:
         from scaletrain.collectives.cost import Network, predict
-        from scaletrain.rehearsal.links import bits_per_s
+        from scaletrain.units import bits_per_s
 
         text = contender.partition(":")[2]
         # What has no schedule of its own, such as gloo, is held to the least that any allreduce moves through a port.

@@ -3,13 +3,14 @@
 import contextlib
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from scaletrain.launching.job import Program
 
 MB = 1_000_000
 # OSDI'16, section 6.2, 16 servers on Google's cluster: seconds with 1 and 100 workers, read off its text and figure 7.
@@ -302,12 +303,7 @@ def _gloo(size: int, steps: int) -> float:
 
 
 def _rank(*arguments: Any) -> tuple[str, ...]:
-    return (
-        sys.executable,
-        "-m",
-        "scaletrain.programs.bench_parameter_server",
-        *map(str, arguments),
-    )
+    return Program.BENCH_PARAMETER_SERVER.command(*arguments)
 
 
 def _run(commands: list[Any], timeout_s: float = 300.0) -> list[dict[str, float]]:

@@ -139,11 +139,12 @@ def _exchanges(data: Path, bandwidth: str, hosts: int, part: int) -> Path:
 def _results(data: Path, cores: int) -> dict[str, Any]:
     import numpy as np
 
-    from scaletrain.rehearsal.links import bits_per_s, burst_bytes
+    from scaletrain.rehearsal.links import burst_bytes
     from scaletrain.scaling import emulated, proof
     from scaletrain.scaling.measure.run import read_run
     from scaletrain.scaling.predict.network import preset
     from scaletrain.scaling.show.publish import read_report
+    from scaletrain.units import bits_per_s
 
     result: dict[str, Any] = {"extrapolations": {}}
     for bandwidth, (num_bytes, _) in EXCHANGES.items():

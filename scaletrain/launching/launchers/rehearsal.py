@@ -1,13 +1,12 @@
 """A cluster on this machine: each worker a host in namespaces, links of a given bandwidth (emulated)."""
 
 import json
-import sys
 from typing import Annotated
 
 from annotated_types import Ge
 
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan
+from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
 from scaletrain.rehearsal import faults as scripted
 from scaletrain.rehearsal.cluster import Cluster
 from scaletrain.run.progress import RANK_0
@@ -54,7 +53,7 @@ def plan(
         "faults": [fault._asdict() for fault in script],
     }
     folder = job.run_dir / "rehearsal"
-    enter = (sys.executable, "-m", "scaletrain.programs.rehearsal_enter", str(folder))
+    enter = Program.REHEARSAL_ENTER.command(folder)
     per_host = job.workers // hosts
     threads = job.threads or 1
     # A job that goes on without some of its workers keeps its store on the first server's host, else rank 0 serves it.
@@ -76,13 +75,9 @@ def plan(
         }  # fmt: skip
         env = (*((key, str(value)) for key, value in variables.items()), *job.env)
         commands.append(Command(f"rank {rank}", (*enter, str(host), *job.argv), env, rank))
-    companions = [
-        Companion(
-            "rehearsal", (sys.executable, "-m", "scaletrain.programs.rehearsal_serve", str(folder))
-        )
-    ]
+    companions = [Companion("rehearsal", Program.REHEARSAL_SERVE.command(folder))]
     if outlives:
-        store = (sys.executable, "-m", "scaletrain.programs.rehearsal_store", str(PORT))
+        store = Program.REHEARSAL_STORE.command(PORT)
         companions.append(Companion("store", (*enter, str(store_host), *store)))
     for host, companion in enumerate(job.companions, hosts):
         companions.append(companion._replace(argv=(*enter, str(host), *companion.argv)))

@@ -5,13 +5,13 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge
 
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Command, Job, LaunchPlan
+from scaletrain.launching.job import Command, Job, LaunchPlan, Program
+from scaletrain.run.layout import RunDir
 
 
 def plan(
@@ -119,7 +119,8 @@ def plan(
         srun=shlex.join(srun),
         step=_words(step) + (" ${SLURM_RESTART_COUNT:+--resume}" if _resumes(job) else ""),
         again=_AGAIN.format(run_dir=run_dir, job_id=job_id) if requeue and _resumes(job) else "",
-        python=shlex.quote(job.argv[0] if job.argv[1:2] == ("-m",) else sys.executable),
+        python=shlex.quote(sys.executable),
+        first_cause=Program.FIRST_CAUSE.value,
         run_dir=run_dir,
         output=_words((f"{shared}/slurm-{job_id}.out",)),
     )
@@ -130,13 +131,7 @@ def plan(
             tuple(explain),
             companions=(),
         )
-    follower = (
-        sys.executable,
-        "-m",
-        "scaletrain.programs.follow_slurm",
-        str(script),
-        f"{poll_s:g}",
-    )
+    follower = Program.FOLLOW_SLURM.command(script, f"{poll_s:g}")
     explain.append(
         "the last command submits the script with sbatch, shows its output, and cancels it when interrupted"
     )
@@ -146,10 +141,7 @@ def plan(
 
 def _one_of(job: Job) -> Job:
     """The job as one task of an array runs it, in a directory of its own; the batch shell knows the task's number."""
-    own = Path(f"{job.run_dir}/task-$SLURM_ARRAY_TASK_ID")
-    return job._replace(
-        run_dir=own, argv=tuple(str(own) if word == str(job.run_dir) else word for word in job.argv)
-    )
+    return job._replace(run_dir=RunDir(job.run_dir).array_task("$SLURM_ARRAY_TASK_ID"))
 
 
 def _allocation(env: Mapping[str, str]) -> str:
@@ -157,7 +149,7 @@ def _allocation(env: Mapping[str, str]) -> str:
 
 
 def _resumes(job: Job) -> bool:
-    return job.argv[1:3] == ("-m", "scaletrain.programs.worker") and "--resume" not in job.argv
+    return job.trains and not job.resume
 
 
 def _torchrun(job: Job, nodes: int) -> tuple[str, ...]:
@@ -172,7 +164,7 @@ def _torchrun(job: Job, nodes: int) -> tuple[str, ...]:
     agent += ["--rdzv-conf=store_type=file", "--rdzv-id=job"]
     return (
         *agent,
-        *(job.argv[1:] if job.argv[:2] == (sys.executable, "-m") else ("--no-python", *job.argv)),
+        *(job.argv[1:] if job.program else ("--no-python", *job.argv)),
     )
 
 
@@ -189,7 +181,7 @@ _SCRIPT = """#!/bin/sh
 export {exports} SCALETRAIN_SUPERVISED=1
 {before}{srun} {step}
 status=$?
-{again}[ $status -eq 0 ] || {python} -m scaletrain.programs.first_cause {run_dir} {output}
+{again}[ $status -eq 0 ] || {python} -m {first_cause} {run_dir} {output}
 exit $status
 """
 # A task of an array trains with its own number as seed, unless somebody has put a configuration of its own there.

@@ -67,7 +67,7 @@ def plan(
         agent.append(f"--rdzv-conf={','.join(conf)}")
         if local_addr:
             agent.append(f"--local-addr={local_addr}")
-    command = job.argv[1:] if job.argv[:2] == (sys.executable, "-m") else ("--no-python", *job.argv)
+    command = job.argv[1:] if job.program else ("--no-python", *job.argv)
     explain = [
         f"{here} of {job.workers} workers on this host ({cores} cores), {threads} thread{'s' * (threads > 1)} each"
     ]

@@ -19,7 +19,7 @@ from typing import Any
 
 import pydantic
 
-from scaletrain.launching.job import Job, LaunchPlan
+from scaletrain.launching.job import Job, LaunchPlan, Program
 from scaletrain.launching.supervision.first_cause import signal_name
 
 MARK = "SCALETRAIN_LAUNCH"  # every process of a launch carries it; nested launches append theirs
@@ -51,7 +51,7 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
     job.run_dir.mkdir(parents=True, exist_ok=True)
     mark = f"{os.environ.get(MARK, '')}/{os.getpid()}-{time.monotonic_ns()}".lstrip("/")
     supervisor = subprocess.Popen(
-        [sys.executable, "-m", "scaletrain.programs.supervisor"],
+        Program.SUPERVISOR.command(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, MARK: mark, "PYTHONUNBUFFERED": "1"},

@@ -4,15 +4,14 @@ import os
 import shlex
 import signal
 import socket
-import sys
 import time
 
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan
+from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
 from scaletrain.launching.supervision import first_cause
 from scaletrain.launching.supervision.processes import Process, Processes
 from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import Failure
-from scaletrain.run.layout import has_finished
+from scaletrain.run.layout import RunDir
 from scaletrain.run.progress import host_name, progress_path
 
 STORE_FD = "SCALETRAIN_STORE_FD"  # the listening socket that the store is to be served on
@@ -47,9 +46,7 @@ class Supervisor:
         self.all = Processes(prefixed=len(plan.commands) + len(self.asked_companions) > 1)
         self.progress = first_cause.Progress(job.run_dir, job.workers)
         self.oom_kills = first_cause.oom_kills()
-        self.tell_at: tuple[float, ...] = (
-            _TELL_S if "scaletrain.programs.worker" in job.argv else ()
-        )
+        self.tell_at: tuple[float, ...] = _TELL_S if job.trains else ()
 
     def run(self) -> int:
         for path in self.job.run_dir.glob("failure*.json"):
@@ -112,8 +109,7 @@ class Supervisor:
             )
         store_fd = self.socket.fileno() if self.socket else -1
         if self.socket and not self.job.serves_store:
-            argv = (sys.executable, "-m", "scaletrain.programs.store")
-            self._start_companion(Companion("store", argv), fd=store_fd)
+            self._start_companion(Companion("store", Program.STORE.command()), fd=store_fd)
         for companion in self.asked_companions:
             self._start_companion(companion)
         for command in self.plan.commands:
@@ -351,8 +347,9 @@ class Supervisor:
 
     def _imports(self, process: Process) -> bool:
         """Whether a worker of ours has said nothing yet: a SIGINT would only show what it was importing."""
-        ours = self.job.argv[1:2] == ("-m",) and self.job.argv[2].startswith("scaletrain.")
-        return ours and process.rank is not None and self.progress.read(process.rank) is None
+        if not self.job.joins_store or process.rank is None:
+            return False
+        return self.progress.read(process.rank) is None
 
     def _trains(self) -> bool:
         """Whether this is a training job, and not somebody's own program."""
@@ -362,7 +359,7 @@ class Supervisor:
         """Of a training run that was stopped: how far it got, and the command that goes on with it."""
         if not self._trains():
             return ""
-        if has_finished(self.job.run_dir):
+        if RunDir(self.job.run_dir).has_finished():
             return ", when it had finished"
         if saved := self._saved():
             return f"; {saved}"

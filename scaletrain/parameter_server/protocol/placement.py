@@ -2,11 +2,10 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 from scaletrain.config import RunConfig
-from scaletrain.launching.job import Companion
+from scaletrain.launching.job import Companion, Program
 from scaletrain.parameter_server.protocol.settings import Settings, settings
 
 BESIDE = "beside"  # server k is started by worker k
@@ -57,14 +56,7 @@ def command(made: Settings, run_dir: Path, index: int) -> tuple[str, ...]:
             if value != made._field_defaults.get(key)
         }
     )
-    return (
-        sys.executable,
-        "-m",
-        "scaletrain.programs.parameter_server",
-        str(run_dir),
-        str(index),
-        text,
-    )
+    return Program.PARAMETER_SERVER.command(run_dir, index, text)
 
 
 def address_path(run_dir: Path, index: int) -> Path:

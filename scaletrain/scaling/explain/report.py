@@ -11,7 +11,7 @@ import numpy as np
 from scaletrain import plugins
 from scaletrain.errors import UserError
 from scaletrain.run.environment import environment
-from scaletrain.run.layout import has_finished
+from scaletrain.run.layout import RunDir
 from scaletrain.scaling.emulated import bytes_moved
 from scaletrain.scaling.explain import headline, limiter
 from scaletrain.scaling.measure import machine, servers, sweep
@@ -60,7 +60,7 @@ def of_sweep(*outs: Path) -> dict[str, Any]:
             runs, failures = [], []
             for repeat in range(made.repeats):
                 directory = sweep.run_dir(out, cell, repeat)
-                if has_finished(directory):
+                if RunDir(directory).has_finished():
                     runs.append(read_run(directory))
                     if (directory / sweep.MACHINE).exists():
                         others.append(

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any, NamedTuple
 
 from scaletrain import config as configuration
 from scaletrain.errors import UserError
+from scaletrain.launching.job import Program
 from scaletrain.launching.supervision.supervise import ends_with_us
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
-from scaletrain.run.layout import has_finished
+from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure import machine
 
 MACHINE = "machine.json"  # in a run's directory: the share of the cores that other processes used meanwhile
@@ -129,15 +129,8 @@ class Sweep(NamedTuple):
             settings += ["evaluate_every=null", "target_accuracy=null"]
         if trace:
             settings.append("trace=true")
-        command = [
-            sys.executable,
-            "-m",
-            "scaletrain.cli",
-            "train",
-            source["path"],
-            "--workers",
-            str(cell.workers),
-        ]
+        arguments = ["train", source["path"], "--workers", cell.workers]
+        command = [*Program.COMMAND_LINE.command(*arguments)]
         command += ["--exchange", cell.exchange, "--run-dir", str(run_dir)]
         command += ["--launcher", self.launcher]
         return command + [word for setting in settings for word in ("--set", setting)]
@@ -292,7 +285,7 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
     todo = [
         (cell, repeat)
         for cell, repeat in order(sweep.cells(), sweep.repeats)
-        if not has_finished(run_dir(out, cell, repeat))
+        if not RunDir(run_dir(out, cell, repeat)).has_finished()
     ]
     started = time.monotonic()
     for number, (cell, repeat) in enumerate(todo, 1):
@@ -341,7 +334,7 @@ def _run_cell(command: Sequence[str], directory: Path, timeout_s: float) -> str 
         except BaseException:
             _stop(process)
             raise
-    if status == 0 and has_finished(directory):
+    if status == 0 and RunDir(directory).has_finished():
         return None
     return _reason(directory, log, status)
 

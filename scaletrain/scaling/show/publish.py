@@ -14,7 +14,7 @@ from rich.table import Table
 from scaletrain.errors import UserError, unknown
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
-from scaletrain.run.layout import has_finished
+from scaletrain.run.layout import RunDir
 from scaletrain.scaling.explain import compare, report
 from scaletrain.scaling.measure import sweep
 from scaletrain.scaling.predict import simulate
@@ -97,7 +97,7 @@ def write_traces(out: Path) -> list[Path]:
         done = [
             d
             for d in (sweep.run_dir(out, cell, repeat) for repeat in range(made.repeats))
-            if has_finished(d)
+            if RunDir(d).has_finished()
         ]
         if done:
             path = out / "traces" / f"{cell.name}.json"

@@ -6,13 +6,13 @@ What a command generates in a page is replaced each time; what people wrote arou
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 
@@ -86,7 +86,7 @@ def once(made: Path, *argv: str | Path, header: Path | None = None) -> None:
     if header:
         noted(header)
     click.echo(f"measuring {made}", err=True)
-    command = [sys.executable, "-m", "scaletrain.cli", *map(str, argv)]
+    command = [*Program.COMMAND_LINE.command(*argv)]
     whole = False
     try:
         whole = subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0

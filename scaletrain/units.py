@@ -1,0 +1,52 @@
+"""Quantities as people write them: rates, durations, sizes and counts."""
+
+import re
+
+from scaletrain.errors import UserError
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun, in the plural where it needs one.
+
+    >>> plural(1, "worker"), plural(3, "worker")
+    ('1 worker', '3 workers')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def bits_per_s(bandwidth: str) -> float:
+    """Return a rate in bits per second.
+
+    >>> bits_per_s("2.5Gbit")
+    2500000000.0
+
+    Raises:
+        UserError: the text is not a rate.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)bit(?:/s)?", bandwidth.strip(), re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise UserError(
+            f"bandwidth: {bandwidth!r} is not a rate (allowed: 1Gbit, 100Mbit, 2.5Gbit, ...)"
+        )
+    factors = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+    return float(match[1]) * factors[match[2].lower()]
+
+
+def seconds(latency: str) -> float:
+    """Return a duration in seconds.
+
+    >>> seconds("100us")
+    0.0001
+
+    Raises:
+        UserError: the text is not a duration.
+    """
+    if str(latency) == "0":
+        return 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s)", str(latency).strip())
+    if not match:
+        raise UserError(
+            f"latency: {latency!r} is not a duration (allowed: 0, 100us, 1.5ms, 0.1s, ...)"
+        )
+    factors = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+    return float(match[1]) * factors[match[2]]
