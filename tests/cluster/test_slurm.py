@@ -359,9 +359,8 @@ def test_an_array_is_followed_and_cancelled_as_one(slurm: Slurm, tmp_path: Path)
 GPU_TASK = """
 import os, torch
 from pathlib import Path
-from scaletrain.launching.hosts import expand
 from scaletrain import config
-from scaletrain.training import worker
+from scaletrain.programs import worker
 from scaletrain.world import World
 seen = os.environ["CUDA_VISIBLE_DEVICES"]
 torch.cuda.is_available = lambda: True  # the GPUs are SLURM's alone: how many torch would count is what it left visible

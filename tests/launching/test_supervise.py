@@ -20,7 +20,7 @@ WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 from scaletrain.errors import UserError
-from scaletrain.launching import progress
+from scaletrain.run import progress
 from scaletrain.world import World
 
 world = World.from_env()
@@ -253,7 +253,7 @@ LAUNCH = """
 import sys
 from pathlib import PosixPath
 from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
-from scaletrain.launching.supervise import run
+from scaletrain.launching.supervision.supervise import run
 sys.exit(run(*eval(sys.argv[1])))
 """
 # Each worker also starts a process of its own, in a session of its own: such as a data loader that was not waited for.
