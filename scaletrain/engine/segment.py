@@ -18,6 +18,7 @@ from datetime import timedelta
 
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
+from scaletrain.host.processes import start_ticks
 
 _LINE = (
     8  # counters are 64-bit words, one a cache line, so that no two ranks write to the same line
@@ -71,7 +72,7 @@ class Segment:
             place for rank, place in enumerate(self._asleep) if rank != self.rank
         ]
         self.data = memoryview(self._map)[head:]
-        processes = exchanged(group, "process", f"{os.getpid()} {_started(os.getpid())}")
+        processes = exchanged(group, "process", f"{os.getpid()} {start_ticks(os.getpid())}")
         self._processes = [_process(value) for value in processes]
         cores = exchanged(group, "cores", " ".join(map(str, os.sched_getaffinity(0))))
         # With fewer cores than ranks, spinning keeps the very rank from running that is waited for: the core is offered at once.
@@ -129,7 +130,7 @@ class Segment:
     def check_alive(self, rank: int) -> None:
         """Raises ConnectionError if the rank's process has ended."""
         pid, started = self._processes[rank]
-        if _started(pid) != started:
+        if start_ticks(pid) != started:
             raise ConnectionError(
                 f"peer rank {self._name(rank)} (process {pid}) is lost: it has ended"
             )
@@ -255,19 +256,9 @@ def _wait(group: Group, keys: list[str], owners: Sequence[int]) -> None:
         ) from error
 
 
-def _process(value: str) -> tuple[int, str]:
-    pid, started = value.split()
-    return int(pid), started
-
-
-def _started(pid: int) -> str:
-    """When a process started, in ticks since boot; empty when it has ended (or waits to be reaped)."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+def _process(value: str) -> tuple[int, int]:
+    pid, ticks = value.split()
+    return int(pid), int(ticks)
 
 
 def same_host(group: Group) -> list[str]:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from scaletrain.errors import UserError
+from scaletrain.host.processes import start_ticks
 from scaletrain.rehearsal import keeper, machine
 from scaletrain.rehearsal.links import burst_bytes
 from scaletrain.units import bits_per_s, seconds
@@ -97,7 +98,7 @@ class Cluster:
             lines += [f"{address} {name}", f"::ffff:{address} {name}"]
         hosts_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         record.write_text(
-            json.dumps({"owner": os.getpid(), "started": machine.start_time(os.getpid())}),
+            json.dumps({"owner": os.getpid(), "started": start_ticks(os.getpid())}),
             encoding="utf-8",
         )
         request = {"hosts": self.names, "hosts_file": str(hosts_file), "user": self._user}

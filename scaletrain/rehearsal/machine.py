@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scaletrain.errors import UserError
+from scaletrain.host.processes import start_ticks
 
 MARK = "SCALETRAIN_CLUSTER"  # in the environment of everything started on a host: how leftovers are known
 SETUP_S = 60.0  # for any one command
@@ -63,7 +64,7 @@ def remove_leftovers() -> list[str]:
             owner = json.loads(record.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # another start is removing or writing it right now
             continue
-        if start_time(owner["owner"]) != owner["started"]:
+        if start_ticks(owner["owner"]) != owner["started"]:
             dead.append(record.stem)
     marks = {f"{MARK}={name}".encode() for name in dead}
     for entry in os.listdir("/proc") if marks else []:
@@ -100,14 +101,6 @@ def privileged() -> bool:
     status = Path("/proc/self/status").read_text(encoding="ascii")
     effective = int(re.search(r"^CapEff:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
     return all(effective >> capability & 1 for capability in (_CAP_NET_ADMIN, _CAP_SYS_ADMIN))
-
-
-def start_time(pid: int) -> int | None:
-    """When a process started (clock ticks since boot); with its id it names a process for good. ``None``: there is none."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return None
 
 
 def output(argv: Sequence[str]) -> str:

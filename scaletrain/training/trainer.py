@@ -12,15 +12,19 @@ import torch
 
 from scaletrain.config import RunConfig, exchange_label
 from scaletrain.run import progress
-from scaletrain.run.records import RecordWriter, StepRecord, read_records, records_path
+from scaletrain.run.records import (
+    WARMUP_STEPS,
+    RecordWriter,
+    StepRecord,
+    read_records,
+    records_path,
+)
 from scaletrain.training import checkpoint
 from scaletrain.training.batches import GlobalBatches, load
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.learning_rate import learning_rate
 from scaletrain.training.workload import Workload
 from scaletrain.world import World
-
-WARMUP_STEPS = 2  # left out of speed figures: DDP rebuilds its buckets after the first step
 
 
 class Trainer:

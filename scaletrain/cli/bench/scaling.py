@@ -154,7 +154,7 @@ def _cores(plan: "Sweep") -> str:
     """On which cores each rank is kept, where workers are bound."""
     if not plan.bind:
         return ""
-    from scaletrain.launching.launchers.local import cores_of
+    from scaletrain.host.cores import cores_of
 
     ranks = (
         f"{rank} on {','.join(map(str, cores_of(rank, plan.threads)))}"

@@ -2,13 +2,8 @@
 
 import os
 
+from scaletrain.host.cores import cores_of
 from scaletrain.launching.job import Command, Job, LaunchPlan
-
-
-def cores_of(rank: int, threads: int) -> list[int]:
-    """The cores that a bound worker is kept on: the next ``threads`` of those that this process may use."""
-    cores = sorted(os.sched_getaffinity(0))
-    return [cores[i % len(cores)] for i in range(rank * threads, (rank + 1) * threads)]
 
 
 def plan(job: Job, *, bind: bool = False) -> LaunchPlan:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from scaletrain.host.processes import handles_signal, state
 from scaletrain.run.failure import Failure
 from scaletrain.run.progress import (
     SCRIPT,
@@ -203,7 +204,7 @@ def hang(
     living = [
         known
         for known in living
-        if known.host != host_name() or _state(known.pid) not in ("", "Z", "X")
+        if known.host != host_name() or state(known.pid) not in ("", "Z", "X")
     ]
     here = any(known.host == host_name() for known in living)
     if not living or (
@@ -220,8 +221,8 @@ def hang(
     culprit = ordered[0]
     quiet_s = time.time() - culprit.time
     message = f"no progress for {quiet_s:.0f} s ({culprit.doing})"
-    state = _state(culprit.pid) if culprit.host == host_name() else ""
-    if state in ("T", "t"):
+    process_state = state(culprit.pid) if culprit.host == host_name() else ""
+    if process_state in ("T", "t"):
         message += "; the process is stopped (SIGSTOP)"
     ahead = [known for known in ordered[1:] if suspicion(known)[:3] > suspicion(culprit)[:3]]
     if ahead and ahead[0].collective and ahead[0].num_collectives > culprit.num_collectives:
@@ -244,7 +245,7 @@ def _stacks(run_dir: Path, living: list[Known]) -> dict[int, str]:
     """Ask the workers of this host for their Python stacks; the main thread's, most recent call first."""
     asked = []
     for known in living:
-        if known.host == host_name() and _catches(known.pid):
+        if known.host == host_name() and handles_signal(known.pid, STACKS_SIGNAL):
             with contextlib.suppress(OSError):
                 os.kill(known.pid, STACKS_SIGNAL)
                 asked.append(known)
@@ -257,22 +258,6 @@ def _stacks(run_dir: Path, living: list[Known]) -> dict[int, str]:
             main = re.split(r"\n\n", text.strip())[-1]
             found[known.rank] = re.sub(_RUNNERS, "", main)
     return {rank: text for rank, text in found.items() if text}
-
-
-def _catches(pid: int) -> bool:
-    """Whether the process has a handler for the stacks signal (else the signal would end it)."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (STACKS_SIGNAL - 1) & 1)
-    return False
-
-
-def _state(pid: int) -> str:
-    """The state letter of a process of this host ("R", "S", "T", ...); empty when there is none."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    return ""
 
 
 def headline(failure: Failure) -> str:

@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO
 
+from scaletrain.host.processes import dies_with_parent, kill_marked
 from scaletrain.launching.job import Command, Companion
-from scaletrain.launching.supervision.supervise import MARK, end_all, ends_with_us
+from scaletrain.launching.supervision.supervise import MARK
 from scaletrain.run.progress import host_name
 
 _MISTAKE = re.compile(rb"^\d(?:\[[^\]\n]*\] )?scaletrain: error: (.*)$", re.MULTILINE)
@@ -42,7 +43,7 @@ class Process:
         death_signal = signal.SIGTERM if self.is_launcher else signal.SIGKILL
         self.popen = subprocess.Popen(
             command.argv, env=environ | dict(command.env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, process_group=0, preexec_fn=ends_with_us(death_signal), pass_fds=() if fd < 0 else (fd,),
+            stderr=subprocess.PIPE, process_group=0, preexec_fn=dies_with_parent(death_signal), pass_fds=() if fd < 0 else (fd,),
         )  # fmt: skip
         self.ended_at: float | None = None
         self.mistake = ""  # what it said of a person's mistake: the line is on the screen already
@@ -133,7 +134,7 @@ class Processes:
                 self.read(0.05)
             for process in running:
                 process.signal(signal.SIGKILL)
-        end_all(os.environ[MARK])
+        kill_marked(MARK, os.environ[MARK])
         self.read(0)
         for process in [*self.workers, *self.companions]:
             process.popen.wait()

@@ -6,7 +6,6 @@ Workers also die with the supervisor (PR_SET_PDEATHSIG), so that nothing survive
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,11 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pydantic
 
+from scaletrain.host.processes import kill_marked
 from scaletrain.launching.job import Job, LaunchPlan, Program
 from scaletrain.launching.supervision.first_cause import signal_name
 
@@ -31,7 +30,6 @@ FORWARDED = (
     signal.SIGTERM,
     signal.SIGUSR1,
 )  # and SIGHUP, as SIGTERM, unless it is ignored (nohup)
-_PRCTL = ctypes.CDLL(None, use_errno=True).prctl
 _END_S = 6.0  # how long the supervisor may take to end once nobody listens
 
 
@@ -72,7 +70,7 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
         if supervisor.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 supervisor.wait(_END_S)
-        end_all(mark)
+        kill_marked(MARK, mark)
         supervisor.wait()
         supervisor.stdout.close()
     if status < 0:
@@ -81,44 +79,6 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
             True,
         )
     return 128 - status if status < 0 else status
-
-
-def end_all(mark: str) -> None:
-    """SIGKILL every process on this host that carries ``mark``, except this one, until there is none."""
-    for _ in range(50):
-        left = [pid for pid in marked(mark) if pid != os.getpid()]
-        if not left:
-            return
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-
-
-def ends_with_us(number: int) -> Callable[[], None]:
-    """For ``preexec_fn``: the child gets the signal ``number`` when the thread that starts it ends, in whatever way."""
-    ours = os.getpid()
-
-    def before_exec() -> None:
-        _PRCTL(1, number)  # PR_SET_PDEATHSIG
-        if os.getppid() != ours:
-            os._exit(1)
-
-    return before_exec
-
-
-def marked(mark: str) -> list[int]:
-    """The processes of this host (zombies left out) whose environment carries ``mark``, nested launches included."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        with contextlib.suppress(OSError):  # it ended, or is somebody else's
-            variables = Path(f"/proc/{entry}/environ").read_bytes()
-            wanted = f"{MARK}={mark}".encode()
-            if any(v == wanted or v.startswith(wanted + b"/") for v in variables.split(b"\0")):
-                found.append(int(entry))
-    return found
 
 
 def _hold_signals() -> None:

@@ -8,12 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scaletrain.errors import UserError
-from scaletrain.run.records import read_records
+from scaletrain.run.records import WARMUP_STEPS, read_records
 from scaletrain.scaling.measure import servers
 
-WARMUP_STEPS = (
-    3  # left out: DDP rebuilds its buckets after the first step, and caches and connections warm up
-)
 PARTS = ("input_s", "forward_s", "backward_s", "update_s")
 
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from scaletrain import config as configuration
 from scaletrain.errors import UserError
+from scaletrain.host.processes import dies_with_parent
 from scaletrain.launching.job import Program
-from scaletrain.launching.supervision.supervise import ends_with_us
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
@@ -324,7 +324,7 @@ def _run_cell(command: Sequence[str], directory: Path, timeout_s: float) -> str 
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=ends_with_us(signal.SIGTERM),
+            preexec_fn=dies_with_parent(signal.SIGTERM),
         )  # fmt: skip
         try:
             status = process.wait(timeout_s)

@@ -1,0 +1,1 @@
+"""Facts about this machine: its processes, addresses, shared memory and cores."""

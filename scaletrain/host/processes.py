@@ -1,0 +1,98 @@
+"""Processes of this host: which are alive, which carry a mark, and how children die with their parent.
+
+Read from /proc, where psutil would do more than is wanted: psutil adds the boot time to a process's
+start, so the figure that another process noted moves with the clock.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def start_ticks(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since boot; None if it has ended.
+
+    Together with its id this identifies a process for good: ids are used again, starts are not.
+    A zombie has ended.
+    """
+    fields = _stat(pid)
+    if not fields or fields[0] in ("Z", "X"):
+        return None
+    return int(fields[19])
+
+
+def state(pid: int) -> str:
+    """Return the state letter of a process ("R", "S", "T", "Z", ...); empty if there is none."""
+    fields = _stat(pid)
+    return fields[0] if fields else ""
+
+
+def handles_signal(pid: int, number: int) -> bool:
+    """Return True if the process has a handler for a signal, which would otherwise end it."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("SigCgt:"):
+                caught = int(line.split()[1], 16)
+                return bool(caught >> (number - 1) & 1)
+    return False
+
+
+def marked(variable: str, mark: str) -> list[int]:
+    """Return the processes whose environment holds ``variable=mark``, or a mark nested below it.
+
+    Nested marks are separated by slashes: ``a/b`` lies below ``a``. Zombies have no environment.
+    """
+    wanted = f"{variable}={mark}".encode()
+    pids = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it ended, or belongs to another user
+            variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+            if any(v == wanted or v.startswith(wanted + b"/") for v in variables):
+                pids.append(int(entry))
+    return pids
+
+
+def kill_marked(variable: str, mark: str) -> None:
+    """Send SIGKILL to every marked process except this one, until there is none (see ``marked``)."""
+    for _ in range(50):
+        left = [pid for pid in marked(variable, mark) if pid != os.getpid()]
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def dies_with_parent(number: int) -> Callable[[], None]:
+    """Return a ``preexec_fn``: the child gets signal ``number`` when its parent thread ends.
+
+    It holds however the parent ends. A child whose parent is gone already ends at once.
+    """
+    parent = os.getpid()
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def before_exec() -> None:
+        prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return before_exec
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat after the command's name; empty if there is no process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return []
+    # The name stands in parentheses and may hold spaces and parentheses of its own.
+    return text.rpartition(")")[2].split()
