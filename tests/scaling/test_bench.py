@@ -247,7 +247,7 @@ def test_a_sweep_that_is_ended_ends_its_training(tmp_path, number):
 
 def test_firecaffe_writes_its_page_from_what_was_measured(tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
-    suites = Path(firecaffe.__file__).parents[2] / "benchmarks" / "suites" / "firecaffe"
+    suites = Path(firecaffe.__file__).parents[3] / "benchmarks" / "suites" / "firecaffe"
     configs = [suites / f"{name}.yaml" for name in firecaffe.MB]
     for name, counts, exchanges in (
         ("one", (1,), ("none",)),
