@@ -102,6 +102,8 @@ def train(
     if dry_run:
         click.echo(str(plan))
         return
+    if plan.missing:
+        raise UserError(plan.missing)
     _claim(run_dir, resume, run.to_yaml())
     click.echo(f"run directory: {run_dir}")
     for line in plan.explain:
@@ -222,6 +224,8 @@ def launch(
     if dry_run:
         click.echo(str(plan))
         return
+    if plan.missing:
+        raise UserError(plan.missing)
     if command[0].endswith(".py") and not Path(command[0]).is_file():
         raise UserError(f"{command[0]}: there is no such file")
     run_dir.mkdir(parents=True, exist_ok=True)
