@@ -1,9 +1,9 @@
-# make setup | bench | test | test-fast | lint | horovod | peers | firecaffe | results. Everything goes into .venv; nothing outside this folder is touched.
+# make setup | bench | test | test-fast | lint | docs | horovod | peers | firecaffe | results. Everything goes into .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup bench test test-fast lint horovod peers firecaffe results results-gpu clean
+.PHONY: setup bench test test-fast lint docs horovod peers firecaffe results results-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,15 @@ test-fast: setup
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# The documentation site, in build/site, made offline; a broken link is an error. Its packages are the
+# extra `docs`.
+docs: setup
+	@$(BIN)/python -c 'import mkdocs' 2>/dev/null || $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]' >$(VENV)/docs.log 2>&1 || { cat $(VENV)/docs.log; exit 1; }
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	git ls-files -z '*.md' '*.svg' '*.png' ':!scaletrain' ':!tests' | xargs -0 cp --parents --target-directory build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Horovod 0.28.1 against this torch; two to four minutes.
 horovod: setup
