@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from scaletrain.cli.bench.collectives import command
 from scaletrain.engine import autotune
-from scaletrain.engine.autotune import SIZES, Choice, Tuning
-from scaletrain.engine.choice import NATIVE, Engine
+from scaletrain.engine.autotune import SIZES, Tuning
+from scaletrain.engine.choice import NATIVE, Choice
+from scaletrain.engine.engine import Engine
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
 from tests.ranks import run_ranks

@@ -518,7 +518,7 @@ def test_any_shape_and_dtype(size: int, cases: list):
         assert all(results[index] == expected for results in found), (name, shape, strided)
 
 
-@pytest.mark.parametrize("module", ["choose", "process_group", "spans"])
+@pytest.mark.parametrize("module", ["choice", "engine", "process_group", "program"])
 def test_any_module_may_be_the_first_to_import_torch(module: str):
     """torch loads this backend while it is imported: a module that is half imported then has nothing to give."""
     done = subprocess.run(
