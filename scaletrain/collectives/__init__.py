@@ -1,4 +1,4 @@
-"""Allreduce algorithms as data: one file an algorithm, each with ``schedule(size, *, ...)``.
+"""Allreduce algorithms as data, one file an algorithm. Pure: no torch, no processes.
 
-Pure: no torch, no processes.
+Each file defines ``schedule(size, *, ...) -> Schedule``.
 """

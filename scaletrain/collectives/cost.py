@@ -1,10 +1,10 @@
 """The seconds that a schedule takes on a network of given latency, bandwidth and duplex.
 
 The model goes round by round. A round lasts as long as its busiest port takes,
-``messages x latency + bytes / bandwidth``, and rounds follow one another. This is the alpha-beta model of
-Hockney (Parallel Computing 1994), used as in Thakur et al., IJHPCA 2005. FireCaffe's server against its
-tree (Iandola et al., CVPR 2016, section 4) falls out of it: the centre of the star handles p - 1 messages
-each way, the root of the tree log2(p).
+``messages x latency + bytes / bandwidth``, and rounds follow one another. This is the alpha-beta
+model of Hockney (Parallel Computing 1994), used as in Thakur et al., IJHPCA 2005. FireCaffe's
+server against its tree (Iandola et al., CVPR 2016, section 4) falls out of it: the centre of the
+star handles p - 1 messages each way, the root of the tree log2(p).
 
 >>> ethernet = Network(latency_s=50e-6, bandwidth_bytes_per_s=125e6)
 >>> round(predict("ring", 4, 25_000_000, ethernet), 4)
@@ -31,8 +31,9 @@ class Link(NamedTuple):
 class Network(NamedTuple):
     """Equal ports to a network that never congests inside.
 
-    ``Network(50e-6, 125e6)`` is 1 Gbit/s Ethernet with one rank a host. With ``ranks_per_host`` above 1,
-    consecutive ranks share a host. Its port carries the messages of all of them to other hosts.
+    ``Network(50e-6, 125e6)`` is 1 Gbit/s Ethernet with one rank a host. With ``ranks_per_host``
+    above 1, consecutive ranks share a host. Its port carries the messages of all of them to other
+    hosts.
     """
 
     latency_s: float  # per message
@@ -84,8 +85,8 @@ def predict_seconds(schedule: Schedule | Sequence[Load], num_bytes: int, network
     """Return the seconds that an allreduce takes.
 
     Args:
-        schedule: its schedule; or its loads, for schedules that are too large to write down, with one
-            rank a host.
+        schedule: its schedule; or its loads, for schedules that are too large to write down, with
+            one rank a host.
         num_bytes: size of the message.
         network: the network between the ranks.
 
@@ -121,9 +122,9 @@ def predict(
 ) -> float:
     """Return the ``predict_seconds`` of an algorithm by its name, for any number of ranks.
 
-    Algorithms whose schedule grows with the square of the ranks state their loads in a function
-    ``loads(size)`` beside ``schedule``. It is used from 128 ranks up, where the explicit schedule is slow
-    to make. A test keeps the two equal.
+    Where a schedule grows with the square of the ranks, its file states the loads in a function
+    ``loads(size)`` beside ``schedule``. It is used from 128 ranks up, where the explicit schedule
+    is slow to make. A test keeps the two equal.
 
     Args:
         collective: the algorithm.

@@ -5,7 +5,7 @@ from scaletrain.collectives.schedule import Schedule, Transfer
 
 
 def schedule(size: int) -> Schedule:
-    """Return a reduce-scatter and an all-gather in one hop each: two rounds, bandwidth-optimal.
+    """Return a reduce-scatter and an all-gather in one hop each, which is bandwidth-optimal.
 
     A rank sends 2(p - 1) messages of 1/p of the tensor. The owner of a slice adds the others in the
     order of the ranks after its own. On shared memory this is the fast path.
@@ -24,7 +24,7 @@ def schedule(size: int) -> Schedule:
 
 
 def loads(size: int) -> list[Load]:
-    """Return the loads of the schedule's rounds, for numbers of ranks that make it slow to create."""
+    """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
     if size == 1:
         return []
     share = (size - 1) / size

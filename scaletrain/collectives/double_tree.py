@@ -1,4 +1,4 @@
-"""Double binary tree: two trees carry half the message each; a fork in one is a leaf in the other."""
+"""Double binary tree: two trees carry half the message each, with other ranks as forks."""
 
 from typing import Annotated
 
@@ -8,13 +8,15 @@ from scaletrain.collectives.schedule import Schedule, Transfer, pipeline
 
 
 def schedule(size: int, *, segments: Annotated[int, Ge(1)] = 16) -> Schedule:
-    """Return two pipelined trees: twice the message through a port, in O(log p + segments) rounds.
+    """Return two pipelined trees. A rank that forks in one is a leaf in the other.
 
-    The second tree is the first one on ranks shifted by one (for even sizes: mirrored). The leaves of
-    the first one, the even numbers in-order, are then the forks of the second one.
+    A port carries twice the message, in O(log p + segments) rounds.
 
-    Source: Sanders, Speck and Traeff, Two-tree algorithms for full bandwidth broadcast, reduction and
-    scan, Parallel Computing 2009; NCCL since 2.4.
+    The second tree is the first one on ranks shifted by one (for even sizes: mirrored). The leaves
+    of the first one, the even numbers in-order, are then the forks of the second one.
+
+    Source: Sanders, Speck and Traeff, Two-tree algorithms for full bandwidth broadcast, reduction
+    and scan, Parallel Computing 2009; NCCL since 2.4.
 
     Args:
         size: number of ranks.

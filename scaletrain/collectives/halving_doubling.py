@@ -6,10 +6,10 @@ from scaletrain.collectives.schedule import Schedule, Transfer
 
 
 def schedule(size: int) -> Schedule:
-    """Return a reduce-scatter that swaps and adds halves, then an all-gather that swaps them back.
+    """Return a reduce-scatter that swaps and adds halves, then an all-gather of the same.
 
-    If p is not a power of two, the other ranks hand their message over before, and get the sum after:
-    one more message each way.
+    If p is not a power of two, the other ranks hand their message over before, and get the sum
+    after: one more message each way.
 
     Source: Rabenseifner, Optimization of collective reduction operations, ICCS 2004; Thakur,
     Rabenseifner and Gropp, IJHPCA 2005, section 4.5; Goyal et al. 2017.
@@ -50,7 +50,7 @@ def _largest_power_of_two(size: int) -> int:
 
 
 def loads(size: int) -> list[Load]:
-    """Return the loads of the schedule's rounds, for numbers of ranks that make it slow to create."""
+    """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
     largest = _largest_power_of_two(size)
     halving: list[Load] = []
     doubling: list[Load] = []

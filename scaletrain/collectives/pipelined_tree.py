@@ -1,4 +1,4 @@
-"""Pipelined chain tree: segments flow down a chain and back, so that every link is busy at once."""
+"""Pipelined chain tree: segments flow along a chain and back, so every link is busy."""
 
 from typing import Annotated
 
@@ -13,8 +13,8 @@ def schedule(
     """Return a pipelined tree of ``fan_out`` children a node.
 
     A port carries (fan_out + 1) times the message. That is twice for the chain, in about
-    2(p + segments) rounds, since the sum of one segment travels down while the next one still travels
-    up.
+    2(p + segments) rounds, since the sum of one segment travels down while the next one still
+    travels up.
 
     Source: van de Geijn's pipelined tree, as in Thakur et al., IJHPCA 2005.
 

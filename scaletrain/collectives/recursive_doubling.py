@@ -1,4 +1,4 @@
-"""Recursive doubling: pairs swap and add the whole message; the fewest rounds, if it is small."""
+"""Recursive doubling: pairs swap and add the whole message; few rounds, for small ones."""
 
 from scaletrain.collectives.schedule import Schedule, Transfer
 

@@ -1,14 +1,14 @@
-"""Ring: p chunks travel round and are added, then travel round complete; bandwidth-optimal."""
+"""Ring: chunks go round and are added, then go round complete; bandwidth-optimal."""
 
 from scaletrain.collectives.cost import Load
 from scaletrain.collectives.schedule import Schedule, Transfer
 
 
 def schedule(size: int) -> Schedule:
-    """Return a reduce-scatter and an all-gather in a ring: 2(p - 1) rounds of 1/p of the message.
+    """Return a reduce-scatter and an all-gather: 2(p - 1) rounds of 1/p of the message.
 
-    Source: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations,
-    JPDC 2009.
+    Source: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of
+    workstations, JPDC 2009.
 
     Args:
         size: number of ranks.
@@ -30,7 +30,7 @@ def _round(size: int, offset: int, *, add: bool) -> tuple[Transfer, ...]:
 
 
 def loads(size: int) -> list[Load]:
-    """Return the loads of the schedule's rounds, for numbers of ranks that make it slow to create."""
+    """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
     num_rounds = size - 1
     if num_rounds == 0:
         return []

@@ -1,8 +1,8 @@
-"""An allreduce algorithm as data: rounds of transfers between ranks; and the proof that it is right.
+"""An allreduce algorithm as data: rounds of transfers, and the proof that it is right.
 
-Each file beside this one makes schedules by a function ``schedule(size, ...)``. Four readers use them:
-``verify`` here, the cost model (``cost``), the engine that moves tensors (``scaletrain.engine.execute``),
-and ``drawing``.
+Each file beside this one makes schedules by a function ``schedule(size, ...)``. Four readers use
+them: ``verify`` here, the cost model (``cost``), the engine that moves tensors
+(``scaletrain.engine.execute``), and ``drawing``.
 """
 
 from collections import Counter, deque
@@ -17,7 +17,7 @@ PROVED = 256  # ranks up to which ``proved`` proves
 
 
 class Transfer(NamedTuple):
-    """In one round, ``src`` sends its chunk to ``dst``, which adds it to its own or replaces its own."""
+    """In one round, ``src`` sends a chunk to ``dst``, which adds it or replaces its own."""
 
     src: int
     dst: int
@@ -54,7 +54,7 @@ class Schedule(NamedTuple):
     def reduction(self) -> "Schedule":
         """Return the part that adds (see ``verify_reduction``).
 
-        It is a reduce (tree), or a reduce-scatter whose chunks end on different ranks (ring).
+        It is a reduce (tree), or a reduce-scatter that leaves chunks on different ranks (ring).
         """
         return self._replace(rounds=_only(self.rounds, add=True))
 
@@ -76,7 +76,7 @@ class Schedule(NamedTuple):
 
 
 def _latest(rounds: list[RankRound], index: int) -> RankRound:
-    """Return the last of a rank's rounds, which becomes round ``index`` if it is an earlier one."""
+    """Return the last of a rank's rounds, after adding round ``index`` if it is missing."""
     if not rounds or rounds[-1].round != index:
         rounds.append(RankRound(index, [], []))
     return rounds[-1]
@@ -121,7 +121,7 @@ def proved(name: str, size: int, **options: Any) -> Schedule:
 
 
 def verify(schedule: Schedule) -> None:
-    """Prove that a schedule is an allreduce whose replicas end bitwise equal.
+    """Prove that a schedule is an allreduce, and that its replicas end bitwise equal.
 
     It needs no process and no tensor.
 
@@ -150,10 +150,10 @@ def verify(schedule: Schedule) -> None:
 
 
 def verify_reduction(schedule: Schedule) -> list[int]:
-    """Prove that every chunk's sum is complete on a rank at the end. Return that rank for each chunk.
+    """Prove that every chunk's sum is complete on a rank at the end. Return these ranks.
 
-    It is the lowest if there are several. The same rank for all chunks: a reduce to it. An equal share
-    for every rank: a reduce-scatter.
+    Each is the lowest if there are several. The same rank for all chunks: a reduce to it. An equal
+    share for every rank: a reduce-scatter.
 
     Raises:
         ScheduleError: as ``verify``.
@@ -178,6 +178,7 @@ def verify_distribution(schedule: Schedule, owners: Sequence[int]) -> None:
     One owner of all chunks: a broadcast. All ranks are owners: an all-gather.
 
     Args:
+        schedule: the distribution.
         owners: for each chunk, the rank that has it at the beginning.
 
     Raises:
@@ -306,8 +307,8 @@ def _follow(schedule: Schedule) -> _Follower:
 def verify_order(rounds_of_ranks: list[list[RankRound]]) -> None:
     """Prove that the ranks end if each round blocks until all its messages have been matched.
 
-    Between two ranks, messages match in order, without tags: the n-th sent is the n-th received, and
-    must be meant for it.
+    Between two ranks, messages match in order, without tags: the n-th sent is the n-th received,
+    and must be meant for it.
 
     Args:
         rounds_of_ranks: as ``Schedule.per_rank``.
@@ -328,7 +329,7 @@ def verify_order(rounds_of_ranks: list[list[RankRound]]) -> None:
 
 
 class _Replay:
-    """Runs the ranks against each other: each blocks in a round until its messages are matched.
+    """Runs the ranks against each other. Each blocks until its messages are matched.
 
     Attributes:
         num_done: for each rank, how many of its rounds it has behind it.
@@ -380,6 +381,7 @@ class _Replay:
         Args:
             rank: the rank that posts.
             other: the rank at the other end.
+            transfer: the message.
             posted: all messages that were posted on this side.
             opposite: those on the other side.
         """
@@ -404,8 +406,8 @@ def in_turn(rounds_of_ranks: list[list[RankRound]]) -> set[tuple[int, int]]:
     """Return (round, rank) of all ranks that only send in a round, and then send to others.
 
     The root of a broadcast does so. Such a rank has nothing to wait for between the two, unless a
-    receipt says that the first message has arrived. Where a message counts as sent before that, both
-    share the link, and the receiver of the first waits for longer than a round.
+    receipt says that the first message has arrived. Where a message counts as sent before that,
+    both share the link, and the receiver of the first waits for longer than a round.
 
     Args:
         rounds_of_ranks: as ``Schedule.per_rank``.
@@ -426,15 +428,15 @@ def in_turn(rounds_of_ranks: list[list[RankRound]]) -> set[tuple[int, int]]:
 
 
 def pipeline(transfers: Sequence[Transfer], size: int, segments: int) -> Schedule:
-    """Return a schedule that repeats transfers for every segment of the message, one after another.
+    """Return a schedule that repeats transfers for every segment of the message.
 
     Each segment starts a fixed number of rounds after the one before (the period). In a round every
     rank sends at most one message and receives at most one, over all segments: one port, both
     directions at once.
 
-    Transfers are put into the earliest rounds whose ports are free modulo the period. Compilers
-    pipeline loops in the same way (modulo scheduling). The period is the shortest that any order has:
-    the messages of the busiest port.
+    Transfers are put into the earliest rounds with free ports, modulo the period. Compilers
+    pipeline loops in the same way (modulo scheduling). The period is the shortest that any order
+    has: the messages of the busiest port.
 
     Args:
         transfers: of one segment, in an order that is right one by one.
@@ -466,6 +468,7 @@ def _starts(
     """Return the round of each transfer of one segment: the earliest with free ports.
 
     Args:
+        transfers: of one segment.
         period: rounds from one segment to the next.
         colors: for each transfer, its round modulo the period; None: any.
 
@@ -474,8 +477,8 @@ def _starts(
     """
     sending: set[tuple[int, int]] = set()  # (rank, round modulo the period) of busy ports
     receiving: set[tuple[int, int]] = set()
-    # For each (rank, chunk): the first round that sees the value that was written last, and the last
-    # round that reads it.
+    # For each (rank, chunk): the first round that sees the value that was written last, and the
+    # last round that reads it.
     visible_from: dict[tuple[int, int], int] = {}
     read_until: dict[tuple[int, int], int] = {}
     starts = []
@@ -510,8 +513,9 @@ def _colors(transfers: Sequence[Transfer], num_colors: int) -> list[int]:
     By Koenig's theorem, the messages of the busiest port are colors enough. For each transfer:
 
     1. Take a color that is free at its sender.
-    2. If its receiver has that color already, swap it with a color that is free at the receiver, along
-       the path of these two colors that starts there. The path never comes back to the sender.
+    2. If its receiver has that color already, swap it with a color that is free at the receiver,
+       along the path of these two colors that starts there. The path never comes back to the
+       sender.
     """
     coloring = _Coloring(transfers)
     for index, (sender, receiver) in enumerate(coloring.ports):
@@ -563,7 +567,7 @@ class _Coloring:
             self.set(index, other if self.colors[index] == color else color)
 
     def _path(self, port: Port, color: int, other: int) -> list[int]:
-        """Return the transfers on the path from a port whose colors are ``color``, ``other``, ..."""
+        """Return the transfers on the path from a port with colors ``color``, ``other``, ..."""
         path = []
         while color in self.taken[port]:
             index = self.taken[port][color]

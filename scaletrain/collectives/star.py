@@ -1,4 +1,4 @@
-"""Star: every rank sends to the servers, which add and send the sum back; a parameter server."""
+"""Star: servers add up the messages of all ranks and send the sum back."""
 
 from typing import Annotated
 
@@ -12,14 +12,14 @@ def schedule(
 ) -> Schedule:
     """Return the traffic of a parameter server.
 
-    One server receives and sends p - 1 whole messages (Iandola et al., FireCaffe, CVPR 2016, section
-    4.1). Of k servers, each does so with a k-th of the message (Li et al., OSDI 2014).
+    One server receives and sends p - 1 whole messages (Iandola et al., FireCaffe, CVPR 2016,
+    section 4.1). Of k servers, each does so with a k-th of the message (Li et al., OSDI 2014).
 
     Args:
         size: number of ranks.
         servers: the first ranks, each of which owns a slice (no more than there are ranks).
-        segments: parts of a slice. A server sends the sum of one segment while it receives the next,
-            as a server does that answers each layer when it is complete.
+        segments: parts of a slice. A server sends the sum of one segment while it receives the
+            next, as a server does that answers each layer when it is complete.
     """
     if size == 1:
         return Schedule(size, segments, ())

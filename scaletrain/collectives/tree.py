@@ -1,4 +1,4 @@
-"""FireCaffe's binomial tree: sums go up to rank 0 in log2(p) rounds, the result comes down again."""
+"""FireCaffe's binomial tree: sums go up to rank 0 in log2(p) rounds, and down again."""
 
 from scaletrain.collectives.schedule import Schedule, Transfer
 

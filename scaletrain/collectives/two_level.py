@@ -1,4 +1,4 @@
-"""Two levels: ranks of a host add up slices in memory; each slice then crosses between hosts."""
+"""Two levels: a host adds up slices in memory, and each slice crosses between hosts."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -24,14 +24,15 @@ def schedule(
         "star",
     ] = "ring",
 ) -> Schedule:
-    """Return an allreduce whose message crosses a host's port once, however many ranks it has.
+    """Return an allreduce that crosses a host's port once, however many ranks the host has.
 
     1. Each local rank that owns a slice gathers it from the ranks of its host.
     2. The owners of a slice reduce it between the hosts.
     3. Each owner sends the result to the ranks of its host.
 
-    Source: Goyal et al. 2017, section 4 (reduce in the host, allreduce between hosts, broadcast in the
-    host), with every local rank owning a slice, as NCCL and Horovod's hierarchical allreduce do.
+    Source: Goyal et al. 2017, section 4 (reduce in the host, allreduce between hosts, broadcast in
+    the host), with every local rank owning a slice, as NCCL and Horovod's hierarchical allreduce
+    do.
 
     Args:
         size: number of ranks.

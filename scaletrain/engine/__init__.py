@@ -1,4 +1,4 @@
-"""Runs schedules on tensors: transports, the choice of an algorithm, torch.distributed's backend.
+"""Runs schedules on tensors, chooses them, and serves torch.distributed as a backend.
 
 Importing torch is allowed from this room upwards.
 """

@@ -20,7 +20,7 @@ _PART_BYTES = 8 << 20  # of a message: one part is copied while another is summe
 
 
 def shared(group: Group) -> bool:
-    """Return True if several ranks of a host use one CUDA device, which NCCL refuses. Collective.
+    """Return True if ranks of a host share a CUDA device, which NCCL refuses. Collective.
 
     Raises:
         TimeoutError, ConnectionError: as ``meeting.values_of_all``.
@@ -41,10 +41,12 @@ class AcceleratorLane(Lane):
     without the overlap.
 
     Args:
-        group, roll_call, collective, transport: as ``Lane``.
+        group: the ranks.
+        roll_call: numbers the collectives of the process group.
+        collective: the algorithm as a person writes it.
+        transport: ``nccl``, or a wire of the CPU: messages then pass through page-locked memory of
+            the host (they are staged).
         device: where the tensors are.
-        staged: the wire is the CPU's, and messages pass through page-locked memory of the host.
-            Otherwise the wire is NCCL's.
     """
 
     def __init__(
@@ -54,10 +56,9 @@ class AcceleratorLane(Lane):
         collective: str,
         transport: str,
         device: torch.device,
-        staged: bool,
     ):
         super().__init__(group, roll_call, collective, transport)
-        self._staged = staged
+        self._staged = transport != "nccl"
         self._accelerated = device.type != "cpu"
         self._module: Any = torch.get_device_module(device)
         # All of the following are used by the lane's thread, or by a caller that holds the engine.

@@ -5,8 +5,8 @@
 2. The others race at a few sizes.
 3. Between these sizes, a straight line is drawn: latency plus bytes over bandwidth.
 
-The result is kept in a file, so that a job chooses the same algorithms, and so adds in the same order,
-from run to run.
+The result is kept in a file, so that a job chooses the same algorithms, and so adds in the same
+order, from run to run.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ _BEHIND = 1.25  # a candidate that was never closer to the fastest than this lea
 _PROBE_BYTES = 1 << 20
 _FITTED_BYTES = 4 << 20  # of the larger message to which the network model is fitted
 _FLOAT_BYTES = 4
-# A few timings cannot separate these. The wire's own allreduce then wins: it leaves more of the cores
-# to computation.
+# A few timings cannot separate these. The wire's own allreduce then wins: it leaves more of the
+# cores to computation.
 _AS_FAST = 1.05
 # A kept calibration is used if the probe takes no more than this much longer or shorter than then.
 _SAME_WIRE = 1.7
@@ -198,9 +198,9 @@ def _race(ranks: Ranks, racing: list[Choice], num_bytes: int) -> dict[Choice, fl
 def _time(ranks: Ranks, choice: Choice, tensor: Tensor) -> float:
     """Return this rank's seconds for an allreduce. Collective.
 
-    The first run makes connections and buffers, and does not count. Of a short message, the least of
-    several runs counts: on a busy host, most runs only show how long the system lets a rank wait,
-    which differs from run to run by more than the algorithms do.
+    The first run makes connections and buffers, and does not count. Of a short message, the least
+    of several runs counts: on a busy host, most runs only show how long the system lets a rank
+    wait, which differs from run to run by more than the algorithms do.
     """
     if tensor.nbytes <= SIZES[1]:
         num_runs = 6

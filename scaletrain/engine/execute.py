@@ -17,15 +17,17 @@ def execute(
 
     Every rank of the transport calls it with its program of the same schedule (collective).
 
-    Each segment is a part of the tensor that goes through the schedule by itself. For each part of a
-    round, in the order of the program:
+    Each segment is a part of the tensor that goes through the schedule by itself. For each part of
+    a round, in the order of the program:
 
-    1. Wait for the segment's previous part, whose result this one sends.
+    1. Wait for the segment's previous part: this one sends its result.
     2. Start the messages, and go on: while one segment waits or adds, another is on the wire.
 
     At the end, wait for the last part of each segment.
 
     Args:
+        program: this rank's program.
+        transport: connects the ranks.
         tensor: one-dimensional and contiguous; the same dtype and number of elements on every rank.
         reduce: ``torch.add``, ``torch.maximum``, ...: associative and commutative.
         segments: how many segments the tensor is cut into.
@@ -36,7 +38,8 @@ def execute(
     """
     receipts_from = getattr(transport, "receipts_from_bytes", math.inf) / tensor.element_size()
     slices, parts = program.parts(tensor.numel(), segments, receipts_from)
-    # A view of the tensor for each slice, made when it is first needed. The last one is for receipts.
+    # A view of the tensor for each slice, made when it is first needed. The last one is for
+    # receipts.
     views: list[Tensor | None] = [None] * (len(slices) + 1)
 
     def view(place: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The thread on which a process group's allreduces run, so that they overlap with backward."""
+"""The thread of a process group's allreduces, which lets them overlap with backward."""
 
 import queue
 import threading
@@ -36,8 +36,8 @@ OPERATIONS = {
     number_of(dist.ReduceOp.MIN): Operation(torch.minimum),
     number_of(dist.ReduceOp.MAX): Operation(torch.maximum),
 }
-# Half-precision terms are summed in float32: with more than two, rounding after each would grow with
-# the number of ranks.
+# Half-precision terms are summed in float32: with more than two, rounding after each would grow
+# with the number of ranks.
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 DTYPES = {
     torch.float32,
@@ -56,7 +56,8 @@ class Lane:
 
     An allreduce takes one of two ways:
 
-    1. The caller waits for the result anyway, and none is under way: it runs on the caller's thread.
+    1. The caller waits for the result anyway, and none is under way: it runs on the caller's
+       thread.
     2. Otherwise it becomes a task of the lane's thread, and the caller gets a future.
 
     Args:
@@ -110,8 +111,8 @@ class Lane:
             self._thread.start()
         self._tasks.put(self._task(future, tensors, operation, number))
         # Python's Future.set_exception only wraps a value, which DDP's C++ takes for tensors and
-        # crashes on. An exception of a callback is an error in C++ too: a RuntimeError there and for
-        # wait(), with our message.
+        # crashes on. An exception of a callback is an error in C++ too: a RuntimeError there and
+        # for wait(), with our message.
         return FutureWork(future.then(result_of))
 
     def _task(
@@ -191,7 +192,7 @@ class Lane:
                 self._num_unfinished -= 1
 
     def record(self, *sizes: int) -> dict[str, Any]:
-        """Return the wire and the chosen algorithms (``Engine.record``); empty before the first use."""
+        """Return the ``Engine.record``, for the run's header; empty before the first use."""
         return self._engine.record(*sizes) if self._engine else {}
 
     def close(self) -> None:

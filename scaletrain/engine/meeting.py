@@ -1,4 +1,4 @@
-"""Values that the ranks of a group tell each other through their store, and who shares a host."""
+"""Values that the ranks of a group tell each other through their store."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,8 @@ def values_of_all(group: Group, key: str, value: str) -> list[str]:
     """Return the value of every rank, in the order of the ranks. Collective.
 
     Args:
-        key: what the value is about; the group uses each key once.
+        group: the ranks.
+        key: names the value; the group uses each key once.
         value: this rank's value.
 
     Raises:
@@ -33,10 +34,12 @@ def wait_for_keys(group: Group, keys: list[str], owners: Sequence[int]) -> None:
     """Wait until every key is in the store.
 
     Args:
-        owners: the rank that sets each key.
+        group: the ranks.
+        keys: the keys.
+        owners: for each key, the rank that sets it.
 
     Raises:
-        TimeoutError: names the ranks whose keys are missing.
+        TimeoutError: some keys are missing; names the ranks that should have set them.
         ConnectionError: the store is gone.
     """
     try:

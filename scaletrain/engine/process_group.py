@@ -3,19 +3,20 @@
 >>> dist.init_process_group("scaletrain")  # doctest: +SKIP
 
 Dense allreduces run on our engine, on a thread of their own, so that they overlap with backward.
-Everything else (other collectives, sparse tensors, point-to-point) is forwarded to gloo, or to NCCL for
-CUDA tensors: nothing that they can do is lost.
+Everything else (other collectives, sparse tensors, point-to-point) is forwarded to gloo, or to NCCL
+for CUDA tensors: nothing that they can do is lost.
 
-CUDA tensors: with ``auto`` and ``native``, NCCL's own allreduce runs. With an algorithm that was chosen,
-its schedule runs over NCCL's point-to-point messages. Where ranks share a GPU, which NCCL refuses, or a
-wire of the CPU was chosen, allreduces pass through page-locked memory, and everything else goes to gloo.
+CUDA tensors: with ``auto`` and ``native``, NCCL's own allreduce runs. With an algorithm that was
+chosen, its schedule runs over NCCL's point-to-point messages. Where ranks share a GPU, which NCCL
+refuses, or a wire of the CPU was chosen, allreduces pass through page-locked memory, and everything
+else goes to gloo.
 
 The algorithm and the wire come from ``Options``
 (``init_process_group(..., pg_options=Options(collective="ring"))``), else from the environment
 (SCALETRAIN_COLLECTIVE, SCALETRAIN_TRANSPORT), else they are ``auto``.
 
-The backend ``mpi4py`` is the same with MPI's own allreduce over mpi4py, since torch's wheels bring no
-MPI. It is for scripts under mpirun.
+The backend ``mpi4py`` is the same with MPI's own allreduce over mpi4py, since torch's wheels bring
+no MPI. It is for scripts under mpirun.
 """
 
 import os
@@ -154,21 +155,18 @@ class ProcessGroup(dist.ProcessGroup):
                 " or this torch was built without it"
                 " (allowed here: auto, shared_memory, gloo)"
             )
-        staged = True
         if can_use_nccl and wire in (AUTO, "nccl"):
             if collective in (AUTO, NATIVE):
                 return None
             transport = "nccl"
-            staged = False
         device = torch.device("cuda", torch.cuda.current_device())
-        return AcceleratorLane(
-            self._group("cuda"), self._roll_call, collective, transport, device, staged
-        )
+        group = self._group("cuda")
+        return AcceleratorLane(group, self._roll_call, collective, transport, device)
 
     def _group(self, kind: str) -> Group:
         """Return the ranks with a part of the store for one kind of device."""
-        # A connection of its own: a thread that waits at a TCPStore blocks all others that share its
-        # connection.
+        # A connection of its own: a thread that waits at a TCPStore blocks all others that share
+        # its connection.
         connection = self._store.clone()  # type: ignore[attr-defined]
         store = dist.PrefixStore(f"wire/{kind}/", connection)
         return Group(store, self.rank(), self.size(), self._timeout)
@@ -179,15 +177,16 @@ class ProcessGroup(dist.ProcessGroup):
             self._device_shared = shared(self._group("devices"))
         return self._device_shared
 
-    # Everything else goes to gloo or NCCL. These are the methods that torch's ProcessGroup runs under
-    # the interpreter lock, and those that scripts call. Their parameters are those of torch's class.
+    # Everything else goes to gloo or NCCL. These are the methods that torch's ProcessGroup runs
+    # under the interpreter lock, and those that scripts call. Their parameters are those of torch's
+    # class.
 
     def _forward(self, method: str, *arguments: Any, **options: Any) -> dist.Work:
         """Call a method of gloo's or NCCL's backend itself.
 
-        The same method of torch's class would come back to ours. Or it would keep the interpreter lock
-        while it waits for gloo's thread, which may wait for that lock to let go of a tensor: ranks
-        would hang for ever, now and then.
+        The same method of torch's class would come back to ours. Or it would keep the interpreter
+        lock while it waits for gloo's thread, which may wait for that lock to let go of a tensor:
+        ranks would hang for ever, now and then.
         """
         if method == "barrier" and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # a barrier waits for the work of devices, too

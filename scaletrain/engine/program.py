@@ -1,8 +1,8 @@
 """A schedule compiled for one rank: the messages that it sends and receives, in order.
 
-Compiling has two steps. Chunks that lie side by side and travel together become one message, once for
-each schedule (``RankProgram.of``). For each size of a tensor, messages become slices of elements
-(``RankProgram.parts``).
+Compiling has two steps. Chunks that lie side by side and travel together become one message, once
+for each schedule (``RankProgram.of``). For each size of a tensor, messages become slices of
+elements (``RankProgram.parts``).
 """
 
 import functools
@@ -85,8 +85,8 @@ class RankProgram:
         Args:
             count: elements of the tensor.
             segments: parts of the tensor that go through the schedule side by side.
-            receipts_from: elements from which a message is answered by a receipt if its sender turns
-                to another rank next.
+            receipts_from: elements from which a message is answered by a receipt if its sender
+                turns to another rank next.
         """
         slices = _Slices(self.num_chunks)
         parts = []
@@ -170,6 +170,7 @@ def _merge(number: int, rank_round: RankRound, turns: set[tuple[int, int]]) -> M
 
     Args:
         number: of the round among the rank's own.
+        rank_round: the transfers.
         turns: (round, rank) of all ranks that turn to others next (``schedule.in_turn``).
     """
     sends = _Messages()

@@ -1,4 +1,4 @@
-"""The collective that each rank is in: counted on every rank, and asked for when one has failed."""
+"""Which rank is in which collective: counted on every rank, asked for after a failure."""
 
 import time
 from datetime import timedelta
@@ -22,7 +22,8 @@ class RollCall:
     2. It reads those of the others until all ranks have come as far, or two seconds have passed.
     3. The ranks that are in an earlier collective, or have written nothing, are the culprits.
 
-    Ranks that notice a failure do so at nearly the same time. Rank r alone writes the key ``roll/r``.
+    Ranks that notice a failure do so at nearly the same time. Rank r alone writes the key
+    ``roll/r``.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
@@ -75,7 +76,8 @@ class RollCall:
             RuntimeError: the store is gone.
         """
         failed_in = {self._rank: mine}
-        # A connection of its own: a thread that still waits for a collective may hold the other one.
+        # A connection of its own: a thread that still waits for a collective may hold the
+        # other one.
         store = dist.PrefixStore("roll/", self._store.clone())  # type: ignore[attr-defined]
         store.set(str(self._rank), mine)
         deadline = time.monotonic() + self._answer_s

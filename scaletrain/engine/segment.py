@@ -30,7 +30,8 @@ _SPINS = 300  # looks at a counter before the core is offered to others; about 2
 # For this long, the core is offered between looks: others compute on it. Waking a rank up costs
 # tens of microseconds, so that sleeping at once would be slower.
 _YIELD_S = 300e-6
-# Then the rank sleeps, longer and longer: one that waits must not take a core from one that computes.
+# Then the rank sleeps, longer and longer: one that waits must not take a core from one that
+# computes.
 _SHORTEST_SLEEP_S = 20e-6
 _LONGEST_SLEEP_S = 1e-3
 _SLEEP_GROWTH = 1.2
@@ -58,8 +59,8 @@ class Segment:
     """Counters of every rank, and data, in memory that all ranks of a host share. Collective.
 
     The memory begins with one row of cache lines for each rank: first a flag that says whether the
-    rank sleeps, then its counters. A rank writes its own row alone and reads all the others. The data
-    follows at the next page.
+    rank sleeps, then its counters. A rank writes its own row alone and reads all the others. The
+    data follows at the next page.
 
     Args:
         group: ranks of one host.
@@ -151,6 +152,7 @@ class Segment:
 
         Args:
             place: the word's place in bytes from the start of the memory.
+            seen: its value as the caller saw it.
         """
         flag = self._sleeps[self.rank]
         self._words[flag] = 1
@@ -207,7 +209,7 @@ class Patience:
         """Pause once.
 
         Args:
-            place: a word whose change ends the pause at once (see ``Segment.sleep``); -1: none.
+            place: of a word; its change ends the pause at once (see ``Segment.sleep``); -1: none.
             seen: the word's value as the caller saw it.
 
         Raises:

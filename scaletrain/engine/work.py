@@ -88,8 +88,8 @@ class Done(dist.Work):
         """Return the tensors.
 
         Raises:
-            RuntimeError: the collective failed. This type is what torch's own backends raise, and
-                what scripts catch.
+            RuntimeError: the collective failed. torch's own backends raise this type, and
+                scripts catch it.
         """
         if isinstance(self._outcome, BaseException):
             raise RuntimeError(

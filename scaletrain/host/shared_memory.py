@@ -3,8 +3,8 @@
 Nothing of it has a name, so nothing can be left behind: it is gone when the last process that maps
 it is gone, however that process ends. The size of /dev/shm does not bound it.
 
-One process creates the file and tells the others its process id and descriptor. They open it through
-``/proc/<pid>/fd``, which works as long as the creator keeps the descriptor open.
+One process creates the file and tells the others its process id and descriptor. They open it
+through ``/proc/<pid>/fd``, which works as long as the creator keeps the descriptor open.
 """
 
 import fcntl
@@ -35,8 +35,8 @@ def create(num_bytes: int, *, reserve: bool) -> Handle:
     The caller closes the descriptor once nobody opens the memory any more.
 
     Args:
-        num_bytes: the size. It is sealed: nobody can shrink the file under another process, whose
-            access would then end in a fatal signal.
+        num_bytes: the size. It is sealed: if the file shrank, another process's access to it would
+            end in a fatal signal.
         reserve: take all pages now, so that a lack of memory shows here. Otherwise each page is
             taken when it is first written to.
 

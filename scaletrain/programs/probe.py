@@ -1,7 +1,9 @@
-"""One worker of a checked allreduce: ``python -m scaletrain.programs.probe BACKEND RUN_DIR``.
+"""One worker of a checked allreduce: ``python -m scaletrain.programs.probe``.
 
-A launcher starts it; the doctor uses it as evidence. Every rank contributes values that only it could
-give, and checks every element of the sum. Rank 0 prints one line of JSON.
+Its arguments are the backend and the run directory.
+
+A launcher starts it; the doctor uses it as evidence. Every rank contributes values that only it
+could give, and checks every element of the sum. Rank 0 prints one line of JSON.
 """
 
 import json
@@ -68,7 +70,7 @@ def main(backend: str, run_dir: Path) -> None:
 
 
 def _timed_allreduce(count: int, device: torch.device, world: World, backend: str) -> float:
-    """Return the seconds of one allreduce of ``count`` float32, whose sum is checked. Collective.
+    """Return the seconds of an allreduce of ``count`` float32, after a check. Collective.
 
     Raises:
         ArithmeticError: the sum is wrong.

@@ -1,4 +1,7 @@
-"""Every algorithm on disk is proved for every size, and `verify` refuses each way a schedule can be wrong."""
+"""Tests collectives/schedule.py and every algorithm: each is proved for every size.
+
+``verify`` refuses each way a schedule can be wrong.
+"""
 
 import pytest
 

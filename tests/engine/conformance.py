@@ -1,4 +1,7 @@
-"""What every transport must do, as functions of one rank: run here by threads, processes, and mpirun."""
+"""The contract that every transport must meet, as functions of one rank.
+
+Threads, processes and mpirun run them.
+"""
 
 from collections.abc import Iterator
 from datetime import timedelta

@@ -1,4 +1,7 @@
-"""Whatever gloo does on the CPU, backend ``scaletrain`` does too: each call is made under both, and the outcomes compared."""
+"""Tests engine/process_group.py: it does on the CPU whatever gloo does.
+
+Each call is made under both, and the outcomes are compared.
+"""
 
 import os
 import signal

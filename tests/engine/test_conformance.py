@@ -1,4 +1,7 @@
-"""Any size of any algorithm gives the sum that one process computes; the backend gives what gloo gives."""
+"""Tests engine/execute.py and engine/program.py: sums of any size are those of one process.
+
+The backend (engine/process_group.py) gives the results that gloo gives.
+"""
 
 import threading
 from datetime import timedelta

@@ -1,4 +1,8 @@
-"""Where a send is done before its message has left the host, large messages that should follow one another are answered by receipts."""
+"""Tests the receipts of engine/program.py and engine/execute.py.
+
+Where a send is done before its message has left the host, large messages that should follow one
+another are answered by receipts.
+"""
 
 import time
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""Ranks meet through the launcher's own facts: a handed-over socket, an agent's store, or rank 0's file in the run directory."""
+"""Tests engine/rendezvous/: ranks meet by the facts that their launcher sets.
+
+These are a handed-over socket, an agent's store, or rank 0's file in the run directory.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Every algorithm on disk over every transport on disk, against one process; the same bits on every rank and in every run."""
+"""Tests engine/transport/: every algorithm over every transport, against one process.
+
+Results have the same bits on every rank and in every run.
+"""
 
 import os
 import threading

@@ -1,8 +1,9 @@
 """Publishing and finding rank 0, under launchers that serve no store.
 
-1. Rank 0 serves a store at a free port, and writes all of its addresses to ``RUN_DIR/rendezvous.json``.
-2. Every other rank tries each address, and takes it for rank 0 if a random number (nonce) from the file
-   is in the store there: an address may lead elsewhere, and a file may be old.
+1. Rank 0 serves a store at a free port, and writes all of its addresses to
+   ``RUN_DIR/rendezvous.json``.
+2. Every other rank tries each address, and takes it for rank 0 if a random number (nonce) from the
+   file is in the store there: an address may lead elsewhere, and a file may be old.
 3. It writes to the store at which addresses it found rank 0.
 4. Rank 0 takes the first address that every rank reached, and writes it to the store.
 5. All ranks use that address.
@@ -187,8 +188,8 @@ def _job_name(world: World) -> str:
 def addresses_to_offer(world: World) -> list[InterfaceAddress]:
     """Return the addresses at which other ranks may find this one.
 
-    They are all that are up, or those of the interface that a person named. All of them are published
-    and the others try each: none is taken because it came first.
+    They are all that are up, or those of the interface that a person named. All of them are
+    published and the others try each: none is taken because it came first.
 
     Raises:
         UserError: the named interface is not up, or has no IPv4 address.
@@ -209,7 +210,7 @@ def addresses_to_offer(world: World) -> list[InterfaceAddress]:
         return loopback
     others = [entry for entry in up if not entry.is_loopback]
     if world.local_size == UNKNOWN:
-        # A rank on this host may use 127.0.0.1. On any other, it leads to nobody or fails the proof.
+        # A rank on this host may use 127.0.0.1. Elsewhere, it leads to nobody or fails the proof.
         return [*others, *loopback]
     return others
 

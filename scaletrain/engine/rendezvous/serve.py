@@ -62,7 +62,7 @@ def serve_on_free_port(timeout: timedelta | None = None) -> dist.TCPStore:
 def address_of(store: dist.Store) -> tuple[str, int]:
     """Return host and port of a store's server.
 
-    For a world of one, whose store has no server, one is started at a free port.
+    The store of a world of one has no server: then one is started at a free port.
     """
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store

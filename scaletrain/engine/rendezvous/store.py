@@ -21,9 +21,9 @@ _MOST_SHOWN = 16  # ranks in an error message
 def join(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
     """Return the job's store, when every rank has joined it. Collective.
 
-    The store starts empty; each restart under torchrun gets a part of its own. This also makes gloo use
-    the interface over which this rank reaches rank 0 (GLOO_SOCKET_IFNAME of this process, unless it is
-    set): host names may resolve to addresses that others cannot reach.
+    The store starts empty; each restart under torchrun gets a part of its own. This also makes gloo
+    use the interface over which this rank reaches rank 0 (GLOO_SOCKET_IFNAME of this process,
+    unless it is set): host names may resolve to addresses that others cannot reach.
 
     Args:
         world: this worker's place.
@@ -33,8 +33,8 @@ def join(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
     Raises:
         TimeoutError: not all ranks arrived; names those that did not.
         ConnectionError: rank 0 is gone, or has given up.
-        UserError: a variable is missing or wrong, several networks to choose from, or an interface that
-            does not exist.
+        UserError: a variable is missing or wrong, several networks to choose from, or an interface
+            that does not exist.
     """
     store = connect(world, run_dir, timeout)
     _wait_for_all(world, store, timeout)
@@ -110,10 +110,10 @@ def _wait_for_all(world: World, store: dist.Store, timeout: timedelta) -> None:
 
 
 def place(world: World, store: dist.Store) -> World:
-    """Return the world with the fields filled in that follow from which ranks share a host. Collective.
+    """Return the world with the fields that follow from which ranks share a host. Collective.
 
-    These are ``local_rank``, ``local_size``, ``node`` and ``num_nodes``. Facts from the launcher stay.
-    Nodes are numbered in the order of their lowest rank.
+    They are ``local_rank``, ``local_size``, ``node`` and ``num_nodes``. Facts from the launcher
+    stay. Nodes are numbered in the order of their lowest rank.
     """
     if UNKNOWN not in world:
         return world

@@ -1,7 +1,7 @@
 """The contract of a transport; every other file here is one wire.
 
-A plugin is a function ``transport(group, *, <options>) -> Transport``. Every rank of the group calls
-it (collective).
+A plugin is a function ``transport(group, *, <options>) -> Transport``. Every rank of the group
+calls it (collective).
 """
 
 from collections.abc import Callable, Sequence
@@ -77,7 +77,7 @@ class Transport(Protocol):
 
 
 class Lingering(Protocol):
-    """An attribute of transports whose sends are done before the message has left this host.
+    """An attribute of transports where a send is done before its message has left the host.
 
     A socket of Linux holds up to 4 MiB by default. Messages of at least ``receipts_from_bytes`` are
     then answered by a receipt where the schedule means that one message follows another.
@@ -87,7 +87,7 @@ class Lingering(Protocol):
 
 
 class OwnAllreduce(Protocol):
-    """A method of transports whose wire has an allreduce of its own: the collective ``native``."""
+    """A method of transports that have an allreduce of their own: the collective ``native``."""
 
     def allreduce(self, tensor: Tensor, reduce: Reduce) -> None:
         """Reduce a tensor over all ranks, in place; as ``execute``. Collective."""

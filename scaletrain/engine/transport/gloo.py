@@ -70,38 +70,47 @@ class Gloo:
         borrowed: list[Landing] = []
         incoming: list[_Incoming] = []
         for receive in receives:
-            into = receive.into
-            if receive.reduce is None:
-                landed = into
-            else:
-                landing = self._landings.take(into.nbytes)
-                borrowed.append(landing)
-                landed = landing.like(into)
-            for piece, landed_piece in zip(_pieces(into), _pieces(landed), strict=True):
-                work = self._begin(self._gloo.recv, landed_piece, receive.src)
-                incoming.append(_Incoming(work, receive, piece, landed_piece))
+            incoming += self._receive(receive, borrowed)
         outgoing: list[tuple[int, dist.Work]] = []
         for peer, tensor in sends:
             for piece in _pieces(tensor):
                 outgoing.append((peer, self._begin(self._gloo.send, piece, peer)))
 
-        def wait_for_sends() -> None:
-            for peer, work in outgoing:
-                self._wait(work, peer)
-
         def wait() -> None:
             if sends_first:
-                wait_for_sends()
-            for work, receive, into, landed in incoming:
-                self._wait(work, receive.src)
-                if receive.reduce is not None:
-                    receive.reduce(into, landed, out=into)
+                self._wait_for_sends(outgoing)
+            self._wait_for_receives(incoming)
             if not sends_first:
-                wait_for_sends()
+                self._wait_for_sends(outgoing)
             for landing in borrowed:
                 self._landings.give(landing)
 
         return wait
+
+    def _receive(self, receive: Receive, borrowed: list[Landing]) -> list[_Incoming]:
+        """Post a receive, piece by piece. A landing that it takes is added to ``borrowed``."""
+        into = receive.into
+        landed = into
+        if receive.reduce is not None:
+            landing = self._landings.take(into.nbytes)
+            borrowed.append(landing)
+            landed = landing.like(into)
+        incoming = []
+        for piece, landed_piece in zip(_pieces(into), _pieces(landed), strict=True):
+            work = self._begin(self._gloo.recv, landed_piece, receive.src)
+            incoming.append(_Incoming(work, receive, piece, landed_piece))
+        return incoming
+
+    def _wait_for_sends(self, outgoing: list[tuple[int, dist.Work]]) -> None:
+        for peer, work in outgoing:
+            self._wait(work, peer)
+
+    def _wait_for_receives(self, incoming: list[_Incoming]) -> None:
+        """Wait for each piece in turn, and reduce it while the next one arrives."""
+        for work, receive, into, landed in incoming:
+            self._wait(work, receive.src)
+            if receive.reduce is not None:
+                receive.reduce(into, landed, out=into)
 
     def allreduce(self, tensor: Tensor, reduce: Reduce) -> None:
         """Run gloo's own allreduce, in place. Collective."""

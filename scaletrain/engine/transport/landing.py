@@ -34,7 +34,10 @@ class Landing:
 
 
 class Landings:
-    """Lends out buffers. A wire in steady state allocates nothing. Used by one thread at a time."""
+    """Lends out buffers, so that a wire in steady state allocates nothing.
+
+    One thread at a time uses it.
+    """
 
     def __init__(self) -> None:
         self._free: list[Landing] = []

@@ -85,6 +85,7 @@ def transport(group: Group, *, between: Literal["gloo", "mpi"] = "gloo") -> Tran
     """Connect the ranks. Collective.
 
     Args:
+        group: the ranks.
         between: the transport between hosts.
     """
     return Mixed(group, between)

@@ -1,4 +1,7 @@
-"""MPI between any hosts, by mpi4py, for jobs under an MPI launcher; `native` is MPI's Allreduce."""
+"""MPI between any hosts, by mpi4py, for jobs that an MPI launcher started.
+
+The collective ``native`` is MPI's own Allreduce here.
+"""
 
 import os
 import random
@@ -22,7 +25,8 @@ from scaletrain.engine.transport.landing import Landing, Landings
 from scaletrain.errors import UserError
 
 _YIELD_S = 200e-6  # for this long, the core is offered between looks at a request
-# Then the rank sleeps, longer and longer: one that waits must not take a core from one that computes.
+# Then the rank sleeps, longer and longer: one that waits must not take a core from one that
+# computes.
 _SHORTEST_SLEEP_S = 20e-6
 _LONGEST_SLEEP_S = 1e-3
 _NUM_TAGS = 1 << 15  # every MPI has at least these
@@ -80,7 +84,8 @@ class Types:
 
     def __init__(self, MPI: Any):
         self._dtypes = {
-            torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.int8: MPI.INT8_T, torch.uint8: MPI.UINT8_T,
+            torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE,
+            torch.int8: MPI.INT8_T, torch.uint8: MPI.UINT8_T,
             torch.int16: MPI.INT16_T, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T,
             torch.complex64: MPI.C_FLOAT_COMPLEX, torch.complex128: MPI.C_DOUBLE_COMPLEX,
         }  # fmt: skip
@@ -130,7 +135,7 @@ class _Incoming(NamedTuple):
 
 
 class Mpi:
-    """Messages straight from and into the memory of tensors, and MPI's own allreduce. Collective.
+    """Messages between the memories of tensors, and MPI's own allreduce. Collective.
 
     MPI has no timeouts: requests are looked at until they are done. A rank that dies is the
     launcher's business, which ends the job.
@@ -160,24 +165,13 @@ class Mpi:
             buffer = self._types.buffer(tensor.view(torch.uint8))
             outgoing.append((peer, self._communicator.Isend(buffer, peer)))
 
-        def wait_for_sends() -> None:
-            for peer, request in outgoing:
-                self._wait(request, f"rank {peer} received nothing")
-
-        def wait_for_receives() -> None:
-            for request, receive, landed, landing in incoming:
-                self._wait(request, f"rank {receive.src} sent nothing")
-                if receive.reduce is not None and landing is not None:
-                    receive.reduce(receive.into, landed, out=receive.into)
-                    self._landings.give(landing)
-
         def wait() -> None:
             try:
                 if sends_first:
-                    wait_for_sends()
-                wait_for_receives()
+                    self._wait_for_sends(outgoing)
+                self._wait_for_receives(incoming)
                 if not sends_first:
-                    wait_for_sends()
+                    self._wait_for_sends(outgoing)
             except TimeoutError:
                 self._abandoned += [sends, incoming, outgoing]
                 raise
@@ -195,6 +189,17 @@ class Mpi:
         request = self._communicator.Irecv(buffer, receive.src)
         return _Incoming(request, receive, landed, landing)
 
+    def _wait_for_sends(self, outgoing: list[tuple[int, Any]]) -> None:
+        for peer, request in outgoing:
+            self._wait(request, f"rank {peer} received nothing")
+
+    def _wait_for_receives(self, incoming: list[_Incoming]) -> None:
+        for request, receive, landed, landing in incoming:
+            self._wait(request, f"rank {receive.src} sent nothing")
+            if receive.reduce is not None and landing is not None:
+                receive.reduce(receive.into, landed, out=receive.into)
+                self._landings.give(landing)
+
     def allreduce(self, tensor: Tensor, reduce: Reduce) -> None:
         """Run MPI_Allreduce, in place. Collective.
 
@@ -209,7 +214,7 @@ class Mpi:
             tensor.copy_(wide)
 
     def _wait(self, request: Any, missing: str) -> None:
-        """Wait for a request. ``missing`` says what did not happen if the time is over."""
+        """Wait for a request. ``missing`` begins the error message if the time is over."""
         if request.Test():
             return
         pause = Pause(self._timeout_s)

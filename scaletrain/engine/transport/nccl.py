@@ -1,4 +1,4 @@
-"""NCCL between CUDA devices, one a rank: one batch of messages a round, in the stream's order."""
+"""NCCL between CUDA devices, one a rank: one batch of messages a round."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Memory shared by the ranks of one host: no copies through the kernel, no names left behind."""
+"""Memory shared by the ranks of one host: no copies through the kernel, nothing left over."""
 
 import contextvars
 from collections import deque
@@ -21,10 +21,12 @@ _NUMPY_OPERATIONS: dict[Reduce, Any] = {
     torch.minimum: np.minimum,
     torch.maximum: np.maximum,
 }
-# numpy reduces these as fast as torch does, with a third of the overhead of a call, and on one thread.
+# numpy reduces these as fast as torch does, with a third of the overhead of a call, and on one
+# thread.
 _NUMPY_DTYPES = {
-    torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32, torch.int64: np.int64,
-    torch.int8: np.int8, torch.uint8: np.uint8, torch.int16: np.int16,
+    torch.float32: np.float32, torch.float64: np.float64,
+    torch.int8: np.int8, torch.uint8: np.uint8,
+    torch.int16: np.int16, torch.int32: np.int32, torch.int64: np.int64,
 }  # fmt: skip
 _NUM_SETS = 2  # of blocks: one is used while slow ranks still read the other
 _NUM_SLOTS = 2  # of a mailbox: one is filled while the other is emptied
@@ -37,7 +39,7 @@ _STAGE = 0  # phases of allreduces that the rank has behind it, over all allredu
 
 
 def _sent_to(peer: int) -> int:
-    """Return the number of the counter of pieces that its rank has put into the peer's mailbox."""
+    """Return the number of the counter of pieces that its rank has sent to the peer."""
     return 1 + 2 * peer
 
 
@@ -54,10 +56,10 @@ class SharedMemory:
     """An allreduce in shared memory, and mailboxes between every two ranks for schedules.
 
     The data area holds two parts. First come two sets of blocks, one block a rank, used in turn by
-    ``allreduce``. A rank writes its own block and reads all the others. Nobody writes to a set before
-    everybody has entered the next use of the other set, and so has left this one. That spares a
-    barrier at the end. The mailboxes follow: for every two ranks some slots, filled by the sender and
-    emptied by the receiver.
+    ``allreduce``. A rank writes its own block and reads all the others. Nobody writes to a set
+    before everybody has entered the next use of the other set, and so has left this one. That
+    spares a barrier at the end. The mailboxes follow: for every two ranks some slots, filled by the
+    sender and emptied by the receiver.
 
     Args:
         block_bytes: size of a block.
@@ -108,12 +110,13 @@ class SharedMemory:
         ``direct``). Of a small tensor, every rank reads and reduces everything, in the same order,
         after one wait instead of two.
 
-        Blocks are small enough to stay in the caches. More ranks do not have more cache, so the size
-        of a block does not depend on their number.
+        Blocks are small enough to stay in the caches. More ranks do not have more cache, so the
+        size of a block does not depend on their number.
 
         Args:
-            tensor: one-dimensional, contiguous, on the CPU; the same dtype and number of elements on
-                every rank.
+            tensor: one-dimensional, contiguous, on the CPU; the same dtype and number of elements
+                on every rank.
+            reduce: associative and commutative.
 
         Raises:
             TimeoutError: a rank is late; names it.
@@ -200,7 +203,7 @@ class SharedMemory:
             copy(flat[low:high], blocks[rank - 1][low:high])
 
     def _blocks_of(self, dtype: Any) -> list[Any]:
-        """Return the blocks, by set and rank, as arrays of a numpy dtype or tensors of a torch one."""
+        """Return the blocks, by set and rank, as numpy's arrays or torch's tensors of a dtype."""
         views = self._views.get(dtype)
         if views is None:
             blocks: Any = self._torch_blocks if isinstance(dtype, torch.dtype) else self._blocks
@@ -349,7 +352,8 @@ def transport(
     """Connect the ranks of one host. Collective.
 
     Args:
-        block_bytes: what all ranks together reduce at a time.
+        group: the ranks.
+        block_bytes: size of the part of a tensor that all ranks together reduce at a time.
         at_once_bytes: bytes of all ranks together up to which each rank reduces everything.
 
     Raises:

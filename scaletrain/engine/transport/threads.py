@@ -8,8 +8,8 @@ from torch import Tensor
 
 from scaletrain.engine.transport import Group, Receive, Transport, Wait
 
-# By group, sender and receiver: the messages that were sent and not yet received. Any thread may make
-# a box; the sender's thread fills it, and the receiver's thread empties it.
+# By group, sender and receiver: the messages that were sent and not yet received. Any thread may
+# make a box; the sender's thread fills it, and the receiver's thread empties it.
 _boxes: dict[tuple[int, int, int], queue.SimpleQueue[Tensor]] = {}
 
 

@@ -1,4 +1,7 @@
-"""How `auto` chooses: by a calibration that is kept, the same on every rank, and told to who asks; options that a person gives an algorithm."""
+"""Tests engine/autotune.py, engine/engine.py and engine/choice.py: how `auto` chooses; options.
+
+It chooses by a calibration that is kept, and the same on every rank.
+"""
 
 import json
 import os
