@@ -1,7 +1,7 @@
 """Direct: each rank adds up a slice from all others at once, then sends the sum to all."""
 
 from scaletrain.collectives.cost import Load
-from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
 def schedule(size: int) -> Schedule:
@@ -19,8 +19,7 @@ def schedule(size: int) -> Schedule:
     for distance in range(1, size):
         for owner in range(size):
             to_owners.append(Transfer((owner + distance) % size, owner, owner, True))
-    from_owners = [Transfer(owner, rank, chunk, False) for rank, owner, chunk, _ in to_owners]
-    return Schedule(size, size, (tuple(to_owners), tuple(from_owners)))
+    return Schedule(size, size, (tuple(to_owners), sent_back(to_owners)))
 
 
 def loads(size: int) -> list[Load]:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from scaletrain.collectives.schedule import Schedule, Transfer, pipeline
+from scaletrain.collectives.schedule import Schedule, Transfer, pipeline, sent_back
 
 
 def schedule(size: int, *, segments: Annotated[int, Ge(1)] = 16) -> Schedule:
@@ -34,8 +34,7 @@ def schedule(size: int, *, segments: Annotated[int, Ge(1)] = 16) -> Schedule:
             parent = parents[rank]
             if parent is not None:
                 up.append(Transfer(rank, parent, tree, True))
-        down = [Transfer(parent, rank, tree, False) for rank, parent, _, _ in reversed(up)]
-        transfers += [*up, *down]
+        transfers += [*up, *sent_back(reversed(up))]
     return pipeline(transfers, size, segments)
 
 
@@ -63,14 +62,21 @@ def _parents(size: int) -> list[int | None]:
 def _mirrored(parents: list[int | None]) -> list[int | None]:
     """Return the same tree on the ranks in reverse order."""
     last = len(parents) - 1
-    return [None if parent is None else last - parent for parent in reversed(parents)]
+    mirrored: list[int | None] = [None] * len(parents)
+    for rank, parent in enumerate(parents):
+        if parent is not None:
+            mirrored[last - rank] = last - parent
+    return mirrored
 
 
 def _shifted(parents: list[int | None]) -> list[int | None]:
     """Return the same tree with every rank moved up by one, the last one to 0."""
     size = len(parents)
-    moved = [None if parent is None else (parent + 1) % size for parent in parents]
-    return [moved[-1], *moved[:-1]]
+    shifted: list[int | None] = [None] * size
+    for rank, parent in enumerate(parents):
+        if parent is not None:
+            shifted[(rank + 1) % size] = (parent + 1) % size
+    return shifted
 
 
 def _leaves_first(parents: list[int | None]) -> list[int]:

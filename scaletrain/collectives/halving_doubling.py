@@ -2,7 +2,7 @@
 
 from scaletrain.collectives.cost import Load
 from scaletrain.collectives.recursive_doubling import core_of
-from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
 def schedule(size: int) -> Schedule:
@@ -32,16 +32,11 @@ def schedule(size: int) -> Schedule:
                 transfers.append(Transfer(core[sender], core[receiver], chunk, True))
         halving.append(tuple(transfers))
         distance //= 2
-    doubling = [_sent_back(transfers) for transfers in reversed(halving)]
+    doubling = [sent_back(transfers) for transfers in reversed(halving)]
     rounds = [*halving, *doubling]
     if extra:
-        rounds = [extra, *rounds, _sent_back(extra)]
+        rounds = [extra, *rounds, sent_back(extra)]
     return Schedule(size, largest, tuple(rounds))
-
-
-def _sent_back(transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
-    """Return the transfers in the other direction, replacing instead of adding."""
-    return tuple(Transfer(dst, src, chunk, False) for src, dst, chunk, _ in transfers)
 
 
 def _largest_power_of_two(size: int) -> int:

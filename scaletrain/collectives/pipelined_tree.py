@@ -4,7 +4,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from scaletrain.collectives.schedule import Schedule, Transfer, pipeline
+from scaletrain.collectives.schedule import Schedule, Transfer, pipeline, sent_back
 
 
 def schedule(
@@ -24,5 +24,4 @@ def schedule(
         fan_out: children of a node; 1 is the chain, which moves the fewest bytes through a port.
     """
     up = [Transfer(rank, (rank - 1) // fan_out, 0, True) for rank in range(size - 1, 0, -1)]
-    down = [Transfer(parent, rank, 0, False) for rank, parent, _, _ in reversed(up)]
-    return pipeline([*up, *down], size, segments)
+    return pipeline([*up, *sent_back(reversed(up))], size, segments)

@@ -1,6 +1,6 @@
 """Recursive doubling: pairs swap and add the whole message; few rounds, for small ones."""
 
-from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
 def schedule(size: int) -> Schedule:
@@ -23,7 +23,7 @@ def schedule(size: int) -> Schedule:
         rounds.append(tuple(transfers))
         distance *= 2
     if extra:
-        rounds.append(tuple(Transfer(dst, src, 0, False) for src, dst, _, _ in extra))
+        rounds.append(sent_back(extra))
     return Schedule(size, 1, tuple(rounds))
 
 

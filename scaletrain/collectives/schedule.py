@@ -28,6 +28,15 @@ class Transfer(NamedTuple):
 Round = tuple[Transfer, ...]
 
 
+def sent_back(transfers: Iterable[Transfer]) -> Round:
+    """Return transfers in the other direction: a result goes back the way its terms came.
+
+    >>> sent_back([Transfer(src=1, dst=0, chunk=0, add=True)])
+    (Transfer(src=0, dst=1, chunk=0, add=False),)
+    """
+    return tuple(Transfer(dst, src, chunk, False) for src, dst, chunk, _ in transfers)
+
+
 class RankRound(NamedTuple):
     """One rank's part of a round."""
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
 def schedule(
@@ -33,9 +33,10 @@ def schedule(
                     transfers.append(Transfer(rank, server, server * segments + segment, True))
         to_servers.append(transfers)
     rounds = [tuple(to_servers[0])]
+    # The servers answer a segment in the round in which they receive the next one.
     for segment in range(segments):
-        answers = [Transfer(dst, src, chunk, False) for src, dst, chunk, _ in to_servers[segment]]
-        is_last = segment == segments - 1
-        requests = [] if is_last else to_servers[segment + 1]
-        rounds.append((*requests, *answers))
+        next_segment: list[Transfer] = []
+        if segment + 1 < segments:
+            next_segment = to_servers[segment + 1]
+        rounds.append((*next_segment, *sent_back(to_servers[segment])))
     return Schedule(size, servers * segments, tuple(rounds))

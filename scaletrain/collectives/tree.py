@@ -1,6 +1,6 @@
 """FireCaffe's binomial tree: sums go up to rank 0 in log2(p) rounds, and down again."""
 
-from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
 def schedule(size: int) -> Schedule:
@@ -19,7 +19,5 @@ def schedule(size: int) -> Schedule:
             transfers.append(Transfer(rank + distance, rank, 0, True))
         up.append(tuple(transfers))
         distance *= 2
-    down = []
-    for transfers_up in reversed(up):
-        down.append(tuple(Transfer(dst, src, 0, False) for src, dst, _, _ in transfers_up))
-    return Schedule(size, 1, tuple(up + down))
+    down = [sent_back(transfers) for transfers in reversed(up)]
+    return Schedule(size, 1, (*up, *down))

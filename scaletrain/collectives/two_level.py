@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
 def schedule(
@@ -55,8 +55,7 @@ def schedule(
                 across.append(Transfer(hosts[src][owner], hosts[dst][owner], chunk_of_slice, add))
         rounds.append(tuple(across))
     if gather:
-        spread = tuple(Transfer(dst, src, chunk, False) for src, dst, chunk, _ in gather)
-        rounds = [gather, *rounds, spread]
+        rounds = [gather, *rounds, sent_back(gather)]
     return Schedule(size, num_slices * outer.num_chunks, tuple(rounds))
 
 
