@@ -68,7 +68,7 @@ def describe(kind: str, name: str) -> str:
 def options(
     kind: str, name: str, search_path: Path | None = None
 ) -> type[pydantic.BaseModel] | None:
-    """A pydantic model of a plugin's options, read from its factory's signature.
+    """A pydantic model of a plugin's options, read from its factory's signature or its ``OPTIONS``.
 
     ``None`` when there is no source to read: ``name`` is a ``package.module:factory`` whose module is not found below
     ``search_path``, or whose factory is no function; its options are then passed on as they are.
@@ -89,7 +89,11 @@ def options(
                 raise unknown(f"{kind}: {name!r}: no such function in {path}", factory, functions)
             return None
         return signature(node, 0)
-    node = _factory(kind, _path(kind, name))
+    path = _path(kind, name)
+    declared = _declared_options(path)
+    if declared is not None:
+        return _class_fields(declared)
+    node = _factory(kind, path)
     assert node is not None
     return signature(node, KINDS[kind].provided)
 
@@ -191,6 +195,38 @@ def signature(node: ast.FunctionDef, provided: int) -> type[pydantic.BaseModel]:
     config = pydantic.ConfigDict(
         extra="allow" if node.args.kwarg else "forbid", protected_namespaces=()
     )
+    return pydantic.create_model(node.name, __config__=config, **fields)
+
+
+def _declared_options(path: Path) -> ast.ClassDef | None:
+    """Return the dataclass that a plugin names with ``OPTIONS = CLASS``; None without such a line.
+
+    A plugin with many options declares them as the fields of a dataclass, and its factory takes
+    ``**options``. The class stands in the same file, or in one of this package that it imports.
+    """
+    nodes = _parse(path).body
+    name = None
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if targets == ["OPTIONS"]:
+                name = node.value.id
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            source = _ROOT.parent.joinpath(*str(node.module).split("."))
+            nodes = _parse(source.with_suffix(".py")).body
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name]
+    return classes[0] if classes else None
+
+
+def _class_fields(node: ast.ClassDef) -> type[pydantic.BaseModel]:
+    """Return a pydantic model with the fields of a dataclass."""
+    fields: dict[str, Any] = {}
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            default = ... if statement.value is None else _literal(statement.value)
+            fields[statement.target.id] = (_annotation(statement.annotation), default)
+    config = pydantic.ConfigDict(extra="forbid", protected_namespaces=())
     return pydantic.create_model(node.name, __config__=config, **fields)
 
 

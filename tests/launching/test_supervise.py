@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
+from scaletrain.launching.job import Companion, Job, Program
+from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.launching.supervision import first_cause, supervise, supervisor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
@@ -252,7 +253,8 @@ def test_a_command_that_is_not_there(tmp_path: Path):
 LAUNCH = """
 import sys
 from pathlib import PosixPath
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
+from scaletrain.launching.job import Companion, Job, Program
+from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.launching.supervision.supervise import run
 sys.exit(run(*eval(sys.argv[1])))
 """

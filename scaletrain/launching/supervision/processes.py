@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from scaletrain.host.processes import dies_with_parent, kill_marked
-from scaletrain.launching.job import Command, Companion
+from scaletrain.launching.job import Companion
+from scaletrain.launching.plan import Command
 from scaletrain.launching.supervision.supervise import MARK
 from scaletrain.run.progress import host_name
 

@@ -18,7 +18,8 @@ from typing import Any
 import pydantic
 
 from scaletrain.host.processes import kill_marked
-from scaletrain.launching.job import Job, LaunchPlan, Program
+from scaletrain.launching.job import Job, Program
+from scaletrain.launching.plan import LaunchPlan
 from scaletrain.launching.supervision.first_cause import signal_name
 
 MARK = "SCALETRAIN_LAUNCH"  # every process of a launch carries it; nested launches append theirs

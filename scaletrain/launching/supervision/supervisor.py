@@ -6,7 +6,8 @@ import signal
 import socket
 import time
 
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
+from scaletrain.launching.job import Companion, Job, Program
+from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.launching.supervision import first_cause
 from scaletrain.launching.supervision.processes import Process, Processes
 from scaletrain.run.atomic import write_json

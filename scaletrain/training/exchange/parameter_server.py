@@ -7,51 +7,42 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
 import torch
-from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from scaletrain.parameter_server.protocol import placement as where
-from scaletrain.parameter_server.protocol import settings
+from scaletrain.parameter_server.protocol.settings import (
+    ParameterServerOptions,
+    Settings,
+    settings_from_options,
+)
 from scaletrain.parameter_server.worker.client import Answer, Client
 from scaletrain.parameter_server.worker.replica import Replica
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
 
+# The options that people set, each with its meaning. ``plugins.options`` reads them from this line.
+OPTIONS = ParameterServerOptions
 
-def exchange(
-    world: World,
-    setup: Setup,
-    *,
-    mode: Literal["sync", "async", "bounded", "local_sgd", "post_local"] = "sync",
-    servers: Annotated[int, Ge(1)] = 1,
-    placement: Literal["auto", "dedicated", "beside"] = "auto",
-    backup_workers: Annotated[int, Ge(0)] = 0,
-    staleness: Annotated[int, Ge(0)] = 3,
-    divide_lr: bool = True,
-    min_workers: Annotated[int, Ge(1)] | None = None,
-    local_steps: Annotated[int, Ge(1)] = 16,
-    local_after: Annotated[int, Ge(0)] = 0,
-    outer: Literal["average", "nesterov"] = "average",
-    outer_lr: Annotated[float, Gt(0)] = 0.7,
-    outer_momentum: Annotated[float, Ge(0), Lt(1)] = 0.5,
-    server_lr: dict | None = None,
-    wire: Literal["float32", "bf16", "fp16", "trunc16"] = "float32",
-    link: Literal["auto", "unix", "tcp"] = "auto",
-    security: Literal["auto", "curve", "trusted_network"] = "auto",
-    connections: Annotated[int, Ge(0)] = 0,
-    block_mb: Annotated[float, Ge(0)] = 0.0,
-    snapshot_updates: Annotated[int, Ge(1)] | None = None,
-    snapshot_s: Annotated[float, Gt(0)] | None = None,
-    restart_servers: Annotated[int, Ge(0)] = 0,
-) -> Exchange:
-    options = {key: value for key, value in locals().items() if key not in ("world", "setup")}
+
+def exchange(world: World, setup: Setup, **options: Any) -> Exchange:
+    """Return this worker's end of the exchange, not attached yet.
+
+    Args:
+        world: this worker's place.
+        setup: the job's store, device, timeout and run directory.
+        options: the fields of ``OPTIONS``.
+
+    Raises:
+        UserError: options that contradict each other.
+    """
     hosts = where.hosts(world.launcher, world.num_nodes)
-    made = settings.settings(options, world.size, setup.timeout.total_seconds(), hosts)
-    return ParameterServerExchange(world, setup, made)
+    timeout_s = setup.timeout.total_seconds()
+    settings = settings_from_options(options, world.size, timeout_s, hosts)
+    return ParameterServerExchange(world, setup, settings)
 
 
 class ParameterServerExchange(Exchange):
@@ -61,13 +52,13 @@ class ParameterServerExchange(Exchange):
     Buffers (batch norm's statistics) and frozen parameters are made equal once, at the start.
     """
 
-    def __init__(self, world: World, setup: Setup, made: settings.Settings):
-        self.world, self._setup, self._settings = world, setup, made
+    def __init__(self, world: World, setup: Setup, settings: Settings):
+        self.world, self._setup, self._settings = world, setup, settings
         configured = (setup.run_dir / "config.yaml").exists()  # else nobody has started companions
-        beside = where.resolve(made, world.launcher, configured) == where.BESIDE
+        beside = where.resolve(settings, world.launcher, configured) == where.BESIDE
         self._own_server = (
-            _Beside(made, setup.run_dir, world.rank)
-            if beside and world.rank < made.servers
+            _Beside(settings, setup.run_dir, world.rank)
+            if beside and world.rank < settings.servers
             else None
         )
         self._steps = 0  # of the job, as this rank knows
@@ -293,9 +284,9 @@ class ParameterServerExchange(Exchange):
 class _Beside:
     """Server ``index``, run by this worker: started again when it dies, as often as the settings say, and gone with the worker."""
 
-    def __init__(self, made: settings.Settings, run_dir: Path, index: int):
-        self._argv = (*where.command(made, run_dir, index), "--until-left")
-        self._restarts = made.restart_servers
+    def __init__(self, settings: Settings, run_dir: Path, index: int):
+        self._argv = (*where.command(settings, run_dir, index), "--until-left")
+        self._restarts = settings.restart_servers
         self._closing = False
         self._process: subprocess.Popen[bytes] | None = None
         # The server ends with the thread that started it: this one lives as long as the worker.
