@@ -45,6 +45,7 @@ def join(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
     return store
 
 
+@progress.waiting("the other workers")
 def connect(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
     """The job's store, without waiting for the other ranks: each of them calls this."""
     if STORE_FD in os.environ:
@@ -74,6 +75,7 @@ def connect(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
     return _publish(run_dir, world, timeout) if world.rank == 0 else _find(run_dir, world, timeout)
 
 
+@progress.waiting("the other workers")
 def place(world: World, store: dist.Store) -> World:
     """The world with ``local_rank``, ``local_size``, ``node`` and ``num_nodes`` filled in, from which ranks share a host (collective).
 
@@ -120,6 +122,7 @@ def _host() -> str:
     return f"{progress.host_name()}/{os.stat('/proc/self/ns/net').st_ino}"
 
 
+@progress.waiting("the other workers")
 def _arrive(world: World, store: dist.Store, timeout: timedelta) -> None:
     """Wait for every rank; on time-out say which are missing, instead of "wait timeout after 60000 ms"."""
     progress.alive("joining")
@@ -201,7 +204,7 @@ def _find(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
     until = time.monotonic() + timeout.total_seconds()
     seen = "no rendezvous.json"
     while time.monotonic() < until:
-        progress.alive("looking for rank 0")
+        progress.alive(progress.LOOKING_FOR_RANK_0)
         time.sleep(0.05)
         try:
             facts = json.loads(_path(run_dir).read_text(encoding="utf-8"))

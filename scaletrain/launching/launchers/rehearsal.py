@@ -9,7 +9,7 @@ from scaletrain.errors import UserError
 from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
 from scaletrain.rehearsal import faults as scripted
 from scaletrain.rehearsal.cluster import Cluster
-from scaletrain.run.progress import RANK_0
+from scaletrain.run.failure import RANK_0
 
 PORT = 29500  # of the job's store: in a fresh namespace every port is free
 
