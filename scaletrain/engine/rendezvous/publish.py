@@ -116,7 +116,7 @@ def find(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
     deadline = time.monotonic() + timeout.total_seconds()
     seen = "no rendezvous.json"  # what the time-out's message says
     while time.monotonic() < deadline:
-        progress.alive("looking for rank 0")
+        progress.alive(progress.LOOKING_FOR_RANK_0)
         time.sleep(_LOOK_S)
         point = _MeetingPoint.read(run_dir)
         if point is None:

@@ -6,8 +6,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-# The descriptor of a listening socket that the launcher handed over.
-STORE_FD = "SCALETRAIN_STORE_FD"
+from scaletrain.launching.job import STORE_FD
 
 # The store that this process serves. It lives as long as the process: other ranks may need it after
 # this one is done with it.

@@ -10,6 +10,7 @@ from scaletrain.engine.rendezvous import publish
 from scaletrain.engine.rendezvous.serve import STORE_FD, serve
 from scaletrain.errors import UserError
 from scaletrain.host import addresses
+from scaletrain.host.names import host_name
 from scaletrain.run import progress
 from scaletrain.world import UNKNOWN, World
 
@@ -41,6 +42,7 @@ def join(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
     return store
 
 
+@progress.waiting("the other workers")
 def connect(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
     """Return the job's store, without waiting for the other ranks. Each of them calls this.
 
@@ -85,13 +87,14 @@ def _connect_to(address: str, port: int, world: World, timeout: timedelta) -> di
     return dist.PrefixStore(f"scaletrain/{attempt}", store)
 
 
+@progress.waiting("the other workers")
 def _wait_for_all(world: World, store: dist.Store, timeout: timedelta) -> None:
     """Wait for every rank. Collective.
 
     torch would say "wait timeout after 60000 ms". This names the ranks that are missing.
     """
     progress.alive("joining")
-    store.set(f"scaletrain/arrived/{world.rank}", progress.host_name())
+    store.set(f"scaletrain/arrived/{world.rank}", host_name())
     keys = [f"scaletrain/arrived/{rank}" for rank in range(world.size)]
     try:
         store.wait(keys, timeout)
@@ -109,6 +112,7 @@ def _wait_for_all(world: World, store: dist.Store, timeout: timedelta) -> None:
     progress.alive("joined")
 
 
+@progress.waiting("the other workers")
 def place(world: World, store: dist.Store) -> World:
     """Return the world with the fields that follow from which ranks share a host. Collective.
 
@@ -139,4 +143,4 @@ def _host() -> str:
 
     It is the host's name and the network namespace: an emulated host is a namespace.
     """
-    return f"{progress.host_name()}/{os.stat('/proc/self/ns/net').st_ino}"
+    return f"{host_name()}/{os.stat('/proc/self/ns/net').st_ino}"

@@ -24,6 +24,7 @@ from scaletrain.parameter_server.worker.requests import (
     ServerError,
     Token,
 )
+from scaletrain.run import progress
 
 PART_ELEMENTS = 1 << 20  # first weights and whole tables travel in parts of 4 MiB
 
@@ -81,7 +82,8 @@ class Client:
         ]
         deadline = time.monotonic() + settings.timeout_s
         for link in self._links:
-            ready = link.connect(deadline, None)
+            with progress.waiting("the parameter servers"):
+                ready = link.connect(deadline, None)
             self._note_versions(ready)
             self.step = max(self.step, int(ready["step"]))
             self.initialised &= bool(ready["initialised"])

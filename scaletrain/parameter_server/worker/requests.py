@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from scaletrain.parameter_server.protocol.memory import Slab
 from scaletrain.parameter_server.protocol.wire import Header, Message
+from scaletrain.run import progress
 
 
 class ServerError(RuntimeError):
@@ -62,9 +63,15 @@ class Requests:
 
     def wait(self, token: Token) -> Answered:
         """The answer. Raises ``ServerError`` after ``fail``, which whoever watches the servers' signs of life calls."""
+
+        def is_over() -> bool:
+            return token in self._answers or self.failure is not None
+
         with self._changed:
             self._awaited = token
-            self._changed.wait_for(lambda: token in self._answers or self.failure is not None)
+            if not self._changed.wait_for(is_over, timeout=progress.LONG_WAIT_S):
+                with progress.waiting("the parameter servers"):
+                    self._changed.wait_for(is_over)
             if token in self._answers:
                 return self._answers.pop(token)
             assert self.failure

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from scaletrain.errors import UserError
+from scaletrain.host.names import host_name
 from scaletrain.run import progress, spans
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
@@ -148,7 +149,7 @@ def _rendezvous_variables(world: World, setup: Setup) -> dict[str, str]:
     global _rendezvous
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo").split(",")[0]
     here = next(e.address for e in psutil.net_if_addrs()[interface] if e.family.name == "AF_INET")
-    setup.store.set(f"horovod/host/{world.rank}", f"{progress.host_name()} {here}")
+    setup.store.set(f"horovod/host/{world.rank}", f"{host_name()} {here}")
     hosts = [
         setup.store.get(f"horovod/host/{rank}").decode().split()[0] for rank in range(world.size)
     ]
