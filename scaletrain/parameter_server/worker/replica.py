@@ -53,7 +53,7 @@ class Replica:
                 optimizers.check_sparse(self.optimizer, group)
             parameter.data = parameter.data.contiguous()
         described = [
-            sharding.Parameter(tuple(p.shape), group, id(p) in tables)
+            sharding.ParameterSpec(tuple(p.shape), group, id(p) in tables)
             for p, group in zip(self.parameters, self.groups, strict=True)
         ]
         whole = self.optimizer["name"] not in optimizers.ELEMENTWISE
