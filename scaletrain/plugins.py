@@ -40,6 +40,7 @@ KINDS = {
     "model": Kind("training/models", "model", 0),  # model(*, ...)
     "data": Kind("training/data", "data", 0),  # data(*, ...)
     "bench": Kind("cli/bench", "command", 0),  # a click command
+    "verb": Kind("cli", "command", 0),  # likewise
 }
 
 # What an option's annotation may use.
@@ -57,6 +58,17 @@ def names(kind: str) -> list[str]:
     return sorted(
         path.stem for path in where.glob("*.py") if path.stem != "__init__" and _factory(kind, path)
     )
+
+
+def exists(kind: str, name: str) -> bool:
+    """Return True if a kind has a plugin of this name. Reads no other file of the folder."""
+    path = _ROOT / KINDS[kind].folder / f"{name}.py"
+    return name.isidentifier() and path.is_file() and _factory(kind, path) is not None
+
+
+def typed_name(kind: str, name: str) -> str:
+    """Return a plugin's name as people type it: commands have dashes."""
+    return name.replace("_", "-") if kind in ("bench", "verb") else name
 
 
 def describe(kind: str, name: str) -> str:
@@ -101,7 +113,7 @@ def load(kind: str, name: str, search_path: Path | None = None) -> Any:
         UserError: no such plugin, module or function.
     """
     if ":" not in name:
-        if name not in names(kind):
+        if not exists(kind, name):
             raise unknown(kind, name, names(kind))
         where = KINDS[kind]
         module = importlib.import_module(f"scaletrain.{where.folder.replace('/', '.')}.{name}")
@@ -129,7 +141,7 @@ def load(kind: str, name: str, search_path: Path | None = None) -> Any:
 
 
 def _path(kind: str, name: str) -> Path:
-    if name not in names(kind):
+    if not exists(kind, name):
         raise unknown(kind, name, names(kind))
     return _ROOT / KINDS[kind].folder / f"{name}.py"
 

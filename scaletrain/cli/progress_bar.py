@@ -23,7 +23,7 @@ from scaletrain.run.records import records_path
 
 
 @contextlib.contextmanager
-def progress(run_dir: Path) -> Iterator[None]:
+def shown(run_dir: Path) -> Iterator[None]:
     """While the body runs, draw loss, samples/s and the time left. When output is piped, draw nothing: rank 0 prints lines instead."""
     if not sys.stderr.isatty():
         yield
