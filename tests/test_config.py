@@ -242,5 +242,7 @@ def test_the_schema_for_editors_accepts_what_the_examples_hold():
         jsonschema.validate(yaml.safe_load(path.read_text()), schema)
     with pytest.raises(jsonschema.ValidationError, match="0 is less than the minimum"):
         jsonschema.validate({"model": "mlp", "data": "digits", "batch_size": 0}, schema)
-    undescribed = [key for key, field in schema["properties"].items() if not field.get("description")]
+    undescribed = [
+        key for key, field in schema["properties"].items() if not field.get("description")
+    ]
     assert undescribed == []
