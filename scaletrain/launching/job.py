@@ -130,6 +130,8 @@ class LaunchPlan(NamedTuple):
     companions: tuple[Companion, ...] | None = (
         None  # in place of the job's, where the launcher starts them its own way
     )
+    # What this machine lacks to carry the plan out, and how to get it. A dry run needs none of it.
+    missing: str = ""
 
     def __str__(self) -> str:
         """The plan as shell text, as ``--dry-run`` prints it."""

