@@ -8,7 +8,7 @@ import abc
 import contextlib
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed
@@ -26,8 +26,10 @@ class Setup(NamedTuple):
     run_dir: Path
 
 
-class Exchange(abc.ABC):
+class Exchange(Protocol):
     """One worker's end of the exchange.
+
+    A protocol: an exchange may derive from it, for its defaults, or simply have its methods.
 
     All ranks call all methods in the same order, unless a method says otherwise.
     """
@@ -86,5 +88,5 @@ class Exchange(abc.ABC):
         """Return what was chosen where the configuration says ``auto``, for the summary. Local."""
         return {}
 
-    def close(self) -> None:  # noqa: B027 (most have nothing to do)
+    def close(self) -> None:
         """Leave in good order: wait for work under way. Not called after a failure."""
