@@ -5,17 +5,15 @@ And the memory of messages, kept by a process that receives them for as long as 
 
 import contextlib
 import ctypes
-import fcntl
 import mmap
-import os
-import platform
-import stat
 from typing import Any
 
 import numpy as np
 
+from scaletrain.host import shared_memory
+
 # Readers of weights check a sequence number before and after (``Slab.versions``), which needs stores to stay in order.
-SUPPORTED = hasattr(os, "memfd_create") and platform.machine() in ("x86_64", "AMD64")
+SUPPORTED = shared_memory.SUPPORTED
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc, mallopt(3)
 _KEPT_BYTES = 256 << 20
@@ -40,8 +38,11 @@ class Slab:
     ``sequence[i]`` is twice the version of block i's weights, and odd while they change.
     """
 
-    def __init__(self, floats: int, blocks: int, mapping: mmap.mmap, descriptor: int):
-        self._mapping, self._descriptor = mapping, descriptor
+    def __init__(
+        self, floats: int, blocks: int, mapping: mmap.mmap, created: shared_memory.Handle | None
+    ):
+        self._mapping = mapping
+        self._created = created  # None in the process that opened it
         self.floats = np.frombuffer(mapping, np.float32, floats)
         self.sequence = np.frombuffer(mapping, np.uint64, blocks, offset=_floats_bytes(floats))
 
@@ -51,20 +52,14 @@ class Slab:
 
     @classmethod
     def create(cls, floats: int, blocks: int) -> "Slab":
-        size = _size(floats, blocks)
-        descriptor = os.memfd_create("scaletrain", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(descriptor, size)
-        # Nobody can shrink the file under the other end, whose access would then be a fatal signal.
-        fcntl.fcntl(
-            descriptor,
-            fcntl.F_ADD_SEALS,
-            fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
-        )
-        return cls(floats, blocks, mmap.mmap(descriptor, size), descriptor)
+        created = shared_memory.create(_size(floats, blocks), reserve=False)
+        return cls(floats, blocks, shared_memory.map_created(created), created)
 
     def handle(self) -> dict[str, int]:
         """What the other end needs for ``open``."""
-        return {"pid": os.getpid(), "descriptor": self._descriptor, "bytes": len(self._mapping)}
+        assert self._created is not None
+        pid, descriptor, num_bytes = self._created
+        return {"pid": pid, "descriptor": descriptor, "bytes": num_bytes}
 
     @classmethod
     def open(cls, handle: Any, floats: int, blocks: int, write: bool = False) -> "Slab":
@@ -84,26 +79,8 @@ class Slab:
         pid, number, size = numbers
         if size != _size(floats, blocks):
             raise ValueError("shared memory has a wrong size")
-        path = f"/proc/{pid}/fd/{number}"
-        if not os.readlink(path).startswith(
-            "/memfd:scaletrain"
-        ):  # before opening: opening a device can have effects
-            raise ValueError("not shared memory")
-        descriptor = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
-        try:
-            found = os.fstat(descriptor)
-            sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-            if (
-                not stat.S_ISREG(found.st_mode)
-                or found.st_uid != os.getuid()
-                or found.st_size != size
-                or not sealed
-            ):
-                raise ValueError("not a sealed slab of this size and user")
-            access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ
-            return cls(floats, blocks, mmap.mmap(descriptor, size, access=access), -1)
-        finally:
-            os.close(descriptor)
+        opened = shared_memory.map_opened(shared_memory.Handle(pid, number, size), write=write)
+        return cls(floats, blocks, opened, None)
 
 
 def _floats_bytes(floats: int) -> int:
