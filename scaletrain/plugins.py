@@ -85,7 +85,9 @@ def describe(kind: str, name: str) -> str:
 def options(
     kind: str, name: str, search_path: Path | None = None
 ) -> type[pydantic.BaseModel] | None:
-    """Return a pydantic model of a plugin's options, read from its factory's signature.
+    """Return a pydantic model of a plugin's options, read from its source.
+
+    They are its factory's parameters, or the fields of the class that it names with ``OPTIONS``.
 
     Args:
         kind: a key of ``KINDS``.
@@ -101,7 +103,11 @@ def options(
     """
     if ":" in name:
         return _users_options(kind, name, search_path)
-    factory = _factory(kind, _path(kind, name))
+    path = _path(kind, name)
+    declared = _declared_options(path)
+    if declared is not None:
+        return _class_fields(declared)
+    factory = _factory(kind, path)
     assert factory is not None
     return signature(factory, KINDS[kind].provided)
 
@@ -235,6 +241,38 @@ def signature(function: ast.FunctionDef, provided: int) -> type[pydantic.BaseMod
         extra="allow" if arguments.kwarg else "forbid", protected_namespaces=()
     )
     return pydantic.create_model(function.name, __config__=config, **fields)
+
+
+def _declared_options(path: Path) -> ast.ClassDef | None:
+    """Return the dataclass that a plugin names with ``OPTIONS = CLASS``; None without such a line.
+
+    A plugin with many options declares them as the fields of a dataclass, and its factory takes
+    ``**options``. The class stands in the same file, or in one of this package that it imports.
+    """
+    nodes = _parse(path).body
+    name = None
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if targets == ["OPTIONS"]:
+                name = node.value.id
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            source = _ROOT.parent.joinpath(*str(node.module).split("."))
+            nodes = _parse(source.with_suffix(".py")).body
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name]
+    return classes[0] if classes else None
+
+
+def _class_fields(node: ast.ClassDef) -> type[pydantic.BaseModel]:
+    """Return a pydantic model with the fields of a dataclass."""
+    fields: dict[str, Any] = {}
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            default = ... if statement.value is None else _literal(statement.value)
+            fields[statement.target.id] = (_annotation(statement.annotation), default)
+    config = pydantic.ConfigDict(extra="forbid", protected_namespaces=())
+    return pydantic.create_model(node.name, __config__=config, **fields)
 
 
 def _annotation(node: ast.expr | None) -> Any:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,19 @@ def dies_with_parent(number: int) -> Callable[[], None]:
             os._exit(1)
 
     return before_exec
+
+
+def die_with_parent(number: int) -> None:
+    """Let this process get signal ``number`` when the thread that started it ends.
+
+    For programs that anybody may start (see ``dies_with_parent`` for the starter's side). Exits if
+    the parent ended meanwhile. Does nothing where the C library has no prctl.
+    """
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        sys.exit(1)
 
 
 def _stat(pid: int) -> list[str]:

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -105,7 +106,8 @@ def exchange(made: Settings, run_dir: Path, rank: int) -> ParameterServerExchang
     store = dist.FileStore(str(run_dir / "store"), made.workers)
     world = World(rank, made.workers, rank, made.workers, launcher="local")
     if made.placement == "auto":
-        made = made._replace(placement="dedicated")  # by `servers` or `server_processes`
+        # By ``servers`` or ``server_processes``.
+        made = dataclasses.replace(made, placement="dedicated")
     return ParameterServerExchange(made, world, run_dir, store)
 
 
@@ -188,7 +190,7 @@ class Worker:
         delay_s: float = 0.0,
         on_host: Callable[[list[str]], Sequence[str]] | None = None,
     ):
-        arguments = [str(run_dir), str(rank), json.dumps(made._asdict()), str(steps), str(delay_s)]
+        arguments = [str(run_dir), str(rank), made.to_json(), str(steps), str(delay_s)]
         self.process: Program | subprocess.Popen
         if on_host is None:
             self.process = Program("tests.parameter_server.job", *arguments, piped=True)
@@ -260,7 +262,7 @@ def statistics(run_dir: Path, index: int = 0) -> dict:
 
 
 def main() -> None:
-    run_dir, rank, made = Path(sys.argv[1]), int(sys.argv[2]), Settings(**json.loads(sys.argv[3]))
+    run_dir, rank, made = Path(sys.argv[1]), int(sys.argv[2]), Settings.from_json(sys.argv[3])
     steps, delay_s = int(sys.argv[4]), float(sys.argv[5])
 
     live = made.workers

@@ -1,6 +1,7 @@
 """Servers and workers as threads: the same weights as one process, in every mode that promises it."""
 
 import copy
+import dataclasses
 import threading
 import time
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol import wire
-from scaletrain.parameter_server.protocol.settings import Settings, settings
+from scaletrain.parameter_server.protocol.settings import Settings, settings_from_options
 from scaletrain.parameter_server.worker import replica
 from scaletrain.parameter_server.worker.link import ServerLink
 from scaletrain.parameter_server.worker.requests import ServerError
@@ -135,7 +136,7 @@ def test_a_checkpoint_holds_the_servers_optimizer_state(tmp_path, make, options)
         with job.servers(made, folder):
             return job.threads([lambda r=rank: train_one(r) for rank in range(2)])
 
-    half(tmp_path / "a", made._replace(servers=2, **SMALL_BLOCKS), 0, 6, False)
+    half(tmp_path / "a", dataclasses.replace(made, servers=2, **SMALL_BLOCKS), 0, 6, False)
     weights, _ = half(tmp_path / "b", made, 6, 12, True)
     whole, _ = half(tmp_path / "c", made, 0, 12, False)
     assert_close(weights, whole)
@@ -349,7 +350,7 @@ def test_workers_with_another_model_are_refused(tmp_path):
 )
 def test_options_that_contradict_each_other_are_one_line(options, message):
     with pytest.raises(UserError, match=message):
-        settings(options, 2)
+        settings_from_options(options, 2)
 
 
 def test_optimizers_that_a_server_cannot_run_are_one_line(tmp_path):
