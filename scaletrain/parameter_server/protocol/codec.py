@@ -41,7 +41,7 @@ def encode(values: Tensor, dtype: Dtype) -> np.ndarray:
 
 
 def decode(payload: memoryview, dtype: Dtype) -> Tensor:
-    """Return the float32 values that ``encode`` made the payload from, as far as ``dtype`` holds them.
+    """Return the float32 values of a payload that ``encode`` made, rounded as ``dtype`` is.
 
     FLOAT32 payloads are not copied: treat the result as read-only.
 

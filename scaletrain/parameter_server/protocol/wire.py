@@ -127,11 +127,17 @@ PAYLOADS: dict[Kind, tuple[Payload, ...]] = {
 
 
 class Refused(Exception):
-    """A message that is not acceptable. Servers count refusals by the reason, a short constant text."""
+    """A message that is not acceptable.
+
+    The reason is a short constant text: servers count refusals by it.
+    """
 
 
 class Header(NamedTuple):
-    """The fixed part of a message, in the order of the wire. Fields that a kind does not use are 0."""
+    """The fixed part of a message, in the order of the wire.
+
+    Fields that a kind does not use are 0.
+    """
 
     kind: Kind
     dtype: Dtype = Dtype.NONE

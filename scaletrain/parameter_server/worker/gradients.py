@@ -95,6 +95,7 @@ class GradientSteps:
             self._push(index, parameter.grad)
 
     def _push(self, index: int, gradient: Tensor | None) -> None:
+        """Push a parameter's gradient (None: zeros) with the rate of its group."""
         if index in self._pushed_rates:
             raise RuntimeError(
                 "a second backward pass in one step: wrap all but the last in exchange.accumulate()"

@@ -1,4 +1,4 @@
-"""The I/O thread of a worker: sends its requests, receives answers, and watches over the servers.
+"""The I/O thread of a worker: sends requests, receives answers, watches over the servers.
 
 Communication overlaps computation because this thread does it. The training thread hands requests
 over and waits for answers (``requests``), and reads the counters here.
@@ -58,7 +58,7 @@ class Position:
 
 
 class IoThread:
-    """Sends and receives for one ``Client``; ``start`` comes after all links have been connected.
+    """Sends and receives for one ``Client``. Start it after all links have been connected.
 
     Args:
         identity: this worker.
@@ -113,6 +113,7 @@ class IoThread:
     # The thread
 
     def _run(self) -> None:
+        """Take turns until ``stop`` or the first failure; leave no socket open."""
         try:
             self._watch_sockets()
             while not self._stopping and self._requests.failure is None:

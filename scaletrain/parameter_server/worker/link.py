@@ -1,4 +1,4 @@
-"""A worker's connections to one server: how it finds the server, joins it, and notices its end."""
+"""A worker's connections to one server: finding it, joining it, and noticing its end."""
 
 import ipaddress
 import secrets

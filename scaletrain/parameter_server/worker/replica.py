@@ -1,4 +1,4 @@
-"""A worker's copy of the model, seen as blocks: gradients go into blocks, weights come back."""
+"""A worker's copy of the model, cut into blocks: gradients go out, weights come back."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

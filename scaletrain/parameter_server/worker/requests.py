@@ -1,4 +1,4 @@
-"""A worker's open requests to its servers: asked by one thread, sent and answered by another.
+"""A worker's open requests to its servers: one thread asks, another sends and answers.
 
 Three threads meet in a ``Requests``:
 

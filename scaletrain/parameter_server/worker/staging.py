@@ -96,6 +96,7 @@ class Staging:
         """
 
         def stage(values: Tensor) -> None:
+            # The device may still be reading the weights that were staged before.
             if key in self._weights_read:
                 self._weights_read[key].synchronize()
             self._weights[key].copy_(values)
