@@ -304,7 +304,7 @@ def _beside_python(program: str) -> str | None:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def doctor(as_json: bool) -> None:
+def command(as_json: bool) -> None:
     """Try what this machine can do; exit status 1 when the default path is broken."""
     watched = sys.stderr.isatty() and not as_json
     checks = run_checks(

@@ -37,7 +37,7 @@ def null_steps(
     width = 256
     shape = (numel // width, width) if mode == "sparse" else (numel,)
     blocks = sharding.plan(
-        [sharding.Parameter(shape, sparse=mode == "sparse")], made.servers, made.block_bytes
+        [sharding.ParameterSpec(shape, sparse=mode == "sparse")], made.servers, made.block_bytes
     )
     optimizer = {
         "name": "SGD",

@@ -1,10 +1,12 @@
-"""Tensor memory shared by a worker and a server on one host: sealed, nameless files (memfd) that vanish with their last user.
+"""The memory that tensors cross a host in, and the memory of messages.
 
-And the memory of messages, kept by a process that receives them for as long as it lives.
+A worker and a server on one host share gradients and weights in two ``Slab`` objects, one written
+by each end. Processes that receive messages over a network keep their memory (``keep_freed``).
 """
 
 import contextlib
 import ctypes
+import math
 import mmap
 from typing import Any
 
@@ -12,30 +14,45 @@ import numpy as np
 
 from scaletrain.host import shared_memory
 
-# Readers of weights check a sequence number before and after (``Slab.versions``), which needs stores to stay in order.
+# Readers of weights check a sequence number before and after (``Slab.sequence``), which needs stores
+# to stay in order.
 SUPPORTED = shared_memory.SUPPORTED
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc, mallopt(3)
+# Parameters of glibc's mallopt(3).
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
 _KEPT_BYTES = 256 << 20
 _MALLOC_BYTES = 32 << 20  # larger ones come from the system and go back; glibc allows no more
 
+_CACHE_LINE_BYTES = 64
+_MAX_NUMBER = 1 << 50  # in a handle from the wire
+
 
 def keep_freed() -> None:
-    """Let freed memory stay with this process, up to 256 MiB: a message then lands where the last one lay, in pages that are there.
+    """Let freed memory stay with this process, up to 256 MiB, for the next messages.
 
-    ZeroMQ allocates every message that it receives; by default glibc gives so large an area back to the system when the message is done
-    with, and each of its pages is made and zeroed again for the next. Does nothing where the C library is not glibc.
+    ZeroMQ allocates every message that it receives. By default glibc gives so large an area back to
+    the system when the message is done with, and each page of the next one is made and zeroed anew.
+    A message that lands where the last one lay finds its pages there.
+
+    Does nothing where the C library is not glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((_MMAP_THRESHOLD, _MALLOC_BYTES), (_TRIM_THRESHOLD, _KEPT_BYTES)):
-            mallopt(option, value)
+        mallopt(_MMAP_THRESHOLD, _MALLOC_BYTES)
+        mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 class Slab:
-    """A float32 vector and one uint64 a block, in memory that other processes of the same user can map.
+    """Tensors of one worker or server, in memory that the other end maps.
 
-    ``sequence[i]`` is twice the version of block i's weights, and odd while they change.
+    The memory is sealed and has no name: it vanishes with its last user, and nobody can shrink it
+    under the other end. Made by ``create`` at the end that writes, and by ``open`` at the other.
+
+    Attributes:
+        floats: the dense blocks, float32, one dimension. ``sharding.layout`` says where each lies.
+        sequence: uint64, one for each block in the order of the keys: twice the version of the
+            block's weights, and odd while they change. Only servers write it.
     """
 
     def __init__(
@@ -48,15 +65,22 @@ class Slab:
 
     @property
     def num_bytes(self) -> int:
+        """The size of the mapped memory."""
         return len(self._mapping)
 
     @classmethod
     def create(cls, floats: int, blocks: int) -> "Slab":
+        """Make a slab of zeros.
+
+        Args:
+            floats: number of elements.
+            blocks: number of sequence numbers.
+        """
         created = shared_memory.create(_size(floats, blocks), reserve=False)
         return cls(floats, blocks, shared_memory.map_created(created), created)
 
     def handle(self) -> dict[str, int]:
-        """What the other end needs for ``open``."""
+        """Return the description that the other end needs for ``open``, as JSON."""
         assert self._created is not None
         pid, descriptor, num_bytes = self._created
         return {"pid": pid, "descriptor": descriptor, "bytes": num_bytes}
@@ -65,27 +89,39 @@ class Slab:
     def open(cls, handle: Any, floats: int, blocks: int, write: bool = False) -> "Slab":
         """Map the other end's slab.
 
+        Args:
+            handle: from the wire; anything may be in it.
+            floats: number of elements, as this end expects it.
+            blocks: number of sequence numbers, as this end expects it.
+            write: map it for writing, too.
+
         Raises:
-            ValueError: the handle is malformed, or names something that is not a slab of this size, sealed, of the same user.
+            ValueError: the handle is malformed, or names something other than a sealed slab of this
+                size and user.
             OSError: it cannot be reached (another host or container).
         """
-        numbers = (
-            [handle.get(name) for name in ("pid", "descriptor", "bytes")]
-            if isinstance(handle, dict)
-            else []
-        )
-        if len(numbers) != 3 or not all(type(n) is int and 0 <= n < 1 << 50 for n in numbers):
+        numbers: list[Any] = []
+        if isinstance(handle, dict):
+            numbers = [handle.get(name) for name in ("pid", "descriptor", "bytes")]
+        if not numbers or not all(_is_number(number) for number in numbers):
             raise ValueError("malformed handle of shared memory")
-        pid, number, size = numbers
-        if size != _size(floats, blocks):
+        created = shared_memory.Handle(*numbers)
+        if created.num_bytes != _size(floats, blocks):
             raise ValueError("shared memory has a wrong size")
-        opened = shared_memory.map_opened(shared_memory.Handle(pid, number, size), write=write)
-        return cls(floats, blocks, opened, None)
+        mapping = shared_memory.map_opened(created, write=write)
+        return cls(floats, blocks, mapping, None)
+
+
+def _is_number(value: object) -> bool:
+    """Return True for a number that a handle may hold."""
+    return type(value) is int and 0 <= value < _MAX_NUMBER
 
 
 def _floats_bytes(floats: int) -> int:
-    return -(-floats * 4 // 64) * 64
+    """Return the bytes of the vector, up to the cache line where the sequence numbers begin."""
+    return math.ceil(floats * 4 / _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
 
 
 def _size(floats: int, blocks: int) -> int:
+    """Return the bytes of a slab, at least one: empty memory cannot be mapped."""
     return max(_floats_bytes(floats) + 8 * blocks, 1)
