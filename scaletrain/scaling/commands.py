@@ -120,7 +120,7 @@ def fit(
     from scaletrain.scaling.show import publish
 
     path = path / "report.json" if path.is_dir() else path
-    report = publish.read_report(path)
+    report = publish.read_report(path).to_json()
     rows = [row for row in report["rows"] if row["runs"]]
     if not rows:
         raise UserError(f"{path}: nothing in it was measured")

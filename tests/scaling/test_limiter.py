@@ -2,15 +2,20 @@ import re
 
 import pytest
 
-from scaletrain.scaling.explain.limiter import Cause, Step, limiter, sentence, split
+from scaletrain.scaling.explain import limiter as limiters
+from scaletrain.scaling.explain.limiter import Cause, Evidence, MeanStep, Steps, limiter, split
+
+
+def sentence(causes, efficiency, alternative=None, **known):
+    return limiters.sentence(Evidence(causes, efficiency, **known), alternative)
 
 
 def test_causes_are_told_apart_and_add_up():
-    single = Step(step_s=0.100, slowest_s=0.100, input_s=0.0, compute_s=0.096, update_s=0.004)
-    small = Step(step_s=0.030, slowest_s=0.030, input_s=0.0, compute_s=0.026, update_s=0.004)
-    alone = Step(step_s=0.035, slowest_s=0.038, input_s=0.001, compute_s=0.030, update_s=0.004)
-    real = Step(step_s=0.050, slowest_s=0.050, input_s=0.001, compute_s=0.045, update_s=0.004)
-    causes = dict(split(real, alone, small, single, workers=4, strong=True))
+    single = MeanStep(step_s=0.100, slowest_s=0.100, input_s=0.0, compute_s=0.096, update_s=0.004)
+    small = MeanStep(step_s=0.030, slowest_s=0.030, input_s=0.0, compute_s=0.026, update_s=0.004)
+    alone = MeanStep(step_s=0.035, slowest_s=0.038, input_s=0.001, compute_s=0.030, update_s=0.004)
+    real = MeanStep(step_s=0.050, slowest_s=0.050, input_s=0.001, compute_s=0.045, update_s=0.004)
+    causes = dict(split(Steps(real, alone, small, single, workers=4, strong=True)))
     assert causes["communication"] == pytest.approx(
         0.012
     )  # 15 ms that the exchange adds, less 3 ms of waiting
@@ -24,15 +29,15 @@ def test_causes_are_told_apart_and_add_up():
 
 
 def test_what_throughput_says_beyond_the_parts_is_unexplained():
-    step = Step(0.01, 0.01, 0.0, 0.009, 0.001)
-    causes = dict(split(step, step, step, step, workers=2, strong=False, loss_s=0.002))
+    step = MeanStep(0.01, 0.01, 0.0, 0.009, 0.001)
+    causes = dict(split(Steps(step, step, step, step, workers=2, strong=False), loss_s=0.002))
     assert causes["unexplained"] == pytest.approx(0.002)
 
 
 def test_nobody_waits_in_an_asynchronous_exchange():
-    alone = Step(0.035, 0.050, 0.0, 0.03, 0.005)
-    real = Step(0.050, 0.050, 0.0, 0.045, 0.005)
-    causes = dict(split(real, alone, alone, alone, workers=4, strong=False, waits=False))
+    alone = MeanStep(0.035, 0.050, 0.0, 0.03, 0.005)
+    real = MeanStep(0.050, 0.050, 0.0, 0.045, 0.005)
+    causes = dict(split(Steps(real, alone, alone, alone, workers=4, strong=False, waits=False)))
     assert causes["stragglers"] == 0 and causes["communication"] == pytest.approx(0.015)
 
 
@@ -120,9 +125,9 @@ def test_no_cause_is_named_where_the_second_costs_about_as_much():
 
 
 def test_what_the_exchange_takes_from_computation_is_stolen_cores():
-    alone = Step(0.100, 0.104, 0.0, 0.095, 0.005)
-    real = Step(0.120, 0.120, 0.0, 0.115, 0.005, waited_s=0.013)
-    causes = dict(split(real, alone, alone, alone, workers=2, strong=False))
+    alone = MeanStep(0.100, 0.104, 0.0, 0.095, 0.005)
+    real = MeanStep(0.120, 0.120, 0.0, 0.115, 0.005, waited_s=0.013)
+    causes = dict(split(Steps(real, alone, alone, alone, workers=2, strong=False)))
     assert causes["stolen cores"] == pytest.approx(
         0.007
     )  # 20 ms more of backward, 13 of them waiting

@@ -118,11 +118,9 @@ def test_a_failed_cell_keeps_its_first_cause_and_loses_no_other(config, tmp_path
     sweep.run(plan, out, lines.append)
     assert sum("FAILED: rank 1 at step 3: boom" in line for line in lines) == 4
     made = report.of_sweep(out)
-    assert [r["repeats"] for r in made["rows"] if r["exchange"] == "ring"] == [2, 2]
+    assert [r.repeats for r in made.rows if r.exchange == "ring"] == [2, 2]
     assert all(
-        r["failures"] == ["rank 1 at step 3: boom"] * 2
-        for r in made["rows"]
-        if r["exchange"] == "tree"
+        r.failures == ("rank 1 at step 3: boom",) * 2 for r in made.rows if r.exchange == "tree"
     )
 
 
@@ -151,7 +149,7 @@ def test_a_cell_that_takes_too_long_is_stopped(config, tmp_path, started):
     out = tmp_path / "out"
     plan = make(config, out, ("star",), (1,), cell_timeout_s=1.0, repeats=1)
     sweep.run(plan, out, lambda line: None)
-    assert "time limit of 1 s" in report.of_sweep(out)["rows"][0]["failures"][0]
+    assert "time limit of 1 s" in report.of_sweep(out).rows[0].failures[0]
 
 
 def test_mistakes_are_found_before_anything_runs(config):
@@ -178,7 +176,7 @@ def test_more_threads_than_cores_is_marked(config, tmp_path, started):
                 }
             )
         )
-    assert [r["oversubscribed"] for r in report.of_sweep(out)["rows"]] == [
+    assert [r.oversubscribed for r in report.of_sweep(out).rows] == [
         "",
         "more threads than cores",
     ]
@@ -192,16 +190,16 @@ def test_what_others_use_of_the_machine_is_recorded(config, tmp_path, started, m
     out = tmp_path / "out"
     plan = make(config, out, workers=(1,), repeats=1)
     sweep.run(plan, out, lambda line: None)
-    path = sweep.run_dir(out, plan.cells()[0], 0) / sweep.MACHINE
+    path = machine.path(sweep.run_dir(out, plan.cells()[0], 0))
     assert 0.1 < json.loads(path.read_text())["used_by_others"] <= 1
-    assert "BUSY MACHINE" in report.of_sweep(out)["summary"]
+    assert "BUSY MACHINE" in report.of_sweep(out).summary
 
 
 def test_where_the_system_does_not_tell_nothing_is_recorded(config, tmp_path, started, monkeypatch):
     monkeypatch.setattr(machine, "_busy_s", lambda: None)
     out = tmp_path / "out"
     sweep.run(make(config, out, workers=(1,), repeats=1), out, lambda line: None)
-    assert not [*out.rglob(sweep.MACHINE)] and "BUSY" not in report.of_sweep(out)["summary"]
+    assert not [*out.rglob("machine.json")] and "BUSY" not in report.of_sweep(out).summary
 
 
 def test_own_work_is_not_that_of_others(monkeypatch):

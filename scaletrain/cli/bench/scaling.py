@@ -1,5 +1,6 @@
 """How fast N workers are, for each exchange; what is lost, and to what: table, report.json, report.html."""
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -134,9 +135,8 @@ def command(
             click.echo(shlex.join(plan.command(cell, sweep.run_dir(out, cell, 0))))
         return
     sweep.claim(out, plan)
-    write_json(
-        out / "header.json", plan.header() | {"argv": shlex.join(["scaletrain", *sys.argv[1:]])}
-    )
+    header = dataclasses.replace(plan.header(), argv=shlex.join(["scaletrain", *sys.argv[1:]]))
+    write_json(out / "header.json", header.to_json())
     references = sum(cell.reference for cell in cells)
     asked = len(cells) - references
     click.echo(
@@ -167,23 +167,26 @@ def _check_baseline(path: Path, plan: "Sweep") -> None:
     """Raises ``UserError``, before anything is measured, if nothing that is planned can be compared with this report."""
     from scaletrain.errors import UserError
     from scaletrain.scaling.explain import compare
+    from scaletrain.scaling.model import Header, Report, Row
     from scaletrain.scaling.show import publish
 
-    rows = [
-        {**cell._asdict(), "batch_size": cell.batch_size * (1 if plan.mode == "strong" else cell.workers),
-         "variant": dict(cell.variant), "runs": [], "failures": []}
-        for cell in plan.cells() if not cell.reference
-    ]  # fmt: skip
+    rows = []
+    for cell in plan.cells():
+        if not cell.reference:
+            batch_size = cell.batch_size * (1 if plan.mode == "strong" else cell.workers)
+            rows.append(
+                Row(cell.config, cell.exchange, cell.workers, batch_size, dict(cell.variant))
+            )
+    planned = Report(version=0, header=Header(mode=plan.mode), summary="", rows=tuple(rows))
     try:
         before = publish.read_report(path)
     except UserError as error:
         raise UserError(f"--baseline {error} (allowed: a report.json of `bench scaling`)") from None
-    try:
-        compare.compare({"header": {"mode": plan.mode}, "rows": rows}, before)
-    except (KeyError, TypeError):
+    if before.header.mode is None:
         raise UserError(
             f"--baseline {path}: not a scaling report (allowed: a report.json of `bench scaling`)"
-        ) from None
+        )
+    compare.compare(planned, before)
 
 
 def _vary(text: str) -> tuple[str, list[Any]]:

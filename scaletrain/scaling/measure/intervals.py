@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from scipy import stats
 
 ONE_RUN = "single runs: no interval"
@@ -70,19 +71,17 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Mean:
 
 
 def percentiles(
-    values: Sequence[float], percents: Sequence[int] = (10, 50, 90, 95)
+    values: Sequence[float] | np.ndarray, percents: Sequence[int] = (10, 50, 90, 95)
 ) -> dict[int, float | None]:
-    """Linear-interpolated percentiles (as numpy's default); all None when there are no values."""
-    if not values:
+    """Return percentiles with linear interpolation; all None if there are no values.
+
+    >>> percentiles([1, 2, 3], [50])
+    {50: 2.0}
+    """
+    if len(values) == 0:
         return dict.fromkeys(percents)
-    ordered = sorted(values)
-    result: dict[int, float | None] = {}
-    for percent in percents:
-        position = (len(ordered) - 1) * percent / 100
-        below = math.floor(position)
-        above = min(below + 1, len(ordered) - 1)
-        result[percent] = ordered[below] + (ordered[above] - ordered[below]) * (position - below)
-    return result
+    at_percent = np.percentile(values, percents)
+    return dict(zip(percents, at_percent.tolist(), strict=True))
 
 
 class Change(NamedTuple):

@@ -5,9 +5,9 @@ nothing but itself.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -24,33 +24,14 @@ from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure import machine
+from scaletrain.scaling.model import Cell, Header
 
-MACHINE = "machine.json"  # in a run's directory: the share of the cores that other processes used meanwhile
+FAILED = "failed.json"  # in a run's directory: why the repeat failed
 REFERENCE_STEPS = 60  # of the short runs that only the split of lost time needs
 OWN = {  # settings that the sweep gives every cell itself, and the option that decides them
     "workers": "--workers", "exchange": "--exchange", "batch_mode": "--mode", "threads": "--threads", "launcher": "--launcher",
     "launcher.name": "--launcher", "launcher.bind": "--bind", "run_dir": "--out",
 }  # fmt: skip
-
-
-class Cell(NamedTuple):
-    """One point of a sweep. ``batch_size`` is the config's: global in strong scaling, a worker's in weak scaling."""
-
-    config: str  # the config file's stem
-    exchange: str
-    workers: int
-    batch_size: int
-    variant: tuple[tuple[str, Any], ...] = ()  # settings that differ from cell to cell: --vary
-    reference: bool = False  # short, asked for by the split of lost time
-
-    @property
-    def name(self) -> str:
-        words = [self.config, self.exchange, f"w{self.workers}", f"b{self.batch_size}"]
-        words += [
-            f"{key.rpartition('.')[2]}{value}" for key, value in self.variant if key != "batch_size"
-        ]
-        words += ["ref"] * self.reference
-        return "-".join(re.sub(r"[^\w.@]+", "_", word).strip("_") for word in words)
 
 
 class Sweep(NamedTuple):
@@ -85,13 +66,13 @@ class Sweep(NamedTuple):
         """``none`` at each worker count, and one worker at each worker's share of the batch (strong scaling shrinks it)."""
         wanted: list[Cell] = []
         for cell in cells:
-            wanted.append(cell._replace(exchange="none", reference=True))
-            wanted.append(cell._replace(exchange="none", workers=1, reference=True))
+            same_workers = dataclasses.replace(cell, exchange="none", reference=True)
+            wanted.append(same_workers)
+            wanted.append(dataclasses.replace(same_workers, workers=1))
             if self.mode == "strong" and cell.workers > 1:
-                share = -(-cell.batch_size // cell.workers)
-                variant = tuple(pair for pair in cell.variant if pair[0] != "batch_size")
-                wanted.append(Cell(cell.config, "none", 1, share, variant, reference=True))
-        measured = {cell._replace(reference=True) for cell in cells}
+                variant = cell.variant_but_batch
+                wanted.append(Cell(cell.config, "none", 1, cell.share, variant, reference=True))
+        measured = {dataclasses.replace(cell, reference=True) for cell in cells}
         return [cell for cell in dict.fromkeys(wanted) if cell not in measured]
 
     def _resolve(
@@ -135,21 +116,20 @@ class Sweep(NamedTuple):
         command += ["--launcher", self.launcher]
         return command + [word for setting in settings for word in ("--set", setting)]
 
-    def header(self) -> dict[str, Any]:
-        """Where and how the cells were measured, for the report."""
-        here = environment()
-        return {
-            **here,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "mode": self.mode,
-            "repeats": self.repeats,
-            "threads_per_worker": self.threads,
-            "bound_to_cores": self.bind,
-            "launcher": self.launcher,
-            "settings": list(self.settings),
-            "vary": self.vary,
-            "config": {stem: source["text"] for stem, source in self.configs.items()},
-        }
+    def header(self) -> Header:
+        """Return where and how the cells are measured, for the report."""
+        return dataclasses.replace(
+            Header.from_json(environment()),
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            mode=self.mode,
+            repeats=self.repeats,
+            threads_per_worker=self.threads,
+            bound_to_cores=self.bind,
+            launcher=self.launcher,
+            settings=self.settings,
+            vary=self.vary,
+            config={stem: source["text"] for stem, source in self.configs.items()},
+        )
 
     def as_json(self) -> dict[str, Any]:
         return self._asdict()
@@ -266,6 +246,27 @@ def claim(out: Path, sweep: Sweep) -> None:
     write_json(path, sweep.as_json())
 
 
+def read(out: Path) -> Sweep:
+    """Return the sweep whose directory this is.
+
+    Raises:
+        UserError: it is not the directory of a sweep.
+    """
+    try:
+        text = (out / "sweep.json").read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: no sweep (sweep.json: {error.strerror})") from None
+    return Sweep.from_json(json.loads(text))
+
+
+def read_failure(directory: Path) -> str | None:
+    """Return why a repeat failed; None if it did not, or has not run yet."""
+    path = directory / FAILED
+    if not path.exists():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))["reason"]
+
+
 def run_dir(out: Path, cell: Cell, repeat: int) -> Path:
     return out / "cells" / cell.name / str(repeat)
 
@@ -307,9 +308,11 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
             raise
         if reason:
             directory.mkdir(exist_ok=True)
-            write_json(directory / "failed.json", {"reason": reason})
-        elif sweep.launcher in machine.CHILDREN and (others := watch.others()) is not None:
-            write_json(directory / MACHINE, {"used_by_others": others})
+            write_json(directory / FAILED, {"reason": reason})
+        elif sweep.launcher in machine.CHILDREN:
+            others = watch.others()
+            if others is not None:
+                machine.write(directory, others)
         outcome = f"FAILED: {reason}" if reason else f"{time.monotonic() - began:.1f} s"
         left_s = (time.monotonic() - started) / number * (len(todo) - number)
         to_go = f"{left_s / 60:.0f} min" if left_s > 90 else f"{left_s:.0f} s"
