@@ -67,6 +67,66 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """One config file of a sweep."""
+
+    path: str
+    text: str
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPlan:
+    """Everything that decides what the cells of a sweep are, in ``sweep.json``."""
+
+    configs: Mapping[str, Source]  # by the file's stem
+    workers: tuple[int, ...]
+    exchanges: tuple[str, ...]
+    mode: str  # strong or weak
+    repeats: int
+    settings: tuple[str, ...]  # KEY=VALUE of every cell
+    vary: Mapping[str, list[Scalar]]  # key -> its values
+    launcher: str
+    threads: int  # of each worker
+    bind: bool  # whether each worker keeps to its own cores
+    split: bool  # whether reference cells are run
+    cell_timeout_s: float
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        facts = _given(cls, value)
+        facts["configs"] = {stem: Source(**source) for stem, source in value["configs"].items()}
+        for name in ("workers", "exchanges", "settings"):
+            facts[name] = tuple(facts[name])
+        return cls(**facts)
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a worker failed, in ``failure-<r>.json``."""
+
+    rank: int | None = None
+    step: int | None = None  # None: before its first step
+    kind: str = ""
+    time: float = 0.0  # unix time
+    message: str = "failed"
+
+    @property
+    def is_consequence(self) -> bool:
+        """Whether the worker failed because another process had failed."""
+        return self.kind in ("peer", "launcher")
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return _known(cls, value)
+
+
+@dataclasses.dataclass(frozen=True)
 class EmulatedNetwork:
     """Links between emulated hosts."""
 
@@ -554,4 +614,6 @@ def _plain(value: Any) -> Any:
         return value.to_json()  # type: ignore[union-attr]
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
     return value

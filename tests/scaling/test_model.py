@@ -13,7 +13,6 @@ SCALING = Path(model.__file__).parent
 UNTYPED = (
     "commands.py",
     "emulated.py",
-    "measure/sweep.py",
     "predict/fit.py",
     "predict/simulate.py",
     "predict/step_time.py",

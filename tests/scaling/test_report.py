@@ -40,7 +40,9 @@ def measured(tmp_path):
     """A sweep's directory with two repeats of every cell, and one cell whose runs failed."""
     config = tmp_path / "job.yaml"
     config.write_text("model: mlp\ndata: digits\nbatch_size: 96\nsteps: 10\n")
-    plan = sweep.plan([config], [1, 2], ["ring", "tree", "none"], repeats=2, threads=1)
+    plan = sweep.plan(
+        sweep.Request([config], [1, 2], ["ring", "tree", "none"], repeats=2, threads=1)
+    )
     out = tmp_path / "out"
     sweep.claim(out, plan)
     for cell in plan.cells():
@@ -483,7 +485,7 @@ def test_every_figure_says_when_the_machine_is_oversubscribed(measured):
 
 def test_sweeps_of_different_cells_make_one_report(measured, tmp_path):
     config = tmp_path / "job.yaml"
-    plan = sweep.plan([config], [4], ["ring"], repeats=2, threads=1, split=False)
+    plan = sweep.plan(sweep.Request([config], [4], ["ring"], repeats=2, threads=1, split=False))
     sweep.claim(tmp_path / "more", plan)
     for repeat in range(2):
         write_run(
@@ -612,7 +614,7 @@ def test_all_exchanges_are_held_against_the_same_speed(tmp_path):
 def test_the_short_run_of_one_worker_is_the_baseline_where_no_cell_is(tmp_path):
     config = tmp_path / "job.yaml"
     config.write_text("model: mlp\ndata: digits\nbatch_size: 96\nsteps: 100\n")
-    plan = sweep.plan([config], [2, 4], ["ring", "tree"], repeats=2, threads=1)
+    plan = sweep.plan(sweep.Request([config], [2, 4], ["ring", "tree"], repeats=2, threads=1))
     sweep.claim(tmp_path / "out", plan)
     alone = {96: 0.100, 48: 0.052, 24: 0.028}
     for cell in plan.cells():

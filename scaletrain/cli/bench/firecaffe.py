@@ -75,9 +75,17 @@ def _measure(data: Path, hosts: Sequence[int]) -> None:
     suites = Path(__file__).resolve().parents[3] / "benchmarks" / "suites" / "firecaffe"
     configs = [suites / f"{name}.yaml" for name in MB]
     for name, counts, exchanges in (("one", (1,), ("none",)), ("many", hosts, EXCHANGES)):
-        plan = sweep.plan(
-            configs, counts, exchanges, repeats=1, settings=(f"launcher.bandwidth={BANDWIDTH}",), launcher="rehearsal", threads=1, split=False,
-        )  # fmt: skip
+        request = sweep.Request(
+            configs,
+            counts,
+            exchanges,
+            repeats=1,
+            settings=(f"launcher.bandwidth={BANDWIDTH}",),
+            launcher="rehearsal",
+            threads=1,
+            split=False,
+        )
+        plan = sweep.plan(request)
         sweep.claim(data / name, plan)
         header = data / name / "header.json"
         if not header.exists():
