@@ -592,6 +592,72 @@ class Report:
         return _to_json(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Something that took time on one rank."""
+
+    name: str
+    began_s: float  # of the trace's clock
+    seconds: float
+    facts: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)  # shown beside it
+
+    @property
+    def ended_s(self) -> float:
+        return self.began_s + self.seconds
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> tuple[str, Self]:
+        """Return the kind of a recorded span (``run.spans``), and the span in unix time."""
+        known = ("kind", "name", "began", "s")
+        facts = {key: fact for key, fact in value.items() if key not in known}
+        return value["kind"], cls(value["name"], value["began"], value["s"], facts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a complete event of a Chrome trace, in microseconds."""
+        return {
+            "name": self.name,
+            "ph": "X",
+            "ts": 1e6 * self.began_s,
+            "dur": 1e6 * self.seconds,
+            "args": dict(self.facts),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceRow:
+    """One line of a trace. Its spans do not overlap."""
+
+    rank: int
+    name: str
+    spans: tuple[Span, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The rows of all ranks, those of one rank together."""
+
+    rows: tuple[TraceRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the trace as Chrome reads it: a process a rank, a thread a row."""
+        events: list[dict[str, Any]] = []
+        threads: Counter[int] = Counter()
+        for row in self.rows:
+            if row.rank not in threads:
+                events.append(_name_event("process_name", f"rank {row.rank}", row.rank))
+            place = {"pid": row.rank, "tid": threads[row.rank]}
+            threads[row.rank] += 1
+            events.append(_name_event("thread_name", row.name, **place))
+            events += [span.to_json() | place for span in row.spans]
+        return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _name_event(kind: str, name: str, pid: int, tid: int | None = None) -> dict[str, Any]:
+    """Return the event of a Chrome trace that names a process or a thread."""
+    thread = {} if tid is None else {"tid": tid}
+    return {"name": kind, "ph": "M", "pid": pid, **thread, "args": {"name": name}}
+
+
 def _given(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of ``value`` that the dataclass ``cls`` has fields for."""
     names = [field.name for field in dataclasses.fields(cls)]

@@ -19,7 +19,6 @@ UNTYPED = (
     "proof.py",
     "show/plots.py",
     "show/results.py",
-    "show/trace.py",
 )
 
 

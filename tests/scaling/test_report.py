@@ -324,7 +324,7 @@ def test_a_directory_without_a_run_is_a_plain_mistake(tmp_path):
 def test_trace_puts_all_ranks_on_one_clock(tmp_path):
     run = write_run(tmp_path / "run", steps=[[0.1] * 4, [0.2] * 4])
     (run / "rank-1.json").write_text(json.dumps({"clock_offset_s": 0.05}))
-    events = trace.of_run(run)["traceEvents"]
+    events = trace.of_run(run).to_json()["traceEvents"]
     steps = {(e["pid"], e["name"]): e for e in events if e["name"].startswith("step")}
     assert steps[1, "step 0"]["ts"] == pytest.approx(0) and steps[0, "step 0"][
         "ts"
@@ -344,7 +344,7 @@ def test_trace_shows_buckets_rounds_and_waits_without_covering_each_other(tmp_pa
     ]
     text = "".join(json.dumps(span) + "\n" for span in spans)
     (run / "spans-0.jsonl").write_text(text + '{"kind": "round", "na')  # the worker was killed
-    events = trace.of_run(run)["traceEvents"]
+    events = trace.of_run(run).to_json()["traceEvents"]
     rows = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert list(rows.values()) == ["step", "parts", "bucket", "bucket (2)", "wait"]
     shown = [

@@ -102,7 +102,7 @@ def write_traces(out: Path) -> list[Path]:
         ]
         if done:
             path = out / "traces" / f"{cell.name}.json"
-            write_json(path, traces.of_run(done[0]))
+            traces.write(done[0], path)
             written.append(path)
     return written
 
