@@ -62,7 +62,7 @@ def test_settings_that_differ_are_named_and_repeats_are_not():
     told = differences(
         header(settings=["epochs=2", "optimizer.lr=0.1"], bound_to_cores=False), header()
     )
-    assert told == "not measured alike: epochs 5 -> 2, bound_to_cores true -> false"
+    assert told == "measured with different settings: epochs 5 -> 2, bound_to_cores true -> false"
 
 
 def test_a_cell_that_fails_now_is_a_regression(tmp_path):

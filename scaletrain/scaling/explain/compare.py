@@ -125,7 +125,7 @@ def differences(new: Report, old: Report) -> str | None:
                 changes.append(f"{key} {value_before} -> {value_now}")
     if not changes:
         return None
-    return f"not measured alike: {', '.join(dict.fromkeys(changes))}"
+    return f"measured with different settings: {', '.join(dict.fromkeys(changes))}"
 
 
 def _settings(header: Header) -> dict[str, dict[str, object]]:

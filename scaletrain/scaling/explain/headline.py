@@ -48,22 +48,23 @@ def _speedups(rows: Sequence[Row], losses: Sequence[Loss]) -> list[str]:
     largest = max((row for row in comparable if row.workers == most), key=_speedup)
 
     sentences = [
-        f"{_name(best)}: {_times(best)} the speed of {best.baseline}"
-        f" (efficiency {best.efficiency:.2f}, {_rate(best)}."
+        f"Fastest is {_name(best)}: {_times(best)} the speed of {best.baseline}"
+        f" (efficiency {best.efficiency:.2f}, {_rate(best)})."
     ]
     equals = _maybe_equals(best, rows)
     if equals:
         sentences.append(
             f"{' and '.join(equals)} may be as fast:"
-            f" {len(best.runs)} repeats do not tell them apart."
+            f" {plural(len(best.runs), 'repeat')} cannot tell them apart."
         )
     if _speedup(largest) < _speedup(best):
         crowded = f", {largest.oversubscribed}" if largest.oversubscribed else ""
-        apart = ", not told apart by the repeats" if _may_be_as_fast(largest, best) else ""
         sentences.append(
-            f"{_name(largest)}, the most measured: {_times(largest)}"
-            f" (efficiency {largest.efficiency:.2f}{crowded}){apart}."
+            f"{_name(largest)}, the most measured, reaches {_times(largest)}"
+            f" (efficiency {largest.efficiency:.2f}{crowded})."
         )
+        if _may_be_as_fast(largest, best):
+            sentences.append("The repeats cannot tell it from the fastest.")
     sentences += _limiter(best, largest, losses)
     return sentences + _oversubscription(best)
 
@@ -73,8 +74,11 @@ def _speed_alone(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     best = max(rows, key=lambda row: (row.exchange != "none", row.samples_per_s))
-    alone = f"{_name(best)}: no other number of workers to compare with ({_rate(best)}."
-    return [alone, *_oversubscription(best)]
+    return [
+        f"Fastest is {_name(best)}: {_rate(best)}.",
+        "There is no other number of workers to compare with.",
+        *_oversubscription(best),
+    ]
 
 
 def _limiter(best: Row, largest: Row, losses: Sequence[Loss]) -> list[str]:
@@ -96,8 +100,8 @@ def _missing(header: Header) -> list[str]:
     if not header.runs_missing:
         return []
     return [
-        f"Unfinished: {header.runs_missing} of {header.runs_planned} runs are missing"
-        " (the same command, with this report's directory as --out, runs them)."
+        f"Unfinished: {header.runs_missing} of {header.runs_planned} runs are missing."
+        " The same command runs them, with this report's directory as --out."
     ]
 
 
@@ -145,9 +149,9 @@ def _name(row: Row) -> str:
 
 
 def _rate(row: Row) -> str:
-    """Return samples per second with the bracket that closes the sentence's remark."""
+    """Return samples per second, and that they rest on one run if they do."""
     doubt = f"; {ONE_RUN}" if len(row.runs) < 2 else ""
-    return f"{row.samples_per_s:,.0f} samples/s){doubt}"
+    return f"{row.samples_per_s:,.0f} samples/s{doubt}"
 
 
 def _times(row: Row) -> str:

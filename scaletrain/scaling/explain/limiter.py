@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from scaletrain.scaling.measure.intervals import MANY, ONE_RUN, enough
+from scaletrain.units import plural
 
 WELL = 0.98  # from this efficiency on, next to nothing is lost
 LITTLE = 0.05  # half the width of the interval to which an efficiency that good must be known
@@ -45,15 +46,49 @@ class Cause(NamedTuple):
     seconds: float  # a step; negative: it shortens the step (a smaller batch may fit a cache)
 
 
-ADVICE = {
-    "communication": "send less (16 bits, fewer or larger exchanges), another exchange, a faster link, or more work per step",
-    "stragglers": "find the slow worker, give every worker the same share, or use backup workers or bounded staleness",
-    "input": "more loader_workers, or data nearer to the workers",
-    "optimizer": "it is the same on every worker however many there are: a fused or sharded optimizer, or a larger batch",
-    "stolen cores": "fewer workers or threads a host: they share cores or memory bandwidth",
-    "small batch": "a larger global batch (weak scaling): each worker's share is too small to run at full speed",
-    "unexplained": "more repeats: the references and the cell were not measured under the same conditions",
-}  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Wording:
+    """How the report speaks of a cause."""
+
+    verdict: str
+    advice: str
+
+
+WORDINGS = {
+    "communication": Wording(
+        "Communication is the bottleneck",
+        "Send less (16 bits, fewer or larger exchanges), try another exchange or a faster link,"
+        " or do more work per step.",
+    ),
+    "stragglers": Wording(
+        "Stragglers are the bottleneck",
+        "Find the slow worker, give every worker the same share, or use backup workers or bounded"
+        " staleness.",
+    ),
+    "input": Wording(
+        "Input is the bottleneck",
+        "Use more loader_workers, or bring the data nearer to the workers.",
+    ),
+    "optimizer": Wording(
+        "The optimizer is the bottleneck",
+        "It costs the same on every worker, however many there are: use a fused or sharded"
+        " optimizer, or a larger batch.",
+    ),
+    "stolen cores": Wording(
+        "Stolen cores are the bottleneck",
+        "Use fewer workers or threads a host: they share cores or memory bandwidth.",
+    ),
+    "small batch": Wording(
+        "The small batch is the bottleneck",
+        "Use a larger global batch (weak scaling): each worker's share is too small to run at full"
+        " speed.",
+    ),
+    "unexplained": Wording(
+        "The largest loss is unexplained",
+        "Measure more repeats: the references and the cell were not measured under the same"
+        " conditions.",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +100,22 @@ class Evidence:
     ci95: float | None = None  # of the efficiency; None: not known
     lead_ci95: float | None = None  # of the seconds by which the largest cause leads the second
     repeats: int = 2  # of the least measured of the runs that it rests on
+    workers: int = 2
 
     @property
     def loss_s(self) -> float:
         """Seconds a step that are lost, net of what some causes gain."""
         return sum(cause.seconds for cause in self.causes)
+
+    @property
+    def wanted_ci95(self) -> float:
+        """The interval of the efficiency beyond which no cause is named."""
+        return (1 - self.efficiency) / 2 if self.efficiency < WELL else LITTLE
+
+    @property
+    def is_efficiency_known(self) -> bool:
+        """Whether the efficiency is known well enough to name a cause. One run shows no noise."""
+        return self.ci95 is None or self.ci95 <= self.wanted_ci95
 
     @property
     def costs(self) -> list[Cause]:
@@ -129,32 +175,21 @@ def limiter(causes: Sequence[Cause]) -> Cause | None:
 
 
 def unidentified(evidence: Evidence) -> str | None:
-    """Return in a sentence why no cause can be called the limiter.
+    """Return in plain words why no cause can be called the limiter.
 
     None if one can be called so, or if nothing is lost.
     """
     costs = evidence.costs
-    repeats = max(2, evidence.repeats)
-    lost_share = 1 - evidence.efficiency
-    wanted = lost_share / 2 if evidence.efficiency < WELL else LITTLE
-    if evidence.ci95 is not None and evidence.ci95 > wanted:
-        what, largest = "from none", ""
-        if evidence.ci95 < lost_share:
-            what = "to within half of it"
-            largest = f" as measured, {_largest_two(costs)} cost most;"
-        return (
-            f"The repeats do not tell the loss {what}"
-            f" (efficiency {evidence.efficiency:.2f} ± {evidence.ci95:.2f});{largest}"
-            f" {_repeats_needed(repeats, evidence.ci95, wanted)}."
-        )
+    if not evidence.is_efficiency_known:
+        return _too_noisy(evidence)
     if not costs or evidence.efficiency >= WELL:
         return None
     gained_s = -sum(cause.seconds for cause in evidence.causes if cause.seconds < 0)
     if gained_s > evidence.loss_s:
         # What is left is smaller than what cancels: a difference of noises.
         return (
-            f"No cause can be named: {_ms(evidence.loss_s + gained_s)} a step of losses and"
-            f" {_ms(gained_s)} of gains nearly cancel; more repeats may tell."
+            f"No cause can be named: losses of {_ms(evidence.loss_s + gained_s)} and gains of"
+            f" {_ms(gained_s)} a step nearly cancel. More repeats may help."
         )
     if len(costs) < 2:
         return None
@@ -163,52 +198,61 @@ def unidentified(evidence: Evidence) -> str | None:
         return f"No cause stands out: {_largest_two(costs)} cost about the same."
     if evidence.lead_ci95 is not None and lead_s <= evidence.lead_ci95:
         return (
-            f"The repeats do not tell which costs more, {_largest_two(costs)}: their difference is"
-            f" known to ± {_ms(evidence.lead_ci95)};"
-            f" {_repeats_needed(repeats, evidence.lead_ci95, lead_s)}."
+            f"Too noisy to say which costs more, {_largest_two(costs)}: their difference is known"
+            f" to ± {_ms(evidence.lead_ci95)}."
+            f" {_repeats_needed(evidence, evidence.lead_ci95, lead_s)}"
         )
     return None
 
 
-def sentence(evidence: Evidence, alternative: str | None = None) -> str:
-    """Return one sentence: the limiter, its share of the loss, and what to change.
+def _too_noisy(evidence: Evidence) -> str:
+    """Return what to say if the efficiency is not known well enough to name a cause."""
+    assert evidence.ci95 is not None
+    efficiency = (
+        f"efficiency {evidence.efficiency:.2f} ± {evidence.ci95:.2f}"
+        f" after {evidence.repeats} repeats"
+    )
+    needed = _repeats_needed(evidence, evidence.ci95, evidence.wanted_ci95)
+    if evidence.ci95 >= 1 - evidence.efficiency:
+        return f"Too noisy to say whether anything is lost: {efficiency}. {needed}"
+    largest = f"As measured, {_largest_two(evidence.costs)} cost most."
+    return f"Too noisy to name a cause: {efficiency}. {largest} {needed}"
 
-    Or that the measurements do not identify one.
+
+def sentence(evidence: Evidence, alternative: str | None = None) -> str:
+    """Return the limiter, its share of the lost time and what to change, for people.
+
+    Or that the measurements do not identify a limiter.
 
     Args:
         evidence: what is known about the lost time.
-        alternative: a measured or predicted better exchange, in place of general advice.
+        alternative: a sentence about a measured or predicted better exchange, in place of general
+            advice.
     """
-    doubt = f" ({ONE_RUN})" if evidence.repeats < 2 else ""
-    reason = unidentified(evidence)
-    if reason:
-        return f"{reason.removesuffix('.')}{doubt}."
+    sentences = [unidentified(evidence) or _verdict(evidence, alternative)]
+    if evidence.repeats < 2:
+        sentences.append(f"{ONE_RUN.capitalize()}.")
+    return " ".join(sentences)
+
+
+def _verdict(evidence: Evidence, alternative: str | None) -> str:
+    """Return the limiter, its share of the lost time, and what to change."""
+    on_workers = f"on {plural(evidence.workers, 'worker')}"
     worst = limiter(evidence.causes)
     if worst is None or evidence.efficiency >= WELL:
-        return f"Nothing to speak of is lost (efficiency {evidence.efficiency:.2f}){doubt}."
+        return f"Next to nothing is lost {on_workers}: efficiency {evidence.efficiency:.2f}."
+    wording = WORDINGS[worst.name]
     loss_s = evidence.loss_s
     if worst.seconds <= loss_s:
-        share = f"{worst.seconds / loss_s:.0%} of the loss"
+        share = f"{_percent(worst.seconds / loss_s)} of the lost time."
     else:
-        share = (
-            f"{_ms(worst.seconds)} a step, of which other parts gain some back"
-            f" ({_ms(loss_s)} are lost)"
-        )
-    return (
-        f"{worst.name.capitalize()}: {share}; {alternative or ADVICE[worst.name]}"
-        f"{_gap(worst, evidence)}{doubt}."
-    )
-
-
-def _gap(worst: Cause, evidence: Evidence) -> str:
-    """Return what to say if the causes do not add up to the loss; empty if they do."""
-    rest = 0.0
-    for cause in evidence.causes:
-        if cause.name == "unexplained":
-            rest = cause.seconds / evidence.loss_s
-    if abs(rest) <= WHOLE or worst.name == "unexplained":
-        return ""
-    return f"; the causes add up to {1 - rest:.0%} of the loss"
+        share = f"{_ms(worst.seconds)} a step. Other parts gain some back: {_ms(loss_s)} are lost."
+    sentences = [f"{wording.verdict} {on_workers}: {share}", alternative or wording.advice]
+    unexplained_s = sum(c.seconds for c in evidence.causes if c.name == "unexplained")
+    rest = unexplained_s / loss_s
+    if abs(rest) > WHOLE and worst.name != "unexplained":
+        sentences.append(f"The causes add up to {_percent(1 - rest)} of the lost time.")
+    return " ".join(sentences)
 
 
 def _largest_two(costs: Sequence[Cause]) -> str:
@@ -222,8 +266,13 @@ def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms"
 
 
-def _repeats_needed(repeats: int, ci95: float, wanted: float) -> str:
-    needed = enough(repeats, ci95, wanted)
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _repeats_needed(evidence: Evidence, ci95: float, wanted: float) -> str:
+    """Return how many repeats would narrow an interval to the wanted width."""
+    needed = enough(max(2, evidence.repeats), ci95, wanted)
     if needed is None:
-        return f"it would take more than {MANY} repeats to tell"
-    return f"about {needed} repeats would tell"
+        return f"More than {MANY} repeats would be needed."
+    return f"About {needed} repeats would be enough."

@@ -72,6 +72,7 @@ def loss_of(cell: Cell, row: Row, measurements: Measurements) -> Loss | None:
         ci95=None if row.speedup_ci95 is None else row.speedup_ci95 / cell.workers,
         lead_ci95=_lead_ci95(causes, steps, runs),
         repeats=runs.repeats,
+        workers=cell.workers,
     )
     largest = limiter.limiter(causes)
     is_identified = limiter.unidentified(evidence) is None
@@ -167,15 +168,16 @@ def _with_alternative(loss: Loss, rows: Sequence[Row], fitted: Fit | None) -> Lo
     # Noise is no advice: the two speeds must differ by more than their intervals.
     if best is not None and _is_clearly_faster(best, row):
         alternative = (
-            f"{best.exchange} instead of {loss.exchange} measured"
-            f" {row.efficiency:.2f} -> {best.efficiency:.2f}"
+            f"{_capitalized(best.exchange)} instead of {loss.exchange} raised efficiency"
+            f" from {row.efficiency:.2f} to {best.efficiency:.2f}."
         )
     elif fitted is not None and not fitted.untold:
         alternative = _predicted_alternative(row, fitted)
     if alternative is None:
         return loss
     causes = [Cause(name, seconds) for name, seconds in loss.causes.items()]
-    evidence = Evidence(causes=causes, efficiency=loss.efficiency, repeats=loss.repeats)
+    # The limiter is known, and its intervals need no second look.
+    evidence = Evidence(causes, loss.efficiency, repeats=loss.repeats, workers=loss.workers)
     return dataclasses.replace(loss, sentence=limiter.sentence(evidence, alternative))
 
 
@@ -220,4 +222,12 @@ def _predicted_alternative(row: Row, fitted: Fit) -> str | None:
     if best == strategy or gain < WORTH:
         return None
     efficiency = row.efficiency * gain
-    return f"{best} instead of {row.exchange} predicts {row.efficiency:.2f} -> {efficiency:.2f}"
+    return (
+        f"{_capitalized(best)} instead of {row.exchange} should raise efficiency"
+        f" from {row.efficiency:.2f} to {efficiency:.2f}."
+    )
+
+
+def _capitalized(exchange: str) -> str:
+    """Return an exchange's label at the beginning of a sentence."""
+    return exchange[:1].upper() + exchange[1:]

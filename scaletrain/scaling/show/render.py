@@ -85,8 +85,9 @@ def note(report: Report) -> str:
     if repeats < 2:
         return f"{ONE_RUN.capitalize()}."
     return (
-        f"± is the 95 % confidence interval of the mean over {repeats} repeats (Student's t); none where one run was made."
-        " Speed-up is the ratio of the means of samples/s; its interval takes each repeat with the baseline's."
+        f"± is the 95 % confidence interval of the mean over {repeats} repeats (Student's t)."
+        " A cell of one run has none. Speed-up is the ratio of the mean samples/s; its interval"
+        " pairs each repeat with the baseline's."
     )
 
 
