@@ -17,7 +17,6 @@ UNTYPED = (
     "predict/simulate.py",
     "predict/step_time.py",
     "proof.py",
-    "show/plots.py",
     "show/results.py",
 )
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,7 +22,7 @@ from scaletrain.scaling.measure.run import read_run
 from scaletrain.scaling.model import Row
 from scaletrain.scaling.predict.fit import Fit, Parameter
 from scaletrain.scaling.predict.step_time import Compute
-from scaletrain.scaling.show import plots, publish, render, results, table, trace
+from scaletrain.scaling.show import plots, publish, render, results, table, text, trace
 
 from .runs import write_run
 
@@ -211,7 +212,7 @@ def drawn(draw):
 
 def test_legends_cover_nothing_and_points_at_one_place_stand_side_by_side(measured):
     made = report.of_sweep(measured)
-    for draw in (plots.curves(made.rows, "speedup", True, "x"), plots.anatomy(made.losses)):
+    for draw in (plots.curves(made.rows, "speedup"), plots.anatomy(made.losses)):
         figure, axes = drawn(draw)
         (legend,) = figure.legends
         assert (
@@ -219,7 +220,7 @@ def test_legends_cover_nothing_and_points_at_one_place_stand_side_by_side(measur
             and axes.get_legend() is None
         )
         assert legend.get_window_extent().width <= figure.bbox.width
-    _, axes = drawn(plots.curves(made.rows, "speedup", True, "x"))
+    _, axes = drawn(plots.curves(made.rows, "speedup"))
     starts = [bars.lines[0].get_xdata()[0] for bars in axes.containers]
     assert len(set(starts)) == len(starts) == 2 and max(abs(x - 1) for x in starts) < 0.05
 
@@ -286,9 +287,9 @@ def test_tables_in_markdown_are_tables(measured, timed: bool, several: bool):
         made = with_row(made, number, variant={"batch_size": number % 2} if several else {})
     if timed:
         made = with_row(made, 0, target_s=1.5, target_runs=2)
-    text = render.markdown(made)
-    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 3 and text.endswith(".\n")
+    page = render.markdown(made)
+    tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 3 and page.endswith(".\n")
     for head, dashes, *rows in tables:
         assert set(dashes) == {"|", "-"} and rows
         assert {line.count("|") for line in (head, dashes, *rows)} == {head.count("|")}, head
@@ -682,12 +683,12 @@ def test_a_target_that_some_repeats_reached_says_how_many(tmp_path):
     made = report.of_runs(runs)
     (only,) = made.rows
     assert (only.target_s, only.target_runs) == (10.0, 2) and only.target_s_ci95 > 1
-    assert render.to_target(only).startswith("10.0 ± ") and render.to_target(only).endswith(
+    assert text.to_target(only).startswith("10.0 ± ") and text.to_target(only).endswith(
         "(2 of 3 runs)"
     )
-    assert render.to_target(only) in render.markdown(made) and render.to_target(
-        only
-    ) in render.html(made)
+    assert text.to_target(only) in render.markdown(made) and text.to_target(only) in render.html(
+        made
+    )
 
 
 def test_what_collectives_send_is_told_from_their_schedule(measured):
@@ -766,7 +767,7 @@ def test_a_report_of_several_jobs_is_not_fitted_as_one(measured, tmp_path):
 
 def test_far_predictions_are_drawn_dashed():
     rows = [
-        {"strategy": "ring", "workers": n, "machines": n, "speedup": 0.9 * n}
+        SimpleNamespace(strategy="ring", workers=n, machines=n, speedup=0.9 * n)
         for n in (1, 4, 16, 64)
     ]
     _, axes = drawn(plots.simulation(rows, 16))

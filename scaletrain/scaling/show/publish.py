@@ -224,5 +224,5 @@ def write_simulation(
     reach = None if measured is None else measured * FAR
     for form in ("svg", "png"):
         (out / f"simulation.{form}").write_bytes(
-            plots.image(plots.simulation(rows, reach), form, watermark="PREDICTED")
+            plots.image(plots.simulation(points, reach), form, watermark="PREDICTED")
         )
