@@ -50,7 +50,6 @@ def report(
 ) -> None:
     """Render reports again, from a sweep's directories or from single run directories. Trains nothing, needs no torch."""
     from scaletrain.errors import UserError
-    from scaletrain.run.atomic import write_json
     from scaletrain.scaling.explain import report as reports
     from scaletrain.scaling.show import publish
     from scaletrain.scaling.show import trace as traces
@@ -87,7 +86,7 @@ def report(
         publish.publish(reports.of_runs(runs), last, formats=wanted, console=console)
         if trace:
             for directory in runs:
-                write_json(directory / "trace.json", traces.of_run(directory))
+                traces.write(directory, directory / "trace.json")
     if baseline and last:
         publish.compare_and_exit(last / "report.json", baseline)
 
@@ -120,7 +119,7 @@ def fit(
     from scaletrain.scaling.show import publish
 
     path = path / "report.json" if path.is_dir() else path
-    report = publish.read_report(path)
+    report = publish.read_report(path).to_json()
     rows = [row for row in report["rows"] if row["runs"]]
     if not rows:
         raise UserError(f"{path}: nothing in it was measured")

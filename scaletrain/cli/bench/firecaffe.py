@@ -1,5 +1,6 @@
 """FireCaffe's curves on emulated hosts: server, tree and ring under the gradients of NiN and GoogLeNet, beside the formulas."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -51,13 +52,15 @@ def command(hosts: tuple[int, ...], data: Path, out: Path, no_measure: bool) -> 
         raise UserError(
             f"--data {data}: nothing was measured there (allowed: leave --no-measure out)"
         )
-    made = report.of_sweep(*swept)
-    made["header"].pop("argv", None)
+    swept_report = report.of_sweep(*swept)
+    header = dataclasses.replace(swept_report.header, argv=None)
+    swept_report = dataclasses.replace(swept_report, header=header)
+    made = swept_report.to_json()
     exchanges = [row for count in hosts for row in _exchange_rows(data / f"exchanges-{count}.json")]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "firecaffe.json", {**made, "exchanges": exchanges})
-    (out / "firecaffe.html").write_text(render.html(made), encoding="utf-8")
-    for name, image in render.images(made, "svg").items():
+    (out / "firecaffe.html").write_text(render.html(swept_report), encoding="utf-8")
+    for name, image in render.images(swept_report, "svg").items():
         (out / f"firecaffe_{name}.svg").write_bytes(image)
     text = _markdown(made, exchanges)
     results.write(out / "firecaffe.md", text)
@@ -72,13 +75,22 @@ def _measure(data: Path, hosts: Sequence[int]) -> None:
     suites = Path(__file__).resolve().parents[3] / "benchmarks" / "suites" / "firecaffe"
     configs = [suites / f"{name}.yaml" for name in MB]
     for name, counts, exchanges in (("one", (1,), ("none",)), ("many", hosts, EXCHANGES)):
-        plan = sweep.plan(
-            configs, counts, exchanges, repeats=1, settings=(f"launcher.bandwidth={BANDWIDTH}",), launcher="rehearsal", threads=1, split=False,
-        )  # fmt: skip
+        request = sweep.Request(
+            configs,
+            counts,
+            exchanges,
+            repeats=1,
+            settings=(f"launcher.bandwidth={BANDWIDTH}",),
+            launcher="rehearsal",
+            threads=1,
+            split=False,
+        )
+        plan = sweep.plan(request)
         sweep.claim(data / name, plan)
         header = data / name / "header.json"
         if not header.exists():
-            write_json(header, plan.header() | {"load_average": os.getloadavg()[1]})
+            noted = dataclasses.replace(plan.header(), load_average=os.getloadavg()[1])
+            write_json(header, noted.to_json())
         sweep.run(plan, data / name, click.echo)
     for count in hosts:
         made = data / f"exchanges-{count}.json"
