@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from scaletrain.scaling.commands import baseline_option
+from scaletrain.cli.report import baseline_option
 
 if TYPE_CHECKING:
     from scaletrain.scaling.measure.sweep import Sweep
