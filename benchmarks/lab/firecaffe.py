@@ -98,7 +98,7 @@ def _measure(data: Path, hosts: Sequence[int]) -> None:
 def _sweep(
     out: Path, configs: Sequence[Path], hosts: Sequence[int], exchanges: Sequence[str]
 ) -> None:
-    plan = sweep.plan(
+    request = sweep.Request(
         configs,
         hosts,
         exchanges,
@@ -108,6 +108,7 @@ def _sweep(
         threads=1,
         split=False,
     )
+    plan = sweep.plan(request)
     sweep.claim(out, plan)
     header = out / "header.json"
     if not header.exists():

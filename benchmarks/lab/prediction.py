@@ -173,7 +173,9 @@ def _results(data: Path, cores: int) -> dict[str, Any]:
             )
     training, traffic = data / "training" / "report.json", data / "traffic" / "report.json"
     result["training"] = (
-        proof.other_batch(read_report(training), FITTED_BATCH) if training.exists() else []
+        proof.other_batch(read_report(training).to_json(), FITTED_BATCH)
+        if training.exists()
+        else []
     )
     made = proof.firecaffe()
     result["firecaffe"] = {
@@ -187,7 +189,7 @@ def _results(data: Path, cores: int) -> dict[str, Any]:
         for name, made in proof.backup_workers().items()
     }
     result["traffic"] = (
-        proof.traffic(read_report(traffic), TRAFFIC_STEP_S, preset("1gbit"))
+        proof.traffic(read_report(traffic).to_json(), TRAFFIC_STEP_S, preset("1gbit"))
         if traffic.exists()
         else []
     )

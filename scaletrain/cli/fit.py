@@ -88,8 +88,7 @@ def _show(fitted: "Fit") -> None:
 def _in_words(estimate: "Estimate", unit: str, scale: float) -> str:
     if not estimate.is_identified or estimate.low is None or estimate.high is None:
         return (
-            "not told by these measurements"
-            " (more worker counts, exchanges or repeats may tell it)"
+            "not told by these measurements (more worker counts, exchanges or repeats may tell it)"
         )
     low = scale * estimate.low
     high = scale * estimate.high

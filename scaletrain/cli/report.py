@@ -100,7 +100,6 @@ def command(
       scaletrain report runs/bench-1 --format html,md --trace
       scaletrain report runs/a runs/b --out runs/both
     """
-    from scaletrain.run.atomic import write_json
     from scaletrain.scaling.explain import report as reports
     from scaletrain.scaling.show import publish
     from scaletrain.scaling.show import trace as traces
@@ -128,6 +127,6 @@ def command(
         publish.publish(reports.of_runs(sources.runs), target, formats=wanted, console=console)
         if trace:
             for directory in sources.runs:
-                write_json(directory / "trace.json", traces.of_run(directory))
+                traces.write(directory, directory / "trace.json")
     if baseline:
         publish.compare_and_exit(target / "report.json", baseline)

@@ -94,6 +94,5 @@ class ModelTimes:
             )
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"--layers {path}: no layers"
-                " (allowed: what `scaletrain bench model --out` wrote)"
+                f"--layers {path}: no layers (allowed: what `scaletrain bench model --out` wrote)"
             ) from None

@@ -10,6 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from scaletrain.scaling.model import Loss, Prediction, Row
+
 # Stand-ins for the page's colours: exact values that nothing else in a plot has, replaced by CSS variables in inline SVG.
 INK, PALE, PAPER = "#101112", "#b0b1b2", "#fdfcfb"
 SERIES = ("#2166ac", "#d6604d", "#1b8a5a", "#8856a7", "#b8860b", "#4d9fb8", "#a6456b", "#6b7a2f")
@@ -80,12 +82,12 @@ def _legend(axes: Axes) -> None:
     figure.set_figheight(figure.get_figheight() + 0.18 * max(0, -(-len(labels) // columns) - 2))
 
 
-def curves(rows: Sequence[Mapping[str, Any]], value: str, ideal: bool, label: str) -> Drawing:
+def curves(rows: Sequence[Row], value: str, ideal: bool, label: str) -> Drawing:
     """``value`` (speedup or efficiency) against workers, a line an exchange, the ideal dashed, intervals as bars."""
 
     def draw(axes: Axes) -> None:
-        done = [row for row in rows if row[value] is not None]
-        workers = sorted({row["workers"] for row in done})
+        done = [row for row in rows if getattr(row, value) is not None]
+        workers = sorted({row.workers for row in done})
         if ideal and workers:
             ends = [1, max(workers)] if len(workers) > 1 else [1, max(2, workers[0])]
             axes.plot(
@@ -101,27 +103,27 @@ def curves(rows: Sequence[Mapping[str, Any]], value: str, ideal: bool, label: st
         for index, name in enumerate(names):
             aside = DODGE * length * (index - (len(names) - 1) / 2)
             own = sorted(
-                (row for row in done if _name(row, rows) == name), key=lambda row: row["workers"]
+                (row for row in done if _name(row, rows) == name), key=lambda row: row.workers
             )
-            scale = [1.0 if value == "speedup" else 1 / row["workers"] for row in own]
-            errors = [(row["speedup_ci95"] or 0.0) * s for row, s in zip(own, scale, strict=True)]
+            scale = [1.0 if value == "speedup" else 1 / row.workers for row in own]
+            errors = [(row.speedup_ci95 or 0.0) * s for row, s in zip(own, scale, strict=True)]
             colour = SERIES[index % len(SERIES)]
             axes.errorbar(
-                [row["workers"] + aside for row in own], [row[value] for row in own], yerr=errors, marker="o", ms=4.5, lw=1.7,
+                [row.workers + aside for row in own], [getattr(row, value) for row in own], yerr=errors, marker="o", ms=4.5, lw=1.7,
                 capsize=3, color=colour, label=name, zorder=3,
             )  # fmt: skip
-            over = [row for row in own if row["oversubscribed"]]
+            over = [row for row in own if row.oversubscribed]
             if over:
                 axes.plot(
-                    [r["workers"] + aside for r in over],
-                    [r[value] for r in over],
+                    [r.workers + aside for r in over],
+                    [getattr(r, value) for r in over],
                     "o",
                     ms=9,
                     mfc="none",
                     mec=colour,
                     ls="none",
                 )
-        if any(row["oversubscribed"] for row in done):
+        if any(row.oversubscribed for row in done):
             axes.plot([], [], "o", ms=9, mfc="none", mec=INK, ls="none", label="oversubscribed")
         axes.set_xlabel("workers")
         axes.set_ylabel(label)
@@ -129,34 +131,31 @@ def curves(rows: Sequence[Mapping[str, Any]], value: str, ideal: bool, label: st
         top = (
             1.0 if value == "efficiency" else max(workers, default=1)
         )  # a wide interval must not flatten the curves
-        axes.set_ylim(0, 1.12 * max([top, *(row[value] for row in done)]))
+        axes.set_ylim(0, 1.12 * max([top, *(getattr(row, value) for row in done)]))
         _legend(axes)
 
     return draw
 
 
-def _name(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    several = len({r["config"] for r in rows}) > 1
-    varied = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in row["variant"].items())
+def _name(row: Row, rows: Sequence[Row]) -> str:
+    several = len({r.config for r in rows}) > 1
+    varied = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in row.variant.items())
     return " ".join(
-        word for word in ([row["config"]] if several else []) + [row["exchange"], varied] if word
+        word for word in ([row.config] if several else []) + [row.exchange, varied] if word
     )
 
 
-def anatomy(losses: Sequence[Mapping[str, Any]]) -> Drawing:
+def anatomy(losses: Sequence[Loss]) -> Drawing:
     """The step of each cell as a stacked bar: the ideal, then each cause of loss. Causes that gain time hang below zero."""
 
     def draw(axes: Axes) -> None:
         labels = [
-            f"{loss['exchange']}\n{loss['workers']} w"
-            + "".join(f"\n{v}" for v in loss["variant"].values())
+            f"{loss.exchange}\n{loss.workers} w" + "".join(f"\n{v}" for v in loss.variant.values())
             for loss in losses
         ]
         top, below = [0.0] * len(losses), [0.0] * len(losses)
-        layers = {"ideal": [1000 * loss["ideal_s"] for loss in losses]}
-        layers |= {
-            name: [1000 * loss["causes"][name] for loss in losses] for name in losses[0]["causes"]
-        }
+        layers = {"ideal": [1000 * loss.ideal_s for loss in losses]}
+        layers |= {name: [1000 * loss.causes[name] for loss in losses] for name in losses[0].causes}
         for name, heights in layers.items():
             if max(map(abs, heights)) < 0.005 * max(layers["ideal"]):
                 continue  # too thin to be seen
@@ -184,24 +183,27 @@ def anatomy(losses: Sequence[Mapping[str, Any]]) -> Drawing:
     return draw
 
 
-def predicted(points: Sequence[Mapping[str, Any]]) -> Drawing:
+def predicted(points: Sequence[Prediction]) -> Drawing:
     """Predicted against measured step time, both logarithmic, with the line on which they agree."""
 
     def draw(axes: Axes) -> None:
-        values = [point[key] * 1000 for point in points for key in ("measured_s", "predicted_s")]
+        values = [
+            getattr(point, key) * 1000 for point in points for key in ("measured_s", "predicted_s")
+        ]
         ends = [min(values) * 0.8, max(values) * 1.25]
         axes.plot(ends, ends, "--", color=PALE, label="predicted = measured")
-        for index, name in enumerate(dict.fromkeys(point["exchange"] for point in points)):
-            own = [point for point in points if point["exchange"] == name]
+        for index, name in enumerate(dict.fromkeys(point.exchange for point in points)):
+            own = [point for point in points if point.exchange == name]
             colour = SERIES[index % len(SERIES)]
             axes.plot([], [], "o", color=colour, label=name)
             for fitted in (False, True):
-                some = [point for point in own if point["in_fit"] is fitted]
+                some = [point for point in own if point.in_fit is fitted]
                 x, y = (
-                    [1000 * point[key] for point in some] for key in ("measured_s", "predicted_s")
+                    [1000 * getattr(point, key) for point in some]
+                    for key in ("measured_s", "predicted_s")
                 )
                 axes.plot(x, y, "o", color=colour, mfc="none" if fitted else colour)
-        if any(point["in_fit"] for point in points):
+        if any(point.in_fit for point in points):
             axes.plot([], [], "o", color=INK, mfc="none", label="hollow: residual of the fit")
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -219,21 +221,21 @@ def predicted(points: Sequence[Mapping[str, Any]]) -> Drawing:
     return draw
 
 
-def traffic(rows: Sequence[Mapping[str, Any]]) -> Drawing:
+def traffic(rows: Sequence[Row]) -> Drawing:
     """Megabytes that one worker sends in a step: counted, or those of the collective's schedule (of a ring for ``native`` and ``horovod``)."""
 
     def draw(axes: Axes) -> None:
-        own = [row for row in rows if row["bytes_sent"]][::-1]
+        own = [row for row in rows if row.bytes_sent][::-1]
         places = range(len(own))
         for kind, look in (("counted", {}), ("the schedule's", {"hatch": "//", "alpha": 0.6})):
             some = [
-                (place, row["bytes_sent"] / 1e6)
+                (place, (row.bytes_sent or 0.0) / 1e6)
                 for place, row in zip(places, own, strict=True)
-                if row["bytes_sent_is"] == kind
+                if row.bytes_sent_is == kind
             ]
             if some:
                 axes.barh(*zip(*some, strict=True), color=SERIES[0], label=kind, **look)  # type: ignore[arg-type]
-        axes.set_yticks(places, [f"{_name(row, rows)}, {row['workers']} w" for row in own])
+        axes.set_yticks(places, [f"{_name(row, rows)}, {row.workers} w" for row in own])
         _legend(axes)
         axes.set_xlabel("MB sent by a worker in a step")
         axes.grid(axis="y", visible=False)

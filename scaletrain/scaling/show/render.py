@@ -1,22 +1,22 @@
 """The report as one self-contained HTML page, as Markdown, and as images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from scaletrain.scaling.explain import headline
 from scaletrain.scaling.measure import servers
 from scaletrain.scaling.measure.intervals import ONE_RUN
+from scaletrain.scaling.model import Prediction, Report, Row
 from scaletrain.scaling.show import plots
 
 
-def _drawings(report: Mapping[str, Any]) -> dict[str, tuple[str, plots.Drawing]]:
+def _drawings(report: Report) -> dict[str, tuple[str, plots.Drawing]]:
     """Every plot that this report has the figures for: name -> (title, drawing)."""
-    rows = report["rows"]
+    rows = report.rows
     drawings: dict[str, tuple[str, plots.Drawing]] = {}
-    if any(row["speedup"] is not None for row in rows):
+    if any(row.speedup is not None for row in rows):
         drawings["speedup"] = (
             "Speed-up",
             plots.curves(rows, "speedup", True, "times the baseline"),
@@ -25,19 +25,19 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, tuple[str, plots.Drawing]]
             "Efficiency",
             plots.curves(rows, "efficiency", True, "speed-up / workers"),
         )
-    if report["losses"]:
-        drawings["anatomy"] = ("Anatomy of a step", plots.anatomy(report["losses"]))
-    if report.get("predictions"):
+    if report.losses:
+        drawings["anatomy"] = ("Anatomy of a step", plots.anatomy(report.losses))
+    if report.predictions:
         drawings["predicted"] = (
             "Predicted against measured",
-            plots.predicted(report["predictions"]),
+            plots.predicted(report.predictions),
         )
-    if any(row["bytes_sent"] for row in rows):
+    if any(row.bytes_sent for row in rows):
         drawings["traffic"] = ("Traffic", plots.traffic(rows))
     return drawings
 
 
-def images(report: Mapping[str, Any], form: str) -> dict[str, bytes]:
+def images(report: Report, form: str) -> dict[str, bytes]:
     """Stand-alone images (svg or png) by name."""
     mark = watermark(report)
     return {
@@ -46,7 +46,7 @@ def images(report: Mapping[str, Any], form: str) -> dict[str, bytes]:
     }
 
 
-def html(report: Mapping[str, Any]) -> str:
+def html(report: Report) -> str:
     """The page: no script, no network, light and dark, phone and print."""
     mark = watermark(report)
     figures = [
@@ -58,57 +58,50 @@ def html(report: Mapping[str, Any]) -> str:
         for name, (title, draw) in _drawings(report).items()
     ]
     return _template("report.html").render(
-        report=report, figures=figures, several=_several(report), note=note(report)
+        report=report,
+        facts=report.header.to_json(),
+        figures=figures,
+        several=report.has_variants,
+        note=note(report),
     )
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    timed = any(row["target_s"] is not None for row in report["rows"])
+def markdown(report: Report) -> str:
+    timed = any(row.target_s is not None for row in report.rows)
     return _template("report.md").render(
-        report=report, several=_several(report), timed=timed, note=note(report)
+        report=report, several=report.has_variants, timed=timed, note=note(report)
     )
 
 
-def watermark(report: Mapping[str, Any]) -> str:
+def watermark(report: Report) -> str:
     """What every figure of a report has to say of itself."""
-    marks = ["EMULATED"] * bool(report["header"]["emulated"])
+    marks = ["EMULATED"] * bool(report.header.emulated)
     return ", ".join(filter(None, [*marks, headline.oversubscribed(report)]))
 
 
-def note(report: Mapping[str, Any]) -> str:
+def note(report: Report) -> str:
     """What ± means here; without repeats there is none."""
-    repeats = report["header"]["repeats"]
+    repeats = report.header.repeats
     if repeats < 2:
         return f"{ONE_RUN.capitalize()}."
     return (
-        f"± is the 95 % confidence interval of the mean over {repeats} repeats (Student's t); none where one run was made."
-        " Speed-up is the ratio of the means of samples/s; its interval takes each repeat with the baseline's."
+        f"± is the 95 % confidence interval of the mean over {repeats} repeats (Student's t)."
+        " A cell of one run has none. Speed-up is the ratio of the mean samples/s; its interval"
+        " pairs each repeat with the baseline's."
     )
 
 
-def to_target(row: Mapping[str, Any]) -> str:
+def to_target(row: Row) -> str:
     """Seconds until the target accuracy, over the repeats that reached it; how many did where not all."""
-    if row["target_s"] is None:
+    if row.target_s is None:
         return "–"
-    some = (
-        f" ({row['target_runs']} of {row['repeats']} runs)"
-        if row["target_runs"] < row["repeats"]
-        else ""
-    )
-    return f"{row['target_s']:.1f}{_plus(row['target_s_ci95'], '.1f')}{some}"
+    some = f" ({row.target_runs} of {row.repeats} runs)" if row.target_runs < row.repeats else ""
+    return f"{row.target_s:.1f}{_plus(row.target_s_ci95, '.1f')}{some}"
 
 
-def outcome(row: Mapping[str, Any]) -> str:
+def outcome(row: Row) -> str:
     """What became of a cell without a finished run."""
-    return (
-        f"failed: {'; '.join(dict.fromkeys(row['failures']))}"
-        if row["failures"]
-        else "not measured"
-    )
-
-
-def _several(report: Mapping[str, Any]) -> bool:
-    return len({(row["config"], str(row["variant"])) for row in report["rows"]}) > 1
+    return f"failed: {'; '.join(dict.fromkeys(row.failures))}" if row.failures else "not measured"
 
 
 def _template(name: str) -> jinja2.Template:
@@ -147,9 +140,9 @@ def _number4(seconds: float) -> str:
     return f"{1000 * seconds:.4f}"
 
 
-def _fitted_note(points: Sequence[Mapping[str, Any]]) -> str:
+def _fitted_note(points: Sequence[Prediction]) -> str:
     """How far the comparison is a prediction: what the model was calibrated on cannot test it."""
-    tested = sum(not point["in_fit"] for point in points)
+    tested = sum(not point.in_fit for point in points)
     told = "Computation is that of the same workers without an exchange; the network is calibrated on this report's own steps."
     if not tested:
         return (

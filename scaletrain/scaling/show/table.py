@@ -1,26 +1,24 @@
 """The report as a table on the terminal."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from scaletrain.scaling.explain.headline import oversubscribed
 from scaletrain.scaling.measure import servers
+from scaletrain.scaling.model import Report
 from scaletrain.scaling.show.render import note, outcome, to_target
 
 
-def show(report: Mapping[str, Any], console: Console) -> None:
+def show(report: Report, console: Console) -> None:
     """Print a table of the rows, the lost time by cause, what parameter servers counted, and the summary sentence."""
-    header, rows = report["header"], report["rows"]
-    title = f"{header['mode']} scaling" + (" (EMULATED)" if header["emulated"] else "")
+    header, rows = report.header, report.rows
+    title = f"{header.mode} scaling" + (" (EMULATED)" if header.emulated else "")
     table = Table(
         title=title,
-        caption=f"{note(report)} Speed-up over {header['baseline'] or 'nothing was measured'}.",
+        caption=f"{note(report)} Speed-up over {header.baseline or 'nothing was measured'}.",
     )
-    several = len({(row["config"], str(row["variant"])) for row in rows}) > 1
+    several = report.has_variants
     columns = [
         "exchange",
         "workers",
@@ -34,59 +32,57 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         "p95",
         "exposed comm ms",
         "accuracy",
-        *["to accuracy s"] * any(row["target_s"] is not None for row in rows),
+        *["to accuracy s"] * any(row.target_s is not None for row in rows),
     ]
     for column in (["config"] if several else []) + columns:
         table.add_column(column, justify="left" if column in ("config", "exchange") else "right")
     for row in rows:
         label = (
-            [" ".join([row["config"], *(f"{k}={v}" for k, v in row["variant"].items())])]
+            [" ".join([row.config, *(f"{k}={v}" for k, v in row.variant.items())])]
             if several
             else []
         )
-        marks = "*" if row["oversubscribed"] else ""
-        if row["samples_per_s"] is None:
+        marks = "*" if row.oversubscribed else ""
+        if row.samples_per_s is None:
             table.add_row(
-                *label, row["exchange"], str(row["workers"]), f"[red]{escape(outcome(row))}[/red]"
+                *label, row.exchange, str(row.workers), f"[red]{escape(outcome(row))}[/red]"
             )
             continue
         table.add_row(
-            *label, row["exchange"], f"{row['workers']}{marks}",
-            _with_ci(row["samples_per_s"], row["samples_per_s_ci95"], ",.0f"),
-            _with_ci(row["speedup"], row["speedup_ci95"], ".2f"),
-            _number(row["efficiency"], ".2f"),
-            *(_ms(row[f"step_s_{part}"]) for part in ("min", "p10", "p50", "p90", "p95")),
-            _ms(row["exposed_comm_s"], row["exposed_comm_s_ci95"]), _number(row["test_accuracy"], ".4f"),
+            *label, row.exchange, f"{row.workers}{marks}",
+            _with_ci(row.samples_per_s, row.samples_per_s_ci95, ",.0f"),
+            _with_ci(row.speedup, row.speedup_ci95, ".2f"),
+            _number(row.efficiency, ".2f"),
+            *(_ms(step_s) for step_s in (row.step_s_min, row.step_s_p10, row.step_s_p50, row.step_s_p90, row.step_s_p95)),
+            _ms(row.exposed_comm_s, row.exposed_comm_s_ci95), _number(row.test_accuracy, ".4f"),
             *[to_target(row)] * ("to accuracy s" in columns),
         )  # fmt: skip
     console.print(table)
     if crowded := oversubscribed(report):
         console.print(f"* {crowded}")
-    if report["losses"]:
+    if report.losses:
         console.print(_losses(report))
     for row in rows:
-        if row["servers"]:
-            told = f"{row['exchange']} on {row['workers']}: {servers.text(row['servers'])}"
+        if row.servers:
+            told = f"{row.exchange} on {row.workers}: {servers.text(row.servers)}"
             console.print(told, highlight=False, markup=False)
     for row in rows:
-        for reason in dict.fromkeys(row["failures"]):
+        for reason in dict.fromkeys(row.failures):
             console.print(
-                f"[red]failed[/red] {row['exchange']} on {row['workers']}: {escape(reason)}",
+                f"[red]failed[/red] {row.exchange} on {row.workers}: {escape(reason)}",
                 highlight=False,
             )
-    console.print(report["summary"], highlight=False, markup=False)
+    console.print(report.summary, highlight=False, markup=False)
 
 
-def _losses(report: Mapping[str, Any]) -> Table:
-    names = list(report["losses"][0]["causes"])
+def _losses(report: Report) -> Table:
+    names = list(report.losses[0].causes)
     table = Table(title="lost time, ms a step")
     for column in ["exchange", "workers", "lost", *names]:
         table.add_column(column, justify="left" if column == "exchange" else "right")
-    for loss in report["losses"]:
-        cells = [f"{1000 * loss['causes'][name]:.2f}" for name in names]
-        table.add_row(
-            loss["exchange"], str(loss["workers"]), f"{1000 * loss['loss_s']:.2f}", *cells
-        )
+    for loss in report.losses:
+        cells = [f"{1000 * loss.causes[name]:.2f}" for name in names]
+        table.add_row(loss.exchange, str(loss.workers), f"{1000 * loss.loss_s:.2f}", *cells)
     return table
 
 
