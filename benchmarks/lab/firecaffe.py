@@ -112,7 +112,8 @@ def _sweep(
     sweep.claim(out, plan)
     header = out / "header.json"
     if not header.exists():
-        write_json(header, plan.header() | {"load_average": os.getloadavg()[1]})
+        noted = dataclasses.replace(plan.header(), load_average=os.getloadavg()[1])
+        write_json(header, noted.to_json())
     sweep.run(plan, out, click.echo)
 
 

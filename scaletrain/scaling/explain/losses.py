@@ -171,7 +171,7 @@ def _with_alternative(loss: Loss, rows: Sequence[Row], fitted: Fit | None) -> Lo
             f"{_capitalized(best.exchange)} instead of {loss.exchange} raised efficiency"
             f" from {row.efficiency:.2f} to {best.efficiency:.2f}."
         )
-    elif fitted is not None and not fitted.untold:
+    elif fitted is not None and not fitted.unidentified:
         alternative = _predicted_alternative(row, fitted)
     if alternative is None:
         return loss
