@@ -169,6 +169,12 @@ def _load_users(kind: str, name: str, search_path: Path | None) -> Any:
     )
 
 
+def companion(kind: str, name: str, function: str) -> Any | None:
+    """Return an optional function that a plugin's module defines beside its factory, or None."""
+    module = importlib.import_module(load(kind, name).__module__)
+    return getattr(module, function, None)
+
+
 def _path(kind: str, name: str) -> Path:
     if not exists(kind, name):
         raise unknown(kind, name, names(kind))

@@ -12,7 +12,8 @@ from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
     from scaletrain.config import RunConfig
-    from scaletrain.launching.job import Job, LaunchPlan
+    from scaletrain.launching.job import Job
+    from scaletrain.launching.plan import LaunchPlan
 
 
 @click.command()

@@ -19,6 +19,9 @@ from scaletrain import plugins
 from scaletrain.collectives.cutting import PIECE_BYTES, parts  # noqa: F401 (also read from here)
 from scaletrain.collectives.schedule import Round, Schedule
 
+# From this number of ranks on, an algorithm's function ``loads`` is used if it has one.
+LOADS_FROM_RANKS = 128
+
 
 class Link(NamedTuple):
     """One port into a network, or the memory that ranks of one host share."""
@@ -133,11 +136,12 @@ def predict(
         network: the network between the ranks.
         options: of the algorithm.
     """
-    factory = plugins.load("collective", collective)
-    loads = factory.__globals__.get("loads")
-    if loads is not None and size >= 128 and network.ranks_per_host == 1 and not options:
-        return predict_seconds(loads(size), num_bytes, network)
-    return predict_seconds(factory(size, **options), num_bytes, network)
+    if size >= LOADS_FROM_RANKS and network.ranks_per_host == 1 and not options:
+        loads = plugins.companion("collective", collective, "loads")
+        if loads is not None:
+            return predict_seconds(loads(size), num_bytes, network)
+    schedule = plugins.load("collective", collective)
+    return predict_seconds(schedule(size, **options), num_bytes, network)
 
 
 def _wire_s(link: Link, sent: float, received: float) -> float:
