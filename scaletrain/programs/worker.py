@@ -53,23 +53,16 @@ def main(run_dir: Path, resume: bool = False) -> int:
         config = configuration.load(files.config)
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             resume = True  # torchrun has started all workers once more
-        if not resume and world.rank == 0 and files.summary.exists():
-            raise UserError(
-                f"{run_dir}: holds a run already"
-                " (allowed: another directory, --resume to go on with it)"
-            )
+        if world.rank == 0 and not resume:
+            _check_unused(files)
         timeout = timedelta(seconds=config.timeout_s)
         store = rendezvous.join(world, run_dir, timeout)
         world = rendezvous.place(world, store)
         stack.enter_context(spans.recorded(run_dir, world.rank, config.trace))
 
         # 2. Build what is trained.
-        device = choose_device(config, world)
-        torch.set_num_threads(threads(config, world))
-        setup = Setup(store, device, timeout, run_dir)
-        parts = workload.build(config, device)
-        exchange = config.load("exchange")(world, setup, **config.exchange.options)
-        trainer = Trainer(config, world, parts, exchange, device, run_dir, resume)
+        setup = Setup(store, choose_device(config, world), timeout, run_dir)
+        trainer = _build(config, world, setup, resume)
         stop = StopTogether(store, config.log_every)
         if trainer.resumed and trainer.finished and files.has_finished():
             if world.rank == 0:
@@ -77,27 +70,25 @@ def main(run_dir: Path, resume: bool = False) -> int:
                     f"nothing to do: all {trainer.num_steps} steps are done"
                     " (more: --resume with larger steps or epochs)"
                 )
-            exchange.close()
+            trainer.exchange.close()
             return 0
 
         # 3. Say what begins.
+        header = _Header(files.header(world.rank), world, trainer)
+        if config.trace:
+            header.add("clock_offset_s", spans.clock_offset_s(store, world.rank, world.size))
+        header.write()
+        narrator = None
         if world.rank == 0:
             files.summary.unlink(missing_ok=True)  # of the part before: not true any more
             if resume and not trainer.resumed:
                 print(f"no checkpoint in {run_dir}: training begins anew", flush=True)
-        narrator = _Narrator(config, world, trainer) if world.rank == 0 else None
-        header = _header(world, trainer)
-        if config.trace:
-            header["clock_offset_s"] = spans.clock_offset_s(store, world.rank, world.size)
-        header_path = files.header(world.rank)
-        write_json(header_path, header)
+            narrator = _Narrator(config, world, trainer)
 
         # 4. Train.
         def on_step(record: StepRecord) -> None:
             report(record.step + 1)
-            if "chosen" not in header:  # `auto` has measured by the end of its first step
-                header["chosen"] = exchange.chosen()
-                write_json(header_path, header)
+            header.add_choice()
             if narrator:
                 narrator.step(record)
 
@@ -106,11 +97,10 @@ def main(run_dir: Path, resume: bool = False) -> int:
         stop.over()
 
         # 5. Say what was reached.
-        if world.rank == 0:
-            write_json(files.summary, summary | _emulation(files, config))
         if narrator:
+            write_json(files.summary, summary | _emulation(files, config))
             narrator.end(summary)
-        exchange.close()
+        trainer.exchange.close()
     # At its end the interpreter would search all of torch for garbage, for more than a second.
     gc.freeze()
     stopped_early = stop.signal and not summary["finished"]
@@ -119,6 +109,23 @@ def main(run_dir: Path, resume: bool = False) -> int:
     if stopped_early and progress.SUPERVISED not in os.environ:
         return 128 + stop.signal
     return 0
+
+
+def _check_unused(files: RunDir) -> None:
+    """Raise ``UserError`` if the directory holds a finished run."""
+    if files.summary.exists():
+        raise UserError(
+            f"{files.path}: holds a run already"
+            " (allowed: another directory, --resume to go on with it)"
+        )
+
+
+def _build(config: RunConfig, world: World, setup: Setup, resume: bool) -> Trainer:
+    """Build model, data and exchange, and the trainer that uses them (collective)."""
+    torch.set_num_threads(threads(config, world))
+    parts = workload.build(config, setup.device)
+    exchange = config.load("exchange")(world, setup, **config.exchange.options)
+    return Trainer(config, world, parts, exchange, setup.device, setup.run_dir, resume)
 
 
 def choose_device(config: RunConfig, world: World) -> torch.device:
@@ -263,20 +270,37 @@ class _Narrator:
         )
 
 
-def _header(world: World, trainer: Trainer) -> dict[str, Any]:
-    """Return the facts about this worker that reports show."""
-    device = trainer.device
-    return {
-        **world._asdict(),
-        "pid": os.getpid(),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "num_steps": trainer.num_steps,
-        "global_batch": trainer.global_batch,
-        "threads": torch.get_num_threads(),
-        "cores": cores.usable(),
-        "environment": environment() if world.local_rank == 0 else None,
-    }
+class _Header:
+    """The facts about this worker that reports show, as a file."""
+
+    def __init__(self, path: Path, world: World, trainer: Trainer):
+        device = trainer.device
+        is_cuda = device.type == "cuda"
+        self._path = path
+        self._exchange = trainer.exchange
+        self._facts: dict[str, Any] = {
+            **world._asdict(),
+            "pid": os.getpid(),
+            "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if is_cuda else "cpu",
+            "num_steps": trainer.num_steps,
+            "global_batch": trainer.global_batch,
+            "threads": torch.get_num_threads(),
+            "cores": cores.usable(),
+            "environment": environment() if world.local_rank == 0 else None,
+        }
+
+    def add(self, name: str, value: Any) -> None:
+        self._facts[name] = value
+
+    def add_choice(self) -> None:
+        """Write what ``auto`` has chosen, once: it has measured by the end of its first step."""
+        if "chosen" not in self._facts:
+            self.add("chosen", self._exchange.chosen())
+            self.write()
+
+    def write(self) -> None:
+        write_json(self._path, self._facts)
 
 
 def _emulation(files: RunDir, config: RunConfig) -> dict[str, Any]:
