@@ -1,4 +1,4 @@
-"""The options of the exchange ``parameter_server``, and the settings that a job's processes share.
+"""The options of the exchange ``parameter_server``, and the settings made of them.
 
 ``ParameterServerOptions`` is the only declaration of the options. ``scaletrain list`` and the
 checks of a configuration read it from this file's source (``plugins.options``). The exchange makes
