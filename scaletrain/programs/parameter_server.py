@@ -1,7 +1,9 @@
-"""A parameter server: ``python -m scaletrain.programs.parameter_server RUN_DIR INDEX SETTINGS``.
+"""A parameter server, as a process of its own.
 
-SETTINGS is JSON (``Settings.to_json``). With ``--until-left`` behind it the server ends when all
-workers have left, otherwise on SIGTERM or SIGINT.
+    python -m scaletrain.programs.parameter_server RUN_DIR INDEX SETTINGS [--until-left]
+
+SETTINGS is JSON (``Settings.to_json``). With ``--until-left`` the server ends when all workers have
+left, otherwise on SIGTERM or SIGINT.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Processes are really killed, stopped and fed rubbish while others train."""
+"""Tests ``server/`` and ``worker/`` under faults: processes are killed, stopped and fed rubbish."""
 
 import itertools
 import random
@@ -149,7 +149,7 @@ def test_a_killed_server_goes_on_from_its_snapshot(tmp_path, mode):
 
 
 def truncated(endpoint: str, count: int, rng: random.Random) -> None:
-    """Connections whose last message is cut off anywhere: in the greeting, the handshake, the header or the tensor."""
+    """Make connections whose last message is cut off anywhere, from the greeting to the tensor."""
     host, port = endpoint.removeprefix("tcp://").split(":")
     ready = b"\x05READY" + b"\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
     greeting = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -163,7 +163,7 @@ def truncated(endpoint: str, count: int, rng: random.Random) -> None:
 
 
 def malformed(rng: random.Random, rank: int, session: int, numel: int) -> list[bytes]:
-    """A message that a worker with a session could send, and should not."""
+    """Return a message that a worker with a session could send, and should not."""
     good = Header(Kind.PUSH, Dtype.FLOAT32, key=0, rank=rank, step=1, session=session, count=numel)
     kind = rng.randrange(9)
     if kind == 0:
@@ -186,9 +186,10 @@ def malformed(rng: random.Random, rank: int, session: int, numel: int) -> list[b
 
 
 def test_malformed_and_truncated_frames_change_nothing(tmp_path):
-    """10,000 malformed messages of a third worker that has joined, 1,000 connections cut off in a message.
+    """A third worker joins, sends 10,000 malformed messages and cuts off 1,000 connections.
 
-    With one spare an update takes the gradients of two: the weights are those of training with the honest two alone.
+    With one spare an update takes the gradients of two workers: the weights are those of training
+    with the honest two alone.
     """
     rng, steps = random.Random(0), 200
     made = Settings(
@@ -353,7 +354,7 @@ def _alive(pid: int) -> bool:
 
 
 def test_a_slow_worker_is_left_behind_by_one_spare(tmp_path):
-    """Five times as slow: with a spare the others' median step stays within 10 % of the undisturbed one."""
+    """A worker is five times as slow: with a spare the others' median step grows by 10 % at most."""
 
     def median_step(folder, made, delays, steps):
         folder.mkdir()

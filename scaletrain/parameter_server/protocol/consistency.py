@@ -5,12 +5,12 @@ leaves or is lost. Actions come out, and the server carries them out in order. V
 block's updates. The rules hold for each block alone. That implies them for the worker, because it
 starts a step only when all its blocks were answered.
 
-- ``Synchronous``: the mean of n gradients, then one update. With backup workers the first n of n + b
-  gradients win, and later ones are dropped (Chen et al., Revisiting Distributed Synchronous SGD,
-  2016; TensorFlow, OSDI'16, section 4.4).
+- ``Synchronous``: the mean of n gradients, then one update. With backup workers the first n of
+  n + b gradients win, and later ones are dropped (Chen et al., Revisiting Distributed Synchronous
+  SGD, 2016; TensorFlow, OSDI'16, section 4.4).
 - ``Asynchronous``: every gradient is an update of its own (Dean et al., NIPS'12, section 4.1:
-  Downpour SGD). With a ``bound`` no worker runs more steps ahead of the slowest one than that (Ho et
-  al., NIPS'13, section 2: stale synchronous parallel).
+  Downpour SGD). With a ``bound`` no worker runs more steps ahead of the slowest one than that (Ho
+  et al., NIPS'13: stale synchronous parallel).
 
 A rule belongs to the server's only thread, so nothing here is locked.
 

@@ -16,7 +16,8 @@ from scaletrain.errors import UserError
 # Each element is updated from its own history alone, so any flat range of a tensor can be updated
 # by itself.
 ELEMENTWISE = {
-    "SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD", "SparseAdam"
+    "SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop",
+    "ASGD", "SparseAdam",
 }  # fmt: skip
 
 # Take sparse gradients at a cost of the touched rows.

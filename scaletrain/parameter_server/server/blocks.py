@@ -91,7 +91,7 @@ class Blocks:
         self._encoded: dict[int, _Encoded] = {}
         self._dtype = codec.BY_NAME[settings.wire]
         # In these modes several workers get the weights of one version.
-        self._answers_share_version = not settings.asynchronous
+        self._answers_share_version = not settings.is_asynchronous
         # And in these a block cannot change before all its answers were received, so that it is
         # sent from where it lies.
         self._frozen_while_sent = self._answers_share_version and not settings.backup_workers
@@ -354,7 +354,7 @@ class Blocks:
 
 def _rule(settings: Settings, keys: list[int]) -> consistency.Rule:
     """Return the rule of the job's mode for blocks with these keys."""
-    if settings.asynchronous:
+    if settings.is_asynchronous:
         bound = settings.staleness if settings.mode == "bounded" else None
         return consistency.Asynchronous(keys, settings.workers, bound)
     return consistency.Synchronous(

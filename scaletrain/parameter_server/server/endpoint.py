@@ -1,4 +1,4 @@
-"""A server's end of all connections: which peers may talk to it, and which worker they belong to.
+"""A server's end of all connections: which peers may talk to it, and as which worker.
 
 The server's only thread uses it. ZeroMQ's own threads do the input and output. Nothing that a peer
 sends raises here: a message that is not acceptable is refused, counted and logged.
@@ -173,7 +173,8 @@ class Endpoint:
             return [self._bind_unix(socket)]
         if not self._settings.encrypted:
             log.warning(
-                "server %d: security: trusted_network: peers are authenticated, data is NOT encrypted",
+                "server %d: security: trusted_network: peers are authenticated,"
+                " data is NOT encrypted",
                 self._index,
             )
         if self._settings.hosts == 1:

@@ -88,7 +88,11 @@ def part_of(flat: torch.Tensor, header: Header) -> torch.Tensor:
 
 
 def state_part(state: OptimizerState, header: Header) -> torch.Tensor:
-    """Return the same part of the ``rows``-th tensor of an optimizer's state. Raises ``Refused``."""
+    """Return the same part of the ``rows``-th tensor of an optimizer's state.
+
+    Raises:
+        Refused: there is no such tensor, or no such part of it.
+    """
     tensors = state.flat_tensors()
     if header.rows > len(tensors):
         raise Refused("bad part of a block")

@@ -1,4 +1,4 @@
-"""One parameter server: it owns blocks, answers workers, and goes on when some of them die.
+"""One parameter server: it owns blocks, answers workers, and goes on when some die.
 
 The program is ``scaletrain.programs.parameter_server``. Its parts: ``endpoint`` (which peers may
 talk to it), ``blocks`` (gradients, updates, weights), ``sums``, ``snapshots``, and ``tally`` (what

@@ -1,4 +1,4 @@
-"""The part of the model that one server owns: weights, gradient sums and optimizers of its blocks."""
+"""The blocks of one server: their weights, gradient sums and optimizers."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class OptimizerState:
     numbers: dict[str, float] = field(default_factory=dict)  # tensors without a dimension, too
 
     def flat_tensors(self) -> list[Tensor]:
-        """Return the tensors, flat, in the order of their names. They share memory with ``tensors``."""
+        """Return the tensors, flat, in the order of their names; they share memory."""
         return [tensor.reshape(-1) for _, tensor in sorted(self.tensors.items())]
 
 

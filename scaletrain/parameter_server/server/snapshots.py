@@ -1,4 +1,4 @@
-"""Snapshots of a server: when it writes one, what is in the file, and whether a file is its own.
+"""Snapshots of a server: when it writes one, and the format of the file.
 
 A snapshot is a safetensors file with ``weights.KEY`` and ``state.KEY.NAME`` for every block. Its
 metadata holds JSON: numbers of the optimizers, schedules, and a header (``SnapshotHeader``).

@@ -1,4 +1,7 @@
-"""Sums of small vectors over the live workers (evaluation counts), complete even when workers die."""
+"""Sums of small vectors over the live workers (counts of an evaluation).
+
+They become complete even when workers die.
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What a server counts: staleness, pushes, drops and pace of each worker, and which were lost."""
+"""The counts of a server: staleness, pushes, drops and pace of workers, and losses."""
 
 import dataclasses
 import resource
