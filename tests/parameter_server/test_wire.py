@@ -1,4 +1,4 @@
-"""Messages survive the trip; whatever else arrives is refused, never an error of another kind."""
+"""Tests ``protocol/wire.py`` and ``codec.py``: messages survive the trip, everything else is refused."""
 
 import pytest
 import torch
