@@ -16,7 +16,7 @@ import zmq
 
 from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.settings import Settings
-from scaletrain.parameter_server.protocol.wire import Dtype, Header, Kind
+from scaletrain.parameter_server.protocol.wire import Dtype, Header, MessageKind
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.replica import Replica
 from scaletrain.parameter_server.worker.requests import ServerError
@@ -153,7 +153,7 @@ def truncated(endpoint: str, count: int, rng: random.Random) -> None:
     host, port = endpoint.removeprefix("tcp://").split(":")
     ready = b"\x05READY" + b"\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
     greeting = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
-    header = Header(Kind.PUSH, Dtype.FLOAT32, count=500).pack()
+    header = Header(MessageKind.PUSH, Dtype.FLOAT32, count=500).pack()
     text = greeting + bytes([4, len(ready)]) + ready + bytes([1, len(header)]) + header
     text += b"\x02" + struct.pack(">Q", 2000) + bytes(2000)
     for index in range(count):
@@ -164,7 +164,9 @@ def truncated(endpoint: str, count: int, rng: random.Random) -> None:
 
 def malformed(rng: random.Random, rank: int, session: int, numel: int) -> list[bytes]:
     """Return a message that a worker with a session could send, and should not."""
-    good = Header(Kind.PUSH, Dtype.FLOAT32, key=0, rank=rank, step=1, session=session, count=numel)
+    good = Header(
+        MessageKind.PUSH, Dtype.FLOAT32, key=0, rank=rank, step=1, session=session, count=numel
+    )
     kind = rng.randrange(9)
     if kind == 0:
         return [rng.randbytes(rng.randrange(200)) for _ in range(1 + rng.randrange(5))]
@@ -181,7 +183,11 @@ def malformed(rng: random.Random, rank: int, session: int, numel: int) -> list[b
     if kind == 6:
         return [good._replace(rank=(rank + 1) % 3).pack(), bytes(4 * numel)]
     if kind == 7:
-        return [good._replace(kind=Kind.PUSH_ROWS, rows=1, count=1).pack(), bytes(8), bytes(4)]
+        return [
+            good._replace(kind=MessageKind.PUSH_ROWS, rows=1, count=1).pack(),
+            bytes(8),
+            bytes(4),
+        ]
     return [good._replace(dtype=Dtype.FP16).pack(), bytes(2 * numel)]
 
 
@@ -227,7 +233,7 @@ def test_malformed_and_truncated_frames_change_nothing(tmp_path):
                 peer.recv_multipart()
         flooded.set()
         trained.wait(60)  # a spare worker that has left is no longer waited for
-        peer.send_multipart([Header(Kind.LEAVE, rank=2, session=session).pack()])
+        peer.send_multipart([Header(MessageKind.LEAVE, rank=2, session=session).pack()])
         assert peer.poll(5000)
         link.disconnect()
         identity.context.term()
@@ -262,21 +268,29 @@ def test_messages_of_an_admitted_peer_are_checked_one_by_one(tmp_path):
         before = [p.detach().clone() for p in net.parameters()]
         [(route, peer)] = server._endpoint._peers.items()
         numel = sum(p.numel() for p in net.parameters())
-        header = Header(Kind.PUSH, Dtype.FLOAT32, key=0, rank=0, session=peer.session, count=numel)
+        header = Header(
+            MessageKind.PUSH, Dtype.FLOAT32, key=0, rank=0, session=peer.session, count=numel
+        )
         cases = {
             "unknown block": [header._replace(key=9).pack(), bytes(4 * numel)],
             "gradient does not have": [header._replace(count=5).pack(), bytes(20)],
             "bad version": [header._replace(version=3).pack(), bytes(4 * numel)],
             "wire dtype": [header._replace(dtype=Dtype.BF16).pack(), bytes(2 * numel)],
-            "bad rows": [header._replace(kind=Kind.PULL_ROWS, rows=1, count=0).pack(), bytes(8)],
-            "INIT is rank 0's, once": [header._replace(kind=Kind.INIT).pack(), bytes(4 * numel)],
+            "bad rows": [
+                header._replace(kind=MessageKind.PULL_ROWS, rows=1, count=0).pack(),
+                bytes(8),
+            ],
+            "INIT is rank 0's, once": [
+                header._replace(kind=MessageKind.INIT).pack(),
+                bytes(4 * numel),
+            ],
             "not a message for a server": [
-                header._replace(kind=Kind.TOTAL, count=1).pack(),
+                header._replace(kind=MessageKind.TOTAL, count=1).pack(),
                 bytes(4),
             ],
-            "bad part": [header._replace(kind=Kind.PULL, offset=numel).pack()],
+            "bad part": [header._replace(kind=MessageKind.PULL, offset=numel).pack()],
             "unknown session": [header._replace(session=1).pack(), bytes(4 * numel)],
-            "bad vector": [header._replace(kind=Kind.SUM, count=1).pack(), bytes(4)],
+            "bad vector": [header._replace(kind=MessageKind.SUM, count=1).pack(), bytes(4)],
         }
         for reason, frames in cases.items():
             with pytest.raises(wire.Refused, match=reason):

@@ -1,4 +1,4 @@
-"""Every element lies in exactly one block, on exactly one server."""
+"""Tests ``protocol/sharding.py``: every element lies in exactly one block, on exactly one server."""
 
 import pytest
 from hypothesis import given

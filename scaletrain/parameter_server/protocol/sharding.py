@@ -32,9 +32,6 @@ class ParameterSpec(NamedTuple):
         return math.prod(self.shape)
 
 
-Parameter = ParameterSpec  # until the server has the new name
-
-
 class Piece(NamedTuple):
     """A flat range of one parameter."""
 

@@ -27,7 +27,7 @@ SHARED = 1  # flag: the tensor lies in shared memory, its frame is empty
 DROPPED = 2  # flag: this gradient came too late and was not used
 
 
-class Kind(enum.IntEnum):
+class MessageKind(enum.IntEnum):
     """The purpose of a message. W: sent by workers, S: sent by servers."""
 
     HELLO = 1  # W: names the worker that connects; answered by CHALLENGE or WELCOME
@@ -94,35 +94,35 @@ class Payload(enum.Enum):
 
 
 # The payload frames of each kind.
-PAYLOADS: dict[Kind, tuple[Payload, ...]] = {
-    Kind.HELLO: (Payload.JSON,),
-    Kind.CHALLENGE: (Payload.JSON,),
-    Kind.PROOF: (Payload.JSON,),
-    Kind.WELCOME: (Payload.JSON,),
-    Kind.SETUP: (Payload.JSON,),
-    Kind.READY: (Payload.JSON,),
-    Kind.INIT: (Payload.TENSOR,),
-    Kind.STORED: (),
-    Kind.PULL: (),
-    Kind.WEIGHTS: (Payload.TENSOR,),
-    Kind.PUSH: (Payload.TENSOR,),
-    Kind.PUSH_ROWS: (Payload.ROWS, Payload.TENSOR),  # as many values as fit the rows' width
-    Kind.APPLIED: (),
-    Kind.PULL_ROWS: (Payload.ROWS,),
-    Kind.ROWS: (Payload.TENSOR,),
-    Kind.SUM: (Payload.TENSOR,),
-    Kind.TOTAL: (Payload.TENSOR,),
-    Kind.PING: (),
-    Kind.LEAVE: (),
-    Kind.LEFT: (),
-    Kind.ABORT: (Payload.JSON,),
-    Kind.REFUSED: (Payload.JSON,),
-    Kind.PART: (Payload.TENSOR,),
-    Kind.PAUSE: (),
-    Kind.PAUSED: (),
-    Kind.STATE: (),
-    Kind.STATES: (Payload.JSON,),
-    Kind.SET_STATE: (Payload.JSON,),
+PAYLOADS: dict[MessageKind, tuple[Payload, ...]] = {
+    MessageKind.HELLO: (Payload.JSON,),
+    MessageKind.CHALLENGE: (Payload.JSON,),
+    MessageKind.PROOF: (Payload.JSON,),
+    MessageKind.WELCOME: (Payload.JSON,),
+    MessageKind.SETUP: (Payload.JSON,),
+    MessageKind.READY: (Payload.JSON,),
+    MessageKind.INIT: (Payload.TENSOR,),
+    MessageKind.STORED: (),
+    MessageKind.PULL: (),
+    MessageKind.WEIGHTS: (Payload.TENSOR,),
+    MessageKind.PUSH: (Payload.TENSOR,),
+    MessageKind.PUSH_ROWS: (Payload.ROWS, Payload.TENSOR),  # as many values as fit the rows' width
+    MessageKind.APPLIED: (),
+    MessageKind.PULL_ROWS: (Payload.ROWS,),
+    MessageKind.ROWS: (Payload.TENSOR,),
+    MessageKind.SUM: (Payload.TENSOR,),
+    MessageKind.TOTAL: (Payload.TENSOR,),
+    MessageKind.PING: (),
+    MessageKind.LEAVE: (),
+    MessageKind.LEFT: (),
+    MessageKind.ABORT: (Payload.JSON,),
+    MessageKind.REFUSED: (Payload.JSON,),
+    MessageKind.PART: (Payload.TENSOR,),
+    MessageKind.PAUSE: (),
+    MessageKind.PAUSED: (),
+    MessageKind.STATE: (),
+    MessageKind.STATES: (Payload.JSON,),
+    MessageKind.SET_STATE: (Payload.JSON,),
 }
 
 
@@ -139,7 +139,7 @@ class Header(NamedTuple):
     Fields that a kind does not use are 0.
     """
 
-    kind: Kind
+    kind: MessageKind
     dtype: Dtype = Dtype.NONE
     flags: int = 0  # SHARED, DROPPED
     key: int = 0  # block
@@ -191,7 +191,7 @@ def to_json(value: dict[str, Any]) -> bytes:
 def parse(frames: Sequence[memoryview | bytes]) -> Message:
     """Return the message that ZeroMQ received as ``frames``. Payloads are not copied.
 
-    >>> parse([Header(Kind.PING, count=3).pack()]).header.count
+    >>> parse([Header(MessageKind.PING, count=3).pack()]).header.count
     3
 
     Raises:
@@ -220,7 +220,7 @@ def _parse_header(frame: memoryview | bytes) -> Header:
     if magic != MAGIC:
         raise Refused("wrong magic")
     try:
-        return Header(Kind(kind), Dtype(dtype), *rest)
+        return Header(MessageKind(kind), Dtype(dtype), *rest)
     except ValueError:
         raise Refused("unknown kind or dtype") from None
 

@@ -21,7 +21,7 @@ from scaletrain.parameter_server.protocol.consistency import (
 from scaletrain.parameter_server.protocol.memory import Slab
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block
-from scaletrain.parameter_server.protocol.wire import Dtype, Header, Kind, Message, Refused
+from scaletrain.parameter_server.protocol.wire import Dtype, Header, Message, MessageKind, Refused
 from scaletrain.parameter_server.server.endpoint import Endpoint, Peer
 from scaletrain.parameter_server.server.initial import InitialValues, part_of, state_part
 from scaletrain.parameter_server.server.shard import Shard
@@ -29,7 +29,7 @@ from scaletrain.parameter_server.server.tally import Tally
 
 # The messages that are about one block.
 KINDS = {
-    Kind.PUSH, Kind.PUSH_ROWS, Kind.PULL, Kind.PULL_ROWS, Kind.INIT, Kind.STATE, Kind.SET_STATE
+    MessageKind.PUSH, MessageKind.PUSH_ROWS, MessageKind.PULL, MessageKind.PULL_ROWS, MessageKind.INIT, MessageKind.STATE, MessageKind.SET_STATE
 }  # fmt: skip
 
 _MAX_STEP = 1 << 48
@@ -114,21 +114,21 @@ class Blocks:
         if block is None:
             raise Refused("unknown block")
         match message.header.kind:
-            case Kind.INIT:
+            case MessageKind.INIT:
                 self._init(peer, block, message)
-            case Kind.SET_STATE:
+            case MessageKind.SET_STATE:
                 self._set_state(peer, block, message)
-            case Kind.PULL:
+            case MessageKind.PULL:
                 self._pull(peer, message.header)
             case _ if not self.ready:
                 raise Refused("weights are not there yet")
-            case Kind.STATE:
+            case MessageKind.STATE:
                 self._send_state(peer, block)
-            case Kind.PULL_ROWS:
+            case MessageKind.PULL_ROWS:
                 self._pull_rows(peer, block, message)
-            case Kind.PUSH:
+            case MessageKind.PUSH:
                 self._push(peer, block, message)
-            case Kind.PUSH_ROWS:
+            case MessageKind.PUSH_ROWS:
                 self._push_rows(peer, block, message)
 
     def perform(self, actions: list[Action]) -> None:
@@ -150,7 +150,7 @@ class Blocks:
             raise Refused("INIT is rank 0's, once")
         self._initial.store(block, message)
         header = message.header
-        stored = Header(Kind.STORED, key=block.key, rows=header.rows, offset=header.offset)
+        stored = Header(MessageKind.STORED, key=block.key, rows=header.rows, offset=header.offset)
         self._endpoint.answer(peer, stored)
         if self._initial.complete():
             self._initial.finish()
@@ -164,14 +164,14 @@ class Blocks:
         if peer.rank != 0 or self.ready:
             raise Refused("SET_STATE is rank 0's, before the weights")
         self._initial.set_state(block, message)
-        self._endpoint.answer(peer, Header(Kind.STORED, key=block.key))
+        self._endpoint.answer(peer, Header(MessageKind.STORED, key=block.key))
 
     def _send_state(self, peer: Peer, block: Block) -> None:
         """Send the optimizer's state for a checkpoint; its tensors are fetched by PULL."""
         state = self.shard.state(block.key)
         shapes = [[name, list(tensor.shape)] for name, tensor in sorted(state.tensors.items())]
         payload = wire.to_json({"tensors": shapes, "numbers": state.numbers})
-        self._endpoint.answer(peer, Header(Kind.STATES, key=block.key), payload)
+        self._endpoint.answer(peer, Header(MessageKind.STATES, key=block.key), payload)
 
     def _pull(self, peer: Peer, header: Header) -> None:
         """Send part of a block's weights or state, as soon as rank 0 has stored the weights."""
@@ -180,7 +180,7 @@ class Blocks:
             self._waiting_pulls.append((peer, header))
             return
         answer = Header(
-            Kind.PART,
+            MessageKind.PART,
             Dtype.FLOAT32,
             key=header.key,
             rows=header.rows,
@@ -205,7 +205,7 @@ class Blocks:
         rows = _checked_rows(block, message)
         values = self.shard.rows(block.key, rows).reshape(-1)
         answer = Header(
-            Kind.ROWS,
+            MessageKind.ROWS,
             self._dtype,
             key=block.key,
             step=header.step,
@@ -307,7 +307,7 @@ class Blocks:
         block = self.shard.blocks[action.key]
         self._tally.answered(action.rank, action.staleness, action.dropped)
         header = Header(
-            Kind.WEIGHTS,
+            MessageKind.WEIGHTS,
             flags=wire.DROPPED if action.dropped else 0,
             key=action.key,
             staleness=action.staleness,
@@ -315,7 +315,7 @@ class Blocks:
         )
         if block.sparse:
             # The worker pulls the rows that its next batch reads.
-            self._endpoint.tell(action.rank, header._replace(kind=Kind.APPLIED))
+            self._endpoint.tell(action.rank, header._replace(kind=MessageKind.APPLIED))
         elif action.rank in self.slabs:
             flags = header.flags | wire.SHARED
             header = header._replace(flags=flags, dtype=Dtype.FLOAT32, count=block.numel)

@@ -29,7 +29,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.settings import Settings
-from scaletrain.parameter_server.protocol.wire import Header, Kind, Message, Refused
+from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind, Refused
 from scaletrain.run.atomic import write_json
 
 log = logging.getLogger(__name__)
@@ -238,13 +238,13 @@ class Endpoint:
     def accept(self, route: bytes, message: Message) -> None:
         """Handle one well-formed message. Raises ``Refused``."""
         header = message.header
-        if header.kind == Kind.HELLO:
+        if header.kind == MessageKind.HELLO:
             self._hello(route, message)
             return
         peer = self._peers.get(route)
         if peer is None:
             raise Refused(self._given_up.get(route, "unknown session"))
-        if header.kind == Kind.PROOF and not peer.session:
+        if header.kind == MessageKind.PROOF and not peer.session:
             self._proof(peer, message)
             return
         if not peer.session or header.session != peer.session or header.rank != peer.rank:
@@ -282,7 +282,7 @@ class Endpoint:
         if route in self._peers or len(self._peers) < most:
             return
         for other in list(self._peers):  # a send finds those that are closed, and forgets them
-            self.send(other, Header(Kind.PING))
+            self.send(other, Header(MessageKind.PING))
         if len(self._peers) >= most:
             raise Refused("too many clients")
 
@@ -294,7 +294,7 @@ class Endpoint:
         peer.server_nonce = security.nonce()
         proof = self._keys.proof("server", peer.worker_nonce, peer.server_nonce)
         payload = wire.to_json({"nonce": peer.server_nonce, "proof": proof})
-        self.answer(peer, Header(Kind.CHALLENGE), payload)
+        self.answer(peer, Header(MessageKind.CHALLENGE), payload)
 
     def _proof(self, peer: Peer, message: Message) -> None:
         """Step 3: check the peer's proof."""
@@ -316,7 +316,7 @@ class Endpoint:
             self._peers.pop(peer.route, None)
             return
         session = secrets.randbits(63) | 1
-        welcome = Header(Kind.WELCOME, session=session)
+        welcome = Header(MessageKind.WELCOME, session=session)
         if not self.answer(peer, welcome, wire.to_json({"server": self._index})):
             return
         peer.session = session
@@ -339,7 +339,7 @@ class Endpoint:
             self._last_logged[reason] = now
             rank = peer.rank if peer else "?"
             log.warning("server %d: refused a message (rank %s): %s", self._index, rank, reason)
-        frames = [route, Header(Kind.REFUSED).pack(), wire.to_json({"reason": reason})]
+        frames = [route, Header(MessageKind.REFUSED).pack(), wire.to_json({"reason": reason})]
         with contextlib.suppress(zmq.ZMQError):
             self._socket.send_multipart(frames, zmq.NOBLOCK)
 
@@ -401,7 +401,7 @@ class Endpoint:
         """
         for worker in list(self._workers.values()):
             for route in list(worker.routes.values()):
-                self.send(route, Header(Kind.PING, count=live))
+                self.send(route, Header(MessageKind.PING, count=live))
 
     def forget(self, rank: int, reason: str) -> None:
         """Give a worker up: what its connections still say is refused, with the reason."""

@@ -18,7 +18,7 @@ from scaletrain.parameter_server.protocol import wire
 from scaletrain.parameter_server.protocol.consistency import AbortJob
 from scaletrain.parameter_server.protocol.memory import SUPPORTED, Slab
 from scaletrain.parameter_server.protocol.settings import Settings
-from scaletrain.parameter_server.protocol.wire import Dtype, Header, Kind, Message, Refused
+from scaletrain.parameter_server.protocol.wire import Dtype, Header, Message, MessageKind, Refused
 from scaletrain.parameter_server.server import blocks
 from scaletrain.parameter_server.server.blocks import Blocks
 from scaletrain.parameter_server.server.endpoint import Endpoint, Peer
@@ -130,25 +130,29 @@ class Server:
         kind = message.header.kind
         if self._aborted:
             payload = wire.to_json({"message": self._aborted})
-            self._endpoint.answer(peer, Header(Kind.ABORT), payload)
+            self._endpoint.answer(peer, Header(MessageKind.ABORT), payload)
             return
-        if kind == Kind.SETUP:
+        if kind == MessageKind.SETUP:
             self._set_up(peer, message)
             return
-        if kind not in blocks.KINDS and kind not in (Kind.SUM, Kind.PAUSE, Kind.LEAVE):
+        if kind not in blocks.KINDS and kind not in (
+            MessageKind.SUM,
+            MessageKind.PAUSE,
+            MessageKind.LEAVE,
+        ):
             raise Refused("not a message for a server")
         owned = self._blocks
         if owned is None or peer.rank not in owned.rule.live:
             raise Refused("not set up")
         match kind:
-            case Kind.SUM:
+            case MessageKind.SUM:
                 self._add_up(owned, peer, message)
-            case Kind.PAUSE:
+            case MessageKind.PAUSE:
                 owned.perform(owned.rule.pause(peer.rank))
-                self._endpoint.answer(peer, Header(Kind.PAUSED))
-            case Kind.LEAVE:
+                self._endpoint.answer(peer, Header(MessageKind.PAUSED))
+            case MessageKind.LEAVE:
                 owned.perform(owned.rule.leave(peer.rank))
-                self._endpoint.answer(peer, Header(Kind.LEFT))
+                self._endpoint.answer(peer, Header(MessageKind.LEFT))
                 self._complete_sums(owned)
             case _:
                 owned.handle(peer, message)
@@ -178,7 +182,7 @@ class Server:
         if type(step) is not int or not 0 <= step < _MAX_STEP:
             step = None
         begin = owned.rule.join(peer.rank, step)
-        self._endpoint.answer(peer, Header(Kind.READY), self._ready(owned, peer.rank, begin))
+        self._endpoint.answer(peer, Header(MessageKind.READY), self._ready(owned, peer.rank, begin))
 
     def _map_gradients(self, owned: Blocks, rank: int, handle: Any) -> None:
         """Map the memory that holds a worker's gradients, if both are on one host.
@@ -281,7 +285,7 @@ class Server:
         log.error("server %d: %s", self.index, self._aborted)
         payload = wire.to_json({"message": self._aborted})
         for rank in list(owned.rule.live):
-            self._endpoint.tell(rank, Header(Kind.ABORT), payload)
+            self._endpoint.tell(rank, Header(MessageKind.ABORT), payload)
 
     def _tick(self, now: float) -> None:
         """Look after the workers, several times a second."""
@@ -346,4 +350,4 @@ class Server:
 
 def _total_header(number: int, values: np.ndarray) -> Header:
     """Return the header of a sum's total."""
-    return Header(Kind.TOTAL, Dtype.FLOAT64, step=number, count=len(values))
+    return Header(MessageKind.TOTAL, Dtype.FLOAT64, step=number, count=len(values))

@@ -15,7 +15,7 @@ from torch import Tensor
 from scaletrain.parameter_server.protocol import codec, memory, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block
-from scaletrain.parameter_server.protocol.wire import Dtype, Header, Kind
+from scaletrain.parameter_server.protocol.wire import Dtype, Header, MessageKind
 from scaletrain.parameter_server.worker.io_thread import IoThread, Position
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.requests import (
@@ -122,7 +122,7 @@ class Client:
         for offset in range(0, len(values), PART_ELEMENTS):
             part = values[offset : offset + PART_ELEMENTS].contiguous().numpy()
             header = Header(
-                Kind.INIT, Dtype.FLOAT32, key=key, rows=item, offset=offset, count=len(part)
+                MessageKind.INIT, Dtype.FLOAT32, key=key, rows=item, offset=offset, count=len(part)
             )
             tokens.append(self._requests.ask(Token(Topic.STORE, key, offset), header, [part]))
         for token in tokens:
@@ -143,7 +143,7 @@ class Client:
         tokens = []
         for offset in range(0, numel, PART_ELEMENTS):
             count = min(PART_ELEMENTS, numel - offset)
-            header = Header(Kind.PULL, key=key, rows=item, offset=offset, count=count)
+            header = Header(MessageKind.PULL, key=key, rows=item, offset=offset, count=count)
             tokens.append(self._requests.ask(Token(Topic.PART, key, offset), header, []))
         version = 0
         for token in tokens:
@@ -158,7 +158,7 @@ class Client:
         Returns:
             Tensors (float32) and numbers, both by name.
         """
-        token = self._requests.ask(Token(Topic.STATE, key), Header(Kind.STATE, key=key), [])
+        token = self._requests.ask(Token(Topic.STATE, key), Header(MessageKind.STATE, key=key), [])
         description = self._requests.wait(token).message.json()
         tensors = {}
         for item, (name, shape) in enumerate(description["tensors"], 1):
@@ -183,7 +183,7 @@ class Client:
         by_name = sorted(tensors.items())
         shapes = [[name, list(tensor.shape)] for name, tensor in by_name]
         description = wire.to_json({"tensors": shapes, "numbers": numbers})
-        header = Header(Kind.SET_STATE, key=key)
+        header = Header(MessageKind.SET_STATE, key=key)
         self._requests.wait(self._requests.ask(Token(Topic.STORE, key), header, [description]))
         for item, (_, tensor) in enumerate(by_name, 1):
             self.store(key, tensor.reshape(-1), item)
@@ -220,7 +220,7 @@ class Client:
         """
         values = self.gradient(key)
         header = Header(
-            Kind.PUSH,
+            MessageKind.PUSH,
             self._dtype,
             key=key,
             step=step,
@@ -304,7 +304,7 @@ class Client:
         """
         payload = codec.encode(values.reshape(-1).contiguous(), self._dtype)
         header = Header(
-            Kind.PUSH_ROWS,
+            MessageKind.PUSH_ROWS,
             self._dtype,
             key=key,
             step=step,
@@ -328,7 +328,7 @@ class Client:
             key: the block.
             rows: row numbers within the block, int64, (n,).
         """
-        header = Header(Kind.PULL_ROWS, key=key, rows=len(rows))
+        header = Header(MessageKind.PULL_ROWS, key=key, rows=len(rows))
         self._requests.ask(Token(Topic.ROWS, key), header, [rows.contiguous().numpy()])
 
     def rows(self, key: int) -> Tensor:
@@ -386,10 +386,10 @@ class Client:
             raise ValueError(f"{len(values)} values to sum (at most {wire.MAX_SUM_VALUES})")
         if self.settings.backup_workers:
             # Workers that are behind go on without this worker's gradients.
-            self._ask_all(Topic.PAUSE, Kind.PAUSE)
+            self._ask_all(Topic.PAUSE, MessageKind.PAUSE)
         number = self._sum_number
         self._sum_number += 1
-        header = Header(Kind.SUM, Dtype.FLOAT64, step=number, count=len(values))
+        header = Header(MessageKind.SUM, Dtype.FLOAT64, step=number, count=len(values))
         payload = np.ascontiguousarray(values, np.float64)
         token = self._requests.ask(Token(Topic.SUM, number), header, [payload])
         return np.frombuffer(self._requests.wait(token).message.payloads[0], np.float64)
@@ -400,11 +400,11 @@ class Client:
 
     def close(self) -> None:
         """Leave in good order: the servers go on without this worker."""
-        self._ask_all(Topic.LEAVE, Kind.LEAVE)
+        self._ask_all(Topic.LEAVE, MessageKind.LEAVE)
         self._io.stop()
         self._requests.close()
 
-    def _ask_all(self, topic: Topic, kind: Kind) -> None:
+    def _ask_all(self, topic: Topic, kind: MessageKind) -> None:
         """Send a message without contents to all servers, and wait for all answers."""
         tokens = [Token(topic, link.index) for link in self._links]
         for token in tokens:

@@ -102,7 +102,7 @@ class GradientSteps:
             )
         rate = self._rate(index)
         self._pushed_rates[index] = rate
-        if self._settings.divide_lr and self._settings.asynchronous:
+        if self._settings.divide_lr and self._settings.is_asynchronous:
             # A step of all workers is as many updates: together they move as far as the one update
             # of a synchronous step.
             rate /= self._settings.workers

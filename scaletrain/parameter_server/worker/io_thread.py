@@ -14,7 +14,7 @@ import zmq
 
 from scaletrain.parameter_server.protocol import wire
 from scaletrain.parameter_server.protocol.settings import SILENCE_S
-from scaletrain.parameter_server.protocol.wire import Header, Kind, Message
+from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.requests import (
     Answered,
@@ -29,15 +29,15 @@ _RECEIVED_AT_ONCE = 64  # messages of one socket, before the others have their t
 
 # The subject of each kind of answer.
 _TOPICS = {
-    Kind.STORED: Topic.STORE,
-    Kind.PART: Topic.PART,
-    Kind.WEIGHTS: Topic.UPDATE,
-    Kind.APPLIED: Topic.UPDATE,
-    Kind.ROWS: Topic.ROWS,
-    Kind.TOTAL: Topic.SUM,
-    Kind.PAUSED: Topic.PAUSE,
-    Kind.LEFT: Topic.LEAVE,
-    Kind.STATES: Topic.STATE,
+    MessageKind.STORED: Topic.STORE,
+    MessageKind.PART: Topic.PART,
+    MessageKind.WEIGHTS: Topic.UPDATE,
+    MessageKind.APPLIED: Topic.UPDATE,
+    MessageKind.ROWS: Topic.ROWS,
+    MessageKind.TOTAL: Topic.SUM,
+    MessageKind.PAUSED: Topic.PAUSE,
+    MessageKind.LEFT: Topic.LEAVE,
+    MessageKind.STATES: Topic.STATE,
 }
 
 
@@ -255,7 +255,7 @@ class IoThread:
         """
         goodbye = Token(Topic.LEAVE, link.index)
         if self._requests.is_open(goodbye):
-            left = Message(Header(Kind.LEFT), ())
+            left = Message(Header(MessageKind.LEFT), ())
             self._requests.answer(goodbye, Answered(left, link.epoch, None))
             link.disconnect()
             link.heard_at = float("inf")

@@ -15,7 +15,7 @@ from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.memory import SUPPORTED, Slab
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block, layout, to_json
-from scaletrain.parameter_server.protocol.wire import Header, Kind, Message, Refused
+from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind, Refused
 from scaletrain.parameter_server.worker.requests import PeerLost, ServerError, Token
 
 _ANSWER_S = 2.0  # the longest wait for one answer of a handshake, before all is tried again
@@ -197,14 +197,14 @@ class ServerLink:
             "nonce": worker_nonce,
             "attempt": self._attempts,
         }
-        socket.send_multipart([Header(Kind.HELLO).pack(), wire.to_json(hello)])
+        socket.send_multipart([Header(MessageKind.HELLO).pack(), wire.to_json(hello)])
         message = self._next(socket, deadline)
-        if message is not None and message.header.kind == Kind.CHALLENGE:
+        if message is not None and message.header.kind == MessageKind.CHALLENGE:
             proof = self._answer_challenge(message, keys, worker_nonce)
-            header = Header(Kind.PROOF, rank=identity.rank)
+            header = Header(MessageKind.PROOF, rank=identity.rank)
             socket.send_multipart([header.pack(), wire.to_json({"proof": proof})])
             message = self._next(socket, deadline)
-        if message is None or message.header.kind != Kind.WELCOME:
+        if message is None or message.header.kind != MessageKind.WELCOME:
             return False
         self.sessions.append(message.header.session)
         return True
@@ -252,10 +252,10 @@ class ServerLink:
             "gradients": self.gradients.handle() if self.gradients else None,
             "step": step,
         }
-        header = Header(Kind.SETUP, rank=self._identity.rank, session=self.sessions[0])
+        header = Header(MessageKind.SETUP, rank=self._identity.rank, session=self.sessions[0])
         self.sockets[0].send_multipart([header.pack(), wire.to_json(setup)])
         message = self._next(self.sockets[0], deadline)
-        if message is None or message.header.kind != Kind.READY:
+        if message is None or message.header.kind != MessageKind.READY:
             return None
         ready = Ready.from_json(message.json())
         was_shared = self.shared
@@ -303,16 +303,16 @@ class ServerLink:
         """
         try:
             message = wire.parse([frame.buffer for frame in frames])
-            if message.header.kind == Kind.PING:
+            if message.header.kind == MessageKind.PING:
                 self.live_workers = message.header.count
                 return None
-            if message.header.kind not in (Kind.REFUSED, Kind.ABORT):
+            if message.header.kind not in (MessageKind.REFUSED, MessageKind.ABORT):
                 return message
             complaint = message.json()
         except Refused as refusal:
             raise ServerError(f"{self} sent a message that is not acceptable: {refusal}") from None
         text = complaint.get("message") or f"refused: {complaint.get('reason')}"
-        if message.header.kind == Kind.ABORT:
+        if message.header.kind == MessageKind.ABORT:
             raise PeerLost(f"{self}: {text}")
         raise ServerError(f"{self}: {text}")
 
