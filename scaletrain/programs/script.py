@@ -27,7 +27,7 @@ _RUNNER_FILES = (__file__, runpy.run_path.__code__.co_filename)
 
 
 def main(run_dir: Path, script: str, arguments: list[str]) -> None:
-    """Run the script as ``__main__``, supervised."""
+    """Run the script as ``__main__``, and report how it ended."""
     world = World.from_env()
     with progress.reporting(run_dir, world, _RUNNER_FILES):
         if not Path(script).is_file():

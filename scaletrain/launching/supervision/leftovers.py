@@ -13,9 +13,8 @@ def checkpoint_line(job: Job) -> str:
 
     It is empty if the job does not train, or has written no checkpoint.
     """
-    run_dir = RunDir(job.run_dir)
-    checkpoints = run_dir.checkpoints() if job.trains else []
-    if not checkpoints:
+    checkpoints = RunDir(job.run_dir).checkpoints()
+    if not checkpoints or not job.trains:
         return ""
     step, _ = checkpoints[-1]
     return f"the checkpoint holds {plural(step, 'step')}. To go on: {_resume_command(job)}"

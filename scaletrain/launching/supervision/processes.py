@@ -147,6 +147,14 @@ class Processes:
         """Return True if a worker or launcher runs."""
         return any(process.is_running for process in self.workers)
 
+    def launchers(self) -> list[Process]:
+        """Return the launchers that start workers of their own."""
+        return [process for process in self.workers if process.is_launcher]
+
+    def restart_workers(self) -> bool:
+        """Return True if a launcher starts workers again when one has failed."""
+        return any(process.restarts_workers for process in self.workers)
+
     def read(self, timeout_s: float) -> None:
         """Show what processes wrote, and note which have ended. Wait for that up to a time-out."""
         for key, _ in self._selector.select(timeout_s):
