@@ -41,7 +41,7 @@ def main(run_dir: Path, script: str, arguments: list[str]) -> None:
 
 
 def variables(world: World, run_dir: Path) -> dict[str, str]:
-    """Return what torch.distributed's ``env://`` needs and the launcher did not set.
+    """Return variables that torch.distributed needs and the launcher did not set.
 
     Where rank 0 must be found, every rank has to call this.
     """

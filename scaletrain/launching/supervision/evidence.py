@@ -1,4 +1,4 @@
-"""Evidence of failures: what workers report, how processes end, and what launchers write."""
+"""Evidence of failures: reports of workers, ends of processes, and output of launchers."""
 
 import signal
 import time
@@ -20,8 +20,8 @@ class Evidence:
     """Collects the failures of a launch. Only the supervisor's thread uses it.
 
     Args:
-        job: what is launched.
-        processes: what was started for it.
+        job: the job that is launched.
+        processes: all processes that were started for it.
     """
 
     def __init__(self, job: Job, processes: Processes):
@@ -61,7 +61,7 @@ class Evidence:
         return failures
 
     def of_process(self, process: Process) -> Failure:
-        """Return what ended a process: its own report, or what its exit status says."""
+        """Return the failure of a process that has ended: its own report, else its exit status."""
         rank = process.rank
         status = process.status or 0
         ended_at = process.ended_at or time.time()

@@ -43,7 +43,7 @@ def reported(run_dir: RunDir, workers: int, since: float) -> list[Failure]:
     return reports
 
 
-# What launchers write about a rank that a signal ended.
+# The words of launchers about a rank that a signal ended.
 _ENDED_BY_SIGNAL = (
     # Open MPI
     re.compile(
@@ -71,7 +71,7 @@ def reported_by_launcher(output: str, run_dir: RunDir, now: float) -> Failure | 
     """Return the failure of the rank that, by a launcher's words, was ended by a signal.
 
     Args:
-        output: what the launcher wrote.
+        output: the launcher's output.
         run_dir: where the rank reported how far it was.
         now: the time to note, in unix seconds: launchers write none.
     """
@@ -144,21 +144,21 @@ def headline(failure: Failure) -> str:
     steps = ""
     if failure.step is not None:
         steps = f" after {plural(failure.step, 'step')}"
-    who = "a process"
+    subject = "a process"
     if failure.rank is not None:
-        who = f"rank {failure.rank}"
+        subject = f"rank {failure.rank}"
     if failure.host:
-        who += f" on {failure.host}"
+        subject += f" on {failure.host}"
     if failure.kind not in (FailureKind.SIGNAL, FailureKind.EXIT, FailureKind.LAUNCHER):
         verb = _VERBS.get(failure.kind, "failed")
-        return f"scaletrain: {who} {verb}{steps}: {message}"
+        return f"scaletrain: {subject} {verb}{steps}: {message}"
     if failure.rank is None:  # the message begins with the process's name
         return f"scaletrain: {failure.message}{steps}"
-    return f"scaletrain: {who} {message}{steps}"
+    return f"scaletrain: {subject} {message}{steps}"
 
 
 def text(failure: Failure, stopped: list[str]) -> str:
-    """Return what a person sees, once: headline, last collective, traceback, stopped processes.
+    """Return the text for a person: headline, last collective, traceback, stopped processes.
 
     Args:
         failure: the first cause.

@@ -3,9 +3,9 @@
 A job hangs when its slowest worker gives no sign of life for longer than its limit (``HangWatch``).
 The culprit (``find_culprit``) is the rank that is least far and does not wait for others:
 
-1. Compare what the workers reported: the fewest steps, then the fewest collectives entered.
+1. Compare the reports of the workers: the fewest steps, then the fewest collectives entered.
 2. Among those that are equally far, prefer a rank that does not wait for others. Workers report
-   what they wait for (``progress.entering``, ``progress.waiting``). A person's own script under
+   their waits (``progress.entering``, ``progress.waiting``). A person's own script under
    torch.distributed reports nothing, so the workers of this host are asked for their Python stacks
    as well, and a main thread inside torch's own waiting functions waits.
 3. Among those that are still equal, take the one whose last sign of life is the oldest.
@@ -199,7 +199,7 @@ def _waiting(worker: Progress, stacks: dict[int, "Stack"]) -> Waiting:
 def _message(
     culprit: Progress, others: list[Progress], ahead: list[Progress], finished: list[Progress]
 ) -> str:
-    """Say what the culprit does, who waits for it, and who had finished.
+    """Describe the culprit's state, the ranks that wait for it, and those that had finished.
 
     Args:
         culprit: the rank that holds up the others.

@@ -1,4 +1,4 @@
-"""What a job leaves for the person who started it: its checkpoint, and how to go on from there."""
+"""The leftovers of a job that was stopped: its checkpoint, and the command to go on from there."""
 
 import shlex
 

@@ -23,15 +23,15 @@ from scaletrain.run.progress import LAUNCH_MARK
 
 # A line in which a process tells a person of their mistake, marked with its stream and its name.
 _MISTAKE = re.compile(rb"^\d(?:\[[^\]\n]*\] )?scaletrain: error: (.*)$", re.MULTILINE)
-_KEPT_OUTPUT = 20_000  # characters kept of what launchers wrote
+_KEPT_OUTPUT = 20_000  # characters kept of the output of launchers
 _LONGEST_LINE = 1 << 16  # bytes; longer lines are cut
 
 
 class Process:
-    """A process that was started, and what is known of it.
+    """A process that was started, and the facts known about it.
 
     Args:
-        command: what to start.
+        command: the command to start.
         environ: its environment, to which the command adds.
         companion: the companion that it is, if it is one.
         fd: a descriptor that it inherits; -1: none.
@@ -105,8 +105,8 @@ class Processes:
         self.orphaned = False  # nobody listens any more; set by ``read``
         self.launcher_output = ""  # the last characters that launchers wrote; set by ``read``
         self._prefixed = prefixed
-        # What is waited for. A key's data says what to do: ``_Lines`` for a pipe, a function for
-        # the end of a process that somebody else started, None for standard input.
+        # Everything that ``read`` waits for. A key's data is ``_Lines`` for a pipe, a function to
+        # call for the end of a process that somebody else started, None for standard input.
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin.buffer, selectors.EVENT_READ, None)
 
@@ -156,7 +156,7 @@ class Processes:
         return any(process.restarts_workers for process in self.workers)
 
     def read(self, timeout_s: float) -> None:
-        """Show what processes wrote, and note which have ended. Wait for that up to a time-out."""
+        """Show new output, and note the processes that have ended. Wait up to ``timeout_s``."""
         for key, _ in self._selector.select(timeout_s):
             if isinstance(key.data, _Lines):
                 self._read_lines(key.fileobj, key.data)  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ class Processes:
         _emit("".join(lines).encode())
 
     def stop(self) -> None:
-        """End everything: first SIGTERM, then SIGKILL for what is left. Companions end last."""
+        """End everything: first SIGTERM, then SIGKILL for the rest. Companions end last."""
         for group in (self.workers, self.companions):
             self._stop_group(group)
         kill_marked(LAUNCH_MARK, os.environ[LAUNCH_MARK])
@@ -237,7 +237,7 @@ class _Lines:
         self._rest = b""  # the beginning of a line that is not complete
 
     def feed(self, data: bytes) -> bytes:
-        """Return the lines that ``data`` completes; at the end, without data, what is left."""
+        """Return the lines that ``data`` completes; without data, at the end, the rest."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if self._rest and (not data or len(self._rest) > _LONGEST_LINE):
             lines.append(self._rest)

@@ -2,11 +2,11 @@
 
 Its life has five steps (``Supervisor.run``):
 
-1. Remove what an earlier job in the run directory reported.
+1. Remove the reports of an earlier job in the run directory.
 2. Start the companions, then the workers or the launchers that start them.
 3. Watch them: show their output, look for failures and hangs, answer signals.
 4. After a failure, wait a moment for the reports of other workers, and choose the first cause.
-5. End everything, and show the first cause and what is left.
+5. End everything, and show the first cause and the way to go on.
 
 It has one thread. Signal handlers only append to ``Supervisor.signals``.
 """
@@ -43,8 +43,8 @@ class Supervisor:
     """Carries out a plan in this process.
 
     Args:
-        plan: what to start. Its files are written already.
-        job: what the workers are, and what is expected of them.
+        plan: the commands to start. Its files are written already.
+        job: the workers, and the limits that they are held to.
     """
 
     def __init__(self, plan: LaunchPlan, job: Job):
@@ -52,7 +52,7 @@ class Supervisor:
         self.job = job
         self.signals: list[int] = []  # appended to by signal handlers, read by ``run``
         self._started_at = time.time()
-        # The environment of what is started. ``_start`` adds the store's address.
+        # The environment of all processes. ``_start`` adds the store's address.
         self._environ = dict(os.environ)
         self._run_dir = RunDir(job.run_dir)
         self._companions = job.companions
@@ -334,7 +334,7 @@ class Supervisor:
         """Pass a signal on to all workers."""
         for process in self._processes.workers:
             if self._is_loading(process):
-                # A SIGINT would only show what it was importing.
+                # A SIGINT would only show a traceback of its imports.
                 process.signal(signal.SIGTERM)
             else:
                 process.signal(process.interrupt or number)
