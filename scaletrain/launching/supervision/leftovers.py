@@ -1,4 +1,4 @@
-"""The leftovers of a job that was stopped: its checkpoint, and the command to go on from there."""
+"""The leftovers of a job that was stopped: its checkpoint, and the command to go on."""
 
 import shlex
 

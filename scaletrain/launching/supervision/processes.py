@@ -1,4 +1,4 @@
-"""Processes whose output is shown line by line, whose ends are noted, and which all end with us.
+"""Started processes: their output is shown, their ends are noted, none of them outlives us.
 
 Only the supervisor uses this. Its standard input closes when nobody listens to it any more. Its
 standard output carries every line of every process, marked with ``1`` or ``2`` for the stream that
@@ -82,7 +82,10 @@ class Process:
         return self.popen.returncode is None
 
     def signal(self, number: int) -> None:
-        """Send a signal to it and the processes it started; to a launcher alone, which passes it on."""
+        """Send a signal to the process and those that it has started.
+
+        A launcher gets it alone, and passes it on.
+        """
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self.is_launcher:
                 self.popen.send_signal(number)
@@ -229,7 +232,7 @@ def _any_left(processes: list[Process]) -> bool:
 
 
 class _Lines:
-    """Cuts a stream into whole lines, each marked with its stream and prefixed with its process."""
+    """Cuts a stream into lines, each marked with its stream and prefixed with its process."""
 
     def __init__(self, process: Process, prefix: bytes, stream: bytes):
         self.process = process

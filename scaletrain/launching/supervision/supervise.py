@@ -1,4 +1,4 @@
-"""Carry out a LaunchPlan: start it, watch it, name the first cause of a failure, leave no process.
+"""Carry out a LaunchPlan, name the first cause of a failure, and leave no process behind.
 
 ``run`` starts one more process, the supervisor (``supervisor.py``), which starts everything else.
 If either of the two is killed, the other ends the job. The supervisor sees that its standard input
@@ -108,7 +108,10 @@ def _print(line: str, error: bool) -> None:
 
 @contextlib.contextmanager
 def _forwarding(supervisor: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass signals on to the supervisor while the body runs. Only a main thread may set handlers."""
+    """Pass signals on to the supervisor while the body runs.
+
+    Only a main thread may set handlers; in another thread nothing is passed on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
