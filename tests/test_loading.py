@@ -1,5 +1,8 @@
-"""How quickly programs load torch. Bugs it catches: a library that stops garbage collection in other people's programs; an ``import torch``
-that loads all of ours."""
+"""programs/__init__.py and the package's own __init__.py: how quickly programs load torch.
+
+Bugs it catches: a library that stops garbage collection in other people's programs; an
+``import torch`` that loads all of ours.
+"""
 
 import gc
 import subprocess

@@ -53,9 +53,9 @@ def signal_name(number: int) -> str:
 
 
 def oom_kills() -> int | None:
-    """Return how many processes this host's kernel has killed for lack of memory since it booted.
+    """Return how many processes this host's kernel has killed for lack of memory.
 
-    None: the kernel does not say.
+    It counts since the host has booted. None: the kernel does not say.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
@@ -65,7 +65,7 @@ def oom_kills() -> int | None:
 
 
 def marked(variable: str, mark: str) -> list[int]:
-    """Return the processes whose environment holds ``variable=mark``, or a mark nested below it.
+    """Return the processes whose environment holds ``variable=mark``, or a mark below it.
 
     Nested marks are separated by slashes: ``a/b`` lies below ``a``. Zombies have no environment.
     """
@@ -82,7 +82,7 @@ def marked(variable: str, mark: str) -> list[int]:
 
 
 def kill_marked(variable: str, mark: str) -> None:
-    """Send SIGKILL to every marked process except this one, until there is none (see ``marked``)."""
+    """Send SIGKILL to every marked process except this one, until none is left."""
     for _ in range(50):
         left = [pid for pid in marked(variable, mark) if pid != os.getpid()]
         if not left:
@@ -123,7 +123,7 @@ def die_with_parent(number: int) -> None:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the command's name; empty if there is no process."""
+    """Return the fields of /proc/PID/stat after the command's name; empty without a process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:

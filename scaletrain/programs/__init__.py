@@ -21,7 +21,7 @@ def begin(name: str) -> None:
 def done() -> None:
     """Start garbage collection again, once a program has loaded and its work begins.
 
-    The collector leaves alone what has been loaded.
+    The collector leaves everything alone that has been loaded.
     """
     if not gc.isenabled():
         gc.freeze()

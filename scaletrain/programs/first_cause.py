@@ -1,6 +1,7 @@
 """Show the first cause of a job that has ended, for batch scripts.
 
-``python -m scaletrain.programs.first_cause RUN_DIR [OUTPUT]``; OUTPUT is what the launcher wrote.
+``python -m scaletrain.programs.first_cause RUN_DIR [OUTPUT]``; OUTPUT is a file with the launcher's
+output.
 """
 
 import sys

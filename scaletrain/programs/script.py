@@ -27,7 +27,7 @@ _RUNNER_FILES = (__file__, runpy.run_path.__code__.co_filename)
 
 
 def main(run_dir: Path, script: str, arguments: list[str]) -> None:
-    """Run the script as ``__main__``, supervised."""
+    """Run the script as ``__main__``, and report how it ended."""
     world = World.from_env()
     with progress.reporting(run_dir, world, _RUNNER_FILES):
         if not Path(script).is_file():
@@ -41,7 +41,7 @@ def main(run_dir: Path, script: str, arguments: list[str]) -> None:
 
 
 def variables(world: World, run_dir: Path) -> dict[str, str]:
-    """Return what torch.distributed's ``env://`` needs and the launcher did not set.
+    """Return variables that torch.distributed needs and the launcher did not set.
 
     Where rank 0 must be found, every rank has to call this.
     """

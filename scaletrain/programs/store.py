@@ -1,7 +1,7 @@
-"""Serve the job's store for workers that cannot serve it: ``python -m scaletrain.programs.store``.
+"""Serve the job's store, for workers that cannot serve it themselves.
 
-The descriptor of the socket to serve on is in SCALETRAIN_STORE_FD. The program runs until the
-launcher ends it.
+``python -m scaletrain.programs.store``. The descriptor of the socket to serve on is in
+SCALETRAIN_STORE_FD. The program runs until the launcher ends it.
 """
 
 import signal

@@ -11,7 +11,7 @@ _PACKAGES = ("scaletrain", "torch", "numpy", "mpi4py", "horovod", "pyzmq")
 
 
 def environment() -> dict[str, Any]:
-    """Return what a reader needs to judge a figure: host, processor, cores, versions, commit.
+    """Return the facts behind a figure: host, processor, cores, versions, commit.
 
     It asks for versions without importing the packages.
     """
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Return the processor's model as the kernel names it, else what Python knows."""
+    """Return the processor's model as the kernel names it, else as Python does."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -52,7 +52,7 @@ def _commit() -> str | None:
     commit = _git("rev-parse", "--short=12", "HEAD")
     if not commit:
         return commit
-    # Pages of results are not what was measured: a run that writes several pages must not mark
+    # Pages of results take no part in a measurement: a run that writes several pages must not mark
     # the later ones as changed.
     changed = _git(
         "status",

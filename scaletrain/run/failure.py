@@ -1,4 +1,4 @@
-"""The failure of one worker: what it was, and how an exception becomes one.
+"""The failure of one worker, and how an exception becomes one.
 
 A worker writes its failure to a file of the run directory (``RunDir.failure``). The supervisor
 reads the failures of all workers, adds those it finds by itself, chooses the first cause among
@@ -29,7 +29,7 @@ _ANSWER_S = 0.5
 
 
 class FailureKind(enum.StrEnum):
-    """What happened to a worker. The values are what the files hold."""
+    """The ways in which a worker fails. Files hold the values."""
 
     EXCEPTION = "exception"  # it raised
     USER = "user"  # a person's mistake, told in one line without a traceback
@@ -76,7 +76,7 @@ def failure_from_exception(
     """Return the failure of this worker that an exception stands for.
 
     Args:
-        error: what the worker raised.
+        error: the exception.
         world: the worker's place in the job.
         run_dir: where rank 0 may have published its addresses.
         runner_files: files whose frames are left out at the outer end of the traceback.
@@ -101,7 +101,8 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-# What torch's gloo, its store and MPI say when another rank is gone. They raise a RuntimeError.
+# The words of torch's gloo, of its store and of MPI when another rank is gone. They raise a
+# RuntimeError.
 _LOST_PEER = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|gloo/transport"
     r"|recvValue failed|failed to recv|wait timeout after|Socket Timeout"

@@ -1,4 +1,4 @@
-"""Signs of life: how far a worker is, what it waits for, and what ended it.
+"""Signs of life: how far a worker is, its waits, and its failure.
 
 A worker overwrites one small file in place (``RunDir.progress``), which takes 10 to 15 us: cheap
 enough for every step. It writes another one, once, if it fails (``RunDir.failure``). The supervisor
@@ -35,7 +35,7 @@ LAUNCH_MARK = "SCALETRAIN_LAUNCH"
 # A worker that gets this signal writes the Python stacks of all its threads (``RunDir.stacks``).
 STACKS_SIGNAL = signal.SIGUSR2
 
-# What ``Progress.doing`` holds in the phases that the supervisor knows.
+# Values of ``Progress.doing`` in the phases that the supervisor knows.
 STARTING = "starting"
 LOOKING_FOR_RANK_0 = "looking for rank 0"
 SCRIPT = "running a script"  # a person's own program promises no signs of life
@@ -51,7 +51,7 @@ _SYNC_S = 2.0  # how often the file is brought to a folder that several hosts sh
 
 @dataclass(slots=True)
 class Progress:
-    """What one worker last reported of itself: the content of its progress file."""
+    """The last report of one worker: the content of its progress file."""
 
     rank: int
     pid: int
@@ -61,7 +61,7 @@ class Progress:
     doing: str = STARTING
     collective: str = ""  # the last collective it entered, with its size and number
     num_collectives: int = 0  # collectives entered so far
-    # What it waits for, empty if nothing. A collective is named until the next report: leaving one
+    # The others that it waits for; empty if it does not. A collective is named until the next report: leaving one
     # is not reported, so a worker may have left the collective that is named here.
     waiting_for: str = ""
 
@@ -100,7 +100,7 @@ class Progress:
 
 
 def read(run_dir: RunDir, rank: int) -> Progress | None:
-    """Return what a worker reported; None if it reported nothing or is writing just now."""
+    """Return the last report of a worker; None if there is none, or it is being written."""
     try:
         value = json.loads(run_dir.progress(rank).read_text(encoding="utf-8"))
         return Progress(rank=rank, **value)
@@ -109,7 +109,7 @@ def read(run_dir: RunDir, rank: int) -> Progress | None:
 
 
 def read_all(run_dir: RunDir, workers: int) -> list[Progress]:
-    """Return what the workers of a job reported, in the order of their ranks."""
+    """Return the last reports of a job's workers, in the order of their ranks."""
     reports = [read(run_dir, rank) for rank in range(workers)]
     return [report for report in reports if report is not None]
 
@@ -124,7 +124,7 @@ class _Reporter:
     def __init__(self, run_dir: RunDir, world: World):
         self.progress = Progress(world.rank, os.getpid(), host_name())
         self.entered = ""  # the collective entered since the last sign of life of another kind
-        # What is being waited for by ``waiting``. Any thread may add to it and remove from it.
+        # The waits inside ``waiting``. Any thread may add to it and remove from it.
         self.waits: list[str] = []
         self._file = os.open(
             run_dir.progress(world.rank), os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644

@@ -1,4 +1,4 @@
-"""Records: what every rank writes down about each step that it trains.
+"""Records: the facts that every rank writes down about each of its steps.
 
 A records file (``RunDir.records``) holds one JSON object a line. Each rank writes its own file, so
 measuring never communicates.
@@ -24,7 +24,7 @@ class StepRecord:
     Durations are seconds; a part that the step does not have is 0. ``input_s``, ``forward_s``,
     ``backward_s`` and ``update_s`` add up to ``step_s``, but for some bookkeeping.
 
-    Communication that overlaps backward is inside ``backward_s``. What a step pays for it (exposed
+    Communication that overlaps backward is inside ``backward_s``. Its price to a step (exposed
     communication) is the difference to a run with the exchange ``none``.
     """
 

@@ -65,7 +65,7 @@ def add(kind: str, name: str, began: float, **details: Any) -> None:
 
     Args:
         kind: "bucket", "round" or "wait".
-        name: what a reader of the trace sees.
+        name: shown to a reader of the trace.
         began: ``time.time()`` at its beginning.
         details: further values to show, such as ``bytes``.
     """

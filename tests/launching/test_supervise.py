@@ -1,4 +1,4 @@
-"""The supervisor with small workers that need no torch: what is the first cause, and is everything really gone?"""
+"""launching/supervision: is the first cause named, and is everything really gone? The workers need no torch."""
 
 import json
 import signal

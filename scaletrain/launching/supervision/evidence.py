@@ -1,4 +1,4 @@
-"""Evidence of failures: what workers report, how processes end, and what launchers write."""
+"""Evidence of failures: reports of workers, ends of processes, and output of launchers."""
 
 import signal
 import time
@@ -20,8 +20,8 @@ class Evidence:
     """Collects the failures of a launch. Only the supervisor's thread uses it.
 
     Args:
-        job: what is launched.
-        processes: what was started for it.
+        job: the job that is launched.
+        processes: all processes that were started for it.
     """
 
     def __init__(self, job: Job, processes: Processes):
@@ -61,7 +61,7 @@ class Evidence:
         return failures
 
     def of_process(self, process: Process) -> Failure:
-        """Return what ended a process: its own report, or what its exit status says."""
+        """Return the failure of a process that has ended: its own report, else its exit status."""
         rank = process.rank
         status = process.status or 0
         ended_at = process.ended_at or time.time()
@@ -72,18 +72,21 @@ class Evidence:
             return Failure(
                 rank, process.host, None, ended_at, FailureKind.USER, process.mistake, exit_code=2
             )
-        worker = None if rank is None else progress.read(self._run_dir, rank)
-        how = self.how_it_ended(status)
-        return Failure(
+        failure = Failure(
             rank=rank,
-            host=worker.host if worker else process.host,
-            step=worker.step if worker else None,
+            host=process.host,
+            step=None,
             time=ended_at,
             kind=_kind_of_end(process, status),
-            message=f"{process.name} {how}" if rank is None else how,
-            collective=worker.collective if worker else "",
-            exit_code=128 - status if status < 0 else status or 1,
+            message=self.how_it_ended(status),
+            exit_code=_exit_code(status),
         )
+        if rank is None:
+            return failure._replace(message=f"{process.name} {failure.message}")
+        worker = progress.read(self._run_dir, rank)
+        if worker is None:
+            return failure
+        return failure._replace(host=worker.host, step=worker.step, collective=worker.collective)
 
     def how_it_ended(self, status: int) -> str:
         """Return words for an exit status, such as "ended with status 1"."""
@@ -161,4 +164,13 @@ class Evidence:
 def _kind_of_end(process: Process, status: int) -> FailureKind:
     if process.is_launcher:
         return FailureKind.LAUNCHER
-    return FailureKind.SIGNAL if status < 0 else FailureKind.EXIT
+    if status < 0:
+        return FailureKind.SIGNAL
+    return FailureKind.EXIT
+
+
+def _exit_code(status: int) -> int:
+    """Return the exit status that a process's end gives the whole job, as a shell has it."""
+    if status < 0:
+        return 128 - status
+    return status or 1  # a companion that ends well has ended too early all the same

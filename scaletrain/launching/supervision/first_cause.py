@@ -6,12 +6,13 @@ read about the cause alone, once.
 
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from scaletrain.host.processes import signal_name
 from scaletrain.run import progress
 from scaletrain.run.failure import Failure, FailureKind, read_failure
 from scaletrain.run.layout import RunDir
+from scaletrain.run.progress import Progress
 from scaletrain.units import plural
 
 # How strong a kind of failure is as an explanation, the strongest first. A rank that raised or was
@@ -42,7 +43,7 @@ def reported(run_dir: RunDir, workers: int, since: float) -> list[Failure]:
     return reports
 
 
-# What launchers write about a rank that a signal ended.
+# The words of launchers about a rank that a signal ended.
 _ENDED_BY_SIGNAL = (
     # Open MPI
     re.compile(
@@ -70,7 +71,7 @@ def reported_by_launcher(output: str, run_dir: RunDir, now: float) -> Failure | 
     """Return the failure of the rank that, by a launcher's words, was ended by a signal.
 
     Args:
-        output: what the launcher wrote.
+        output: the launcher's output.
         run_dir: where the rank reported how far it was.
         now: the time to note, in unix seconds: launchers write none.
     """
@@ -90,15 +91,15 @@ def _ended_by_signal(match: re.Match[str], run_dir: RunDir, now: float) -> Failu
         message += " (out of memory)"
     elif number == signal.SIGKILL:
         message += " (did memory run out? see dmesg there)"
-    worker = progress.read(run_dir, rank)
+    worker = progress.read(run_dir, rank) or Progress(rank, pid=0, host=match["host"])
     return Failure(
         rank=rank,
         host=match["host"],
-        step=worker.step if worker else None,
+        step=worker.step,
         time=now,
         kind=FailureKind.SIGNAL,
         message=message,
-        collective=worker.collective if worker else "",
+        collective=worker.collective,
         exit_code=128 + number,
     )
 
@@ -123,8 +124,8 @@ def choose(failures: Iterable[Failure]) -> Failure:
         return cause
     host_of_rank_0 = next((failure.host for failure in known if failure.rank == 0), "")
     ranks = [failure.rank for failure in cut if failure.rank is not None]
-    verb = "do" if len(ranks) > 1 else "does"
-    message = f"is cut off the network: {listed_ranks(ranks)} {verb} not reach it any more"
+    do_not = ranks_with_verb(ranks, "does not", "do not")
+    message = f"is cut off the network: {do_not} reach it any more"
     return cause._replace(rank=0, host=host_of_rank_0, message=message, traceback="")
 
 
@@ -139,21 +140,25 @@ _VERBS = {
 
 def headline(failure: Failure) -> str:
     """Return one line that says which rank failed, where, when and how."""
-    message = failure.message.splitlines()[0] if failure.message else ""
-    steps = "" if failure.step is None else f" after {plural(failure.step, 'step')}"
-    who = "a process" if failure.rank is None else f"rank {failure.rank}"
+    message = failure.message.partition("\n")[0]
+    steps = ""
+    if failure.step is not None:
+        steps = f" after {plural(failure.step, 'step')}"
+    subject = "a process"
+    if failure.rank is not None:
+        subject = f"rank {failure.rank}"
     if failure.host:
-        who += f" on {failure.host}"
+        subject += f" on {failure.host}"
     if failure.kind not in (FailureKind.SIGNAL, FailureKind.EXIT, FailureKind.LAUNCHER):
         verb = _VERBS.get(failure.kind, "failed")
-        return f"scaletrain: {who} {verb}{steps}: {message}"
+        return f"scaletrain: {subject} {verb}{steps}: {message}"
     if failure.rank is None:  # the message begins with the process's name
         return f"scaletrain: {failure.message}{steps}"
-    return f"scaletrain: {who} {message}{steps}"
+    return f"scaletrain: {subject} {message}{steps}"
 
 
 def text(failure: Failure, stopped: list[str]) -> str:
-    """Return what a person sees, once: headline, last collective, traceback, stopped processes.
+    """Return the text for a person: headline, last collective, traceback, stopped processes.
 
     Args:
         failure: the first cause.
@@ -175,6 +180,15 @@ def listed_ranks(ranks: Iterable[int]) -> str:
     >>> listed_ranks([2, 0])
     'ranks 0, 2'
     """
-    numbers = sorted(ranks)
-    noun = "rank" if len(numbers) == 1 else "ranks"
-    return f"{noun} {', '.join(map(str, numbers))}"
+    numbers = ", ".join(map(str, sorted(ranks)))
+    return f"ranks {numbers}" if "," in numbers else f"rank {numbers}"
+
+
+def ranks_with_verb(ranks: Collection[int], one: str, several: str) -> str:
+    """Return ranks with the form of a verb that fits them.
+
+    >>> ranks_with_verb([2, 0], "waits", "wait")
+    'ranks 0, 2 wait'
+    """
+    verb = one if len(ranks) == 1 else several
+    return f"{listed_ranks(ranks)} {verb}"

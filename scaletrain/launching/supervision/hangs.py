@@ -3,9 +3,9 @@
 A job hangs when its slowest worker gives no sign of life for longer than its limit (``HangWatch``).
 The culprit (``find_culprit``) is the rank that is least far and does not wait for others:
 
-1. Compare what the workers reported: the fewest steps, then the fewest collectives entered.
+1. Compare the reports of the workers: the fewest steps, then the fewest collectives entered.
 2. Among those that are equally far, prefer a rank that does not wait for others. Workers report
-   what they wait for (``progress.entering``, ``progress.waiting``). A person's own script under
+   their waits (``progress.entering``, ``progress.waiting``). A person's own script under
    torch.distributed reports nothing, so the workers of this host are asked for their Python stacks
    as well, and a main thread inside torch's own waiting functions waits.
 3. Among those that are still equal, take the one whose last sign of life is the oldest.
@@ -24,7 +24,7 @@ from pathlib import Path
 from scaletrain.host.names import host_name
 from scaletrain.host.processes import handles_signal, state
 from scaletrain.launching.job import Program
-from scaletrain.launching.supervision.first_cause import listed_ranks
+from scaletrain.launching.supervision.first_cause import listed_ranks, ranks_with_verb
 from scaletrain.run import progress
 from scaletrain.run.failure import Failure, FailureKind
 from scaletrain.run.layout import RunDir
@@ -86,11 +86,16 @@ class HangWatch:
         before = self._slowest_since
         self._slowest_since = {worker.rank: before.get(worker.rank, now) for worker in slowest}
         for worker in slowest:
-            limit_s = self._starting_s if worker.step is None else self._limit_s
             silent_since = max(worker.time, self._slowest_since[worker.rank])
-            if now - silent_since > limit_s:
+            if now - silent_since > self._limit_of(worker):
                 return True
         return False
+
+    def _limit_of(self, worker: Progress) -> float:
+        """Return how long a worker may be silent, in seconds."""
+        if worker.step is None:
+            return self._starting_s
+        return self._limit_s
 
     def _slowest(self, lost: Collection[int]) -> list[Progress]:
         """Return the workers that have done the fewest steps, of those that report steps."""
@@ -155,7 +160,7 @@ def find_culprit(
         time=culprit.time,
         kind=FailureKind.HANG,
         message=_message(culprit, others, ahead, finished),
-        traceback=stacks[culprit.rank].text if culprit.rank in stacks else "",
+        traceback=stacks.get(culprit.rank, Stack("")).text,
         collective=culprit.collective,
         exit_code=HUNG_STATUS,
     )
@@ -186,13 +191,15 @@ def _waiting(worker: Progress, stacks: dict[int, "Stack"]) -> Waiting:
         return Waiting.NO  # it does not run: a process that runs answers even while it waits
     if worker.rank in stacks and stacks[worker.rank].waits_in_torch():
         return Waiting.SEEN
-    return Waiting.REPORTED if worker.waiting_for else Waiting.NO
+    if worker.waiting_for:
+        return Waiting.REPORTED
+    return Waiting.NO
 
 
 def _message(
     culprit: Progress, others: list[Progress], ahead: list[Progress], finished: list[Progress]
 ) -> str:
-    """Say what the culprit does, who waits for it, and who had finished.
+    """Describe the culprit's state, the ranks that wait for it, and those that had finished.
 
     Args:
         culprit: the rank that holds up the others.
@@ -205,23 +212,22 @@ def _message(
     if _is_here(culprit) and state(culprit.pid) in _STOPPED:
         parts.append("the process is stopped (SIGSTOP)")
     if ahead:
-        waiting = _ranks(ahead)
         if ahead[0].collective and ahead[0].num_collectives > culprit.num_collectives:
             missed = min(ahead, key=lambda worker: worker.num_collectives)
-            verb = "wait" if len(ahead) > 1 else "waits"
-            parts.append(f"it never entered {missed.collective}, where {waiting} {verb}")
+            wait = ranks_with_verb(_ranks(ahead), "waits", "wait")
+            parts.append(f"it never entered {missed.collective}, where {wait}")
         else:
-            parts.append(f"{waiting} waited for it")
+            parts.append(f"{listed_ranks(_ranks(ahead))} waited for it")
     elif others:
-        verb = "are" if len(others) > 1 else "is"
-        parts.append(f"{_ranks(others)} {verb} no further: the cause may be any of them")
+        are = ranks_with_verb(_ranks(others), "is", "are")
+        parts.append(f"{are} no further: the cause may be any of them")
     if finished:
-        parts.append(f"{_ranks(finished)} had finished already")
+        parts.append(f"{listed_ranks(_ranks(finished))} had finished already")
     return "; ".join(parts)
 
 
-def _ranks(workers: Iterable[Progress]) -> str:
-    return listed_ranks(worker.rank for worker in workers)
+def _ranks(workers: Iterable[Progress]) -> list[int]:
+    return [worker.rank for worker in workers]
 
 
 # Stacks

@@ -1,4 +1,4 @@
-"""What a job leaves for the person who started it: its checkpoint, and how to go on from there."""
+"""The leftovers of a job that was stopped: its checkpoint, and the command to go on."""
 
 import shlex
 
@@ -13,9 +13,8 @@ def checkpoint_line(job: Job) -> str:
 
     It is empty if the job does not train, or has written no checkpoint.
     """
-    run_dir = RunDir(job.run_dir)
-    checkpoints = run_dir.checkpoints() if job.trains else []
-    if not checkpoints:
+    checkpoints = RunDir(job.run_dir).checkpoints()
+    if not checkpoints or not job.trains:
         return ""
     step, _ = checkpoints[-1]
     return f"the checkpoint holds {plural(step, 'step')}. To go on: {_resume_command(job)}"

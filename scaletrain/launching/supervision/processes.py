@@ -1,4 +1,4 @@
-"""Processes whose output is shown line by line, whose ends are noted, and which all end with us.
+"""Started processes: their output is shown, their ends are noted, none of them outlives us.
 
 Only the supervisor uses this. Its standard input closes when nobody listens to it any more. Its
 standard output carries every line of every process, marked with ``1`` or ``2`` for the stream that
@@ -24,15 +24,15 @@ from scaletrain.run.progress import LAUNCH_MARK
 
 # A line in which a process tells a person of their mistake, marked with its stream and its name.
 _MISTAKE = re.compile(rb"^\d(?:\[[^\]\n]*\] )?scaletrain: error: (.*)$", re.MULTILINE)
-_KEPT_OUTPUT = 20_000  # characters kept of what launchers wrote
+_KEPT_OUTPUT = 20_000  # characters kept of the output of launchers
 _LONGEST_LINE = 1 << 16  # bytes; longer lines are cut
 
 
 class Process:
-    """A process that was started, and what is known of it.
+    """A process that was started, and the facts known about it.
 
     Args:
-        command: what to start.
+        command: the command to start.
         environ: its environment, to which the command adds.
         companion: the companion that it is, if it is one.
         fd: a descriptor that it inherits; -1: none.
@@ -83,7 +83,10 @@ class Process:
         return self.popen.returncode is None
 
     def signal(self, number: int) -> None:
-        """Send a signal to it and the processes it started; to a launcher alone, which passes it on."""
+        """Send a signal to the process and those that it has started.
+
+        A launcher gets it alone, and passes it on.
+        """
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self.is_launcher:
                 self.popen.send_signal(number)
@@ -106,8 +109,8 @@ class Processes:
         self.orphaned = False  # nobody listens any more; set by ``read``
         self.launcher_output = ""  # the last characters that launchers wrote; set by ``read``
         self._prefixed = prefixed
-        # What is waited for. A key's data says what to do: ``_Lines`` for a pipe, a function for
-        # the end of a process that somebody else started, None for standard input.
+        # Everything that ``read`` waits for. A key's data is ``_Lines`` for a pipe, a function to
+        # call for the end of a process that somebody else started, None for standard input.
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin.buffer, selectors.EVENT_READ, None)
 
@@ -148,8 +151,16 @@ class Processes:
         """Return True if a worker or launcher runs."""
         return any(process.is_running for process in self.workers)
 
+    def launchers(self) -> list[Process]:
+        """Return the launchers that start workers of their own."""
+        return [process for process in self.workers if process.is_launcher]
+
+    def restart_workers(self) -> bool:
+        """Return True if a launcher starts workers again when one has failed."""
+        return any(process.restarts_workers for process in self.workers)
+
     def read(self, timeout_s: float) -> None:
-        """Show what processes wrote, and note which have ended. Wait for that up to a time-out."""
+        """Show new output, and note the processes that have ended. Wait up to ``timeout_s``."""
         for key, _ in self._selector.select(timeout_s):
             if isinstance(key.data, _Lines):
                 self._read_lines(key.fileobj, key.data)  # type: ignore[arg-type]
@@ -171,7 +182,7 @@ class Processes:
         _emit("".join(lines).encode())
 
     def stop(self) -> None:
-        """End everything: first SIGTERM, then SIGKILL for what is left. Companions end last."""
+        """End everything: first SIGTERM, then SIGKILL for the rest. Companions end last."""
         for group in (self.workers, self.companions):
             self._stop_group(group)
         kill_marked(LAUNCH_MARK, os.environ[LAUNCH_MARK])
@@ -222,7 +233,7 @@ def _any_left(processes: list[Process]) -> bool:
 
 
 class _Lines:
-    """Cuts a stream into whole lines, each marked with its stream and prefixed with its process."""
+    """Cuts a stream into lines, each marked with its stream and prefixed with its process."""
 
     def __init__(self, process: Process, prefix: bytes, stream: bytes):
         self.process = process
@@ -230,7 +241,7 @@ class _Lines:
         self._rest = b""  # the beginning of a line that is not complete
 
     def feed(self, data: bytes) -> bytes:
-        """Return the lines that ``data`` completes; at the end, without data, what is left."""
+        """Return the lines that ``data`` completes; without data, at the end, the rest."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if self._rest and (not data or len(self._rest) > _LONGEST_LINE):
             lines.append(self._rest)

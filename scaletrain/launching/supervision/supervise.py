@@ -1,8 +1,8 @@
-"""Carry out a LaunchPlan: start it, watch it, name the first cause of a failure, leave no process.
+"""Carry out a LaunchPlan, name the first cause of a failure, and leave no process behind.
 
 ``run`` starts one more process, the supervisor (``supervisor.py``), which starts everything else.
 If either of the two is killed, the other ends the job. The supervisor sees that its standard input
-closes; ``run`` finds what was started by the mark in its environment. Workers also die with the
+closes; ``run`` finds all processes by the mark in their environment. Workers also die with the
 supervisor (PR_SET_PDEATHSIG), so that nothing survives even if both are killed.
 """
 
@@ -40,8 +40,8 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
     the main thread. Everything that was started has ended when it returns.
 
     Args:
-        plan: what to start.
-        job: what the workers are, and what the supervisor expects of them.
+        plan: the files to write and the commands to start.
+        job: the workers, and the limits that the supervisor holds them to.
         show: called with each line of output, and True if it belongs on standard error. By default
             lines are printed there.
     """
@@ -109,7 +109,10 @@ def _print(line: str, error: bool) -> None:
 
 @contextlib.contextmanager
 def _forwarding(supervisor: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass signals on to the supervisor while the body runs. Only a main thread may set handlers."""
+    """Pass signals on to the supervisor while the body runs.
+
+    Only a main thread may set handlers; in another thread nothing is passed on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

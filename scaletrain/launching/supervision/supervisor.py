@@ -2,11 +2,11 @@
 
 Its life has five steps (``Supervisor.run``):
 
-1. Remove what an earlier job in the run directory reported.
+1. Remove the reports of an earlier job in the run directory.
 2. Start the companions, then the workers or the launchers that start them.
 3. Watch them: show their output, look for failures and hangs, answer signals.
 4. After a failure, wait a moment for the reports of other workers, and choose the first cause.
-5. End everything, and show the first cause and what is left.
+5. End everything, and show the first cause and the way to go on.
 
 It has one thread. Signal handlers only append to ``Supervisor.signals``.
 """
@@ -42,8 +42,8 @@ class Supervisor:
     """Carries out a plan in this process.
 
     Args:
-        plan: what to start. Its files are written already.
-        job: what the workers are, and what is expected of them.
+        plan: the commands to start. Its files are written already.
+        job: the workers, and the limits that they are held to.
     """
 
     def __init__(self, plan: LaunchPlan, job: Job):
@@ -51,10 +51,12 @@ class Supervisor:
         self.job = job
         self.signals: list[int] = []  # appended to by signal handlers, read by ``run``
         self._started_at = time.time()
-        # The environment of what is started. ``_start`` adds the store's address.
+        # The environment of all processes. ``_start`` adds the store's address.
         self._environ = dict(os.environ)
         self._run_dir = RunDir(job.run_dir)
-        self._companions = job.companions if plan.companions is None else plan.companions
+        self._companions = job.companions
+        if plan.companions is not None:  # the launcher starts them its own way
+            self._companions = plan.companions
         several = len(plan.commands) + len(self._companions) > 1
         self._processes = Processes(prefixed=several)
         self._evidence = Evidence(job, self._processes)
@@ -66,7 +68,9 @@ class Supervisor:
         # ``_failed_inside_launcher``.
         self._failing_since: float | None = None
         # When to say how the start goes, the next time first. Only training reports it.
-        self._say_start_after_s = list(_SAY_START_AFTER_S) if job.trains else []
+        self._say_start_after_s = [*_SAY_START_AFTER_S]
+        if not job.trains:
+            self._say_start_after_s.clear()
 
     def run(self) -> int:
         """Carry out the plan; return the exit status."""
@@ -157,10 +161,12 @@ class Supervisor:
             return
         self._say_start_after_s.pop(0)
         joined = len([worker for worker in workers if worker.has_joined])
-        state = "all have joined, the first step is not done yet"
-        if joined < self.job.workers:
-            verb = "has" if self.job.workers == 1 else "have"
-            state = f"{joined} of {plural(self.job.workers, 'worker')} {verb} joined"
+        if joined == self.job.workers:
+            state = "all have joined, the first step is not done yet"
+        elif self.job.workers == 1:
+            state = "the worker has not joined yet"
+        else:
+            state = f"{joined} of {self.job.workers:,} workers have joined"
         self._processes.say(f"scaletrain: starting: {state} ({since_start_s:.0f} s)")
 
     def _find_failure(self) -> Failure | None:
@@ -173,12 +179,12 @@ class Supervisor:
             ended_badly = process.ended_at is not None and process.status != 0
             if ended_badly and process.rank not in self._lost:
                 failed.append(process)
-        if not failed:
-            return self._choose_cause() if self._failed_inside_launcher() else None
-        if not self._goes_on_without(failed):
+        if failed and not self._goes_on_without(failed):
             return self._choose_cause()
         for process in failed:
             self._lose(process)
+        if not failed and self._failed_inside_launcher():
+            return self._choose_cause()
         return None
 
     def _restart(self, process: Process) -> bool:
@@ -201,7 +207,7 @@ class Supervisor:
         return len([p for p in self._processes.workers if p.is_running or p.status == 0])
 
     def _goes_on_without(self, failed: list[Process]) -> bool:
-        """Return True if the job can do without the workers that have failed."""
+        """Return True if enough workers live for the job to go on without those that failed."""
         if self.job.min_workers is None or any(process.rank is None for process in failed):
             return False
         return self._num_living() >= max(1, self.job.min_workers)
@@ -221,10 +227,8 @@ class Supervisor:
 
         A launcher ends soon after one of its workers has failed, unless it starts workers again.
         """
-        launchers = [process for process in self._processes.workers if process.is_launcher]
-        if not any(process.is_running for process in launchers):
-            return False
-        if any(process.restarts_workers for process in launchers):
+        running = [launcher for launcher in self._processes.launchers() if launcher.is_running]
+        if not running or self._processes.restart_workers():
             return False
         if not self._evidence.any_silent_end() and not self._evidence.reports():
             return False
@@ -234,7 +238,7 @@ class Supervisor:
 
     def _find_hang(self) -> Failure | None:
         """Return the first cause, if the job makes no progress."""
-        if any(process.is_launcher for process in self._processes.workers):
+        if self._processes.launchers():
             self._evidence.watch_workers()
         if not self._hang_watch.is_hanging(self._lost):
             return None
@@ -247,7 +251,7 @@ class Supervisor:
         return first_cause.choose([hang, *self._evidence.reports()])
 
     def _find_culprit(self) -> Failure | None:
-        restarting = any(process.restarts_workers for process in self._processes.workers)
+        restarting = self._processes.restart_workers()
         return hangs.find_culprit(self._run_dir, self.job.workers, self._lost, restarting)
 
     # 4. Choosing the first cause
@@ -329,7 +333,7 @@ class Supervisor:
         """Pass a signal on to all workers."""
         for process in self._processes.workers:
             if self._is_loading(process):
-                # A SIGINT would only show what it was importing.
+                # A SIGINT would only show a traceback of its imports.
                 process.signal(signal.SIGTERM)
             else:
                 process.signal(process.interrupt or number)
