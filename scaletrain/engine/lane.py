@@ -81,7 +81,8 @@ class Lane:
         self._counting = threading.Lock()
         # The thread that uses the engine holds it: a caller, or the lane's thread.
         self._engine_lock = threading.Lock()
-        # Both of these are written and read under _engine_lock.
+        # Both of these are written and read under _engine_lock. Exceptions: record reads the engine
+        # without it, and close ends the engine when the thread has ended.
         self._engine: Engine | None = None  # created by the first allreduce
         self._failure: BaseException | None = None  # the first one: nothing runs after it
         self._thread: threading.Thread | None = None  # started by the first task

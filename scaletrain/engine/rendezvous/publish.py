@@ -1,7 +1,7 @@
 """Publishing and finding rank 0, under launchers that serve no store.
 
-1. Rank 0 serves a store at a free port, and writes all of its addresses to
-   ``RUN_DIR/rendezvous.json``.
+1. Rank 0 serves a store at a free port, and writes all of its addresses to a file in the run
+   directory (``RunDir.rendezvous``).
 2. Every other rank tries each address, and takes it for rank 0 if a random number (nonce) from the
    file is in the store there: an address may lead elsewhere, and a file may be old.
 3. It writes to the store at which addresses it found rank 0.
@@ -44,7 +44,7 @@ _INTERFACE_VARIABLES = ("SCALETRAIN_INTERFACE", "GLOO_SOCKET_IFNAME")
 
 
 class _MeetingPoint(NamedTuple):
-    """The contents of ``rendezvous.json``. Rank 0 writes it, the other ranks read it."""
+    """The contents of the file ``RunDir.rendezvous``. Rank 0 writes it, the others read it."""
 
     job: str  # the launcher's name of the job, empty if it has none
     addresses: list[str]  # at which rank 0 may be reached
@@ -82,7 +82,9 @@ def publish(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
             break
     else:
         store.set(_ADDRESS, "")
-        findings = [f"rank {rank}: {', '.join(found)}" for rank, found in reached.items()]
+        findings = []
+        for rank, reached_addresses in reached.items():
+            findings.append(f"rank {rank}: {', '.join(reached_addresses)}")
         raise UserError(
             f"no address of rank 0 is reached by every rank ({'; '.join(findings)}):"
             " name the network with SCALETRAIN_INTERFACE"
@@ -114,7 +116,8 @@ def find(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
         ConnectionError: rank 0 has given up, or no address is reached by every rank.
     """
     deadline = time.monotonic() + timeout.total_seconds()
-    seen = "no rendezvous.json"  # what the time-out's message says
+    file_name = RunDir(run_dir).rendezvous.name
+    seen = f"no {file_name}"  # for the message of a time-out
     while time.monotonic() < deadline:
         progress.alive(progress.LOOKING_FOR_RANK_0)
         time.sleep(_LOOK_S)
@@ -122,14 +125,14 @@ def find(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
         if point is None:
             continue
         if point.job != _job_name(world):
-            seen = f"only an earlier job's rendezvous.json ({point.job})"
+            seen = f"only an earlier job's {file_name} ({point.job})"
             continue
         left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
         stores = _stores_at(point, left)
         if stores:
             return _agree(stores, point, world)
         seen = (
-            f"rendezvous.json, but rank 0 answers at none of {', '.join(point.addresses)},"
+            f"{file_name}, but rank 0 answers at none of {', '.join(point.addresses)},"
             f" port {point.port}"
         )
     raise TimeoutError(

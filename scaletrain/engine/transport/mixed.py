@@ -7,6 +7,7 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from scaletrain import plugins
 from scaletrain.engine.meeting import host_of_each_rank
 from scaletrain.engine.transport import Group, Receive, Transport, Wait, apart
 
@@ -22,8 +23,6 @@ class Mixed:
     """
 
     def __init__(self, group: Group, between: str):
-        from scaletrain import plugins
-
         self.rank = group.rank
         self.size = group.size
         hosts = host_of_each_rank(group)
