@@ -41,9 +41,8 @@ def test_another_size_is_refused(created: Handle):
 
 
 def test_a_file_that_is_not_shared_memory_is_refused():
-    with open("/dev/null", "rb") as file:
-        with pytest.raises(ValueError, match="not shared memory"):
-            shared_memory.map_opened(Handle(os.getpid(), file.fileno(), 0), write=False)
+    with open("/dev/null", "rb") as file, pytest.raises(ValueError, match="not shared memory"):
+        shared_memory.map_opened(Handle(os.getpid(), file.fileno(), 0), write=False)
 
 
 def test_memory_that_is_not_sealed_is_refused():
