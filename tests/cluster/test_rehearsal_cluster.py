@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scaletrain.errors import UserError
-from scaletrain.rehearsal import Cluster, machine
+from scaletrain.rehearsal import Cluster, links, machine
 from tests.conftest import require
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("namespaces")]
@@ -135,7 +135,7 @@ def test_what_the_kernel_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
         )
         with pytest.raises(UserError, match="loss: needs iptables"), Cluster(2, loss=0.1):
             pass
-    monkeypatch.setattr(Cluster, "_has_netem", lambda self: False)
+    monkeypatch.setattr(links, "has_netem", lambda switch: False)
     with (
         pytest.raises(UserError, match=r"latency: 0\.0001 s needs netem"),
         Cluster(2, latency="100us"),
@@ -199,7 +199,7 @@ def test_without_privileges_in_a_user_namespace():
     program = """
 from scaletrain.rehearsal import Cluster
 with Cluster(2, bandwidth="100Mbit") as hosts:
-    print(hosts._user, hosts.run(1, ["hostname"]).stdout.strip(), hosts.counters()[0].sent_bytes >= 0)
+    print(hosts._has_user_namespace, hosts.run(1, ["hostname"]).stdout.strip(), hosts.counters()[0].sent_bytes >= 0)
     hosts.cut(1)
 """
     drop = [] if os.geteuid() else ["setpriv", "--bounding-set=-all,+setfcap", "--inh-caps=-all"]

@@ -1,4 +1,4 @@
-"""A cluster on this machine: each worker a host in namespaces, links of a given bandwidth (emulated)."""
+"""An emulated cluster on this machine: hosts in namespaces, links of a given bandwidth."""
 
 from collections.abc import Mapping
 from typing import Annotated
