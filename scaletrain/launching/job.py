@@ -17,6 +17,10 @@ from typing import NamedTuple
 Environment = tuple[tuple[str, str], ...]  # variables of a process, as a value
 
 
+# The variable with the descriptor of the listening socket on which a process is to serve the store.
+STORE_FD = "SCALETRAIN_STORE_FD"
+
+
 class Program(enum.Enum):
     """The programs of this package that start with ``python -m``, by their modules' names."""
 

@@ -10,8 +10,7 @@ import os
 import socket
 import sys
 
-from scaletrain.launching.job import Program
-from scaletrain.launching.supervision.supervisor import STORE_FD
+from scaletrain.launching.job import STORE_FD, Program
 
 
 def main(port: int) -> None:

@@ -254,7 +254,9 @@ def test_firecaffe_writes_its_page_from_what_was_measured(tmp_path):
         ("many", (2, 4), firecaffe.EXCHANGES),
     ):
         plan = sweep.plan(
-            configs, counts, exchanges, repeats=1, launcher="rehearsal", threads=1, split=False
+            sweep.Request(
+                configs, counts, exchanges, repeats=1, launcher="rehearsal", threads=1, split=False
+            )
         )
         sweep.claim(data / name, plan)
         for cell in plan.cells():

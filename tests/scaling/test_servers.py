@@ -45,11 +45,9 @@ def test_what_several_servers_counted_is_added_up(tmp_path):
     (tmp_path / "server-0.address.json").write_text("{}")
     found = servers.read(tmp_path)
     assert (
-        found["servers"] == 2
-        and found["staleness"] == {"0": 60, "2": 20}
-        and found["staleness_mean"] == 0.5
+        found.servers == 2 and found.staleness == {"0": 60, "2": 20} and found.staleness_mean == 0.5
     )
-    assert found["dropped"] == 0.1 and found["pace_s"] == [0.01, 0.05]
+    assert found.dropped == 0.1 and found.pace_s == (0.01, 0.05)
     line = servers.text(found)
     for part in (
         "2 servers, async",
@@ -79,25 +77,23 @@ def test_faster_steps_can_reach_a_loss_later(tmp_path):
     eager = with_losses(tmp_path / "async", "parameter_server", 0.08, slowly)
     write_servers(eager)
     made = report.of_runs([sync, eager])
-    first, second = made["rows"]
-    assert second["samples_per_s"] > first["samples_per_s"]
-    assert made["loss_reached"] == pytest.approx(
-        np.mean(slowly[-10:])
-    )  # the lowest that both reached
-    assert first["time_to_loss_s"] < second["time_to_loss_s"]
+    first, second = made.rows
+    assert second.samples_per_s > first.samples_per_s
+    assert made.loss_reached == pytest.approx(np.mean(slowly[-10:]))  # the lowest that both reached
+    assert first.time_to_loss_s < second.time_to_loss_s
     for page in (render.markdown(made), render.html(made)):
         assert "time to loss" in page and "0: 75 %, 2: 25 %" in page
     console = Console(width=200, record=True, file=io.StringIO())
     table.show(made, console)
     assert (
-        f"parameter_server on {second['workers']}: 2 servers, async; staleness 0: 75 %"
+        f"parameter_server on {second.workers}: 2 servers, async; staleness 0: 75 %"
         in console.export_text()
     )
 
 
 def test_without_servers_there_is_no_such_table(tmp_path):
     made = report.of_runs([with_losses(tmp_path / "a", "ring", 0.1, [1.0] * 20)])
-    assert made["loss_reached"] is None
+    assert made.loss_reached is None
     assert "time to loss" not in render.markdown(made)
 
 
@@ -105,7 +101,7 @@ def test_losses_of_different_jobs_are_not_compared(tmp_path):
     one = with_losses(tmp_path / "a", "ring", 0.1, [2.0] * 20)
     other = with_losses(tmp_path / "b", "parameter_server", 0.1, [0.5] * 20)
     write_servers(other)
-    assert report.of_runs([one, other])["loss_reached"] is not None
+    assert report.of_runs([one, other]).loss_reached is not None
     summary = json.loads((other / "summary.json").read_text())
     (other / "summary.json").write_text(json.dumps(summary | {"name": "another"}))
-    assert report.of_runs([one, other])["loss_reached"] is None
+    assert report.of_runs([one, other]).loss_reached is None

@@ -59,10 +59,12 @@ def started(monkeypatch, tmp_path):
 
 def make(config, out, exchanges=("ring",), workers=(1, 2), **options):
     plan = sweep.plan(
-        [config],
-        workers,
-        exchanges,
-        **{"repeats": 2, "split": False, "threads": 1, "bind": False} | options,
+        sweep.Request(
+            [config],
+            workers,
+            exchanges,
+            **{"repeats": 2, "split": False, "threads": 1, "bind": False} | options,
+        )
     )
     sweep.claim(out, plan)
     return plan
@@ -81,7 +83,9 @@ def test_repeats_are_interleaved_and_turn_round():
 
 def test_cells_cover_workers_exchanges_and_variants(config):
     plan = sweep.plan(
-        [config], [1, 2], ["ring", "none"], vary={"batch_size": [32, 64]}, split=False
+        sweep.Request(
+            [config], [1, 2], ["ring", "none"], vary={"batch_size": [32, 64]}, split=False
+        )
     )
     assert len(plan.cells()) == 8
     assert {c.batch_size for c in plan.cells()} == {32, 64}
@@ -89,7 +93,7 @@ def test_cells_cover_workers_exchanges_and_variants(config):
 
 
 def test_references_are_what_the_split_needs_and_no_more(config):
-    plan = sweep.plan([config], [1, 2, 4], ["ring"])
+    plan = sweep.plan(sweep.Request([config], [1, 2, 4], ["ring"]))
     references = {(c.exchange, c.workers, c.batch_size) for c in plan.cells() if c.reference}
     assert references == {
         ("none", 1, 96),
@@ -98,12 +102,12 @@ def test_references_are_what_the_split_needs_and_no_more(config):
         ("none", 1, 48),
         ("none", 1, 24),
     }
-    weak = sweep.plan([config], [1, 2], ["ring", "none"], mode="weak")
+    weak = sweep.plan(sweep.Request([config], [1, 2], ["ring", "none"], mode="weak"))
     assert not any(c.reference for c in weak.cells())
 
 
 def test_reference_runs_are_short(config, tmp_path):
-    plan = sweep.plan([config], [2], ["ring"])
+    plan = sweep.plan(sweep.Request([config], [2], ["ring"]))
     reference = next(c for c in plan.cells() if c.reference)
     assert "steps=60" in plan.command(reference, tmp_path) and "epochs=null" in plan.command(
         reference, tmp_path
@@ -118,11 +122,9 @@ def test_a_failed_cell_keeps_its_first_cause_and_loses_no_other(config, tmp_path
     sweep.run(plan, out, lines.append)
     assert sum("FAILED: rank 1 at step 3: boom" in line for line in lines) == 4
     made = report.of_sweep(out)
-    assert [r["repeats"] for r in made["rows"] if r["exchange"] == "ring"] == [2, 2]
+    assert [r.repeats for r in made.rows if r.exchange == "ring"] == [2, 2]
     assert all(
-        r["failures"] == ["rank 1 at step 3: boom"] * 2
-        for r in made["rows"]
-        if r["exchange"] == "tree"
+        r.failures == ("rank 1 at step 3: boom",) * 2 for r in made.rows if r.exchange == "tree"
     )
 
 
@@ -151,16 +153,16 @@ def test_a_cell_that_takes_too_long_is_stopped(config, tmp_path, started):
     out = tmp_path / "out"
     plan = make(config, out, ("star",), (1,), cell_timeout_s=1.0, repeats=1)
     sweep.run(plan, out, lambda line: None)
-    assert "time limit of 1 s" in report.of_sweep(out)["rows"][0]["failures"][0]
+    assert "time limit of 1 s" in report.of_sweep(out).rows[0].failures[0]
 
 
 def test_mistakes_are_found_before_anything_runs(config):
     with pytest.raises(UserError, match="rong"):
-        sweep.plan([config], [1], ["rong"])
+        sweep.plan(sweep.Request([config], [1], ["rong"]))
     with pytest.raises(UserError, match="optimizr"):
-        sweep.plan([config], [1], ["ring"], settings=["optimizr.lr=1"])
+        sweep.plan(sweep.Request([config], [1], ["ring"], settings=["optimizr.lr=1"]))
     with pytest.raises(UserError, match="cannot share"):
-        sweep.plan([config], [200], ["ring"])
+        sweep.plan(sweep.Request([config], [200], ["ring"]))
 
 
 def test_more_threads_than_cores_is_marked(config, tmp_path, started):
@@ -178,7 +180,7 @@ def test_more_threads_than_cores_is_marked(config, tmp_path, started):
                 }
             )
         )
-    assert [r["oversubscribed"] for r in report.of_sweep(out)["rows"]] == [
+    assert [r.oversubscribed for r in report.of_sweep(out).rows] == [
         "",
         "more threads than cores",
     ]
@@ -192,16 +194,16 @@ def test_what_others_use_of_the_machine_is_recorded(config, tmp_path, started, m
     out = tmp_path / "out"
     plan = make(config, out, workers=(1,), repeats=1)
     sweep.run(plan, out, lambda line: None)
-    path = sweep.run_dir(out, plan.cells()[0], 0) / sweep.MACHINE
+    path = machine.path(sweep.run_dir(out, plan.cells()[0], 0))
     assert 0.1 < json.loads(path.read_text())["used_by_others"] <= 1
-    assert "BUSY MACHINE" in report.of_sweep(out)["summary"]
+    assert "BUSY MACHINE" in report.of_sweep(out).summary
 
 
 def test_where_the_system_does_not_tell_nothing_is_recorded(config, tmp_path, started, monkeypatch):
     monkeypatch.setattr(machine, "_busy_s", lambda: None)
     out = tmp_path / "out"
     sweep.run(make(config, out, workers=(1,), repeats=1), out, lambda line: None)
-    assert not [*out.rglob(sweep.MACHINE)] and "BUSY" not in report.of_sweep(out)["summary"]
+    assert not [*out.rglob("machine.json")] and "BUSY" not in report.of_sweep(out).summary
 
 
 def test_own_work_is_not_that_of_others(monkeypatch):
@@ -213,7 +215,9 @@ def test_own_work_is_not_that_of_others(monkeypatch):
 
 
 def test_what_the_sweep_decides_cannot_be_set_beside_it(config, tmp_path):
-    plan = sweep.plan([config], [1, 2], ["ring"], settings=["batch_size=64", "seed=5"])
+    plan = sweep.plan(
+        sweep.Request([config], [1, 2], ["ring"], settings=["batch_size=64", "seed=5"])
+    )
     for cell in plan.cells():  # a reference computes on a worker's share, whatever the setting says
         words = plan.command(cell, tmp_path)
         assert [word for word in words if word.startswith("batch_size=")][
@@ -221,18 +225,26 @@ def test_what_the_sweep_decides_cannot_be_set_beside_it(config, tmp_path):
         ] == f"batch_size={cell.batch_size}"
     assert {cell.batch_size for cell in plan.cells()} == {64, 32}
     with pytest.raises(UserError, match="--threads"):
-        sweep.plan([config], [1], ["ring"], settings=["threads=2"])
+        sweep.plan(sweep.Request([config], [1], ["ring"], settings=["threads=2"]))
     with pytest.raises(UserError, match="--mode"):
-        sweep.plan([config], [1], ["ring"], vary={"batch_mode": ["weak", "strong"]})
+        sweep.plan(sweep.Request([config], [1], ["ring"], vary={"batch_mode": ["weak", "strong"]}))
     with pytest.raises(UserError, match="numbers and words"):
         sweep.plan(
-            [config], [2], ["ring"], launcher="rehearsal", vary={"launcher.straggler": [{1: 2.0}]}
+            sweep.Request(
+                [config],
+                [2],
+                ["ring"],
+                launcher="rehearsal",
+                vary={"launcher.straggler": [{1: 2.0}]},
+            )
         )
 
 
 def test_a_straggler_is_left_out_where_its_host_is_not_there(config, tmp_path):
     plan = sweep.plan(
-        [config], [1, 2], ["ring"], launcher="rehearsal", vary={"launcher.straggler.1": [1, 2]}
+        sweep.Request(
+            [config], [1, 2], ["ring"], launcher="rehearsal", vary={"launcher.straggler.1": [1, 2]}
+        )
     )
     told = {
         (cell.workers, "launcher.straggler.1=2" in plan.command(cell, tmp_path))

@@ -1,5 +1,6 @@
-"""How fast N workers are, for each exchange; what is lost, and to what: table, report.json, report.html."""
+"""How fast N workers are under each exchange; what is lost, and to what."""
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -8,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from scaletrain.scaling.commands import baseline_option
+from scaletrain.cli.report import baseline_option
+from scaletrain.units import plural
 
 if TYPE_CHECKING:
     from scaletrain.scaling.measure.sweep import Sweep
+    from scaletrain.scaling.model import Report
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
@@ -26,6 +29,22 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> t
 
 def _names(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _varied(
+    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> dict[str, list[Any]]:
+    """Return the values of each varied key, from texts such as ``batch_size=64,128``."""
+    from scaletrain.config import parse_setting
+
+    varied = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals or not key or not values:
+            raise click.BadParameter(f"{text!r}: expected KEY=V1,V2", param_hint="--vary")
+        parsed = [parse_setting(f"{key}={value}") for value in values.split(",")]
+        varied[key.strip()] = [value for _, value in parsed]
+    return varied
 
 
 @click.command("scaling")
@@ -77,6 +96,7 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> tup
     "--vary",
     multiple=True,
     metavar="KEY=V1,V2",
+    callback=_varied,
     help="Measure every cell at each value, such as batch_size=64,128 or launcher.bandwidth=1Gbit,100Mbit; repeatable.",
 )
 @click.option(
@@ -111,85 +131,89 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> tup
 )
 @click.option("--dry-run", is_flag=True, help="Print the command of every cell, and start nothing.")
 def command(
-    configs: tuple[Path, ...], workers: tuple[int, ...], exchanges: tuple[str, ...],
-    mode: str, repeats: int, out: Path | None, launcher: str | None,
-    settings: tuple[str, ...], vary: tuple[str, ...], threads: int | None, bind: bool | None, split: bool, cell_timeout_s: float,
-    baseline: Path | None, trace: bool, dry_run: bool,
-) -> None:  # fmt: skip
-    """Train the job of CONFIG on each number of workers under each exchange; say how it scales and what limits it."""
+    out: Path | None, baseline: Path | None, trace: bool, dry_run: bool, **request: Any
+) -> None:
+    """Train CONFIG's job on each number of workers; say how it scales and what limits it.
+
+    \b
+    Example:
+      scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,none
+    """
     from scaletrain.run.atomic import write_json
     from scaletrain.scaling.measure import sweep
     from scaletrain.scaling.show import publish
 
-    plan = sweep.plan(
-        configs, workers, exchanges, mode=mode, repeats=repeats, settings=settings, vary=dict(_vary(text) for text in vary),
-        launcher=launcher, threads=threads, bind=bind, split=split, cell_timeout_s=cell_timeout_s,
-    )  # fmt: skip
+    # All other options have the names of the request's fields.
+    plan = sweep.plan(sweep.Request(**request))
     if baseline:
         _check_baseline(baseline, plan)
     out = out or Path("runs") / f"scaling-{time.strftime('%Y%m%d-%H%M%S')}"
-    cells = plan.cells()
     if dry_run:
-        for cell in cells:
+        for cell in plan.cells():
             click.echo(shlex.join(plan.command(cell, sweep.run_dir(out, cell, 0))))
         return
     sweep.claim(out, plan)
-    write_json(
-        out / "header.json", plan.header() | {"argv": shlex.join(["scaletrain", *sys.argv[1:]])}
-    )
-    references = sum(cell.reference for cell in cells)
-    asked = len(cells) - references
-    click.echo(
-        f"{asked} cell{'s' * (asked != 1)} and {references} short reference{'s' * (references != 1)},"
-        f" {repeats} repeat{'s' * (repeats > 1)} each -> {out}"
-    )
-    click.echo(f"{plan.threads} thread{'s' * (plan.threads > 1)} a worker{_cores(plan)}")
+    header = dataclasses.replace(plan.header(), argv=shlex.join(["scaletrain", *sys.argv[1:]]))
+    write_json(out / "header.json", header.to_json())
+    click.echo(f"{_cells(plan)}, {plural(plan.repeats, 'repeat')} each -> {out}")
+    click.echo(f"{plural(plan.threads, 'thread')} a worker{_cores(plan)}")
     sweep.run(plan, out, click.echo, trace=trace)
     publish.publish_sweep(out, trace=trace, console=publish.terminal())
     if baseline:
         publish.compare_and_exit(out / "report.json", baseline)
 
 
+def _cells(plan: "Sweep") -> str:
+    """Return how many cells there are, of both kinds."""
+    cells = plan.cells()
+    references = sum(cell.reference for cell in cells)
+    asked_for = len(cells) - references
+    return f"{plural(asked_for, 'cell')} and {plural(references, 'short reference')}"
+
+
 def _cores(plan: "Sweep") -> str:
-    """On which cores each rank is kept, where workers are bound."""
+    """Return on which cores each rank is kept; empty if workers are not bound."""
     if not plan.bind:
         return ""
     from scaletrain.host.cores import cores_of
 
-    ranks = (
-        f"{rank} on {','.join(map(str, cores_of(rank, plan.threads)))}"
-        for rank in range(max(plan.workers))
-    )
+    ranks = []
+    for rank in range(max(plan.workers)):
+        cores = ",".join(str(core) for core in cores_of(rank, plan.threads))
+        ranks.append(f"{rank} on {cores}")
     return f", bound to cores: rank {', '.join(ranks)}"
 
 
 def _check_baseline(path: Path, plan: "Sweep") -> None:
-    """Raises ``UserError``, before anything is measured, if nothing that is planned can be compared with this report."""
+    """Refuse a report with which nothing that is planned can be compared.
+
+    Raises:
+        UserError: before anything is measured.
+    """
     from scaletrain.errors import UserError
     from scaletrain.scaling.explain import compare
     from scaletrain.scaling.show import publish
 
-    rows = [
-        {**cell._asdict(), "batch_size": cell.batch_size * (1 if plan.mode == "strong" else cell.workers),
-         "variant": dict(cell.variant), "runs": [], "failures": []}
-        for cell in plan.cells() if not cell.reference
-    ]  # fmt: skip
+    allowed = "(allowed: a report.json of `bench scaling`)"
     try:
         before = publish.read_report(path)
     except UserError as error:
-        raise UserError(f"--baseline {error} (allowed: a report.json of `bench scaling`)") from None
-    try:
-        compare.compare({"header": {"mode": plan.mode}, "rows": rows}, before)
-    except (KeyError, TypeError):
-        raise UserError(
-            f"--baseline {path}: not a scaling report (allowed: a report.json of `bench scaling`)"
-        ) from None
+        raise UserError(f"--baseline {error} {allowed}") from None
+    if before.header.mode is None:
+        raise UserError(f"--baseline {path}: not a scaling report {allowed}")
+    compare.compare(_empty_report(plan), before)
 
 
-def _vary(text: str) -> tuple[str, list[Any]]:
-    from scaletrain.config import parse_setting
+def _empty_report(plan: "Sweep") -> "Report":
+    """Return the report that the sweep will make, before anything is measured."""
+    from scaletrain.scaling.model import Header, Report, Row
 
-    key, equals, values = text.partition("=")
-    if not equals or not key or not values:
-        raise click.BadParameter(f"{text!r}: expected KEY=V1,V2", param_hint="--vary")
-    return key.strip(), [parse_setting(f"{key}={value}")[1] for value in values.split(",")]
+    rows = []
+    for cell in plan.cells():
+        if not cell.reference:
+            batch_size = (
+                cell.batch_size if plan.mode == "strong" else cell.batch_size * cell.workers
+            )
+            variant = dict(cell.variant)
+            rows.append(Row(cell.config, cell.exchange, cell.workers, batch_size, variant))
+    return Report(version=0, header=Header(mode=plan.mode), summary="", rows=tuple(rows))

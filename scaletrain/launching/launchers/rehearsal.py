@@ -11,8 +11,8 @@ from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.rehearsal import faults as fault_script
 from scaletrain.rehearsal.cluster import Cluster
 from scaletrain.rehearsal.scenario import Scenario
+from scaletrain.run.failure import RANK_0
 from scaletrain.run.layout import RunDir
-from scaletrain.run.progress import RANK_0
 
 PORT = 29500  # of the job's store: in a fresh namespace every port is free
 

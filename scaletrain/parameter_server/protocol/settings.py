@@ -138,7 +138,7 @@ class Settings(ParameterServerOptions):
         return self.mode in ("local_sgd", "post_local")
 
     @property
-    def is_asynchronous(self) -> bool:
+    def asynchronous(self) -> bool:
         """Whether every gradient is an update of its own."""
         return self.mode in ("async", "bounded")
 
@@ -222,7 +222,7 @@ class Settings(ParameterServerOptions):
     @property
     def fewest_workers(self) -> int | None:
         """The job goes on while this many workers live; None: all of them are needed."""
-        if self.is_asynchronous:
+        if self.asynchronous:
             return self.min_workers or 1
         if self.backup_workers or self.min_workers:
             return min(self.workers - self.backup_workers, self.min_workers or self.workers)

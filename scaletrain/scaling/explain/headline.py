@@ -1,111 +1,159 @@
 """The first sentences of a report: what was reached, what limits it, and what to doubt."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from scaletrain.scaling.measure.intervals import ONE_RUN, change, mean
+from scaletrain.scaling.model import Header, Loss, Report, Row
+from scaletrain.units import plural
 
-_CELL = ("config", "exchange", "workers", "variant")  # what tells rows of a report apart
 
-
-def oversubscribed(report: Mapping[str, Any]) -> str:
-    """What figures and tables say of their marked rows; empty: none is marked."""
-    causes = dict.fromkeys(row["oversubscribed"] for row in report["rows"] if row["oversubscribed"])
+def oversubscribed(report: Report) -> str:
+    """Return what figures and tables say of their marked rows; empty if none is marked."""
+    causes = dict.fromkeys(row.oversubscribed for row in report.rows if row.oversubscribed)
     return f"oversubscribed: {', '.join(causes)}" if causes else ""
 
 
-def of(report: Mapping[str, Any]) -> str:
-    """The first sentences of the report: the best that was reached, the most workers where they are no faster, what limits it, what failed."""
-    rows = report["rows"]
-    done = [row for row in rows if row["efficiency"] is not None and row["exchange"] != "none"] or [
-        row for row in rows if row["efficiency"] is not None
-    ]
-    alone = [
-        row for row in rows if row["samples_per_s"] is not None and not done
-    ]  # nothing to be faster than
-    sentences = []
-    if report["header"].get("emulated"):
-        sentences.append("EMULATED: " + "; ".join(report["header"]["emulation"]) + ".")
-    if report["header"].get("busy"):
-        sentences.append(report["header"]["busy"])
-    if done:
-        best = max(done, key=lambda row: row["speedup"])
-        alike = [row for row in done if all(row[key] == best[key] for key in ("config", "variant"))]
-        most = max(row["workers"] for row in alike)
-        largest = max(
-            (row for row in alike if row["workers"] == most), key=lambda row: row["speedup"]
-        )
-        sentences.append(
-            f"{_named(best)}: {_times(best)} the speed of {best['baseline']} (efficiency {best['efficiency']:.2f}, {_rate(best)}."
-        )
-        if equals := _not_told_apart(best, done):
-            sentences.append(
-                f"{' and '.join(equals)} may be as fast: {len(best['runs'])} repeats do not tell them apart."
-            )
-        if largest["speedup"] < best["speedup"]:
-            crowded = f", {largest['oversubscribed']}" if largest["oversubscribed"] else ""
-            apart = ", not told apart by the repeats" if _may_be_as_fast(largest, best) else ""
-            sentences.append(
-                f"{_named(largest)}, the most measured: {_times(largest)} (efficiency {largest['efficiency']:.2f}{crowded}){apart}."
-            )
-        losses = {
-            tuple(str(loss[key]) for key in _CELL): loss["sentence"] for loss in report["losses"]
-        }
-        told = [losses.get(tuple(str(row[key]) for key in _CELL)) for row in (best, largest)]
-        sentences += [text for text in told if text][:1]
-        if best["oversubscribed"]:
-            sentences.append(
-                f"There were {best['oversubscribed']}: these figures are of an oversubscribed machine."
-            )
-    if alone:
-        best = max(alone, key=lambda row: (row["exchange"] != "none", row["samples_per_s"]))
-        sentences.append(
-            f"{_named(best)}: no other number of workers to compare with ({_rate(best)}."
-        )
-        if best["oversubscribed"]:
-            sentences.append(
-                f"There were {best['oversubscribed']}: these figures are of an oversubscribed machine."
-            )
-    header = report["header"]
-    if header.get("runs_missing"):
-        sentences.append(
-            f"Unfinished: {header['runs_missing']} of {header['runs_planned']} runs are missing"
-            " (the same command, with this report's directory as --out, runs them)."
-        )
-    failed = [row for row in rows if row["failures"]]
-    if failed:
-        names = ", ".join(f"{row['exchange']} on {row['workers']}" for row in failed)
-        sentences.append(f"{len(failed)} of {len(rows)} cells had failures: {names}.")
+def of(report: Report) -> str:
+    """Return the first sentences of a report.
+
+    They name the best that was reached, the most workers where they are no faster, the limiter and
+    the failures.
+    """
+    sentences = [*_cautions(report.header)]
+    with_speedup = [row for row in report.rows if row.speedup is not None]
+    exchanging = [row for row in with_speedup if row.exchange != "none"]
+    if with_speedup:
+        sentences += _speedups(exchanging or with_speedup, report.losses)
+    else:
+        sentences += _speed_alone([row for row in report.rows if row.runs])
+    sentences += _missing(report.header)
+    sentences += _failures(report.rows)
     return " ".join(sentences) or "Nothing was measured."
 
 
-def _may_be_as_fast(row: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
-    """Whether the best one's lead, with its 95 % interval, does not leave the row behind. Without repeats nothing is said."""
-    ahead, behind = (mean([run["samples_per_s"] for run in one["runs"]]) for one in (best, row))
+def _cautions(header: Header) -> list[str]:
+    cautions = []
+    if header.emulated and header.emulation:
+        cautions.append("EMULATED: " + "; ".join(header.emulation) + ".")
+    if header.busy:
+        cautions.append(header.busy)
+    return cautions
+
+
+def _speedups(rows: Sequence[Row], losses: Sequence[Loss]) -> list[str]:
+    """Return sentences about the best row, the most workers beside it, and the limiter."""
+    best = max(rows, key=_speedup)
+    comparable = [row for row in rows if _is_same_job(row, best)]
+    most = max(row.workers for row in comparable)
+    largest = max((row for row in comparable if row.workers == most), key=_speedup)
+
+    sentences = [
+        f"Fastest is {_name(best)}: {_times(best)} the speed of {best.baseline}"
+        f" (efficiency {best.efficiency:.2f}, {_rate(best)})."
+    ]
+    equals = _maybe_equals(best, rows)
+    if equals:
+        sentences.append(
+            f"{' and '.join(equals)} may be as fast:"
+            f" {plural(len(best.runs), 'repeat')} cannot tell them apart."
+        )
+    if _speedup(largest) < _speedup(best):
+        crowded = f", {largest.oversubscribed}" if largest.oversubscribed else ""
+        sentences.append(
+            f"{_name(largest)}, the most measured, reaches {_times(largest)}"
+            f" (efficiency {largest.efficiency:.2f}{crowded})."
+        )
+        if _may_be_as_fast(largest, best):
+            sentences.append("The repeats cannot tell it from the fastest.")
+    sentences += _limiter(best, largest, losses)
+    return sentences + _oversubscription(best)
+
+
+def _speed_alone(rows: Sequence[Row]) -> list[str]:
+    """Return sentences about the fastest row, where there is nothing to be faster than."""
+    if not rows:
+        return []
+    best = max(rows, key=lambda row: (row.exchange != "none", row.samples_per_s))
+    return [
+        f"Fastest is {_name(best)}: {_rate(best)}.",
+        "There is no other number of workers to compare with.",
+        *_oversubscription(best),
+    ]
+
+
+def _limiter(best: Row, largest: Row, losses: Sequence[Loss]) -> list[str]:
+    """Return what limits the best row; if its loss was not split, the row of most workers."""
+    for row in (best, largest):
+        for loss in losses:
+            if loss.label == row.label and (loss.config, loss.variant) == (row.config, row.variant):
+                return [loss.sentence]
+    return []
+
+
+def _oversubscription(row: Row) -> list[str]:
+    if not row.oversubscribed:
+        return []
+    return [f"There were {row.oversubscribed}: these figures are of an oversubscribed machine."]
+
+
+def _missing(header: Header) -> list[str]:
+    if not header.runs_missing:
+        return []
+    return [
+        f"Unfinished: {header.runs_missing} of {header.runs_planned} runs are missing."
+        " The same command runs them, with this report's directory as --out."
+    ]
+
+
+def _failures(rows: Sequence[Row]) -> list[str]:
+    failed = [row for row in rows if row.failures]
+    if not failed:
+        return []
+    names = ", ".join(row.label for row in failed)
+    return [f"{len(failed)} of {len(rows)} cells had failures: {names}."]
+
+
+def _may_be_as_fast(row: Row, best: Row) -> bool:
+    """Whether the best row's lead, with its 95 % interval, may be none.
+
+    False where there are no repeats: nothing is known then.
+    """
+    ahead = mean([run.samples_per_s for run in best.runs])
+    behind = mean([run.samples_per_s for run in row.runs])
     lead = change(ahead, behind)
     return lead is not None and not lead.is_higher
 
 
-def _not_told_apart(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Exchanges that may be as fast as the best one of the same cell."""
-    alike = [
-        row
-        for row in rows
-        if row is not best and all(row[k] == best[k] for k in ("config", "workers", "variant"))
-    ]
-    return [str(row["exchange"]) for row in alike if _may_be_as_fast(row, best)]
+def _maybe_equals(best: Row, rows: Sequence[Row]) -> list[str]:
+    """Return the exchanges that may be as fast as the best one with as many workers."""
+    equals = []
+    for row in rows:
+        comparable = _is_same_job(row, best) and row.workers == best.workers
+        if row is not best and comparable and _may_be_as_fast(row, best):
+            equals.append(row.exchange)
+    return equals
 
 
-def _rate(row: Mapping[str, Any]) -> str:
-    return f"{row['samples_per_s']:,.0f} samples/s)" + (
-        f"; {ONE_RUN}" if len(row["runs"]) < 2 else ""
-    )
+def _is_same_job(row: Row, other: Row) -> bool:
+    return (row.config, row.variant) == (other.config, other.variant)
 
 
-def _named(row: Mapping[str, Any]) -> str:
-    return f"{row['exchange']} on {row['workers']} worker{'s' * (row['workers'] > 1)}"
+def _speedup(row: Row) -> float:
+    """Return the speed-up of a row that has one."""
+    assert row.speedup is not None
+    return row.speedup
 
 
-def _times(row: Mapping[str, Any]) -> str:
-    ci = "" if row["speedup_ci95"] is None else f" ± {row['speedup_ci95']:.2f}"
-    return f"{row['speedup']:.2f}{ci} times"
+def _name(row: Row) -> str:
+    return f"{row.exchange} on {plural(row.workers, 'worker')}"
+
+
+def _rate(row: Row) -> str:
+    """Return samples per second, and that they rest on one run if they do."""
+    doubt = f"; {ONE_RUN}" if len(row.runs) < 2 else ""
+    return f"{row.samples_per_s:,.0f} samples/s{doubt}"
+
+
+def _times(row: Row) -> str:
+    interval = "" if row.speedup_ci95 is None else f" ± {row.speedup_ci95:.2f}"
+    return f"{row.speedup:.2f}{interval} times"

@@ -1,181 +1,278 @@
 """Where the time went: what a step takes beyond its ideal, split by cause, from records alone."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from scaletrain.scaling.measure.intervals import MANY, ONE_RUN, enough
+from scaletrain.units import plural
 
-WELL = 0.98  # an efficiency from which on nothing to speak of is lost
-LITTLE = 0.05  # how well an efficiency that good must be known
-WHOLE = 0.05  # of the loss: what the causes may leave over, or take too much
+WELL = 0.98  # from this efficiency on, next to nothing is lost
+LITTLE = 0.05  # half the width of the interval to which an efficiency that good must be known
+WHOLE = 0.05  # share of the loss by which the causes may miss it before the report says so
 CLEAR = 1.25  # times the second cause: what the largest must be to be called the limiter
 
 
-class Step(NamedTuple):
-    """Mean seconds of a step and its parts, over ranks, steps and repeats; ``slowest_s``: of the slowest rank of each step."""
+@dataclasses.dataclass(frozen=True)
+class MeanStep:
+    """Mean seconds of a step and its parts, over ranks, steps and repeats."""
 
     step_s: float
-    slowest_s: float
+    slowest_s: float  # of the slowest rank of each step
     input_s: float
     compute_s: float  # forward and backward
     update_s: float
-    waited_s: float | None = (
-        None  # within ``compute_s``: after the last gradient of its own; None: not known
-    )
+    # Within ``compute_s``: from the rank's own last gradient until the means of all are there.
+    waited_s: float | None = None  # None: the exchange does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A cell of several workers and the three references that its lost time is split with."""
+
+    real: MeanStep  # the cell
+    alone: MeanStep  # the same workers with the exchange ``none``
+    small: MeanStep  # one worker with one worker's share of the batch
+    single: MeanStep  # one worker with the whole batch (strong scaling) or its share (weak scaling)
+    workers: int
+    strong: bool
+    waits: bool = True  # whether a step waits for the slowest worker (synchronous exchanges)
 
 
 class Cause(NamedTuple):
-    """A reason, and by how much it lengthens the step. Negative: it shortens it (a smaller batch may fit a cache better)."""
+    """A reason why a step takes longer than its ideal."""
 
     name: str
-    seconds: float
+    seconds: float  # a step; negative: it shortens the step (a smaller batch may fit a cache)
 
 
-ADVICE = {
-    "communication": "send less (16 bits, fewer or larger exchanges), another exchange, a faster link, or more work per step",
-    "stragglers": "find the slow worker, give every worker the same share, or use backup workers or bounded staleness",
-    "input": "more loader_workers, or data nearer to the workers",
-    "optimizer": "it is the same on every worker however many there are: a fused or sharded optimizer, or a larger batch",
-    "stolen cores": "fewer workers or threads a host: they share cores or memory bandwidth",
-    "small batch": "a larger global batch (weak scaling): each worker's share is too small to run at full speed",
-    "unexplained": "more repeats: the references and the cell were not measured under the same conditions",
+@dataclasses.dataclass(frozen=True)
+class Wording:
+    """How the report speaks of a cause."""
+
+    verdict: str
+    advice: str
+
+
+WORDINGS = {
+    "communication": Wording(
+        "Communication is the bottleneck",
+        "Send less (16 bits, fewer or larger exchanges), try another exchange or a faster link,"
+        " or do more work per step.",
+    ),
+    "stragglers": Wording(
+        "Stragglers are the bottleneck",
+        "Find the slow worker, give every worker the same share, or use backup workers or bounded"
+        " staleness.",
+    ),
+    "input": Wording(
+        "Input is the bottleneck",
+        "Use more loader_workers, or bring the data nearer to the workers.",
+    ),
+    "optimizer": Wording(
+        "The optimizer is the bottleneck",
+        "It costs the same on every worker, however many there are: use a fused or sharded"
+        " optimizer, or a larger batch.",
+    ),
+    "stolen cores": Wording(
+        "Stolen cores are the bottleneck",
+        "Use fewer workers or threads a host: they share cores or memory bandwidth.",
+    ),
+    "small batch": Wording(
+        "The small batch is the bottleneck",
+        "Use a larger global batch (weak scaling): each worker's share is too small to run at full"
+        " speed.",
+    ),
+    "unexplained": Wording(
+        "The largest loss is unexplained",
+        "Measure more repeats: the references and the cell were not measured under the same"
+        " conditions.",
+    ),
 }
 
 
-def split(
-    real: Step,
-    alone: Step,
-    small: Step,
-    single: Step,
-    *,
-    workers: int,
-    strong: bool,
-    waits: bool = True,
-    loss_s: float | None = None,
-) -> list[Cause]:
-    """The loss as a sum of causes; what they leave over is called unexplained. ``loss_s``: the loss, where it was measured in another way
-    (by throughput) than as ``real.step_s - ideal``.
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What is known about the lost time of one cell, and how well."""
 
-    ``real``: the cell. ``alone``: the same workers with the exchange ``none``. ``small``: one worker with one worker's share of the
-    batch. ``single``: one worker with the whole batch (strong) or its share (weak); the ideal is its step divided by the workers
-    (strong) or its step (weak). ``waits``: whether a step waits for the slowest worker (synchronous exchanges).
+    causes: Sequence[Cause]
+    efficiency: float
+    ci95: float | None = None  # of the efficiency; None: not known
+    lead_ci95: float | None = None  # of the seconds by which the largest cause leads the second
+    repeats: int = 2  # of the least measured of the runs that it rests on
+    workers: int = 2
 
-    - small batch: a share's forward and backward on one worker beyond 1/workers of the whole batch's;
+    @property
+    def loss_s(self) -> float:
+        """Seconds a step that are lost, net of what some causes gain."""
+        return sum(cause.seconds for cause in self.causes)
+
+    @property
+    def wanted_ci95(self) -> float:
+        """The interval of the efficiency beyond which no cause is named."""
+        return (1 - self.efficiency) / 2 if self.efficiency < WELL else LITTLE
+
+    @property
+    def is_efficiency_known(self) -> bool:
+        """Whether the efficiency is known well enough to name a cause. One run shows no noise."""
+        return self.ci95 is None or self.ci95 <= self.wanted_ci95
+
+    @property
+    def costs(self) -> list[Cause]:
+        """The causes that lengthen the step, the largest first."""
+        costs = [cause for cause in self.causes if cause.seconds > 0]
+        return sorted(costs, key=lambda cause: -cause.seconds)
+
+
+def split(steps: Steps, loss_s: float | None = None) -> list[Cause]:
+    """Return the loss as a sum of causes.
+
+    The ideal step is the single worker's, divided by the workers in strong scaling.
+
+    - small batch: forward and backward of a share on one worker, beyond 1/workers of the whole
+      batch's;
     - stolen cores: the same work beside the other workers, which do not communicate;
     - input, optimizer: beyond their ideal share;
-    - stragglers: slowest rank less the mean rank where nobody waits, at most what an exchange adds to the step;
-    - communication: the rest of what the exchange adds. Where it is known how long a rank waited for gradients, forward and backward that
-      take longer without this wait are stolen cores as well: the exchange's own work took them.
+    - stragglers: the slowest rank less the mean rank where nobody waits, at most what an exchange
+      adds to the step;
+    - communication: the rest of what the exchange adds. If it is known how long a rank waited for
+      gradients, forward and backward that take longer without this wait are stolen cores as well:
+      the exchange's own work took them;
+    - unexplained: what these leave over.
+
+    Args:
+        steps: the cell and its references.
+        loss_s: seconds a step, if the loss was measured in another way (by throughput) than as the
+            difference between the real step and the ideal one.
     """
-    share = 1 / workers if strong else 1.0
-    added = real.step_s - alone.step_s
-    stolen = 0.0 if real.waited_s is None else real.compute_s - real.waited_s - alone.compute_s
-    straggling = max(0.0, min(alone.slowest_s - alone.step_s, added - stolen)) if waits else 0.0
+    real, alone, small, single = steps.real, steps.alone, steps.small, steps.single
+    share = 1 / steps.workers if steps.strong else 1.0
+    added_s = real.step_s - alone.step_s
+    stolen_s = 0.0
+    if real.waited_s is not None:
+        stolen_s = real.compute_s - real.waited_s - alone.compute_s
+    straggling_s = 0.0
+    if steps.waits:
+        straggling_s = max(0.0, min(alone.slowest_s - alone.step_s, added_s - stolen_s))
     causes = [
-        Cause("communication", added - stolen - straggling),
-        Cause("stragglers", straggling),
+        Cause("communication", added_s - stolen_s - straggling_s),
+        Cause("stragglers", straggling_s),
         Cause("input", alone.input_s - single.input_s * share),
         Cause("optimizer", alone.update_s - single.update_s * share),
-        Cause("stolen cores", alone.compute_s - small.compute_s + stolen),
+        Cause("stolen cores", alone.compute_s - small.compute_s + stolen_s),
         Cause("small batch", small.compute_s - single.compute_s * share),
     ]
-    loss = real.step_s - single.step_s * share if loss_s is None else loss_s
-    return [*causes, Cause("unexplained", loss - sum(cause.seconds for cause in causes))]
+    if loss_s is None:
+        loss_s = real.step_s - single.step_s * share
+    explained_s = sum(cause.seconds for cause in causes)
+    return [*causes, Cause("unexplained", loss_s - explained_s)]
 
 
-def limiter(causes: list[Cause]) -> Cause | None:
-    """The cause that costs most; None when nothing is lost."""
+def limiter(causes: Sequence[Cause]) -> Cause | None:
+    """Return the cause that costs most; None if nothing is lost."""
     worst = max(causes, key=lambda cause: cause.seconds)
     return worst if worst.seconds > 0 else None
 
 
-def untold(
-    causes: list[Cause],
-    efficiency: float,
-    ci95: float | None = None,
-    lead_ci95: float | None = None,
-    repeats: int = 2,
-) -> str | None:
-    """Why no cause can be called the limiter, in a sentence; None where one can, or where nothing is lost.
+def unidentified(evidence: Evidence) -> str | None:
+    """Return in plain words why no cause can be called the limiter.
 
-    ``ci95``: of the efficiency. ``lead_ci95``: of what the largest cause costs beyond the second. None: not known.
+    None if one can be called so, or if nothing is lost.
     """
-    lost_share, loss_s = 1 - efficiency, sum(cause.seconds for cause in causes)
-    costs = sorted(
-        (cause for cause in causes if cause.seconds > 0), key=lambda cause: -cause.seconds
-    )
-    both = " and ".join(
-        f"{cause.name} ({1000 * cause.seconds:.3g} ms{' a step' * (cause is costs[0])})"
-        for cause in costs[:2]
-    )
-    wanted = lost_share / 2 if efficiency < WELL else LITTLE
-    if ci95 is not None and ci95 > wanted:
-        what, largest = "from none", ""
-        if ci95 < lost_share:
-            what, largest = "to within half of it", f" as measured, {both} cost most;"
-        return (
-            f"The repeats do not tell the loss {what} (efficiency {efficiency:.2f} ± {ci95:.2f});{largest}"
-            f" {_would_tell(repeats, ci95, wanted)}."
-        )
-    if not costs or efficiency >= WELL:
+    costs = evidence.costs
+    if not evidence.is_efficiency_known:
+        return _too_noisy(evidence)
+    if not costs or evidence.efficiency >= WELL:
         return None
-    gained = -sum(cause.seconds for cause in causes if cause.seconds < 0)
-    if gained > loss_s:  # what is left is smaller than what cancels: a difference of noises
+    gained_s = -sum(cause.seconds for cause in evidence.causes if cause.seconds < 0)
+    if gained_s > evidence.loss_s:
+        # What is left is smaller than what cancels: a difference of noises.
         return (
-            f"No cause can be named: {1000 * (loss_s + gained):.3g} ms a step of losses and {1000 * gained:.3g} ms of gains"
-            " nearly cancel; more repeats may tell."
+            f"No cause can be named: losses of {_ms(evidence.loss_s + gained_s)} and gains of"
+            f" {_ms(gained_s)} a step nearly cancel. More repeats may help."
         )
     if len(costs) < 2:
         return None
-    worst, second, *_ = costs
-    if worst.seconds < CLEAR * second.seconds:
-        return f"No cause stands out: {both} cost about the same."
-    lead = worst.seconds - second.seconds
-    if lead_ci95 is not None and lead <= lead_ci95:
+    lead_s = costs[0].seconds - costs[1].seconds
+    if costs[0].seconds < CLEAR * costs[1].seconds:
+        return f"No cause stands out: {_largest_two(costs)} cost about the same."
+    if evidence.lead_ci95 is not None and lead_s <= evidence.lead_ci95:
         return (
-            f"The repeats do not tell which costs more, {both}: their difference is known to ± {1000 * lead_ci95:.3g} ms;"
-            f" {_would_tell(repeats, lead_ci95, lead)}."
+            f"Too noisy to say which costs more, {_largest_two(costs)}: their difference is known"
+            f" to ± {_ms(evidence.lead_ci95)}."
+            f" {_repeats_needed(evidence, evidence.lead_ci95, lead_s)}"
         )
     return None
 
 
-def _would_tell(repeats: int, ci95: float, wanted: float) -> str:
-    needed = enough(repeats, ci95, wanted)
-    return (
-        f"about {needed} repeats would tell"
-        if needed
-        else f"it would take more than {MANY} repeats to tell"
+def _too_noisy(evidence: Evidence) -> str:
+    """Return what to say if the efficiency is not known well enough to name a cause."""
+    assert evidence.ci95 is not None
+    efficiency = (
+        f"efficiency {evidence.efficiency:.2f} ± {evidence.ci95:.2f}"
+        f" after {evidence.repeats} repeats"
     )
+    needed = _repeats_needed(evidence, evidence.ci95, evidence.wanted_ci95)
+    if evidence.ci95 >= 1 - evidence.efficiency:
+        return f"Too noisy to say whether anything is lost: {efficiency}. {needed}"
+    largest = f"As measured, {_largest_two(evidence.costs)} cost most."
+    return f"Too noisy to name a cause: {efficiency}. {largest} {needed}"
 
 
-def sentence(
-    causes: list[Cause],
-    efficiency: float,
-    better: str | None = None,
-    repeats: int = 2,
-    *,
-    ci95: float | None = None,
-    lead_ci95: float | None = None,
-) -> str:
-    """One sentence: the limiter, its share of the loss, and what to change; or that the measurements do not tell (``untold``).
+def sentence(evidence: Evidence, alternative: str | None = None) -> str:
+    """Return the limiter, its share of the lost time and what to change, for people.
 
-    ``better``: a measured or predicted alternative. ``repeats``: of the least measured of the runs that it rests on; with one it says
-    that noise is not known.
+    Or that the measurements do not identify a limiter.
+
+    Args:
+        evidence: what is known about the lost time.
+        alternative: a sentence about a measured or predicted better exchange, in place of general
+            advice.
     """
-    doubt = f" ({ONE_RUN})" if repeats < 2 else ""
-    if why := untold(causes, efficiency, ci95, lead_ci95, max(2, repeats)):
-        return f"{why.removesuffix('.')}{doubt}."
-    worst = limiter(causes)
-    if worst is None or efficiency >= WELL:
-        return f"Nothing to speak of is lost (efficiency {efficiency:.2f}){doubt}."
-    loss_s = sum(cause.seconds for cause in causes)
-    share = (
-        f"{worst.seconds / loss_s:.0%} of the loss" if worst.seconds <= loss_s
-        else f"{1000 * worst.seconds:.3g} ms a step, of which other parts gain some back ({1000 * loss_s:.3g} ms are lost)"
-    )  # fmt: skip
-    rest = next((cause.seconds for cause in causes if cause.name == "unexplained"), 0.0) / loss_s
-    gap = (
-        f"; the causes add up to {1 - rest:.0%} of the loss"
-        if abs(rest) > WHOLE and worst.name != "unexplained"
-        else ""
-    )
-    return f"{worst.name.capitalize()}: {share}; {better or ADVICE[worst.name]}{gap}{doubt}."
+    sentences = [unidentified(evidence) or _verdict(evidence, alternative)]
+    if evidence.repeats < 2:
+        sentences.append(f"{ONE_RUN.capitalize()}.")
+    return " ".join(sentences)
+
+
+def _verdict(evidence: Evidence, alternative: str | None) -> str:
+    """Return the limiter, its share of the lost time, and what to change."""
+    on_workers = f"on {plural(evidence.workers, 'worker')}"
+    worst = limiter(evidence.causes)
+    if worst is None or evidence.efficiency >= WELL:
+        return f"Next to nothing is lost {on_workers}: efficiency {evidence.efficiency:.2f}."
+    wording = WORDINGS[worst.name]
+    loss_s = evidence.loss_s
+    if worst.seconds <= loss_s:
+        share = f"{_percent(worst.seconds / loss_s)} of the lost time."
+    else:
+        share = f"{_ms(worst.seconds)} a step. Other parts gain some back: {_ms(loss_s)} are lost."
+    sentences = [f"{wording.verdict} {on_workers}: {share}", alternative or wording.advice]
+    unexplained_s = sum(c.seconds for c in evidence.causes if c.name == "unexplained")
+    rest = unexplained_s / loss_s
+    if abs(rest) > WHOLE and worst.name != "unexplained":
+        sentences.append(f"The causes add up to {_percent(1 - rest)} of the lost time.")
+    return " ".join(sentences)
+
+
+def _largest_two(costs: Sequence[Cause]) -> str:
+    first = f"{costs[0].name} ({_ms(costs[0].seconds)} a step)"
+    if len(costs) < 2:
+        return first
+    return f"{first} and {costs[1].name} ({_ms(costs[1].seconds)})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _repeats_needed(evidence: Evidence, ci95: float, wanted: float) -> str:
+    """Return how many repeats would narrow an interval to the wanted width."""
+    needed = enough(max(2, evidence.repeats), ci95, wanted)
+    if needed is None:
+        return f"More than {MANY} repeats would be needed."
+    return f"About {needed} repeats would be enough."

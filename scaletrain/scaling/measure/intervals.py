@@ -1,22 +1,26 @@
-"""Means with their confidence intervals, and ratios of them. Small samples: Student's t, never 1.96 standard deviations."""
+"""Means with their confidence intervals, and ratios of them.
+
+Samples are small: intervals are Student's t, never 1.96 standard deviations.
+"""
 
 import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from scipy import stats
 
 ONE_RUN = "single runs: no interval"
-MANY = 30  # repeats, beyond which nobody is asked to go
+MANY = 30  # repeats, more than which no report asks for
 
 
 class Mean(NamedTuple):
-    """The mean of independent repeats and half the width of its 95 % confidence interval (None: one repeat tells nothing)."""
+    """The mean of independent repeats."""
 
     value: float
-    ci95: float | None
-    n: int
+    ci95: float | None  # half the width of its 95 % interval; None: one repeat shows no noise
+    n: int  # repeats
 
     @property
     def low(self) -> float:
@@ -28,7 +32,14 @@ class Mean(NamedTuple):
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """The t-interval of the mean over repeats: t(0.975, n - 1) s / sqrt(n). ``values`` must not be empty."""
+    """Return the mean of repeats with its interval, t(0.975, n - 1) s / sqrt(n).
+
+    Args:
+        values: of the repeats, at least one.
+
+    >>> mean([4.0])
+    Mean(value=4.0, ci95=None, n=1)
+    """
     n = len(values)
     if n < 2:
         return Mean(float(values[0]), None, n)
@@ -36,60 +47,72 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def _half_width(n: int) -> float:
-    """Of the interval of a mean of ``n`` values, in their standard deviations."""
-    return float(stats.t.ppf(0.975, n - 1)) / math.sqrt(n)
+    """Return half the width of the interval of a mean of ``n``, in their standard deviations."""
+    return _t(0.975, n - 1) / math.sqrt(n)
+
+
+def _t(probability: float, freedom: float) -> float:
+    """Return a quantile of Student's t distribution."""
+    return float(stats.t.ppf(probability, freedom))
 
 
 def enough(n: int, ci95: float, wanted: float) -> int | None:
-    """How many repeats bring an interval of ``n`` (at least 2) down to ``wanted``, if they scatter as these did; None: more than ``MANY``."""
-    return next(
-        (m for m in range(n + 1, MANY + 1) if ci95 * _half_width(m) <= wanted * _half_width(n)),
-        None,
-    )
+    """Return how many repeats narrow an interval to ``wanted``, if they scatter as these did.
+
+    Args:
+        n: the repeats so far, at least 2.
+        ci95: half the width of their interval.
+        wanted: half the width that is wanted.
+
+    Returns:
+        The number of repeats; None if it is more than ``MANY``.
+    """
+    deviation = ci95 / _half_width(n)
+    for repeats in range(n + 1, MANY + 1):
+        if deviation * _half_width(repeats) <= wanted:
+            return repeats
+    return None
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Mean:
-    """The ratio of two means, so that it fits the means it stands beside, with its 95 % interval to first order.
+    """Return the ratio of two means, with its interval to first order.
 
-    Values at the same place belong together (they were measured close to each other): what they share cancels. Where one side has
-    more repeats they are independent, and the relative errors add up as squares.
+    It is the ratio of the means, not the mean of ratios, so that it fits the means beside it.
+    Values at the same position were measured close to each other: what they share cancels. Where
+    one side has more repeats, they are independent and the relative errors add up as squares.
     """
-    value = statistics.fmean(ours) / statistics.fmean(theirs)
+    our_mean, their_mean = mean(ours), mean(theirs)
+    value = our_mean.value / their_mean.value
     if len(ours) == len(theirs):
-        rest = mean(
-            [(a - value * b) / statistics.fmean(theirs) for a, b in zip(ours, theirs, strict=True)]
-        )
-        return Mean(value, rest.ci95, rest.n)
-    a, b = mean(ours), mean(theirs)
-    ci95 = (
-        None
-        if a.ci95 is None or b.ci95 is None
-        else value * math.hypot(a.ci95 / a.value, b.ci95 / b.value)
-    )
-    return Mean(value, ci95, min(a.n, b.n))
+        pairs = zip(ours, theirs, strict=True)
+        errors = mean([(our - value * their) / their_mean.value for our, their in pairs])
+        return Mean(value, errors.ci95, errors.n)
+    n = min(our_mean.n, their_mean.n)
+    if our_mean.ci95 is None or their_mean.ci95 is None:
+        return Mean(value, None, n)
+    relative = math.hypot(our_mean.ci95 / our_mean.value, their_mean.ci95 / their_mean.value)
+    return Mean(value, value * relative, n)
 
 
 def percentiles(
-    values: Sequence[float], percents: Sequence[int] = (10, 50, 90, 95)
+    values: Sequence[float] | np.ndarray, percents: Sequence[int] = (10, 50, 90, 95)
 ) -> dict[int, float | None]:
-    """Linear-interpolated percentiles (as numpy's default); all None when there are no values."""
-    if not values:
+    """Return percentiles with linear interpolation; all None if there are no values.
+
+    >>> percentiles([1, 2, 3], [50])
+    {50: 2.0}
+    """
+    if len(values) == 0:
         return dict.fromkeys(percents)
-    ordered = sorted(values)
-    result: dict[int, float | None] = {}
-    for percent in percents:
-        position = (len(ordered) - 1) * percent / 100
-        below = math.floor(position)
-        above = min(below + 1, len(ordered) - 1)
-        result[percent] = ordered[below] + (ordered[above] - ordered[below]) * (position - below)
-    return result
+    at_percent = np.percentile(values, percents)
+    return dict(zip(percents, at_percent.tolist(), strict=True))
 
 
 class Change(NamedTuple):
-    """By how much a mean changed, as a fraction of what it was, with the 95 % interval of that fraction."""
+    """By how much a mean changed, as a fraction of what it was."""
 
     ratio: float  # new / old
-    low: float
+    low: float  # of the 95 % interval of the ratio
     high: float
 
     @property
@@ -102,18 +125,33 @@ class Change(NamedTuple):
 
 
 def change(new: Mean, old: Mean, together: int = 1) -> Change | None:
-    """new / old of two independent means, by Welch's t on the logarithms' first-order errors. ``together``: of so many changes that are
-    looked at, whose intervals shall all hold with 95 % (Bonferroni).
+    """Return new / old of two independent means.
 
-    None when one of them has a single repeat: nothing can then be said about noise.
+    The interval is Welch's t on the first-order errors of the logarithms.
+
+    Args:
+        new: the mean now.
+        old: the mean before.
+        together: how many changes are looked at, whose intervals shall all hold with 95 %
+            (Bonferroni).
+
+    Returns:
+        The change; None if one of the means has a single repeat, which says nothing about noise.
     """
     if new.ci95 is None or old.ci95 is None or new.value <= 0 or old.value <= 0:
         return None
-    errors = [m.ci95 / float(stats.t.ppf(0.975, m.n - 1)) / m.value for m in (new, old)]  # type: ignore[operator]
-    variance = errors[0] ** 2 + errors[1] ** 2
+    new_variance = _relative_error(new) ** 2
+    old_variance = _relative_error(old) ** 2
+    variance = new_variance + old_variance
     ratio = new.value / old.value
     if variance == 0:
         return Change(ratio, ratio, ratio)
-    freedom = variance**2 / (errors[0] ** 4 / (new.n - 1) + errors[1] ** 4 / (old.n - 1))
-    half = float(stats.t.ppf(1 - 0.025 / together, freedom)) * math.sqrt(variance)
-    return Change(ratio, ratio * math.exp(-half), ratio * math.exp(half))
+    freedom = variance**2 / (new_variance**2 / (new.n - 1) + old_variance**2 / (old.n - 1))
+    half_width = _t(1 - 0.025 / together, freedom) * math.sqrt(variance)
+    return Change(ratio, ratio * math.exp(-half_width), ratio * math.exp(half_width))
+
+
+def _relative_error(mean: Mean) -> float:
+    """Return the standard error of a mean as a fraction of it."""
+    assert mean.ci95 is not None
+    return mean.ci95 / _t(0.975, mean.n - 1) / mean.value

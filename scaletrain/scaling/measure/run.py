@@ -1,160 +1,116 @@
-"""One run's records as numbers: what a step took, on every rank, and what the run as a whole reached."""
+"""Read one run's records: what a step took on every rank, and what the run reached."""
 
 import json
-from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from scaletrain.errors import UserError
-from scaletrain.run.records import WARMUP_STEPS, read_records
+from scaletrain.run.layout import RunDir
+from scaletrain.run.records import WARMUP_STEPS, StepRecord, read_records
 from scaletrain.scaling.measure import servers
+from scaletrain.scaling.model import PARTS, Run, Summary, WorkerFacts
 
-PARTS = ("input_s", "forward_s", "backward_s", "update_s")
-
-
-class Run(NamedTuple):
-    """A finished run. Arrays have shape (steps, ranks), warm-up left out; a rank that did fewer steps cuts all to its length."""
-
-    summary: dict[str, Any]
-    steps: np.ndarray  # step_s
-    parts: dict[str, np.ndarray]  # each of PARTS
-    samples: np.ndarray
-    sent_bytes: float | None  # by one rank in one step, mean; None: the exchange does not count
-    waited_s: (
-        float | None
-    )  # for the others' gradients, at the end of backward, mean; None: the exchange does not tell
-    gradient_bytes: (
-        int | None
-    )  # of the model's parameters; None: there is no checkpoint to read it from
-    losses: np.ndarray
-    ended_s: np.ndarray  # of each step, since the rank's first one began
-    servers: dict[str, Any] | None  # what parameter servers counted
-    headers: list[dict[str, Any]]  # what each rank wrote of itself at its start, where it did
-
-    @property
-    def workers(self) -> int:
-        return self.steps.shape[1]
-
-    @property
-    def commit(self) -> str | None:
-        """What was measured: of the checkout that rank 0 ran."""
-        return self.headers[0]["environment"]["commit"] if self.headers else None
-
-    @property
-    def learns(self) -> bool:
-        """Whether losses mean something: emulated accelerators compute none."""
-        return not (self.summary.get("emulation") or {}).get("compute")
-
-    @property
-    def devices(self) -> dict[tuple[str, str, int], int]:
-        """Workers of each device, by name, device and node; without those on the CPU."""
-        on_devices = [header for header in self.headers if header["device"] != "cpu"]
-        return Counter(
-            (header["device_name"], header["device"], header["node"]) for header in on_devices
-        )
-
-    @property
-    def crowded(self) -> bool:
-        """Whether a machine had more threads than cores: those that compute, and one of each server that ran beside them."""
-        emulated = self.summary.get("launcher") == "rehearsal"  # its hosts are one machine
-        threads: Counter[int] = Counter()
-        cores: dict[int, set[int]] = {}
-        for header in self.headers:
-            if header["device"] == "cpu":
-                machine = 0 if emulated else header["node"]
-                threads[machine] += header["threads"]
-                cores.setdefault(machine, set()).update(header["cores"])
-        if self.servers and self.summary.get("launcher") in ("local", "rehearsal"):
-            threads[0] += self.servers["servers"]
-            cores.setdefault(0, set()).update(
-                self.servers["cores"]
-            )  # workers may be bound, each to its own
-        return any(threads[machine] > len(own) for machine, own in cores.items())
-
-    @property
-    def samples_per_s(self) -> float:
-        """The sum over ranks of each one's samples over its own time."""
-        return float((self.samples.sum(axis=0) / self.steps.sum(axis=0)).sum())
-
-    @property
-    def step_s(self) -> float:
-        """Mean over steps and ranks."""
-        return float(self.steps.mean())
-
-    @property
-    def slowest_s(self) -> float:
-        """Mean over steps of the slowest rank's step: what the others would wait for if they had to."""
-        return float(self.steps.max(axis=1).mean())
-
-    def part_s(self, part: str) -> float:
-        return float(self.parts[part].mean())
+MAX_HEADER_BYTES = 100_000_000  # a longer header of a checkpoint is taken for damage
 
 
 def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
-    """Read ``summary.json`` and every ``rank-<r>.jsonl``.
+    """Read the summary and the records of every rank.
+
+    Args:
+        run_dir: the run directory.
+        warmup_steps: first steps to leave out. One step stays in any case.
 
     Raises:
-        UserError: the directory is no finished run, or has no step left after warm-up.
+        UserError: the directory holds no finished run, or a rank has no records.
     """
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{run_dir}: no finished run (summary.json: {error.strerror})") from None
-    except ValueError:
-        raise UserError(f"{run_dir}: summary.json is not JSON") from None
-    ranks = []
-    for rank in range(int(summary["workers"])):
-        path = run_dir / f"rank-{rank}.jsonl"
-        if not path.exists():
-            raise UserError(f"{run_dir}: rank-{rank}.jsonl is missing")
-        ranks.append(list(read_records(path)))
+    summary = _summary(run_dir)
+    ranks = [_records(run_dir, rank) for rank in range(summary.workers)]
     shortest = min(len(records) for records in ranks)
-    first = min(warmup_steps, shortest - 1)
     if shortest < 1:
         raise UserError(f"{run_dir}: a rank has no records")
+    first = min(warmup_steps, shortest - 1)
     kept = [records[first:shortest] for records in ranks]
-
-    def array(key: str) -> np.ndarray:
-        return np.array([[getattr(record, key) for record in records] for records in kept]).T
-
-    def told(key: str) -> float | None:
-        values = [
-            record.exchange[key] for records in kept for record in records if key in record.exchange
-        ]
-        return float(np.mean(values)) if values else None
-
+    # Times count from the rank's first step, warm-up included.
+    began = np.array([records[0].time for records in ranks])
+    steps = _array(kept, "step_s")
     return Run(
         summary=summary,
-        steps=array("step_s"),
-        parts={part: array(part) for part in PARTS},
-        samples=array("samples"),
-        sent_bytes=told("bytes_sent"),
-        waited_s=told("wait_in_backward_s"),
+        steps=steps,
+        parts={part: _array(kept, part) for part in PARTS},
+        samples=_array(kept, "samples"),
+        losses=_array(kept, "loss"),
+        ended_s=_array(kept, "time") + steps - began,
+        sent_bytes=_mean_of_exchange(kept, "bytes_sent"),
+        waited_s=_mean_of_exchange(kept, "wait_in_backward_s"),
         gradient_bytes=_gradient_bytes(run_dir),
-        losses=array("loss"),
-        ended_s=array("time") + array("step_s") - np.array([records[0].time for records in ranks]),
         servers=servers.read(run_dir),
-        headers=_headers(run_dir, len(ranks)),
+        worker_facts=_worker_facts(run_dir, len(ranks)),
     )
 
 
-def _headers(run_dir: Path, ranks: int) -> list[dict[str, Any]]:
-    paths = (run_dir / f"rank-{rank}.json" for rank in range(ranks))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+def _summary(run_dir: Path) -> Summary:
+    try:
+        text = RunDir(run_dir).summary.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{run_dir}: no finished run (summary.json: {error.strerror})") from None
+    try:
+        return Summary.from_json(json.loads(text))
+    except ValueError:
+        raise UserError(f"{run_dir}: summary.json is not JSON") from None
+
+
+def _records(run_dir: Path, rank: int) -> list[StepRecord]:
+    path = RunDir(run_dir).records(rank)
+    if not path.exists():
+        raise UserError(f"{run_dir}: {path.name} is missing")
+    return list(read_records(path))
+
+
+def _array(ranks: list[list[StepRecord]], field: str) -> np.ndarray:
+    """Return one field of all records, shape (steps, ranks)."""
+    return np.array([_column(records, field) for records in ranks]).T
+
+
+def _column(records: list[StepRecord], field: str) -> list[float]:
+    return [getattr(record, field) for record in records]
+
+
+def _mean_of_exchange(ranks: list[list[StepRecord]], key: str) -> float | None:
+    """Return the mean of a number of the exchange's own; None if it does not record it."""
+    values = []
+    for records in ranks:
+        values += [record.exchange[key] for record in records if key in record.exchange]
+    return float(np.mean(values)) if values else None
+
+
+def _worker_facts(run_dir: Path, ranks: int) -> tuple[WorkerFacts, ...]:
+    facts = []
+    for rank in range(ranks):
+        path = RunDir(run_dir).header(rank)
+        if path.exists():
+            facts.append(WorkerFacts.from_json(json.loads(path.read_text(encoding="utf-8"))))
+    return tuple(facts)
 
 
 def _gradient_bytes(run_dir: Path) -> int | None:
-    """Bytes of the model's tensors, read from the header of a checkpoint (safetensors: a length, then JSON)."""
-    for path in sorted(run_dir.glob("step-*.safetensors")):
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > 100_000_000:
-                return None
-            header = json.loads(file.read(length))
-        spans = [
-            tensor["data_offsets"] for name, tensor in header.items() if name.startswith("model.")
-        ]
-        return sum(end - start for start, end in spans)
-    return None
+    """Return the bytes of the model's tensors, by the header of a checkpoint.
+
+    A safetensors file begins with the length of the header in eight bytes; the header is JSON.
+    None if there is no checkpoint.
+    """
+    checkpoints = RunDir(run_dir).checkpoints()
+    if not checkpoints:
+        return None
+    _, path = checkpoints[0]
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            return None
+        header = json.loads(file.read(length))
+    num_bytes = 0
+    for name, tensor in header.items():
+        if name.startswith("model."):
+            begin, end = tensor["data_offsets"]
+            num_bytes += end - begin
+    return num_bytes

@@ -1,115 +1,137 @@
-"""Parameter servers in the report: staleness, drops, pace and losses of workers, and time to loss beside throughput.
+"""Parameter servers in the report: what they counted, and time to loss beside throughput.
 
-Asynchronous training may be faster and worse: what counts is when a loss was reached that all compared runs reach.
+Asynchronous training may be faster and worse. What counts is when a run reaches a loss that all
+compared runs reach.
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from scaletrain.run.layout import RunDir
+from scaletrain.scaling.model import Row, Run, ServerCounts, ServerStatistics
+from scaletrain.units import plural
 
 SMOOTHED_STEPS = 10
 
 
-def read(run_dir: Path) -> dict[str, Any] | None:
-    """What a run's servers counted, together; None when it had none.
+def read(run_dir: Path) -> ServerCounts | None:
+    """Return what a run's servers counted, together; None if it had none."""
+    each = []
+    for path in RunDir(run_dir).all_server_statistics():
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if "staleness" in value:  # a server that was killed early has not counted
+            each.append(ServerStatistics.from_json(value))
+    return _together(each) if each else None
 
-    ``staleness``: gradients of blocks by the number of updates between the weights they came from and their own. ``dropped``: share of
-    the pushed gradients that came too late. ``pace_s``: each worker's median seconds a step. ``lost``: workers with the reason.
-    """
-    found = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(run_dir.glob("server-*.json"))
-    ]
-    found = [server for server in found if "staleness" in server]
-    if not found:
-        return None
+
+def _together(each: Sequence[ServerStatistics]) -> ServerCounts:
+    """Add up the counts of several servers."""
     staleness: Counter[int] = Counter()
-    for server in found:
-        staleness.update({int(updates): count for updates, count in server["staleness"].items()})
-    pushes, dropped = (
-        sum(sum(server[key].values()) for server in found) for key in ("pushes", "dropped")
+    cores: set[int] = set()
+    lost: dict[int, str] = {}
+    for server in each:
+        staleness.update(server.staleness)
+        cores.update(server.cores)
+        lost.update(server.lost)
+    late = sum(updates * gradients for updates, gradients in staleness.items())
+    pushed = sum(server.pushes for server in each)
+    dropped = sum(server.dropped for server in each)
+    restored = [s.restored_at_update for s in each if s.restored_at_update is not None]
+    return ServerCounts(
+        servers=len(each),
+        cores=tuple(sorted(cores)),
+        mode=each[0].mode,
+        staleness={str(updates): staleness[updates] for updates in sorted(staleness)},
+        staleness_mean=late / max(1, staleness.total()),
+        dropped=dropped / max(1, pushed),
+        pace_s=each[0].pace_s,
+        lost={str(rank): lost[rank] for rank in sorted(lost)},
+        refused=sum(server.refused for server in each),
+        restored_at_update=min(restored, default=None),
+        cpu_s_per_worker=sum(server.cpu_s_per_worker for server in each),
+        memory_bytes=max(server.memory_bytes for server in each),
     )
-    lost = {entry["rank"]: entry["reason"] for server in found for entry in server["lost"]}
-    restored = [
-        server["restored_at_update"] for server in found if server["restored_at_update"] is not None
-    ]
-    return {
-        "servers": len(found),
-        "cores": sorted({core for server in found for core in server.get("cores", ())}),
-        "mode": found[0]["mode"],
-        "staleness": {str(updates): staleness[updates] for updates in sorted(staleness)},
-        "staleness_mean": sum(u * n for u, n in staleness.items()) / max(1, staleness.total()),
-        "dropped": dropped / max(1, pushes),
-        "pace_s": [found[0]["step_s"][rank] for rank in sorted(found[0]["step_s"], key=int)],
-        "lost": {str(rank): reason for rank, reason in sorted(lost.items())},
-        "refused": sum(sum(server["refused"].values()) for server in found),
-        "restored_at_update": min(restored, default=None),
-        "cpu_s_per_worker": sum(server["cpu_s_per_worker"] for server in found),
-        "memory_bytes": max(server["memory_bytes"] for server in found),
-    }
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
-    """Mean over the ranks and the last ``SMOOTHED_STEPS`` steps; losses (steps, ranks) -> (steps - SMOOTHED_STEPS + 1)."""
+    """Return the mean loss over the ranks and the last ``SMOOTHED_STEPS`` steps.
+
+    Args:
+        losses: shape (steps, ranks). The result has shape (steps - SMOOTHED_STEPS + 1).
+    """
     width = min(SMOOTHED_STEPS, len(losses))
     return np.convolve(losses.mean(axis=1), np.ones(width) / width, mode="valid")
 
 
 def time_to_loss(losses: np.ndarray, ended_s: np.ndarray, target: float) -> float | None:
-    """Seconds until the smoothed training loss fell to ``target``; None when it never did. Both arrays (steps, ranks)."""
-    curve = smoothed(losses)
-    below = np.nonzero(curve <= target)[0]
-    return float(ended_s[below[0] + len(losses) - len(curve)].mean()) if len(below) else None
+    """Return the seconds until the smoothed loss fell to ``target``; None if it never did.
 
-
-def compare(
-    rows: Sequence[dict[str, Any]], curves: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]]
-) -> float | None:
-    """Write ``time_to_loss_s`` into rows, when one of them had servers; returns the loss: the lowest that every measured run reached.
-    None where rows are of several configs, whose losses are not the same quantity.
-
-    ``curves[i]``: (losses, ended_s) of row i's runs.
+    Args:
+        losses: shape (steps, ranks).
+        ended_s: seconds at which each step ended, shape (steps, ranks).
+        target: the loss.
     """
-    lowest = [float(smoothed(losses).min()) for runs in curves for losses, _ in runs]
-    if (
-        not any(row["servers"] for row in rows)
-        or not lowest
-        or len({row["config"] for row in rows}) > 1
-    ):
+    curve = smoothed(losses)
+    reached = np.nonzero(curve <= target)[0]
+    if len(reached) == 0:
         return None
-    target = max(lowest)
-    for row, runs in zip(rows, curves, strict=True):
-        times = [seconds for one in runs if (seconds := time_to_loss(*one, target)) is not None]
-        row["time_to_loss_s"] = float(np.mean(times)) if times else None
-    return target
+    last_of_window = reached[0] + len(losses) - len(curve)
+    return float(ended_s[last_of_window].mean())
 
 
-def text(servers: Mapping[str, Any] | None) -> str:
-    """One line about a row's servers."""
-    if servers is None:
+def common_loss(rows: Sequence[Row], runs_of_rows: Sequence[Sequence[Run]]) -> float | None:
+    """Return the lowest loss that every measured run reached, if a row had servers.
+
+    None where rows are of several configs, whose losses are not the same quantity.
+    """
+    if not any(row.servers for row in rows):
+        return None
+    if len({row.config for row in rows}) > 1:
+        return None
+    lowest = []
+    for runs in runs_of_rows:
+        lowest += [float(smoothed(run.losses).min()) for run in runs]
+    return max(lowest, default=None)
+
+
+def mean_time_to_loss(runs: Sequence[Run], loss: float) -> float | None:
+    """Return the mean seconds until runs reached a loss; None if none of them did."""
+    times = []
+    for run in runs:
+        seconds = time_to_loss(run.losses, run.ended_s, loss)
+        if seconds is not None:
+            times.append(seconds)
+    return float(np.mean(times)) if times else None
+
+
+def text(counts: ServerCounts | None) -> str:
+    """Return one line about a row's servers; empty if it had none."""
+    if counts is None:
         return ""
-    total = sum(servers["staleness"].values())
-    histogram = (
-        ", ".join(
-            f"{updates}: {100 * n / total:.0f} %" for updates, n in servers["staleness"].items()
-        )
-        if total
-        else "none"
-    )
-    paces = ", ".join("-" if pace is None else f"{1000 * pace:.1f}" for pace in servers["pace_s"])
+    paces = ["-" if pace is None else f"{1000 * pace:.1f}" for pace in counts.pace_s]
     parts = [
-        f"{servers['servers']} server{'s' * (servers['servers'] > 1)}, {servers['mode']}",
-        f"staleness {histogram}",
-        f"{100 * servers['dropped']:.1f} % dropped",
-        f"pace {paces} ms",
+        f"{plural(counts.servers, 'server')}, {counts.mode}",
+        f"staleness {_histogram(counts)}",
+        f"{100 * counts.dropped:.1f} % dropped",
+        f"pace {', '.join(paces)} ms",
     ]
-    parts += [f"lost rank {rank}: {reason}" for rank, reason in servers["lost"].items()]
-    if servers["restored_at_update"] is not None:
-        parts.append(f"restored at update {servers['restored_at_update']}: later ones were lost")
-    if servers["refused"]:
-        parts.append(f"{servers['refused']} messages refused")
+    parts += [f"lost rank {rank}: {reason}" for rank, reason in counts.lost.items()]
+    if counts.restored_at_update is not None:
+        parts.append(f"restored at update {counts.restored_at_update}: later ones were lost")
+    if counts.refused:
+        parts.append(f"{counts.refused} messages refused")
     return "; ".join(parts)
+
+
+def _histogram(counts: ServerCounts) -> str:
+    total = sum(counts.staleness.values())
+    if total == 0:
+        return "none"
+    shares = []
+    for updates, gradients in counts.staleness.items():
+        shares.append(f"{updates}: {100 * gradients / total:.0f} %")
+    return ", ".join(shares)

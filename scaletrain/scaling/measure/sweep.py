@@ -1,22 +1,23 @@
-"""A sweep: every cell (workers, exchange, variant) is one ``scaletrain train`` in a process of its own, repeated and interleaved.
+"""A sweep: one ``scaletrain train`` for every cell, repeated and interleaved.
 
-What is measured lies in OUT/cells/<cell>/<repeat>/, so a sweep that was stopped goes on where it was, and a cell that fails loses
-nothing but itself.
+A cell is a number of workers under one exchange and variant. Each run of a cell is a process of
+its own and lies in OUT/cells/<cell>/<repeat>/. A sweep that was stopped goes on where it was, and a
+cell that fails loses nothing but itself.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from scaletrain import config as configuration
+from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
 from scaletrain.host.processes import dies_with_parent
 from scaletrain.launching.job import Program
@@ -24,308 +25,373 @@ from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure import machine
+from scaletrain.scaling.model import Cell, Failure, Header, Scalar, Source, SweepPlan
 
-MACHINE = "machine.json"  # in a run's directory: the share of the cores that other processes used meanwhile
+FAILED = "failed.json"  # in a run's directory: why the repeat failed
 REFERENCE_STEPS = 60  # of the short runs that only the split of lost time needs
-OWN = {  # settings that the sweep gives every cell itself, and the option that decides them
+# Settings that the sweep gives every cell itself, and the option that decides each.
+OWN = {
     "workers": "--workers", "exchange": "--exchange", "batch_mode": "--mode", "threads": "--threads", "launcher": "--launcher",
     "launcher.name": "--launcher", "launcher.bind": "--bind", "run_dir": "--out",
 }  # fmt: skip
 
 
-class Cell(NamedTuple):
-    """One point of a sweep. ``batch_size`` is the config's: global in strong scaling, a worker's in weak scaling."""
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a sweep is asked for, before it is checked (see ``plan``)."""
 
-    config: str  # the config file's stem
-    exchange: str
-    workers: int
-    batch_size: int
-    variant: tuple[tuple[str, Any], ...] = ()  # settings that differ from cell to cell: --vary
-    reference: bool = False  # short, asked for by the split of lost time
-
-    @property
-    def name(self) -> str:
-        words = [self.config, self.exchange, f"w{self.workers}", f"b{self.batch_size}"]
-        words += [
-            f"{key.rpartition('.')[2]}{value}" for key, value in self.variant if key != "batch_size"
-        ]
-        words += ["ref"] * self.reference
-        return "-".join(re.sub(r"[^\w.@]+", "_", word).strip("_") for word in words)
+    configs: Sequence[Path]
+    workers: Sequence[int]  # worker counts
+    exchanges: Sequence[str]  # labels, such as ring@gloo
+    mode: str = "strong"  # or weak
+    repeats: int = 5
+    settings: Sequence[str] = ()  # KEY=VALUE of every cell
+    vary: Mapping[str, Sequence[Scalar]] = dataclasses.field(default_factory=dict)
+    launcher: str | None = None  # None: the config's
+    threads: int | None = None  # of each worker; None: the cores shared by the most workers
+    bind: bool | None = None  # None: if the launcher is local and the cores suffice
+    split: bool = True  # whether to run the references that the split of lost time needs
+    cell_timeout_s: float = 600.0
 
 
-class Sweep(NamedTuple):
-    """Everything that decides what the cells are; written to OUT/sweep.json so that a resume means the same."""
-
-    configs: dict[str, dict[str, str]]  # stem -> {path, text}
-    workers: tuple[int, ...]
-    exchanges: tuple[str, ...]
-    mode: str
-    repeats: int
-    settings: tuple[str, ...]  # KEY=VALUE, of every cell
-    vary: dict[str, list[Any]]
-    launcher: str
-    threads: int
-    bind: bool
-    split: bool  # whether reference cells are run
-    cell_timeout_s: float
+class Sweep(SweepPlan):
+    """The cells of a plan, and the command of each."""
 
     def cells(self) -> list[Cell]:
-        """The cells that were asked for, then the references that the split of lost time needs."""
+        """Return the cells that were asked for, then the references of the split."""
         cells: list[Cell] = []
         for stem, source in self.configs.items():
             for variant in variants(self.vary):
                 for workers in self.workers:
-                    batch = self._resolve(source, variant, workers).batch_size
+                    batch_size = self._resolve(source, variant, workers).batch_size
                     cells += [
-                        Cell(stem, exchange, workers, batch, variant) for exchange in self.exchanges
+                        Cell(stem, exchange, workers, batch_size, variant)
+                        for exchange in self.exchanges
                     ]
-        return cells + (self._references(cells) if self.split else [])
+        if self.split:
+            cells += self._references(cells)
+        return cells
 
     def _references(self, cells: Sequence[Cell]) -> list[Cell]:
-        """``none`` at each worker count, and one worker at each worker's share of the batch (strong scaling shrinks it)."""
+        """Return the short cells that the split of lost time needs beside those asked for.
+
+        These are ``none`` at each worker count, and one worker at each worker's share of the
+        batch, which strong scaling shrinks.
+        """
         wanted: list[Cell] = []
         for cell in cells:
-            wanted.append(cell._replace(exchange="none", reference=True))
-            wanted.append(cell._replace(exchange="none", workers=1, reference=True))
+            same_workers = dataclasses.replace(cell, exchange="none", reference=True)
+            wanted.append(same_workers)
+            wanted.append(dataclasses.replace(same_workers, workers=1))
             if self.mode == "strong" and cell.workers > 1:
-                share = -(-cell.batch_size // cell.workers)
-                variant = tuple(pair for pair in cell.variant if pair[0] != "batch_size")
-                wanted.append(Cell(cell.config, "none", 1, share, variant, reference=True))
-        measured = {cell._replace(reference=True) for cell in cells}
+                variant = cell.variant_but_batch
+                wanted.append(Cell(cell.config, "none", 1, cell.share, variant, reference=True))
+        measured = {dataclasses.replace(cell, reference=True) for cell in cells}
         return [cell for cell in dict.fromkeys(wanted) if cell not in measured]
 
     def _resolve(
-        self, source: Mapping[str, str], variant: Sequence[tuple[str, Any]], workers: int
-    ) -> Any:
-        """The cell's RunConfig: raises ``UserError`` before anything has run."""
-        settings = (
-            {"launcher": self.launcher}
-            | dict(configuration.parse_setting(text) for text in self.settings)
-            | dict(variant)
-        )
+        self, source: Source, variant: Sequence[tuple[str, Scalar]], workers: int
+    ) -> RunConfig:
+        """Return the configuration of a cell.
+
+        Raises:
+            UserError: it has a mistake, which shows before anything has run.
+        """
+        settings: dict[str, Scalar] = {"launcher": self.launcher}
+        settings |= dict(configuration.parse_setting(text) for text in self.settings)
+        settings |= dict(variant)
         settings |= {"workers": workers, "batch_mode": self.mode}
-        return configuration.load(Path(source["path"]), settings)
+        return configuration.load(Path(source.path), settings)
 
     def command(self, cell: Cell, run_dir: Path, trace: bool = False) -> list[str]:
-        """What a person would type for this cell."""
+        """Return the command that a person would type for this cell."""
         source = self.configs[cell.config]
+        command = [
+            *Program.COMMAND_LINE.command("train", source.path, "--workers", cell.workers),
+            "--exchange",
+            cell.exchange,
+            "--run-dir",
+            str(run_dir),
+            "--launcher",
+            self.launcher,
+        ]
+        for setting in self._settings(cell, trace=trace):
+            command += ["--set", setting]
+        return command
+
+    def _settings(self, cell: Cell, *, trace: bool) -> list[str]:
+        """Return KEY=VALUE of everything that a cell sets."""
         settings = [
             *self.settings,
             f"batch_mode={self.mode}",
             f"threads={self.threads}",
             f"batch_size={cell.batch_size}",
         ]
-        settings += [
-            f"{key}={json.dumps(value)}"
-            for key, value in cell.variant
-            if key != "batch_size" and _is_there(key, cell.workers)
-        ]
+        for key, value in cell.variant_but_batch:
+            if _has_host(key, cell.workers):
+                settings.append(f"{key}={json.dumps(value)}")
         if self.bind:
             settings.append("launcher.bind=true")
         if cell.reference:
-            run = self._resolve(source, cell.variant, 1)
+            run = self._resolve(self.configs[cell.config], cell.variant, 1)
             if run.steps is None or run.steps > REFERENCE_STEPS:
                 settings += [f"steps={REFERENCE_STEPS}", "epochs=null"]
             settings += ["evaluate_every=null", "target_accuracy=null"]
         if trace:
             settings.append("trace=true")
-        arguments = ["train", source["path"], "--workers", cell.workers]
-        command = [*Program.COMMAND_LINE.command(*arguments)]
-        command += ["--exchange", cell.exchange, "--run-dir", str(run_dir)]
-        command += ["--launcher", self.launcher]
-        return command + [word for setting in settings for word in ("--set", setting)]
+        return settings
 
-    def header(self) -> dict[str, Any]:
-        """Where and how the cells were measured, for the report."""
-        here = environment()
-        return {
-            **here,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "mode": self.mode,
-            "repeats": self.repeats,
-            "threads_per_worker": self.threads,
-            "bound_to_cores": self.bind,
-            "launcher": self.launcher,
-            "settings": list(self.settings),
-            "vary": self.vary,
-            "config": {stem: source["text"] for stem, source in self.configs.items()},
-        }
-
-    def as_json(self) -> dict[str, Any]:
-        return self._asdict()
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Sweep":
-        known = {key: value[key] for key in cls._fields}
-        for key in ("workers", "exchanges", "settings"):
-            known[key] = tuple(known[key])
-        return cls(**known)
+    def header(self) -> Header:
+        """Return where and how the cells are measured, for the report."""
+        return dataclasses.replace(
+            Header.from_json(environment()),
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            mode=self.mode,
+            repeats=self.repeats,
+            threads_per_worker=self.threads,
+            bound_to_cores=self.bind,
+            launcher=self.launcher,
+            settings=self.settings,
+            vary=self.vary,
+            config={stem: source.text for stem, source in self.configs.items()},
+        )
 
 
-def _is_there(key: str, workers: int) -> bool:
-    """Whether a cell has what a setting is about: a straggler may be a host that cells of fewer workers do without."""
+def _has_host(key: str, workers: int) -> bool:
+    """Whether a cell has the host that a setting is about, if the setting is about one.
+
+    A straggler may be a host that cells of fewer workers do without.
+    """
     host = key.removeprefix("launcher.straggler.")
     return host == key or not host.isdigit() or int(host) < workers
 
 
-def variants(vary: Mapping[str, Sequence[Any]]) -> list[tuple[tuple[str, Any], ...]]:
-    """Every combination of the varied keys' values; one empty variant when nothing is varied."""
-    combined: list[tuple[tuple[str, Any], ...]] = [()]
+def variants(vary: Mapping[str, Sequence[Scalar]]) -> list[tuple[tuple[str, Scalar], ...]]:
+    """Return every combination of the varied keys' values.
+
+    >>> variants({"a": [1, 2]})
+    [(('a', 1),), (('a', 2),)]
+    >>> variants({})
+    [()]
+    """
+    combined: list[tuple[tuple[str, Scalar], ...]] = [()]
     for key, values in vary.items():
-        combined = [(*before, (key, value)) for before in combined for value in values]
+        longer = []
+        for before in combined:
+            longer += [(*before, (key, value)) for value in values]
+        combined = longer
     return combined
 
 
-def plan(
-    paths: Sequence[Path],
-    workers: Sequence[int],
-    exchanges: Sequence[str],
-    *,
-    mode: str = "strong",
-    repeats: int = 5,
-    settings: Sequence[str] = (),
-    vary: Mapping[str, Sequence[Any]] | None = None,
-    launcher: str | None = None,
-    threads: int | None = None,
-    bind: bool | None = None,
-    split: bool = True,
-    cell_timeout_s: float = 600.0,
-) -> Sweep:
-    """Check everything a sweep needs before its first cell runs.
+def plan(request: Request) -> Sweep:
+    """Check everything that a sweep needs before its first cell runs.
 
-    Threads per worker: the same in every cell, the cores divided by the largest worker count, so that a worker more is cores
-    more, as on a cluster. Workers are bound to cores when the launcher is ``local`` and the cores suffice.
+    Every cell gives its workers the same number of threads: the cores divided by the largest
+    worker count. A worker more is then cores more, as on a cluster.
 
     Raises:
-        UserError: a mistake in a config, an exchange or a setting; a setting that the sweep decides; two configs of the same name.
+        UserError: a mistake in a config, an exchange or a setting; a setting that the sweep
+            decides; two configs of the same name.
     """
-    sources: dict[str, dict[str, str]] = {}
-    for path in paths:
-        if path.stem in sources:
-            raise UserError(f"{path}: two configs are called {path.stem}; rename one")
-        run = configuration.load(path, {"workers": 1})
-        sources[path.stem] = {"path": str(path.resolve()), "text": path.read_text(encoding="utf-8")}
-    for exchange in exchanges:
+    sources = _sources(request.configs)
+    for exchange in request.exchanges:
         configuration.expand_exchange(exchange)
-    for option, keys in (
-        ("--set", [configuration.parse_setting(text)[0] for text in settings]),
-        ("--vary", vary or ()),
-    ):
-        for key in set(keys) & set(OWN):
-            raise UserError(
-                f"{option} {key}: the sweep decides it for every cell (give {OWN[key]})"
-            )
-    for key, values in (vary or {}).items():
+    _check_keys("--set", [configuration.parse_setting(text)[0] for text in request.settings])
+    _check_keys("--vary", request.vary)
+    for key, values in request.vary.items():
         if any(isinstance(value, dict | list) for value in values):
             raise UserError(
-                f"--vary {key}: {values!r} is not allowed (allowed: numbers and words, such as {key}=1,2)"
+                f"--vary {key}: {values!r} is not allowed"
+                f" (allowed: numbers and words, such as {key}=1,2)"
             )
+    last = configuration.load(request.configs[-1], {"workers": 1})
+    launcher = request.launcher or last.launcher.name
     cores = len(os.sched_getaffinity(0))
-    threads = threads or max(1, cores // max(workers))
-    launched_by = launcher or run.launcher.name
+    most_workers = max(request.workers)
+    threads = request.threads or max(1, cores // most_workers)
+    bind = request.bind
     if bind is None:
-        bind = launched_by == "local" and threads * max(workers) <= cores
-    if bind and launched_by != "local":
-        raise UserError(
-            f"--bind: only the launcher local binds workers to cores, not {launched_by}"
-        )
+        bind = launcher == "local" and threads * most_workers <= cores
+    if bind and launcher != "local":
+        raise UserError(f"--bind: only the launcher local binds workers to cores, not {launcher}")
     sweep = Sweep(
-        sources, tuple(workers), tuple(exchanges), mode, repeats, tuple(settings),
-        {key: list(values) for key, values in (vary or {}).items()}, launched_by, threads, bind, split, cell_timeout_s,
-    )  # fmt: skip
-    sweep.cells()
+        configs=sources,
+        workers=tuple(request.workers),
+        exchanges=tuple(request.exchanges),
+        mode=request.mode,
+        repeats=request.repeats,
+        settings=tuple(request.settings),
+        vary={key: list(values) for key, values in request.vary.items()},
+        launcher=launcher,
+        threads=threads,
+        bind=bind,
+        split=request.split,
+        cell_timeout_s=request.cell_timeout_s,
+    )
+    sweep.cells()  # resolves every cell's configuration, which finds the other mistakes
     return sweep
 
 
+def _sources(paths: Sequence[Path]) -> dict[str, Source]:
+    """Read the configs, by their stems."""
+    sources: dict[str, Source] = {}
+    for path in paths:
+        if path.stem in sources:
+            raise UserError(f"{path}: two configs are called {path.stem}; rename one")
+        configuration.load(path, {"workers": 1})
+        sources[path.stem] = Source(str(path.resolve()), path.read_text(encoding="utf-8"))
+    return sources
+
+
+def _check_keys(option: str, keys: Sequence[str] | Mapping[str, object]) -> None:
+    """Refuse settings that the sweep gives every cell itself."""
+    for key in keys:
+        if key in OWN:
+            raise UserError(
+                f"{option} {key}: the sweep decides it for every cell (give {OWN[key]})"
+            )
+
+
 def claim(out: Path, sweep: Sweep) -> None:
-    """Make OUT, or go on in one whose cells mean the same (workers, exchanges, repeats and values of --vary may be added).
+    """Create OUT, or go on in one whose cells mean the same.
+
+    Workers, exchanges, repeats and values of ``--vary`` may be added.
 
     Raises:
         UserError: OUT holds cells that were measured in another way.
     """
-    path = out / "sweep.json"
-    fixed = ("configs", "mode", "settings", "launcher", "threads", "bind")
+    path = _plan_path(out)
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(sweep.as_json()))
-        for key in fixed:
-            if key == "configs":
-                same = all(
-                    before[key][stem]["text"] == text["text"]
-                    for stem, text in now[key].items()
-                    if stem in before[key]
-                )
-            else:
-                same = before[key] == now[key]
-            if not same:
-                what = "" if key == "configs" else f" ({before[key]!r}, now {now[key]!r})"
-                raise UserError(
-                    f"--out {out}: holds cells of another sweep: {key} differs{what} (allowed: another directory)"
-                )
+        _check_same(out, read(out), sweep)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, sweep.as_json())
+    write_json(path, sweep.to_json())
+
+
+def _check_same(out: Path, before: Sweep, now: Sweep) -> None:
+    """Refuse a sweep whose cells were measured in another way before."""
+    for stem, source in now.configs.items():
+        if stem in before.configs and before.configs[stem].text != source.text:
+            raise _differs(out, "configs differs")
+    for name in ("mode", "settings", "launcher", "threads", "bind"):
+        value_before, value_now = before.to_json()[name], now.to_json()[name]
+        if value_before != value_now:
+            raise _differs(out, f"{name} differs ({value_before!r}, now {value_now!r})")
+
+
+def _differs(out: Path, difference: str) -> UserError:
+    return UserError(
+        f"--out {out}: holds cells of another sweep: {difference} (allowed: another directory)"
+    )
+
+
+def _plan_path(out: Path) -> Path:
+    """Return where a sweep notes what its cells are, so that a resume means the same."""
+    return out / "sweep.json"
+
+
+def read(out: Path) -> Sweep:
+    """Return the sweep whose directory this is.
+
+    Raises:
+        UserError: it is not the directory of a sweep.
+    """
+    try:
+        text = _plan_path(out).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: no sweep (sweep.json: {error.strerror})") from None
+    return Sweep.from_json(json.loads(text))
+
+
+def read_failure(directory: Path) -> str | None:
+    """Return why a repeat failed; None if it did not, or has not run yet."""
+    path = directory / FAILED
+    if not path.exists():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))["reason"]
 
 
 def run_dir(out: Path, cell: Cell, repeat: int) -> Path:
+    """Return the run directory of one repeat of a cell."""
     return out / "cells" / cell.name / str(repeat)
 
 
 def order(cells: Sequence[Cell], repeats: int) -> Iterator[tuple[Cell, int]]:
-    """Repeats are interleaved, every second one backwards: a machine that drifts does not favour a cell."""
+    """Yield (cell, repeat) in the order in which they run.
+
+    Repeats are interleaved, every second one backwards: a machine that drifts does not favour a
+    cell.
+    """
     for repeat in range(repeats):
         for cell in cells if repeat % 2 == 0 else reversed(cells):
             yield cell, repeat
 
 
 def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = False) -> None:
-    """Run every missing repeat of every cell. Failures are kept as ``failed.json``; Ctrl-C or a signal ends the cell and the sweep.
+    """Run every missing repeat of every cell.
 
-    ``trace``: first repeats also record what a trace shows.
+    Failures are kept as ``failed.json``. Ctrl-C or a signal ends the cell and the sweep.
+
+    Args:
+        sweep: the plan.
+        out: the sweep's directory, which ``claim`` made.
+        tell: is called with one line about each repeat.
+        trace: whether first repeats also record what a trace shows.
     """
-    todo = [
-        (cell, repeat)
-        for cell, repeat in order(sweep.cells(), sweep.repeats)
-        if not RunDir(run_dir(out, cell, repeat)).has_finished()
-    ]
+    missing = []
+    for cell, repeat in order(sweep.cells(), sweep.repeats):
+        if not RunDir(run_dir(out, cell, repeat)).has_finished():
+            missing.append((cell, repeat))
     started = time.monotonic()
-    for number, (cell, repeat) in enumerate(todo, 1):
+    for number, (cell, repeat) in enumerate(missing, 1):
         directory = run_dir(out, cell, repeat)
-        if directory.exists():
-            shutil.rmtree(directory)  # half a run; this sweep made it
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        began, watch = time.monotonic(), machine.Watch()
+        command = sweep.command(cell, directory, trace and repeat == 0)
         try:
-            reason = _run_cell(
-                sweep.command(cell, directory, trace and repeat == 0),
-                directory,
-                sweep.cell_timeout_s,
-            )
+            outcome = _run_repeat(sweep, command, directory)
         except BaseException:
             tell(
-                f"stopped: {len(todo) - number + 1} runs are missing; the same command with --out {out} goes on"
+                f"stopped: {len(missing) - number + 1} runs are missing;"
+                f" the same command with --out {out} goes on"
             )
             raise
-        if reason:
-            directory.mkdir(exist_ok=True)
-            write_json(directory / "failed.json", {"reason": reason})
-        elif sweep.launcher in machine.CHILDREN and (others := watch.others()) is not None:
-            write_json(directory / MACHINE, {"used_by_others": others})
-        outcome = f"FAILED: {reason}" if reason else f"{time.monotonic() - began:.1f} s"
-        left_s = (time.monotonic() - started) / number * (len(todo) - number)
-        to_go = f"{left_s / 60:.0f} min" if left_s > 90 else f"{left_s:.0f} s"
+        left_s = (time.monotonic() - started) / number * (len(missing) - number)
+        left = f"{left_s / 60:.0f} min" if left_s > 90 else f"{left_s:.0f} s"
         tell(
-            f"[{number}/{len(todo)}] {cell.name} repeat {repeat + 1}: {outcome} (about {to_go} to go)"
+            f"[{number}/{len(missing)}] {cell.name} repeat {repeat + 1}: {outcome}"
+            f" (about {left} to go)"
         )
 
 
-def _run_cell(command: Sequence[str], directory: Path, timeout_s: float) -> str | None:
-    """Run one training; returns why it failed, None when it did not."""
+def _run_repeat(sweep: Sweep, command: Sequence[str], directory: Path) -> str:
+    """Run one repeat and note how it ended. Return the same for people."""
+    if directory.exists():
+        shutil.rmtree(directory)  # half a run, which this sweep made
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    began, watch = time.monotonic(), machine.Watch()
+    reason = _run_command(command, directory, sweep.cell_timeout_s)
+    if reason:
+        directory.mkdir(exist_ok=True)
+        write_json(directory / FAILED, {"reason": reason})
+        return f"FAILED: {reason}"
+    duration_s = time.monotonic() - began
+    if sweep.launcher in machine.CHILDREN:
+        others = watch.others()
+        if others is not None:
+            machine.write(directory, others)
+    return f"{duration_s:.1f} s"
+
+
+def _run_command(command: Sequence[str], directory: Path, timeout_s: float) -> str | None:
+    """Run one training. Return why it failed; None if it did not."""
     log = directory.with_name(f"{directory.name}.log")
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
             preexec_fn=dies_with_parent(signal.SIGTERM),
-        )  # fmt: skip
+        )
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -340,7 +406,7 @@ def _run_cell(command: Sequence[str], directory: Path, timeout_s: float) -> str 
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the launcher to stop its workers; then end the whole session it leads."""
+    """Ask the launcher to stop its workers, then end the whole session that it leads."""
     process.send_signal(signal.SIGINT)
     try:
         process.wait(10)
@@ -351,23 +417,21 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _reason(directory: Path, log: Path, status: int) -> str:
-    """The first cause: the earliest failure that is not the loss of a peer, else the last line the command printed."""
+    """Return the first cause of a failed run.
+
+    That is the earliest failure that is not the loss of a peer, else the last line of an error that
+    the command printed, else its last line.
+    """
     failures = []
-    for path in directory.glob("failure-*.json"):
+    for _, path in RunDir(directory).all_failures():
         with contextlib.suppress(OSError, ValueError):
-            failures.append(json.loads(path.read_text(encoding="utf-8")))
-    failures.sort(
-        key=lambda failure: (failure.get("kind") in ("peer", "launcher"), failure.get("time", 0))
-    )
+            failures.append(Failure.from_json(json.loads(path.read_text(encoding="utf-8"))))
     if failures:
-        first = failures[0]
-        at = f" at step {first['step']}" if first.get("step") is not None else ""
-        return f"rank {first.get('rank')}{at}: {first.get('message', 'failed')}"
-    lines = [
-        line.strip()
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
+        first = min(failures, key=lambda failure: (failure.is_consequence, failure.time))
+        step = "" if first.step is None else f" at step {first.step}"
+        return f"rank {first.rank}{step}: {first.message}"
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
-    told = (errors or lines or ["it printed nothing"])[-1]
-    return f"exit status {status}: {told[:300]}"
+    last = (errors or lines or ["it printed nothing"])[-1]
+    return f"exit status {status}: {last[:300]}"

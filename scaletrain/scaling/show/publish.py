@@ -17,6 +17,7 @@ from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.explain import compare, report
 from scaletrain.scaling.measure import sweep
+from scaletrain.scaling.model import Report
 from scaletrain.scaling.predict import simulate
 from scaletrain.scaling.predict.fit import FAR
 from scaletrain.scaling.show import plots, render, table
@@ -37,7 +38,7 @@ def publish_sweep(
     trace: bool = False,
     formats: Sequence[str] = ("html",),
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Read a sweep's directory and write its report beside it."""
     made = report.of_sweep(out)
     publish(made, out, formats=formats, console=console)
@@ -47,7 +48,7 @@ def publish_sweep(
 
 
 def publish(
-    made: Mapping[str, Any],
+    made: Report,
     out: Path,
     *,
     formats: Sequence[str] = ("html",),
@@ -59,14 +60,14 @@ def publish(
             raise unknown("--format", form, FORMATS)
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "report.json"]
-    write_json(written[0], made)
+    write_json(written[0], made.to_json())
     for form, rendered in (("html", render.html), ("md", render.markdown)):
         if form in formats:
             written.append(out / f"report.{form}")
             written[-1].write_text(rendered(made), encoding="utf-8")
     if "csv" in formats:
         written.append(out / "report.csv")
-        _write_csv(written[-1], made["rows"])
+        _write_csv(written[-1], [row.to_json() for row in made.rows])
     for form in ("svg", "png"):
         if form in formats:
             for name, image in render.images(made, form).items():
@@ -90,7 +91,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_traces(out: Path) -> list[Path]:
     """A Chrome trace of the first finished repeat of every cell: OUT/traces/<cell>.json."""
-    made = sweep.Sweep.from_json(json.loads((out / "sweep.json").read_text(encoding="utf-8")))
+    made = sweep.read(out)
     written = []
     (out / "traces").mkdir(exist_ok=True)
     for cell in made.cells():
@@ -101,22 +102,29 @@ def write_traces(out: Path) -> list[Path]:
         ]
         if done:
             path = out / "traces" / f"{cell.name}.json"
-            write_json(path, traces.of_run(done[0]))
+            traces.write(done[0], path)
             written.append(path)
     return written
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """A ``report.json``. Raises ``UserError`` when the file is something else."""
+def read_report(path: Path) -> Report:
+    """Read a ``report.json``.
+
+    Raises:
+        UserError: the file is something else.
+    """
     try:
-        made = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError:
         raise UserError(f"{path}: not JSON") from None
-    if not isinstance(made, dict) or "rows" not in made or "header" not in made:
+    if not isinstance(value, dict) or "rows" not in value or "header" not in value:
         raise UserError(f"{path}: not a scaling report (no rows and header)")
-    return made
+    try:
+        return Report.from_json(value)
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: not a scaling report") from None
 
 
 def compare_and_exit(new: Path, old: Path) -> None:
@@ -132,7 +140,10 @@ def compare_and_exit(new: Path, old: Path) -> None:
 
 
 def show_simulation(
-    job: simulate.Job, points: Sequence[simulate.Point], console: Console, asked: Sequence[int]
+    job: simulate.SimulatedJob,
+    points: Sequence[simulate.Point],
+    console: Console,
+    asked: Sequence[int],
 ) -> None:
     """A table of speed-ups (columns: worker counts), the best strategy of each marked, and its price. ``asked``: for which counts."""
     counts = sorted({p.workers for p in points})
@@ -202,7 +213,7 @@ def show_simulation(
 
 
 def write_simulation(
-    out: Path, job: simulate.Job, points: Sequence[simulate.Point], measured: int | None
+    out: Path, job: simulate.SimulatedJob, points: Sequence[simulate.Point], measured: int | None
 ) -> None:
     """simulation.json, .csv, .svg and .png. Beyond what was ``measured`` (times ``fit.FAR``) lines are dashed."""
     out.mkdir(parents=True, exist_ok=True)
@@ -216,5 +227,5 @@ def write_simulation(
     reach = None if measured is None else measured * FAR
     for form in ("svg", "png"):
         (out / f"simulation.{form}").write_bytes(
-            plots.image(plots.simulation(rows, reach), form, watermark="PREDICTED")
+            plots.image(plots.simulation(points, reach), form, watermark="PREDICTED")
         )

@@ -1,116 +1,117 @@
-"""A Chrome trace (chrome://tracing, Perfetto) of all ranks of a run on one clock: steps, their parts, buckets, rounds and waits."""
+"""A Chrome trace (chrome://tracing, Perfetto) of all ranks of a run on one clock.
 
+It shows steps and their parts and, if the run recorded them, buckets, rounds and waits.
+"""
+
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from scaletrain.run.atomic import write_json
+from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord, read_records
+from scaletrain.scaling.model import PARTS, Scalar, Span, Trace, TraceRow, WorkerFacts
 
-PARTS = ("input_s", "forward_s", "backward_s", "update_s")
-KINDS = ("bucket", "round", "wait")
+KINDS = ("bucket", "round", "wait")  # of recorded spans, in the order in which they are shown
 
 
-def of_run(run_dir: Path) -> dict[str, Any]:
-    """The trace of a run directory: a process a rank; its steps and their parts, and what the run recorded with ``trace: true``.
+def write(run_dir: Path, path: Path) -> None:
+    """Write the trace of a run directory."""
+    write_json(path, of_run(run_dir).to_json())
 
-    Ranks stamp unix time. Where a rank's header (``rank-<r>.json``) has ``clock_offset_s``, by which its clock is ahead of rank 0's,
-    it is taken off.
+
+def of_run(run_dir: Path) -> Trace:
+    """Return the trace of a run directory.
+
+    Each rank has rows of its own: steps, their parts, and what the run recorded with
+    ``trace: true``. Ranks stamp unix time; the offset of a rank's clock from rank 0's, if its
+    header knows it, is taken off. Time 0 is the first step's beginning.
     """
-    events: list[dict[str, Any]] = []
-    paths = sorted(run_dir.glob("rank-*.jsonl"), key=lambda path: int(path.stem.partition("-")[2]))
-    ranks = [(int(path.stem.partition("-")[2]), list(read_records(path))) for path in paths]
-    offsets = {rank: _offset(run_dir, rank) for rank, _ in ranks}
-    origin = min(
-        (records[0].time - offsets[rank] for rank, records in ranks if records), default=0.0
-    )
-    for rank, records in ranks:
-        events.append(
-            {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
-        )
-        behind = offsets[rank] + origin
-        rows = [
-            (
-                "step",
-                [_span(f"step {r.step}", r.time - behind, r.step_s, _told(r)) for r in records],
-            )
-        ]
-        rows.append(
-            ("parts", [part for record in records for part in _parts(record, record.time - behind)])
-        )
-        for kind, spans in _recorded(run_dir / f"spans-{rank}.jsonl", behind).items():
-            rows += [
-                (kind if not lane else f"{kind} ({lane + 1})", own)
-                for lane, own in enumerate(_lanes(spans))
-            ]
-        weights = [
-            _span("wait for weights", *_end(r, behind), {})
-            for r in records
-            if "wait_s" in r.exchange
-        ]
-        rows += [("wait for weights", weights)] * bool(weights)
-        for row, (name, spans) in enumerate(rows):
-            events.append(
-                {"name": "thread_name", "ph": "M", "pid": rank, "tid": row, "args": {"name": name}}
-            )
-            events += [span | {"pid": rank, "tid": row} for span in spans]
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    files = RunDir(run_dir)
+    ranks = {}
+    for path in files.all_records():
+        rank = int(path.stem.removeprefix("rank-"))
+        ranks[rank] = list(read_records(path))
+    offsets = {rank: _clock_offset_s(files.header(rank)) for rank in ranks}
+    begins = [records[0].time - offsets[rank] for rank, records in ranks.items() if records]
+    origin = min(begins, default=0.0)
+    rows: list[TraceRow] = []
+    for rank, records in ranks.items():
+        rows += _rows(rank, records, files.spans(rank), origin=origin + offsets[rank])
+    return Trace(tuple(rows))
 
 
-def _offset(run_dir: Path, rank: int) -> float:
+def _clock_offset_s(header: Path) -> float:
+    """Return the seconds by which a rank's clock is ahead of rank 0's; 0 if not known."""
     try:
-        return float(
-            json.loads((run_dir / f"rank-{rank}.json").read_text(encoding="utf-8")).get(
-                "clock_offset_s", 0.0
-            )
-        )
+        return WorkerFacts.from_json(json.loads(header.read_text(encoding="utf-8"))).clock_offset_s
     except (OSError, ValueError):
         return 0.0
 
 
-def _told(record: StepRecord) -> dict[str, Any]:
+def _rows(rank: int, records: list[StepRecord], recorded: Path, origin: float) -> list[TraceRow]:
+    """Return the rows of one rank. ``origin``: time 0 of the trace, by the rank's clock."""
+    steps: list[Span] = []
+    parts: list[Span] = []
+    weights: list[Span] = []
+    for record in records:
+        began_s = record.time - origin
+        steps.append(Span(f"step {record.step}", began_s, record.step_s, _facts(record)))
+        parts += _parts(record, began_s)
+        if "wait_s" in record.exchange:
+            # A parameter server's worker waits for weights last in its step.
+            wait_s = record.exchange["wait_s"]
+            ended_s = began_s + record.step_s
+            weights.append(Span("wait for weights", ended_s - wait_s, wait_s))
+    rows = [TraceRow(rank, "step", tuple(steps)), TraceRow(rank, "parts", tuple(parts))]
+    for kind, spans in _recorded(recorded, origin).items():
+        for number, lane in enumerate(_lanes(spans), 1):
+            name = kind if number == 1 else f"{kind} ({number})"
+            rows.append(TraceRow(rank, name, tuple(lane)))
+    if weights:
+        rows.append(TraceRow(rank, "wait for weights", tuple(weights)))
+    return rows
+
+
+def _facts(record: StepRecord) -> Mapping[str, Scalar]:
+    """Return what a viewer shows beside a step."""
     return {"loss": record.loss, "samples": record.samples, **record.exchange}
 
 
-def _parts(record: StepRecord, began_s: float) -> Iterator[dict[str, Any]]:
+def _parts(record: StepRecord, began_s: float) -> Iterator[Span]:
+    """Yield the parts of a step that took time, one after the other."""
     for part in PARTS:
         seconds = getattr(record, part)
         if seconds > 0:
-            yield _span(part.removesuffix("_s"), began_s, seconds, {})
+            yield Span(part.removesuffix("_s"), began_s, seconds)
         began_s += seconds
 
 
-def _end(record: StepRecord, behind: float) -> tuple[float, float]:
-    """When a parameter server's worker waited for weights: last in its step."""
-    wait_s = record.exchange["wait_s"]
-    return record.time - behind + record.step_s - wait_s, wait_s
+def _recorded(path: Path, origin: float) -> dict[str, list[Span]]:
+    """Return the spans of a file by kind, in the order in which they began."""
+    if not path.exists():
+        return {}
+    by_kind: dict[str, list[Span]] = {kind: [] for kind in KINDS}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):  # else it was cut: the worker was killed
+            kind, span = Span.from_json(json.loads(line))
+            by_kind[kind].append(dataclasses.replace(span, began_s=span.began_s - origin))
+    for spans in by_kind.values():
+        spans.sort(key=lambda span: span.began_s)
+    return {kind: spans for kind, spans in by_kind.items() if spans}
 
 
-def _recorded(path: Path, behind: float) -> dict[str, list[dict[str, Any]]]:
-    """Spans by kind, in the order of their beginnings. A last line that was cut is left out."""
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    for value in (json.loads(line) for line in lines if line.endswith("\n")):
-        told = {key: value[key] for key in value if key not in ("kind", "name", "began", "s")}
-        found[value["kind"]].append(_span(value["name"], value["began"] - behind, value["s"], told))
-    return {
-        kind: sorted(spans, key=lambda span: span["ts"]) for kind, spans in found.items() if spans
-    }
+def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
+    """Return as few rows as hold spans that overlap.
 
-
-def _lanes(spans: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """As few rows as hold spans that overlap (buckets under way together, parts of a message side by side)."""
-    lanes: list[list[dict[str, Any]]] = []
+    Buckets are under way together, and the parts of a message side by side.
+    """
+    lanes: list[list[Span]] = []
     for span in spans:
-        free = next(
-            (lane for lane in lanes if lane[-1]["ts"] + lane[-1]["dur"] <= span["ts"]), None
-        )
+        free = next((lane for lane in lanes if lane[-1].ended_s <= span.began_s), None)
         if free is None:
             lanes.append([span])
         else:
             free.append(span)
     return lanes
-
-
-def _span(name: str, began_s: float, seconds: float, args: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "ph": "X", "ts": 1e6 * began_s, "dur": 1e6 * seconds, "args": args}

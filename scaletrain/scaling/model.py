@@ -1,0 +1,685 @@
+"""The values that the rooms of ``scaling`` pass to each other, and their JSON.
+
+``measure`` makes cells and runs. ``explain`` makes a report of them: rows, losses, predictions.
+``show`` and ``predict`` read reports. Only this module turns such values into JSON and back, so
+that a key of ``report.json`` is spelled in one place: the name of a field.
+
+A figure that is not known is None. Reports of other versions may lack keys: those get the field's
+default. Keys that this version does not know are dropped.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+_Value = TypeVar("_Value")
+
+Scalar = str | int | float | bool | None
+"""A value of ``--vary`` or ``--set``: a number or a word."""
+
+Variant = Mapping[str, Scalar]
+"""The settings of ``--vary`` that one cell has, by their dotted keys."""
+
+PARTS = ("input_s", "forward_s", "backward_s", "update_s")
+"""The parts of a step that every rank measures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One point of a sweep.
+
+    >>> Cell("digits", "ring", 2, 96).name
+    'digits-ring-w2-b96'
+    """
+
+    config: str  # the config file's stem
+    exchange: str  # label, such as ring@gloo
+    workers: int
+    batch_size: int  # the config's: global in strong scaling, of one worker in weak scaling
+    variant: tuple[tuple[str, Scalar], ...] = ()  # settings that differ from cell to cell: --vary
+    reference: bool = False  # a short run that only the split of lost time needs
+
+    @property
+    def name(self) -> str:
+        """The name of the cell's directory."""
+        words = [self.config, self.exchange, f"w{self.workers}", f"b{self.batch_size}"]
+        for key, value in self.variant:
+            if key != "batch_size":
+                words.append(f"{key.rpartition('.')[2]}{value}")
+        if self.reference:
+            words.append("ref")
+        return "-".join(re.sub(r"[^\w.@]+", "_", word).strip("_") for word in words)
+
+    @property
+    def variant_but_batch(self) -> tuple[tuple[str, Scalar], ...]:
+        """The variant without ``batch_size``, which ``batch_size`` already says."""
+        return tuple((key, value) for key, value in self.variant if key != "batch_size")
+
+    @property
+    def share(self) -> int:
+        """Samples of one worker in strong scaling, rounded up."""
+        return -(-self.batch_size // self.workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One config file of a sweep."""
+
+    path: str
+    text: str
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPlan:
+    """Everything that decides what the cells of a sweep are, in ``sweep.json``."""
+
+    configs: Mapping[str, Source]  # by the file's stem
+    workers: tuple[int, ...]
+    exchanges: tuple[str, ...]
+    mode: str  # strong or weak
+    repeats: int
+    settings: tuple[str, ...]  # KEY=VALUE of every cell
+    vary: Mapping[str, list[Scalar]]  # key -> its values
+    launcher: str
+    threads: int  # of each worker
+    bind: bool  # whether each worker keeps to its own cores
+    split: bool  # whether reference cells are run
+    cell_timeout_s: float
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        facts = _given(cls, value)
+        facts["configs"] = {stem: Source(**source) for stem, source in value["configs"].items()}
+        for name in ("workers", "exchanges", "settings"):
+            facts[name] = tuple(facts[name])
+        return cls(**facts)
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a worker failed, in ``failure-<r>.json``."""
+
+    rank: int | None = None
+    step: int | None = None  # None: before its first step
+    kind: str = ""
+    time: float = 0.0  # unix time
+    message: str = "failed"
+
+    @property
+    def is_consequence(self) -> bool:
+        """Whether the worker failed because another process had failed."""
+        return self.kind in ("peer", "launcher")
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return _known(cls, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmulatedNetwork:
+    """Links between emulated hosts."""
+
+    bandwidth: str | None = None  # such as 1Gbit; None: not limited
+    latency: str | int | None = None  # such as 100us; None or 0: none is added
+
+
+@dataclasses.dataclass(frozen=True)
+class EmulatedCompute:
+    """An accelerator that waits in place of computing."""
+
+    step_s: float  # seconds a step
+    sample_s: float  # seconds a sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a run says of itself in ``summary.json``."""
+
+    workers: int
+    name: str = "run"  # of the config
+    exchange: str = ""
+    batch_size: int | None = None  # of all workers together
+    batch_mode: str = "strong"  # or weak
+    launcher: str | None = None
+    emulated: bool = False
+    network: EmulatedNetwork | None = None  # None: a real one
+    compute: EmulatedCompute | None = None  # None: real training
+    final_loss: float | None = None  # of the training
+    test_accuracy: float | None = None  # 0 to 1
+    target_step: int | None = None  # the step at which the target accuracy was reached
+    target_s: float | None = None  # seconds until then
+    wall_s: float | None = None  # seconds from the first step to the last
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        emulation = value.get("emulation") or {}
+        network = emulation.get("network")
+        if network:
+            network = _known(EmulatedNetwork, network.get("cluster", network))
+        compute = emulation.get("compute")
+        if compute:
+            compute = _known(EmulatedCompute, compute)
+        facts = _given(cls, value) | {"network": network or None, "compute": compute or None}
+        facts["workers"] = int(facts["workers"])
+        return cls(**facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerFacts:
+    """What a worker wrote about itself at its start, in ``rank-<r>.json``."""
+
+    node: int = 0  # number of its host
+    device: str = "cpu"  # or cuda:0, ...
+    device_name: str = ""
+    threads: int = 0  # that compute
+    cores: tuple[int, ...] = ()  # on which it may run
+    clock_offset_s: float = 0.0  # seconds by which its clock is ahead of rank 0's
+    commit: str | None = None  # of the checkout that it ran
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        facts = _given(cls, value)
+        facts["cores"] = tuple(facts.get("cores", ()))
+        facts["commit"] = (value.get("environment") or {}).get("commit")
+        return cls(**facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerCounts:
+    """What the parameter servers of one run counted, together."""
+
+    servers: int  # how many there were
+    cores: tuple[int, ...]  # on which they may run
+    mode: str  # of their consistency: sync, async, ...
+    staleness: Mapping[str, int]  # updates a gradient of a block came late by -> how many did
+    staleness_mean: float  # updates
+    dropped: float  # share, 0 to 1, of the pushed gradients that came too late
+    pace_s: tuple[float | None, ...]  # each worker's median seconds a step, by rank
+    lost: Mapping[str, str]  # rank -> why it was given up
+    refused: int  # messages that were malformed or not authenticated
+    restored_at_update: int | None  # the update of the snapshot that a restarted server began from
+    cpu_s_per_worker: float  # seconds
+    memory_bytes: int  # of the largest server
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        facts = _given(cls, value)
+        facts["cores"] = tuple(facts.get("cores", ()))
+        facts["pace_s"] = tuple(facts["pace_s"])
+        return cls(**facts)
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerStatistics:
+    """What one parameter server counted, in ``server-<i>.json``."""
+
+    mode: str
+    staleness: Mapping[int, int]  # updates that a gradient of a block came late by -> how many
+    pushes: int  # gradients of all workers
+    dropped: int  # of these, those that came too late
+    pace_s: tuple[float | None, ...]  # each worker's median seconds a step, by rank
+    lost: Mapping[int, str]  # rank -> why it was given up
+    refused: int
+    restored_at_update: int | None
+    cpu_s_per_worker: float
+    memory_bytes: int
+    cores: tuple[int, ...]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        pace_s = value["step_s"]
+        return cls(
+            mode=value["mode"],
+            staleness={int(updates): count for updates, count in value["staleness"].items()},
+            pushes=sum(value["pushes"].values()),
+            dropped=sum(value["dropped"].values()),
+            pace_s=tuple(pace_s[rank] for rank in sorted(pace_s, key=int)),
+            lost={worker["rank"]: worker["reason"] for worker in value["lost"]},
+            refused=sum(value["refused"].values()),
+            restored_at_update=value["restored_at_update"],
+            cpu_s_per_worker=value["cpu_s_per_worker"],
+            memory_bytes=value["memory_bytes"],
+            cores=tuple(value.get("cores", ())),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished run as numbers.
+
+    Arrays have shape (steps, ranks). Warm-up is left out. Where a rank did fewer steps than the
+    others, all are cut to its length.
+    """
+
+    summary: Summary
+    steps: np.ndarray  # seconds of each step
+    parts: Mapping[str, np.ndarray]  # seconds of each of PARTS
+    samples: np.ndarray  # processed by each rank in each step
+    losses: np.ndarray  # training loss
+    ended_s: np.ndarray  # seconds from the rank's first step to the end of each
+    sent_bytes: float | None  # by one rank in one step, mean; None: the exchange does not count
+    waited_s: float | None  # seconds a step for the others' gradients at the end of backward, mean
+    gradient_bytes: int | None  # of the model's parameters; None: there is no checkpoint
+    servers: ServerCounts | None  # None: it had no parameter servers
+    worker_facts: tuple[WorkerFacts, ...]  # of the ranks that wrote them
+
+    @property
+    def workers(self) -> int:
+        return self.steps.shape[1]
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that was measured: that of rank 0's checkout."""
+        return self.worker_facts[0].commit if self.worker_facts else None
+
+    @property
+    def learns(self) -> bool:
+        """Whether losses mean something. Emulated accelerators compute none."""
+        return self.summary.compute is None
+
+    @property
+    def devices(self) -> Counter[tuple[str, str, int]]:
+        """Workers of each device, by (name, device, node); without those on the CPU."""
+        on_devices = [facts for facts in self.worker_facts if facts.device != "cpu"]
+        return Counter((facts.device_name, facts.device, facts.node) for facts in on_devices)
+
+    @property
+    def has_too_many_threads(self) -> bool:
+        """Whether a machine had more threads than cores.
+
+        Threads are those that compute, and one of each server that ran beside the workers.
+        """
+        # The hosts of an emulated cluster are one machine.
+        emulated = self.summary.launcher == "rehearsal"
+        threads: Counter[int] = Counter()
+        cores: dict[int, set[int]] = {}
+        for facts in self.worker_facts:
+            if facts.device == "cpu":
+                machine = 0 if emulated else facts.node
+                threads[machine] += facts.threads
+                cores.setdefault(machine, set()).update(facts.cores)
+        if self.servers and self.summary.launcher in ("local", "rehearsal"):
+            threads[0] += self.servers.servers
+            # Workers may be bound, each to its own cores, and servers to the rest.
+            cores.setdefault(0, set()).update(self.servers.cores)
+        return any(threads[machine] > len(available) for machine, available in cores.items())
+
+    @property
+    def samples_per_s(self) -> float:
+        """The sum over ranks of each one's samples over its own time."""
+        return float((self.samples.sum(axis=0) / self.steps.sum(axis=0)).sum())
+
+    @property
+    def step_s(self) -> float:
+        """Mean seconds of a step, over steps and ranks."""
+        return float(self.steps.mean())
+
+    @property
+    def slowest_s(self) -> float:
+        """Mean over steps of the slowest rank's step, which the others would have to wait for."""
+        return float(self.steps.max(axis=1).mean())
+
+    def part_s(self, part: str) -> float:
+        """Mean seconds of one of PARTS, over steps and ranks."""
+        return float(self.parts[part].mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat:
+    """One finished run in a row of a report."""
+
+    samples_per_s: float
+    step_s: float  # mean seconds of a step
+    wall_s: float | None = None  # seconds from the first step to the last
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        samples_per_s = value.get("samples_per_s", math.nan)
+        return cls(samples_per_s, value.get("step_s", math.nan), value.get("wall_s"))
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A cell in a report, with its figures over all finished repeats.
+
+    All figures are None where no repeat has finished. ``..._ci95`` is half the width of the 95 %
+    interval of the mean, in the unit of the figure; None where there was one repeat.
+    """
+
+    config: str
+    exchange: str
+    workers: int
+    batch_size: int  # of all workers together
+    variant: Variant
+    samples_per_s: float | None = None
+    samples_per_s_ci95: float | None = None
+    speedup: float | None = None  # samples/s over the baseline's; None: there is no baseline
+    speedup_ci95: float | None = None  # None for the baseline itself, too
+    efficiency: float | None = None  # speedup / workers
+    step_s_min: float | None = None  # seconds of a step, over all steps, ranks and repeats
+    step_s_p10: float | None = None  # percentiles
+    step_s_p50: float | None = None
+    step_s_p90: float | None = None
+    step_s_p95: float | None = None
+    step_s_mean: float | None = None
+    step_s_ci95: float | None = None
+    exposed_comm_s: float | None = None  # seconds a step beyond the same workers with ``none``
+    exposed_comm_s_ci95: float | None = None
+    wait_in_backward_s: float | None = None  # seconds from a rank's last gradient to the means'
+    input_s: float | None = None  # mean seconds of the parts of a step
+    forward_s: float | None = None
+    backward_s: float | None = None  # with the communication that overlaps it
+    update_s: float | None = None
+    bytes_sent: float | None = None  # by one worker in one step
+    bytes_sent_is: str | None = None  # "counted", or "the schedule's"
+    gradient_bytes: int | None = None  # of the whole model; None: no checkpoint says so
+    final_loss: float | None = None  # of the training; None: the accelerators were emulated
+    test_accuracy: float | None = None  # 0 to 1
+    target_step: float | None = None  # the step at which the target accuracy was reached, mean
+    target_s: float | None = None  # seconds until then, over the repeats that reached it
+    target_s_ci95: float | None = None
+    target_runs: int = 0  # how many repeats reached it
+    emulation: str | None = None  # what was emulated, in words; None: nothing
+    servers: ServerCounts | None = None  # of the first repeat that had parameter servers
+    time_to_loss_s: float | None = None  # seconds to Report.loss_reached
+    oversubscribed: str = ""  # of what the workers had too little; empty: of nothing
+    repeats: int = 0  # that finished
+    failures: tuple[str, ...] = ()  # the reasons of the repeats that failed
+    baseline: str | None = None  # what speedup is measured against, in words
+    runs: tuple[Repeat, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Exchange and workers in two words, such as ``ring on 4``."""
+        return f"{self.exchange} on {self.workers}"
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        facts = _given(cls, value)
+        facts["failures"] = tuple(facts.get("failures", ()))
+        facts["runs"] = tuple(Repeat.from_json(run) for run in facts["runs"])
+        if facts.get("servers"):
+            facts["servers"] = ServerCounts.from_json(facts["servers"])
+        return cls(**facts)
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The time that a cell of several workers loses in a step, split by cause."""
+
+    config: str
+    exchange: str
+    workers: int
+    variant: Variant
+    repeats: int  # of the least measured of the runs that the split rests on
+    step_s: float  # seconds a step, by throughput: the batch over samples/s
+    ideal_s: float  # seconds a step, if the workers divided one worker's work and lost nothing
+    loss_s: float  # step_s - ideal_s
+    efficiency: float
+    efficiency_ci95: float | None
+    causes: Mapping[str, float]  # cause -> seconds a step; negative: it gains time
+    lead_ci95: float | None  # of the seconds by which the largest cause leads the second
+    limiter: str | None  # the cause that costs most; None: the measurements do not tell
+    sentence: str  # the same for people, with advice
+
+    @property
+    def label(self) -> str:
+        """Exchange and workers in two words, such as ``ring on 4``."""
+        return f"{self.exchange} on {self.workers}"
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return _known(cls, value)
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPoint:
+    """How long one worker computes on a sample at one batch size."""
+
+    config: str
+    variant: Variant  # without batch_size
+    batch_size: int
+    sample_s: float  # seconds of forward and backward a sample
+    efficiency: float  # sample_s of the largest batch size over this one's
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return _known(cls, value)
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Measured and predicted seconds of a step of one row."""
+
+    exchange: str
+    workers: int
+    measured_s: float
+    predicted_s: float
+    in_fit: bool  # whether the model was calibrated on this row, so that it cannot test the model
+
+    @property
+    def error(self) -> float:
+        """By which part the prediction is too long (positive) or too short (negative)."""
+        return self.predicted_s / self.measured_s - 1
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return _known(cls, value)
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Where, how and of what a report was measured. Fields that are None are left out of its JSON.
+
+    The fields up to ``commit`` are those of ``run.environment``. ``sweep`` adds those up to
+    ``argv`` when it begins; ``explain.report`` adds the rest.
+    """
+
+    host: str | None = None
+    os: str | None = None
+    processor: str | None = None
+    cores: int | None = None  # that the measuring process may use
+    memory_bytes: int | None = None
+    python: str | None = None
+    versions: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    commit: str | None = None  # all that were measured, separated by commas
+    created: str | None = None  # UTC
+    mode: str | None = None  # strong or weak; None: this is not the header of a report
+    repeats: int = 0  # that were asked for
+    note: str | None = None
+    threads_per_worker: int | None = None
+    bound_to_cores: bool | None = None
+    launcher: str | None = None
+    settings: tuple[str, ...] | None = None  # KEY=VALUE of every cell
+    vary: Mapping[str, list[Scalar]] | None = None  # key -> its values
+    config: Mapping[str, str] = dataclasses.field(default_factory=dict)  # stem -> text of the file
+    argv: str | None = None  # the command that measured
+    load_average: float | None = None  # of five minutes, when measuring began
+    runs_planned: int | None = None
+    runs_missing: int | None = None  # neither finished nor failed
+    used_by_others: float | None = None  # mean share of the cores, 0 to 1, of other processes
+    busy: str | None = None  # a sentence where others used a considerable part
+    baseline: str | None = None  # of the speed-ups, in words
+    emulated: bool | None = None
+    emulation: tuple[str, ...] | None = None  # what was emulated, in words
+    devices: tuple[str, ...] | None = None  # names of the GPUs
+    calibrated_on: str | None = None  # the rows that the predictions' model was fitted to
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        facts = _given(cls, value)
+        for name in ("settings", "emulation", "devices"):
+            if facts.get(name) is not None:
+                facts[name] = tuple(facts[name])
+        return cls(**facts)
+
+    def to_json(self) -> dict[str, Any]:
+        always = ["commit"]
+        if self.used_by_others is not None:
+            always.append("busy")  # null: it is known that the machine was quiet
+        items = _to_json(self).items()
+        return {key: value for key, value in items if value is not None or key in always}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything that ``report.json`` holds."""
+
+    version: int  # of the format
+    header: Header
+    summary: str  # its first sentences
+    rows: tuple[Row, ...]  # a cell each
+    losses: tuple[Loss, ...] = ()  # of rows of several workers whose references were measured
+    references: tuple[Row, ...] = ()  # short runs that only the losses need
+    batches: tuple[BatchPoint, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
+    loss_reached: float | None = None  # the lowest training loss that every run reached
+
+    @property
+    def has_variants(self) -> bool:
+        """Whether rows are of several configs or variants, so that a table has to name them."""
+        return len({(row.config, str(row.variant)) for row in self.rows}) > 1
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return the report that ``to_json`` wrote.
+
+        Raises:
+            KeyError, TypeError: the value is no report.
+        """
+        return cls(
+            version=value.get("version", 0),
+            header=Header.from_json(value["header"]),
+            summary=value.get("summary", ""),
+            rows=tuple(Row.from_json(row) for row in value["rows"]),
+            losses=tuple(Loss.from_json(loss) for loss in value.get("losses", ())),
+            references=tuple(Row.from_json(row) for row in value.get("references", ())),
+            batches=tuple(BatchPoint.from_json(point) for point in value.get("batches", ())),
+            predictions=tuple(Prediction.from_json(p) for p in value.get("predictions", ())),
+            loss_reached=value.get("loss_reached"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Something that took time on one rank."""
+
+    name: str
+    began_s: float  # of the trace's clock
+    seconds: float
+    facts: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)  # shown beside it
+
+    @property
+    def ended_s(self) -> float:
+        return self.began_s + self.seconds
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> tuple[str, Self]:
+        """Return the kind of a recorded span (``run.spans``), and the span in unix time."""
+        known = ("kind", "name", "began", "s")
+        facts = {key: fact for key, fact in value.items() if key not in known}
+        return value["kind"], cls(value["name"], value["began"], value["s"], facts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a complete event of a Chrome trace, in microseconds."""
+        return {
+            "name": self.name,
+            "ph": "X",
+            "ts": 1e6 * self.began_s,
+            "dur": 1e6 * self.seconds,
+            "args": dict(self.facts),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceRow:
+    """One line of a trace. Its spans do not overlap."""
+
+    rank: int
+    name: str
+    spans: tuple[Span, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The rows of all ranks, those of one rank together."""
+
+    rows: tuple[TraceRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the trace as Chrome reads it: a process a rank, a thread a row."""
+        events: list[dict[str, Any]] = []
+        threads: Counter[int] = Counter()
+        for row in self.rows:
+            if row.rank not in threads:
+                events.append(_name_event("process_name", f"rank {row.rank}", row.rank))
+            place = {"pid": row.rank, "tid": threads[row.rank]}
+            threads[row.rank] += 1
+            events.append(_name_event("thread_name", row.name, **place))
+            events += [span.to_json() | place for span in row.spans]
+        return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _name_event(kind: str, name: str, pid: int, tid: int | None = None) -> dict[str, Any]:
+    """Return the event of a Chrome trace that names a process or a thread."""
+    thread = {} if tid is None else {"tid": tid}
+    return {"name": kind, "ph": "M", "pid": pid, **thread, "args": {"name": name}}
+
+
+def _given(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of ``value`` that the dataclass ``cls`` has fields for."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: value[name] for name in names if name in value}
+
+
+def _known(cls: type[_Value], value: Mapping[str, Any]) -> _Value:
+    """Make a dataclass of the entries of ``value`` that it has fields for."""
+    return cls(**_given(cls, value))
+
+
+def _to_json(value: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by name, in their order."""
+    names = [field.name for field in dataclasses.fields(value)]
+    return {name: _plain(getattr(value, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return value.to_json()  # type: ignore[union-attr]
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
