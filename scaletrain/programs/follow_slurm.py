@@ -24,7 +24,7 @@ _LAST_OUTPUT_S = 0.2  # how late the last output may come
 
 
 class SlurmState(NamedTuple):
-    """What a state of a SLURM job means to its follower."""
+    """The meaning of a state of a SLURM job to its follower."""
 
     has_ended: bool
     looks: int = 0  # how often the state must be seen again before it is believed
@@ -87,6 +87,7 @@ class JobRecord(NamedTuple):
 
     @property
     def meaning(self) -> SlurmState:
+        """The meaning of its state."""
         return _STATES.get(self.state, _BAD_END)
 
     @property
@@ -108,7 +109,7 @@ class JobRecord(NamedTuple):
 
 
 class FollowedTask:
-    """What has been seen of a job, or of one task of its array."""
+    """A job, or one task of its array, as its follower has seen it so far."""
 
     def __init__(self, name: str, run_dir: RunDir, output: Path, prefix: bytes):
         self.name = name
@@ -128,15 +129,18 @@ class FollowedTask:
         return meaning.has_ended and self._looks >= meaning.looks
 
     def see(self, record: JobRecord) -> None:
-        """Note a record, and print what has changed since the one before."""
+        """Note a record, and print its changes since the one before."""
         if record.state == self._state:
             self._looks += 1
         else:
             self._state = record.state
             self._looks = 0
-            where = f" on {record.nodes}" if record.nodes else ""
-            reason = f" ({record.reason})" if record.reason else ""
-            print(f"job {self.name}: {self._state}{where}{reason}", flush=True)
+            line = f"job {self.name}: {self._state}"
+            if record.nodes:
+                line += f" on {record.nodes}"
+            if record.reason:
+                line += f" ({record.reason})"
+            print(line, flush=True)
         if record.restarts > self._restarts:
             self._restarts = record.restarts
             self._remove_reports()
@@ -160,7 +164,7 @@ class FollowedTask:
             sys.stdout.flush()
 
     def _remove_reports(self) -> None:
-        """Remove the reports of an earlier attempt's workers, which would mislead about this one."""
+        """Remove reports of an earlier attempt's workers, which would mislead about this one."""
         reports = [path for _, path in self._run_dir.all_progress()]
         reports += [path for _, path in self._run_dir.all_failures()]
         for path in [*reports, self._run_dir.rendezvous]:
@@ -201,7 +205,8 @@ class SlurmFollower:
                 return self._finish()
             if time.monotonic() - answered_at > _SILENT_S:
                 _print_error(
-                    f"job {self.job}: SLURM has not answered for {_SILENT_S:.0f} s; the job may run on"
+                    f"job {self.job}: SLURM has not answered for {_SILENT_S:.0f} s;"
+                    " the job may run on"
                 )
                 return 1
             time.sleep(self.poll_s)
@@ -253,7 +258,8 @@ class SlurmFollower:
         if done.returncode:
             _print_error(f"scaletrain: error: launcher: {done.stderr.strip()}")
             _print_error(
-                "scaletrain: does `sinfo` answer here? It shows the partitions that a job may ask for"
+                "scaletrain: does `sinfo` answer here?"
+                " It shows the partitions that a job may ask for"
             )
             sys.exit(2)
         return done.stdout.strip().split(";")[0]  # NUMBER[;CLUSTER]
@@ -273,9 +279,11 @@ class SlurmFollower:
 
     def _answer_signals(self) -> None:
         for number in self.signals:
-            arguments = ["--signal=USR1"] if number == signal.SIGUSR1 else []
+            argv = ["scancel", self.job]
+            if number == signal.SIGUSR1:
+                argv.insert(1, "--signal=USR1")
             with contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(["scancel", *arguments, self.job], timeout=20)
+                subprocess.run(argv, timeout=_ANSWER_S)
         self.signals.clear()
 
 

@@ -76,6 +76,7 @@ class SlurmOptions(NamedTuple):
 
     @property
     def starts_torchrun(self) -> bool:
+        """True if a task of srun is a torchrun, not a worker."""
         return self.tasks == "nodes"
 
 
@@ -88,7 +89,7 @@ def plan(job: Job, **options: Any) -> LaunchPlan:
     The variable SLURM_JOB_ID tells that there is one.
 
     Args:
-        job: what to run.
+        job: the job to plan.
         options: the fields of ``SlurmOptions``.
     """
     chosen = SlurmOptions(**options)
@@ -107,7 +108,8 @@ def _check(options: SlurmOptions, job: Job, inside: str) -> None:
     array = options.array
     if array and not re.fullmatch(rf"{one}(,{one})*(%\d+)?", str(array)):
         raise UserError(
-            f"launcher.array: {array!r} is not allowed (allowed: 0-3, 0-7%2, 1,3,5, ... as in sbatch)"
+            f"launcher.array: {array!r} is not allowed"
+            " (allowed: 0-3, 0-7%2, 1,3,5, ... as in sbatch)"
         )
     if options.starts_torchrun and not options.nodes:
         raise UserError(
@@ -119,7 +121,8 @@ def _check(options: SlurmOptions, job: Job, inside: str) -> None:
         )
     if job.companions:
         raise UserError(
-            "exchange.placement: 'dedicated' is not allowed with slurm, which starts workers only (allowed: beside, auto)"
+            "exchange.placement: 'dedicated' is not allowed with slurm, which starts workers only"
+            " (allowed: beside, auto)"
         )
     if inside and options.starts_torchrun:
         raise UserError(
@@ -133,7 +136,7 @@ def _check(options: SlurmOptions, job: Job, inside: str) -> None:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What the job asks SLURM for: options of sbatch, in the order of the batch script.
+    """The resources that a job asks for: options of sbatch, in the order of the script.
 
     None and the empty string leave an option out.
     """
@@ -170,7 +173,9 @@ class Allocation:
             tasks = options.nodes
             tasks_per_node = 1
             workers_per_task = workers_per_node or 1
-        number = "%A_%a" if options.array else "%j"  # SLURM puts the job's number in its place
+        number = "%j"  # SLURM puts the job's number in its place
+        if options.array:
+            number = "%A_%a"
         return cls(
             job_name=f"scaletrain-{job.run_dir.name}",
             nodes=options.nodes,
@@ -220,7 +225,8 @@ def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> Laun
     explain = [_explain(job, _threads(options, job))]
     if options.follow:
         explain.append(
-            "the last command submits the script with sbatch, shows its output, and cancels it when interrupted"
+            "the last command submits the script with sbatch, shows its output,"
+            " and cancels it when interrupted"
         )
         argv = Program.FOLLOW_SLURM.command(path, f"{options.poll_s:g}")
         submit = Command("slurm", argv, restarts_workers=True, stop_s=15.0)
@@ -348,7 +354,7 @@ def _step(options: SlurmOptions, job: Job) -> tuple[str, ...]:
 
 
 def _shell(*argv: str | Path) -> str:
-    """Return shell words. Those with a variable of SLURM are left for the batch shell to expand."""
+    """Return shell words. The batch shell expands the variables of SLURM in them."""
     words = []
     for argument in argv:
         word = str(argument)
