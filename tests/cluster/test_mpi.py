@@ -1,4 +1,4 @@
-"""Open MPI 4 and 5 and MPICH, the real ones: by our launcher, by hand, and over hosts in namespaces with a launch agent."""
+"""Tests of launchers/mpirun.py under the real Open MPI 4 and 5 and MPICH, also over hosts."""
 
 import shlex
 import signal

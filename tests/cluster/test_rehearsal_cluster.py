@@ -1,4 +1,4 @@
-"""Hosts in namespaces: they exist, their links carry what the bandwidth allows, faults bite, nothing is left behind."""
+"""Tests of rehearsal/: hosts, their links, faults on them, and that nothing is left behind."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Jobs on a rehearsed cluster: the same training, traffic that crosses the links, faults whose cause is named, nothing left behind."""
+"""Tests of launchers/rehearsal.py and programs/rehearsal_*.py: jobs on emulated hosts."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Real SLURM daemons on this machine: submit, follow, fail, cancel, preempt and go on."""
+"""Tests of launchers/slurm.py and programs/follow_slurm.py under real SLURM daemons."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""torchrun on one host, and on several: a network namespace each, one process each."""
+"""Tests of launchers/torchrun.py on one host, and on several that are network namespaces."""
 
 import contextlib
 import os
@@ -73,7 +73,7 @@ def ended(network: Cluster, agents: list[subprocess.Popen], timeout: float) -> l
         return [agent.communicate(timeout=timeout)[0] for agent in agents]
     except subprocess.TimeoutExpired:
         for pid in {pid for host in range(len(network.names)) for pid in network.processes(host)}:
-            if b"torch.distributed.run" in _cmdline(pid) or b"training.worker" in _cmdline(pid):
+            if b"torch.distributed.run" in _cmdline(pid) or b"programs.worker" in _cmdline(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGABRT)
         outputs = [agent.communicate()[0] or "" for agent in agents]
@@ -111,7 +111,7 @@ def test_kill_9_of_a_worker_on_another_host(tmp_path: Path):
         victim = next(
             pid
             for pid in network.processes(1)
-            if b"training.worker" in _cmdline(pid) and b"--nnodes" not in _cmdline(pid)
+            if b"programs.worker" in _cmdline(pid) and b"--nnodes" not in _cmdline(pid)
         )
         os.kill(victim, signal.SIGKILL)
         outputs = ended(network, agents, 60)

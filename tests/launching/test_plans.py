@@ -1,4 +1,4 @@
-"""Plans are values: what --dry-run prints. The scripts in launch/ run the same commands."""
+"""Tests of launching/plan.py, job.py, launchers/ and of the scripts in launch/."""
 
 import os
 import subprocess
