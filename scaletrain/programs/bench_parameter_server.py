@@ -138,7 +138,7 @@ def bare(
         began, sent, received = time.perf_counter(), 0, 0
         while received < len(data):
             if sent < len(data) and sent - received < 8 * chunk:
-                socket.send(memoryview(data[sent : sent + chunk]), copy=False)
+                socket.send(data[sent : sent + chunk].data, copy=False)
                 sent = min(len(data), sent + chunk)
             elif sent == len(data) or socket.poll(0):
                 frame = socket.recv(copy=False)
