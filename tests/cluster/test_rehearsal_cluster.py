@@ -83,7 +83,7 @@ def test_a_cut_host_is_gone_until_healed():
         assert can_reach(hosts, 0, 2)
 
 
-def test_killing_a_host_ends_what_runs_on_it_and_nothing_else():
+def test_killing_a_host_ends_its_processes_and_no_others():
     with Cluster(2) as hosts:
         programs = [hosts.start(i, ["sleep", "60"]) for i in (0, 0, 1)]
         deadline = time.monotonic() + 10
@@ -125,7 +125,7 @@ def test_latency_delays_or_is_refused_by_name():
         hosts.close()
 
 
-def test_what_the_kernel_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+def test_missing_parts_of_the_kernel_are_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     which = shutil.which
     with monkeypatch.context() as without:
         without.setattr(

@@ -81,9 +81,9 @@ def ended(network: Cluster, agents: list[subprocess.Popen], timeout: float) -> l
 
 
 def test_one_host(alone: dict, tmp_path: Path):
-    found = train(tmp_path / "run", *SHORT, "--workers", "3", "--launcher", "torchrun")
-    assert found["launcher"] == "torchrun" and found["workers"] == 3
-    assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    trained = train(tmp_path / "run", *SHORT, "--workers", "3", "--launcher", "torchrun")
+    assert trained["launcher"] == "torchrun" and trained["workers"] == 3
+    assert trained["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -149,9 +149,9 @@ def test_an_elastic_job_goes_on_without_a_lost_host(tmp_path: Path):
         assert agents[0].returncode == 0, output
     assert "workers: 2 (torchrun)" in output and "workers: 1 (torchrun)" in output, output
     assert "resumed at step 1" in output or "resumed at step 2" in output, output
-    found = summary(run_dir)
-    assert found["workers"] == 1 and found["finished"]
-    assert found["final_loss"] == pytest.approx(whole["final_loss"], abs=1e-4)
+    reached = summary(run_dir)
+    assert reached["workers"] == 1 and reached["finished"]
+    assert reached["final_loss"] == pytest.approx(whole["final_loss"], abs=1e-4)
     assert gone(run_dir)
 
 
