@@ -1,1 +1,4 @@
-"""Launching: a launcher turns a job into a plan; supervision carries the plan out. No torch here."""
+"""Launchers turn a job into a plan; supervision carries the plan out.
+
+This room imports no torch.
+"""

@@ -22,7 +22,9 @@ def from_options(hosts: str, hostfile: str) -> list[str]:
         raise UserError(
             "launcher.hosts and launcher.hostfile: name the hosts in one of them, not in both"
         )
-    return expand(hosts) if hosts else []
+    if not hosts:
+        return []
+    return expand(hosts)
 
 
 def expand(text: str) -> list[str]:

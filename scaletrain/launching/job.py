@@ -1,4 +1,4 @@
-"""What a launcher is asked for: a job, as a value.
+"""A job as a value: everything that a launcher needs to know.
 
 A launcher (``launchers/``) turns a job into a plan (``plan.LaunchPlan``), and
 ``supervision.supervise.run`` carries the plan out.
@@ -87,8 +87,8 @@ class Job(NamedTuple):
         """The command line of one worker."""
         if self.program is None:
             return self.command
-        resume = ["--resume"] if self.resume else []
-        return self.program.command(self.run_dir, *self.command, *resume)
+        argv = self.program.command(self.run_dir, *self.command)
+        return (*argv, "--resume") if self.resume else argv
 
     @property
     def argv_for_torchrun(self) -> tuple[str, ...]:

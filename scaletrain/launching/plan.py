@@ -1,4 +1,4 @@
-"""What a launcher answers: a plan, as a value.
+"""A plan as a value: everything that a launcher would start.
 
 ``plan(job)`` of every file in ``launchers/`` is pure: the same job gives the same plan, and
 ``--dry-run`` prints it. ``supervision.supervise.run`` carries it out.
@@ -28,7 +28,7 @@ class Command(NamedTuple):
 
 
 class LaunchPlan(NamedTuple):
-    """What would run: first the files are written, then every command starts."""
+    """Everything that would run. The files are written first, then every command starts."""
 
     commands: tuple[Command, ...]
     files: tuple[tuple[Path, str], ...] = ()

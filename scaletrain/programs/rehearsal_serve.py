@@ -30,7 +30,7 @@ _CLUSTER_OPTIONS = ("hosts", "bandwidth", "latency", "loss")
 
 
 class Player:
-    """Plays the faults of a scenario on its cluster, and records what happens."""
+    """Plays the faults of a scenario on its cluster, and keeps the record of the emulation."""
 
     def __init__(self, scenario: Scenario, cluster: Cluster, run_dir: RunDir):
         self.cluster = cluster
@@ -51,7 +51,7 @@ class Player:
             self._counted_at = time.monotonic()
 
     def record(self) -> None:
-        """Write emulation.json: what is emulated, which faults happened, each host's traffic."""
+        """Write emulation.json: the cluster, the faults so far, and each host's traffic."""
         traffic = {}
         for name, counted in zip(self.cluster.names, self.cluster.counters(), strict=True):
             traffic[name] = counted._asdict()
@@ -130,7 +130,8 @@ def _check_accelerators_are_emulated(run_dir: RunDir) -> None:
         config = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))
     if not config.get("compute"):
         raise UserError(
-            "launcher.straggler and faults with a factor slow emulated accelerators: give compute (step_s or sample_s)"
+            "launcher.straggler and faults with a factor slow emulated accelerators:"
+            " give compute (step_s or sample_s)"
         )
 
 

@@ -1,4 +1,4 @@
-"""A cluster of hosts on this machine: a namespace a host, a switch between them, shaped links.
+"""A cluster of hosts on this machine: namespaces around a switch, with shaped links.
 
     with Cluster(hosts=4, bandwidth="1Gbit") as cluster:
         cluster.run(0, ["hostname"])              # h0
@@ -43,10 +43,10 @@ _ENVIRONMENT = {
 
 
 class Cluster:
-    """Emulated hosts. They exist from ``__enter__`` to ``__exit__``, which ends their processes.
+    """Emulated hosts. They exist from ``__enter__`` to ``__exit__``.
 
-    They also end when this process dies, however it dies. Needs Linux, iproute2, util-linux, and
-    root or unprivileged user namespaces.
+    Every process on them ends with them. They also end when this process dies, however it dies.
+    Needs Linux, iproute2, util-linux, and root or unprivileged user namespaces.
 
     Args:
         hosts: how many, 1 to 250.
@@ -58,7 +58,7 @@ class Cluster:
 
     Raises:
         UserError: an argument is not allowed, or ``__enter__`` finds that this machine lacks
-            something; the message says what.
+            something, which the message names.
     """
 
     def __init__(
@@ -170,7 +170,11 @@ class Cluster:
         return not any(self.processes(host) for host in range(len(self.names)))
 
     def kill(self, host: int) -> int:
-        """Send SIGKILL to everything on a host, as if its power failed; return how many there were."""
+        """Send SIGKILL to every process on a host, as if its power failed.
+
+        Returns:
+            How many processes there were.
+        """
         namespace = self._hosts[host]
         return keeper.kill_within({namespace.network_id()}, spare=frozenset({namespace.holder}))
 
@@ -199,7 +203,7 @@ class Cluster:
         links.shape(self._switch, self._hosts[host], host, rate)
 
     def describe(self) -> dict[str, Any]:
-        """Return what is emulated as JSON, for records and reports."""
+        """Describe the emulation as JSON, for records and reports."""
         return {
             "emulated": True,
             "kind": "hosts in network namespaces of one machine",
@@ -251,8 +255,8 @@ class Cluster:
         links.wire(self._switch, self._hosts, self.addresses)
         if self.latency_s > 0 and not links.has_netem(self._switch):
             raise UserError(
-                f"latency: {self.latency_s:g} s needs netem, which this kernel does not have (allowed here: 0;"
-                " elsewhere: modprobe sch_netem)"
+                f"latency: {self.latency_s:g} s needs netem, which this kernel does not have"
+                " (allowed here: 0; elsewhere: modprobe sch_netem)"
             )
         for host, namespace in enumerate(self._hosts):
             links.shape(self._switch, namespace, host, self._bits_per_s, self.latency_s)

@@ -1,7 +1,7 @@
-"""Scripted faults: ``{at_step: 20, cut: 3}`` pulls host 3's cable after 20 steps of the workload.
+"""Scripted faults: ``{at_step: 20, cut: 3}`` pulls host 3's cable after 20 steps.
 
 ``{after_s: 2, heal: 3}`` puts it back two seconds after the fault before it in the list. It cannot
-wait for a step, since a workload whose cable is cut takes no further step.
+wait for a step, since no step is done while a cable is cut.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ ACTIONS = {
     "cut": "the host's cable is pulled",
     "heal": "the cable is put back",
     "kill": "every process on the host gets SIGKILL",
-    "slow": "its emulated accelerator takes `factor` times as long, or its link gets another `bandwidth`",
+    "slow": "its accelerator takes `factor` times as long, or its link gets another `bandwidth`",
 }
 _KEYS = {"at_step", "after_s", "factor", "bandwidth"}  # of a fault, beside its action
 
@@ -55,7 +55,7 @@ def parse(faults: Sequence[Any], hosts: int) -> tuple[Fault, ...]:
     for index, fault in enumerate(faults):
         before = parsed[-1] if parsed else None
         parsed.append(_parse(f"faults.{index}", fault, hosts, before))
-    # The sort keeps the order of equal steps: a fault with ``after_s`` stays behind its predecessor.
+    # The sort keeps the order of equal steps: one with ``after_s`` stays behind its predecessor.
     return tuple(sorted(parsed, key=lambda fault: fault.at_step))
 
 
@@ -87,7 +87,8 @@ def _action(where: str, fault: Any) -> str:
     """Return the one key of a fault that is an action."""
     if not isinstance(fault, Mapping):
         raise UserError(
-            f"{where}: {fault!r} is not allowed (allowed: a mapping such as {{at_step: 20, cut: 3}})"
+            f"{where}: {fault!r} is not allowed"
+            " (allowed: a mapping such as {at_step: 20, cut: 3})"
         )
     for key in fault:
         if key not in _KEYS and key not in ACTIONS:
@@ -102,7 +103,8 @@ def _step_of_predecessor(where: str, after_s: Any, step: Any, before: Fault | No
     is_duration = isinstance(after_s, int | float) and after_s >= 0
     if step is not None or before is None or not is_duration:
         raise UserError(
-            f"{where}.after_s: {after_s!r} must be seconds after the fault before it, without at_step"
+            f"{where}.after_s: {after_s!r} must be seconds after the fault before it,"
+            " without at_step"
         )
     return before.at_step
 

@@ -1,4 +1,4 @@
-"""The process that keeps a rehearsed cluster's namespaces alive, and ends all in them at its end.
+"""The process that keeps a rehearsed cluster's namespaces alive, and empties them.
 
 ``cluster.Cluster`` runs it as a file; it uses the standard library only, so that it starts in
 milliseconds. Its argument is a JSON object: ``hosts`` (names), ``hosts_file`` (bound over
@@ -139,7 +139,7 @@ def _fork_holder(name: str, hosts_file: str) -> int:
 
 
 def _hold(name: str, hosts_file: str, report: int) -> NoReturn:
-    """Be the child: move into fresh namespaces, write "ready" or an error to ``report``, and wait."""
+    """Be the child: move into fresh namespaces, report "ready" or an error, and wait."""
     try:
         _checked(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
         _libc.prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
@@ -174,7 +174,7 @@ def _disable_ipv6() -> None:
 
 
 def _enter_user_namespace() -> None:
-    """Become root of a fresh user namespace, where an ordinary user may make network namespaces."""
+    """Become root of a fresh user namespace, where any user may make network namespaces."""
     uid = os.getuid()
     gid = os.getgid()
     _checked(_libc.unshare(CLONE_NEWUSER), "unshare --user")

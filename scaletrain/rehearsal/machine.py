@@ -1,4 +1,4 @@
-"""Prerequisites of a rehearsal on this machine, its tools, and leftovers of earlier clusters."""
+"""A rehearsal's needs on this machine: capabilities, tools, records of clusters."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def check() -> None:
     """Check that a cluster can be rehearsed on this machine.
 
     Raises:
-        UserError: it cannot; the message says what is missing and how to get it.
+        UserError: it cannot; the message says how to get the missing part.
     """
     if not sys.platform.startswith("linux"):
         raise UserError(f"a rehearsal cluster needs Linux (this is {sys.platform})")
@@ -67,7 +67,8 @@ def check() -> None:
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["refused"])[0]
         raise UserError(
-            f"a rehearsal cluster needs root, or unprivileged user namespaces, which are not allowed here ({reason});"
+            "a rehearsal cluster needs root, or unprivileged user namespaces, which are not"
+            f" allowed here ({reason});"
             " an administrator can allow them: sysctl kernel.unprivileged_userns_clone=1, or"
             " kernel.apparmor_restrict_unprivileged_userns=0"
         )

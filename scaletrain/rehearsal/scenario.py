@@ -12,7 +12,9 @@ from scaletrain.run.atomic import write_json
 
 @dataclass(frozen=True)
 class Scenario:
-    """What to emulate. The launcher writes it; the process that plays it reads it.
+    """A cluster to emulate, and its faults.
+
+    The launcher writes the scenario; the process that plays it reads it.
 
     Example:
         >>> scenario = Scenario(hosts=2, bandwidth="1Gbit")

@@ -1,4 +1,4 @@
-"""Open MPI 4 and 5 and MPICH, the real ones: by our launcher, by hand, and over hosts in namespaces with a launch agent."""
+"""Tests of launchers/mpirun.py under the real Open MPI 4 and 5 and MPICH, also over hosts."""
 
 import shlex
 import signal
@@ -39,9 +39,9 @@ def by(kind: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_loss(kind: str, alone: dict, tmp_path: Path):
-    found = train(tmp_path / "run", *SHORT, "--workers", "3", *by(kind))
-    assert found["workers"] == 3 and found["launcher"] == kind.rstrip("45")
-    assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    trained = train(tmp_path / "run", *SHORT, "--workers", "3", *by(kind))
+    assert trained["workers"] == 3 and trained["launcher"] == kind.rstrip("45")
+    assert trained["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["openmpi4", "mpich"])

@@ -1,4 +1,4 @@
-"""Jobs on a rehearsed cluster: the same training, traffic that crosses the links, faults whose cause is named, nothing left behind."""
+"""Tests of launchers/rehearsal.py and programs/rehearsal_*.py: jobs on emulated hosts."""
 
 import json
 import os
@@ -104,10 +104,10 @@ def test_mistakes_are_named(tmp_path, options, message):
 def test_options_are_read_from_the_signature():
     schema = plugins.options("launcher", "rehearsal")
     assert schema is not None
-    made = schema.model_validate(
+    options = schema.model_validate(
         {"straggler": {3: 2.0}, "faults": [{"at_step": 20, "cut": 3}], "bandwidth": None}
     )
-    assert made.model_dump()["straggler"] == {3: 2.0} and made.model_dump()["hosts"] is None
+    assert options.model_dump()["straggler"] == {3: 2.0} and options.model_dump()["hosts"] is None
 
 
 def train(config: Path, run_dir: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -372,14 +372,14 @@ def test_kill_9_of_the_launcher_leaves_nothing(tmp_path, namespaces, emulated):
 
 
 def processes_of(run_dir: Path) -> list[str]:
-    found = []
+    processes = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and str(run_dir).encode() in (entry / "cmdline").read_bytes():
-                found.append(entry.name)
+                processes.append(entry.name)
         except OSError:
             continue
-    return found
+    return processes
 
 
 def no_leftovers(run_dir: Path) -> bool:

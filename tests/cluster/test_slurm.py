@@ -1,4 +1,4 @@
-"""Real SLURM daemons on this machine: submit, follow, fail, cancel, preempt and go on."""
+"""Tests of launchers/slurm.py and programs/follow_slurm.py under real SLURM daemons."""
 
 import json
 import signal
@@ -96,18 +96,20 @@ def without_its_daemon(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_one_task_a_worker(slurm: Slurm, alone: dict, tmp_path: Path):
-    found = train(tmp_path / "run", *SHORT, "--workers", "3", "--launcher", "slurm", env=slurm.env)
-    assert found["workers"] == 3 and found["launcher"] == "slurm"
-    assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    trained = train(
+        tmp_path / "run", *SHORT, "--workers", "3", "--launcher", "slurm", env=slurm.env
+    )
+    assert trained["workers"] == 3 and trained["launcher"] == "slurm"
+    assert trained["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
 
 
 def test_one_torchrun_a_node(slurm: Slurm, alone: dict, tmp_path: Path):
     options = ("--set", "launcher.tasks=nodes", "--set", "launcher.nodes=2")
-    found = train(
+    trained = train(
         tmp_path / "run", *SHORT, "--workers", "2", "--launcher", "slurm", *options, env=slurm.env
     )
-    assert found["workers"] == 2 and found["launcher"] == "torchrun"
-    assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    assert trained["workers"] == 2 and trained["launcher"] == "torchrun"
+    assert trained["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
 
 
 def test_inside_an_allocation(slurm: Slurm, alone: dict, tmp_path: Path):
@@ -148,8 +150,8 @@ def test_host_lists_are_read_as_scontrol_reads_them(slurm: Slurm):
         "-c",
         "echo list $SLURM_JOB_NODELIST; scontrol show hostnames",
     )
-    (_, found), *hosts = map(str.split, slurm.run(*inside).splitlines())
-    assert "[" in found and expand(found) == [name for (name,) in hosts]
+    (_, text), *hosts = map(str.split, slurm.run(*inside).splitlines())
+    assert "[" in text and expand(text) == [name for (name,) in hosts]
 
 
 def test_srun_by_hand(slurm: Slurm, alone: dict, tmp_path: Path):
@@ -395,8 +397,8 @@ def test_each_task_takes_a_gpu_of_its_own(
     )
     done = scaletrain("launch", *options, "--set", option, "--", str(script), env=slurm.env)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = sorted(line.split("place ")[1] for line in done.stdout.splitlines() if "place " in line)
-    assert found == places, done.stdout + done.stderr
+    shown = sorted(line.split("place ")[1] for line in done.stdout.splitlines() if "place " in line)
+    assert shown == places, done.stdout + done.stderr
 
 
 def test_pmix_over_hosts(slurm: Slurm, alone: dict, tmp_path: Path):
@@ -430,8 +432,8 @@ def test_pmix_over_hosts(slurm: Slurm, alone: dict, tmp_path: Path):
             now.sent_bytes - then.sent_bytes
             for now, then in zip(network.counters(), before, strict=True)
         ]
-    found = summary(run_dir)
-    assert found["workers"] == 2 and found["final_loss"] == pytest.approx(
+    reached = summary(run_dir)
+    assert reached["workers"] == 2 and reached["final_loss"] == pytest.approx(
         alone["final_loss"], abs=1e-4
     )
     assert min(moved) > 1_000_000, "the gradients did not cross the links"

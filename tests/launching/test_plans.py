@@ -1,4 +1,4 @@
-"""Plans are values: what --dry-run prints. The scripts in launch/ run the same commands."""
+"""Tests of launching/plan.py, job.py, launchers/ and of the scripts in launch/."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def test_local_names_each_worker_and_guesses_no_port():
     assert plan.store_address == "127.0.0.1" and "MASTER_PORT=$PORT" in str(plan)
 
 
-def test_local_threads_share_the_cores_and_too_many_are_told():
+def test_local_threads_share_the_cores_and_too_many_are_mentioned():
     plan = local.plan(job_of(workers=1))
     assert dict(plan.commands[0].env)["OMP_NUM_THREADS"] == str(CORES)
     plan = local.plan(job_of(workers=CORES * 2))
@@ -89,7 +89,7 @@ def test_torchrun_elastic_range():
     assert "--max-restarts=3" in again.argv and again.restarts_workers
 
 
-def test_mpirun_refuses_what_is_not_there(tmp_path: Path):
+def test_mpirun_refuses_a_missing_program_or_file(tmp_path: Path):
     with pytest.raises(UserError, match="hostfile"):
         mpirun.plan(job_of(), mpi="openmpi", hostfile=str(tmp_path / "missing"))
     with pytest.raises(UserError, match="one of them"):
@@ -285,7 +285,7 @@ def test_torchrun_sh(tmp_path: Path):
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh"])
-def test_a_script_in_place_of_a_run_is_told(tmp_path: Path, script: str):
+def test_a_script_in_place_of_a_run_is_refused(tmp_path: Path, script: str):
     (tmp_path / "train.py").touch()
     done = subprocess.run(
         [LAUNCH / script, tmp_path / "train.py", "2"], capture_output=True, text=True, timeout=20
@@ -307,9 +307,9 @@ def test_mpirun_sh(tmp_path: Path, kind: str, version: str, workers: int, with_h
     options = {"hostfile": str(hostfile)} if with_hosts else {}
     run_dir = str(tmp_path / "run")
     plan = mpirun.plan(job_of(run_dir, workers=workers), mpi=kind, **options)
-    found = called(tmp_path, "mpirun.sh", run_dir, str(workers), *options.values(), version=version)
+    words = called(tmp_path, "mpirun.sh", run_dir, str(workers), *options.values(), version=version)
     # Started by hand, MPICH itself has to end the others when a worker fails.
-    assert found == [word for word in plan.commands[0].argv[1:] if word != "-disable-auto-cleanup"]
+    assert words == [word for word in plan.commands[0].argv[1:] if word != "-disable-auto-cleanup"]
 
 
 def test_slurm_sbatch(monkeypatch: pytest.MonkeyPatch):
@@ -317,5 +317,5 @@ def test_slurm_sbatch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr(sys, "executable", "python3")
     expected = slurm.plan(job_of("runs/digits")).files[0][1].splitlines()
-    found = (LAUNCH / "slurm.sbatch").read_text().splitlines()
-    assert [line for line in found if not line.startswith("# ")] == expected
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("# ")] == expected

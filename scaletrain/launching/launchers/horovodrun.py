@@ -26,7 +26,7 @@ def plan(
     A dry run needs no horovodrun.
 
     Args:
-        job: what to run.
+        job: the job to plan.
         controller: how its processes find each other.
         command: the name or path of horovodrun.
         hosts: ``h1:2,h2:2`` or ``h[1-2]:2``, slots after the colon; horovodrun reaches them by ssh.
@@ -36,8 +36,10 @@ def plan(
     """
     listed = from_options(hosts, hostfile)
     elsewhere = bool(listed or hostfile)
-    # The cores of other hosts are not known here.
-    threads = job.threads or (1 if elsewhere else threads_each(job, job.workers))
+    if elsewhere:
+        threads = job.threads or 1  # the cores of other hosts are not known here
+    else:
+        threads = threads_each(job, job.workers)
     argv = [
         command,
         "-np",
@@ -73,7 +75,7 @@ def plan(
 
 
 def _missing(command: str) -> str:
-    """Return the error that says what this host lacks to run the plan; empty if it lacks nothing."""
+    """Return the error that says how to get a horovodrun; empty if there is one."""
     if shutil.which(command):
         return ""
     return (

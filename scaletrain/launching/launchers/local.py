@@ -12,7 +12,7 @@ def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
     The supervisor binds the store's port and hands the socket to rank 0; nobody guesses a port.
 
     Args:
-        job: what to run.
+        job: the job to plan.
         bind: keep each worker on its own cores (taskset), which steadies measurements.
     """
     threads = threads_each(job, job.workers)
@@ -23,7 +23,8 @@ def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
     ]
     if num_threads > num_cores:
         explain.append(
-            f"more threads ({num_threads}) than cores ({num_cores}): workers will wait for each other"
+            f"more threads ({num_threads}) than cores ({num_cores}):"
+            " workers will wait for each other"
         )
     commands = []
     for rank in range(job.workers):

@@ -31,8 +31,8 @@ def plan(
     """Start one mpirun. A dry run needs no mpirun: without one, ``auto`` plans for Open MPI.
 
     Args:
-        job: what to run.
-        mpi: whose mpirun it is; ``auto`` asks ``command --version``.
+        job: the job to plan.
+        mpi: the MPI that the mpirun belongs to; ``auto`` asks ``command --version``.
         command: the name or path of mpirun.
         hosts: ``h1,h2``, ``n[01-04]``, or SLURM's own $SLURM_JOB_NODELIST.
         hostfile: a file that lists the hosts, in place of ``hosts``.
@@ -49,7 +49,9 @@ def plan(
     is_installed = shutil.which(command) is not None
     kind: str = mpi
     if mpi == "auto":
-        kind = _kind_of(command) if is_installed else "openmpi"
+        kind = "openmpi"
+        if is_installed:
+            kind = _kind_of(command)
     if elsewhere and per_host is None:
         threads = job.threads or 1  # how many workers share a host's cores is not known here
     else:
@@ -64,13 +66,17 @@ def plan(
     else:
         argv += _mpich_options(placement)
     for name, value in job.variables(threads).items():
-        argv += ["-x", f"{name}={value}"] if kind == "openmpi" else ["-genv", name, value]
+        if kind == "openmpi":
+            argv += ["-x", f"{name}={value}"]
+        else:
+            argv += ["-genv", name, value]
     argv += [*map(str, arguments), *job.argv]
 
     explain = [f"{plural(job.workers, 'worker')} by {kind}, {plural(threads, 'thread')} each"]
     if mpi == "auto" and not is_installed:
         explain.append(
-            f"{command} was not found here: this plan is for Open MPI (launcher.mpi=mpich: for MPICH)"
+            f"{command} was not found here: this plan is for Open MPI"
+            " (launcher.mpi=mpich: for MPICH)"
         )
     if elsewhere:
         explain.append(SHARE_RUN_DIR)

@@ -1,4 +1,4 @@
-"""A cluster on this machine: each worker a host in namespaces, links of a given bandwidth (emulated)."""
+"""An emulated cluster on this machine: hosts in namespaces, links of a given bandwidth."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -30,7 +30,7 @@ def plan(
     """Put workers on emulated hosts. Each parameter server gets a further host of its own.
 
     Args:
-        job: what to run.
+        job: the job to plan.
         hosts: how many hosts the workers share evenly; by default each has one of its own.
         bandwidth: of each link in each direction; null leaves the links unshaped.
         latency: one way, host to host.
@@ -76,7 +76,8 @@ def _check_hosts(workers: int, hosts: int, straggler: Mapping[int, float]) -> No
     for host, factor in straggler.items():
         if not 0 <= host < hosts or factor <= 0:
             raise UserError(
-                f"launcher.straggler: {{{host}: {factor}}} is not allowed (allowed: hosts 0 to {hosts - 1}, factors above 0)"
+                f"launcher.straggler: {{{host}: {factor}}} is not allowed"
+                f" (allowed: hosts 0 to {hosts - 1}, factors above 0)"
             )
 
 
@@ -94,6 +95,7 @@ class _Layout:
         self.store_host = worker_hosts if self.outlives_rank_0 else 0
 
     def host_of(self, rank: int) -> int:
+        """Return the host that a worker runs on."""
         return rank // self.per_host
 
     def enter(self, host: int, argv: tuple[str, ...]) -> tuple[str, ...]:
@@ -102,6 +104,7 @@ class _Layout:
         return (*Program.REHEARSAL_ENTER.command(folder, host), *argv)
 
     def environment_of(self, rank: int) -> Environment:
+        """Return a worker's variables: its place, torchrun's way of saying it, and the store."""
         host = self.host_of(rank)
         variables = {
             "SCALETRAIN_LAUNCHER": "rehearsal",
@@ -123,7 +126,7 @@ class _Layout:
         return environment(variables)
 
     def companions(self) -> tuple[Companion, ...]:
-        """Return the cluster itself, the store where rank 0 does not serve it, and the servers."""
+        """Return the cluster, the store if rank 0 does not serve it, and the servers."""
         folder = RunDir(self.job.run_dir).rehearsal.path
         companions = [Companion("rehearsal", Program.REHEARSAL_SERVE.command(folder))]
         if self.outlives_rank_0:

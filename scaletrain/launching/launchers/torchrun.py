@@ -30,7 +30,7 @@ def plan(
     checkpoint. The hosts that are left wait ``last_call_s`` for more to join.
 
     Args:
-        job: what to run.
+        job: the job to plan.
         nodes: how many hosts take part, ``2`` or ``min:max``. The workers are spread evenly over
             the most of them.
         endpoint: HOST:PORT of one of several hosts, where the agents meet (c10d).
@@ -101,5 +101,6 @@ def _parse_nodes(nodes: int | str) -> _NodeRange:
     if first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last):
         return _NodeRange(int(last), is_elastic=bool(colon))
     raise UserError(
-        f"launcher.nodes: {nodes!r} is not allowed (allowed: a number such as 2, or a range such as 2:4)"
+        f"launcher.nodes: {nodes!r} is not allowed"
+        " (allowed: a number such as 2, or a range such as 2:4)"
     )
