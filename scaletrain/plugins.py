@@ -128,6 +128,12 @@ def load(kind: str, name: str, search_path: Path | None = None) -> Any:
     return getattr(module, factory)
 
 
+def companion(kind: str, name: str, function: str) -> Any | None:
+    """Return an optional function that a plugin's module defines beside its factory, or None."""
+    module = importlib.import_module(load(kind, name).__module__)
+    return getattr(module, function, None)
+
+
 def _path(kind: str, name: str) -> Path:
     if name not in names(kind):
         raise unknown(kind, name, names(kind))

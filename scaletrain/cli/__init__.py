@@ -43,9 +43,9 @@ class _Verbs(click.Group):
     cls=_Verbs,
     modules=lambda: {
         "doctor": "scaletrain.cli.doctor:doctor",
-        "report": "scaletrain.scaling.commands:report",
-        "simulate": "scaletrain.scaling.commands:simulate",
-        "fit": "scaletrain.scaling.commands:fit",
+        "report": "scaletrain.cli.report:command",
+        "simulate": "scaletrain.cli.simulate:command",
+        "fit": "scaletrain.cli.fit:command",
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

@@ -19,6 +19,8 @@ _PARTS, _SMALL_BYTES = 4, 128 << 10  # pieces below it cost more by their number
 PIECE_BYTES = 512 << 10  # in which a message travels over TCP: one is added while the next arrives
 # There, messages from this size on are answered by a receipt where their sender turns to another rank next (``schedule.in_turn``).
 RECEIPTS_FROM_BYTES = 1 << 20
+# From this number of ranks on, an algorithm's function ``loads`` is used where it has one.
+LOADS_FROM_RANKS = 128
 
 
 def parts(collective: str, size: int, num_bytes: float) -> int:
@@ -126,11 +128,12 @@ def predict(
     Algorithms whose schedule grows with the square of the ranks state their loads in a function ``loads(size)`` beside
     ``schedule``; it is read from 128 ranks up, where the explicit schedule is slow to make (a test keeps the two equal).
     """
-    factory = plugins.load("collective", collective)
-    loads = factory.__globals__.get("loads")
-    if loads is not None and size >= 128 and network.ranks_per_host == 1 and not options:
-        return predict_seconds(loads(size), num_bytes, network)
-    return predict_seconds(factory(size, **options), num_bytes, network)
+    if size >= LOADS_FROM_RANKS and network.ranks_per_host == 1 and not options:
+        loads = plugins.companion("collective", collective, "loads")
+        if loads is not None:
+            return predict_seconds(loads(size), num_bytes, network)
+    schedule = plugins.load("collective", collective)
+    return predict_seconds(schedule(size, **options), num_bytes, network)
 
 
 def _wire_s(link: Link, sent: float, received: float) -> float:

@@ -11,12 +11,10 @@ from scaletrain.scaling.model import Header, Loss, Prediction, Repeat, Report, R
 SCALING = Path(model.__file__).parent
 # Rooms whose functions still take and return JSON.
 UNTYPED = (
-    "commands.py",
-    "emulated.py",
     "predict/fit.py",
+    "predict/layers.py",
     "predict/simulate.py",
     "predict/step_time.py",
-    "proof.py",
     "show/results.py",
 )
 

@@ -20,8 +20,8 @@ from scaletrain.scaling.explain import headline, losses, report
 from scaletrain.scaling.measure import sweep
 from scaletrain.scaling.measure.run import read_run
 from scaletrain.scaling.model import Row
-from scaletrain.scaling.predict.fit import Fit, Parameter
-from scaletrain.scaling.predict.step_time import Compute
+from scaletrain.scaling.predict.fit import Estimate, Fit
+from scaletrain.scaling.predict.step_time import ComputeCost
 from scaletrain.scaling.show import plots, publish, render, results, table, text, trace
 
 from .runs import write_run
@@ -781,8 +781,8 @@ def test_far_predictions_are_drawn_dashed():
 
 def test_a_better_collective_is_predicted_where_none_was_measured(measured):
     """A tree of 100 MB on 8 workers, over a network that is known: rings send half as much in each of fewer steps."""
-    told = [Parameter(value, value * 0.9, value * 1.1) for value in (1e-4, 1e8)]
-    fitted = Fit(Compute(0.01), *told, overlap=True, residuals=[], max_workers=8)
+    told = [Estimate(value, value * 0.9, value * 1.1) for value in (1e-4, 1e8)]
+    fitted = Fit(ComputeCost(0.01), *told, overlap=True, residuals=[], max_workers=8)
     made = report.of_sweep(measured)
     own = Row("job", "tree", 8, 96, {}, efficiency=0.2, gradient_bytes=100_000_000)
     loss = next(x for x in made.losses if x.exchange == "ring")

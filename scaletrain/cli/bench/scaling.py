@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from scaletrain.scaling.commands import baseline_option
+from scaletrain.cli.report import baseline_option
 from scaletrain.units import plural
 
 if TYPE_CHECKING:

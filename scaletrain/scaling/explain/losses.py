@@ -12,7 +12,7 @@ from scaletrain.scaling.explain.measurements import Measurements
 from scaletrain.scaling.measure.intervals import mean
 from scaletrain.scaling.model import Cell, Loss, Row, Run
 from scaletrain.scaling.predict.fit import Fit, strategy_of
-from scaletrain.scaling.predict.step_time import step_s
+from scaletrain.scaling.predict.step_time import StepModel
 
 # Exchanges whose steps do not wait for the slowest worker.
 UNSYNCHRONISED = (
@@ -171,7 +171,7 @@ def _with_alternative(loss: Loss, rows: Sequence[Row], fitted: Fit | None) -> Lo
             f"{_capitalized(best.exchange)} instead of {loss.exchange} raised efficiency"
             f" from {row.efficiency:.2f} to {best.efficiency:.2f}."
         )
-    elif fitted is not None and not fitted.untold:
+    elif fitted is not None and not fitted.unidentified:
         alternative = _predicted_alternative(row, fitted)
     if alternative is None:
         return loss
@@ -205,16 +205,10 @@ def _predicted_alternative(row: Row, fitted: Fit) -> str | None:
         return None
     share = row.batch_size / row.workers
 
+    model = StepModel(gradient_bytes, fitted.compute, fitted.fabric, fitted.overlap)
+
     def predicted_s(name: str) -> float:
-        return step_s(
-            name,
-            row.workers,
-            share,
-            gradient_bytes,
-            fitted.compute,
-            fitted.network,
-            overlap=fitted.overlap,
-        )
+        return model.step_s(name, row.workers, share)
 
     collectives = [name for name in plugins.names("collective") if name != "two_level"]
     best = min(collectives, key=predicted_s)

@@ -16,7 +16,7 @@ from scaletrain.scaling.explain.measurements import Measurements
 from scaletrain.scaling.explain.rows import row_of
 from scaletrain.scaling.measure import machine, servers, sweep
 from scaletrain.scaling.measure.run import read_run
-from scaletrain.scaling.model import BatchPoint, Cell, Header, Prediction, Report, Row
+from scaletrain.scaling.model import BatchPoint, Cell, Header, Report, Row
 from scaletrain.scaling.predict.fit import Fit, alike_but_for_exchange, fit_report, predictions
 
 VERSION = 1  # of the format of report.json
@@ -226,7 +226,7 @@ def _fitted(report: Report) -> Fit | None:
     a model.
     """
     rows = [row for row in report.rows if row.runs]
-    if not alike_but_for_exchange([row.to_json() for row in rows]):
+    if not alike_but_for_exchange(rows):
         return None
     gradient_bytes = rows[0].gradient_bytes
     if gradient_bytes is None:
@@ -235,7 +235,7 @@ def _fitted(report: Report) -> Fit | None:
     fitted_to = counts[-2] if len(counts) > 2 else None
     try:
         fits = [
-            fit_report(report.to_json(), gradient_bytes, overlap, max_workers=fitted_to)
+            fit_report(report, gradient_bytes, overlap, max_workers=fitted_to)
             for overlap in (True, False)
         ]
     except UserError:
@@ -248,11 +248,11 @@ def _with_predictions(report: Report, fitted: Fit) -> Report:
     """Set predicted steps beside the measured ones."""
     gradient_bytes = next(row.gradient_bytes for row in report.rows if row.runs)
     assert gradient_bytes is not None, "without it nothing could have been fitted"
-    points = predictions(fitted, report.to_json(), gradient_bytes)
+    points = predictions(fitted, report, gradient_bytes)
     return dataclasses.replace(
         report,
         header=dataclasses.replace(
             report.header, calibrated_on=f"up to {fitted.max_workers} workers"
         ),
-        predictions=tuple(Prediction.from_json(point) for point in points),
+        predictions=tuple(points),
     )

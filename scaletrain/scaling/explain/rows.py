@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from scaletrain.scaling.emulated import bytes_moved
+from scaletrain.collectives.traffic import bytes_moved
 from scaletrain.scaling.explain.measurements import Measurements
 from scaletrain.scaling.measure.intervals import Mean, mean, percentiles, ratio
 from scaletrain.scaling.model import Cell, Repeat, Row, Run, Summary

@@ -1,4 +1,4 @@
-"""What if: step time, speed-up and cost of every strategy at every worker count, from the models alone."""
+"""Simulate a job: step time, speed-up and cost of every strategy, from the models alone."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,8 +7,14 @@ from scaletrain import plugins
 from scaletrain.collectives.schedule import proved
 from scaletrain.errors import UserError, unknown
 from scaletrain.scaling.predict import step_time
-from scaletrain.scaling.predict.network import Preset
-from scaletrain.scaling.predict.step_time import Compute, Profile, Stragglers
+from scaletrain.scaling.predict.network import Fabric
+from scaletrain.scaling.predict.step_time import (
+    ComputeCost,
+    PassProfile,
+    StepModel,
+    Stragglers,
+    Strategy,
+)
 
 MODEL_BYTES = {  # float32 weights; googlenet with both auxiliary heads, as it is trained
     "lenet": 431_080 * 4, "squeezenet": 1_248_424 * 4, "googlenet": 13_378_280 * 4, "nin": 7_595_176 * 4,
@@ -16,24 +22,54 @@ MODEL_BYTES = {  # float32 weights; googlenet with both auxiliary heads, as it i
 }  # fmt: skip
 
 
-class Job(NamedTuple):
-    """What is trained, on what."""
+class SimulatedJob(NamedTuple):
+    """The job to simulate, and the machine that it would run on.
+
+    Attributes:
+        num_bytes: size of the gradients.
+        batch_size: samples a step, of all workers (strong scaling) or of each (weak scaling).
+        compute: a worker's computation.
+        network: the machine's network.
+        mode: ``strong`` or ``weak``.
+        overlap: collectives run while backward goes on.
+        profile: when gradients become complete during a pass.
+        stragglers: how the computation varies from step to step.
+        epoch_samples: samples an epoch; None: no price is shown.
+        price_per_worker_hour: of every machine; None: no price is shown.
+    """
 
     num_bytes: float
-    batch_size: int  # global (strong) or a worker's (weak)
-    compute: Compute
-    network: Preset
+    batch_size: int
+    compute: ComputeCost
+    network: Fabric
     mode: str = "strong"
     overlap: bool = True
-    profile: Profile = step_time.USUAL  # of a pass: when gradients are there to leave
+    profile: PassProfile = step_time.USUAL_PROFILE
     stragglers: Stragglers = Stragglers()
     epoch_samples: int | None = None
     price_per_worker_hour: float | None = None
 
+    def share(self, workers: int) -> float:
+        """Return the samples of one worker in a step."""
+        if self.mode == "strong":
+            return self.batch_size / workers
+        return self.batch_size
+
 
 class Point(NamedTuple):
-    """One strategy at one worker count. ``machines``: the workers, and the servers and backup workers beside them; ``cost_per_epoch``
-    is theirs."""
+    """One strategy at one number of workers.
+
+    Attributes:
+        strategy: as a person types it.
+        workers: workers whose gradients a step waits for.
+        step_s: seconds of a step.
+        exposed_s: of these, the seconds that the exchange and stragglers add.
+        samples_per_s: of all workers together.
+        speedup: over one worker without an exchange.
+        efficiency: speed-up per worker.
+        cost_per_epoch: price of all machines; None: no price is known.
+        machines: the workers, the backup workers and the servers.
+    """
 
     strategy: str
     workers: int
@@ -47,97 +83,117 @@ class Point(NamedTuple):
 
 
 def strategies() -> list[str]:
-    """Every collective on disk that needs no options, and one and many servers."""
-    return [name for name in plugins.names("collective") if name != "two_level"] + [
-        "server",
-        "server:4",
-        "server:16",
-    ]
+    """Return every collective that needs no options, and one and many servers."""
+    collectives = [name for name in plugins.names("collective") if name != "two_level"]
+    return [*collectives, "server", "server:4", "server:16"]
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises ``UserError`` for a strategy that there is not. ``+N`` at the end adds N backup workers."""
+    """Check that every strategy exists, and prove the schedules of collectives.
+
+    Raises:
+        UserError: a strategy does not exist.
+    """
+    collectives = plugins.names("collective")
     for name in names:
         strategy, _, backups = name.partition("+")
-        kind, _, servers = strategy.partition(":")
         if backups and not backups.isdigit():
             raise UserError(f"--strategy: {name!r}: backup workers are a number, as in server+4")
-        if kind == "server" and (not servers or (servers.isdigit() and int(servers) > 0)):
+        kind, _, servers = strategy.partition(":")
+        if kind == "server" and _is_count(servers or "1"):
             continue
-        if kind not in [*plugins.names("collective"), "none"] or servers:
-            raise unknown(
-                "--strategy", name, [*plugins.names("collective"), "none", "server", "server:4"]
-            )
-        if kind in plugins.names("collective"):
+        if kind not in [*collectives, "none"] or servers:
+            raise unknown("--strategy", name, [*collectives, "none", "server", "server:4"])
+        if kind in collectives:
             for size in (2, 5, 8):
                 proved(kind, size)
 
 
-def point(job: Job, strategy: str, workers: int) -> Point:
-    """One strategy (``ring``, ``server:4``, ``server+3`` with three backup workers) at one worker count."""
-    name, _, extra = strategy.partition("+")
-    backups = int(extra or 0)
-    share = job.batch_size / workers if job.mode == "strong" else job.batch_size
-    slow = step_time.slowest_factor(workers, backups, job.stragglers)
-    compute = Compute(job.compute.sample_s * slow, job.compute.fixed_s * slow, job.compute.update_s)
-    ports = workers + backups if name.startswith("server") else workers
-    step = step_time.step_s(
-        name,
-        ports,
-        share,
-        job.num_bytes,
-        compute,
-        job.network,
-        overlap=job.overlap,
-        profile=job.profile,
-    )
-    quiet = step_time.step_s("none", 1, share, job.num_bytes, compute, job.network)
-    alone = step_time.step_s("none", 1, job.batch_size, job.num_bytes, job.compute, job.network)
-    batch = share * workers
-    rate = batch / step
-    speedup = rate / (job.batch_size / alone)
-    # One worker alone has nobody to exchange with.
-    servers = (
-        int(name.partition(":")[2] or 1)
-        if name.startswith("server") and workers + backups > 1
-        else 0
-    )
-    machines, cost = workers + backups + servers, None
-    if job.price_per_worker_hour is not None and job.epoch_samples:
-        cost = job.price_per_worker_hour * machines * job.epoch_samples / rate / 3600
+def _is_count(text: str) -> bool:
+    return text.isdigit() and int(text) > 0
+
+
+def simulate_one(job: SimulatedJob, strategy: str, workers: int) -> Point:
+    """Simulate one strategy, such as ``ring`` or ``server:4+3``, at one number of workers."""
+    parsed = Strategy.parse(strategy)
+    share = job.share(workers)
+    slowest = step_time.slowest_factor(workers, parsed.backups, job.stragglers)
+    compute = job.compute.slowed(slowest)
+    # Backup workers send their gradients to a server, too. A collective has no backup workers.
+    senders = workers + parsed.backups if parsed.has_servers else workers
+    model = StepModel(job.num_bytes, compute, job.network, job.overlap, job.profile)
+    step_s = model.step_s(strategy, senders, share)
+    # The same computation without an exchange, and the whole batch on one worker.
+    quiet_s = StepModel(job.num_bytes, compute, job.network).step_s("none", 1, share)
+    alone = StepModel(job.num_bytes, job.compute, job.network)
+    alone_s = alone.step_s("none", 1, job.batch_size)
+    samples_per_s = share * workers / step_s
+    speedup = samples_per_s / (job.batch_size / alone_s)
+    machines = workers + parsed.backups
+    if machines > 1:  # one worker alone has nobody to exchange with, and needs no server
+        machines += parsed.servers
     return Point(
-        strategy, workers, step, step - quiet, rate, speedup, speedup / workers, cost, machines
+        strategy=strategy,
+        workers=workers,
+        step_s=step_s,
+        exposed_s=step_s - quiet_s,
+        samples_per_s=samples_per_s,
+        speedup=speedup,
+        efficiency=speedup / workers,
+        cost_per_epoch=_cost_per_epoch(job, machines, samples_per_s),
+        machines=machines,
     )
 
 
-def simulate(job: Job, workers: Sequence[int], names: Sequence[str]) -> list[Point]:
-    """Every strategy at every worker count. Strong scaling ends where a worker would have less than one sample."""
+def _cost_per_epoch(job: SimulatedJob, machines: int, samples_per_s: float) -> float | None:
+    if job.price_per_worker_hour is None or not job.epoch_samples:
+        return None
+    return job.price_per_worker_hour * machines * job.epoch_samples / samples_per_s / 3600
+
+
+def simulate(job: SimulatedJob, workers: Sequence[int], names: Sequence[str]) -> list[Point]:
+    """Simulate every strategy at every number of workers.
+
+    Strong scaling ends where a worker would have less than one sample.
+
+    Raises:
+        UserError: a strategy does not exist, or every number of workers is too large.
+    """
     check(names)
     most = job.batch_size if job.mode == "strong" else max(workers)
     fitting = [count for count in workers if count <= most]
     if not fitting:
         raise UserError(
-            f"--workers: {min(workers)} workers cannot share a batch of {job.batch_size} (allowed: 1 to {job.batch_size})"
+            f"--workers: {min(workers)} workers cannot share a batch of {job.batch_size}"
+            f" (allowed: 1 to {job.batch_size})"
         )
-    return [point(job, name, count) for count in fitting for name in names]
+    points = []
+    for count in fitting:
+        for name in names:
+            points.append(simulate_one(job, name, count))
+    return points
 
 
 def best(points: Sequence[Point]) -> dict[int, Point]:
-    """The fastest strategy at each worker count; of equally fast ones the one with fewest machines."""
-    return {
-        workers: min(equal, key=lambda p: p.machines) for workers, equal in fastest(points).items()
-    }
+    """Return the fastest strategy of each number of workers, with the fewest machines."""
+    cheapest = {}
+    for workers, equal in fastest(points).items():
+        cheapest[workers] = min(equal, key=lambda point: point.machines)
+    return cheapest
 
 
 def fastest(points: Sequence[Point]) -> dict[int, list[Point]]:
-    """The strategies at each worker count that none beats."""
-    found: dict[int, list[Point]] = {}
-    for workers in dict.fromkeys(p.workers for p in points):
-        alike = [p for p in points if p.workers == workers]
-        least = min(p.step_s for p in alike)
-        found[workers] = [p for p in alike if p.step_s <= least * (1 + 1e-9)]
-    return found
+    """Return the strategies of each number of workers that no other strategy beats."""
+    by_workers: dict[int, list[Point]] = {}
+    for point in points:
+        by_workers.setdefault(point.workers, []).append(point)
+    unbeaten = {}
+    for workers, alike in by_workers.items():
+        limit_s = min(point.step_s for point in alike) * (1 + 1e-9)  # equal but for rounding
+        unbeaten[workers] = [point for point in alike if point.step_s <= limit_s]
+    return unbeaten
 
 
 def as_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
-    return [p._asdict() for p in points]
+    """Return the points as JSON and CSV hold them."""
+    return [point._asdict() for point in points]

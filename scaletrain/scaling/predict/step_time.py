@@ -1,149 +1,245 @@
-"""What a step takes: computation at each batch size, the exchange, and how much of it hides behind backward."""
+"""How long a step takes: computation, the exchange, and how much of it hides behind backward."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from scaletrain.scaling.predict.network import Preset, allreduce_s, server_s
+from scaletrain.scaling.predict.layers import ModelTimes
+from scaletrain.scaling.predict.network import Fabric, allreduce_s, server_s
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default bucket
+FIRST_BUCKET_BYTES = 2.0**20  # DDP's, smaller so that communication starts early
 
 
-class Profile(NamedTuple):
-    """How a pass goes: ``forward`` of its time, then backward, in which gradients become complete. ``points``: (part of the gradients'
-    bytes, part of backward after which they are there), both growing to 1.
+class PassProfile(NamedTuple):
+    """How a pass is divided: forward, then backward, in which gradients become complete.
 
-    Without a measurement: a third is forward, since backward costs about two forward passes, and gradients come in proportion to bytes.
+    Without a measurement, a third of a pass is forward, because backward costs about two forward
+    passes, and gradients become complete in proportion to their bytes.
+
+    Attributes:
+        forward: part of the pass that is forward.
+        points: (part of the gradients' bytes, part of backward after which they are complete),
+            both growing to 1.
     """
 
     forward: float = 1 / 3
     points: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
 
     def complete(self, part: float) -> float:
-        """The part of backward after which the first ``part`` of the gradients' bytes is there."""
-        sizes, times = zip((0.0, 0.0), *self.points, strict=True)
+        """Return the part of backward after which this part of the gradients is complete."""
+        sizes = [0.0]
+        times = [0.0]
+        for size, time in self.points:
+            sizes.append(size)
+            times.append(time)
         return float(np.interp(part, sizes, times))
 
     @classmethod
-    def of_layers(cls, measured: Mapping[str, Any]) -> "Profile":
-        """From what ``bench model`` wrote: backward visits the layers from the last to the first."""
-        forward, backward = measured["forward_s"], measured["backward_s"]
-        layers = measured["layers"][::-1]
-        sizes, times = (
-            np.cumsum([layer[key] for layer in layers]) for key in ("gradient_bytes", "backward_s")
-        )
-        points = tuple(
-            (float(s / sizes[-1]), float(t / times[-1])) for s, t in zip(sizes, times, strict=True)
-        )
-        return cls(forward / (forward + backward), points)
+    def of_layers(cls, model: ModelTimes) -> "PassProfile":
+        """Return the profile of a model whose layers were timed."""
+        backward_order = model.layers[::-1]  # the last layer's gradient comes first
+        sizes = np.cumsum([layer.gradient_bytes for layer in backward_order])
+        times = np.cumsum([layer.backward_s for layer in backward_order])
+        points = []
+        for size, time in zip(sizes, times, strict=True):
+            points.append((float(size / sizes[-1]), float(time / times[-1])))
+        return cls(model.forward_s / model.pass_s, tuple(points))
 
 
-USUAL = Profile()
+USUAL_PROFILE = PassProfile()
 
 
-class Compute(NamedTuple):
-    """A worker's computation: ``fixed_s + sample_s * samples`` of forward and backward; then ``update_s``."""
+class ComputeCost(NamedTuple):
+    """A worker's computation: forward and backward of its samples, then the update."""
 
-    sample_s: float
-    fixed_s: float = 0.0
+    sample_s: float  # forward and backward, for each sample
+    fixed_s: float = 0.0  # forward and backward, for each step
     update_s: float = 0.0
 
     def pass_s(self, samples: float) -> float:
+        """Return the seconds of forward and backward."""
         return self.fixed_s + self.sample_s * samples
+
+    def slowed(self, factor: float) -> "ComputeCost":
+        """Return the cost when forward and backward take ``factor`` times as long."""
+        return self._replace(sample_s=self.sample_s * factor, fixed_s=self.fixed_s * factor)
 
 
 class Stragglers(NamedTuple):
-    """How a worker's computation varies from step to step: lognormal with this coefficient of variation, rare long delays, and an
-    exponential delay of mean ``tail`` (in units of the computation)."""
+    """How a worker's computation varies from step to step.
 
-    variation: float = 0.0  # standard deviation / mean
+    Attributes:
+        variation: standard deviation / mean of a lognormal factor.
+        slow_probability: of a step being slow.
+        slow_factor: how many times as long a slow step takes.
+        tail: mean of an exponential delay, in units of the computation.
+    """
+
+    variation: float = 0.0
     slow_probability: float = 0.0
-    slow_factor: float = 1.0  # a slow step takes so many times as long
+    slow_factor: float = 1.0
     tail: float = 0.0
 
     @property
     def is_none(self) -> bool:
+        """True if every step takes the same time."""
         return self.variation == 0 and self.slow_probability == 0 and self.tail == 0
 
 
 def buckets(num_bytes: float, bucket_bytes: float = BUCKET_BYTES) -> list[float]:
-    """DDP's layout: a first bucket of 1 MiB, so that communication starts early, then full ones, in the order of backward."""
-    first = min(num_bytes, 2.0**20, bucket_bytes)
+    """Return the sizes of DDP's buckets, in the order of backward.
+
+    The first bucket has at most 1 MiB. The others are equal, and at most ``bucket_bytes`` each.
+    """
+    first = min(num_bytes, FIRST_BUCKET_BYTES, bucket_bytes)
     rest = num_bytes - first
-    count = math.ceil(rest / bucket_bytes) if rest > 0 else 0
-    return [first, *(rest / count for _ in range(count))]
+    if rest <= 0:
+        return [first]
+    count = math.ceil(rest / bucket_bytes)
+    return [first, *[rest / count] * count]
 
 
 def exposed_s(
     pass_s: float,
-    costs: list[float],
-    sizes: list[float],
-    profile: Profile = USUAL,
+    costs: Sequence[float],
+    sizes: Sequence[float],
+    profile: PassProfile = USUAL_PROFILE,
     *,
     overlap: bool = True,
 ) -> float:
-    """How much longer the step is for its exchanges, which run one after another while backward goes on.
+    """Return how much longer a step is for its exchanges, which run one after another.
 
-    ``costs[i]`` seconds for bucket i of ``sizes[i]`` bytes, which leaves when all its gradients are there.
+    A bucket leaves when all its gradients are complete, and backward goes on meanwhile.
+
+    Args:
+        pass_s: seconds of forward and backward.
+        costs: seconds of each bucket's exchange.
+        sizes: bytes of each bucket.
+        profile: when gradients become complete.
+        overlap: False: every exchange waits for the end of backward.
     """
     if not overlap:
         return sum(costs)
-    forward, total = pass_s * profile.forward, sum(sizes) or 1.0
-    done, until = 0.0, 0.0
+    forward_s = pass_s * profile.forward
+    backward_s = pass_s - forward_s
+    total = sum(sizes) or 1.0
+    exchanged_s = 0.0  # when the exchanges so far have ended
+    bytes_so_far = 0.0
     for cost, size in zip(costs, sizes, strict=True):
-        until += size
-        done = max(done, forward + (pass_s - forward) * profile.complete(until / total)) + cost
-    return max(0.0, done - pass_s)
+        bytes_so_far += size
+        complete_s = forward_s + backward_s * profile.complete(bytes_so_far / total)
+        exchanged_s = max(exchanged_s, complete_s) + cost
+    return max(0.0, exchanged_s - pass_s)
 
 
-def exchange_s(strategy: str, workers: int, num_bytes: float, on: Preset) -> float:
-    """Seconds of one exchange of ``num_bytes``: a collective's name, ``server`` or ``server:K`` (K servers), or ``none``."""
+class Strategy(NamedTuple):
+    """A way to exchange gradients, as the models know it."""
+
+    name: str  # a collective, ``server`` or ``none``
+    servers: int = 0  # parameter servers beside the workers
+    backups: int = 0  # workers beyond those whose gradients a step waits for
+
+    @property
+    def has_servers(self) -> bool:
+        """True if gradients go to parameter servers."""
+        return self.name == "server"
+
+    @classmethod
+    def parse(cls, text: str) -> "Strategy":
+        """Return the strategy that a text names.
+
+        >>> Strategy.parse("server:4+3")
+        Strategy(name='server', servers=4, backups=3)
+
+        Raises:
+            ValueError: a number of servers or of backup workers is not a number.
+        """
+        kind, _, backups = text.partition("+")
+        name, _, servers = kind.partition(":")
+        if name == "server":
+            return cls(name, int(servers or 1), int(backups or 0))
+        return cls(name, 0, int(backups or 0))
+
+
+def exchange_s(strategy: str, workers: int, num_bytes: float, fabric: Fabric) -> float:
+    """Return the seconds of one exchange.
+
+    Args:
+        strategy: as ``Strategy.parse`` takes it.
+        workers: workers that exchange.
+        num_bytes: size of the gradients.
+        fabric: the network.
+    """
     if strategy == "none" or workers <= 1:
         return 0.0
-    name, _, servers = strategy.partition(":")
-    if name == "server":
-        return server_s(workers, num_bytes, on, servers=int(servers or 1))
-    return allreduce_s(name, workers, num_bytes, on)
+    parsed = Strategy.parse(strategy)
+    if parsed.has_servers:
+        return server_s(workers, num_bytes, fabric, servers=parsed.servers)
+    return allreduce_s(parsed.name, workers, num_bytes, fabric)
 
 
-def step_s(
-    strategy: str, workers: int, share: float, num_bytes: float, compute: Compute, on: Preset, *,
-    overlap: bool = True, bucket_bytes: float = BUCKET_BYTES, profile: Profile = USUAL,
-) -> float:  # fmt: skip
-    """A synchronous step of ``workers``, each on ``share`` samples."""
-    pass_s = compute.pass_s(share)
-    sizes = (
-        buckets(num_bytes, bucket_bytes)
-        if overlap and not strategy.startswith("server")
-        else [num_bytes]
-    )
-    costs = [exchange_s(strategy, workers, size, on) for size in sizes]
-    hides = overlap and not strategy.startswith("server")
-    return pass_s + exposed_s(pass_s, costs, sizes, profile, overlap=hides) + compute.update_s
+@dataclasses.dataclass(frozen=True)
+class StepModel:
+    """What the time of a synchronous step depends on, beside the strategy and the workers.
+
+    Attributes:
+        num_bytes: size of the gradients.
+        compute: a worker's computation.
+        fabric: the network.
+        overlap: collectives run while backward goes on. Servers never overlap.
+        profile: when gradients become complete.
+    """
+
+    num_bytes: float
+    compute: ComputeCost
+    fabric: Fabric
+    overlap: bool = True
+    profile: PassProfile = USUAL_PROFILE
+
+    def step_s(self, strategy: str, workers: int, share: float) -> float:
+        """Return the seconds of a step of ``workers``, each on ``share`` samples."""
+        pass_s = self.compute.pass_s(share)
+        overlap = self.overlap and not Strategy.parse(strategy).has_servers
+        sizes = buckets(self.num_bytes) if overlap else [self.num_bytes]
+        costs = [exchange_s(strategy, workers, size, self.fabric) for size in sizes]
+        exposed = exposed_s(pass_s, costs, sizes, self.profile, overlap=overlap)
+        return pass_s + exposed + self.compute.update_s
 
 
 @functools.lru_cache(maxsize=4096)
 def slowest_factor(
     workers: int, backups: int, stragglers: Stragglers, draws: int = 2000, seed: int = 0
 ) -> float:
-    """Mean over steps of the time until ``workers`` of ``workers + backups`` are done, in units of the computation without delays."""
+    """Return how much longer a step computes because it waits for its slowest workers.
+
+    The result is the mean time until ``workers`` of ``workers + backups`` are done, in units of the
+    computation without delays.
+
+    Args:
+        workers: gradients that a step waits for.
+        backups: workers beyond them, whose late gradients are dropped.
+        stragglers: how the computation varies.
+        draws: steps that are drawn, fewer for many workers.
+        seed: of the random numbers.
+    """
     if stragglers.is_none:
         return 1.0
     total = workers + backups
-    if total == 1:  # known; draws would only be near it
+    if total == 1:  # the mean is known; drawn steps would only be near it
         return 1 + stragglers.slow_probability * (stragglers.slow_factor - 1) + stragglers.tail
     random = np.random.default_rng(seed)
     draws = max(50, min(draws, 4_000_000 // total))
+    # A lognormal with mean 1 and this coefficient of variation.
     sigma = math.sqrt(math.log(1 + stragglers.variation**2))
     times = random.lognormal(-sigma * sigma / 2, sigma, size=(draws, total))
-    times = np.where(
-        random.random((draws, total)) < stragglers.slow_probability,
-        times * stragglers.slow_factor,
-        times,
-    )
+    is_slow = random.random((draws, total)) < stragglers.slow_probability
+    times = np.where(is_slow, times * stragglers.slow_factor, times)
     if stragglers.tail:
         times = times + random.exponential(stragglers.tail, size=times.shape)
-    return float(np.partition(times, workers - 1, axis=1)[:, workers - 1].mean())
+    last = workers - 1  # the index of the last gradient that is waited for
+    return float(np.partition(times, last, axis=1)[:, last].mean())

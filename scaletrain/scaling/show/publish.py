@@ -140,7 +140,10 @@ def compare_and_exit(new: Path, old: Path) -> None:
 
 
 def show_simulation(
-    job: simulate.Job, points: Sequence[simulate.Point], console: Console, asked: Sequence[int]
+    job: simulate.SimulatedJob,
+    points: Sequence[simulate.Point],
+    console: Console,
+    asked: Sequence[int],
 ) -> None:
     """A table of speed-ups (columns: worker counts), the best strategy of each marked, and its price. ``asked``: for which counts."""
     counts = sorted({p.workers for p in points})
@@ -210,7 +213,7 @@ def show_simulation(
 
 
 def write_simulation(
-    out: Path, job: simulate.Job, points: Sequence[simulate.Point], measured: int | None
+    out: Path, job: simulate.SimulatedJob, points: Sequence[simulate.Point], measured: int | None
 ) -> None:
     """simulation.json, .csv, .svg and .png. Beyond what was ``measured`` (times ``fit.FAR``) lines are dashed."""
     out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Measurements of this repository: run from a checkout, not part of the package."""

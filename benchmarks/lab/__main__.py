@@ -1,0 +1,35 @@
+"""The command of the lab, run from the repository's root: ``python -m benchmarks.lab --help``."""
+
+import sys
+
+import click
+
+from benchmarks.lab import firecaffe, prediction
+from scaletrain.errors import UserError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def lab() -> None:
+    """Measure this repository's own pages in benchmarks/results.
+
+    \b
+    Example:
+      python -m benchmarks.lab firecaffe --hosts 2,4
+    """
+
+
+lab.add_command(firecaffe.command)
+lab.add_command(prediction.command)
+
+
+def main() -> None:
+    """Run a command. A person's mistake ends in one line and status 2."""
+    try:
+        lab(prog_name="python -m benchmarks.lab")
+    except UserError as error:
+        click.echo(f"benchmarks.lab: error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

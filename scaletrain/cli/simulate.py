@@ -1,0 +1,339 @@
+"""``scaletrain simulate``: predict how a job scales on a machine that is not there."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from scaletrain.errors import UserError
+
+if TYPE_CHECKING:
+    from scaletrain.scaling.predict.fit import Calibration
+    from scaletrain.scaling.predict.layers import ModelTimes
+    from scaletrain.scaling.predict.network import Fabric
+    from scaletrain.scaling.predict.simulate import SimulatedJob
+
+EXAMPLE = "scaletrain simulate --model nin --batch 1024 --sample-ms 8.3 --network gemini"
+MOST_WORKERS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of ``simulate``, as a person types them (see the help texts below)."""
+
+    model: str | None
+    batch: int | None
+    sample_ms: float | None
+    layers: Path | None
+    network: str
+    bandwidth: str | None
+    fit: Path | None
+    half_duplex: bool
+    workers: str
+    strategy: str | None
+    mode: str
+    no_overlap: bool
+    straggler_variation: float
+    slow_probability: float
+    slow_factor: float
+    epoch_samples: int
+    price: float | None
+    far: bool
+    out: Path | None
+
+
+@click.command()
+@click.option(
+    "--model",
+    help="A preset (lenet, squeezenet, googlenet, nin, alexnet, vgg16, vgg19, resnet50)"
+    " or a size, such as 100MB.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help="Samples a step: of all workers (strong) or of each (weak).",
+)
+@click.option(
+    "--sample-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Milliseconds of computation a sample, on one worker.",
+)
+@click.option(
+    "--layers",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A file of `bench model --out`, in place of --model and --sample-ms. It also tells when"
+    " each layer's gradient can leave.",
+)
+@click.option(
+    "--network",
+    default="10gbit",
+    show_default=True,
+    help="A known network (see --networks).",
+)
+@click.option("--bandwidth", help="A bandwidth in place of the network's, such as 25Gbit.")
+@click.option(
+    "--fit",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A calibration (fit.json) in place of --sample-ms and --network. Of --network, it takes"
+    " only what was not measured.",
+)
+@click.option("--half-duplex", is_flag=True, help="Links do not send while they receive.")
+@click.option(
+    "--workers",
+    default="1,2,4,8,16,32,64,128",
+    show_default=True,
+    help="Worker counts, up to 4096.",
+)
+@click.option(
+    "--strategy",
+    help="Such as ring,tree,server,server:4,server+3 (backup workers) [default: all].",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["strong", "weak"]),
+    default="strong",
+    show_default=True,
+    help="Strong: the global batch is fixed. Weak: it grows with the workers.",
+)
+@click.option("--no-overlap", is_flag=True, help="Communication does not hide behind backward.")
+@click.option(
+    "--straggler-variation",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Standard deviation / mean of a worker's computation (lognormal).",
+)
+@click.option(
+    "--slow-probability",
+    type=click.FloatRange(min=0, max=1),
+    default=0.0,
+    help="Probability that a worker's step is slow.",
+)
+@click.option(
+    "--slow-factor",
+    type=click.FloatRange(min=1),
+    default=2.0,
+    show_default=True,
+    help="How many times as long a slow step takes.",
+)
+@click.option(
+    "--epoch-samples",
+    type=click.IntRange(min=1),
+    default=1_281_167,
+    show_default=True,
+    help="Samples an epoch (ImageNet's).",
+)
+@click.option(
+    "--price",
+    type=click.FloatRange(min=0),
+    help="Price of a machine (worker, backup worker, server) and hour; shows the cost of an epoch.",
+)
+@click.option("--far", is_flag=True, help="Predict beyond 8 times the workers that --fit measured.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Also write simulation.json, .csv, .svg and .png there.",
+)
+@click.option(
+    "--networks", is_flag=True, help="List the known networks with their sources, and exit."
+)
+def command(networks: bool, **values: Any) -> None:
+    """Predict step time, speed-up and cost of every strategy at up to 4,096 workers.
+
+    Predictions are computed from the schedules themselves. Nothing is started.
+
+    \b
+    Examples:
+      scaletrain simulate --model nin --batch 1024 --sample-ms 8.3 --network gemini
+      scaletrain simulate --fit runs/mine/fit.json --workers 1,2,4,8 --strategy ring,server
+    """
+    if networks:
+        _list_networks()
+        return
+    _simulate(Options(**values))
+
+
+def _list_networks() -> None:
+    from scaletrain.scaling.predict.network import FABRICS
+
+    for name, fabric in FABRICS.items():
+        megabytes_per_s = fabric.network.bandwidth_bytes_per_s / 1e6
+        microseconds = 1e6 * fabric.network.latency_s
+        click.echo(
+            f"{name:<16} {megabytes_per_s:>8,.0f} MB/s {microseconds:>6.1f} us  {fabric.source}"
+        )
+
+
+def _simulate(options: Options) -> None:
+    from scaletrain.scaling.predict import simulate
+    from scaletrain.scaling.predict.fit import Calibration
+    from scaletrain.scaling.predict.layers import ModelTimes
+    from scaletrain.scaling.predict.network import fabric_named
+    from scaletrain.scaling.show import publish
+
+    counts = _worker_counts(options.workers)
+    fabric = fabric_named(options.network)
+    calibration = None
+    if options.fit:
+        calibration = Calibration.read(options.fit)
+        calibration.fit.check_reach(counts[-1], options.far)
+        fabric = _fitted_fabric(options, calibration, assumed=fabric)
+    fabric = _adjusted(fabric, options)
+    layers = ModelTimes.read(options.layers) if options.layers else None
+    job = _job(options, fabric, calibration, layers)
+    if options.strategy:
+        names = [word.strip() for word in options.strategy.split(",")]
+    else:
+        names = simulate.strategies()
+    points = simulate.simulate(job, counts, names)
+    publish.show_simulation(job, points, publish.terminal(), counts)
+    if options.out:
+        measured_workers = calibration.fit.max_workers if calibration else None
+        publish.write_simulation(options.out, job, points, measured_workers)
+        click.echo(f"written: {options.out / 'simulation.json'}")
+
+
+def _worker_counts(text: str) -> list[int]:
+    """Return the numbers of workers, the smallest first."""
+    try:
+        counts = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        raise UserError(
+            f"--workers: {text!r} is not allowed (allowed: numbers with commas, such as 1,8,64)"
+        ) from None
+    if counts[0] < 1 or counts[-1] > MOST_WORKERS:
+        raise UserError(f"--workers: {text!r} is not allowed (allowed: 1 to {MOST_WORKERS})")
+    return counts
+
+
+def _fitted_fabric(options: Options, calibration: "Calibration", assumed: "Fabric") -> "Fabric":
+    """Return the fitted network. Figures that the measurements do not tell are assumed.
+
+    Raises:
+        UserError: a figure is missing, and no option gives one to assume.
+    """
+    missing = []
+    for figure in calibration.fit.unidentified:
+        if figure == "bandwidth" and options.bandwidth:
+            continue
+        missing.append(figure)
+    figures = " and ".join(missing)
+    source = click.get_current_context().get_parameter_source("network")
+    if missing and source is ParameterSource.DEFAULT:
+        raise UserError(
+            f"--fit {options.fit}: its measurements do not tell the network's {figures}"
+            " (give --network, to assume that network's)"
+        )
+    fabric = calibration.fit.fabric_or(assumed.network)
+    if missing:
+        note = (
+            f"fitted, but its {figures} assumed: that of {options.network};"
+            " the measurements do not tell it"
+        )
+        fabric = dataclasses.replace(fabric, source=note)
+    return fabric
+
+
+def _adjusted(fabric: "Fabric", options: Options) -> "Fabric":
+    """Return the network with the bandwidth and the duplex that a person asks for."""
+    from scaletrain.scaling.predict.network import parse_bandwidth
+
+    network = fabric.network
+    if options.bandwidth:
+        network = network._replace(bandwidth_bytes_per_s=parse_bandwidth(options.bandwidth))
+    if options.half_duplex:
+        network = network._replace(duplex=False)
+    return dataclasses.replace(fabric, network=network)
+
+
+def _job(
+    options: Options,
+    fabric: "Fabric",
+    calibration: "Calibration | None",
+    layers: "ModelTimes | None",
+) -> "SimulatedJob":
+    """Put the job together.
+
+    An option of its own (--model, --batch, --sample-ms) comes before the calibration and the timed
+    layers.
+
+    Raises:
+        UserError: none of them gives the model's size, the batch or the computation.
+    """
+    from scaletrain.scaling.predict.simulate import SimulatedJob
+    from scaletrain.scaling.predict.step_time import (
+        USUAL_PROFILE,
+        ComputeCost,
+        PassProfile,
+        Stragglers,
+    )
+
+    num_bytes: float | None = None
+    compute: ComputeCost | None = None
+    batch = options.batch
+    overlap = not options.no_overlap
+    profile = USUAL_PROFILE
+    if calibration:
+        num_bytes = calibration.num_bytes
+        compute = calibration.fit.compute
+        batch = batch or calibration.batch_size
+        overlap = overlap and calibration.fit.overlap
+    if layers:
+        num_bytes = float(layers.weight_bytes)
+        profile = PassProfile.of_layers(layers)
+        if compute is None:
+            compute = ComputeCost(layers.pass_s / layers.batch)
+    if options.model:
+        num_bytes = model_bytes(options.model)
+    if options.sample_ms:
+        compute = ComputeCost(options.sample_ms / 1e3)
+    if num_bytes is None or batch is None or compute is None:
+        required = {"--model": num_bytes, "--batch": batch, "--sample-ms": compute}
+        missing = [option for option, value in required.items() if value is None]
+        raise UserError(
+            f"simulate: give {', '.join(missing)} (or --layers, or --fit with a calibration),"
+            f" for example: {EXAMPLE}"
+        )
+    return SimulatedJob(
+        num_bytes=num_bytes,
+        batch_size=batch,
+        compute=compute,
+        network=fabric,
+        mode=options.mode,
+        overlap=overlap,
+        profile=profile,
+        stragglers=Stragglers(
+            options.straggler_variation, options.slow_probability, options.slow_factor
+        ),
+        epoch_samples=options.epoch_samples,
+        price_per_worker_hour=options.price,
+    )
+
+
+def model_bytes(text: str) -> float:
+    """Return the size of a model's gradients: a preset's, or a size with its unit.
+
+    >>> model_bytes("30.4MB")
+    30400000.0
+
+    Raises:
+        UserError: the text is neither.
+    """
+    from scaletrain.errors import unknown
+    from scaletrain.scaling.predict.simulate import MODEL_BYTES
+
+    if text.lower() in MODEL_BYTES:
+        return MODEL_BYTES[text.lower()]
+    # The longer units first, since "MB" ends with "B", and every text ends with "".
+    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "KB": 1e3, "B": 1.0, "": 1.0}
+    for unit, scale in units.items():
+        if not text.endswith(unit):
+            continue
+        try:
+            size = float(text.removesuffix(unit)) * scale
+        except ValueError:
+            break
+        if size > 0:
+            return size
+    raise unknown("--model", text, [*MODEL_BYTES, "bytes such as 30.4MB"])

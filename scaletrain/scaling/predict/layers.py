@@ -1,0 +1,98 @@
+"""How long each layer of a model takes: written by ``bench model``, read by ``simulate``."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scaletrain.errors import UserError
+from scaletrain.run.atomic import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTimes:
+    """One layer. Times are means of a pass, in seconds."""
+
+    name: str  # as in the model's ``named_modules``
+    type: str
+    forward_s: float
+    backward_s: float
+    parameters: int  # of its own, without those of layers inside it
+    gradient_bytes: int
+    activations: int  # numbers in its outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelTimes:
+    """The layers of a model, in the order of forward, and whole passes.
+
+    Attributes:
+        batch: samples of a pass.
+        layers: each layer.
+        forward_s: of a whole pass, with the time that the measurement itself takes.
+        backward_s: likewise.
+        weight_bytes: of all layers' gradients.
+        activation_bytes: of all layers' outputs.
+    """
+
+    batch: int
+    layers: list[LayerTimes]
+    forward_s: float
+    backward_s: float
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def pass_s(self) -> float:
+        """Seconds of forward and backward."""
+        return self.forward_s + self.backward_s
+
+    @property
+    def data_to_weight_ratio(self) -> float | None:
+        """|D|/|W| of FireCaffe, section 3; None for a model without weights."""
+        if not self.weight_bytes:
+            return None
+        return self.activation_bytes / self.weight_bytes
+
+    def write(self, path: Path, header: Mapping[str, Any]) -> None:
+        """Write the times as JSON.
+
+        Args:
+            path: the file.
+            header: the machine and the model, for readers.
+        """
+        write_json(
+            path,
+            {
+                "header": {**header, "batch": self.batch},
+                "layers": [dataclasses.asdict(layer) for layer in self.layers],
+                "forward_s": self.forward_s,
+                "backward_s": self.backward_s,
+                "weight_bytes": self.weight_bytes,
+                "activation_bytes": self.activation_bytes,
+                "data_to_weight_ratio": self.data_to_weight_ratio,
+            },
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "ModelTimes":
+        """Read a file that ``write`` has written.
+
+        Raises:
+            UserError: it is some other file.
+        """
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                batch=value["header"]["batch"],
+                layers=[LayerTimes(**layer) for layer in value["layers"]],
+                forward_s=value["forward_s"],
+                backward_s=value["backward_s"],
+                weight_bytes=value["weight_bytes"],
+                activation_bytes=value["activation_bytes"],
+            )
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"--layers {path}: no layers (allowed: what `scaletrain bench model --out` wrote)"
+            ) from None
