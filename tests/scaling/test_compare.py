@@ -1,3 +1,5 @@
+"""Tests of ``scaling/explain/compare.py``: a change is told from noise."""
+
 import json
 from dataclasses import replace
 

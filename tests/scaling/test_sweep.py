@@ -1,3 +1,5 @@
+"""Tests of ``scaling/measure/sweep.py`` and ``machine.py``: cells, commands, resumes, failures."""
+
 import json
 import subprocess
 import sys

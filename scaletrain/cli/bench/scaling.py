@@ -1,4 +1,4 @@
-"""How fast N workers are under each exchange; what is lost, and to what."""
+"""How fast N workers are under each exchange, and why they are not faster."""
 
 import dataclasses
 import shlex

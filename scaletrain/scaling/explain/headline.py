@@ -1,4 +1,4 @@
-"""The first sentences of a report: what was reached, what limits it, and what to doubt."""
+"""The first sentences of a report: speed-up, limiter and doubts."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from scaletrain.units import plural
 
 
 def oversubscribed(report: Report) -> str:
-    """Return what figures and tables say of their marked rows; empty if none is marked."""
+    """Return the remark on marked rows in figures and tables; empty if none is marked."""
     causes = dict.fromkeys(row.oversubscribed for row in report.rows if row.oversubscribed)
     return f"oversubscribed: {', '.join(causes)}" if causes else ""
 
@@ -82,7 +82,7 @@ def _speed_alone(rows: Sequence[Row]) -> list[str]:
 
 
 def _limiter(best: Row, largest: Row, losses: Sequence[Loss]) -> list[str]:
-    """Return what limits the best row; if its loss was not split, the row of most workers."""
+    """Return the limiter of the best row; if its loss was not split, of the most workers."""
     for row in (best, largest):
         for loss in losses:
             if loss.label == row.label and (loss.config, loss.variant) == (row.config, row.variant):

@@ -22,7 +22,7 @@ UNSYNCHRONISED = (
     "none",
 )
 
-WORTH = 1.02  # times as fast: what a predicted exchange must be to be named
+WORTH = 1.02  # times as fast: a predicted exchange that gains less is not named
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From run directories to a report: what was reached, what is lost, and why. Trains nothing."""
+"""From run directories to a report: speed, losses and their causes. Trains nothing."""
 
 import contextlib
 import dataclasses
@@ -46,7 +46,9 @@ def of_sweep(*outs: Path) -> Report:
                 if RunDir(directory).has_finished():
                     results.runs.append(read_run(directory))
                     used_by_others += machine.read(directory)
-                elif (reason := sweep.read_failure(directory)) is not None:
+                    continue
+                reason = sweep.read_failure(directory)
+                if reason is not None:
                     results.failures.append(reason)
             planned += plan.repeats
             finished += len(results.runs)
@@ -119,12 +121,12 @@ def _config_text(directory: Path) -> str:
 
 def _report(measurements: Measurements, header: Header) -> Report:
     """Build the report in steps; each one rests on those before it."""
-    # 1. What was reached.
+    # 1. The speed of each cell.
     cells = measurements.cells(reference=False)
     rows = tuple(row_of(cell, measurements) for cell in cells)
     references = tuple(row_of(cell, measurements) for cell in measurements.cells(reference=True))
     rows, loss_reached = _with_time_to_loss(rows, cells, measurements)
-    # 2. What is lost.
+    # 2. Its lost time.
     maybe_losses = [
         losses.loss_of(cell, row, measurements) for cell, row in zip(cells, rows, strict=True)
     ]
@@ -138,11 +140,11 @@ def _report(measurements: Measurements, header: Header) -> Report:
         batches=_batches([*rows, *references]),
         loss_reached=loss_reached,
     )
-    # 3. What the model makes of it.
+    # 3. Predictions of the model that this report calibrates.
     fitted = _fitted(report)
     if fitted is not None:
         report = _with_predictions(report, fitted)
-    # 4. What to tell people.
+    # 4. The sentences for people.
     report = dataclasses.replace(
         report, losses=losses.with_alternatives(report.losses, rows, fitted)
     )
@@ -167,7 +169,7 @@ def _with_time_to_loss(
 
 
 def _with_findings(header: Header, rows: Sequence[Row], measurements: Measurements) -> Header:
-    """Add to a header what the runs say of themselves."""
+    """Add to a header the facts that runs record about themselves."""
     emulation = sorted({row.emulation for row in rows if row.emulation})
     commits: set[str] = set()
     devices: set[str] = set()

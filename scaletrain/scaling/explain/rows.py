@@ -156,7 +156,7 @@ def _with_exposed_communication(row: Row, cell: Cell, measurements: Measurements
 
 
 def _scarce(runs: Sequence[Run]) -> str:
-    """Return what the workers had too little of, in words; empty if of nothing."""
+    """Return the resource of which the workers had too little, in words; empty if of none."""
     causes = []
     if any(run.has_too_many_threads for run in runs):
         causes.append("more threads than cores")
@@ -166,7 +166,7 @@ def _scarce(runs: Sequence[Run]) -> str:
 
 
 def _emulation(summary: Summary) -> str | None:
-    """Return in words what was emulated in a run; None for real training on real hosts."""
+    """Return the emulated parts of a run, in words; None for real training on real hosts."""
     if not summary.emulated and summary.launcher != "rehearsal":
         return None
     parts = []

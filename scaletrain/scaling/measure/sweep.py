@@ -30,7 +30,7 @@ from scaletrain.scaling.model import Cell, Failure, Header, Scalar, Source, Swee
 FAILED = "failed.json"  # in a run's directory: why the repeat failed
 REFERENCE_STEPS = 60  # of the short runs that only the split of lost time needs
 # Settings that the sweep gives every cell itself, and the option that decides each.
-OWN = {
+DECIDED = {
     "workers": "--workers", "exchange": "--exchange", "batch_mode": "--mode", "threads": "--threads", "launcher": "--launcher",
     "launcher.name": "--launcher", "launcher.bind": "--bind", "run_dir": "--out",
 }  # fmt: skip
@@ -38,7 +38,7 @@ OWN = {
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a sweep is asked for, before it is checked (see ``plan``)."""
+    """The options of a sweep, before they are checked (see ``plan``)."""
 
     configs: Sequence[Path]
     workers: Sequence[int]  # worker counts
@@ -246,9 +246,9 @@ def _sources(paths: Sequence[Path]) -> dict[str, Source]:
 def _check_keys(option: str, keys: Sequence[str] | Mapping[str, object]) -> None:
     """Refuse settings that the sweep gives every cell itself."""
     for key in keys:
-        if key in OWN:
+        if key in DECIDED:
             raise UserError(
-                f"{option} {key}: the sweep decides it for every cell (give {OWN[key]})"
+                f"{option} {key}: the sweep decides it for every cell (give {DECIDED[key]})"
             )
 
 
@@ -285,7 +285,7 @@ def _differs(out: Path, difference: str) -> UserError:
 
 
 def _plan_path(out: Path) -> Path:
-    """Return where a sweep notes what its cells are, so that a resume means the same."""
+    """Return the file in which a sweep notes its cells, so that a resume means the same."""
     return out / "sweep.json"
 
 
@@ -335,7 +335,7 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         sweep: the plan.
         out: the sweep's directory, which ``claim`` made.
         tell: is called with one line about each repeat.
-        trace: whether first repeats also record what a trace shows.
+        trace: whether first repeats also record the events of a trace.
     """
     missing = []
     for cell, repeat in order(sweep.cells(), sweep.repeats):

@@ -1,4 +1,4 @@
-"""What a report becomes: report.json, the terminal's tables, pages, images and spreadsheets."""
+"""Write a report: report.json, the terminal's tables, pages, images and spreadsheets."""
 
 import csv
 import json

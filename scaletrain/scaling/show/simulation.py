@@ -1,4 +1,4 @@
-"""What a simulation becomes: the terminal's table, simulation.json, .csv and images."""
+"""Write a simulation: the terminal's table, simulation.json, .csv and images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def show_simulation(
     """Print a table of speed-ups, and the best strategy at each number of workers.
 
     Args:
-        job: what was simulated.
+        job: the simulated job.
         points: every strategy at every number of workers that fits.
         console: where to print.
         asked: the numbers of workers that were asked for.
@@ -64,7 +64,7 @@ def _table(job: SimulatedJob, points: Sequence[Point], counts: Sequence[int]) ->
 
 
 def _remarks(job: SimulatedJob, points: Sequence[Point], left_out: Sequence[int]) -> list[str]:
-    """Return lines about what the table rests on."""
+    """Return lines about the assumptions of the table."""
     remarks = []
     if left_out:
         counts = ", ".join(str(workers) for workers in left_out)
@@ -125,7 +125,7 @@ def write_simulation(
 
     Args:
         out: the directory.
-        job: what was simulated.
+        job: the simulated job.
         points: every strategy at every number of workers.
         measured: the most workers of the calibration; None: there was none. Lines are dashed
             beyond ``FAR`` times as many.
