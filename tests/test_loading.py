@@ -36,6 +36,6 @@ def test_torch_loads_our_engine_when_a_group_is_made():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.splitlines() == [
-        "['scaletrain.engine', 'scaletrain.engine.backend']",
+        "['scaletrain._version', 'scaletrain.engine', 'scaletrain.engine.backend']",
         "scaletrain.engine.process_group",
     ]

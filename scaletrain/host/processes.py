@@ -1,4 +1,4 @@
-"""Processes of this host: which are alive, which carry a mark, and how children die with their parent.
+"""Processes of this host: which are alive, which carry a mark, how they end.
 
 Read from /proc, where psutil would do more than is wanted: psutil adds the boot time to a process's
 start, so the figure that another process noted moves with the clock.
@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,26 @@ def handles_signal(pid: int, number: int) -> bool:
                 caught = int(line.split()[1], 16)
                 return bool(caught >> (number - 1) & 1)
     return False
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, such as "SIGKILL"."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def oom_kills() -> int | None:
+    """Return how many processes this host's kernel has killed for lack of memory since it booted.
+
+    None: the kernel does not say.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
 
 
 def marked(variable: str, mark: str) -> list[int]:
@@ -86,6 +107,19 @@ def dies_with_parent(number: int) -> Callable[[], None]:
             os._exit(1)
 
     return before_exec
+
+
+def die_with_parent(number: int) -> None:
+    """Let this process get signal ``number`` when the thread that started it ends.
+
+    For programs that anybody may start (see ``dies_with_parent`` for the starter's side). Exits if
+    the parent ended meanwhile. Does nothing where the C library has no prctl.
+    """
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        sys.exit(1)
 
 
 def _stat(pid: int) -> list[str]:

@@ -1,1 +1,1 @@
-"""A launcher is a pure function from a job to a plan; supervising carries the plan out. No torch in this room."""
+"""Launching: a launcher turns a job into a plan; supervision carries the plan out. No torch here."""

@@ -1,5 +1,6 @@
 """One rank of ``scaletrain bench collectives``: reads FOLDER/task.json, measures every contender, writes FOLDER/<rank>.json."""
 
+import functools
 import json
 import os
 import sys
@@ -69,9 +70,8 @@ def main(folder: Path) -> None:
                     f" in {choice['segments']} parts" if choice["segments"] > 1 else ""
                 )
                 source = torch.empty_like(tensor)
-                copies = measure(
-                    lambda s=source, t=tensor: finish(t.copy_(s)), dist.barrier, 0.05, _agree(size)
-                )
+                copy_once = functools.partial(_copy, tensor, source)
+                copies = measure(copy_once, dist.barrier, 0.05, _agree(size))
                 copy = num_bytes / sorted(copies)[len(copies) // 2]
             result = {"contender": name, "size_bytes": num_bytes, "times_s": times, "wrong": wrong}
             kind = torch.cuda.get_device_name(device) if tensor.is_cuda else "cpu"
@@ -79,6 +79,11 @@ def main(folder: Path) -> None:
     folder.joinpath(f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _copy(target: Any, source: Any) -> None:
+    target.copy_(source)
+    finish(target)
 
 
 def finish(tensor: Any) -> None:

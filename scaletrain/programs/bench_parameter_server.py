@@ -4,9 +4,11 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from scaletrain import programs
 
@@ -37,7 +39,7 @@ def null_steps(
     width = 256
     shape = (numel // width, width) if mode == "sparse" else (numel,)
     blocks = sharding.plan(
-        [sharding.Parameter(shape, sparse=mode == "sparse")], made.servers, made.block_bytes
+        [sharding.ParameterSpec(shape, sparse=mode == "sparse")], made.servers, made.block_bytes
     )
     optimizer = {
         "name": "SGD",
@@ -74,7 +76,7 @@ def null_steps(
                     torch.from_numpy(client.gradient(block.key)).copy_(gradient[: block.numel])
                 client.push(block.key, step, 0.0)
             for block in order:  # as the exchange does
-                client.take(block.key, weights[: block.numel].copy_)
+                client.take(block.key, _copy_into(weights[: block.numel]))
         ends.append(time.perf_counter())
     cpu_s = _servers_cpu_s(Path(run_dir), made.servers) - cpu_s
     client.sum(np.zeros(1))
@@ -136,7 +138,7 @@ def bare(
         began, sent, received = time.perf_counter(), 0, 0
         while received < len(data):
             if sent < len(data) and sent - received < 8 * chunk:
-                socket.send(data[sent : sent + chunk], copy=False)
+                socket.send(data[sent : sent + chunk].data, copy=False)
                 sent = min(len(data), sent + chunk)
             elif sent == len(data) or socket.poll(0):
                 frame = socket.recv(copy=False)
@@ -192,6 +194,13 @@ def tree(
     return {"step_s": _each(ends[1:])}
 
 
+def _copy_into(target: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def copy(weights: torch.Tensor) -> None:
+        target.copy_(weights)
+
+    return copy
+
+
 def _each(ends: list[float]) -> float:
     """Seconds of an exchange among exchanges that follow one another, as training's do: no rank starts one before it has the last one's result."""
     return statistics.median(after - before for before, after in pairwise(ends))
@@ -200,5 +209,10 @@ def _each(ends: list[float]) -> float:
 if __name__ == "__main__":
     programs.done()
     torch.set_num_threads(1)
-    what = {"null": null_steps, "bare": bare, "gloo": gloo_pair, "tree": tree}[sys.argv[1]]
-    print(json.dumps(what(*sys.argv[2:])), flush=True)
+    parts: dict[str, Callable[..., Any]] = {
+        "null": null_steps,
+        "bare": bare,
+        "gloo": gloo_pair,
+        "tree": tree,
+    }
+    print(json.dumps(parts[sys.argv[1]](*sys.argv[2:])), flush=True)

@@ -150,7 +150,8 @@ class Follower:
             )
         except FileNotFoundError:
             print(
-                "scaletrain: error: launcher: sbatch is not there; this host is no SLURM login node",
+                "scaletrain: error: launcher: sbatch was not found; run this on a login node of the"
+                " cluster (--dry-run shows the batch script)",
                 file=sys.stderr,
             )
             sys.exit(2)

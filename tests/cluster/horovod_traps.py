@@ -42,9 +42,7 @@ def reference_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: r
         optimizer.step()
 
 
-def exchange_steps(
-    model: nn.Module, attached: nn.Module, steps: range, lr: float, parts: int = 1
-) -> None:
+def exchange_steps(model: nn.Module, attached: nn.Module, steps: range, parts: int = 1) -> None:
     for step in steps:
         x, y = (tensor[world.rank :: world.size] for tensor in batch(step))
         model.zero_grad()
@@ -56,7 +54,7 @@ def exchange_steps(
                     loss.backward()
             else:
                 loss.backward()
-        exchange.step(lr)
+        exchange.step()
 
 
 def same(one: nn.Module, other: nn.Module, what: str) -> None:
@@ -78,7 +76,7 @@ def no_hidden_step() -> None:
     ), "weights moved"
     assert not optimizer.state, "attach took a step"
     reference_steps(expected, adam(expected), range(3))
-    exchange_steps(model, attached, range(3), 0.01)
+    exchange_steps(model, attached, range(3))
     same(model, expected, "fresh optimizer")
 
 
@@ -93,7 +91,7 @@ def no_dropped_state() -> None:
     attached = exchange.attach(model, optimizer)
     assert len(optimizer.state) == 4, "the loaded state is gone"
     reference_steps(expected, reference, range(5, 8))
-    exchange_steps(model, attached, range(5, 8), 0.01)
+    exchange_steps(model, attached, range(5, 8))
     same(model, expected, "resumed optimizer")
 
 
@@ -106,7 +104,7 @@ def no_hang_after_an_extra_operation() -> None:
     if world.rank == 0:
         hvd.allreduce_async(torch.ones(1))
     attached = exchange.attach(model, optimizer)
-    exchange_steps(model, attached, range(2), 0.01)
+    exchange_steps(model, attached, range(2))
     reference_steps(expected, adam(expected), range(2))
     same(model, expected, "after an extra operation")
     total = exchange.sum(torch.tensor([1.0 + world.rank, 10.0]))
@@ -116,7 +114,7 @@ def no_hang_after_an_extra_operation() -> None:
 def accumulation() -> None:
     model, expected = model_of(world.rank), model_of(0)
     attached = exchange.attach(model, adam(model))
-    exchange_steps(model, attached, range(3), 0.01, parts=2)
+    exchange_steps(model, attached, range(3), parts=2)
     reference_steps(expected, adam(expected), range(3))
     same(model, expected, "accumulated gradients")
 
@@ -139,7 +137,7 @@ def unused_parameters() -> None:
     attached = exchange.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
     x, y = (tensor[world.rank :: world.size] for tensor in batch(0))
     nn.functional.mse_loss(attached(x, world.rank == 1), y).backward()
-    exchange.step(0.1)
+    exchange.step()
     grads = []
     for rank in range(2):
         twin = copy.deepcopy(before)
@@ -162,7 +160,7 @@ def odd_gradients() -> None:
     (weight * factor).sum().backward()
     (narrow * (2.0 + 2 * world.rank)).sum().backward()
     assert weight.grad is not None and not weight.grad.is_contiguous()
-    exchange.step(1.0)
+    exchange.step()
     torch.testing.assert_close(weight.data, 1 - torch.arange(24.0).view(6, 4).t() * 1.5)
     torch.testing.assert_close(narrow.data, torch.full((8,), -2.0, dtype=torch.bfloat16))
 

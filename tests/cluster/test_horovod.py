@@ -68,7 +68,9 @@ def test_a_trace_has_every_gradient_and_the_wait_for_them(python: str, tmp_path:
         "trace=true",
         python=python,
     )
-    events = [event for event in trace.of_run(run_dir).to_json()["traceEvents"] if event["ph"] == "X"]
+    events = [
+        event for event in trace.of_run(run_dir).to_json()["traceEvents"] if event["ph"] == "X"
+    ]
     steps = sorted(
         (e for e in events if e["pid"] == 1 and e["name"].startswith("step ")),
         key=lambda e: e["ts"],

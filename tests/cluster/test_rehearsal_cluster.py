@@ -95,7 +95,7 @@ def test_killing_a_host_ends_what_runs_on_it_and_nothing_else():
     assert programs[2].wait(5) == -signal.SIGKILL
 
 
-def test_loss_drops_packets_and_tcp_makes_up_for_them():
+def test_loss_drops_packets_and_tcp_makes_up_for_them(iptables):
     try:
         with Cluster(2, bandwidth="100Mbit", loss=0.1) as hosts:
             received, _ = send(hosts, 0, 1, 5_000_000)

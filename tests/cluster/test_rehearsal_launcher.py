@@ -248,7 +248,7 @@ def test_a_lost_host_of_rank_0_does_not_end_a_job_that_may_go_on_without_it(
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_lossy_network_costs_time_and_no_gradient(tmp_path, namespaces, emulated):
+def test_a_lossy_network_costs_time_and_no_gradient(tmp_path, namespaces, iptables, emulated):
     losses, summaries = ("0.0", "0.02"), []
     for loss in losses:
         options = (

@@ -1,4 +1,7 @@
-"""The cost model against closed forms from the literature. Bug it catches: a bound that nobody can check by hand."""
+"""Tests collectives/cost.py against closed forms from the literature.
+
+Bug it catches: a bound that nobody can check by hand.
+"""
 
 import math
 import time

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scaletrain.engine.choice import NATIVE, Engine
+from scaletrain.engine.choice import NATIVE
+from scaletrain.engine.engine import Engine
 from scaletrain.engine.process_group import Options, ProcessGroup
 from scaletrain.engine.transport import Group, mixed
 
@@ -104,7 +105,7 @@ def one_rank(case: dict[str, Any], rank: int, folder: Path) -> str:
 
 def of_engine(group: Group, case: dict[str, Any]) -> Callable[[torch.Tensor], object]:
     if case["transport"] == "mixed":
-        mixed.same_host = lambda group: [
+        mixed.host_of_each_rank = lambda group: [
             str(rank // 2) for rank in range(group.size)
         ]  # this process is the rank's own
     return Engine(group, case["collective"], case["transport"]).allreduce

@@ -1,4 +1,4 @@
-"""Run a module as the ranks of a real MPI job, with this Python and any of the MPIs that the tests know."""
+"""Runs a module as the ranks of a real MPI job, under any of the MPIs that the tests know."""
 
 import os
 import shutil

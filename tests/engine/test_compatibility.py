@@ -1,4 +1,7 @@
-"""Whatever gloo does on the CPU, backend ``scaletrain`` does too: each call is made under both, and the outcomes compared."""
+"""Tests engine/process_group.py: it does on the CPU whatever gloo does.
+
+Each call is made under both, and the outcomes are compared.
+"""
 
 import os
 import signal
@@ -518,7 +521,7 @@ def test_any_shape_and_dtype(size: int, cases: list):
         assert all(results[index] == expected for results in found), (name, shape, strided)
 
 
-@pytest.mark.parametrize("module", ["choose", "process_group", "spans"])
+@pytest.mark.parametrize("module", ["choice", "engine", "process_group", "program"])
 def test_any_module_may_be_the_first_to_import_torch(module: str):
     """torch loads this backend while it is imported: a module that is half imported then has nothing to give."""
     done = subprocess.run(

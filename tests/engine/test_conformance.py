@@ -1,4 +1,7 @@
-"""Any size of any algorithm gives the sum that one process computes; the backend gives what gloo gives."""
+"""Tests engine/execute.py and engine/program.py: sums of any size are those of one process.
+
+The backend (engine/process_group.py) gives the results that gloo gives.
+"""
 
 import threading
 from datetime import timedelta
@@ -10,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaletrain import plugins
-from scaletrain.engine.execute import Program, execute
+from scaletrain.engine.execute import execute
+from scaletrain.engine.program import RankProgram
 from scaletrain.engine.transport import Group
 from tests.ranks import run_ranks
 
@@ -65,7 +69,7 @@ def on_threads(size: int, work) -> list:
 @settings(max_examples=150, deadline=None)
 def test_any_size_on_threads(name: str, size: int, numel: int, segments: int, dtype: torch.dtype):
     """Also fewer elements than ranks, and odd numbers of both."""
-    programs = Program.all_of(plugins.load("collective", name)(size))
+    programs = RankProgram.all_of(plugins.load("collective", name)(size))
 
     def work(rank, wire):
         tensor = contribution(rank, numel, dtype)
@@ -80,7 +84,7 @@ def test_any_size_on_threads(name: str, size: int, numel: int, segments: int, dt
 def test_replicas_are_bitwise_equal(name: str):
     """With numbers whose sum depends on the order of additions."""
     size, numel = 5, 1003
-    programs = Program.all_of(plugins.load("collective", name)(size))
+    programs = RankProgram.all_of(plugins.load("collective", name)(size))
 
     def work(rank, wire):
         tensor = torch.randn(numel, generator=torch.Generator().manual_seed(rank)) * 10.0 ** (

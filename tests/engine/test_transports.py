@@ -1,4 +1,7 @@
-"""Every algorithm on disk over every transport on disk, against one process; the same bits on every rank and in every run."""
+"""Tests engine/transport/: every algorithm over every transport, against one process.
+
+Results have the same bits on every rank and in every run.
+"""
 
 import os
 import threading
@@ -107,7 +110,7 @@ def _make_and_close(rank: int, size: int, name: str, path: str) -> tuple[int, in
 
 def _two_hosts(rank: int, size: int, path: str) -> tuple[float, str]:
     """Ranks 0 and 1 as if on one host, 2 and 3 on another: each sends its number on; then rank 3 ends, for which rank 2 still waits."""
-    mixed.same_host = lambda group: ["a", "a", "b", "b"]  # this process is the rank's own
+    mixed.host_of_each_rank = lambda group: ["a", "a", "b", "b"]  # this process is the rank's own
     group = conformance.Group(dist.FileStore(path, size), rank, size, timedelta(seconds=20))
     wire = plugins.load("transport", "mixed")(group)
     mine, came = torch.full((5000,), float(rank)), torch.empty(5000)

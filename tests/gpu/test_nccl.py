@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from scaletrain import plugins
-from scaletrain.engine.execute import Program, execute
+from scaletrain.engine.execute import execute
+from scaletrain.engine.program import RankProgram
 from scaletrain.engine.transport import Group, Receive
 from tests.engine import conformance
 from tests.gpu.test_shared_device import ddp, join
@@ -46,7 +47,7 @@ def _every_algorithm(rank: int, size: int, path: str) -> dict[str, bytes]:
     transport = plugins.load("transport", "nccl")(_group(rank, size, path))
     found = {}
     for name in conformance.ALGORITHMS:
-        program = Program.of(plugins.load("collective", name)(size), rank)
+        program = RankProgram.of(plugins.load("collective", name)(size), rank)
         for count in (1, 7, 300_001):
             tensor = conformance.contribution(rank, count).cuda()
             execute(program, transport, tensor, torch.add, 2)

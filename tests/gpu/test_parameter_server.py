@@ -38,7 +38,7 @@ def test_backward_is_not_held_up(tmp_path):
         loss.backward()
         after.record()
         assert not after.query()  # backward is through, the device is not
-        joined.step(job.SGD["lr"])
+        joined.step()
         joined.close()
     for weight, expected in zip(net.parameters(), job.single(1, 1), strict=True):
         torch.testing.assert_close(weight.detach().cpu(), expected, rtol=1e-4, atol=1e-4)

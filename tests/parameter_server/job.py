@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 from scaletrain import programs
@@ -25,8 +25,7 @@ from torch import nn
 from scaletrain.parameter_server.protocol import placement
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.server.server import Server
-from scaletrain.training.exchange import Setup
-from scaletrain.training.exchange.parameter_server import ParameterServerExchange
+from scaletrain.parameter_server.worker.exchange import ParameterServerExchange
 from scaletrain.world import World
 from tests.ranks import Program
 
@@ -106,10 +105,10 @@ def start_server(made: Settings, run_dir: Path, index: int) -> Program:
 def exchange(made: Settings, run_dir: Path, rank: int) -> ParameterServerExchange:
     store = dist.FileStore(str(run_dir / "store"), made.workers)
     world = World(rank, made.workers, rank, made.workers, launcher="local")
-    setup = Setup(store, torch.device("cpu"), timedelta(seconds=made.timeout_s), run_dir)
     if made.placement == "auto":
-        made = made._replace(placement="dedicated")  # by `servers` or `server_processes`
-    return ParameterServerExchange(world, setup, made)
+        # By ``servers`` or ``server_processes``.
+        made = dataclasses.replace(made, placement="dedicated")
+    return ParameterServerExchange(made, world, run_dir, store)
 
 
 def work(
@@ -132,7 +131,7 @@ def work(
     while step < steps:
         optimizer.zero_grad()
         loss(net, step, rank).backward()
-        joined.step(optimizer.param_groups[0]["lr"])
+        joined.step()
         step += 1
         on_step(step, joined)
         step += joined.skip(steps - step)
@@ -191,7 +190,7 @@ class Worker:
         delay_s: float = 0.0,
         on_host: Callable[[list[str]], Sequence[str]] | None = None,
     ):
-        arguments = [str(run_dir), str(rank), json.dumps(made._asdict()), str(steps), str(delay_s)]
+        arguments = [str(run_dir), str(rank), made.to_json(), str(steps), str(delay_s)]
         self.process: Program | subprocess.Popen
         if on_host is None:
             self.process = Program("tests.parameter_server.job", *arguments, piped=True)
@@ -263,7 +262,7 @@ def statistics(run_dir: Path, index: int = 0) -> dict:
 
 
 def main() -> None:
-    run_dir, rank, made = Path(sys.argv[1]), int(sys.argv[2]), Settings(**json.loads(sys.argv[3]))
+    run_dir, rank, made = Path(sys.argv[1]), int(sys.argv[2]), Settings.from_json(sys.argv[3])
     steps, delay_s = int(sys.argv[4]), float(sys.argv[5])
 
     live = made.workers

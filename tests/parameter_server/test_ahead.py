@@ -29,7 +29,7 @@ def made(workers: int) -> Settings:
 
 def join(settings: Settings, run_dir: Path, rank: int) -> Client:
     blocks = sharding.plan(
-        [sharding.Parameter((BLOCKS * NUMEL,))], settings.servers, settings.block_bytes
+        [sharding.ParameterSpec((BLOCKS * NUMEL,))], settings.servers, settings.block_bytes
     )
     assert len(blocks) == BLOCKS
     client = Client(settings, run_dir, rank, blocks, SGD)

@@ -17,7 +17,7 @@ import zmq
 from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, Kind
-from scaletrain.parameter_server.worker.link import Identity, Link
+from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.replica import Replica
 from scaletrain.parameter_server.worker.requests import ServerError
 from tests.parameter_server import job
@@ -207,7 +207,7 @@ def test_malformed_and_truncated_frames_change_nothing(tmp_path):
         net = job.model()
         replica = Replica(net, torch.optim.SGD(net.parameters(), **job.SGD), made)
         identity = Identity.make(made, tmp_path, 2, replica.optimizer)
-        link = Link(identity, 0, replica.blocks)
+        link = ServerLink(identity, 0, replica.blocks)
         link.connect(time.monotonic() + 20, None)
         [peer], [session], sent = link.sockets, link.sessions, 0
         peer.setsockopt(zmq.SNDHWM, 0)
@@ -282,7 +282,7 @@ def test_messages_of_an_admitted_peer_are_checked_one_by_one(tmp_path):
                 server._endpoint.accept(route, wire.parse([memoryview(frame) for frame in frames]))
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        joined.step(0.1)  # of zeros: the weights are as they were
+        joined.step()  # of zeros: the weights are as they were
         assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
         joined.close()
 

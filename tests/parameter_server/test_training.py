@@ -1,6 +1,7 @@
 """Servers and workers as threads: the same weights as one process, in every mode that promises it."""
 
 import copy
+import dataclasses
 import threading
 import time
 
@@ -10,9 +11,9 @@ from torch import nn
 
 from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol import wire
-from scaletrain.parameter_server.protocol.settings import Settings, settings
+from scaletrain.parameter_server.protocol.settings import Settings, settings_from_options
 from scaletrain.parameter_server.worker import replica
-from scaletrain.parameter_server.worker.link import Link
+from scaletrain.parameter_server.worker.link import ServerLink
 from scaletrain.parameter_server.worker.requests import ServerError
 from scaletrain.training import checkpoint
 from tests.parameter_server import job
@@ -125,7 +126,7 @@ def test_a_checkpoint_holds_the_servers_optimizer_state(tmp_path, make, options)
             for step in range(first, last):
                 optimizer.zero_grad()
                 job.loss(net, step, rank).backward()
-                joined.step(optimizer.param_groups[0]["lr"])
+                joined.step()
             if rank == 0:
                 checkpoint.save(tmp_path, last, net, optimizer, 1)
             joined.close()
@@ -135,7 +136,7 @@ def test_a_checkpoint_holds_the_servers_optimizer_state(tmp_path, make, options)
         with job.servers(made, folder):
             return job.threads([lambda r=rank: train_one(r) for rank in range(2)])
 
-    half(tmp_path / "a", made._replace(servers=2, **SMALL_BLOCKS), 0, 6, False)
+    half(tmp_path / "a", dataclasses.replace(made, servers=2, **SMALL_BLOCKS), 0, 6, False)
     weights, _ = half(tmp_path / "b", made, 6, 12, True)
     whole, _ = half(tmp_path / "c", made, 0, 12, False)
     assert_close(weights, whole)
@@ -201,14 +202,14 @@ def test_async_applies_every_gradient_and_records_staleness(tmp_path, mode):
 
 def test_servers_that_met_a_worker_at_different_steps_agree_at_the_end(tmp_path, monkeypatch):
     """Rank 1 reaches the second server when rank 0 has done steps there: it begins where that one says, later than the first one said."""
-    connect = Link.connect
+    connect = ServerLink.connect
 
-    def late(link: Link, *arguments, **options):
+    def late(link: ServerLink, *arguments, **options):
         if link.index == 1 and link._identity.rank == 1:
             time.sleep(0.5)
         return connect(link, *arguments, **options)
 
-    monkeypatch.setattr(Link, "connect", late)
+    monkeypatch.setattr(ServerLink, "connect", late)
     made, begun = Settings(2, 5, mode="bounded", staleness=1, servers=2, **SMALL_BLOCKS), []
     job.train(
         made, tmp_path, STEPS, on_step=lambda step, joined: begun.append((joined.world.rank, step))
@@ -282,7 +283,7 @@ def test_sparse_embeddings_move_only_touched_rows(tmp_path, link, kind):
         for step in range(steps):
             net.zero_grad()
             net(words(step, rank)).square().mean().backward()
-            joined.step(0.1)
+            joined.step()
             moved.append(joined.record()["bytes_sent"] + joined.record()["bytes_received"])
         joined.sum(torch.zeros(1))  # everybody has pushed
         state = {name: value.clone() for name, value in net.state_dict().items()}
@@ -311,10 +312,11 @@ def test_accumulated_passes_are_pushed_once(tmp_path):
         with joined.accumulate():
             job.loss(net, 0, 0).backward()
         job.loss(net, 0, 1).backward()
-        joined.step(0.1)
+        joined.step()
         with pytest.raises(ValueError, match="set the rate"):
             job.loss(net, 0, 1).backward()
-            joined.step(0.2)
+            optimizer.param_groups[0]["lr"] = 0.2
+            joined.step()
     (job.loss(reference, 0, 0) + job.loss(reference, 0, 1)).backward()
     plain.step()
     assert_close(
@@ -348,7 +350,7 @@ def test_workers_with_another_model_are_refused(tmp_path):
 )
 def test_options_that_contradict_each_other_are_one_line(options, message):
     with pytest.raises(UserError, match=message):
-        settings(options, 2)
+        settings_from_options(options, 2)
 
 
 def test_optimizers_that_a_server_cannot_run_are_one_line(tmp_path):

@@ -238,7 +238,7 @@ def _trees(counts: list[int]) -> Iterable[dict[str, Any]]:
                         stderr=subprocess.DEVNULL,
                     )
                     with _ended([server]):
-                        text = json.dumps(made._asdict())
+                        text = made.to_json()
                         argv = [
                             on_host(r, _rank("null", folder, r, text, "placed", size, steps))
                             for r in range(p)
@@ -271,7 +271,7 @@ def _job(
             for k in range(made.servers)
         ]
         with _ended(servers):
-            text = json.dumps(made._asdict())
+            text = made.to_json()
             results = _run(
                 [_rank("null", folder, r, text, mode, size, steps) for r in range(workers)]
             )

@@ -1,1 +1,1 @@
-"""One file a launcher: a pure function ``plan(job, *, <options>) -> LaunchPlan``. Imports no torch."""
+"""One file a launcher: a pure function ``plan(job, *, <options>) -> LaunchPlan``. No torch here."""

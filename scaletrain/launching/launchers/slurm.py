@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Command, Job, LaunchPlan, Program
+from scaletrain.launching.job import Job, Program
+from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.run.layout import RunDir
 
 
