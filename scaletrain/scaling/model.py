@@ -107,26 +107,6 @@ class SweepPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Failure:
-    """Why a worker failed, in ``failure-<r>.json``."""
-
-    rank: int | None = None
-    step: int | None = None  # None: before its first step
-    kind: str = ""
-    time: float = 0.0  # unix time
-    message: str = "failed"
-
-    @property
-    def is_consequence(self) -> bool:
-        """Whether the worker failed because another process had failed."""
-        return self.kind in ("peer", "launcher")
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return _known(cls, value)
-
-
-@dataclasses.dataclass(frozen=True)
 class EmulatedNetwork:
     """Links between emulated hosts."""
 

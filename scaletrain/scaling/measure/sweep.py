@@ -23,11 +23,15 @@ from scaletrain.host.processes import dies_with_parent
 from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
+from scaletrain.run.failure import FailureKind
+from scaletrain.run.failure import read_failure as read_failure_file
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure import machine
-from scaletrain.scaling.model import Cell, Failure, Header, Scalar, Source, SweepPlan
+from scaletrain.scaling.model import Cell, Header, Scalar, Source, SweepPlan
 
 FAILED = "failed.json"  # in a run's directory: why the repeat failed
+# Failures of workers that had lost another process.
+CONSEQUENCES = (FailureKind.PEER, FailureKind.LAUNCHER)
 REFERENCE_STEPS = 60  # of the short runs that only the split of lost time needs
 # Settings that the sweep gives every cell itself, and the option that decides each.
 DECIDED = {
@@ -422,12 +426,10 @@ def _reason(directory: Path, log: Path, status: int) -> str:
     That is the earliest failure that is not the loss of a peer, else the last line of an error that
     the command printed, else its last line.
     """
-    failures = []
-    for _, path in RunDir(directory).all_failures():
-        with contextlib.suppress(OSError, ValueError):
-            failures.append(Failure.from_json(json.loads(path.read_text(encoding="utf-8"))))
-    if failures:
-        first = min(failures, key=lambda failure: (failure.is_consequence, failure.time))
+    failures = [read_failure_file(path) for _, path in RunDir(directory).all_failures()]
+    readable = [failure for failure in failures if failure is not None]
+    if readable:
+        first = min(readable, key=lambda failure: (failure.kind in CONSEQUENCES, failure.time))
         step = "" if first.step is None else f" at step {first.step}"
         return f"rank {first.rank}{step}: {first.message}"
     text = log.read_text(encoding="utf-8", errors="replace")
