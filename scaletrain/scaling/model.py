@@ -390,6 +390,11 @@ class Row:
         """Exchange and workers in two words, such as ``ring on 4``."""
         return f"{self.exchange} on {self.workers}"
 
+    @property
+    def rates(self) -> list[float]:
+        """Samples per second of each finished repeat."""
+        return [run.samples_per_s for run in self.runs]
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         facts = _fields_in(cls, value)
@@ -477,7 +482,7 @@ class Prediction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Header:
+class ReportHeader:
     """Where, how and of what a report was measured. Fields that are None are left out of its JSON.
 
     The fields up to ``commit`` are those of ``run.environment``. ``sweep`` adds those up to
@@ -535,7 +540,7 @@ class Report:
     """Everything that ``report.json`` holds."""
 
     version: int  # of the format
-    header: Header
+    header: ReportHeader
     summary: str  # its first sentences
     rows: tuple[Row, ...]  # a cell each
     losses: tuple[Loss, ...] = ()  # of rows of several workers whose references were measured
@@ -558,7 +563,7 @@ class Report:
         """
         return cls(
             version=value.get("version", 0),
-            header=Header.from_json(value["header"]),
+            header=ReportHeader.from_json(value["header"]),
             summary=value.get("summary", ""),
             rows=tuple(Row.from_json(row) for row in value["rows"]),
             losses=tuple(Loss.from_json(loss) for loss in value.get("losses", ())),

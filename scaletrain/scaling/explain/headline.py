@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from scaletrain.scaling.measure.intervals import ONE_RUN, change, mean
-from scaletrain.scaling.model import Header, Loss, Report, Row
+from scaletrain.scaling.model import Loss, Report, ReportHeader, Row
 from scaletrain.units import plural
 
 
@@ -31,7 +31,7 @@ def of(report: Report) -> str:
     return " ".join(sentences) or "Nothing was measured."
 
 
-def _cautions(header: Header) -> list[str]:
+def _cautions(header: ReportHeader) -> list[str]:
     cautions = []
     if header.emulated and header.emulation:
         cautions.append("EMULATED: " + "; ".join(header.emulation) + ".")
@@ -96,7 +96,7 @@ def _oversubscription(row: Row) -> list[str]:
     return [f"There were {row.oversubscribed}: these figures are of an oversubscribed machine."]
 
 
-def _missing(header: Header) -> list[str]:
+def _missing(header: ReportHeader) -> list[str]:
     if not header.runs_missing:
         return []
     return [
@@ -118,9 +118,7 @@ def _may_be_as_fast(row: Row, best: Row) -> bool:
 
     False where there are no repeats: nothing is known then.
     """
-    ahead = mean([run.samples_per_s for run in best.runs])
-    behind = mean([run.samples_per_s for run in row.runs])
-    lead = change(ahead, behind)
+    lead = change(mean(best.rates), mean(row.rates))
     return lead is not None and not lead.is_higher
 
 

@@ -16,7 +16,7 @@ from scaletrain.scaling.explain.measurements import Measurements
 from scaletrain.scaling.explain.rows import row_of
 from scaletrain.scaling.measure import machine, servers, sweep
 from scaletrain.scaling.measure.run import read_run
-from scaletrain.scaling.model import BatchPoint, Cell, Header, Report, Row
+from scaletrain.scaling.model import BatchPoint, Cell, Report, ReportHeader, Row
 from scaletrain.scaling.predict.fit import Fit, alike_but_for_exchange, fit_report, predictions
 
 VERSION = 1  # of the format of report.json
@@ -70,13 +70,13 @@ def of_sweep(*outs: Path) -> Report:
     return _report(measurements, header)
 
 
-def _header_of(out: Path, plan: sweep.Sweep) -> Header:
+def _header_of(out: Path, plan: sweep.Sweep) -> ReportHeader:
     """Return the header that was written when the sweep began.
 
     Rendering again must not claim to have measured here and now.
     """
     with contextlib.suppress(OSError):
-        return Header.from_json(json.loads((out / "header.json").read_text(encoding="utf-8")))
+        return ReportHeader.from_json(json.loads((out / "header.json").read_text(encoding="utf-8")))
     return plan.header()
 
 
@@ -105,7 +105,7 @@ def of_runs(directories: Sequence[Path]) -> Report:
         measurements.results(cell).runs.append(run)
     cells = measurements.cells(reference=False)
     header = dataclasses.replace(
-        Header.from_json(environment()),
+        ReportHeader.from_json(environment()),
         mode=mode,
         repeats=max(len(measurements.runs(cell)) for cell in cells),
         note="rendered from single runs; host and versions are those of the machine that rendered",
@@ -119,7 +119,7 @@ def _config_text(directory: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _report(measurements: Measurements, header: Header) -> Report:
+def _report(measurements: Measurements, header: ReportHeader) -> Report:
     """Build the report in steps; each one rests on those before it."""
     # 1. The speed of each cell.
     cells = measurements.cells(reference=False)
@@ -168,7 +168,9 @@ def _with_time_to_loss(
     return tuple(timed), loss
 
 
-def _with_findings(header: Header, rows: Sequence[Row], measurements: Measurements) -> Header:
+def _with_findings(
+    header: ReportHeader, rows: Sequence[Row], measurements: Measurements
+) -> ReportHeader:
     """Add to a header the facts that runs record about themselves."""
     emulation = sorted({row.emulation for row in rows if row.emulation})
     commits: set[str] = set()

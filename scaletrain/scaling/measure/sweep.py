@@ -27,7 +27,7 @@ from scaletrain.run.failure import FailureKind
 from scaletrain.run.failure import read_failure as read_failure_file
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure import machine
-from scaletrain.scaling.model import Cell, Header, Scalar, Source, SweepPlan
+from scaletrain.scaling.model import Cell, ReportHeader, Scalar, Source, SweepPlan
 
 FAILED = "failed.json"  # in a run's directory: why the repeat failed
 # Failures of workers that had lost another process.
@@ -145,10 +145,10 @@ class Sweep(SweepPlan):
             settings.append("trace=true")
         return settings
 
-    def header(self) -> Header:
+    def header(self) -> ReportHeader:
         """Return where and how the cells are measured, for the report."""
         return dataclasses.replace(
-            Header.from_json(environment()),
+            ReportHeader.from_json(environment()),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             mode=self.mode,
             repeats=self.repeats,
