@@ -1,3 +1,5 @@
+"""Tests of ``scaling/explain/limiter.py``: the split of lost time and its sentence."""
+
 import re
 
 import pytest

@@ -21,7 +21,7 @@ from scaletrain.scaling.predict.network import (
     server_s,
 )
 from scaletrain.scaling.predict.step_time import Compute, Stragglers, buckets, exposed_s
-from scaletrain.scaling.show import publish
+from scaletrain.scaling.show import simulation
 
 GBIT = Preset(Network(50e-6, 125e6), "")
 
@@ -421,7 +421,7 @@ def test_fit_prints_no_figure_for_what_is_not_told(tmp_path):
 
 def show(job, counts, names):
     console = Console(width=150, record=True, file=io.StringIO())
-    publish.show_simulation(job, simulate.simulate(job, counts, names), console, counts)
+    simulation.show_simulation(job, simulate.simulate(job, counts, names), console, counts)
     return console.export_text()
 
 

@@ -1,3 +1,5 @@
+"""Tests of ``scaling/explain/report.py`` and of ``scaling/show``: figures, pages, plots, traces."""
+
 import io
 import json
 import os

@@ -1,3 +1,5 @@
+"""Tests of ``scaling/measure/sweep.py`` and ``machine.py``: cells, commands, resumes, failures."""
+
 import json
 import subprocess
 import sys
@@ -25,8 +27,8 @@ exchange = sys.argv[sys.argv.index("--exchange") + 1]
 with open(sys.argv[1], "a") as log: log.write(f"{exchange} {workers}\\n")
 run.mkdir(parents=True)
 if exchange == "tree":
-    (run / "failure-1.json").write_text(json.dumps({"rank": 1, "step": 3, "kind": "exception", "time": 2, "message": "boom"}))
-    (run / "failure-0.json").write_text(json.dumps({"rank": 0, "step": 3, "kind": "peer", "time": 1, "message": "lost rank 1"}))
+    (run / "failure-1.json").write_text(json.dumps({"rank": 1, "host": "h", "step": 3, "kind": "exception", "time": 2, "message": "boom"}))
+    (run / "failure-0.json").write_text(json.dumps({"rank": 0, "host": "h", "step": 3, "kind": "peer", "time": 1, "message": "lost rank 1"}))
     sys.exit(1)
 if exchange == "star": time.sleep(60)
 for rank in range(workers):

@@ -1,4 +1,4 @@
-"""From run directories to a report: what was reached, what is lost, and why. Trains nothing."""
+"""From run directories to a report: speed, losses and their causes. Trains nothing."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from scaletrain.scaling.explain.measurements import Measurements
 from scaletrain.scaling.explain.rows import row_of
 from scaletrain.scaling.measure import machine, servers, sweep
 from scaletrain.scaling.measure.run import read_run
-from scaletrain.scaling.model import BatchPoint, Cell, Header, Report, Row
+from scaletrain.scaling.model import BatchPoint, Cell, Report, ReportHeader, Row
 from scaletrain.scaling.predict.fit import Fit, alike_but_for_exchange, fit_report, predictions
 
 VERSION = 1  # of the format of report.json
@@ -46,7 +46,9 @@ def of_sweep(*outs: Path) -> Report:
                 if RunDir(directory).has_finished():
                     results.runs.append(read_run(directory))
                     used_by_others += machine.read(directory)
-                elif (reason := sweep.read_failure(directory)) is not None:
+                    continue
+                reason = sweep.read_failure(directory)
+                if reason is not None:
                     results.failures.append(reason)
             planned += plan.repeats
             finished += len(results.runs)
@@ -68,13 +70,13 @@ def of_sweep(*outs: Path) -> Report:
     return _report(measurements, header)
 
 
-def _header_of(out: Path, plan: sweep.Sweep) -> Header:
+def _header_of(out: Path, plan: sweep.Sweep) -> ReportHeader:
     """Return the header that was written when the sweep began.
 
     Rendering again must not claim to have measured here and now.
     """
     with contextlib.suppress(OSError):
-        return Header.from_json(json.loads((out / "header.json").read_text(encoding="utf-8")))
+        return ReportHeader.from_json(json.loads((out / "header.json").read_text(encoding="utf-8")))
     return plan.header()
 
 
@@ -103,7 +105,7 @@ def of_runs(directories: Sequence[Path]) -> Report:
         measurements.results(cell).runs.append(run)
     cells = measurements.cells(reference=False)
     header = dataclasses.replace(
-        Header.from_json(environment()),
+        ReportHeader.from_json(environment()),
         mode=mode,
         repeats=max(len(measurements.runs(cell)) for cell in cells),
         note="rendered from single runs; host and versions are those of the machine that rendered",
@@ -117,14 +119,14 @@ def _config_text(directory: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _report(measurements: Measurements, header: Header) -> Report:
+def _report(measurements: Measurements, header: ReportHeader) -> Report:
     """Build the report in steps; each one rests on those before it."""
-    # 1. What was reached.
+    # 1. The speed of each cell.
     cells = measurements.cells(reference=False)
     rows = tuple(row_of(cell, measurements) for cell in cells)
     references = tuple(row_of(cell, measurements) for cell in measurements.cells(reference=True))
     rows, loss_reached = _with_time_to_loss(rows, cells, measurements)
-    # 2. What is lost.
+    # 2. Its lost time.
     maybe_losses = [
         losses.loss_of(cell, row, measurements) for cell, row in zip(cells, rows, strict=True)
     ]
@@ -138,11 +140,11 @@ def _report(measurements: Measurements, header: Header) -> Report:
         batches=_batches([*rows, *references]),
         loss_reached=loss_reached,
     )
-    # 3. What the model makes of it.
+    # 3. Predictions of the model that this report calibrates.
     fitted = _fitted(report)
     if fitted is not None:
         report = _with_predictions(report, fitted)
-    # 4. What to tell people.
+    # 4. The sentences for people.
     report = dataclasses.replace(
         report, losses=losses.with_alternatives(report.losses, rows, fitted)
     )
@@ -166,8 +168,10 @@ def _with_time_to_loss(
     return tuple(timed), loss
 
 
-def _with_findings(header: Header, rows: Sequence[Row], measurements: Measurements) -> Header:
-    """Add to a header what the runs say of themselves."""
+def _with_findings(
+    header: ReportHeader, rows: Sequence[Row], measurements: Measurements
+) -> ReportHeader:
+    """Add to a header the facts that runs record about themselves."""
     emulation = sorted({row.emulation for row in rows if row.emulation})
     commits: set[str] = set()
     devices: set[str] = set()

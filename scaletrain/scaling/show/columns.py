@@ -19,10 +19,10 @@ class Column:
 
     title: str
     text: Callable[[Row], str]
-    is_name: bool = False  # what tells rows apart; every row has it, even a failed one
+    is_name: bool = False  # it tells rows apart; every row has it, even a failed one
     is_left: bool = False  # whether it is aligned to the left
-    html: str | None = None  # the title in HTML, if it is another one
-    terminal: str | None = None  # the title on the terminal, if it is another one
+    html: str | None = None  # the title in HTML, if it differs
+    terminal: str | None = None  # the title on the terminal, if it differs
     places: tuple[Place, ...] = ("terminal", "md", "html")
     is_wanted: Callable[[Report], bool] = lambda report: True
 

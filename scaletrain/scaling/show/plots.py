@@ -192,7 +192,7 @@ def _ring(
 
 
 def _line_name(row: Row, rows: Sequence[Row]) -> str:
-    """Return what a row's line is called, with its config if there are several."""
+    """Return the name of a row's line, with its config if there are several."""
     words = []
     if len({other.config for other in rows}) > 1:
         words.append(row.config)

@@ -43,14 +43,14 @@ def to_target(row: Row) -> str:
 
 
 def outcome(row: Row) -> str:
-    """Return what became of a cell without a finished run."""
+    """Return the fate of a cell without a finished run."""
     if not row.failures:
         return "not measured"
     return f"failed: {'; '.join(dict.fromkeys(row.failures))}"
 
 
 def note(report: Report) -> str:
-    """Return what ± means in a report. Without repeats there is none."""
+    """Return the meaning of ± in a report. Without repeats there is none."""
     repeats = report.header.repeats
     if repeats < 2:
         return f"{ONE_RUN.capitalize()}."
@@ -62,7 +62,7 @@ def note(report: Report) -> str:
 
 
 def watermark(report: Report) -> str:
-    """Return what every figure of a report has to say of itself; empty if nothing."""
+    """Return the warning that stands on every figure of a report; empty if there is none."""
     marks = []
     if report.header.emulated:
         marks.append("EMULATED")
