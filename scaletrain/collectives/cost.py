@@ -150,7 +150,7 @@ def _wire_s(link: Link, sent: float, received: float) -> float:
     return volume / link.bandwidth_bytes_per_s
 
 
-class _Traffic:
+class _PortTraffic:
     """The messages of one round on links of one kind.
 
     Ends are hosts (for ports) or ranks (for memory).
@@ -177,8 +177,8 @@ class _Traffic:
 
 def _round_on_hosts(transfers: Round, chunk_bytes: float, network: Network) -> float:
     """Return the seconds of one round in which several ranks share a host's port."""
-    between = _Traffic()  # through the ports of the hosts
-    within = _Traffic()  # through the memory of the hosts
+    between = _PortTraffic()  # through the ports of the hosts
+    within = _PortTraffic()  # through the memory of the hosts
     added: dict[int, float] = defaultdict(float)  # bytes, by rank
     for src, dst, _, add in transfers:
         source = src // network.ranks_per_host

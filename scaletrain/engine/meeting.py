@@ -6,12 +6,14 @@ from datetime import timedelta
 from pathlib import Path
 
 from scaletrain.engine.transport import Group
+from scaletrain.run import progress
 
 _LEAST_WAIT = timedelta(seconds=1)  # ranks have this long to come, however short the timeout is
 # Two containers, or two emulated hosts, run on the same kernel. These kinds tell them apart.
 _NAMESPACES = ("net", "pid", "user")
 
 
+@progress.waiting("the other ranks")
 def values_of_all(group: Group, key: str, value: str) -> list[str]:
     """Return the value of every rank, in the order of the ranks. Collective.
 

@@ -74,7 +74,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
             return 0
 
         # 3. Say what begins.
-        header = _Header(files.header(world.rank), world, trainer)
+        header = _HeaderFile(files.header(world.rank), world, trainer)
         if config.trace:
             header.add("clock_offset_s", spans.clock_offset_s(store, world.rank, world.size))
         header.write()
@@ -270,7 +270,7 @@ class _Narrator:
         )
 
 
-class _Header:
+class _HeaderFile:
     """The facts about this worker that reports show, as a file."""
 
     def __init__(self, path: Path, world: World, trainer: Trainer):

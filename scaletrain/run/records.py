@@ -83,8 +83,3 @@ def read_records(path: Path) -> Iterator[StepRecord]:
             value = json.loads(line)
             fields = {key: value[key] for key in known if key in value}
             yield StepRecord(**fields)
-
-
-def records_path(run_dir: Path, rank: int) -> Path:
-    """Return where the records of a rank are. Use ``RunDir.records``: this goes away."""
-    return RunDir(run_dir).records(rank)

@@ -72,7 +72,9 @@ class Emulated(nn.Module):
             elapsed_share += layer.share
             due.append((layer, elapsed_share))
         for layer, share in reversed(due):
-            outputs = _Layer.apply(outputs, timer, share, self._num_weights, *layer.parameters)
+            outputs = _LayerBackward.apply(
+                outputs, timer, share, self._num_weights, *layer.parameters
+            )
         _wait_until(began + seconds * FORWARD_SHARE)
         return outputs
 
@@ -104,7 +106,7 @@ class _BackwardTimer:
         _wait_until(self._began + self._seconds * share)
 
 
-class _Layer(torch.autograd.Function):
+class _LayerBackward(torch.autograd.Function):
     """Passes its input on. In backward it waits for its share, and makes its parameters' gradients."""
 
     @staticmethod
