@@ -44,8 +44,8 @@ class EmulatedLinks(NamedTuple):
 
 # The figures that ``fit`` finds: where it starts (None: at the timings' own rate) and its bounds.
 _FITTED = {
-    "latency_s": (5e-4, 1e-7, 1e4),
-    "bandwidth_bytes_per_s": (None, 0.1, 1e12),
+    "latency_s": (5e-4, 1e-7, 0.1),
+    "bandwidth_bytes_per_s": (None, 1e4, 1e12),
     "add_bytes_per_s": (2e9, 1e7, 1e12),
 }
 _DRAWS = 20  # orders of messages that are drawn for a prediction
@@ -263,14 +263,9 @@ def fit(
 
     usual_rate = float(np.median([timing.num_bytes / timing.seconds for timing in used]))
     starts = [start or usual_rate for start, _, _ in _FITTED.values()]
-    lowest = [low for _, low, _ in _FITTED.values()]
-    highest = [high for _, _, high in _FITTED.values()]
+    lowest, highest = np.log([(low, high) for _, low, high in _FITTED.values()]).T
     result = optimize.least_squares(
-        residuals,
-        np.log(starts),
-        bounds=(np.log(lowest), np.log(highest)),
-        loss="soft_l1",
-        f_scale=0.05,
+        residuals, np.log(starts), bounds=(lowest, highest), loss="soft_l1", f_scale=0.05
     )
     estimates = estimates_of(result.x, result.jac, residuals(result.x))
     fitted = links_of([estimate.value for estimate in estimates])

@@ -1,5 +1,5 @@
 """Seconds of one allreduce under each collective, measured by its own workers, and how long this machine's cores were busy for it;
-run by ``scaletrain bench prediction``.
+run by ``python -m benchmarks.lab prediction``.
 
 scaletrain launch -n 4 --launcher rehearsal -- benchmarks/suites/time_exchanges.py OUT.json BYTES REPEATS ring,tree,star
 """

@@ -46,17 +46,13 @@ def test_closed_forms(p: int):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        n
-        for n in plugins.names("collective")
-        if "loads" in plugins.load("collective", n).__globals__
-    ],
+    [n for n in plugins.names("collective") if plugins.companion("collective", n, "loads")],
 )
 def test_stated_loads_are_those_of_the_schedule(name: str):
     factory = plugins.load("collective", name)
     network = Network(50e-6, 125e6, reduce_bytes_per_s=1e9)
     for p in range(1, 65):
-        stated = predict_seconds(factory.__globals__["loads"](p), SIZE, network)
+        stated = predict_seconds(plugins.companion("collective", name, "loads")(p), SIZE, network)
         assert stated == pytest.approx(predict_seconds(loads_of(factory(p)), SIZE, network)), p
 
 

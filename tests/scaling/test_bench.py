@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -15,8 +14,8 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from benchmarks.lab import firecaffe
 from scaletrain.cli import cli
-from scaletrain.cli.bench import firecaffe
 from scaletrain.cli.bench.model import time_layers
 from scaletrain.errors import UserError
 from scaletrain.scaling.measure import sweep
@@ -247,8 +246,7 @@ def test_a_sweep_that_is_ended_ends_its_training(tmp_path, number):
 
 def test_firecaffe_writes_its_page_from_what_was_measured(tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
-    suites = Path(firecaffe.__file__).parents[3] / "benchmarks" / "suites" / "firecaffe"
-    configs = [suites / f"{name}.yaml" for name in firecaffe.MB]
+    configs = [firecaffe.SUITES / f"{name}.yaml" for name in firecaffe.MB]
     for name, counts, exchanges in (
         ("one", (1,), ("none",)),
         ("many", (2, 4), firecaffe.EXCHANGES),
@@ -280,8 +278,6 @@ def test_firecaffe_writes_its_page_from_what_was_measured(tmp_path):
     }
     (data / "exchanges-2.json").write_text(json.dumps({"tree": [row, row | {"MB": 5.0}]}))
     arguments = [
-        "bench",
-        "firecaffe",
         "--no-measure",
         "--hosts",
         "2,4",
@@ -290,7 +286,7 @@ def test_firecaffe_writes_its_page_from_what_was_measured(tmp_path):
         "--out",
         str(out),
     ]
-    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    done = CliRunner().invoke(firecaffe.command, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     page = (out / "firecaffe.md").read_text()
     assert "EMULATED" in page and "Unfinished: 2 of 14 runs are missing" in page

@@ -1,3 +1,5 @@
+"""Tests of ``scaling/predict`` and of the lab's predictions in ``benchmarks/lab``."""
+
 import dataclasses
 import io
 import json
@@ -8,22 +10,31 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from benchmarks.lab import emulated, extrapolate, published
 from scaletrain.cli import cli
 from scaletrain.collectives.cost import Link, Network
+from scaletrain.collectives.traffic import bytes_moved
 from scaletrain.errors import UserError
-from scaletrain.scaling import emulated, proof
+from scaletrain.scaling.model import Repeat, Report, ReportHeader, Row
 from scaletrain.scaling.predict import fit, simulate, step_time
+from scaletrain.scaling.predict.layers import LayerTimes, ModelTimes
 from scaletrain.scaling.predict.network import (
-    PRESETS,
-    Preset,
+    FABRICS,
+    Fabric,
     allreduce_s,
     parse_bandwidth,
     server_s,
 )
-from scaletrain.scaling.predict.step_time import Compute, Stragglers, buckets, exposed_s
+from scaletrain.scaling.predict.step_time import (
+    ComputeCost,
+    StepModel,
+    Stragglers,
+    buckets,
+    exposed_s,
+)
 from scaletrain.scaling.show import simulation
 
-GBIT = Preset(Network(50e-6, 125e6), "")
+GBIT = Fabric(Network(50e-6, 125e6), "")
 
 
 def test_buckets_hold_every_byte():
@@ -48,12 +59,12 @@ def test_ring_and_tree_cost_what_their_formulas_say():
 
 
 def test_hosts_share_their_ports():
-    two_hosts = Preset(Network(0.0, 1e9), "", workers_per_host=4, local=Link(0.0, 1e10))
+    two_hosts = Fabric(Network(0.0, 1e9), "", workers_per_host=4, local=Link(0.0, 1e10))
     assert allreduce_s("ring", 8, 1e9, two_hosts) == pytest.approx(2 * 3 / 4 / 10 + 1.0)
 
 
 def test_a_fat_tree_is_slower_beyond_its_leaf():
-    tree = PRESETS["fat-tree-10gbit"]
+    tree = FABRICS["fat-tree-10gbit"]
     assert allreduce_s("ring", 17, 1e9, tree) > 3.5 * allreduce_s("ring", 16, 1e9, tree)
 
 
@@ -64,8 +75,8 @@ def test_servers_share_the_load():
 
 def test_servers_feel_an_oversubscribed_tree_as_collectives_do():
     tree, flat = (
-        PRESETS["fat-tree-10gbit"],
-        dataclasses.replace(PRESETS["fat-tree-10gbit"], oversubscription=1.0),
+        FABRICS["fat-tree-10gbit"],
+        dataclasses.replace(FABRICS["fat-tree-10gbit"], oversubscription=1.0),
     )
     ratio = {
         k: server_s(64, 1e9, tree, servers=k) / server_s(64, 1e9, flat, servers=k)
@@ -74,7 +85,7 @@ def test_servers_feel_an_oversubscribed_tree_as_collectives_do():
     assert ratio[1] == pytest.approx(1)  # its own port is narrower than the uplinks
     assert ratio[16] == pytest.approx(4, rel=0.01) and ratio[64] == pytest.approx(4, rel=0.01)
     assert server_s(8, 1e9, tree, servers=8) == server_s(8, 1e9, flat, servers=8)  # all in one leaf
-    eight_a_host = PRESETS["dgx1-edr"]
+    eight_a_host = FABRICS["dgx1-edr"]
     many = server_s(64, 1e9, eight_a_host, servers=64)
     assert many == pytest.approx(
         8 * 1e9 / eight_a_host.network.bandwidth_bytes_per_s, rel=0.1
@@ -91,23 +102,22 @@ def test_links_that_cannot_do_both_at_once_take_twice_as_long():
 
 def test_gradients_that_come_late_in_backward_hide_less():
     """As in AlexNet: most weights are in the last layers, whose gradients come first."""
-    layers = [
-        {"gradient_bytes": 1e6, "backward_s": 0.08},  # convolutions
-        {"gradient_bytes": 99e6, "backward_s": 0.02},  # fully connected
-    ]
-    early = step_time.Profile.of_layers({"forward_s": 0.05, "backward_s": 0.1, "layers": layers})
-    late = step_time.Profile.of_layers(
-        {"forward_s": 0.05, "backward_s": 0.1, "layers": layers[::-1]}
-    )
-    assert early.forward == pytest.approx(1 / 3)
+    convolutions = LayerTimes("0", "Conv2d", 0.03, 0.08, 250_000, 1_000_000, 0)
+    fully_connected = LayerTimes("1", "Linear", 0.02, 0.02, 24_750_000, 99_000_000, 0)
+    layers = [convolutions, fully_connected]
+    model = ModelTimes(32, layers, 0.05, 0.1, 100_000_000, 0)
+    early = step_time.PassProfile.of_layers(model)
+    late = step_time.PassProfile.of_layers(dataclasses.replace(model, layers=layers[::-1]))
     assert (
         early.complete(0.99) == pytest.approx(0.2)
         and late.complete(0.99) > 0.98
         and early.complete(1) == 1
     )
     steps = [
-        step_time.step_s("ring", 8, 1.0, 100e6, Compute(0.15), PRESETS["10gbit"], profile=profile)
-        for profile in (early, step_time.USUAL, late)
+        StepModel(100e6, ComputeCost(0.15), FABRICS["10gbit"], profile=profile).step_s(
+            "ring", 8, 1.0
+        )
+        for profile in (early, step_time.USUAL_PROFILE, late)
     ]
     assert steps[0] < steps[1] < steps[2]
 
@@ -121,11 +131,11 @@ def test_backup_workers_cut_the_tail():
 
 @pytest.mark.slow  # five seconds of computing
 def test_simulate_is_quick_at_4096_workers():
-    job = simulate.Job(
+    job = simulate.SimulatedJob(
         simulate.MODEL_BYTES["nin"],
         8192,
-        Compute(0.008),
-        PRESETS["gemini"],
+        ComputeCost(0.008),
+        FABRICS["gemini"],
         stragglers=Stragglers(variation=0.1),
         price_per_worker_hour=1,
         epoch_samples=10**6,
@@ -139,7 +149,7 @@ def test_simulate_is_quick_at_4096_workers():
 
 
 def test_simulate_refuses_what_it_does_not_know():
-    job = simulate.Job(1e6, 8, Compute(0.01), GBIT)
+    job = simulate.SimulatedJob(1e6, 8, ComputeCost(0.01), GBIT)
     with pytest.raises(UserError, match="did you mean 'ring'"):
         simulate.simulate(job, [2], ["rings"])
     with pytest.raises(UserError, match="cannot share"):
@@ -159,7 +169,7 @@ def test_a_bandwidth_without_unit_is_refused():
 
 
 def test_fit_finds_the_network_that_made_the_timings():
-    true = Preset(Network(2e-3, 40e6), "")
+    true = Fabric(Network(2e-3, 40e6), "")
     timings = [
         fit.Timing(name, p, n, step_time.exchange_s(name, p, n, true))
         for name in ("ring", "tree", "star", "halving_doubling") for p in (2, 4) for n in (1e4, 5e6)
@@ -171,7 +181,7 @@ def test_fit_finds_the_network_that_made_the_timings():
 
 
 def test_large_messages_do_not_tell_the_latency():
-    true = Preset(Network(1e-9, 40e6), "")
+    true = Fabric(Network(1e-9, 40e6), "")
     timings = [
         fit.Timing("ring", p, 1e8, step_time.exchange_s("ring", p, 1e8, true)) for p in (2, 4, 8)
     ]
@@ -181,8 +191,8 @@ def test_large_messages_do_not_tell_the_latency():
 
 
 def test_far_extrapolation_is_refused_unless_asked_for():
-    parameter = fit.Parameter(1.0, None, None)
-    made = fit.Fit(Compute(0.01), parameter, parameter, True, [], max_workers=4)
+    parameter = fit.Estimate(1.0, None, None)
+    made = fit.Fit(ComputeCost(0.01), parameter, parameter, True, [], max_workers=4)
     made.check_reach(32, far=False)
     with pytest.raises(UserError, match="--far"):
         made.check_reach(33, far=False)
@@ -191,31 +201,31 @@ def test_far_extrapolation_is_refused_unless_asked_for():
 
 
 def test_compute_is_a_line_over_batch_sizes():
-    rows = [
-        {"batch_size": b, "input_s": 0.0, "forward_s": s / 3, "backward_s": s * 2 / 3, "update_s": 0.004}
-        for b, s in ((8, 0.010), (16, 0.018), (32, 0.034))
-    ]  # fmt: skip
+    rows = []
+    for batch_size, pass_s in ((8, 0.010), (16, 0.018), (32, 0.034)):
+        parts = {"input_s": 0.0, "forward_s": pass_s / 3, "backward_s": pass_s * 2 / 3}
+        rows.append(Row("job", "none", 1, batch_size, {}, **parts, update_s=0.004))
     compute = fit.fit_compute(rows)
     assert compute.sample_s == pytest.approx(0.001) and compute.fixed_s == pytest.approx(0.002)
     assert compute.pass_s(64) == pytest.approx(0.066)
 
 
 def test_firecaffe_128_gpus_from_its_32():
-    made = proof.firecaffe()
-    for published, predicted in made.speedups.values():
-        assert abs(predicted / published - 1) < 0.15
+    made = published.firecaffe()
+    for speedup in made.speedups.values():
+        assert abs(speedup.predicted / speedup.published - 1) < 0.15
     assert {p: round(ratio, 1) for p, ratio in made.ratios.items()} == {32: 3.2, 128: 9.1}
 
 
 @pytest.mark.parametrize("workers", [2, 8, 32, 128])
 def test_the_schedules_give_firecaffes_ratio(workers):
-    assert proof.server_tree_ratio(workers) == pytest.approx(
+    assert published.server_tree_ratio(workers) == pytest.approx(
         workers / (2 * math.log2(workers)), rel=1e-4
     )
 
 
 def test_backup_workers_of_tensorflow():
-    made = proof.backup_workers()
+    made = published.backup_workers()
     for assumed in made.values():
         assert assumed.steps[0] == pytest.approx(2.25) and assumed.steps[4] == pytest.approx(
             1.93
@@ -228,7 +238,7 @@ def test_backup_workers_of_tensorflow():
 
 
 def test_drawn_stragglers_agree_with_the_closed_forms():
-    made = proof.backup_workers()
+    made = published.backup_workers()
     tail, few = made["everyone"].delay["tail"], made["few"].delay
     slow = Stragglers(
         slow_probability=few["odds"] / (1 + few["odds"]),
@@ -245,41 +255,50 @@ def test_drawn_stragglers_agree_with_the_closed_forms():
         assert drawn == pytest.approx(made["few"].steps[backups], rel=0.01)
 
 
-PLAIN = emulated.Links(1e-3, 10e6, math.inf)
+PLAIN = emulated.EmulatedLinks(1e-3, 10e6, math.inf)
 
 
 def test_another_batch_is_predicted_on_each_exchanges_own_wire():
     """gloo's TCP and our shared memory lie in one report; one network for both would be wrong for each."""
     compute, wires = (
-        Compute(4e-4, 1e-3, 1e-3),
+        ComputeCost(4e-4, 1e-3, 1e-3),
         {"native": Network(1e-4, 4e8), "ring": Network(2e-5, 4e9)},
     )
 
     def row(exchange, workers, batch):
-        on = Preset(wires.get(exchange, wires["ring"]), "")
+        on = Fabric(wires.get(exchange, wires["ring"]), "")
         strategy = "none" if exchange == "none" or workers == 1 else "ring"
-        step_s = step_time.step_s(strategy, workers, batch / workers, 4e6, compute, on)
+        step_s = StepModel(4e6, compute, on).step_s(strategy, workers, batch / workers)
         pass_s = compute.pass_s(batch / workers)
-        return {
-            "config": "job", "exchange": exchange, "workers": workers, "batch_size": batch, "variant": {"batch_size": batch}, "runs": [{}],
-            "gradient_bytes": 4e6, "step_s_mean": step_s, "update_s": 1e-3, "input_s": 0.0, "forward_s": pass_s / 3, "backward_s": pass_s * 2 / 3,
-        }  # fmt: skip
+        return Row(
+            config="job",
+            exchange=exchange,
+            workers=workers,
+            batch_size=batch,
+            variant={"batch_size": batch},
+            runs=(Repeat(batch / step_s, step_s),),
+            gradient_bytes=4_000_000,
+            step_s_mean=step_s,
+            update_s=1e-3,
+            input_s=0.0,
+            forward_s=pass_s / 3,
+            backward_s=pass_s * 2 / 3,
+        )
 
     rows = [row(e, n, b) for b in (96, 192) for n in (1, 2) for e in ("none", "native", "ring")]
-    small = row("none", 1, 48) | {"variant": {}}
-    points = proof.other_batch({"header": {}, "rows": rows, "references": [small]}, 96)
-    assert len(points) == 6 and {p["batch_size"] for p in points} == {192}
+    small = dataclasses.replace(row("none", 1, 48), variant={})
+    report = Report(1, ReportHeader(), "", tuple(rows), references=(small,))
+    points = extrapolate.other_batch(report, 96)
+    assert len(points) == 6 and {p.batch_size for p in points} == {192}
     for point in points:
-        assert point["predicted_s"] == pytest.approx(point["measured_s"], rel=0.01), point
-    native, ring = (
-        next(p for p in points if (p["exchange"], p["workers"]) == (e, 2)) for e in wires
-    )
-    assert native["measured_s"] > 1.05 * ring["measured_s"]
+        assert point.predicted_s == pytest.approx(point.measured_s, rel=0.01), point
+    native, ring = (next(p for p in points if (p.exchange, p.workers) == (e, 2)) for e in wires)
+    assert native.measured_s > 1.05 * ring.measured_s
 
 
 @pytest.mark.parametrize("collective", ["ring", "star", "recursive_doubling"])
 def test_emulated_links_without_their_peculiarities_cost_what_the_schedule_does(collective):
-    on = Preset(Network(0.0, 10e6), "")
+    on = Fabric(Network(0.0, 10e6), "")
     plain = PLAIN._replace(latency_s=0.0)
     assert emulated.allreduce_s(collective, 8, 4e6, plain) == pytest.approx(
         allreduce_s(collective, 8, 4e6, on)
@@ -326,56 +345,56 @@ def test_messages_of_all_to_all_get_in_each_others_way():
 
 
 def test_a_prediction_is_no_less_than_what_the_cores_need():
-    known = emulated.Links(0.0, 0.0, 0.0, burst_bytes=65536.0, cores=2)
+    known = emulated.EmulatedLinks(0.0, 0.0, 0.0, burst_bytes=65536.0, cores=2)
     true = known._replace(bandwidth_bytes_per_s=10e6, add_bytes_per_s=1e12)
     core_s = {"ring": 2e-8, "tree": 4e-8, "recursive_doubling": 1e-8}  # a byte's
     sizes = [(name, p, 4e6) for name in core_s for p in (2, 4, 8, 16)]
-    busy = [fit.Timing(*at, core_s[at[0]] * emulated.bytes_moved(*at)) for at in sizes]
+    busy = [fit.Timing(*at, core_s[at[0]] * bytes_moved(*at)) for at in sizes]
     timings = [
         fit.Timing(*t[:3], max(emulated.allreduce_s(*t[:3], true), t.seconds / 2)) for t in busy
     ]
-    made = proof.extrapolate(timings, 4, known, busy)
-    by = {(point["exchange"], point["workers"]): point for point in made.points}
+    made = extrapolate.extrapolate(timings, 4, known, busy)
+    by = {(point.exchange, point.workers): point for point in made.points}
     assert all(
-        point["predicted_s"] == pytest.approx(point["measured_s"], rel=0.03)
-        for point in made.points
+        point.predicted_s == pytest.approx(point.measured_s, rel=0.03) for point in made.points
     )
     ring, tree = by["ring", 16], by["tree", 16]
-    assert ring["machine_s"] > 1.5 * ring["links_s"] and ring["cores_busy"] == pytest.approx(1.0)
-    assert tree["machine_s"] < 0.8 * tree["links_s"] and tree["cores_busy"] < 0.8
-    assert emulated.bytes_moved("ring", 4, 4e6) == pytest.approx(24e6)
-    assert emulated.bytes_moved("tree", 4, 4e6) == pytest.approx(24e6)
+    assert ring.machine_s > 1.5 * ring.links_s and ring.cores_busy == pytest.approx(1.0)
+    assert tree.machine_s < 0.8 * tree.links_s and tree.cores_busy < 0.8
+    assert bytes_moved("ring", 4, 4e6) == pytest.approx(24e6)
+    assert bytes_moved("tree", 4, 4e6) == pytest.approx(24e6)
 
 
 def test_fit_finds_the_emulated_links_that_made_the_timings():
-    true = emulated.Links(2e-3, 12e6, 300e6, burst_bytes=65536.0, cores=2)
+    true = emulated.EmulatedLinks(2e-3, 12e6, 300e6, burst_bytes=65536.0, cores=2)
     timings = [
         fit.Timing(name, p, n, emulated.allreduce_s(name, p, n, true))
         for name in ("ring", "tree", "star", "recursive_doubling") for p in (2, 4) for n in (2e5, 5e6)
     ]  # fmt: skip
-    found, parameters = emulated.fit(
+    found, estimates = emulated.fit(
         timings, true._replace(latency_s=0.0, bandwidth_bytes_per_s=0.0, add_bytes_per_s=0.0)
     )
-    for name, parameter in zip(emulated.FITTED, parameters, strict=True):
+    for name, estimate in estimates.items():
         value, expected = getattr(found, name), getattr(true, name)
         assert (
             value == pytest.approx(expected, rel=0.02)
-            and parameter.low <= expected * 1.01
-            and parameter.high >= expected * 0.99
+            and estimate.low <= expected * 1.01
+            and estimate.high >= expected * 0.99
         )
+    assert list(estimates) == ["latency_s", "bandwidth_bytes_per_s", "add_bytes_per_s"]
 
 
 def write_fit(path, latency, bandwidth):
-    made = fit.Fit(Compute(0.001), latency, bandwidth, True, [], max_workers=4)
-    path.write_text(json.dumps(made.as_json() | {"num_bytes": 4e6, "batch_size": 64}))
+    made = fit.Fit(ComputeCost(0.001), latency, bandwidth, True, [], max_workers=4)
+    fit.Calibration(made, num_bytes=4e6, batch_size=64).write(path)
     return str(path)
 
 
 def test_what_a_fit_does_not_tell_is_not_simulated_with(tmp_path):
     known, at_bound, wide = (
-        fit.Parameter(1e-4, 0.9e-4, 1.1e-4), fit.Parameter(1e12, None, None), fit.Parameter(1e9, 1e3, 1e15)
+        fit.Estimate(1e-4, 0.9e-4, 1.1e-4), fit.Estimate(1e12, None, None), fit.Estimate(1e9, 1e3, 1e15)
     )  # fmt: skip
-    assert known.is_told and not at_bound.is_told and not wide.is_told
+    assert known.is_identified and not at_bound.is_identified and not wide.is_identified
     for untold in (at_bound, wide):
         path = write_fit(tmp_path / "fit.json", known, untold)
         arguments = ["simulate", "--fit", path, "--workers", "2", "--strategy", "ring"]
@@ -395,7 +414,7 @@ def test_a_network_that_costs_nothing_has_no_bandwidth():
         fit.Timing(name, p, 1e3, 1e-9) for name in ("ring", "tree", "star") for p in (2, 4, 8)
     ]
     for parameter in fit.fit_exchanges(timings):
-        assert not parameter.is_told and parameter.low is None
+        assert not parameter.is_identified and parameter.low is None
 
 
 def test_fit_prints_no_figure_for_what_is_not_told(tmp_path):
@@ -426,14 +445,20 @@ def show(job, counts, names):
 
 
 def test_one_worker_stars_no_strategy_and_more_machines_are_told_and_paid():
-    job = simulate.Job(4e6, 64, Compute(0.01), GBIT, price_per_worker_hour=1, epoch_samples=10**6)
+    job = simulate.SimulatedJob(
+        4e6, 64, ComputeCost(0.01), GBIT, price_per_worker_hour=1, epoch_samples=10**6
+    )
     text = show(job, [1, 8], ["ring", "tree", "server:16"])
     assert text.count("*") == 1 and "1 worker: nothing to exchange" in text
     assert (
         "server:K take 1 and K machines beside the workers" in text and "prices count them" in text
     )
-    ring, server = (simulate.point(job, name, 8) for name in ("ring", "server:16"))
-    assert (ring.machines, server.machines, simulate.point(job, "server:2+3", 8).machines) == (
+    ring, server = (simulate.simulate_one(job, name, 8) for name in ("ring", "server:16"))
+    assert (
+        ring.machines,
+        server.machines,
+        simulate.simulate_one(job, "server:2+3", 8).machines,
+    ) == (
         8,
         24,
         13,
@@ -441,7 +466,7 @@ def test_one_worker_stars_no_strategy_and_more_machines_are_told_and_paid():
     assert server.cost_per_epoch / ring.cost_per_epoch == pytest.approx(
         3 * ring.samples_per_s / server.samples_per_s
     )
-    assert simulate.point(job, "server:16", 1).machines == 1
+    assert simulate.simulate_one(job, "server:16", 1).machines == 1
     both = show(job, [8], ["server:16", "tree", "ring"])
     assert (
         "(24 machines)" in both

@@ -28,8 +28,8 @@ FAR = 8  # times the measured workers; a prediction beyond that has to be asked 
 # Where the search for a network begins (bytes/s), and where it ends (seconds; bytes/s).
 _STARTS = (1e7, 1e8, 1e9, 1e10)
 _START_LATENCY_S = 1e-4
-_LATENCY_BOUNDS_S = (1e-7, 1e4)
-_BANDWIDTH_BOUNDS = (0.1, 1e12)
+_LATENCY_BOUNDS_S = (1e-7, 0.1)
+_BANDWIDTH_BOUNDS = (1e4, 1e12)
 # Residuals beyond 5 % weigh less than their square: an outlier is no reason to miss the others.
 _OUTLIER = 0.05
 
@@ -216,7 +216,8 @@ def _least_squares(residuals: Callable[[Network], list[float]]) -> FittedNetwork
     """
 
     def vector(logs: np.ndarray) -> np.ndarray:
-        latency_s, bandwidth = (float(value) for value in np.exp(logs))
+        latency_s = float(np.exp(logs[0]))
+        bandwidth = float(np.exp(logs[1]))
         return np.array(residuals(Network(latency_s, bandwidth)))
 
     lowest = [math.log(_LATENCY_BOUNDS_S[0]), math.log(_BANDWIDTH_BOUNDS[0])]
