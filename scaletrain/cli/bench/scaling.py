@@ -141,7 +141,6 @@ def command(
     Example:
       scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,none
     """
-    from scaletrain.run.atomic import write_json
     from scaletrain.scaling.measure import sweep
     from scaletrain.scaling.show import publish
 
@@ -156,7 +155,7 @@ def command(
         return
     sweep.claim(out, plan)
     header = dataclasses.replace(plan.header(), argv=shlex.join(["scaletrain", *sys.argv[1:]]))
-    write_json(out / "header.json", header.to_json())
+    sweep.write_header(out, header)
     click.echo(f"{_cells(plan)}, {plural(plan.repeats, 'repeat')} each -> {out}")
     click.echo(f"{plural(plan.threads, 'thread')} a worker{_cores(plan)}")
     sweep.run(plan, out, click.echo, trace=trace)

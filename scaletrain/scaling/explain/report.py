@@ -1,8 +1,6 @@
 """From run directories to a report: speed, losses and their causes. Trains nothing."""
 
-import contextlib
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from scaletrain.errors import UserError
 from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.explain import headline, losses
-from scaletrain.scaling.explain.measurements import Measurements
+from scaletrain.scaling.explain.measurements import CellResults, Measurements
 from scaletrain.scaling.explain.rows import row_of
 from scaletrain.scaling.measure import machine, servers, sweep
 from scaletrain.scaling.measure.run import read_run
@@ -33,51 +31,61 @@ def of_sweep(*outs: Path) -> Report:
     """
     plans = [sweep.read(out) for out in outs]
     measurements = Measurements(strong=plans[0].mode == "strong")
-    planned = finished = failed = 0
-    used_by_others: list[float] = []
+    progress = _Progress()
     for out, plan in zip(outs, plans, strict=True):
         for cell in plan.cells():
-            results = measurements.results(cell)
-            # Where two sweeps have the same cell, the later one counts.
-            results.runs.clear()
-            results.failures.clear()
-            for repeat in range(plan.repeats):
-                directory = sweep.run_dir(out, cell, repeat)
-                if RunDir(directory).has_finished():
-                    results.runs.append(read_run(directory))
-                    used_by_others += machine.read(directory)
-                    continue
-                reason = sweep.read_failure(directory)
-                if reason is not None:
-                    results.failures.append(reason)
-            planned += plan.repeats
-            finished += len(results.runs)
-            failed += len(results.failures)
-    headers = [_header_of(out, plan) for out, plan in zip(outs, plans, strict=True)]
-    configs = {stem: text for header in headers for stem, text in header.config.items()}
+            _read_cell(out, plan, cell, measurements.results(cell), progress)
+    headers = [
+        sweep.read_header(out) or plan.header() for out, plan in zip(outs, plans, strict=True)
+    ]
+    configs: dict[str, str] = {}
+    for header in headers:
+        configs.update(header.config)
     header = dataclasses.replace(
         headers[0],
         config=configs,
-        runs_planned=planned,
-        runs_missing=planned - finished - failed,
+        runs_planned=progress.planned,
+        runs_missing=progress.planned - progress.finished - progress.failed,
     )
-    if used_by_others:
+    if progress.used_by_others:
         header = dataclasses.replace(
             header,
-            used_by_others=round(float(np.mean(used_by_others)), 3),
-            busy=machine.sentence(used_by_others),
+            used_by_others=round(float(np.mean(progress.used_by_others)), 3),
+            busy=machine.sentence(progress.used_by_others),
         )
     return _report(measurements, header)
 
 
-def _header_of(out: Path, plan: sweep.Sweep) -> ReportHeader:
-    """Return the header that was written when the sweep began.
+@dataclasses.dataclass
+class _Progress:
+    """How far the sweeps of a report have come."""
 
-    Rendering again must not claim to have measured here and now.
-    """
-    with contextlib.suppress(OSError):
-        return ReportHeader.from_json(json.loads((out / "header.json").read_text(encoding="utf-8")))
-    return plan.header()
+    planned: int = 0  # runs
+    finished: int = 0
+    failed: int = 0
+    # Of each run of which it is known: the share of the cores that other processes used.
+    used_by_others: list[float] = dataclasses.field(default_factory=list)
+
+
+def _read_cell(
+    out: Path, plan: sweep.Sweep, cell: Cell, results: CellResults, progress: _Progress
+) -> None:
+    """Read the repeats of a cell into its results, and count them."""
+    # Where two sweeps have the same cell, the later one counts.
+    results.runs.clear()
+    results.failures.clear()
+    for repeat in range(plan.repeats):
+        directory = sweep.run_dir(out, cell, repeat)
+        if RunDir(directory).has_finished():
+            results.runs.append(read_run(directory))
+            progress.used_by_others += machine.read(directory)
+            continue
+        reason = sweep.read_failure(directory)
+        if reason is not None:
+            results.failures.append(reason)
+    progress.planned += plan.repeats
+    progress.finished += len(results.runs)
+    progress.failed += len(results.failures)
 
 
 def of_runs(directories: Sequence[Path]) -> Report:

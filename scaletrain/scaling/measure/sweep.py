@@ -306,6 +306,27 @@ def read(out: Path) -> Sweep:
     return Sweep.from_json(json.loads(text))
 
 
+def _header_path(out: Path) -> Path:
+    return out / "header.json"
+
+
+def write_header(out: Path, header: ReportHeader) -> None:
+    """Note where and how the cells are measured, when measuring begins."""
+    write_json(_header_path(out), header.to_json())
+
+
+def read_header(out: Path) -> ReportHeader | None:
+    """Return the header that was noted when measuring began; None if none was.
+
+    Rendering again must not claim to have measured here and now.
+    """
+    try:
+        text = _header_path(out).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return ReportHeader.from_json(json.loads(text))
+
+
 def read_failure(directory: Path) -> str | None:
     """Return why a repeat failed; None if it did not, or has not run yet."""
     path = directory / FAILED
