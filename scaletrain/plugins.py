@@ -1,4 +1,8 @@
-"""Plugins are files: the name is what people type, the docstring the menu line, the signature the options.
+"""Plugins are files: their names, docstrings and signatures are the menu.
+
+The file's name is what people type, its docstring's first line is its description, and its
+factory's
+parameters are the options.
 
 A plugin of a kind is a module in that kind's folder that defines the kind's factory function. There
 is no registry. Names, descriptions and options are read from the source (``ast``) without importing

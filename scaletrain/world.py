@@ -27,8 +27,10 @@ class World(NamedTuple):
     def from_env(cls, env: Mapping[str, str] | None = None) -> "World":
         """Return this process's place according to its environment.
 
-        Launchers are looked for from the innermost outwards, in the order of ``LAUNCHERS``: torchrun
-        may run inside ``srun``, not the other way round. The innermost one is believed if all others
+        Launchers are looked for from the innermost outwards, in the order of ``LAUNCHERS``:
+        torchrun
+        may run inside ``srun``, not the other way round. The innermost one is believed if all
+        others
         agree with it (``_agrees``). A process without such variables is a world of one.
 
         Args:

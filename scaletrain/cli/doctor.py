@@ -1,4 +1,4 @@
-"""``scaletrain doctor``: what works on this machine, found out by trying it; every failure has a fix."""
+"""``scaletrain doctor``: try what works on this machine; every failure comes with its fix."""
 
 import importlib.util
 import json

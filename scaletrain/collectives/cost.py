@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from scaletrain import plugins
-from scaletrain.collectives.cutting import PIECE_BYTES, parts  # noqa: F401 (also read from here)
 from scaletrain.collectives.schedule import Round, Schedule
 
 # From this number of ranks on, an algorithm's function ``loads`` is used if it has one.

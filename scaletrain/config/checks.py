@@ -134,7 +134,8 @@ def plugin_options(
 ) -> dict[str, Any]:
     """Return a plugin's options, checked against its signature and completed with its defaults.
 
-    An option that is called like a kind of plugin (``collective``, ``transport``) takes ``auto`` or a
+    An option that is called like a kind of plugin (``collective``, ``transport``) takes ``auto`` or
+    a
     name of that kind, with options of its own (``plugin_spec``).
 
     Args:
@@ -213,7 +214,7 @@ def _validate(schema: type[Model], tree: dict[str, Any], where: str, prefix: str
 
 
 def _importance(error: ErrorDetails) -> tuple[bool, bool]:
-    """Return a sort key: a misspelt key also leaves one missing, and the misspelling is the news."""
+    """Return a sort key: a misspelt key also leaves a key missing, which is not the news."""
     return error["type"] != "extra_forbidden", error["type"] == "missing"
 
 

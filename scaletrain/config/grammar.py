@@ -1,4 +1,4 @@
-"""The short forms that people type: the one parser of ``NAME:OPTION=VALUE``, ``@transport`` and labels.
+"""The short forms that people type: ``NAME:OPTION=VALUE``, ``@transport`` and labels.
 
 >>> expand_exchange("ring@gloo")
 {'name': 'scheduled', 'collective': 'ring', 'transport': 'gloo'}
@@ -59,7 +59,8 @@ def parse_setting(
 def expand_exchange(text: str, where: str = "") -> dict[str, Any]:
     """Return the mapping that a short form of an exchange stands for.
 
-    ``NAME:VALUE`` sets the exchange's first option, and ``@VALUE`` its option ``transport``. The name
+    ``NAME:VALUE`` sets the exchange's first option, and ``@VALUE`` its option ``transport``. The
+    name
     of a collective is short for the exchange ``scheduled`` with this collective:
 
     - ``native``

@@ -14,7 +14,7 @@ from scaletrain import plugins
 
 
 class Named(BaseModel):
-    """A plugin's name and its options, which are checked against its signature (``plugins.options``)."""
+    """A plugin's name and its options, checked against its signature (``plugins.options``)."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
@@ -80,7 +80,7 @@ class Checkpoint(Strict):
 
 
 class Compute(Strict):
-    """An emulated accelerator: a step waits instead of computing, and gradients of true sizes move."""
+    """An emulated accelerator: a step waits instead of computing; gradients really move."""
 
     step_s: Annotated[float, Field(ge=0)] = 0.0
     """Seconds a step, whatever the batch."""

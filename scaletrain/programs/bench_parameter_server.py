@@ -31,7 +31,8 @@ def null_steps(
 ) -> dict[str, float]:
     """Push gradients, pull weights, compute nothing: ``dense`` all of them, ``sparse`` 32 rows of a table of that size.
 
-    Gradients are copied to where they are sent from (with ``placed`` they lie there already, as what a bare socket sends does), weights from
+    Gradients are copied to where they are sent from (with ``placed`` they lie there already, as
+    what a bare socket sends does), weights from
     where they arrive to where they are used; the model's own memory is one block's (1 GB of it for
     each of 8 workers would not fit beside the rest).
     """

@@ -154,7 +154,8 @@ def choose_device(config: RunConfig, world: World) -> torch.device:
 def threads(config: RunConfig, world: World) -> int:
     """Return the number of this worker's compute threads.
 
-    The configuration decides, else the launcher, else the worker gets its share of the host's cores.
+    The configuration decides, else the launcher, else the worker gets its share of the host's
+    cores.
     """
     if config.threads != "auto":
         return config.threads

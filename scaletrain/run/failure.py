@@ -56,7 +56,7 @@ class Failure(NamedTuple):
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Failure":
-        """Return the failure that ``_asdict`` became in a file; later versions' keys are ignored."""
+        """Return the failure that a file holds; keys of later versions are ignored."""
         fields = {key: value[key] for key in cls._fields if key in value}
         fields["kind"] = FailureKind(fields["kind"])
         return cls(**fields)

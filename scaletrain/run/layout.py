@@ -1,6 +1,7 @@
 """The files of a run directory: the only place that spells their names.
 
-A run directory belongs to one job. On several hosts it lies on a file system that all of them share.
+A run directory belongs to one job. On several hosts it lies on a file system that all of them
+share.
 Every file has one writer; readers must expect that a file is missing or, unless it is written
 atomically (``run.atomic``), cut off.
 
@@ -62,7 +63,7 @@ class RunDir:
         return self._numbered("step-*.safetensors")
 
     def progress(self, rank: int) -> Path:
-        """How far one worker is, overwritten in place (``run.progress``). Read by the supervisor."""
+        """How far one worker is, overwritten in place. Read by the supervisor."""
         return self.path / f"progress-{rank}.json"
 
     def all_progress(self) -> list[tuple[int, Path]]:

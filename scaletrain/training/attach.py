@@ -34,7 +34,8 @@ def attach(
             does its work with the learning rate that the optimizer's groups hold.
         exchange: as on the command line: ``native``, ``ring``, ``scheduled:tree@gloo``, ...
         timeout_s: seconds that a collective or message may take.
-        run_dir: where rank 0 publishes its address if the launcher serves no store (mpirun or srun by
+        run_dir: where rank 0 publishes its address if the launcher serves no store (mpirun or srun
+        by
             hand): a directory that all hosts share.
         options: further options of the exchange.
 

@@ -12,7 +12,8 @@ from scaletrain.errors import UserError
 class GlobalBatches:
     """The global batch of every step, and each rank's share of it.
 
-    Every epoch is a new permutation of the data, drawn from (seed, epoch). Its batches are consecutive
+    Every epoch is a new permutation of the data, drawn from (seed, epoch). Its batches are
+    consecutive
     slices; the samples left over at its end are dropped. N workers split the batch that one worker
     would take: rank r gets slice r of N, and sizes differ by at most one.
 

@@ -17,7 +17,8 @@ from scaletrain.world import World
 class AllreduceExchange(Exchange):
     """Averages gradients by allreduce, bucket by bucket while backward runs.
 
-    The worker runs the optimizer. All ranks construct it: it initialises torch.distributed's default
+    The worker runs the optimizer. All ranks construct it: it initialises torch.distributed's
+    default
     process group.
 
     Args:

@@ -1,4 +1,4 @@
-"""Emulated accelerators: a step waits instead of computing, while gradients of true sizes really move.
+"""Emulated accelerators: a step waits instead of computing; gradients really move.
 
 The wait is sleep, not work, so that many workers share few cores without slowing each other. During
 backward it is spread over the layers, last layer first: an exchange overlaps it just as it would
@@ -23,7 +23,8 @@ def emulate(
 ) -> nn.Module:
     """Return a model's parameters on an emulated accelerator.
 
-    The result keeps the model as ``inner``, with the same parameter tensors. Its outputs are zeros of
+    The result keeps the model as ``inner``, with the same parameter tensors. Its outputs are zeros
+    of
     the model's output shape; each weight's gradient is the sum of the output's gradient over the
     number of weights. The time of backward is spread over the layers in proportion to their
     ``multiply_adds`` if all layers have that attribute (``models/shapes``), else evenly.
@@ -91,7 +92,8 @@ class Emulated(nn.Module):
 class _BackwardTimer:
     """When the parts of one backward pass are due.
 
-    It starts with the first layer that asks. A part that is late is caught up by the next one, as on
+    It starts with the first layer that asks. A part that is late is caught up by the next one, as
+    on
     a device that computes while the host is busy.
     """
 
@@ -107,7 +109,7 @@ class _BackwardTimer:
 
 
 class _LayerBackward(torch.autograd.Function):
-    """Passes its input on. In backward it waits for its share, and makes its parameters' gradients."""
+    """Passes its input on. In backward it waits, and makes its parameters' gradients."""
 
     @staticmethod
     def forward(

@@ -18,7 +18,8 @@ def learning_rate(schedule: LrSchedule, base_lr: float, step: int, num_steps: in
         num_steps: steps of the whole run.
 
     Source:
-        Caffe's ``SolverParameter.lr_policy`` (caffe.proto) and the half cosine; the warm-up is that of
+        Caffe's ``SolverParameter.lr_policy`` (caffe.proto) and the half cosine; the warm-up is that
+        of
         Goyal et al. 2017 (arXiv 1706.02677), section 2.2.
     """
     match schedule.name:

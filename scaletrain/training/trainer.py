@@ -1,4 +1,4 @@
-"""The training loop: ``Trainer.step`` is one optimizer step, ``fit`` repeats it, ``evaluate`` tests."""
+"""The training loop: ``step`` is one optimizer step, ``fit`` repeats it, ``evaluate`` tests."""
 
 import contextlib
 import math
@@ -65,7 +65,8 @@ class Trainer:
         self.num_steps = config.steps or self._steps_of(config.epochs or 0)
         self.base_lr = float(workload.optimizer.param_groups[0]["lr"])
 
-        # The checkpoint is loaded before ``attach``, which makes every rank's weights those of rank 0.
+        # The checkpoint is loaded before ``attach``, which makes every rank's weights those of rank
+        # 0.
         steps_done = None
         if resume:
             steps_done = checkpoint.load_latest(run_dir, workload.model, workload.optimizer)
@@ -262,7 +263,7 @@ class Trainer:
         return inputs.tensor_split(passes), targets.tensor_split(passes)
 
     def _catch_up(self) -> bool:
-        """Leave out the steps that the job has done without this rank; return True if there were any.
+        """Leave out steps that the job has done without this rank; return True if there were any.
 
         At most up to the next evaluation, where all ranks meet.
         """

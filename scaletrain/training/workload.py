@@ -1,4 +1,4 @@
-"""What is trained: model, loss, optimizer and data, built from a configuration, the same on every rank."""
+"""Model, loss, optimizer and data, built from a configuration, the same on every rank."""
 
 import inspect
 from collections.abc import Callable

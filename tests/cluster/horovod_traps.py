@@ -1,4 +1,5 @@
-"""What each of 2 workers runs in test_horovod.py: the exchange against a single process on the same global batches.
+"""What each of 2 workers runs in test_horovod.py: the exchange against a single process on the same
+global batches.
 
 Every rank computes the reference itself, on all samples; for the exchange it has only its own.
 """
@@ -67,7 +68,9 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def no_hidden_step() -> None:
-    """A fresh optimizer with weight decay: after attach the weights are rank 0's to the bit, and there is no state yet."""
+    """A fresh optimizer with weight decay: after attach the weights are rank 0's to the bit, and
+    there is no state yet.
+    """
     model, expected = model_of(world.rank), model_of(0)
     optimizer = adam(model)
     attached = exchange.attach(model, optimizer)
@@ -96,7 +99,9 @@ def no_dropped_state() -> None:
 
 
 def no_hang_after_an_extra_operation() -> None:
-    """Rank 0 does one operation more than the others, as a person's logging might: unnamed ones would no longer match."""
+    """Rank 0 does one operation more than the others, as a person's logging might: unnamed ones
+    would no longer match.
+    """
     import horovod.torch as hvd
 
     model, expected = model_of(world.rank), model_of(0)
@@ -120,7 +125,9 @@ def accumulation() -> None:
 
 
 class Branches(nn.Module):
-    """Rank 0 uses one layer only, rank 1 both: a parameter without a gradient on one rank still takes part."""
+    """Rank 0 uses one layer only, rank 1 both: a parameter without a gradient on one rank still
+    takes part.
+    """
 
     def __init__(self):
         super().__init__()
@@ -151,7 +158,9 @@ def unused_parameters() -> None:
 
 
 def odd_gradients() -> None:
-    """Not contiguous, and bfloat16: Horovod refuses both on the CPU; the exchange brings them into a form that it takes."""
+    """Not contiguous, and bfloat16: Horovod refuses both on the CPU; the exchange brings them into
+    a form that it takes.
+    """
     weight = nn.Parameter(torch.ones(6, 4).t())
     narrow = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     model = nn.ParameterDict({"weight": weight, "narrow": narrow})

@@ -35,7 +35,9 @@ def path_of(python: str) -> dict[str, str]:
 
 
 def test_the_three_traps(python: str, tmp_path: Path):
-    """No hidden optimizer step, no dropped state, no hang after one operation more on one rank; odd gradients, accumulation."""
+    """No hidden optimizer step, no dropped state, no hang after one operation more on one rank; odd
+    gradients, accumulation.
+    """
     done = scaletrain(
         "launch", "-n", "2", "--run-dir", str(tmp_path / "run"), "--", TRAPS, python=python
     )

@@ -46,7 +46,9 @@ def test_the_same_loss(kind: str, alone: dict, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["openmpi4", "mpich"])
 def test_by_hand(kind: str, alone: dict, tmp_path: Path):
-    """``mpirun -n 2 scaletrain worker RUN_DIR``, also where an earlier run has left its meeting point in RUN_DIR."""
+    """``mpirun -n 2 scaletrain worker RUN_DIR``, also where an earlier run has left its meeting
+    point in RUN_DIR.
+    """
     (tmp_path / "config.yaml").write_text(
         config.load(Path(DIGITS), {"epochs": 1, "workers": 2}).to_yaml()
     )
@@ -123,7 +125,9 @@ OVER_HOSTS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("namespaces")
 def test_four_hosts_and_a_launch_agent(kind: str, alone: dict, tmp_path: Path):
-    """One process a host. The agent takes ssh's place: it drops ssh's options and runs the rest on the host that is named."""
+    """One process a host. The agent takes ssh's place: it drops ssh's options and runs the rest on
+    the host that is named.
+    """
     command_of = mpirun(kind)
     with Cluster(4, bandwidth=None) as network:
         cases = "\n".join(

@@ -148,7 +148,8 @@ def test_the_same_training_as_on_one_host_and_every_gradient_crosses_the_links(
     assert summary["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
     assert not alone["emulated"] and summary["emulated"]
     assert summary["emulation"]["network"]["bandwidth"] == "1Gbit"
-    # A ring sends 2 (p - 1) / p of the gradients, each step, from each host. Shared memory would leave the links empty.
+    # A ring sends 2 (p - 1) / p of the gradients, each step, from each host. Shared memory would
+    # leave the links empty.
     parameters = sum(
         width
         for width in (
@@ -224,7 +225,9 @@ def test_a_host_that_loses_power_is_named(tmp_path, namespaces, emulated):
 def test_a_lost_host_of_rank_0_does_not_end_a_job_that_may_go_on_without_it(
     tmp_path, namespaces, emulated
 ):
-    """Asynchronous workers of a parameter server: the store lies on the server's host, so h0 may lose power."""
+    """Asynchronous workers of a parameter server: the store lies on the server's host, so h0 may
+    lose power.
+    """
     options = [
         "--exchange",
         "parameter_server:async",

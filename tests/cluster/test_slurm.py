@@ -55,7 +55,9 @@ def alone_slow(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def in_background(slurm: Slurm, run_dir: Path, *arguments: str) -> subprocess.Popen:
-    """A long job of two workers on nodes of its own, that waits more than it computes: it runs while the other tests do."""
+    """A long job of two workers on nodes of its own, that waits more than it computes: it runs
+    while the other tests do.
+    """
     options = ("--run-dir", str(run_dir), "--workers", "2", "--launcher", "slurm", *arguments)
     with open(run_dir.with_name("output"), "w") as output:
         argv = command("train", SLOW, *options)
@@ -66,7 +68,9 @@ def in_background(slurm: Slurm, run_dir: Path, *arguments: str) -> subprocess.Po
 
 @pytest.fixture(scope="module", autouse=True)
 def out_of_time(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory):
-    """A job of half a minute with a time limit of a minute, of which it is warned: SLURM looks at the clock each 30 s only."""
+    """A job of half a minute with a time limit of a minute, of which it is warned: SLURM looks at
+    the clock each 30 s only.
+    """
     run_dir = tmp_path_factory.mktemp("out-of-time") / "run"
     options = (
         "launcher.time_limit_min=1",
@@ -84,7 +88,9 @@ def out_of_time(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module", autouse=True)
 def without_its_daemon(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory):
-    """A job whose first node's slurmd gets ``kill -9``: it is half a minute before SLURM takes the node for down."""
+    """A job whose first node's slurmd gets ``kill -9``: it is half a minute before SLURM takes the
+    node for down.
+    """
     run_dir = tmp_path_factory.mktemp("without-its-daemon") / "run"
     launcher = in_background(slurm, run_dir, "--set", "launcher.partition=killed")
     until(lambda: step_of(run_dir) >= 10 or launcher.poll() is not None, "ten steps")
@@ -224,7 +230,9 @@ def test_kill_9_of_the_launcher_leaves_no_job(slurm: Slurm, tmp_path: Path):
 def goes_on(
     slurm: Slurm, launcher: subprocess.Popen, job: str, run_dir: Path, alone_slow: dict
 ) -> None:
-    """The requeued job ends well, went on from its checkpoint, and trained as if nothing had been."""
+    """The requeued job ends well, went on from its checkpoint, and trained as if nothing had
+    been.
+    """
     until(lambda: slurm.state(job).get("Restarts") == "1", "the job is requeued")
     output, _ = launcher.communicate(timeout=100)
     assert launcher.returncode == 0, output
@@ -276,7 +284,9 @@ def test_a_mistake_is_one_line(slurm: Slurm, tmp_path: Path):
 
 
 def test_the_controller_may_be_away_for_a_while(slurm: Slurm, alone_slow: dict, tmp_path: Path):
-    """``kill -9`` of slurmctld in mid-job: the job trains on, the follower waits, and knows the end when it is back."""
+    """``kill -9`` of slurmctld in mid-job: the job trains on, the follower waits, and knows the end
+    when it is back.
+    """
     launcher, _ = started(slurm, tmp_path / "run")
     slurm.save_state()
     slurm.kill("slurmctld")
@@ -290,7 +300,9 @@ def test_the_controller_may_be_away_for_a_while(slurm: Slurm, alone_slow: dict, 
 
 
 def test_a_job_array_trains_a_seed_a_task(slurm: Slurm, alone: dict, tmp_path: Path):
-    """Each task has a run directory of its own: with its number as seed, or the configuration that lies there."""
+    """Each task has a run directory of its own: with its number as seed, or the configuration that
+    lies there.
+    """
     from scaletrain import config
 
     run_dir = tmp_path / "run"
@@ -320,7 +332,9 @@ def test_a_job_array_trains_a_seed_a_task(slurm: Slurm, alone: dict, tmp_path: P
 
 
 def test_an_array_is_followed_and_cancelled_as_one(slurm: Slurm, tmp_path: Path):
-    """A script's array: the seed is $SLURM_ARRAY_TASK_ID. One task fails; Ctrl-C ends those that run and those that wait."""
+    """A script's array: the seed is $SLURM_ARRAY_TASK_ID. One task fails; Ctrl-C ends those that
+    run and those that wait.
+    """
     script = tmp_path / "script.py"
     script.write_text(
         "import os, time\nseed = int(os.environ['SLURM_ARRAY_TASK_ID'])\nprint('seed', seed, flush=True)\n"
@@ -444,7 +458,8 @@ def test_each_kind_of_srun_says_who_a_task_is(slurm: Slurm, mpi: str):
     if mpi not in slurm.run("srun", "--mpi=list"):
         pytest.skip(f"this SLURM has no --mpi={mpi}")
     code = "from scaletrain.world import World; w = World.from_env(); print(w.rank, w.size, w.local_rank, w.local_size, w.launcher)"
-    # On one node: two PMIx servers of one step cannot live on the same real host; across hosts, see below.
+    # On one node: two PMIx servers of one step cannot live on the same real host; across hosts, see
+    # below.
     output = slurm.run(
         "srun", f"--mpi={mpi}", "-N", "1", "-n", "2", "--overcommit", sys.executable, "-c", code
     )
@@ -480,7 +495,9 @@ def test_out_of_time_and_requeued_from_the_checkpoint(
 def test_kill_9_of_a_node_daemon_is_no_hang(
     without_its_daemon: tuple[subprocess.Popen, Path], alone_slow: dict
 ):
-    """The node is down for SLURM after its time-out; the job is requeued to others and goes on, or has ended by then."""
+    """The node is down for SLURM after its time-out; the job is requeued to others and goes on, or
+    has ended by then.
+    """
     launcher, run_dir = without_its_daemon
     status, output = launcher.wait(100), run_dir.with_name("output").read_text()
     assert status == 0, output

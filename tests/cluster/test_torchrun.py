@@ -68,7 +68,9 @@ def start(
 
 
 def ended(network: Cluster, agents: list[subprocess.Popen], timeout: float) -> list[str]:
-    """What each agent printed until its end; one that does not end fails the test with the stacks of torchrun and its workers."""
+    """What each agent printed until its end; one that does not end fails the test with the stacks
+    of torchrun and its workers.
+    """
     try:
         return [agent.communicate(timeout=timeout)[0] for agent in agents]
     except subprocess.TimeoutExpired:
@@ -88,7 +90,9 @@ def test_one_host(alone: dict, tmp_path: Path):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_hosts(alone: dict, tmp_path: Path, count: int):
-    """The same command on every host, two workers or one on each; all hosts share the run directory."""
+    """The same command on every host, two workers or one on each; all hosts share the run
+    directory.
+    """
     run_dir = tmp_path / "run"
     with hosts(count) as network:
         before = network.counters()
@@ -124,7 +128,9 @@ def test_kill_9_of_a_worker_on_another_host(tmp_path: Path):
 
 
 def test_an_elastic_job_goes_on_without_a_lost_host(tmp_path: Path):
-    """``--nnodes 1:2``: a host loses power; the other starts its worker again, which goes on alone from the checkpoint."""
+    """``--nnodes 1:2``: a host loses power; the other starts its worker again, which goes on alone
+    from the checkpoint.
+    """
     run_dir, whole = (
         tmp_path / "run",
         train(tmp_path / "whole", "--set", "data=digits", config=SLOW),

@@ -28,7 +28,9 @@ REDUCTIONS = {
 
 
 def contribution(rank: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What only this rank could give. Uneven fractions, so that another order of additions shows in the last bits."""
+    """What only this rank could give. Uneven fractions, so that another order of additions shows in
+    the last bits.
+    """
     generator = torch.Generator().manual_seed(1000 * rank + count)
     if dtype.is_floating_point:
         return torch.randn(count, generator=generator, dtype=torch.float64).to(dtype)
@@ -51,7 +53,9 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 def every_allreduce(transport: Transport) -> Iterator[tuple[str, Tensor]]:
-    """Runs each algorithm on each count, twice, and checks the sums; yields what must be equal, bit for bit, on every rank."""
+    """Runs each algorithm on each count, twice, and checks the sums; yields what must be equal, bit
+    for bit, on every rank.
+    """
     size, rank = transport.size, transport.rank
     for name in ALGORITHMS:
         program = RankProgram.of(plugins.load("collective", name)(size), rank)
@@ -113,7 +117,9 @@ def own_allreduce(transport: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def messages_in_order(transport: Transport) -> None:
-    """Several starts are open at once, waited for in any order; what is sent is read before anything is written; large messages cross both ways."""
+    """Several starts are open at once, waited for in any order; what is sent is read before
+    anything is written; large messages cross both ways.
+    """
     size, rank = transport.size, transport.rank
     if size == 1:
         return

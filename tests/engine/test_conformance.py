@@ -101,7 +101,9 @@ def test_replicas_are_bitwise_equal(name: str):
 
 
 def every_dtype(rank: int, size: int, path: str) -> list[str]:
-    """Through the process group: dtypes, operations, shapes and strides that gloo takes give what gloo gives."""
+    """Through the process group: dtypes, operations, shapes and strides that gloo takes give what
+    gloo gives.
+    """
     import scaletrain  # registers the backend
 
     assert scaletrain.__version__
@@ -191,7 +193,9 @@ def test_the_backend_gives_what_gloo_gives(size: int, transport: str, tmp_path, 
 
 
 def half_sums(rank: int, size: int, path: str) -> dict[str, bytes]:
-    """Terms that half precision loses one by one: 256 + 1 + 1 is 256 in bfloat16, and 258 when rounded once."""
+    """Terms that half precision loses one by one: 256 + 1 + 1 is 256 in bfloat16, and 258 when
+    rounded once.
+    """
     import scaletrain
 
     assert scaletrain.__version__

@@ -29,7 +29,9 @@ def group(store: dist.Store, rank: int, size: int) -> Group:
 
 
 class Lingering(Threads):
-    """Threads whose messages count as sent at once, as those in a socket do, and reach rank 2 late."""
+    """Threads whose messages count as sent at once, as those in a socket do, and reach rank 2
+    late.
+    """
 
     receipts_from_bytes = 4 * LARGE
 

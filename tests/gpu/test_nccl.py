@@ -1,6 +1,7 @@
 """NCCL: every algorithm between CUDA devices, one process a rank. Skipped without a device.
 
-Where there are fewer devices than ranks, each rank claims to be a host of its own (NCCL_HOSTID): NCCL then lets ranks share a device and
+Where there are fewer devices than ranks, each rank claims to be a host of its own (NCCL_HOSTID):
+NCCL then lets ranks share a device and
 connects them by sockets. The schedules, messages and streams are the same, their speed is not.
 """
 
@@ -59,7 +60,9 @@ def _every_algorithm(rank: int, size: int, path: str) -> dict[str, bytes]:
 
 
 def _streams(rank: int, size: int, path: str) -> None:
-    """A message waits for the kernel that makes its contents, and a kernel for the message it reads, on a stream of our own."""
+    """A message waits for the kernel that makes its contents, and a kernel for the message it
+    reads, on a stream of our own.
+    """
     transport = plugins.load("transport", "nccl")(_group(rank, size, path))
     with torch.cuda.stream(torch.cuda.Stream()):
         sent, got = torch.zeros(1 << 22, device="cuda"), torch.zeros(1 << 22, device="cuda")

@@ -1,4 +1,6 @@
-"""launching/supervision/hangs.py: is there a hang, and which rank is named? Bug it catches: a victim that is blamed."""
+"""launching/supervision/hangs.py: is there a hang, and which rank is named? Bug it catches: a
+victim that is blamed.
+"""
 
 import json
 import os

@@ -163,7 +163,8 @@ def test_slurm_array_gives_each_task_a_directory_of_its_own(monkeypatch: pytest.
     assert "#SBATCH --array=0-3%2" in text and "#SBATCH --gres=gpu:2" in text
     assert "#SBATCH --output='/shared/my run/slurm-%A_%a.out'" in text
     assert 'programs.worker "/shared/my run/task-$SLURM_ARRAY_TASK_ID"' in text
-    # The number of the last task's job is that of the whole array: a task must not requeue all of them.
+    # The number of the last task's job is that of the whole array: a task must not requeue all of
+    # them.
     assert (
         "requeue ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" in text
         and "requeue $SLURM_JOB_ID" not in text

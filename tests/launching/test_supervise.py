@@ -1,4 +1,6 @@
-"""launching/supervision: is the first cause named, and is everything really gone? The workers need no torch."""
+"""launching/supervision: is the first cause named, and is everything really gone? The workers need
+no torch.
+"""
 
 import json
 import signal
@@ -259,7 +261,8 @@ from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.launching.supervision.supervise import run
 sys.exit(run(*eval(sys.argv[1])))
 """
-# Each worker also starts a process of its own, in a session of its own: such as a data loader that was not waited for.
+# Each worker also starts a process of its own, in a session of its own: such as a data loader that
+# was not waited for.
 STUBBORN = """
 import subprocess
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -350,7 +353,8 @@ def test_an_interrupt_while_the_supervisor_starts_is_no_traceback(tmp_path: Path
     time.sleep(after_s)
     launcher.send_signal(signal.SIGINT)
     output, _ = launcher.communicate(timeout=20)
-    # The workers are programs of the test: what an interrupt meets in their own start is theirs to show.
+    # The workers are programs of the test: what an interrupt meets in their own start is theirs to
+    # show.
     own = "\n".join(line for line in output.splitlines() if not line.startswith("[rank "))
     assert launcher.returncode == 128 + signal.SIGINT and "Traceback" not in own, output
     assert gone_within(job, 1) and not watchers[0].is_running()

@@ -2,7 +2,8 @@
 
 Servers and workers run as threads or processes.
 
-``python -m tests.parameter_server.job RUN_DIR RANK SETTINGS STEPS DELAY_S`` is a worker; it prints a line a step.
+``python -m tests.parameter_server.job RUN_DIR RANK SETTINGS STEPS DELAY_S`` is a worker; it prints
+a line a step.
 """
 
 import contextlib

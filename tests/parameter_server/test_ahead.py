@@ -1,4 +1,6 @@
-"""Tests ``worker/link.py``: workers run a few blocks ahead of each other, and never into a deadlock."""
+"""Tests ``worker/link.py``: workers run a few blocks ahead of each other, and never into a
+deadlock.
+"""
 
 import random
 import threading
@@ -71,7 +73,9 @@ def test_workers_may_push_in_any_order(tmp_path):
 
 
 def test_a_worker_waits_for_those_behind(tmp_path):
-    """What rank 0 pushes while rank 1 has pushed nothing stays with it, but for a few blocks, those that the next forward needs first."""
+    """What rank 0 pushes while rank 1 has pushed nothing stays with it, but for a few blocks, those
+    that the next forward needs first.
+    """
     settings, seen = make_settings(2), threading.Event()
     ahead = settings.blocks_ahead
     assert ahead == 4

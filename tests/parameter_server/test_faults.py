@@ -139,7 +139,8 @@ def test_a_killed_server_goes_on_from_its_snapshot(tmp_path, mode):
     statistics = job.statistics(tmp_path)
     updates_a_step = 2 if mode == "async" else 1
     restored = statistics["restored_at_update"]
-    # At most the interval is lost (and the steps that the snapshot was due in, between two looks at the clock).
+    # At most the interval is lost (and the steps that the snapshot was due in, between two looks at
+    # the clock).
     assert (
         killed_at * updates_a_step - 10 - 15 * updates_a_step
         <= restored

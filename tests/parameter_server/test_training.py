@@ -54,7 +54,9 @@ def test_sync_is_single_process_training(tmp_path, workers, options):
     "options", [{}, {"link": "tcp"}, {"mode": "local_sgd", "local_steps": 1}], ids=str
 )
 def test_what_accelerators_do_gives_the_same(tmp_path, monkeypatch, options):
-    """Gradients and weights through staging. On the CPU nothing of it overlaps: tests/gpu has the rest."""
+    """Gradients and weights through staging. On the CPU nothing of it overlaps: tests/gpu has the
+    rest.
+    """
     monkeypatch.setattr(replica, "needs_staging", lambda device: True)
     settings = Settings(3, 20, servers=2, **options, **SMALL_BLOCKS)
     results = job.train(settings, tmp_path, STEPS)
@@ -115,7 +117,9 @@ def test_any_optimizer_runs_on_the_server(tmp_path, make):
     ids=["SGD", "AdamW", "Adafactor"],
 )
 def test_a_checkpoint_holds_the_servers_optimizer_state(tmp_path, make, options):
-    """Half of the steps, then new servers and workers with the checkpoint, cut into other blocks: as if there had been no pause."""
+    """Half of the steps, then new servers and workers with the checkpoint, cut into other blocks:
+    as if there had been no pause.
+    """
     settings = Settings(2, 20, **options)
 
     def half(folder, settings, first, last, load):
@@ -204,7 +208,9 @@ def test_async_applies_every_gradient_and_records_staleness(tmp_path, mode):
 
 
 def test_servers_that_met_a_worker_at_different_steps_agree_at_the_end(tmp_path, monkeypatch):
-    """Rank 1 reaches the second server when rank 0 has done steps there: it begins where that one says, later than the first one said."""
+    """Rank 1 reaches the second server when rank 0 has done steps there: it begins where that one
+    says, later than the first one said.
+    """
     connect = ServerLink.connect
 
     def late(link: ServerLink, *arguments, **options):

@@ -1,4 +1,6 @@
-"""Tests ``protocol/wire.py`` and ``codec.py``: messages survive the trip, everything else is refused."""
+"""Tests ``protocol/wire.py`` and ``codec.py``: messages survive the trip, everything else is
+refused.
+"""
 
 import pytest
 import torch

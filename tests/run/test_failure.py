@@ -1,4 +1,6 @@
-"""run/failure.py: which failure an exception stands for. Bug it catches: a consequence that is taken for the cause."""
+"""run/failure.py: which failure an exception stands for. Bug it catches: a consequence that is
+taken for the cause.
+"""
 
 import json
 import runpy

@@ -259,7 +259,9 @@ PLAIN = emulated.EmulatedLinks(1e-3, 10e6, math.inf)
 
 
 def test_another_batch_is_predicted_on_each_exchanges_own_wire():
-    """gloo's TCP and our shared memory lie in one report; one network for both would be wrong for each."""
+    """gloo's TCP and our shared memory lie in one report; one network for both would be wrong for
+    each.
+    """
     compute, wires = (
         ComputeCost(4e-4, 1e-3, 1e-3),
         {"native": Network(1e-4, 4e8), "ring": Network(2e-5, 4e9)},
@@ -330,8 +332,10 @@ def test_hosts_that_share_cores_add_slowly_unless_they_add_while_they_receive():
 
 
 def test_messages_of_all_to_all_get_in_each_others_way():
-    """Of a message that is too small to be cut into parts. Three hosts have two messages each a phase: two of them get both from one slot
-    with three chances in four, one waits; more hosts wait for more. A message in parts waits for parts."""
+    """Of a message that is too small to be cut into parts. Three hosts have two messages each a
+    phase: two of them get both from one slot
+    with three chances in four, one waits; more hosts wait for more. A message in parts waits for
+    parts."""
     plain = PLAIN._replace(latency_s=0.0)
     late = {}
     for p in (2, 3, 8, 16):

@@ -28,7 +28,8 @@ from scaletrain.scaling.show import plots, publish, render, results, table, text
 
 from .runs import write_run
 
-# What each cell of a made-up sweep takes: 100 ms alone, 55 ms of work for half, 5 ms of communication.
+# What each cell of a made-up sweep takes: 100 ms alone, 55 ms of work for half, 5 ms of
+# communication.
 STEP_S = {
     ("none", 1, 96): 0.100,
     ("ring", 1, 96): 0.102,
@@ -148,7 +149,9 @@ def test_the_summary_leads_with_the_best_and_names_the_most_workers_beside_it(me
 
 
 def test_noisy_repeats_name_no_cause(tmp_path):
-    """Two equal workers whose repeats scatter more than the loss: the interval decides, not the mean."""
+    """Two equal workers whose repeats scatter more than the loss: the interval decides, not the
+    mean.
+    """
     for exchange, steps in {
         "none": {1: [0.1, 0.1, 0.1], 2: [0.04, 0.09, 0.06]},
         "ring": {2: [0.05, 0.10, 0.07]},
@@ -283,7 +286,9 @@ def test_every_format_is_written(measured):
 @pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize("several", [False, True])
 def test_tables_in_markdown_are_tables(measured, timed: bool, several: bool):
-    """A head, a line of dashes, then rows of as many cells, a failed cell's and a timed one's included."""
+    """A head, a line of dashes, then rows of as many cells, a failed cell's and a timed one's
+    included.
+    """
     made = replace(report.of_sweep(measured), loss_reached=0.5)
     for number in range(len(made.rows)):
         made = with_row(made, number, variant={"batch_size": number % 2} if several else {})
@@ -782,7 +787,9 @@ def test_far_predictions_are_drawn_dashed():
 
 
 def test_a_better_collective_is_predicted_where_none_was_measured(measured):
-    """A tree of 100 MB on 8 workers, over a network that is known: rings send half as much in each of fewer steps."""
+    """A tree of 100 MB on 8 workers, over a network that is known: rings send half as much in each
+    of fewer steps.
+    """
     told = [Estimate(value, value * 0.9, value * 1.1) for value in (1e-4, 1e8)]
     fitted = Fit(ComputeCost(0.01), *told, overlap=True, residuals=[], max_workers=8)
     made = report.of_sweep(measured)

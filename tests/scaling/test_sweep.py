@@ -18,7 +18,8 @@ def config(tmp_path):
     return path
 
 
-# A stand-in for `scaletrain train` that leaves a run's files, counts its starts, and fails when it is told to.
+# A stand-in for `scaletrain train` that leaves a run's files, counts its starts, and fails when it
+# is told to.
 TRAIN = """
 import json, pathlib, sys, time
 run = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
@@ -209,7 +210,9 @@ def test_where_the_system_does_not_tell_nothing_is_recorded(config, tmp_path, st
 
 
 def test_own_work_is_not_that_of_others(monkeypatch):
-    """The cores worked as long as this process and its children did, which is measured here, plus nothing."""
+    """The cores worked as long as this process and its children did, which is measured here, plus
+    nothing.
+    """
     monkeypatch.setattr(machine, "_busy_s", lambda: 100.0 + machine._own_s())
     watch = machine.Watch()
     subprocess.run([sys.executable, "-c", "sum(range(5_000_000))"], check=True)

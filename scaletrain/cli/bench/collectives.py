@@ -149,7 +149,8 @@ def command(
 ) -> None:
     """Measure allreduces side by side.
 
-    Every contender runs in each of --repeats rounds, so that a slow minute of the machine hits all alike. Times are the slowest rank's.
+    Every contender runs in each of --repeats rounds, so that a slow minute of the machine hits all
+    alike. Times are the slowest rank's.
     """
     for peer in peers:
         if peer not in PEERS[device]:
@@ -360,13 +361,16 @@ def _bound(
     contender: str, size: int, workers: int, bandwidth: str | None, results: list[dict[str, Any]]
 ) -> float | None:
     """On emulated links: what the algorithm moves through the busiest port, at the link's rate. On one host: the bytes that any allreduce
-    moves between the ranks, 2(n - 1)/n of the message a rank, at the speed at which all ranks copy at once."""
+    moves between the ranks, 2(n - 1)/n of the message a rank, at the speed at which all ranks copy
+    at once.
+    """
     if bandwidth:
         from scaletrain.collectives.cost import Network, predict
         from scaletrain.units import bits_per_s
 
         text = contender.partition(":")[2]
-        # What has no schedule of its own, such as gloo, is held to the least that any allreduce moves through a port.
+        # What has no schedule of its own, such as gloo, is held to the least that any allreduce
+        # moves through a port.
         name, options = (
             ("ring", {})
             if text in ("", "auto", "native")

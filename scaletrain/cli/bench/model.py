@@ -84,9 +84,12 @@ def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -
     """Mean seconds of forward and backward of every layer of ``model`` (modules without children, or with weights of their own beside
     them), and of whole passes.
 
-    One warm-up pass. Layers are timed by hooks: a module's forward between its own hooks; its backward from when the gradient
-    of its output is there until the gradient of its input is. On CUDA each hook waits for the device, so layers do not overlap.
-    A first layer, whose input needs no gradient, has its backward end with its last weight's gradient.
+    One warm-up pass. Layers are timed by hooks: a module's forward between its own hooks; its
+    backward from when the gradient
+    of its output is there until the gradient of its input is. On CUDA each hook waits for the
+    device, so layers do not overlap.
+    A first layer, whose input needs no gradient, has its backward end with its last weight's
+    gradient.
     """
     import time
 
@@ -148,7 +151,8 @@ def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -
     whole = {"forward_s": 0.0, "backward_s": 0.0}
     model.train()
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        # The first layer's input needs no gradient; its backward is timed by its weights' hooks instead.
+        # The first layer's input needs no gradient; its backward is timed by its weights' hooks
+        # instead.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         for handle in handles:
             stack.callback(handle.remove)

@@ -13,7 +13,8 @@ import click
 from scaletrain.launching.job import Program
 
 MB = 1_000_000
-# OSDI'16, section 6.2, 16 servers on Google's cluster: seconds with 1 and 100 workers, read off its text and figure 7.
+# OSDI'16, section 6.2, 16 servers on Google's cluster: seconds with 1 and 100 workers, read off its
+# text and figure 7.
 PUBLISHED = {
     "scalar": (0.0018, 0.0088),
     "dense 100 MB": (0.147, 0.613),
@@ -160,7 +161,8 @@ def _sockets(steps: int) -> Iterable[dict[str, Any]]:
     for name, (options, compared, target) in cases.items():
         ours, theirs = [], []
         for _ in range(3):
-            # What bare sockets send lies where it is sent from; what arrives is copied by both. Into shared memory we copy, gloo does not.
+            # What bare sockets send lies where it is sent from; what arrives is copied by both.
+            # Into shared memory we copy, gloo does not.
             mode = "dense" if "memory" in name else "placed"
             ours.append(_job(1, mode, size, steps, options)["step_s"])
             theirs.append(compared())
@@ -178,7 +180,8 @@ def _null(
     for name, (mode, size) in SIZES.items():
         for servers in server_counts:
             for workers in counts:
-                # A dense worker's gradients lie in shared memory; servers hold weights and sums. 0.3 GB is Python with torch.
+                # A dense worker's gradients lie in shared memory; servers hold weights and sums.
+                # 0.3 GB is Python with torch.
                 need = (size * (workers + 2) if mode == "dense" else 2 * size) + 300 * MB * (
                     workers + servers
                 )

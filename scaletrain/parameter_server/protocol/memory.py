@@ -14,7 +14,8 @@ import numpy as np
 
 from scaletrain.host import shared_memory
 
-# Readers of weights check a sequence number before and after (``Slab.sequence``), which needs stores
+# Readers of weights check a sequence number before and after (``Slab.sequence``), which needs
+# stores
 # to stay in order.
 SUPPORTED = shared_memory.SUPPORTED
 

@@ -36,7 +36,7 @@ class Identity(NamedTuple):
     def make(
         cls, settings: Settings, run_dir: Path, rank: int, optimizer: dict[str, Any]
     ) -> "Identity":
-        """Return the identity of a worker that has just started, with a ZeroMQ context of its own."""
+        """Return the identity of a worker that starts, with a ZeroMQ context of its own."""
         incarnation = secrets.randbits(62) | 1
         context = zmq.Context(io_threads=settings.io_threads)
         return cls(settings, run_dir, rank, optimizer, incarnation, context)

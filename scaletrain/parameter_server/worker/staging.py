@@ -30,7 +30,8 @@ class Staging:
 
     A gradient passes three stages:
 
-    1. ``copy`` enqueues a copy on a stream of its own, behind the kernels that compute the gradient.
+    1. ``copy`` enqueues a copy on a stream of its own, behind the kernels that compute the
+       gradient.
        The training thread goes on with backward at once.
     2. ``push`` records an event behind the copies of a block, and hands it to the staging thread.
     3. That thread waits for the event, and pushes over the client.

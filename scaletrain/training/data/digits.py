@@ -34,7 +34,8 @@ def data(*, test_samples: int = 360) -> tuple[Dataset, Dataset]:
 def _rows() -> np.ndarray:
     """Return (1797, 65) float64: 64 pixels and the label of each digit.
 
-    It reads the file that ``load_digits`` reads: importing scikit-learn would take a second of every
+    It reads the file that ``load_digits`` reads: importing scikit-learn would take a second of
+    every
     worker's start.
     """
     spec = find_spec("sklearn")

@@ -1,6 +1,7 @@
 """The contract of an exchange: who owns the update, and how gradients travel.
 
-Every other file here is one exchange: a function ``exchange(world, setup, *, <options>) -> Exchange``,
+Every other file here is one exchange: a function ``exchange(world, setup, *, <options>) ->
+Exchange``,
 called once by every rank (collective).
 """
 
@@ -68,7 +69,8 @@ class Exchange(Protocol):
     def skip(self, most: int) -> int:
         """Return how many of the next ``most`` steps this rank has to leave out.
 
-        The job has done those without it: the rank came late, or its gradients did. Local: each rank
+        The job has done those without it: the rank came late, or its gradients did. Local: each
+        rank
         calls it when it likes.
         """
         return 0

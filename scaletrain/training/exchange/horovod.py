@@ -39,7 +39,8 @@ class HorovodExchange(Exchange):
 
     1. ``broadcast_optimizer_state`` takes a hidden step: it is not called.
     2. A DistributedOptimizer drops the state that was loaded before wrapping: there is none.
-    3. Each rank numbers unnamed operations for itself, so one more on one rank hangs the next: every
+    3. Each rank numbers unnamed operations for itself, so one more on one rank hangs the next:
+       every
        operation here has a name.
     """
 
@@ -248,7 +249,8 @@ def exchange(
     """Return Horovod's allreduce under the worker's own optimizer.
 
     Args:
-        controller: what carries Horovod's messages. auto is MPI under Open MPI's mpirun if the build
+        controller: what carries Horovod's messages. auto is MPI under Open MPI's mpirun if the
+        build
             has it, else gloo.
         compression: of gradients on the wire.
     """

@@ -1,4 +1,4 @@
-"""Our collective engine under DDP: the algorithm (tree, ring, ...) and the wire are chosen, or `auto`."""
+"""Our collective engine under DDP: choose algorithm (tree, ring, ...) and wire, or `auto`."""
 
 from typing import Annotated, Any
 

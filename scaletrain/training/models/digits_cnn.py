@@ -1,4 +1,4 @@
-"""A small convolutional network for 8 x 8 grey images, 10 classes (72 thousand parameters at width 16)."""
+"""A small convolutional network for 8 x 8 grey images (72 thousand parameters at width 16)."""
 
 from torch import Tensor, nn
 
