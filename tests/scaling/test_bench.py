@@ -27,16 +27,14 @@ def test_every_layer_is_timed_and_counted():
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
     inputs, targets = torch.randn(32, 64), torch.randint(0, 10, (32,))
     made = time_layers(model, nn.functional.cross_entropy, inputs, targets, passes=5)
-    by = {layer["name"]: layer for layer in made["layers"]}
+    by = {layer.name: layer for layer in made.layers}
     assert list(by) == ["0", "1", "2"]
-    assert [by[name]["parameters"] for name in by] == [64 * 256 + 256, 0, 256 * 10 + 10]
-    assert by["0"]["activations"] == 32 * 256
-    assert made["weight_bytes"] == 4 * sum(p.numel() for p in model.parameters())
-    assert made["data_to_weight_ratio"] == pytest.approx(
-        made["activation_bytes"] / made["weight_bytes"]
-    )
-    assert all(layer["forward_s"] > 0 and layer["backward_s"] > 0 for layer in made["layers"])
-    assert sum(layer["forward_s"] for layer in made["layers"]) <= made["forward_s"]
+    assert [by[name].parameters for name in by] == [64 * 256 + 256, 0, 256 * 10 + 10]
+    assert by["0"].activations == 32 * 256
+    assert made.weight_bytes == 4 * sum(p.numel() for p in model.parameters())
+    assert made.data_to_weight_ratio == pytest.approx(made.activation_bytes / made.weight_bytes)
+    assert all(layer.forward_s > 0 and layer.backward_s > 0 for layer in made.layers)
+    assert sum(layer.forward_s for layer in made.layers) <= made.forward_s
     assert not any(
         module._forward_hooks for module in model.modules()
     )  # the model is left as it was
@@ -55,9 +53,9 @@ def test_a_slow_layer_is_found():
         torch.randint(0, 10, (64,)),
         passes=3,
     )
-    slowest = max(made["layers"], key=lambda layer: layer["forward_s"])
-    assert slowest["type"] == "Slow"
-    assert max(made["layers"], key=lambda layer: layer["backward_s"])["type"] == "Slow"
+    slowest = max(made.layers, key=lambda layer: layer.forward_s)
+    assert slowest.type == "Slow"
+    assert max(made.layers, key=lambda layer: layer.backward_s).type == "Slow"
 
 
 def test_layers_of_any_shape_are_timed():
@@ -84,14 +82,11 @@ def test_layers_of_any_shape_are_timed():
         torch.randint(0, 3, (4,)),
         passes=2,
     )
-    by = {layer["name"]: layer for layer in made["layers"]}
-    assert sum(layer["parameters"] for layer in made["layers"]) == sum(
+    by = {layer.name: layer for layer in made.layers}
+    assert sum(layer.parameters for layer in made.layers) == sum(
         p.numel() for p in model.parameters()
     )
-    assert (
-        by["act"]["activations"] == 2 * 4 * 16
-        and by["lstm"]["activations"] == 4 * 5 * 16 + 2 * 4 * 16
-    )
+    assert by["act"].activations == 2 * 4 * 16 and by["lstm"].activations == 4 * 5 * 16 + 2 * 4 * 16
     words = nn.Sequential(
         nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3)
     )  # integers go in, four bytes a number come out
@@ -102,7 +97,7 @@ def test_layers_of_any_shape_are_timed():
         torch.tensor([0, 1]),
         passes=1,
     )
-    assert made["activation_bytes"] == 4 * (24 + 24 + 6)
+    assert made.activation_bytes == 4 * (24 + 24 + 6)
 
 
 def test_layers_that_were_timed_say_when_gradients_leave(tmp_path):

@@ -1,12 +1,22 @@
-"""Each layer's forward and backward time, parameters, activations and traffic, as `caffe time` does; is data or weights larger?"""
+"""Time each layer of a model, as `caffe time` does, and compare data with weights."""
 
 import contextlib
+import dataclasses
+import time
 import warnings
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from torch.utils.hooks import RemovableHandle
+
+    from scaletrain.config import RunConfig
+    from scaletrain.scaling.predict.layers import ModelTimes
 
 
 @click.command("model")
@@ -40,200 +50,251 @@ def command(
     settings: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Time the model of CONFIG layer by layer, on one worker."""
+    """Time the model of CONFIG layer by layer, on one worker.
+
+    \b
+    Example:
+      scaletrain bench model examples/digits.yaml --batch 96 --out layers.json
+    """
     import torch
 
     from scaletrain import config as configuration
     from scaletrain.errors import UserError
-    from scaletrain.run.atomic import write_json
     from scaletrain.run.environment import environment
     from scaletrain.training.workload import build
 
     run = configuration.load(path, dict(configuration.parse_setting(text) for text in settings))
     if run.compute:
         raise UserError(
-            "bench model: compute emulates an accelerator; there are no layers to time (remove it, or --set compute=null)"
+            "bench model: compute emulates an accelerator; there are no layers to time"
+            " (remove it, or --set compute=null)"
         )
     if threads:
         torch.set_num_threads(threads)
-    device = torch.device(
-        "cuda"
-        if run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available())
-        else "cpu"
-    )
+    device = _device(run)
     workload = build(run, device)
     batch = batch or run.batch_size
-    pairs = [workload.train[i % len(workload.train)] for i in range(batch)]  # type: ignore[arg-type]
-    inputs, targets = (
-        torch.stack([torch.as_tensor(pair[i]) for pair in pairs]).to(device) for i in (0, 1)
-    )
-    measured = time_layers(workload.model, workload.loss, inputs, targets, passes)
-    _show(measured, batch, passes, str(device))
+    samples = [workload.train[i % len(workload.train)] for i in range(batch)]  # type: ignore[arg-type]
+    inputs = torch.stack([torch.as_tensor(sample[0]) for sample in samples]).to(device)
+    targets = torch.stack([torch.as_tensor(sample[1]) for sample in samples]).to(device)
+    times = time_layers(workload.model, workload.loss, inputs, targets, passes)
+    _show(times, passes, str(device))
     if out:
-        write_json(
-            out,
-            {
-                "header": environment()
-                | {"config": path.read_text("utf-8"), "batch": batch, "passes": passes},
-                **measured,
-            },
-        )
+        measured = {"config": path.read_text("utf-8"), "batch": batch, "passes": passes}
+        times.write(out, environment() | measured)
 
 
-def time_layers(model: Any, loss: Any, inputs: Any, targets: Any, passes: int) -> dict[str, Any]:
-    """Mean seconds of forward and backward of every layer of ``model`` (modules without children, or with weights of their own beside
-    them), and of whole passes.
-
-    One warm-up pass. Layers are timed by hooks: a module's forward between its own hooks; its
-    backward from when the gradient
-    of its output is there until the gradient of its input is. On CUDA each hook waits for the
-    device, so layers do not overlap.
-    A first layer, whose input needs no gradient, has its backward end with its last weight's
-    gradient.
-    """
-    import time
-
+def _device(run: "RunConfig") -> Any:
     import torch
-    from torch.utils._pytree import tree_leaves
 
-    def now() -> float:
-        if inputs.is_cuda:
+    if run.device == "cuda":
+        return torch.device("cuda")
+    if run.device == "auto" and torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+@dataclasses.dataclass
+class _Layer:
+    """One layer while passes run. Its hooks write here."""
+
+    module: "Module"
+    forward_s: float = 0.0  # sum over timed passes
+    backward_s: float = 0.0
+    # Of the present pass:
+    forward_began: float = 0.0
+    backward_began: float | None = None  # None: no gradient has arrived
+    latest_backward_s: float = 0.0
+    activations: int = 0  # numbers in all outputs; a layer may be used more than once
+    activation_bytes: int = 0
+
+    def begin_pass(self) -> None:
+        """Forget the last pass. A gradient's arrival is kept, as it is always overwritten."""
+        self.latest_backward_s = 0.0
+        self.activations = 0
+        self.activation_bytes = 0
+
+
+class _Watch:
+    """Hooks that time the layers of a model.
+
+    On CUDA each hook waits for the device, so layers do not overlap.
+    """
+
+    def __init__(self, model: "Module", is_cuda: bool):
+        self._is_cuda = is_cuda
+        self._handles: list[RemovableHandle] = []
+        self.layers: dict[str, _Layer] = {}
+        for name, module in model.named_modules():
+            if _is_layer(module):
+                self.layers[name or "(model)"] = _Layer(module)
+
+    def now(self) -> float:
+        """Return the time, when the device has done its work."""
+        import torch
+
+        if self._is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def timed(module: Any) -> bool:
-        """Layers without layers of their own, and those that have weights beside them."""
-        return not any(module.children()) or any(
-            p.requires_grad for p in module.parameters(recurse=False)
-        )
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Install the hooks, and remove them in the end."""
+        try:
+            for layer in self.layers.values():
+                self._install(layer)
+            yield
+        finally:
+            for handle in self._handles:
+                handle.remove()
 
-    leaves = {name or "(model)": module for name, module in model.named_modules() if timed(module)}
-    forward, backward = dict.fromkeys(leaves, 0.0), dict.fromkeys(leaves, 0.0)
-    activations: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()  # of activations, in bytes
-    began: dict[str, float] = {}
-    handles = []
+    def _install(self, layer: _Layer) -> None:
+        import torch
+        from torch.utils._pytree import tree_leaves
 
-    def watch(name: str, module: Any) -> None:
-        def before(*_: Any) -> None:
-            began[name] = now()
+        def before_forward(*_: Any) -> None:
+            layer.forward_began = self.now()
 
-        def after(module: Any, args: Any, output: Any) -> None:
-            forward[name] += now() - began[name]
+        def after_forward(module: Any, inputs: Any, output: Any) -> None:
+            layer.forward_s += self.now() - layer.forward_began
             outputs = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
-            activations[name] += sum(
-                value.numel() for value in outputs
-            )  # a layer may be used more than once
-            sizes[name] += sum(value.numel() * value.element_size() for value in outputs)
-            for value in [value for value in outputs if value.requires_grad][:1]:
-                value.register_hook(arrived)
+            for value in outputs:
+                layer.activations += value.numel()
+                layer.activation_bytes += value.numel() * value.element_size()
+            with_gradient = [value for value in outputs if value.requires_grad]
+            if with_gradient:
+                with_gradient[0].register_hook(gradient_arrived)
 
-        def arrived(gradient: Any) -> None:
-            began[f"back {name}"] = now()
+        def gradient_arrived(gradient: Any) -> None:
+            layer.backward_began = self.now()
 
-        def left(*_: Any) -> None:
-            start = began.get(f"back {name}")
-            if start is not None:
-                latest[name] = now() - start
+        def gradient_left(*_: Any) -> None:
+            if layer.backward_began is not None:
+                layer.latest_backward_s = self.now() - layer.backward_began
 
-        handles.append(module.register_forward_pre_hook(before))
-        handles.append(module.register_forward_hook(after))
-        handles.append(module.register_full_backward_hook(left))
-        handles.extend(
-            p.register_post_accumulate_grad_hook(left)
-            for p in module.parameters(recurse=False)
-            if p.requires_grad
-        )
+        module = layer.module
+        self._handles.append(module.register_forward_pre_hook(before_forward))
+        self._handles.append(module.register_forward_hook(after_forward))
+        self._handles.append(module.register_full_backward_hook(gradient_left))
+        for parameter in _weights(module):
+            self._handles.append(parameter.register_post_accumulate_grad_hook(gradient_left))
 
-    latest: dict[str, float] = {}
-    for name, module in leaves.items():
-        watch(name, module)
-    whole = {"forward_s": 0.0, "backward_s": 0.0}
+
+def _is_layer(module: "Module") -> bool:
+    """Return True for a module without modules inside it, or with weights of its own beside them."""
+    return not any(module.children()) or bool(_weights(module))
+
+
+def _weights(module: "Module") -> list[Any]:
+    """Return the trained parameters of a module, without those of modules inside it."""
+    return [p for p in module.parameters(recurse=False) if p.requires_grad]
+
+
+def time_layers(
+    model: "Module", loss: Any, inputs: "Tensor", targets: "Tensor", passes: int
+) -> "ModelTimes":
+    """Return the mean seconds of forward and backward, of every layer and of whole passes.
+
+    One pass warms up. A layer's forward lasts from one hook of its module to the next. Its backward
+    lasts from the arrival of its output's gradient to that of its input's. The input of a first
+    layer needs no gradient: its backward ends with the gradient of its last weight.
+
+    Args:
+        model: layers are its modules without children, or with weights of their own beside them.
+        loss: a function of outputs and targets.
+        inputs: of one pass, shape (batch, ...).
+        targets: shape (batch, ...).
+        passes: how many are timed.
+    """
+    from scaletrain.scaling.predict.layers import ModelTimes
+
+    watch = _Watch(model, inputs.is_cuda)
+    forward_s = 0.0
+    backward_s = 0.0
     model.train()
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        # The first layer's input needs no gradient; its backward is timed by its weights' hooks
-        # instead.
+    with warnings.catch_warnings(), watch.hooked():
+        # The first layer's input needs no gradient; its weights' hooks time its backward instead.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        for handle in handles:
-            stack.callback(handle.remove)
         for index in range(passes + 1):
-            if index == 1:  # the first pass only warms up
-                for totals in (forward, backward):
-                    totals.update(dict.fromkeys(totals, 0.0))
-                whole = dict.fromkeys(whole, 0.0)
             model.zero_grad(set_to_none=True)
-            for of_pass in (latest, activations, sizes):
-                of_pass.clear()
-            start = now()
+            for layer in watch.layers.values():
+                layer.begin_pass()
+            began = watch.now()
             value = loss(model(inputs), targets)
-            middle = now()
+            middle = watch.now()
             value.backward()
-            end = now()
-            whole["forward_s"] += middle - start
-            whole["backward_s"] += end - middle
-            for name, seconds in latest.items():
-                backward[name] += seconds
-    layers = []
-    for name, module in leaves.items():
-        parameters = sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
-        size = sum(
-            p.numel() * p.element_size()
-            for p in module.parameters(recurse=False)
-            if p.requires_grad
-        )
-        layers.append(
-            {
-                "name": name, "type": type(module).__name__, "forward_s": forward[name] / passes, "backward_s": backward[name] / passes,
-                "parameters": parameters, "gradient_bytes": size, "activations": activations[name],
-            }
-        )  # fmt: skip
-    weights = sum(layer["gradient_bytes"] for layer in layers)
-    data = sum(sizes.values())
-    return {
-        "layers": layers,
-        "forward_s": whole["forward_s"] / passes,
-        "backward_s": whole["backward_s"] / passes,
-        "weight_bytes": weights,
-        "activation_bytes": data,
-        "data_to_weight_ratio": data / weights if weights else None,
-    }
+            ended = watch.now()
+            if index == 0:  # the first pass only warms up
+                for layer in watch.layers.values():
+                    layer.forward_s = 0.0
+                continue
+            forward_s += middle - began
+            backward_s += ended - middle
+            for layer in watch.layers.values():
+                layer.backward_s += layer.latest_backward_s
+    layers = [_times(name, layer, passes) for name, layer in watch.layers.items()]
+    return ModelTimes(
+        batch=len(inputs),
+        layers=layers,
+        forward_s=forward_s / passes,
+        backward_s=backward_s / passes,
+        weight_bytes=sum(layer.gradient_bytes for layer in layers),
+        activation_bytes=sum(layer.activation_bytes for layer in watch.layers.values()),
+    )
 
 
-def _show(measured: dict[str, Any], batch: int, passes: int, device: str) -> None:
+def _times(name: str, layer: _Layer, passes: int) -> Any:
+    from scaletrain.scaling.predict.layers import LayerTimes
+
+    weights = _weights(layer.module)
+    return LayerTimes(
+        name=name,
+        type=type(layer.module).__name__,
+        forward_s=layer.forward_s / passes,
+        backward_s=layer.backward_s / passes,
+        parameters=sum(weight.numel() for weight in weights),
+        gradient_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+        activations=layer.activations,
+    )
+
+
+def _show(times: "ModelTimes", passes: int, device: str) -> None:
+    """Print a table of the layers, and data beside weights."""
     from rich.table import Table
 
     from scaletrain.scaling.show.publish import terminal
 
-    table = Table(title=f"{passes} passes of {batch} samples on {device}, mean")
-    for column in (
-        "layer",
-        "type",
-        "forward ms",
-        "backward ms",
-        "parameters",
-        "activations",
-        "gradient kB",
-    ):
-        table.add_column(column, justify="left" if column in ("layer", "type") else "right")
-    for layer in measured["layers"]:
+    table = Table(title=f"{passes} passes of {times.batch} samples on {device}, mean")
+    table.add_column("layer")
+    table.add_column("type")
+    figures = (
+        "forward ms", "backward ms", "parameters", "activations", "gradient kB",
+    )  # fmt: skip
+    for column in figures:
+        table.add_column(column, justify="right")
+    for layer in times.layers:
         table.add_row(
-            layer["name"], layer["type"], f"{1e3 * layer['forward_s']:.3f}", f"{1e3 * layer['backward_s']:.3f}",
-            f"{layer['parameters']:,}", f"{layer['activations']:,}", f"{layer['gradient_bytes'] / 1e3:,.1f}",
-        )  # fmt: skip
+            layer.name,
+            layer.type,
+            f"{1e3 * layer.forward_s:.3f}",
+            f"{1e3 * layer.backward_s:.3f}",
+            f"{layer.parameters:,}",
+            f"{layer.activations:,}",
+            f"{layer.gradient_bytes / 1e3:,.1f}",
+        )
     console = terminal()
     console.print(table)
-    weights, data, ratio = (
-        measured["weight_bytes"],
-        measured["activation_bytes"],
-        measured["data_to_weight_ratio"],
-    )
     console.print(
-        f"whole passes: forward {1e3 * measured['forward_s']:.2f} ms, backward {1e3 * measured['backward_s']:.2f} ms"
-        f" (the hooks' own time included)", highlight=False,
-    )  # fmt: skip
+        f"whole passes: forward {1e3 * times.forward_s:.2f} ms,"
+        f" backward {1e3 * times.backward_s:.2f} ms (the hooks' own time included)",
+        highlight=False,
+    )
+    ratio = times.data_to_weight_ratio
     if ratio is not None:
         better = "data parallelism moves less" if ratio > 1 else "model parallelism would move less"
         console.print(
-            f"activations |D| {data / 1e6:,.2f} MB, weights |W| {weights / 1e6:,.2f} MB, |D|/|W| = {ratio:.2f}: {better}"
-            f" (FireCaffe, section 3)", highlight=False,
-        )  # fmt: skip
+            f"activations |D| {times.activation_bytes / 1e6:,.2f} MB,"
+            f" weights |W| {times.weight_bytes / 1e6:,.2f} MB, |D|/|W| = {ratio:.2f}: {better}"
+            " (FireCaffe, section 3)",
+            highlight=False,
+        )

@@ -1,33 +1,83 @@
-"""The parameter server's speed: against bare sockets and gloo, TensorFlow's null step, FireCaffe's server and tree."""
+"""The parameter server's speed, beside bare sockets, gloo, TensorFlow's null step and FireCaffe."""
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from scaletrain.launching.job import Program
 
+if TYPE_CHECKING:
+    from scaletrain.parameter_server.protocol.settings import Settings
+    from scaletrain.rehearsal.cluster import Cluster
+
 MB = 1_000_000
-# OSDI'16, section 6.2, 16 servers on Google's cluster: seconds with 1 and 100 workers, read off its
-# text and figure 7.
-PUBLISHED = {
-    "scalar": (0.0018, 0.0088),
-    "dense 100 MB": (0.147, 0.613),
-    "dense 1 GB": (1.01, 7.16),
-    "sparse, 32 rows of 1 GB": (0.005, 0.020),
+
+
+class NullStep(NamedTuple):
+    """A step that pushes gradients and pulls weights, and computes nothing."""
+
+    mode: str  # dense or sparse
+    num_bytes: int  # of the parameters
+    # Seconds with 1 and with 100 workers of TensorFlow on 16 servers of Google's cluster, read off
+    # the text and figure 7 of OSDI'16, section 6.2.
+    published_s: tuple[float, float] | None = None
+
+    @property
+    def is_large(self) -> bool:
+        """True if few steps have to do."""
+        return self.mode == "dense" and self.num_bytes > 500 * MB
+
+    def needed_bytes(self, workers: int, servers: int) -> int:
+        """Return the memory that a measurement takes.
+
+        A dense worker's gradients lie in shared memory, and servers hold weights and sums. Python
+        with torch takes 0.3 GB.
+        """
+        parameters = 2 * self.num_bytes
+        if self.mode == "dense":
+            parameters = self.num_bytes * (workers + 2)
+        return parameters + 300 * MB * (workers + servers)
+
+
+NULL_STEPS = {
+    "scalar": NullStep("dense", 4, (0.0018, 0.0088)),
+    "dense 100 MB": NullStep("dense", 100 * MB, (0.147, 0.613)),
+    "dense 1 GB": NullStep("dense", 1000 * MB, (1.01, 7.16)),
+    "sparse, 32 rows of 1 GB": NullStep("sparse", 1000 * MB, (0.005, 0.020)),
+    "sparse, 32 rows of 10 MB": NullStep("sparse", 10 * MB),
 }
-SIZES = {
-    "scalar": ("dense", 4),
-    "dense 100 MB": ("dense", 100 * MB),
-    "dense 1 GB": ("dense", 1000 * MB),
-    "sparse, 32 rows of 1 GB": ("sparse", 1000 * MB),
-    "sparse, 32 rows of 10 MB": ("sparse", 10 * MB),
+TITLES = {
+    "sockets": "100 MB pushed and pulled, 1 worker, 1 server",
+    "null": "Null steps (no compute), all workers together, beside TensorFlow's published figures",
+    "memory": "Memory of a server with 8 workers, 100 MB of parameters, SGD with momentum",
+    "tree": "FireCaffe: server and tree on EMULATED hosts (network namespaces), 1 Gbit/s links",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    workers: list[int]
+    servers: list[int]
+    hosts: list[int]
+    steps: int
+    memory_gb: float
+
+
+Row = Mapping[str, Any]
+"""A row of the page as JSON: rows of other commits stay as they were written."""
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 @click.command()
@@ -38,16 +88,25 @@ SIZES = {
     help="Parts to measure [default: all].",
 )
 @click.option(
-    "--workers", default="1,2,4,8", show_default=True, help="Numbers of workers of the null steps."
+    "--workers",
+    default="1,2,4,8",
+    show_default=True,
+    callback=_numbers,
+    help="Numbers of workers of the null steps.",
 )
 @click.option(
-    "--servers", default="1,2", show_default=True, help="Numbers of servers of the null steps."
+    "--servers",
+    default="1,2",
+    show_default=True,
+    callback=_numbers,
+    help="Numbers of servers of the null steps.",
 )
 @click.option(
     "--hosts",
     default="2,4,8,16",
     show_default=True,
-    help="Numbers of emulated hosts of the server-tree comparison.",
+    callback=_numbers,
+    help="Numbers of emulated hosts of the comparison of server and tree.",
 )
 @click.option(
     "--steps",
@@ -64,265 +123,429 @@ SIZES = {
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Also write FILE.json and FILE.md; rows there that are not measured now stay, so that it can be done in pieces.",
+    help="Also write FILE.json and FILE.md. Rows there that are not measured now stay, so that it"
+    " can be done in pieces.",
 )
-def command(
-    only: tuple[str, ...],
-    workers: str,
-    servers: str,
-    hosts: str,
-    steps: int,
-    memory_gb: float,
-    output: Path | None,
-) -> None:
-    """Measure the parameter server, side by side with what it is compared with."""
-    from scaletrain.run.atomic import write_json
-    from scaletrain.run.environment import environment
-    from scaletrain.scaling.show import results
+def command(only: tuple[str, ...], output: Path | None, **values: Any) -> None:
+    """Measure the parameter server, side by side with bare sockets, gloo and trees.
 
-    def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",")]
-
-    parts: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
-        "sockets": lambda: _sockets(steps),
-        "null": lambda: _null(numbers(workers), numbers(servers), steps, memory_gb),
-        "memory": lambda: _memory(max(numbers(workers)), steps),
-        "tree": lambda: _trees(numbers(hosts)),
+    \b
+    Example:
+      scaletrain bench parameter-server --only null --workers 1,2 --servers 1
+    """
+    options = Options(**values)
+    parts: dict[str, Callable[[Options], Iterator[Row]]] = {
+        "sockets": _measure_sockets,
+        "null": _measure_null_steps,
+        "memory": _measure_memory,
+        "tree": _measure_trees,
     }
-    kept: dict[str, Any] = {}
-    if output and output.with_suffix(".json").exists():
-        kept = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
-    here, before = environment(), kept.get("environment", {}).get("commit")
-    for name in parts:  # rows that stay keep the commit at which they were measured
-        kept[name] = [{"commit": before} | row for row in kept.get(name, [])]
+    page = Page(output)
     for name, measure in parts.items():
         if only and name not in only:
             continue
-        for (
-            row
-        ) in measure():  # written row by row: what was measured stays, whatever happens to the next
-            kept[name] = _merged(kept[name], {"commit": here["commit"]} | row)
-            commits = sorted({str(row["commit"]) for part in parts for row in kept[part]})
-            kept["environment"] = here | {"commit": ", ".join(commits)}
-            if output:
-                write_json(output.with_suffix(".json"), kept)
-                results.write(output.with_suffix(".md"), _page(kept, list(parts)))
-        click.echo(f"\n{_TITLES[name]}\n\n{_table(kept[name])}")
+        # Written row by row: a row that was measured stays, even if the next one fails.
+        for row in measure(options):
+            page.add(name, row)
+        click.echo(f"\n{TITLES[name]}\n\n{markdown_table(page.rows[name])}")
 
 
-_KEYS = ("link", "step", "servers", "MB", "workers")
+class Page:
+    """The rows of all parts, and the files that hold them.
+
+    Args:
+        output: the files' path without its suffix; None: rows are only kept in memory.
+    """
+
+    def __init__(self, output: Path | None):
+        from scaletrain.run.environment import environment
+
+        before: dict[str, Any] = {}
+        self._output = output
+        if output and output.with_suffix(".json").exists():
+            before = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+        self._environment = environment()
+        commit_before = before.get("environment", {}).get("commit")
+        self.rows: dict[str, list[Row]] = {}
+        for part in TITLES:
+            # Rows that stay keep the commit at which they were measured.
+            self.rows[part] = [{"commit": commit_before} | row for row in before.get(part, [])]
+
+    def add(self, part: str, row: Row) -> None:
+        """Put a row in the place of the one about the same, and write the files."""
+        commit = {"commit": self._environment["commit"]}
+        self.rows[part] = merged(self.rows[part], commit | dict(row))
+        if self._output:
+            self._write(self._output)
+
+    def _write(self, output: Path) -> None:
+        from scaletrain.run.atomic import write_json
+        from scaletrain.scaling.show import results
+
+        commits = set()
+        for rows in self.rows.values():
+            commits |= {str(row["commit"]) for row in rows}
+        measured_on = self._environment | {"commit": ", ".join(sorted(commits))}
+        write_json(output.with_suffix(".json"), {**self.rows, "environment": measured_on})
+        results.write(output.with_suffix(".md"), markdown_page(self.rows, measured_on))
 
 
-def _merged(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with ``new`` in the place of the one about the same, in the order in which a whole run measures them."""
+def merged(rows: Sequence[Row], new: Row) -> list[Row]:
+    """Return the rows with ``new`` in the place of the one about the same.
 
-    def about(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(key) for key in _KEYS)
+    They are in the order in which a whole run measures them.
+    """
 
-    def place(row: dict[str, Any]) -> tuple[int, ...]:
-        step = list(SIZES).index(row["step"]) if row.get("step") in SIZES else -1
+    def subject(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in ("link", "step", "servers", "MB", "workers"))
+
+    def place(row: Row) -> tuple[int, int, int]:
+        step = -1
+        if row.get("step") in NULL_STEPS:
+            step = list(NULL_STEPS).index(row["step"])
         return (step, row.get("servers", 0), row.get("workers", 0))
 
-    return sorted([row for row in rows if about(row) != about(new)] + [new], key=place)
+    others = [row for row in rows if subject(row) != subject(new)]
+    return sorted([*others, new], key=place)
 
 
-def _page(kept: dict[str, Any], names: list[str]) -> str:
-    text = ["# Parameter server", "", _describe(kept["environment"])]
-    for name in names:
-        if kept.get(name):
-            text += ["", f"## {_TITLES[name]}", "", _table(kept[name])]
-    return "\n".join(text)
+def markdown_page(rows: Mapping[str, Sequence[Row]], environment: dict[str, Any]) -> str:
+    """Return the page with all parts."""
+    from scaletrain.scaling.show import results
+
+    introduction = (
+        f"{results.measured_on(environment)} Everything runs on one machine,"
+        f" {environment['cores']} cores for all workers and servers"
+        " (oversubscribed where they are more); medians."
+        " Written by `scaletrain bench parameter-server`."
+    )
+    text = f"# Parameter server\n\n{introduction}"
+    for part, title in TITLES.items():
+        if rows.get(part):
+            text += f"\n\n## {title}\n\n{markdown_table(rows[part])}"
+    return text
 
 
-_TITLES = {
-    "sockets": "100 MB pushed and pulled, 1 worker, 1 server",
-    "null": "Null steps (no compute), all workers together, beside TensorFlow's published figures",
-    "memory": "Memory of a server with 8 workers, 100 MB of parameters, SGD with momentum",
-    "tree": "FireCaffe: server and tree on EMULATED hosts (network namespaces), 1 Gbit/s links",
-}
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Return a table with a column for each key of a row."""
+    columns: dict[str, None] = {}  # as a set that keeps its order
+    for row in rows:
+        for key in row:
+            if key not in ("commit", "emulated"):
+                columns[key] = None
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    for row in rows:
+        lines.append(" | ".join(_cell(row.get(column)) for column in columns))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
-def _sockets(steps: int) -> Iterable[dict[str, Any]]:
-    """Pairs are measured in turn, three times; the ratio is of the medians of the same security."""
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if value is True:
+        return "yes"
+    if value is False:
+        return "NO"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class _Comparison(NamedTuple):
+    """The server over one link, and its rival."""
+
+    link: str
+    settings: Mapping[str, str]  # of the server
+    mode: str  # of the null step
+    rival: str
+    rival_s: Callable[[], float]  # measures it
+    target: float  # the rival's seconds over the server's, at least
+
+
+def _measure_sockets(options: Options) -> Iterator[Row]:
+    """Compare pairs in turn, three times. The ratio is that of the medians of the same security."""
     size = 100 * MB
-    cases: dict[str, tuple[dict[str, Any], Callable[[], float], float]] = {
-        "tcp, curve": (
+    steps = options.steps
+    # The bytes of bare sockets lie where they are sent from, and so do ours ("placed"). Both copy
+    # what arrives. Into shared memory we copy ("dense"), and gloo does not.
+    comparisons = (
+        _Comparison(
+            "tcp, curve",
             {"link": "tcp", "security": "curve"},
-            lambda: _bare("curve", size, steps),
+            "placed",
+            "bare pyzmq pair",
+            lambda: _bare_pair_s("curve", size, steps),
             0.75,
         ),
-        "tcp, trusted_network": (
+        _Comparison(
+            "tcp, trusted_network",
             {"link": "tcp", "security": "trusted_network"},
-            lambda: _bare("plain", size, steps),
+            "placed",
+            "bare pyzmq pair",
+            lambda: _bare_pair_s("plain", size, steps),
             0.75,
         ),
-        "one host, shared memory": ({}, lambda: _gloo(size, steps), 2.0),
-    }
-    for name, (options, compared, target) in cases.items():
-        ours, theirs = [], []
+        _Comparison(
+            "one host, shared memory",
+            {},
+            "dense",
+            "gloo send + recv",
+            lambda: _gloo_pair_s(size, steps),
+            2.0,
+        ),
+    )
+    for comparison in comparisons:
+        server_times = []
+        rival_times = []
         for _ in range(3):
-            # What bare sockets send lies where it is sent from; what arrives is copied by both.
-            # Into shared memory we copy, gloo does not.
-            mode = "dense" if "memory" in name else "placed"
-            ours.append(_job(1, mode, size, steps, options)["step_s"])
-            theirs.append(compared())
-        mine, other = sorted(ours)[1], sorted(theirs)[1]
+            job = _run_job(1, comparison.mode, size, steps, comparison.settings)
+            server_times.append(job.step_s)
+            rival_times.append(comparison.rival_s())
+        server_s = sorted(server_times)[1]
+        rival_s = sorted(rival_times)[1]
         yield {
-            "link": name, "server_s": mine, "server_GB_per_s": 2 * size / mine / 1e9,
-            "compared_with": "gloo send + recv" if "memory" in name else "bare pyzmq pair", "compared_s": other,
-            "ratio": other / mine, "target": target, "met": other / mine >= target,
-        }  # fmt: skip
+            "link": comparison.link,
+            "server_s": server_s,
+            "server_GB_per_s": 2 * size / server_s / 1e9,
+            "compared_with": comparison.rival,
+            "compared_s": rival_s,
+            "ratio": rival_s / server_s,
+            "target": comparison.target,
+            "met": rival_s / server_s >= comparison.target,
+        }
 
 
-def _null(
-    counts: list[int], server_counts: list[int], steps: int, memory_gb: float
-) -> Iterable[dict[str, Any]]:
-    for name, (mode, size) in SIZES.items():
-        for servers in server_counts:
-            for workers in counts:
-                # A dense worker's gradients lie in shared memory; servers hold weights and sums.
-                # 0.3 GB is Python with torch.
-                need = (size * (workers + 2) if mode == "dense" else 2 * size) + 300 * MB * (
-                    workers + servers
-                )
-                row: dict[str, Any] = {"step": name, "servers": servers, "workers": workers}
-                if need > memory_gb * 1e9:
-                    yield row | {"step_s": None, "note": f"needs {need / 1e9:.0f} GB"}
-                    continue
-                many = mode == "dense" and size > 500 * MB
-                found = _job(workers, mode, size, 3 if many else steps, {"servers": servers})
-                published = PUBLISHED.get(name)
-                yield row | {
-                    "step_s": found["step_s"],
-                    "GB_per_s": 2 * size * workers / found["step_s"] / 1e9 if mode == "dense" and size > MB else None,
-                    "server_cpu_ms_per_worker": 1000 * found["server_cpu_s"] / workers,
-                    "published_1_to_100_s": published and "{} to {}".format(*published),
-                }  # fmt: skip
+def _measure_null_steps(options: Options) -> Iterator[Row]:
+    for name, null_step in NULL_STEPS.items():
+        for servers in options.servers:
+            for workers in options.workers:
+                yield _measure_null_step(name, null_step, workers, servers, options)
 
 
-def _memory(workers: int, steps: int) -> Iterable[dict[str, Any]]:
-    """A server's own memory at its peak: resident, less what Python and torch take before any parameter and what workers own and it has mapped."""
-    for name, options in (("one host, shared memory", {}), ("tcp, curve", {"link": "tcp"})):
-        found = _job(workers, "momentum", 100 * MB, steps, options)
-        own = found["memory_peak_bytes"] - found["memory_at_start_bytes"] - found["mapped_bytes"]
+def _measure_null_step(
+    name: str, null_step: NullStep, workers: int, servers: int, options: Options
+) -> Row:
+    row: dict[str, Any] = {"step": name, "servers": servers, "workers": workers}
+    needed = null_step.needed_bytes(workers, servers)
+    if needed > options.memory_gb * 1e9:
+        return row | {"step_s": None, "note": f"needs {needed / 1e9:.0f} GB"}
+    steps = 3 if null_step.is_large else options.steps
+    size = null_step.num_bytes
+    job = _run_job(workers, null_step.mode, size, steps, {"servers": servers})
+    gigabytes_per_s = None  # a scalar and a few rows say nothing about bandwidth
+    if null_step.mode == "dense" and size > MB:
+        gigabytes_per_s = 2 * size * workers / job.step_s / 1e9
+    published = None
+    if null_step.published_s:
+        one_s, hundred_s = null_step.published_s
+        published = f"{one_s} to {hundred_s}"
+    return row | {
+        "step_s": job.step_s,
+        "GB_per_s": gigabytes_per_s,
+        "server_cpu_ms_per_worker": 1000 * job.server_cpu_s / workers,
+        "published_1_to_100_s": published,
+    }
+
+
+def _measure_memory(options: Options) -> Iterator[Row]:
+    """Measure a server's own memory at its peak.
+
+    It is the resident memory without that of Python and torch before any parameter, and without
+    memory of workers that the server has mapped.
+    """
+    workers = max(options.workers)
+    links: dict[str, Mapping[str, str]] = {
+        "one host, shared memory": {},
+        "tcp, curve": {"link": "tcp"},
+    }
+    for link, settings in links.items():
+        job = _run_job(workers, "momentum", 100 * MB, options.steps, settings)
+        memory = job.memory
+        own = memory.peak_bytes - memory.at_start_bytes - memory.mapped_bytes
         yield {
-            "link": name, "workers": workers, "peak_MB": found["memory_peak_bytes"] / 1e6,
-            "before_any_parameter_MB": found["memory_at_start_bytes"] / 1e6, "workers_memory_mapped_MB": found["mapped_bytes"] / 1e6,
-            "own_MB": own / 1e6, "parameters_and_state_MB": found["owned_bytes"] / 1e6, "ratio": own / found["owned_bytes"],
-            "limit": 3.0, "met": own <= 3 * found["owned_bytes"],
-        }  # fmt: skip
+            "link": link,
+            "workers": workers,
+            "peak_MB": memory.peak_bytes / 1e6,
+            "before_any_parameter_MB": memory.at_start_bytes / 1e6,
+            "workers_memory_mapped_MB": memory.mapped_bytes / 1e6,
+            "own_MB": own / 1e6,
+            "parameters_and_state_MB": memory.owned_bytes / 1e6,
+            "ratio": own / memory.owned_bytes,
+            "limit": 3.0,
+            "met": own <= 3 * memory.owned_bytes,
+        }
 
 
-def _trees(counts: list[int]) -> Iterable[dict[str, Any]]:
-    """t_server = |W| p / BW, t_tree = 2 |W| log2(p) / BW (FireCaffe, section 5), BW = 125 MB/s."""
-    from scaletrain.parameter_server.protocol import placement
-    from scaletrain.parameter_server.protocol.settings import Settings
+def _measure_trees(options: Options) -> Iterator[Row]:
+    """Measure FireCaffe's server and tree on emulated hosts, beside its formulas.
+
+    Section 5: t_server = |W| p / BW, t_tree = 2 |W| log2(p) / BW, with BW = 125 MB/s.
+    """
     from scaletrain.rehearsal.cluster import Cluster
 
-    for p in counts:
-        with Cluster(p + 1, bandwidth="1Gbit") as cluster:
+    for workers in options.hosts:
+        with Cluster(workers + 1, bandwidth="1Gbit") as cluster:  # the server has its own host
             for megabytes in (5.0, 30.4, 53.5):
-                size = int(megabytes * MB) // 4 * 4
-                made = Settings(p, 120.0, hosts=2, security="trusted_network", block_mb=0.2)
-                server_formula, tree_formula = (
-                    size * p / 125e6,
-                    2 * size * (p - 1).bit_length() / 125e6,
-                )
-                steps = max(3, min(15, round(4 / server_formula)))
-
-                def on_host(
-                    host: int, argv: tuple[str, ...], cluster: Any = cluster
-                ) -> tuple[str, ...]:
-                    return cluster.command(host, argv)
-
-                with tempfile.TemporaryDirectory(prefix="scaletrain-") as folder:
-                    server = subprocess.Popen(
-                        on_host(p, placement.command(made, Path(folder), 0)),
-                        stderr=subprocess.DEVNULL,
-                    )
-                    with _ended([server]):
-                        text = made.to_json()
-                        argv = [
-                            on_host(r, _rank("null", folder, r, text, "placed", size, steps))
-                            for r in range(p)
-                        ]
-                        measured = max(result["step_s"] for result in _run(argv))
-                argv = [
-                    on_host(r, _rank("tree", r, p, cluster.addresses[0], 29600, size, steps))
-                    for r in range(p)
-                ]
-                tree = max(result["step_s"] for result in _run(argv))
-                yield {
-                    "emulated": True, "MB": megabytes, "workers": p, "server_s": measured, "server_formula_s": server_formula,
-                    "server_ratio": measured / server_formula, "tree_s": tree, "tree_formula_s": tree_formula,
-                    "tree_ratio": tree / tree_formula,
-                    "within_15_percent": abs(measured / server_formula - 1) <= 0.15 and abs(tree / tree_formula - 1) <= 0.15,
-                }  # fmt: skip
+                yield _measure_tree(cluster, workers, megabytes)
 
 
-def _job(
-    workers: int, mode: str, size: int, steps: int, options: dict[str, Any]
-) -> dict[str, float]:
-    """One job of servers and workers on this host: the slowest worker's median step, and what the servers used."""
+def _measure_tree(cluster: "Cluster", workers: int, megabytes: float) -> Row:
+    size = int(megabytes * MB) // 4 * 4
+    server_formula_s = size * workers / 125e6
+    tree_formula_s = 2 * size * (workers - 1).bit_length() / 125e6
+    steps = max(3, min(15, round(4 / server_formula_s)))
+    server_s = _server_on_cluster_s(cluster, workers, size, steps)
+    tree_s = _tree_on_cluster_s(cluster, workers, size, steps)
+    server_ratio = server_s / server_formula_s
+    tree_ratio = tree_s / tree_formula_s
+    return {
+        "emulated": True,
+        "MB": megabytes,
+        "workers": workers,
+        "server_s": server_s,
+        "server_formula_s": server_formula_s,
+        "server_ratio": server_ratio,
+        "tree_s": tree_s,
+        "tree_formula_s": tree_formula_s,
+        "tree_ratio": tree_ratio,
+        "within_15_percent": abs(server_ratio - 1) <= 0.15 and abs(tree_ratio - 1) <= 0.15,
+    }
+
+
+def _server_on_cluster_s(cluster: "Cluster", workers: int, size: int, steps: int) -> float:
+    """Return the slowest worker's step. The server has the cluster's last host."""
     from scaletrain.parameter_server.protocol import placement
     from scaletrain.parameter_server.protocol.settings import Settings
 
-    made = Settings(workers, 120.0, **options)
+    settings = Settings(workers, 120.0, hosts=2, security="trusted_network", block_mb=0.2)
     with tempfile.TemporaryDirectory(prefix="scaletrain-") as folder:
-        servers = [
-            subprocess.Popen(placement.command(made, Path(folder), k), stderr=subprocess.DEVNULL)
-            for k in range(made.servers)
-        ]
+        argv = cluster.command(workers, placement.command(settings, Path(folder), 0))
+        server = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+        with _ended([server]):
+            commands = []
+            for rank in range(workers):
+                command = _null_command(folder, rank, settings, "placed", size, steps)
+                commands.append(cluster.command(rank, command))
+            return max(result["step_s"] for result in _run(commands))
+
+
+def _tree_on_cluster_s(cluster: "Cluster", workers: int, size: int, steps: int) -> float:
+    """Return the slowest worker's step."""
+    commands = []
+    for rank in range(workers):
+        command = _program("tree", rank, workers, cluster.addresses[0], 29600, size, steps)
+        commands.append(cluster.command(rank, command))
+    return max(result["step_s"] for result in _run(commands))
+
+
+class ServerMemory(NamedTuple):
+    """The memory of the largest server of a job, in bytes."""
+
+    peak_bytes: int  # resident
+    at_start_bytes: int  # resident before any parameter
+    mapped_bytes: int  # of workers
+    owned_bytes: int  # of parameters and optimizer state
+
+    @classmethod
+    def read(cls, path: Path) -> "ServerMemory":
+        """Read what one server counted."""
+        counted = json.loads(path.read_text(encoding="utf-8"))
+        return cls(
+            counted["memory_peak_bytes"],
+            counted["memory_at_start_bytes"],
+            counted["mapped_bytes"],
+            counted["owned_bytes"],
+        )
+
+
+class JobResult(NamedTuple):
+    """What a job of null steps took."""
+
+    step_s: float  # the slowest worker's median
+    server_cpu_s: float  # of all servers, a step
+    memory: ServerMemory
+
+
+def _run_job(
+    workers: int, mode: str, size: int, steps: int, settings: Mapping[str, Any]
+) -> JobResult:
+    """Run servers and workers on this host.
+
+    Args:
+        workers: number of workers.
+        mode: of the null step (``programs/bench_parameter_server.py``).
+        size: bytes of the parameters.
+        steps: how many are measured.
+        settings: of the servers, where they are not the defaults.
+    """
+    from scaletrain.parameter_server.protocol import placement
+    from scaletrain.parameter_server.protocol.settings import Settings
+    from scaletrain.run.layout import RunDir
+
+    of_servers = Settings(workers, 120.0, **settings)
+    with tempfile.TemporaryDirectory(prefix="scaletrain-") as folder:
+        run = RunDir(Path(folder))
+        servers = []
+        for index in range(of_servers.servers):
+            argv = placement.command(of_servers, run.path, index)
+            servers.append(subprocess.Popen(argv, stderr=subprocess.DEVNULL))
         with _ended(servers):
-            text = made.to_json()
-            results = _run(
-                [_rank("null", folder, r, text, mode, size, steps) for r in range(workers)]
-            )
-        found = [
-            json.loads((Path(folder) / f"server-{k}.json").read_text()) for k in range(made.servers)
-        ]
-    largest = max(found, key=lambda server: server["memory_peak_bytes"])
-    kept = ("memory_peak_bytes", "memory_at_start_bytes", "mapped_bytes", "owned_bytes")
-    return {
-        "step_s": max(result["step_s"] for result in results),
-        "server_cpu_s": results[0]["server_cpu_s"],
-    } | {key: largest[key] for key in kept}
+            commands = []
+            for rank in range(workers):
+                commands.append(_null_command(folder, rank, of_servers, mode, size, steps))
+            results = _run(commands)
+        # The servers write their statistics when they end.
+        memories = []
+        for index in range(of_servers.servers):
+            memories.append(ServerMemory.read(run.server_statistics(index)))
+    return JobResult(
+        step_s=max(result["step_s"] for result in results),
+        server_cpu_s=results[0]["server_cpu_s"],
+        memory=max(memories, key=lambda memory: memory.peak_bytes),
+    )
 
 
-def _bare(security: str, size: int, steps: int) -> float:
+def _bare_pair_s(security: str, size: int, steps: int) -> float:
     with tempfile.TemporaryDirectory(prefix="scaletrain-") as folder:
-        sides = [
-            _rank("bare", side, f"{folder}/address", folder, security, size, steps)
-            for side in ("echo", "send")
-        ]
-        return _run(sides)[1]["step_s"]
+        commands = []
+        for side in ("echo", "send"):
+            address = f"{folder}/address"
+            commands.append(_program("bare", side, address, folder, security, size, steps))
+        _, sender = _run(commands)
+        return sender["step_s"]
 
 
-def _gloo(size: int, steps: int) -> float:
+def _gloo_pair_s(size: int, steps: int) -> float:
     with tempfile.TemporaryDirectory(prefix="scaletrain-") as folder:
-        return _run([_rank("gloo", r, f"{folder}/store", size, steps) for r in range(2)])[0][
-            "step_s"
-        ]
+        commands = []
+        for rank in range(2):
+            commands.append(_program("gloo", rank, f"{folder}/store", size, steps))
+        first, _ = _run(commands)
+        return first["step_s"]
 
 
-def _rank(*arguments: Any) -> tuple[str, ...]:
+def _null_command(
+    folder: str, rank: int, settings: "Settings", mode: str, size: int, steps: int
+) -> tuple[str, ...]:
+    return _program("null", folder, rank, settings.to_json(), mode, size, steps)
+
+
+def _program(*arguments: Any) -> tuple[str, ...]:
     return Program.BENCH_PARAMETER_SERVER.command(*arguments)
 
 
-def _run(commands: list[Any], timeout_s: float = 300.0) -> list[dict[str, float]]:
+def _run(commands: Sequence[Sequence[str]], timeout_s: float = 300.0) -> list[dict[str, float]]:
+    """Run programs side by side, and return what each printed in its last line."""
     started = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for argv in commands]
     with _ended(started):
         outputs = [process.communicate(timeout=timeout_s)[0] for process in started]
-        for process, output in zip(started, outputs, strict=True):
+        for process, argv, output in zip(started, commands, outputs, strict=True):
             if process.returncode:
-                command = " ".join(map(str, process.args))  # type: ignore[arg-type]
-                raise click.ClickException(f"{command[:200]} failed: {output[-300:]}")
+                raise click.ClickException(f"{' '.join(argv)[:200]} failed: {output[-300:]}")
         return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
 
 
 @contextlib.contextmanager
-def _ended(processes: list[subprocess.Popen]) -> Any:
-    """Whatever happens, these have ended afterwards."""
+def _ended(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
+    """End processes after the body, whether it succeeds or not."""
     try:
         yield
     finally:
@@ -335,29 +558,3 @@ def _ended(processes: list[subprocess.Popen]) -> Any:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _describe(environment: dict[str, Any]) -> str:
-    from scaletrain.scaling.show import results
-
-    return (
-        f"{results.measured_on(environment)} Everything runs on one machine, {environment['cores']} cores for all workers and servers"
-        " (oversubscribed where they are more); medians. Written by `scaletrain bench parameter-server`."
-    )
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    columns = list(
-        dict.fromkeys(key for row in rows for key in row if key not in ("commit", "emulated"))
-    )
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return ""
-        if isinstance(value, bool):
-            return "yes" if value else "NO"
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(cell(row.get(column)) for column in columns) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
