@@ -7,5 +7,5 @@ Workers push gradients to them and pull weights.
   ``placement`` says which processes a job needs.
 - ``server/`` is one end: ``server``, with ``endpoint`` (connections), ``blocks``, ``initial``,
   ``shard`` (weights and optimizers), ``sums``, ``snapshots`` and ``tally``.
-- ``worker/`` is the other end.
+- ``worker/`` is the other end; its docstring follows a step through its files.
 """
