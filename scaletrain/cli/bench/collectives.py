@@ -24,7 +24,7 @@ PEERS = {"cpu": ("gloo", "mpi", "horovod"), "cuda": ("gloo", "nccl")}  # by wher
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-class Row(NamedTuple):
+class AllreduceTimes(NamedTuple):
     """One contender at one size: times over all iterations of all repeats, of the slowest rank, in seconds."""
 
     contender: str
@@ -173,7 +173,7 @@ def command(
         "network": f"EMULATED: one host a worker in network namespaces, {bandwidth} links" if bandwidth else "one host",
         "bound": bind, "devices": [],
     }  # fmt: skip
-    rows: list[Row] = []
+    rows: list[AllreduceTimes] = []
     notes: list[str] = []
     for count in counts:
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -337,7 +337,7 @@ def _merge(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def _rows(
     found: dict[tuple[str, int], list[dict[str, Any]]], workers: int, bandwidth: str | None
-) -> list[Row]:
+) -> list[AllreduceTimes]:
     rows = []
     for (contender, size), results in sorted(
         found.items(), key=lambda item: (item[0][1], item[0][0])
@@ -346,7 +346,7 @@ def _rows(
         p50 = times[len(times) // 2]
         algbw = size / p50
         rows.append(
-            Row(
+            AllreduceTimes(
                 contender, workers, size, size // 4, "float32", p50, times[int(0.95 * (len(times) - 1))], times[0], times[-1], algbw,
                 algbw * 2 * (workers - 1) / workers, _bound(contender, size, workers, bandwidth, results),
                 sum(result["wrong"] for result in results), len(times),
@@ -377,7 +377,7 @@ def _bound(
     return 2 * (workers - 1) / workers * size / max(speeds) if speeds else None
 
 
-def table(rows: Sequence[Row], header: dict[str, Any], notes: Sequence[str]) -> str:
+def table(rows: Sequence[AllreduceTimes], header: dict[str, Any], notes: Sequence[str]) -> str:
     """Markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v)
     many = sorted({r.workers for r in rows if r.workers > header["cores"]})

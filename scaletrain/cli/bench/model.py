@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
