@@ -1,4 +1,7 @@
-"""One rank of ``scaletrain bench collectives``: reads FOLDER/task.json, measures every contender, writes FOLDER/<rank>.json."""
+"""One rank of ``scaletrain bench collectives``.
+
+It reads FOLDER/task.json, measures every contender, and writes FOLDER/<rank>.json.
+"""
 
 import json
 import os
@@ -22,7 +25,8 @@ def main(folder: Path) -> None:
     backend.register()
     programs.done()
     task = json.loads(folder.joinpath("task.json").read_text(encoding="utf-8"))
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
+    size = int(os.environ["WORLD_SIZE"])
     cores = sorted(os.sched_getaffinity(0))
     if task["bind"] and len(cores) >= size:
         os.sched_setaffinity(0, {cores[rank]})  # before any thread is started: they inherit it
@@ -39,7 +43,7 @@ def main(folder: Path) -> None:
             )
     groups: dict[str, Any] = {}
     for name in task["contenders"]:
-        if name in ("gloo", "nccl"):
+        if name in PEERS:
             groups[name] = dist.new_group(backend=name, timeout=timeout)
         else:
             transport, _, collective = name.partition(":")
@@ -49,47 +53,85 @@ def main(folder: Path) -> None:
     for num_bytes in task["sizes"]:
         for name, group in groups.items():
             tensor = torch.empty(max(1, num_bytes // 4), device=device)
-
-            def allreduce(tensor: torch.Tensor = tensor, group: Any = group) -> None:
-                dist.all_reduce(tensor, group=group)
-                finish(tensor)
-
-            wrong = 0
-            for _ in range(2):  # also opens connections, and lets `auto` calibrate
-                tensor.copy_((torch.arange(tensor.numel()) % 251 + rank).float())
-                allreduce()
-                expected = size * (torch.arange(tensor.numel()) % 251) + size * (size - 1) // 2
-                wrong += int((tensor.cpu() != expected).sum())
-            tensor.zero_()
-            times = measure(allreduce, dist.barrier, task["seconds"], _agree(size))
-            copy, ran = None, ""
-            if name not in ("gloo", "nccl"):
-                [choice] = group.record(tensor.nbytes)["chosen"].values()
-                ran = choice["collective"] + (
-                    f" in {choice['segments']} parts" if choice["segments"] > 1 else ""
-                )
-                source = torch.empty_like(tensor)
-                copies = measure(
-                    lambda s=source, t=tensor: finish(t.copy_(s)), dist.barrier, 0.05, _agree(size)
-                )
-                copy = num_bytes / sorted(copies)[len(copies) // 2]
-            result = {"contender": name, "size_bytes": num_bytes, "times_s": times, "wrong": wrong}
-            kind = torch.cuda.get_device_name(device) if tensor.is_cuda else "cpu"
-            results.append({**result, "copy_bytes_per_s": copy, "ran": ran, "device": kind})
+            result = {"contender": name, "size_bytes": num_bytes}
+            results.append(result | _measure_group(name, group, tensor, task["seconds"]))
     folder.joinpath(f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
 
+PEERS = ("gloo", "nccl")  # backends of torch; the other contenders are ours
+
+
+def _measure_group(name: str, group: Any, tensor: Any, seconds: float) -> dict[str, Any]:
+    """Measure the allreduce of a tensor in one group (collective).
+
+    Args:
+        name: of the contender.
+        group: its process group.
+        tensor: float32, of the size to measure; overwritten.
+        seconds: that the measurement may take.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    size = dist.get_world_size()
+    largest = _agree()
+
+    def allreduce() -> None:
+        dist.all_reduce(tensor, group=group)
+        finish(tensor)
+
+    wrong = 0  # elements
+    for _ in range(2):  # also opens connections, and lets `auto` calibrate
+        values = torch.arange(tensor.numel()) % 251
+        tensor.copy_((values + rank).float())
+        allreduce()
+        expected = size * values + size * (size - 1) // 2
+        wrong += int((tensor.cpu() != expected).sum())
+    tensor.zero_()
+    times = measure(allreduce, dist.barrier, seconds, largest)
+    copy_bytes_per_s = None
+    ran = ""
+    if name not in PEERS:
+        ran = _chosen(group, tensor)
+        source = torch.empty_like(tensor)
+
+        def copy() -> None:
+            finish(tensor.copy_(source))
+
+        copies = measure(copy, dist.barrier, 0.05, largest)
+        copy_bytes_per_s = tensor.nbytes / sorted(copies)[len(copies) // 2]
+    device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else "cpu"
+    return {
+        "times_s": times,
+        "wrong": wrong,
+        "copy_bytes_per_s": copy_bytes_per_s,
+        "ran": ran,
+        "device": device,
+    }
+
+
+def _chosen(group: Any, tensor: Any) -> str:
+    """Return the algorithm that a group of ours runs for a tensor, in words."""
+    [choice] = group.record(tensor.nbytes)["chosen"].values()
+    collective: str = choice["collective"]
+    if choice["segments"] > 1:
+        return f"{collective} in {choice['segments']} parts"
+    return collective
+
+
 def finish(tensor: Any) -> None:
-    """Wait until the device has made it."""
+    """Wait until the device has computed the tensor."""
     import torch
 
     if tensor.is_cuda:
         torch.cuda.synchronize()
 
 
-def _agree(size: int) -> Callable[[float], float]:
+def _agree() -> Callable[[float], float]:
+    """Return a function that returns the largest of all ranks' values (collective)."""
     import torch
     import torch.distributed as dist
 
@@ -107,7 +149,16 @@ def measure(
     seconds: float,
     largest: Callable[[float], float],
 ) -> list[float]:
-    """Times of single runs, as many as fit (3 to 400) into ``seconds``, the same number on every rank (collective)."""
+    """Return the seconds of single runs (collective).
+
+    As many as fit into ``seconds`` are measured, 3 to 400, the same number on every rank.
+
+    Args:
+        run: what is measured.
+        barrier: returns when every rank has called it.
+        seconds: that all runs may take together.
+        largest: returns the largest of all ranks' values.
+    """
     barrier()
     began = time.perf_counter()
     run()
