@@ -1,4 +1,7 @@
-"""One process of ``scaletrain bench parameter-server``: prints the median seconds of what it measured as JSON."""
+"""One process of ``scaletrain bench parameter-server``.
+
+It prints the median seconds of its measurement as JSON.
+"""
 
 import json
 import statistics
@@ -27,36 +30,41 @@ from scaletrain.parameter_server.worker.client import Client
 def null_steps(
     run_dir: str, rank: str, settings: str, mode: str, total_bytes: str, steps: str
 ) -> dict[str, float]:
-    """Push gradients, pull weights, compute nothing: ``dense`` all of them, ``sparse`` 32 rows of a table of that size.
+    """Push gradients and pull weights, and compute nothing.
 
-    Gradients are copied to where they are sent from (with ``placed`` they lie there already, as what a bare socket sends does), weights from
-    where they arrive to where they are used; the model's own memory is one block's (1 GB of it for
-    each of 8 workers would not fit beside the rest).
+    ``dense`` moves all parameters, ``sparse`` 32 rows of a table of that size. Gradients are copied
+    to where they are sent from; with ``placed`` they lie there already, as the bytes of a bare
+    socket do. Weights are copied from where they arrive to where they are used. The model's own
+    memory is that of one block, because 1 GB of it for each of 8 workers would not fit beside the
+    rest.
     """
-    made, numel = Settings(**json.loads(settings)), max(1, int(total_bytes) // 4)
+    of_servers = Settings(**json.loads(settings))
+    numel = max(1, int(total_bytes) // 4)
     width = 256
     shape = (numel // width, width) if mode == "sparse" else (numel,)
     blocks = sharding.plan(
-        [sharding.Parameter(shape, sparse=mode == "sparse")], made.servers, made.block_bytes
+        [sharding.Parameter(shape, sparse=mode == "sparse")],
+        of_servers.servers,
+        of_servers.block_bytes,
     )
     optimizer = {
         "name": "SGD",
         "groups": [{"lr": 0.0, "momentum": 0.9 if mode == "momentum" else 0.0}],
     }
-    client = Client(made, Path(run_dir), int(rank), blocks, optimizer)
+    client = Client(of_servers, Path(run_dir), int(rank), blocks, optimizer)
     if int(rank) == 0:
         for block in blocks:
             client.store(block.key, torch.zeros(block.numel))
     largest = 0 if mode == "sparse" else max(block.numel for block in blocks)
     gradient, weights = torch.ones(largest), torch.empty(largest)
-    rows = torch.arange(32 // made.servers)
+    rows = torch.arange(32 // of_servers.servers)
     values = torch.ones(len(rows), width)
     cpu_s = 0.0
     client.sum(np.zeros(1))  # together
     ends = [time.perf_counter()]
     for step in range(int(steps) + 2):
         if step == 2:
-            cpu_s = _servers_cpu_s(Path(run_dir), made.servers)
+            cpu_s = _servers_cpu_s(Path(run_dir), of_servers.servers)
         if mode == "sparse":
             for block in blocks:
                 client.ask_rows(block.key, rows)
@@ -76,14 +84,14 @@ def null_steps(
             for block in order:  # as the exchange does
                 client.take(block.key, weights[: block.numel].copy_)
         ends.append(time.perf_counter())
-    cpu_s = _servers_cpu_s(Path(run_dir), made.servers) - cpu_s
+    cpu_s = _servers_cpu_s(Path(run_dir), of_servers.servers) - cpu_s
     client.sum(np.zeros(1))
     client.close()
     return {"step_s": _each(ends[2:]), "server_cpu_s": cpu_s / int(steps)}
 
 
 def _servers_cpu_s(run_dir: Path, servers: int) -> float:
-    """Processor time of all servers so far; they run on this machine."""
+    """Return the processor time of all servers so far. They run on this machine."""
     total = 0.0
     for index in range(servers):
         times = psutil.Process(
@@ -96,9 +104,9 @@ def _servers_cpu_s(run_dir: Path, servers: int) -> float:
 def bare(
     side: str, address: str, run_dir: str, curve: str, total_bytes: str, steps: str
 ) -> dict[str, float]:
-    """What a bare pair of ZeroMQ sockets needs to send so many bytes and get as many back, over one TCP connection.
+    """Send bytes and get as many back between a bare pair of ZeroMQ sockets, over one TCP link.
 
-    In messages as large as the parameter server's blocks.
+    Messages are as large as the parameter server's blocks.
     """
     chunk = Settings(
         1, link="tcp", security="curve" if curve == "curve" else "trusted_network"
@@ -162,7 +170,7 @@ def _join(rank: str, size: str, store: str, port: str = "") -> None:
 
 
 def gloo_pair(rank: str, store: str, total_bytes: str, steps: str) -> dict[str, float]:
-    """Gloo's send of so many bytes and the same back."""
+    """Send bytes with gloo, and get as many back."""
     _join(rank, "2", store)
     data, times = torch.ones(int(total_bytes) // 4), []
     for _ in range(int(steps) + 2):
@@ -180,7 +188,7 @@ def gloo_pair(rank: str, store: str, total_bytes: str, steps: str) -> dict[str, 
 def tree(
     rank: str, size: str, address: str, port: str, total_bytes: str, steps: str
 ) -> dict[str, float]:
-    """FireCaffe's reduction tree over TCP: the collective ``tree`` of our engine, the whole vector in every message."""
+    """Reduce as FireCaffe does: our collective ``tree`` over TCP, the whole vector a message."""
     _join(rank, size, address, port)
     group = dist.new_group(
         backend="scaletrain", pg_options=Options(collective="tree", transport="gloo")
@@ -193,12 +201,16 @@ def tree(
 
 
 def _each(ends: list[float]) -> float:
-    """Seconds of an exchange among exchanges that follow one another, as training's do: no rank starts one before it has the last one's result."""
+    """Return the median seconds of exchanges that follow one another, as those of training do.
+
+    No rank starts an exchange before it has the result of the last one.
+    """
     return statistics.median(after - before for before, after in pairwise(ends))
 
 
 if __name__ == "__main__":
     programs.done()
     torch.set_num_threads(1)
-    what = {"null": null_steps, "bare": bare, "gloo": gloo_pair, "tree": tree}[sys.argv[1]]
-    print(json.dumps(what(*sys.argv[2:])), flush=True)
+    measurements = {"null": null_steps, "bare": bare, "gloo": gloo_pair, "tree": tree}
+    measure = measurements[sys.argv[1]]
+    print(json.dumps(measure(*sys.argv[2:])), flush=True)
