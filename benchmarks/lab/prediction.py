@@ -148,18 +148,14 @@ def _measure(measurements: Measurements) -> None:
     _measure_sweep(measurements, "traffic", SUITES / "squeezenet_alexnet.yaml", traffic)
 
 
-def _measure_exchanges(
-    measurements: Measurements, bandwidth: str, hosts: int, part: int
-) -> None:
+def _measure_exchanges(measurements: Measurements, bandwidth: str, hosts: int, part: int) -> None:
     message = MESSAGES[bandwidth]
     measured = measurements.exchanges(bandwidth, hosts, part)
     launch = ("launch", "-n", str(hosts), *REHEARSE, "--set", f"bandwidth={bandwidth}")
     where = ("--timeout", "280", "--run-dir", measurements.path / f"run-{measured.stem}")
     script = (SUITES / "time_exchanges.py", measured.resolve())
     arguments = (str(message.num_bytes), str(message.repeats), COLLECTIVES)
-    results.once(
-        measured, *launch, *where, "--", *script, *arguments, header=measurements.header
-    )
+    results.once(measured, *launch, *where, "--", *script, *arguments, header=measurements.header)
 
 
 def _measure_server(measurements: Measurements, bandwidth: str, hosts: int) -> None:
