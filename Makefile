@@ -1,22 +1,24 @@
-# make setup | bench | test | test-fast | lint | horovod | peers | firecaffe | results. Everything goes into .venv; nothing outside this folder is touched.
+# make setup | bench | test | test-fast | lint | docs | horovod | peers | firecaffe | results. Everything goes into .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup bench test test-fast lint horovod peers firecaffe results results-gpu clean
+.PHONY: setup bench test test-fast lint docs horovod peers firecaffe results results-gpu clean
 
 setup: $(VENV)/.ready
 
 # Made again when what to install changes. The stamp comes last: a set-up that was cut off is done again.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"scaletrain needs Python 3.11 or newer; this is {v.major}.{v.minor} (say which with make PYTHON=...)")'
+	@echo "Setting up $(VENV) with the packages of pyproject.toml: a few minutes, once"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' >$(VENV)/setup.log 2>&1 || { cat $(VENV)/setup.log; exit 1; }
 	@touch $@
 
-# A rate that suits synchronous exchanges (the example's own bears stale gradients, too), for fewer epochs.
+# A rate that suits synchronous exchanges (the example's own bears stale gradients, too), for fewer epochs. BENCH takes further options: a first look
+# within a minute is make bench BENCH="--repeats 2 --set epochs=1".
 bench: setup
-	$(BIN)/scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --repeats 5 --set epochs=12 --set optimizer.lr=0.1 --set model.width=24 --out runs/bench-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --repeats 5 --set epochs=12 --set optimizer.lr=0.1 --set model.width=24 $(BENCH) --out runs/bench-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
 	$(BIN)/python -m pytest
@@ -26,6 +28,15 @@ test-fast: setup
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# The documentation site, in build/site, made offline; a broken link is an error. Its packages are the
+# extra `docs`.
+docs: setup
+	@$(BIN)/python -c 'import mkdocs' 2>/dev/null || $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]' >$(VENV)/docs.log 2>&1 || { cat $(VENV)/docs.log; exit 1; }
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	git ls-files -z '*.md' '*.svg' '*.png' ':!scaletrain' ':!tests' | xargs -0 cp --parents --target-directory build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Horovod 0.28.1 against this torch; two to four minutes.
 horovod: setup

@@ -1,4 +1,7 @@
-"""The container's health check: no worker of this host has been silent for too long; where none runs, the program is usable."""
+"""The container's health check: no worker of this host has been silent for too long.
+
+If no worker runs, the program must start.
+"""
 
 import json
 import os
@@ -12,7 +15,10 @@ SILENT_S = float(os.environ.get("HEALTH_SILENT_S", "120"))
 
 
 def silent(runs: Path, host: str, now: float) -> list[str]:
-    """What is wrong with this host's unfinished workers, by the progress files that they overwrite at each step."""
+    """Return what is wrong with this host's unfinished workers.
+
+    They overwrite their progress files at each step.
+    """
     complaints = []
     for path in runs.glob("*/progress-*.json"):
         try:

@@ -1,6 +1,7 @@
 """An ordinary DDP script. The only line about scaletrain is the backend's name:
 
-scaletrain launch -n 2 -- examples/ddp_script.py      (or: torchrun --nproc-per-node 2 examples/ddp_script.py)
+scaletrain launch -n 2 -- examples/ddp_script.py      (or: torchrun --nproc-per-node 2
+examples/ddp_script.py)
 """
 
 import torch

@@ -1,7 +1,10 @@
 #!/bin/sh
-# Builds Horovod 0.28.1 for a Python that has torch, and installs it there: launch/build_horovod.sh [PYTHON]
-# Needs a C++ compiler, cmake and, for MPI, Open MPI's headers (Debian: g++ cmake openmpi-bin libopenmpi-dev).
-# 0.28.1 is Horovod's last release. It asks for C++14, torch's headers need C++17: two lines are changed, nothing else.
+# Build Horovod 0.28.1 for a Python that has torch, and install it there:
+#   launch/build_horovod.sh [PYTHON]
+# Needs a C++ compiler, cmake and, for MPI, Open MPI's headers
+# (Debian: g++ cmake openmpi-bin libopenmpi-dev).
+# 0.28.1 is Horovod's last release. It asks for C++14, but torch's headers need C++17, so two lines
+# are changed, and nothing else.
 set -eu
 python=${1:-.venv/bin/python}
 version=0.28.1

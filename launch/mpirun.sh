@@ -1,11 +1,19 @@
 #!/bin/sh
-# Train with mpirun of Open MPI or MPICH, on this host or on those of a host file:
+# Train with mpirun of Open MPI or MPICH, on this host or on the hosts of a host file:
 #   launch/mpirun.sh RUN_DIR WORKERS [HOSTFILE]
-# PYTHON=.venv/bin/python says which Python. RUN_DIR is a folder that all hosts share, with the job's YAML in it as config.yaml.
+# RUN_DIR is a folder that all hosts share. The job's YAML lies in it as config.yaml.
+# PYTHON=.venv/bin/python chooses the Python, and MPIRUN=/path/to/mpirun the MPI.
 # Equal to: scaletrain train ... --launcher mpirun --dry-run
 set -eu
-[ $# -ge 2 ] || { echo "usage: $0 RUN_DIR WORKERS [HOSTFILE]" >&2; exit 2; }
-[ -f "$1/config.yaml" ] || { echo "$0: $1: no folder with the job's YAML in it as config.yaml (a script of your own: scaletrain launch)" >&2; exit 2; }
+if [ $# -lt 2 ]; then
+    echo "usage: $0 RUN_DIR WORKERS [HOSTFILE]" >&2
+    exit 2
+fi
+if [ ! -f "$1/config.yaml" ]; then
+    echo "$0: $1: is not a folder with the job's YAML in it as config.yaml" \
+        "(for a script of your own: scaletrain launch)" >&2
+    exit 2
+fi
 run_dir=$1 workers=$2 hostfile=${3:-}
 python=${PYTHON:-python3}
 mpirun=${MPIRUN:-mpirun}

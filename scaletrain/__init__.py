@@ -1,11 +1,15 @@
-"""Data-parallel PyTorch training where you choose how gradients are exchanged; measures, explains and predicts how it scales."""
+"""Data-parallel PyTorch training where you choose how gradients are exchanged.
+
+scaletrain measures, explains and predicts how well the training scales.
+"""
 
 import sys
 from typing import Any
 
 from scaletrain._version import __version__
 
-# Names that people import from here, and where they are; found when asked for, so that a command needs no torch to print its help.
+# Names that people import from here, and where they are; found when asked for, so that a command
+# needs no torch to print its help.
 _EXPORTS = {
     "World": "scaletrain.world",
     "Schedule": "scaletrain.collectives.schedule",
@@ -24,7 +28,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _register_backends() -> None:
-    """Make ``dist.init_process_group("scaletrain")`` work. torch calls it when it is imported (entry point ``torch.backends``)."""
+    """Make ``dist.init_process_group("scaletrain")`` work.
+
+    torch calls it when torch is imported (entry point ``torch.backends``).
+    """
     from scaletrain.engine import backend
 
     backend.register()

@@ -1,26 +1,30 @@
-"""The one kind of error that is the reader's to mend: shown as a single line, never as a traceback."""
+"""The one kind of error that the reader can mend: shown as a single line, never as a traceback."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
-    """A person's mistake (a key, a value, a missing file): one line that says what is wrong and what would be right.
+    """A person's mistake: a key, a value, a missing file.
 
-    Commands print it as ``scaletrain: error: ...`` and exit with status 2.
+    Its text is one line that says what is wrong and what would be right. Commands print it as
+    ``scaletrain: error: ...`` and exit with status 2.
     """
 
 
 def unknown(what: str, value: str, allowed: Iterable[str]) -> UserError:
-    """A ``UserError`` for a name that is not on the list: it shows the list and the nearest match."""
+    """Return the error for a name that is not on a list; it shows the list and the nearest match.
+
+    >>> print(unknown("exchange", "rong", ["ring", "tree"]))
+    exchange: 'rong' is not known; did you mean 'ring'? (allowed: ring, tree)
+    """
     choices = sorted(allowed)
-    near = did_you_mean(value, choices)
-    return UserError(
-        f"{what}: {value!r} is not known{near} (allowed: {', '.join(choices) or 'nothing'})"
-    )
+    hint = did_you_mean(value, choices)
+    listed = ", ".join(choices) or "nothing"
+    return UserError(f"{what}: {value!r} is not known{hint} (allowed: {listed})")
 
 
 def did_you_mean(value: str, choices: Sequence[str]) -> str:
-    """The nearest match as part of a sentence; empty where none is near."""
+    """Return the nearest match as part of a sentence; empty if none is near."""
     near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

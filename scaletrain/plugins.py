@@ -1,8 +1,13 @@
-"""Plugins are files: the file's name is the name people type, its docstring the menu line, its signature the options.
+"""Plugins are files: their names, docstrings and signatures are the menu.
 
-A plugin of a kind is a module in that kind's package that defines the kind's factory function. Nothing is registered
-anywhere. Names, descriptions and options are read from the source (``ast``) without importing the module, so that
-configurations are checked on machines that have no torch; ``load`` is the only function here that imports one.
+The file's name is what people type, its docstring's first line is its description, and its
+factory's
+parameters are the options.
+
+A plugin of a kind is a module in that kind's folder that defines the kind's factory function. There
+is no registry. Names, descriptions and options are read from the source (``ast``) without importing
+the module, so configurations are checked on machines that have no torch. ``load`` is the only
+function here that imports one.
 """
 
 import ast
@@ -19,17 +24,16 @@ import pydantic
 from scaletrain.errors import UserError, unknown
 
 _ROOT = Path(__file__).parent
-COMPUTED = "<computed>"  # default of an option whose value only importing the module would tell
+# The default of an option if only importing the module would tell it.
+COMPUTED = "<computed>"
 
 
 class Kind(NamedTuple):
     """Where the plugins of a kind live, and what their factory is called."""
 
-    folder: str  # package below scaletrain/, slashes between
-    factory: str  # function every plugin of this kind defines
-    provided: (
-        int  # leading parameters that the framework passes; the others are the options people set
-    )
+    folder: str  # below scaletrain/, with slashes
+    factory: str  # the function that every plugin of this kind defines
+    provided: int  # how many leading parameters the framework passes; the others are options
 
 
 KINDS = {
@@ -40,6 +44,7 @@ KINDS = {
     "model": Kind("training/models", "model", 0),  # model(*, ...)
     "data": Kind("training/data", "data", 0),  # data(*, ...)
     "bench": Kind("cli/bench", "command", 0),  # a click command
+    "verb": Kind("cli", "command", 0),  # a click command
 }
 
 # What an option's annotation may use.
@@ -52,80 +57,120 @@ _TYPES = {
 
 @cache
 def names(kind: str) -> list[str]:
-    """The names of a kind's plugins, sorted: every file of its folder that defines the factory."""
-    where = _ROOT / KINDS[kind].folder
-    return sorted(
-        path.stem for path in where.glob("*.py") if path.stem != "__init__" and _factory(kind, path)
-    )
+    """Return the names of a kind's plugins in alphabetical order.
+
+    Every file of the kind's folder that defines the factory is one.
+    """
+    folder = _ROOT / KINDS[kind].folder
+    found = []
+    for path in folder.glob("*.py"):
+        if path.stem != "__init__" and _factory(kind, path):
+            found.append(path.stem)
+    return sorted(found)
+
+
+def exists(kind: str, name: str) -> bool:
+    """Return True if a kind has a plugin of this name. Reads no other file of the folder."""
+    path = _ROOT / KINDS[kind].folder / f"{name}.py"
+    return name.isidentifier() and path.is_file() and _factory(kind, path) is not None
+
+
+def typed_name(kind: str, name: str) -> str:
+    """Return a plugin's name as people type it: commands have dashes."""
+    return name.replace("_", "-") if kind in ("bench", "verb") else name
 
 
 def describe(kind: str, name: str) -> str:
-    """The first line of a plugin's docstring."""
-    text = ast.get_docstring(_parse(_path(kind, name))) or ""
-    return text.partition("\n")[0]
+    """Return the first line of a plugin's docstring."""
+    docstring = ast.get_docstring(_parse(_path(kind, name))) or ""
+    return docstring.partition("\n")[0]
 
 
 def options(
     kind: str, name: str, search_path: Path | None = None
 ) -> type[pydantic.BaseModel] | None:
-    """A pydantic model of a plugin's options, read from its factory's signature.
+    """Return a pydantic model of a plugin's options, read from its source.
 
-    ``None`` when there is no source to read: ``name`` is a ``package.module:factory`` whose module is not found below
-    ``search_path``, or whose factory is no function; its options are then passed on as they are.
+    They are its factory's parameters, or the fields of the class that it names with ``OPTIONS``.
+
+    Args:
+        kind: a key of ``KINDS``.
+        name: a plugin's name, or ``package.module:factory`` for a person's own factory.
+        search_path: where a person's modules are looked for; default: the working directory.
+
+    Returns:
+        None if there is no source to read: the person's module is not below ``search_path``, or its
+        factory is not a function. Options are then passed on unchecked.
 
     Raises:
-        UserError: the module is there and has no such factory.
+        UserError: there is no such plugin, or the person's module has no such factory.
     """
     if ":" in name:
-        module, _, factory = name.partition(":")
-        path = _user_file(module, search_path)
-        if path is None:
-            return None
-        if (node := _function(path, factory)) is None:
-            if not _bound(path) & {factory, "*", "__getattr__"}:
-                functions = [
-                    node.name for node in _parse(path).body if isinstance(node, ast.FunctionDef)
-                ]
-                raise unknown(f"{kind}: {name!r}: no such function in {path}", factory, functions)
-            return None
-        return signature(node, 0)
-    node = _factory(kind, _path(kind, name))
-    assert node is not None
-    return signature(node, KINDS[kind].provided)
+        return _users_options(kind, name, search_path)
+    path = _path(kind, name)
+    declared = _declared_options(path)
+    if declared is not None:
+        return _class_fields(declared)
+    factory = _factory(kind, path)
+    assert factory is not None
+    return signature(factory, KINDS[kind].provided)
+
+
+def _users_options(
+    kind: str, name: str, search_path: Path | None
+) -> type[pydantic.BaseModel] | None:
+    module, _, factory_name = name.partition(":")
+    path = _users_file(module, search_path)
+    if path is None:
+        return None
+    factory = _function(path, factory_name)
+    if factory is not None:
+        return signature(factory, 0)
+    # The name may also be a class, an import or an assignment: those are left to Python.
+    if not _bound_names(path) & {factory_name, "*", "__getattr__"}:
+        functions = [node.name for node in _parse(path).body if isinstance(node, ast.FunctionDef)]
+        raise unknown(f"{kind}: {name!r}: no such function in {path}", factory_name, functions)
+    return None
 
 
 def load(kind: str, name: str, search_path: Path | None = None) -> Any:
-    """Import a plugin and return its factory. ``package.module:factory`` is found in ``search_path`` first.
+    """Import a plugin and return its factory.
+
+    The module of ``package.module:factory`` is looked for in ``search_path`` first.
 
     Raises:
-        UserError: no such plugin, module or function.
+        UserError: there is no such plugin, module or function.
     """
-    if ":" not in name:
-        if name not in names(kind):
-            raise unknown(kind, name, names(kind))
-        where = KINDS[kind]
-        module = importlib.import_module(f"scaletrain.{where.folder.replace('/', '.')}.{name}")
-        return getattr(module, where.factory)
-    module_name, _, factory = name.partition(":")
+    if ":" in name:
+        return _load_users(kind, name, search_path)
+    if not exists(kind, name):
+        raise unknown(kind, name, names(kind))
+    where = KINDS[kind]
+    module = importlib.import_module(f"scaletrain.{where.folder.replace('/', '.')}.{name}")
+    return getattr(module, where.factory)
+
+
+def _load_users(kind: str, name: str, search_path: Path | None) -> Any:
+    module_name, _, factory_name = name.partition(":")
     if search_path and str(search_path) not in sys.path:
         sys.path.insert(0, str(search_path))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something that it imports is not
+            raise  # the module exists; something that it imports does not
         looked = f" (looked in {search_path} and on Python's path)" if search_path else ""
         raise UserError(f"{kind}: {name!r}: no module {error.name!r}{looked}") from None
-    if not callable(getattr(module, factory, None)):
-        functions = [
-            key
-            for key, value in vars(module).items()
-            if callable(value) and not key.startswith("_")
-        ]
-        raise unknown(
-            f"{kind}: {name!r}: no such function in {module.__file__}", factory, functions
-        )
-    return getattr(module, factory)
+    factory = getattr(module, factory_name, None)
+    if callable(factory):
+        return factory
+    functions = []
+    for key, value in vars(module).items():
+        if callable(value) and not key.startswith("_"):
+            functions.append(key)
+    raise unknown(
+        f"{kind}: {name!r}: no such function in {module.__file__}", factory_name, functions
+    )
 
 
 def companion(kind: str, name: str, function: str) -> Any | None:
@@ -135,16 +180,18 @@ def companion(kind: str, name: str, function: str) -> Any | None:
 
 
 def _path(kind: str, name: str) -> Path:
-    if name not in names(kind):
+    if not exists(kind, name):
         raise unknown(kind, name, names(kind))
     return _ROOT / KINDS[kind].folder / f"{name}.py"
 
 
-def _user_file(module: str, search_path: Path | None) -> Path | None:
-    stem = (search_path or Path.cwd()).joinpath(*module.split("."))
-    return next(
-        (path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None
-    )
+def _users_file(module: str, search_path: Path | None) -> Path | None:
+    folder = search_path or Path.cwd()
+    stem = folder.joinpath(*module.split("."))
+    for path in (stem.with_suffix(".py"), stem / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
 
 
 @cache
@@ -160,51 +207,96 @@ def _factory(kind: str, path: Path) -> ast.FunctionDef | None:
 
 
 def _function(path: Path, name: str) -> ast.FunctionDef | None:
-    return next(
-        (n for n in _parse(path).body if isinstance(n, ast.FunctionDef) and n.name == name), None
-    )
+    for node in _parse(path).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return node
+    return None
 
 
-def _bound(path: Path) -> set[str]:
-    """The names that a module may hold; ``*`` where only importing it tells."""
-    found: set[str] = set()
+def _bound_names(path: Path) -> set[str]:
+    """Return the names that a module may define; ``*`` if only importing it would tell."""
+    bound: set[str] = set()
     nodes: list[ast.AST] = [*_parse(path).body]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
-            continue
+            bound.add(node.name)
+            continue  # names inside it are not the module's
         if isinstance(node, ast.ImportFrom):
-            found |= {alias.asname or alias.name for alias in node.names}
+            bound |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
+            bound.add(node.id)
         nodes += ast.iter_child_nodes(node)
-    return found
+    return bound
 
 
-def signature(node: ast.FunctionDef, provided: int) -> type[pydantic.BaseModel]:
-    """A function's options: parameters after the first ``provided`` are the fields; ``**kwargs`` lets any other key through."""
-    positional = node.args.posonlyargs + node.args.args
-    padding: list[ast.expr | None] = [None] * (len(positional) - len(node.args.defaults))
-    pairs = [*zip(positional, [*padding, *node.args.defaults], strict=True)][provided:]
-    pairs += [*zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
+def signature(function: ast.FunctionDef, provided: int) -> type[pydantic.BaseModel]:
+    """Return a pydantic model of a function's options.
+
+    Args:
+        function: its parameters are the fields; ``**kwargs`` lets any other key through.
+        provided: how many leading parameters are not options.
+    """
+    arguments = function.args
+    positional = arguments.posonlyargs + arguments.args
+    num_without_default = len(positional) - len(arguments.defaults)
+    defaults: list[ast.expr | None] = [None] * num_without_default + [*arguments.defaults]
+    parameters = [*zip(positional, defaults, strict=True)][provided:]
+    parameters += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     fields: dict[str, Any] = {}
-    for parameter, default in pairs:
-        fields[parameter.arg] = (
-            _annotation(parameter.annotation),
-            ... if default is None else _literal(default),
-        )
+    for parameter, default in parameters:
+        value = ... if default is None else _literal(default)
+        fields[parameter.arg] = (_annotation(parameter.annotation), value)
     config = pydantic.ConfigDict(
-        extra="allow" if node.args.kwarg else "forbid", protected_namespaces=()
+        extra="allow" if arguments.kwarg else "forbid", protected_namespaces=()
     )
+    return pydantic.create_model(function.name, __config__=config, **fields)
+
+
+def _declared_options(path: Path) -> ast.ClassDef | None:
+    """Return the dataclass that a plugin names with ``OPTIONS = CLASS``; None without such a line.
+
+    A plugin with many options declares them as the fields of a dataclass, and its factory takes
+    ``**options``. The class stands in the same file, or in one of this package that it imports.
+    """
+    nodes = _parse(path).body
+    name = None
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if targets == ["OPTIONS"]:
+                name = node.value.id
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            source = _ROOT.parent.joinpath(*str(node.module).split("."))
+            nodes = _parse(source.with_suffix(".py")).body
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name]
+    return classes[0] if classes else None
+
+
+def _class_fields(node: ast.ClassDef) -> type[pydantic.BaseModel]:
+    """Return a pydantic model with the fields of a dataclass."""
+    fields: dict[str, Any] = {}
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            default = ... if statement.value is None else _literal(statement.value)
+            fields[statement.target.id] = (_annotation(statement.annotation), default)
+    config = pydantic.ConfigDict(extra="forbid", protected_namespaces=())
     return pydantic.create_model(node.name, __config__=config, **fields)
 
 
 def _annotation(node: ast.expr | None) -> Any:
-    """The type an annotation names. One that needs an import to be understood (``nn.Module``) is taken as ``Any``."""
-    if node is None or any(isinstance(n, ast.Name) and n.id not in _TYPES for n in ast.walk(node)):
+    """Return the type that an annotation names.
+
+    An annotation that needs an import to be understood (``nn.Module``) is taken as ``Any``.
+    """
+    if node is None:
         return Any
-    return eval(compile(ast.Expression(node), "<annotation>", "eval"), {"__builtins__": {}}, _TYPES)
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and part.id not in _TYPES:
+            return Any
+    code = compile(ast.Expression(node), "<annotation>", "eval")
+    return eval(code, {"__builtins__": {}}, _TYPES)
 
 
 def _literal(node: ast.expr) -> Any:

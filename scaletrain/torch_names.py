@@ -1,6 +1,8 @@
-"""What torch offers by name, read from its installed files: checked in milliseconds, where importing it takes seconds.
+"""The names that torch offers, read from its installed files in milliseconds.
 
-Everything here is ``None`` where torch is not installed, or is laid out otherwise: whoever imports it has the last word.
+Importing torch takes seconds, and login nodes may not have it. Every function here returns None
+where torch is not installed, or is laid out in another way: the worker, which imports torch, then
+has the last word.
 """
 
 import ast
@@ -8,6 +10,7 @@ import re
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import NamedTuple
 
 import pydantic
 
@@ -16,64 +19,74 @@ from scaletrain import plugins
 _FUNCTION = re.compile(r"^def ([a-z]\w*)\(((?:[^()]|\([^()]*\))*)\)", re.MULTILINE)
 
 
+class Definition(NamedTuple):
+    """Where a class is defined."""
+
+    path: str  # below torch's folder
+    name: str  # of the class
+
+
 @cache
 def losses() -> frozenset[str] | None:
-    """The functions of ``torch.nn.functional`` that have a ``reduction``."""
-    found = _FUNCTION.findall(_read("nn/functional.py") or "")
-    return (
-        frozenset(name for name, parameters in found if re.search(r"\breduction\b", parameters))
-        or None
-    )
+    """Return the functions of ``torch.nn.functional`` that have a ``reduction``."""
+    text = _read("nn/functional.py") or ""
+    names = set()
+    for name, parameters in _FUNCTION.findall(text):
+        if re.search(r"\breduction\b", parameters):
+            names.add(name)
+    return frozenset(names) or None
 
 
 @cache
-def optimizers() -> dict[str, tuple[str, str]] | None:
-    """The classes of ``torch.optim``, their names in lower case: where each is defined, and what it is called there."""
-    text = _read("optim/__init__.py")
-    imports = (
-        node
-        for node in ast.parse(text or "").body
-        if isinstance(node, ast.ImportFrom) and node.module
-    )
-    found = {
-        alias.name.lower(): (
-            f"{str(node.module).removeprefix('torch.').replace('.', '/')}.py",
-            alias.name,
-        )
-        for node in imports
-        for alias in node.names
-        if alias.name[0].isupper() and alias.name != "Optimizer"
-    }
-    return found or None
+def optimizers() -> dict[str, Definition] | None:
+    """Return the classes of ``torch.optim`` by their names in lower case."""
+    text = _read("optim/__init__.py") or ""
+    classes = {}
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        path = node.module.removeprefix("torch.").replace(".", "/") + ".py"
+        for alias in node.names:
+            if alias.name[0].isupper() and alias.name != "Optimizer":
+                classes[alias.name.lower()] = Definition(path, alias.name)
+    return classes or None
 
 
 @cache
 def optimizer_options(name: str) -> type[pydantic.BaseModel] | None:
-    """A pydantic model of an optimizer's arguments, from its signature. A number may be a tensor to torch; not in a file."""
-    path, name = (optimizers() or {})[name.lower()]
-    classes = [
-        n
-        for n in ast.parse(_read(path) or "").body
-        if isinstance(n, ast.ClassDef) and n.name == name
-    ]
-    makers = [
-        n
-        for c in classes
-        for n in c.body
-        if isinstance(n, ast.FunctionDef) and n.name == "__init__"
-    ]
-    return plugins.signature(_WithoutTensor().visit(makers[0]), 2) if makers else None
+    """Return a pydantic model of an optimizer's arguments, from the signature of its class.
+
+    Where torch accepts a number or a tensor, only the number counts: a file holds no tensors.
+
+    Args:
+        name: a class of ``torch.optim``, in any case.
+    """
+    definition = (optimizers() or {})[name.lower()]
+    for node in ast.parse(_read(definition.path) or "").body:
+        if not isinstance(node, ast.ClassDef) or node.name != definition.name:
+            continue
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                without_tensors = _WithoutTensor().visit(method)
+                return plugins.signature(without_tensors, provided=2)  # self and params
+    return None
 
 
 class _WithoutTensor(ast.NodeTransformer):
+    """Turn ``float | Tensor`` into ``float``."""
+
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
-        return node.left if isinstance(node.right, ast.Name) and node.right.id == "Tensor" else node
+        is_or_tensor = isinstance(node.right, ast.Name) and node.right.id == "Tensor"
+        return node.left if is_or_tensor else node
 
 
 def _read(path: str) -> str | None:
     spec = PathFinder.find_spec("torch")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        if (file := Path(folder, path)).is_file():
+    if spec is None:
+        return None
+    for folder in spec.submodule_search_locations or ():
+        file = Path(folder, path)
+        if file.is_file():
             return file.read_text(encoding="utf-8")
     return None

@@ -6,7 +6,9 @@ import pytest
 
 
 def require(part: str, condition: bool, how: str) -> None:
-    """Go on when ``condition`` holds; else skip, saying how to get ``part``. Where SCALETRAIN_REQUIRE lists it (CI), fail instead."""
+    """Go on when ``condition`` holds; else skip, saying how to get ``part``. Where
+    SCALETRAIN_REQUIRE lists it (CI), fail instead.
+    """
     if condition:
         return
     message = f"needs {part}: {how}"
@@ -16,7 +18,9 @@ def require(part: str, condition: bool, how: str) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: what needs no process, then what starts some, then clusters, containers last (an image is built)."""
+    """Fast tests first: what needs no process, then what starts some, then clusters, containers
+    last (an image is built).
+    """
 
     def cost(item: pytest.Item) -> int:
         slow, cluster = (item.get_closest_marker(name) is not None for name in ("slow", "cluster"))

@@ -1,6 +1,8 @@
-"""Run a function as N ranks in processes, with a hard timeout: ``results = run_ranks(function, 3, argument)``; or a program of ours.
+"""Run a function as N ranks in processes, with a hard timeout: ``results = run_ranks(function, 3,
+argument)``; or a program of ours.
 
-Processes are forked from a server that has torch loaded but has never used it, so they start in milliseconds.
+Processes are forked from a server that has torch loaded but has never used it, so they start in
+milliseconds.
 """
 
 import gc
@@ -32,10 +34,12 @@ _context.set_forkserver_preload(
 def run_ranks(
     function: Callable[..., Any], size: int, *arguments: Any, timeout_s: float = 60.0
 ) -> list[Any]:
-    """``[function(rank, size, *arguments) for each rank]``, run at the same time. ``function`` is defined at a module's top.
+    """``[function(rank, size, *arguments) for each rank]``, run at the same time. ``function`` is
+    defined at a module's top.
 
     Raises:
-        AssertionError: a rank raised (its traceback is in the message), died, or was not done in time. No rank lives on.
+        AssertionError: a rank raised (its traceback is in the message), died, or was not done in
+        time. No rank lives on.
     """
     pipes, processes = [], []
     for rank in range(size):
@@ -77,7 +81,8 @@ class Program:
     """``python -m MODULE ARGUMENTS`` as ``subprocess.Popen`` would start it.
 
     Args:
-        piped: what it writes on both streams can be read from ``output``, and has to be: the pipe fills up. Else it is shown.
+        piped: what it writes on both streams can be read from ``output``, and has to be: the pipe
+        fills up. Else it is shown.
     """
 
     def __init__(self, module: str, *arguments: str, piped: bool = False):

@@ -1,10 +1,13 @@
-"""A person's mistake ends in one line that names the key, the value, what is allowed and the nearest match."""
+"""A person's mistake ends in one line that names the key, the value, what is allowed and the
+nearest match.
+"""
 
 import inspect
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -233,3 +236,15 @@ def test_naming_the_same_exchange_keeps_the_files_options():
 
 def test_names_that_people_type_are_unique():
     assert not set(plugins.names("exchange")) & set(plugins.names("collective"))
+
+
+def test_the_schema_for_editors_accepts_what_the_examples_hold():
+    schema = config.RunConfig.model_json_schema()
+    for path in sorted((Path(__file__).parents[1] / "examples").rglob("*.yaml")):
+        jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError, match="0 is less than the minimum"):
+        jsonschema.validate({"model": "mlp", "data": "digits", "batch_size": 0}, schema)
+    undescribed = [
+        key for key, field in schema["properties"].items() if not field.get("description")
+    ]
+    assert undescribed == []

@@ -1,4 +1,6 @@
-"""Imports point down. Bug it catches: a launcher that pulls in torch, a schedule that needs a process group, a cycle."""
+"""Imports point down. Bug it catches: a launcher that pulls in torch, a schedule that needs a
+process group, a cycle.
+"""
 
 import ast
 from graphlib import TopologicalSorter
@@ -8,7 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "scaletrain"
 
-# The first prefix that fits a module gives its floor; a module imports from its own floor and from lower ones, rooms in no circle.
+# The first prefix that fits a module gives its floor; a module imports from its own floor and from
+# lower ones, rooms in no circle.
 FLOORS = {
     "scaletrain._version": 0,
     "scaletrain.errors": 0,

@@ -1,5 +1,8 @@
-"""How quickly programs load torch. Bugs it catches: a library that stops garbage collection in other people's programs; an ``import torch``
-that loads all of ours."""
+"""programs/__init__.py and the package's own __init__.py: how quickly programs load torch.
+
+Bugs it catches: a library that stops garbage collection in other people's programs; an
+``import torch`` that loads all of ours.
+"""
 
 import gc
 import subprocess
@@ -36,6 +39,6 @@ def test_torch_loads_our_engine_when_a_group_is_made():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.splitlines() == [
-        "['scaletrain.engine', 'scaletrain.engine.backend']",
+        "['scaletrain._version', 'scaletrain.engine', 'scaletrain.engine.backend']",
         "scaletrain.engine.process_group",
     ]

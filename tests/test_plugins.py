@@ -1,14 +1,19 @@
-"""Plugins are files: every one has a menu line and readable options; a person's own module is found beside the config."""
+"""Plugins are files: every one has a menu line and readable options; a person's own module is found
+beside the config.
+"""
 
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import pydantic
 import pytest
 
 from scaletrain import config, plugins
 from scaletrain.errors import UserError
+from scaletrain.parameter_server.protocol.settings import ParameterServerOptions
 
 ALL = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
 
@@ -27,6 +32,17 @@ def test_options_have_types_and_literal_defaults(kind: str, name: str):
         assert field.default != plugins.COMPUTED, (
             f"{kind} {name}: the default of {key} is not a literal"
         )
+
+
+def test_options_that_a_dataclass_declares_are_the_fields_of_its_source():
+    schema = plugins.options("exchange", "parameter_server")
+    assert schema is not None
+    read = {name: field.default for name, field in schema.model_fields.items()}
+    declared = {field.name: field.default for field in fields(ParameterServerOptions)}
+    assert list(read.items()) == list(declared.items())
+    assert schema.model_validate({"servers": "2"}).servers == 2
+    with pytest.raises(pydantic.ValidationError, match="greater than or equal to 1"):
+        schema.model_validate({"servers": 0})
 
 
 def test_a_persons_module_is_found_beside_the_config(tmp_path: Path):

@@ -1,4 +1,6 @@
-"""Login nodes: help, list, report, simulate, doctor's help, dry runs and every launcher work without importing torch."""
+"""Login nodes: help, list, report, simulate, doctor's help, dry runs and every launcher work
+without importing torch.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,6 @@
-"""World.from_env, with the variables as each launcher really sets them (copied from running ones)."""
+"""World.from_env, with the variables as each launcher really sets them (copied from running
+ones).
+"""
 
 import os
 
@@ -68,7 +70,8 @@ def test_each_launcher(env: dict[str, str], world: World):
 @pytest.mark.parametrize(
     ("env", "evidence"),
     [
-        # left in the shell by an earlier job: without the check, each of the 8 workers would train alone
+        # left in the shell by an earlier job: without the check, each of the 8 workers would train
+        # alone
         (
             OPENMPI | {"RANK": "0", "WORLD_SIZE": "1"},
             ["RANK=0 WORLD_SIZE=1", "OMPI_COMM_WORLD_RANK=5"],

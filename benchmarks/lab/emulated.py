@@ -4,12 +4,14 @@ Links are token buckets, and hosts share the machine's cores. The cost model of
 ``collectives/cost.py`` is that of a real network. A rehearsal differs from one in ways that are
 known, and this model has them:
 
-- A token bucket lets a burst pass after a pause, at both ends of a link (``rehearsal/links.py``: 2 ms
+- A token bucket lets a burst pass after a pause, at both ends of a link (``rehearsal/links.py``: 2
+  ms
   of its rate, at least 72 KiB). The ports of trees pause between rounds and are faster for it. The
   ports of a ring never pause.
-- Adding what has arrived uses a core, and the hosts share the cores. Algorithms that the engine runs
+- Adding what has arrived uses a core, and the hosts share the cores. Algorithms that the engine
+  runs
   in parts side by side add one part while the next one arrives. A rank that only receives adds one
-  piece of a message (``cost.PIECE_BYTES``) while the next one arrives.
+  piece of a message (``cutting.PIECE_BYTES``) while the next one arrives.
 - Where every host sends to several and receives from several at once, messages leave in any order.
   Ports then wait for messages that are still behind others elsewhere, and later have several at
   once. The order is drawn.
@@ -28,7 +30,7 @@ import numpy as np
 from scipy import optimize
 
 from scaletrain import plugins
-from scaletrain.collectives import cost
+from scaletrain.collectives import cutting
 from scaletrain.scaling.predict.fit import Estimate, Timing, estimates_of
 
 
@@ -111,7 +113,8 @@ def _drawn_lateness(collective: str, size: int, parts: int) -> list[list[_Latene
 def _crowded_destinations(now: _Round) -> dict[int, list[int]]:
     """Return each source's destinations, if messages can get in each other's way in this round.
 
-    They do where three or more ranks send to two or more others each. Otherwise the result is empty.
+    They do where three or more ranks send to two or more others each. Otherwise the result is
+    empty.
     """
     destinations: dict[int, list[int]] = {source: [] for source in now.sent}
     for source, destination in now.pairs:
@@ -155,7 +158,7 @@ def allreduce_s(collective: str, workers: int, num_bytes: float, links: Emulated
         num_bytes: size of the message.
         links: between the hosts.
     """
-    parts = cost.parts(collective, workers, num_bytes)
+    parts = cutting.parts(collective, workers, num_bytes)
     draws = _drawn_lateness(collective, workers, parts)
     seconds = 0.0
     for lateness in draws:
@@ -173,7 +176,7 @@ def _last_s(
     """Return the seconds until the last host has the sum, for one draw of the messages' order."""
     num_chunks, rounds = _rounds(collective, workers)
     chunk_bytes = num_bytes / num_chunks
-    is_in_parts = cost.parts(collective, workers, num_bytes) > 1
+    is_in_parts = cutting.parts(collective, workers, num_bytes) > 1
     ports = _Ports(workers, links, chunk_bytes)
     ready = [0.0] * workers  # when each rank has done its rounds so far
     for now, late in zip(rounds, lateness, strict=True):
@@ -194,7 +197,7 @@ def _last_s(
             # What is still to be added after the last byte has arrived.
             added_bytes = now.added.get(destination, 0) * chunk_bytes
             if destination not in now.sent:
-                added_bytes = min(added_bytes, cost.PIECE_BYTES)
+                added_bytes = min(added_bytes, cutting.PIECE_BYTES)
             added = arrived + add_s_per_byte * added_bytes
             after[destination] = max(after[destination], added)
         ready = after

@@ -172,7 +172,7 @@ def page(report: Report, exchanges: Sequence[ExchangeRow]) -> str:
 
 
 def _predicted_speedup(row: Row, single_s: float | None) -> float | None:
-    """Return the speed-up over one worker, whose step takes ``single_s``, that the models predict."""
+    """Return the predicted speed-up over one worker, whose step takes ``single_s``."""
     if row.workers == 1 or single_s is None:
         return None
     strategy = "server" if row.exchange == "parameter_server" else row.exchange

@@ -108,7 +108,8 @@ def command(data: Path, out: Path, no_measure: bool) -> None:
     """Fit on few hosts and predict many; fit FireCaffe's 32 GPUs and predict its 128; and so on.
 
     Every miss is written as one. Measuring needs root (rehearsals build network namespaces) and
-    about an hour on 2 cores, which nothing else may use. Stopped and started again, it measures what
+    about an hour on 2 cores, which nothing else may use. Stopped and started again, it measures
+    what
     is missing.
 
     \b

@@ -1,4 +1,6 @@
-"""Horovod's allreduce of a torch tensor, in place, under mpirun: the peer `horovod` of `scaletrain bench collectives`."""
+"""Horovod's allreduce of a torch tensor, in place, under mpirun: the peer `horovod` of `scaletrain
+bench collectives`.
+"""
 
 import json
 import sys

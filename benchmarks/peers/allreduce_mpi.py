@@ -1,4 +1,6 @@
-"""MPI's own Allreduce, in place, on float32: the peer `mpi` of `scaletrain bench collectives`. Needs mpi4py and numpy, nothing else."""
+"""MPI's own Allreduce, in place, on float32: the peer `mpi` of `scaletrain bench collectives`.
+Needs mpi4py and numpy, nothing else.
+"""
 
 import json
 import os

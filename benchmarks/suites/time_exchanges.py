@@ -1,7 +1,9 @@
-"""Seconds of one allreduce under each collective, measured by its own workers, and how long this machine's cores were busy for it;
-run by ``python -m benchmarks.lab prediction``.
+"""Time one allreduce under each collective, and note how long the cores were busy for it.
 
-scaletrain launch -n 4 --launcher rehearsal -- benchmarks/suites/time_exchanges.py OUT.json BYTES REPEATS ring,tree,star
+``python -m benchmarks.lab prediction`` runs it on emulated hosts:
+
+scaletrain launch -n 4 --launcher rehearsal -- benchmarks/suites/time_exchanges.py OUT.json BYTES
+REPEATS ring,tree,star
 """
 
 import json

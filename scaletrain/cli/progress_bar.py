@@ -1,4 +1,4 @@
-"""The progress bar of ``scaletrain train`` on a terminal: it follows rank 0's records, so it works under every launcher."""
+"""The progress bar of ``scaletrain train``: it follows rank 0's records, under every launcher."""
 
 import contextlib
 import json
@@ -19,20 +19,25 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from scaletrain.run.records import records_path
+from scaletrain.run.layout import RunDir
+
+_REFRESH_S = 0.2
+_RECENT = 50  # records that the rate is taken from
 
 
 @contextlib.contextmanager
-def progress(run_dir: Path) -> Iterator[None]:
-    """While the body runs, draw loss, samples/s and the time left. When output is piped, draw nothing: rank 0 prints lines instead."""
+def shown(run_dir: Path) -> Iterator[None]:
+    """Draw loss, samples/s and the time left while the body runs.
+
+    If standard error is not a terminal, draw nothing: rank 0 then prints lines.
+    """
     if not sys.stderr.isatty():
         yield
         return
-    os.environ["SCALETRAIN_FOLLOWED"] = (
-        "1"  # inherited by the workers: rank 0 leaves the steps to the bar
-    )
+    # The workers inherit it: rank 0 leaves the steps to the bar.
+    os.environ["SCALETRAIN_FOLLOWED"] = "1"
     over = threading.Event()
-    follower = threading.Thread(target=_follow, args=(run_dir, over), daemon=True)
+    follower = threading.Thread(target=_follow, args=(RunDir(run_dir), over), daemon=True)
     follower.start()
     try:
         yield
@@ -41,7 +46,8 @@ def progress(run_dir: Path) -> Iterator[None]:
         follower.join()
 
 
-def _follow(run_dir: Path, over: threading.Event) -> None:
+def _follow(files: RunDir, over: threading.Event) -> None:
+    """Draw the bar until ``over`` is set, and once more after that."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -50,33 +56,39 @@ def _follow(run_dir: Path, over: threading.Event) -> None:
         TimeRemainingColumn(),
     )
     header: dict[str, Any] = {}
-    unread = 0  # offset of the first record not seen
+    records = _NewRecords(files.records(0))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task: TaskID | None = None
-        last = False
-        while not last:
-            last = over.wait(0.2)
-            if not header and (run_dir / "rank-0.json").exists():
-                header = json.loads((run_dir / "rank-0.json").read_text(encoding="utf-8"))
-            path = records_path(run_dir, 0)
-            if not header or not path.exists():
+        is_last = False
+        while not is_last:
+            is_last = over.wait(_REFRESH_S)
+            if not header and files.header(0).exists():
+                header = json.loads(files.header(0).read_text(encoding="utf-8"))
+            if not header:
                 continue
-            with open(path, encoding="utf-8") as file:
-                file.seek(unread)
-                lines = [line for line in file.readlines() if line.endswith("\n")]
-            unread += sum(len(line.encode()) for line in lines)
-            if lines:
-                recent = [json.loads(line) for line in lines[-50:]]
-                rate = (
-                    header["global_batch"]
-                    * len(recent)
-                    / sum(record["step_s"] for record in recent)
-                )
-                shown = {
-                    "completed": recent[-1]["step"] + 1,
-                    "loss": recent[-1]["loss"],
-                    "rate": rate,
-                }
-                if task is None:
-                    task = bar.add_task("training", total=header["num_steps"], loss=0.0, rate=0.0)
-                bar.update(task, **shown)
+            recent = records.read()[-_RECENT:]
+            if not recent:
+                continue
+            seconds = sum(record["step_s"] for record in recent)
+            rate = header["global_batch"] * len(recent) / seconds
+            if task is None:
+                task = bar.add_task("training", total=header["num_steps"], loss=0.0, rate=0.0)
+            newest = recent[-1]
+            bar.update(task, completed=newest["step"] + 1, loss=newest["loss"], rate=rate)
+
+
+class _NewRecords:
+    """The records that were added to a file since the last look."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._offset = 0  # of the first byte not seen
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        with open(self._path, encoding="utf-8") as file:
+            file.seek(self._offset)
+            lines = [line for line in file.readlines() if line.endswith("\n")]
+        self._offset += sum(len(line.encode()) for line in lines)
+        return [json.loads(line) for line in lines]

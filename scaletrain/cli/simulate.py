@@ -170,7 +170,7 @@ def _simulate(options: Options) -> None:
     from scaletrain.scaling.predict.fit import Calibration
     from scaletrain.scaling.predict.layers import ModelTimes
     from scaletrain.scaling.predict.network import fabric_named
-    from scaletrain.scaling.show import publish
+    from scaletrain.scaling.show import publish, simulation
 
     counts = _worker_counts(options.workers)
     fabric = fabric_named(options.network)
@@ -187,10 +187,10 @@ def _simulate(options: Options) -> None:
     else:
         names = simulate.strategies()
     points = simulate.simulate(job, counts, names)
-    publish.show_simulation(job, points, publish.terminal(), counts)
+    simulation.show_simulation(job, points, publish.terminal(), counts)
     if options.out:
         measured_workers = calibration.fit.max_workers if calibration else None
-        publish.write_simulation(options.out, job, points, measured_workers)
+        simulation.write_simulation(options.out, job, points, measured_workers)
         click.echo(f"written: {options.out / 'simulation.json'}")
 
 

@@ -1,1 +1,4 @@
-"""Allreduce algorithms as data: one file an algorithm, each a function ``schedule(size, *, ...) -> Schedule``. Pure: no torch, no processes."""
+"""Allreduce algorithms as data, one file an algorithm. Pure: no torch, no processes.
+
+Each file defines ``schedule(size, *, ...) -> Schedule``.
+"""

@@ -1,25 +1,33 @@
-"""Direct: each rank owns a slice, gets it from all others at once and sends the sum to all; two rounds, bandwidth-optimal."""
+"""Direct: each rank adds up a slice from all others at once, then sends the sum to all."""
 
 from scaletrain.collectives.cost import Load
-from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
 def schedule(size: int) -> Schedule:
-    """Reduce-scatter and all-gather in one hop each: 2(p - 1) messages of 1/p a rank. Owners add in the order of the ranks after
-    their own. On shared memory this is the fast path."""
-    up = tuple(
-        Transfer((owner + i) % size, owner, owner, True)
-        for i in range(1, size)
-        for owner in range(size)
-    )
-    down = tuple(Transfer(t.dst, t.src, t.chunk, False) for t in up)
-    return Schedule(size, size, (up, down) if size > 1 else ())
+    """Return a reduce-scatter and an all-gather in one hop each, which is bandwidth-optimal.
+
+    A rank sends 2(p - 1) messages of 1/p of the tensor. The owner of a slice adds the others in the
+    order of the ranks after its own. On shared memory this is the fast path.
+
+    Args:
+        size: number of ranks.
+    """
+    if size == 1:
+        return Schedule(size, size, ())
+    to_owners = []
+    for distance in range(1, size):
+        for owner in range(size):
+            to_owners.append(Transfer((owner + distance) % size, owner, owner, True))
+    return Schedule(size, size, (tuple(to_owners), sent_back(to_owners)))
 
 
 def loads(size: int) -> list[Load]:
-    part = (size - 1) / size
-    return (
-        [Load(1, size - 1, part, 2 * part, part), Load(1, size - 1, part, 2 * part)]
-        if size > 1
-        else []
-    )
+    """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
+    if size == 1:
+        return []
+    share = (size - 1) / size
+    return [
+        Load(repeats=1, messages=size - 1, one_way=share, both_ways=2 * share, added=share),
+        Load(repeats=1, messages=size - 1, one_way=share, both_ways=2 * share),
+    ]

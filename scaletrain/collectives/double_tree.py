@@ -1,38 +1,52 @@
-"""Double binary tree: two trees carry half the message each; a rank that forks in one is a leaf in the other."""
+"""Double binary tree: two trees carry half the message each, with other ranks as forks."""
 
 from typing import Annotated
 
 from annotated_types import Ge
 
-from scaletrain.collectives.schedule import Schedule, Transfer, pipeline
+from scaletrain.collectives.schedule import Schedule, Transfer, pipeline, sent_back
 
 
 def schedule(size: int, *, segments: Annotated[int, Ge(1)] = 16) -> Schedule:
-    """Sanders, Speck and Traeff, Parallel Computing 2009; NCCL 2.4. Twice the message through a port, in O(log p + segments) rounds.
+    """Return two pipelined trees. A rank that forks in one is a leaf in the other.
 
-    ``segments`` of each tree. The second tree is the first one on ranks shifted by one (even sizes: mirrored), so that the
-    first one's leaves, the even numbers in-order, are the second one's forks.
+    A port carries twice the message, in O(log p + segments) rounds.
+
+    The second tree is the first one on ranks shifted by one (for even sizes: mirrored). The leaves
+    of the first one, the even numbers in-order, are then the forks of the second one.
+
+    Source: Sanders, Speck and Traeff, Two-tree algorithms for full bandwidth broadcast, reduction
+    and scan, Parallel Computing 2009; NCCL since 2.4.
+
+    Args:
+        size: number of ranks.
+        segments: parts into which the half of each tree is cut.
     """
     first = _parents(size)
-    shift = (lambda r: size - 1 - r) if size % 2 == 0 else (lambda r: (r + 1) % size)
-    back = (lambda r: size - 1 - r) if size % 2 == 0 else (lambda r: (r - 1) % size)
-    second = [None if (parent := first[back(r)]) is None else shift(parent) for r in range(size)]
+    if size % 2 == 0:
+        second = _mirrored(first)
+    else:
+        second = _shifted(first)
     transfers = []
     for tree, parents in enumerate((first, second)):
-        up = [
-            Transfer(r, parent, tree, True)
-            for r in _leaves_first(parents)
-            if (parent := parents[r]) is not None
-        ]
-        transfers += [*up, *(Transfer(t.dst, t.src, tree, False) for t in reversed(up))]
+        up = []
+        for rank in _leaves_first(parents):
+            parent = parents[rank]
+            if parent is not None:
+                up.append(Transfer(rank, parent, tree, True))
+        transfers += [*up, *sent_back(reversed(up))]
     return pipeline(transfers, size, segments)
 
 
 def _parents(size: int) -> list[int | None]:
-    """An in-order binary tree over 0..size-1: leaves are the even ranks, a rank's height is its number of trailing ones."""
+    """Return the parent of each rank in an in-order binary tree; None: the root.
+
+    The leaves are the even ranks. A rank's height is the number of its trailing one bits.
+    """
     parents: list[int | None] = [None] * size
 
     def grow(low: int, high: int, parent: int | None) -> None:
+        """Make a tree of the ranks from ``low`` to ``high`` (exclusive) below a parent."""
         if low >= high:
             return
         height = (high - low).bit_length() - 1
@@ -45,11 +59,35 @@ def _parents(size: int) -> list[int | None]:
     return parents
 
 
+def _mirrored(parents: list[int | None]) -> list[int | None]:
+    """Return the same tree on the ranks in reverse order."""
+    last = len(parents) - 1
+    mirrored: list[int | None] = [None] * len(parents)
+    for rank, parent in enumerate(parents):
+        if parent is not None:
+            mirrored[last - rank] = last - parent
+    return mirrored
+
+
+def _shifted(parents: list[int | None]) -> list[int | None]:
+    """Return the same tree with every rank moved up by one, the last one to 0."""
+    size = len(parents)
+    shifted: list[int | None] = [None] * size
+    for rank, parent in enumerate(parents):
+        if parent is not None:
+            shifted[(rank + 1) % size] = (parent + 1) % size
+    return shifted
+
+
 def _leaves_first(parents: list[int | None]) -> list[int]:
+    """Return the ranks, the deepest first."""
+
     def depth(rank: int) -> int:
-        steps, parent = 0, parents[rank]
+        steps = 0
+        parent = parents[rank]
         while parent is not None:
-            steps, parent = steps + 1, parents[parent]
+            steps += 1
+            parent = parents[parent]
         return steps
 
     return sorted(range(len(parents)), key=lambda rank: (-depth(rank), rank))

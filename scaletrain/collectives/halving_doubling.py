@@ -1,48 +1,64 @@
-"""Recursive halving and doubling (Rabenseifner): halves are swapped and added, then gathered again; bandwidth-optimal in log2(p) rounds."""
+"""Recursive halving and doubling (Rabenseifner): bandwidth-optimal in 2 log2(p) rounds."""
 
 from scaletrain.collectives.cost import Load
 from scaletrain.collectives.recursive_doubling import core_of
-from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
 def schedule(size: int) -> Schedule:
-    """Thakur, Rabenseifner and Gropp, IJHPCA 2005, section 4.5; Goyal et al. 2017. When p is no power of two, the others hand their message over
-    before (and get the sum after): one more message each way."""
-    largest = 1 << (size.bit_length() - 1)
+    """Return a reduce-scatter that swaps and adds halves, then an all-gather of the same.
+
+    If p is not a power of two, the other ranks hand their message over before, and get the sum
+    after: one more message each way.
+
+    Source: Rabenseifner, Optimization of collective reduction operations, ICCS 2004; Thakur,
+    Rabenseifner and Gropp, IJHPCA 2005, section 4.5; Goyal et al. 2017.
+
+    Args:
+        size: number of ranks.
+    """
+    largest = _largest_power_of_two(size)
     core, extra = core_of(size, largest)
     halving = []
     distance = largest // 2
     while distance:
-        # Ranks i and i ^ distance share the block of 2 * distance chunks that holds chunk i; each keeps its own half.
-        halving.append(
-            tuple(
-                Transfer(core[i], core[i ^ distance], c, True)
-                for i in range(largest)
-                for c in range(
-                    (i ^ distance) // distance * distance,
-                    (i ^ distance) // distance * distance + distance,
-                )
-            )
-        )
+        # Core ranks i and i ^ distance share the block of 2 * distance chunks that holds chunk i.
+        # Each keeps the half of it that holds its own chunk, and sends the other half.
+        transfers = []
+        for sender in range(largest):
+            receiver = sender ^ distance
+            first = receiver // distance * distance
+            for chunk in range(first, first + distance):
+                transfers.append(Transfer(core[sender], core[receiver], chunk, True))
+        halving.append(tuple(transfers))
         distance //= 2
-    doubling = [
-        tuple(Transfer(t.dst, t.src, t.chunk, False) for t in transfers)
-        for transfers in reversed(halving)
-    ]
+    doubling = [sent_back(transfers) for transfers in reversed(halving)]
     rounds = [*halving, *doubling]
     if extra:
-        rounds = [extra, *rounds, tuple(Transfer(t.dst, t.src, t.chunk, False) for t in extra)]
+        rounds = [extra, *rounds, sent_back(extra)]
     return Schedule(size, largest, tuple(rounds))
 
 
+def _largest_power_of_two(size: int) -> int:
+    """Return the largest power of two that is at most ``size``."""
+    return 1 << (size.bit_length() - 1)
+
+
 def loads(size: int) -> list[Load]:
-    largest = 1 << (size.bit_length() - 1)
-    parts = []
+    """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
+    largest = _largest_power_of_two(size)
+    halving: list[Load] = []
+    doubling: list[Load] = []
     distance = largest // 2
     while distance:
-        parts.append(distance / largest)
+        share = distance / largest
+        both_ways = 2 * share
+        halving.append(Load(1, messages=1, one_way=share, both_ways=both_ways, added=share))
+        doubling.append(Load(1, messages=1, one_way=share, both_ways=both_ways))
         distance //= 2
-    found = [Load(1, 1, part, 2 * part, part) for part in parts] + [
-        Load(1, 1, part, 2 * part) for part in reversed(parts)
-    ]
-    return found if size == largest else [Load(1, 1, 1, 1, 1), *found, Load(1, 1, 1, 1)]
+    rounds = [*halving, *reversed(doubling)]
+    if size == largest:
+        return rounds
+    before = Load(1, messages=1, one_way=1, both_ways=1, added=1)
+    after = Load(1, messages=1, one_way=1, both_ways=1)
+    return [before, *rounds, after]

@@ -1,29 +1,49 @@
-"""Recursive doubling: pairs swap and add the whole message, at distance 1, 2, 4, ...; the fewest rounds, for small messages."""
+"""Recursive doubling: pairs swap and add the whole message; few rounds, for small ones."""
 
-from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
 def schedule(size: int) -> Schedule:
-    """Thakur, Rabenseifner and Gropp, IJHPCA 2005, section 4.5: log2(p) rounds of the whole message; 2 more when p is no power of two."""
+    """Return log2(p) rounds of the whole message, between pairs at distance 1, 2, 4, ...
+
+    There are 2 more rounds if p is not a power of two.
+
+    Source: Thakur, Rabenseifner and Gropp, IJHPCA 2005, section 4.5.
+
+    Args:
+        size: number of ranks.
+    """
     core, extra = core_of(size)
     rounds = [extra] if extra else []
     distance = 1
     while distance < len(core):
-        rounds.append(
-            tuple(Transfer(core[i], core[i ^ distance], 0, True) for i in range(len(core))),
-        )
+        transfers = []
+        for sender in range(len(core)):
+            transfers.append(Transfer(core[sender], core[sender ^ distance], 0, True))
+        rounds.append(tuple(transfers))
         distance *= 2
     if extra:
-        rounds.append(tuple(Transfer(t.dst, t.src, 0, False) for t in extra))
+        rounds.append(sent_back(extra))
     return Schedule(size, 1, tuple(rounds))
 
 
-def core_of(size: int, chunks: int = 1) -> tuple[list[int], tuple[Transfer, ...]]:
-    """A power of two of the ranks, and the transfers by which each of the others hands its message to one of these."""
+def core_of(size: int, num_chunks: int = 1) -> tuple[list[int], tuple[Transfer, ...]]:
+    """Return as many of the ranks as the largest power of two, and how the others hand over.
+
+    Args:
+        size: number of ranks.
+        num_chunks: into how many chunks the message is cut.
+
+    Returns:
+        The ranks of the core, and the transfers by which each of the other ranks hands its message
+        to one of these.
+    """
     largest = 1 << (size.bit_length() - 1)
-    others = size - largest
-    # Odd ranks below 2 * others stand aside: neighbours are the likeliest to share a host.
-    core = [*range(0, 2 * others, 2), *range(2 * others, size)]
-    return core, tuple(
-        Transfer(r, r - 1, c, True) for r in range(1, 2 * others, 2) for c in range(chunks)
-    )
+    num_others = size - largest
+    # Odd ranks below 2 * num_others stand aside: neighbours are the likeliest to share a host.
+    core = [*range(0, 2 * num_others, 2), *range(2 * num_others, size)]
+    transfers = []
+    for rank in range(1, 2 * num_others, 2):
+        for chunk in range(num_chunks):
+            transfers.append(Transfer(rank, rank - 1, chunk, True))
+    return core, tuple(transfers)

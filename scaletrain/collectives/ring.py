@@ -1,25 +1,41 @@
-"""Ring: p chunks travel round, added on the way (reduce-scatter), then round again complete (all-gather); bandwidth-optimal."""
+"""Ring: chunks go round and are added, then go round complete; bandwidth-optimal."""
 
 from scaletrain.collectives.cost import Load
 from scaletrain.collectives.schedule import Schedule, Transfer
 
 
 def schedule(size: int) -> Schedule:
-    """Patarasuk and Yuan, JPDC 2009: 2(p - 1) rounds of 1/p of the message."""
-    rounds = [
-        tuple(Transfer(r, (r + 1) % size, (r - i) % size, True) for r in range(size))
-        for i in range(size - 1)
-    ] + [
-        tuple(Transfer(r, (r + 1) % size, (r + 1 - i) % size, False) for r in range(size))
-        for i in range(size - 1)
-    ]
+    """Return a reduce-scatter and an all-gather: 2(p - 1) rounds of 1/p of the message.
+
+    Source: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of
+    workstations, JPDC 2009.
+
+    Args:
+        size: number of ranks.
+    """
+    rounds = []
+    for index in range(size - 1):
+        rounds.append(_round(size, -index, add=True))
+    for index in range(size - 1):
+        rounds.append(_round(size, 1 - index, add=False))
     return Schedule(size, size, tuple(rounds))
 
 
+def _round(size: int, offset: int, *, add: bool) -> tuple[Transfer, ...]:
+    """Return a round in which every rank sends chunk ``rank + offset`` to the next rank."""
+    transfers = []
+    for rank in range(size):
+        transfers.append(Transfer(rank, (rank + 1) % size, (rank + offset) % size, add))
+    return tuple(transfers)
+
+
 def loads(size: int) -> list[Load]:
-    rounds = size - 1
-    return (
-        [Load(rounds, 1, 1 / size, 2 / size, 1 / size), Load(rounds, 1, 1 / size, 2 / size)]
-        if rounds
-        else []
-    )
+    """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
+    num_rounds = size - 1
+    if num_rounds == 0:
+        return []
+    share = 1 / size
+    return [
+        Load(num_rounds, messages=1, one_way=share, both_ways=2 / size, added=share),
+        Load(num_rounds, messages=1, one_way=share, both_ways=2 / size),
+    ]

@@ -1,7 +1,8 @@
-"""An allreduce algorithm as data: rounds of transfers between ranks; and the proof that a schedule is right.
+"""An allreduce algorithm as data: rounds of transfers, and the proof that it is right.
 
-A schedule is made by ``schedule(size, ...)`` of each file beside this one. It is read by four: ``verify`` here, the cost model (``cost``), the
-engine that moves tensors (``scaletrain.engine.execute``), and ``draw`` (``drawing``).
+Each file beside this one makes schedules by a function ``schedule(size, ...)``. Four readers use
+them: ``verify`` here, the cost model (``cost``), the engine that moves tensors
+(``scaletrain.engine.execute``), and ``drawing``.
 """
 
 from collections import Counter, deque
@@ -16,7 +17,7 @@ PROVED = 256  # ranks up to which ``proved`` proves
 
 
 class Transfer(NamedTuple):
-    """In one round, ``src`` sends its chunk to ``dst``, which adds it to its own or replaces its own by it."""
+    """In one round, ``src`` sends a chunk to ``dst``, which adds it or replaces its own."""
 
     src: int
     dst: int
@@ -25,13 +26,34 @@ class Transfer(NamedTuple):
 
 
 Round = tuple[Transfer, ...]
-Program = list[tuple[int, list[Transfer], list[Transfer]]]
+
+
+def sent_back(transfers: Iterable[Transfer]) -> Round:
+    """Return transfers in the other direction: a result goes back the way its terms came.
+
+    >>> sent_back([Transfer(src=1, dst=0, chunk=0, add=True)])
+    (Transfer(src=0, dst=1, chunk=0, add=False),)
+    """
+    return tuple(Transfer(dst, src, chunk, False) for src, dst, chunk, _ in transfers)
+
+
+class RankRound(NamedTuple):
+    """One rank's part of a round."""
+
+    round: int  # index of the round in the schedule
+    sends: list[Transfer]
+    receives: list[Transfer]
 
 
 class Schedule(NamedTuple):
-    """What every rank does. The tensor is cut into ``num_chunks`` pieces of equal size (the last ones may be shorter).
+    """The transfers of all ranks, round by round.
 
-    All transfers of a round read the values from before the round; several additions to the same chunk happen in the order listed.
+    The tensor is cut into ``num_chunks`` chunks of equal size (the last ones may be shorter). All
+    transfers of a round read the values from before the round. Several additions to the same chunk
+    happen in the order listed.
+
+    >>> both = (Transfer(1, 0, 0, True),), (Transfer(0, 1, 0, False),)
+    >>> verify(Schedule(size=2, num_chunks=1, rounds=both))
     """
 
     size: int
@@ -39,32 +61,57 @@ class Schedule(NamedTuple):
     rounds: tuple[Round, ...]
 
     def reduction(self) -> "Schedule":
-        """The part that adds: a reduce (tree), or a reduce-scatter whose chunks end on different ranks (ring). See ``verify_reduction``."""
+        """Return the part that adds (see ``verify_reduction``).
+
+        It is a reduce (tree), or a reduce-scatter that leaves chunks on different ranks (ring).
+        """
         return self._replace(rounds=_only(self.rounds, add=True))
 
     def distribution(self) -> "Schedule":
-        """The part that replaces: a broadcast (tree), or an all-gather (ring). See ``verify_distribution``."""
+        """Return the part that replaces (see ``verify_distribution``).
+
+        It is a broadcast (tree), or an all-gather (ring).
+        """
         return self._replace(rounds=_only(self.rounds, add=False))
 
-    def programs(self) -> list[Program]:
-        """What each rank does: (round, sends, receives) for the rounds in which it takes part."""
-        found: list[Program] = [[] for _ in range(self.size)]
+    def per_rank(self) -> list[list[RankRound]]:
+        """Return, for each rank, the rounds in which it takes part, in their order."""
+        rounds_of_ranks: list[list[RankRound]] = [[] for _ in range(self.size)]
         for index, transfers in enumerate(self.rounds):
-            for t in transfers:
-                for rank, side in ((t.src, 1), (t.dst, 2)):
-                    mine = found[rank]
-                    if not mine or mine[-1][0] != index:
-                        mine.append((index, [], []))
-                    mine[-1][side].append(t)  # type: ignore[union-attr]
-        return found
+            for transfer in transfers:
+                _latest(rounds_of_ranks[transfer.src], index).sends.append(transfer)
+                _latest(rounds_of_ranks[transfer.dst], index).receives.append(transfer)
+        return rounds_of_ranks
+
+
+def _latest(rounds: list[RankRound], index: int) -> RankRound:
+    """Return the last of a rank's rounds, after adding round ``index`` if it is missing."""
+    if not rounds or rounds[-1].round != index:
+        rounds.append(RankRound(index, [], []))
+    return rounds[-1]
+
+
+def _only(rounds: Iterable[Round], *, add: bool) -> tuple[Round, ...]:
+    """Return the transfers that add (or replace), without the rounds that have none."""
+    kept = []
+    for transfers in rounds:
+        chosen = tuple(transfer for transfer in transfers if transfer.add == add)
+        if chosen:
+            kept.append(chosen)
+    return tuple(kept)
+
+
+# The proof
 
 
 class ScheduleError(ValueError):
-    """A schedule that is not an allreduce; says which round or rank is wrong."""
+    """A schedule that is not an allreduce. The message names the round or rank that is wrong."""
 
 
 def proved(name: str, size: int, **options: Any) -> Schedule:
-    """The schedule of an algorithm on disk, proved where ``size`` is at most 256 (beyond it a ring's proof takes seconds).
+    """Return the schedule of an algorithm on disk, proved if ``size`` is at most 256.
+
+    Beyond that, the proof of a ring takes seconds.
 
     Raises:
         UserError: it is no allreduce of ``size`` ranks with these options; names the fault.
@@ -83,59 +130,80 @@ def proved(name: str, size: int, **options: Any) -> Schedule:
 
 
 def verify(schedule: Schedule) -> None:
-    """Prove that a schedule is an allreduce whose replicas end bitwise equal. Needs no process and no tensor.
+    """Prove that a schedule is an allreduce, and that its replicas end bitwise equal.
 
-    Every rank's chunk is followed as an expression: which contributions were added, in which order. At the end each rank must hold each
-    contribution exactly once, and all ranks the same expression, since floating-point addition is not associative. The ranks' programs
-    are then run against each other as blocking steps, as the engine does, to show that nobody waits for ever.
+    It needs no process and no tensor.
+
+    1. Follow every rank's chunk as an expression: which contributions were added, in which order.
+    2. At the end, each rank must hold each contribution exactly once, and all ranks the same
+       expression, since floating-point addition is not associative.
+    3. Run the ranks against each other as blocking steps, as the engine does, to show that none
+       waits for ever.
 
     Raises:
-        ScheduleError: a contribution is lost, doubled or misdirected, a replica adds in another order, or ranks block each other.
+        ScheduleError: a contribution is lost, doubled or misdirected, a replica adds in another
+            order, or ranks block each other.
     """
-    held, lost = _follow(schedule)
+    end = _follow(schedule)
     everyone = (1 << schedule.size) - 1
-    for rank in range(schedule.size):
-        _require(held, lost, rank, range(schedule.num_chunks), everyone)
+    first_rank = end.held[0]
+    for rank, chunks in enumerate(end.held):
         for chunk in range(schedule.num_chunks):
-            if held[rank][chunk].expression != held[0][chunk].expression:
+            end.require(rank, chunk, everyone)
+        for chunk in range(schedule.num_chunks):
+            if chunks[chunk].expression != first_rank[chunk].expression:
                 raise ScheduleError(
                     f"at the end ranks 0 and {rank} have added chunk {chunk} in different orders"
                 )
-    verify_order(schedule.programs())
+    verify_order(schedule.per_rank())
 
 
 def verify_reduction(schedule: Schedule) -> list[int]:
-    """Prove that every chunk's sum is complete on a rank at the end; returns that rank (the lowest) for each chunk.
+    """Prove that every chunk's sum is complete on a rank at the end. Return these ranks.
 
-    All the same rank: a reduce to it. An equal share for every rank: a reduce-scatter. Raises as ``verify``.
+    Each is the lowest if there are several. The same rank for all chunks: a reduce to it. An equal
+    share for every rank: a reduce-scatter.
+
+    Raises:
+        ScheduleError: as ``verify``.
     """
-    held, _ = _follow(schedule)
+    end = _follow(schedule)
     everyone = (1 << schedule.size) - 1
     owners = []
     for chunk in range(schedule.num_chunks):
-        owner = next(
-            (rank for rank in range(schedule.size) if held[rank][chunk].mask == everyone), None
-        )
-        if owner is None:
+        complete = [
+            rank for rank, chunks in enumerate(end.held) if chunks[chunk].contributors == everyone
+        ]
+        if not complete:
             raise ScheduleError(f"at the end no rank holds the sum of chunk {chunk}")
-        owners.append(owner)
-    verify_order(schedule.programs())
+        owners.append(complete[0])
+    verify_order(schedule.per_rank())
     return owners
 
 
 def verify_distribution(schedule: Schedule, owners: Sequence[int]) -> None:
-    """Prove that every rank ends with chunk c of rank ``owners[c]``: a broadcast (one owner), an all-gather (all are). Raises as ``verify``."""
-    held, lost = _follow(schedule)
+    """Prove that every rank ends with each chunk of the rank that owns it.
+
+    One owner of all chunks: a broadcast. All ranks are owners: an all-gather.
+
+    Args:
+        schedule: the distribution.
+        owners: for each chunk, the rank that has it at the beginning.
+
+    Raises:
+        ScheduleError: as ``verify``.
+    """
+    end = _follow(schedule)
     for rank in range(schedule.size):
         for chunk, owner in enumerate(owners):
-            _require(held, lost, rank, [chunk], 1 << owner)
-    verify_order(schedule.programs())
+            end.require(rank, chunk, 1 << owner)
+    verify_order(schedule.per_rank())
 
 
 class _Held(NamedTuple):
-    """What a rank has of a chunk."""
+    """One rank's value of one chunk."""
 
-    mask: int  # contributors, a bit each
+    contributors: int  # a bit for each rank whose contribution is in it
     expression: int  # number of the expression: equal numbers are sums in the same order
 
 
@@ -144,230 +212,376 @@ class _Lost(NamedTuple):
 
     round: int
     transfer: Transfer
-    mask: int
+    contributors: int
 
 
-def _follow(schedule: Schedule) -> tuple[list[list[_Held]], list[_Lost]]:
-    """What every rank holds of every chunk at the end, and what was lost on the way."""
-    size, chunks = schedule.size, schedule.num_chunks
-    if size < 1 or chunks < 1:
-        raise ScheduleError(f"size {size} and {chunks} chunks: both must be at least 1")
-    numbers: dict[tuple[int, int], int] = {}
-    held = [[_Held(1 << rank, rank)] * chunks for rank in range(size)]
-    lost: list[_Lost] = []
-    for index, transfers in enumerate(schedule.rounds):
-        for t in transfers:
-            if not (
-                0 <= t.src < size and 0 <= t.dst < size and t.src != t.dst and 0 <= t.chunk < chunks
-            ):
+class _Follower:
+    """Follows the chunks of all ranks as expressions.
+
+    Attributes:
+        held: for each rank and chunk, its present value.
+    """
+
+    def __init__(self, size: int, num_chunks: int):
+        self.held = [[_Held(1 << rank, rank)] * num_chunks for rank in range(size)]
+        self._lost: list[_Lost] = []
+        # The number of each sum of two expressions. Expression r is the contribution of rank r.
+        self._sums: dict[tuple[int, int], int] = {}
+
+    def run(self, index: int, transfers: Round) -> None:
+        """Run round ``index``."""
+        sent = [self.held[transfer.src][transfer.chunk] for transfer in transfers]
+        written: dict[tuple[int, int], bool] = {}  # (rank, chunk): whether something was added
+        for transfer, value in zip(transfers, sent, strict=True):
+            target = (transfer.dst, transfer.chunk)
+            if target in written and not (transfer.add and written[target]):
                 raise ScheduleError(
-                    f"round {index}: {t} is not between two of {size} ranks, or of one of {chunks} chunks"
+                    f"round {index}: rank {transfer.dst} gets chunk {transfer.chunk} twice,"
+                    " and one replaces the other"
                 )
-        before = [held[t.src][t.chunk] for t in transfers]
-        written: dict[tuple[int, int], bool] = {}
-        for t, (mask, expression) in zip(transfers, before, strict=True):
-            if (t.dst, t.chunk) in written and not (t.add and written[t.dst, t.chunk]):
-                raise ScheduleError(
-                    f"round {index}: rank {t.dst} gets chunk {t.chunk} twice, and one replaces the other"
-                )
-            if t.add:
-                own, own_expression = held[t.dst][t.chunk]
-                if own & mask:
-                    twice = (own & mask).bit_length() - 1
-                    raise ScheduleError(
-                        f"round {index}: rank {t.dst} adds the contribution of rank {twice} twice (chunk {t.chunk})"
-                    )
-                # a + b and b + a are the same number: addition commutes, it is only not associative
-                key = (min(own_expression, expression), max(own_expression, expression))
-                held[t.dst][t.chunk] = _Held(
-                    own | mask, numbers.setdefault(key, size + len(numbers))
-                )
+            written[target] = transfer.add
+            if transfer.add:
+                self._add(index, transfer, value)
             else:
-                if gone := held[t.dst][t.chunk].mask & ~mask:
-                    lost.append(_Lost(index, t, gone))
-                held[t.dst][t.chunk] = _Held(mask, expression)
-            written[t.dst, t.chunk] = t.add
-    return held, lost
+                self._replace(index, transfer, value)
 
-
-def _require(
-    held: list[list[_Held]], lost: list[_Lost], rank: int, chunks: Iterable[int], wanted: int
-) -> None:
-    for chunk in chunks:
-        if wrong := held[rank][chunk].mask ^ wanted:
-            other = (wrong & -wrong).bit_length() - 1
-            what = "lacks" if wanted >> other & 1 else "must not have"
-            how = [
-                f": in round {number} what rank {t.src} sent, which lacks it, replaced the rank's own"
-                for number, t, mask in lost
-                if what == "lacks" and (t.dst, t.chunk) == (rank, chunk) and mask >> other & 1
-            ]
+    def _add(self, index: int, transfer: Transfer, value: _Held) -> None:
+        old = self.held[transfer.dst][transfer.chunk]
+        common = old.contributors & value.contributors
+        if common:
             raise ScheduleError(
-                f"at the end rank {rank} {what} the contribution of rank {other} (chunk {chunk}){''.join(how[-1:])}"
+                f"round {index}: rank {transfer.dst} adds the contribution of rank"
+                f" {common.bit_length() - 1} twice (chunk {transfer.chunk})"
             )
+        # a + b and b + a are the same number: addition commutes, it is only not associative.
+        key = (
+            min(old.expression, value.expression),
+            max(old.expression, value.expression),
+        )
+        number = self._sums.setdefault(key, len(self.held) + len(self._sums))
+        contributors = old.contributors | value.contributors
+        self.held[transfer.dst][transfer.chunk] = _Held(contributors, number)
+
+    def _replace(self, index: int, transfer: Transfer, value: _Held) -> None:
+        lost = self.held[transfer.dst][transfer.chunk].contributors & ~value.contributors
+        if lost:
+            self._lost.append(_Lost(index, transfer, lost))
+        self.held[transfer.dst][transfer.chunk] = value
+
+    def require(self, rank: int, chunk: int, contributors: int) -> None:
+        """Raise ScheduleError unless a rank's chunk is the sum of exactly these contributions."""
+        wrong = self.held[rank][chunk].contributors ^ contributors
+        if not wrong:
+            return
+        other = (wrong & -wrong).bit_length() - 1  # the lowest rank among the wrong ones
+        message = f"the contribution of rank {other} (chunk {chunk})"
+        if not contributors >> other & 1:
+            raise ScheduleError(f"at the end rank {rank} must not have {message}")
+        raise ScheduleError(
+            f"at the end rank {rank} lacks {message}{self._how_lost(rank, chunk, other)}"
+        )
+
+    def _how_lost(self, rank: int, chunk: int, other: int) -> str:
+        """Return where the contribution of ``other`` was lost last; empty if it never came."""
+        for index, transfer, contributors in reversed(self._lost):
+            is_here = (transfer.dst, transfer.chunk) == (rank, chunk)
+            if is_here and contributors >> other & 1:
+                return (
+                    f": in round {index} what rank {transfer.src} sent, which lacks it,"
+                    " replaced the rank's own"
+                )
+        return ""
 
 
-def _only(rounds: Iterable[Round], *, add: bool) -> tuple[Round, ...]:
-    kept = (tuple(t for t in transfers if t.add == add) for transfers in rounds)
-    return tuple(transfers for transfers in kept if transfers)
+def _follow(schedule: Schedule) -> _Follower:
+    """Return the values of all ranks at the end of a schedule."""
+    size = schedule.size
+    num_chunks = schedule.num_chunks
+    if size < 1 or num_chunks < 1:
+        raise ScheduleError(f"size {size} and {num_chunks} chunks: both must be at least 1")
+    follower = _Follower(size, num_chunks)
+    for index, transfers in enumerate(schedule.rounds):
+        for transfer in transfers:
+            src, dst, chunk, _ = transfer
+            are_ranks = 0 <= src < size and 0 <= dst < size and src != dst
+            if not are_ranks or not 0 <= chunk < num_chunks:
+                raise ScheduleError(
+                    f"round {index}: {transfer} is not between two of {size} ranks,"
+                    f" or of one of {num_chunks} chunks"
+                )
+        follower.run(index, transfers)
+    return follower
 
 
-def verify_order(programs: list[Program]) -> None:
-    """Prove that the ranks' programs end when every step blocks until its own messages have been met by their other side.
+def verify_order(rounds_of_ranks: list[list[RankRound]]) -> None:
+    """Prove that the ranks end if each round blocks until all its messages have been matched.
 
-    Between two ranks messages match in order, without tags: the n-th sent is the n-th received, and must be meant for it.
+    Between two ranks, messages match in order, without tags: the n-th sent is the n-th received,
+    and must be meant for it.
+
+    Args:
+        rounds_of_ranks: as ``Schedule.per_rank``.
 
     Raises:
-        ScheduleError: ranks wait for each other, or a message meets a receive that was meant for another.
+        ScheduleError: ranks wait for each other, or a message matches a receive that was meant for
+            another.
     """
-    done = [0] * len(programs)  # steps that each rank has behind it
-    # What src has posted for dst and the other way round, as (chunk, add), not yet met
-    sent: dict[tuple[int, int], deque[Transfer]] = {}
-    awaited: dict[tuple[int, int], deque[Transfer]] = {}
-    open_messages = [0] * len(programs)  # of the step each rank is in
-
-    def post(rank: int, ready: list[int]) -> None:
-        while done[rank] < len(programs[rank]):
-            _, sends, receives = programs[rank][done[rank]]
-            open_messages[rank] = len(sends) + len(receives)
-            for mine, theirs, messages in ((sent, awaited, sends), (awaited, sent, receives)):
-                for t in messages:
-                    other = t.dst if t.src == rank else t.src
-                    if met := theirs.get((t.src, t.dst)):
-                        opposite = met.popleft()
-                        if opposite != t:
-                            raise ScheduleError(
-                                f"rank {rank}, step {done[rank]}: {t} meets {opposite}: messages between two ranks have no tags"
-                            )
-                        open_messages[rank] -= 1
-                        open_messages[other] -= 1
-                        if not open_messages[other] and other != rank:
-                            ready.append(other)
-                    else:
-                        mine.setdefault((t.src, t.dst), deque()).append(t)
-            if open_messages[rank]:
-                return
-            done[rank] += 1
-
-    ready: list[int] = []
-    for rank in range(len(programs)):
-        post(rank, ready)
-        while ready:
-            woken = ready.pop()
-            if done[woken] < len(programs[woken]) and not open_messages[woken]:
-                done[woken] += 1
-                post(woken, ready)
-    stuck = [rank for rank, program in enumerate(programs) if done[rank] < len(program)]
+    replay = _Replay(rounds_of_ranks)
+    for rank in range(len(rounds_of_ranks)):
+        replay.start(rank)
+    stuck = []
+    for rank, rounds in enumerate(rounds_of_ranks):
+        if replay.num_done[rank] < len(rounds):
+            stuck.append(f"rank {rank} in round {rounds[replay.num_done[rank]].round}")
     if stuck:
-        waits = ", ".join(
-            f"rank {rank} in round {programs[rank][done[rank]][0]}" for rank in stuck[:4]
-        )
-        raise ScheduleError(f"deadlock: {len(stuck)} ranks wait for ever ({waits})")
+        raise ScheduleError(f"deadlock: {len(stuck)} ranks wait for ever ({', '.join(stuck[:4])})")
 
 
-def in_turn(programs: list[Program]) -> set[tuple[int, int]]:
-    """(round, rank) of all ranks that only send in a round, and then send to others: as the root of a broadcast does.
+class _Replay:
+    """Runs the ranks against each other. Each blocks until its messages are matched.
 
-    Such a rank has nothing to wait for between the two, unless it is told that the first message has arrived. Where it counts as sent
-    before that, both share the link, and whoever waits for the first waits for longer than a round.
+    Attributes:
+        num_done: for each rank, how many of its rounds it has behind it.
     """
-    found = set()
-    for rank, program in enumerate(programs):
-        for (index, sends, receives), (_, after, _) in pairwise(program):
-            if (
-                sends
-                and not receives
-                and after
-                and {t.dst for t in sends} != {t.dst for t in after}
-            ):
-                found.add((index, rank))
-    return found
+
+    def __init__(self, rounds_of_ranks: list[list[RankRound]]):
+        self._rounds_of_ranks = rounds_of_ranks
+        self.num_done = [0] * len(rounds_of_ranks)
+        # Messages of each rank's present round that are not matched yet.
+        self._num_open = [0] * len(rounds_of_ranks)
+        # By (sender, receiver): messages that one side has posted and the other has not.
+        self._sent: dict[tuple[int, int], deque[Transfer]] = {}
+        self._awaited: dict[tuple[int, int], deque[Transfer]] = {}
+        self._ready: list[int] = []  # ranks whose present round has just been completed by another
+
+    def start(self, rank: int) -> None:
+        """Start a rank, and let every rank go as far as it can."""
+        self._post_until_blocked(rank)
+        while self._ready:
+            woken = self._ready.pop()
+            is_at_end = self.num_done[woken] == len(self._rounds_of_ranks[woken])
+            if not is_at_end and not self._num_open[woken]:
+                self.num_done[woken] += 1
+                self._post_until_blocked(woken)
+
+    def _post_until_blocked(self, rank: int) -> None:
+        rounds = self._rounds_of_ranks[rank]
+        while self.num_done[rank] < len(rounds):
+            rank_round = rounds[self.num_done[rank]]
+            self._num_open[rank] = len(rank_round.sends) + len(rank_round.receives)
+            for transfer in rank_round.sends:
+                self._post(rank, transfer.dst, transfer, self._sent, self._awaited)
+            for transfer in rank_round.receives:
+                self._post(rank, transfer.src, transfer, self._awaited, self._sent)
+            if self._num_open[rank]:
+                return
+            self.num_done[rank] += 1
+
+    def _post(
+        self,
+        rank: int,
+        other: int,
+        transfer: Transfer,
+        posted: dict[tuple[int, int], deque[Transfer]],
+        opposite: dict[tuple[int, int], deque[Transfer]],
+    ) -> None:
+        """Post one side of a message, and match it if the other rank has posted its own.
+
+        Args:
+            rank: the rank that posts.
+            other: the rank at the other end.
+            transfer: the message.
+            posted: all messages that were posted on this side.
+            opposite: those on the other side.
+        """
+        pair = (transfer.src, transfer.dst)
+        waiting = opposite.get(pair)
+        if not waiting:
+            posted.setdefault(pair, deque()).append(transfer)
+            return
+        match = waiting.popleft()
+        if match != transfer:
+            raise ScheduleError(
+                f"rank {rank}, step {self.num_done[rank]}: {transfer} meets {match}:"
+                " messages between two ranks have no tags"
+            )
+        self._num_open[rank] -= 1
+        self._num_open[other] -= 1
+        if not self._num_open[other] and other != rank:
+            self._ready.append(other)
+
+
+def in_turn(rounds_of_ranks: list[list[RankRound]]) -> set[tuple[int, int]]:
+    """Return (round, rank) of all ranks that only send in a round, and then send to others.
+
+    The root of a broadcast does so. Such a rank has nothing to wait for between the two, unless a
+    receipt says that the first message has arrived. Where a message counts as sent before that,
+    both share the link, and the receiver of the first waits for longer than a round.
+
+    Args:
+        rounds_of_ranks: as ``Schedule.per_rank``.
+    """
+    turns = set()
+    for rank, rounds in enumerate(rounds_of_ranks):
+        for now, after in pairwise(rounds):
+            if not now.sends or now.receives or not after.sends:
+                continue
+            targets = {transfer.dst for transfer in now.sends}
+            next_targets = {transfer.dst for transfer in after.sends}
+            if targets != next_targets:
+                turns.add((now.round, rank))
+    return turns
+
+
+# Pipelines
 
 
 def pipeline(transfers: Sequence[Transfer], size: int, segments: int) -> Schedule:
-    """Repeat ``transfers`` for every segment of the message, one segment a fixed number of rounds after the other.
+    """Return a schedule that repeats transfers for every segment of the message.
 
-    In a round every rank sends at most one message and receives at most one (one port, both directions at once), over all
-    segments: ``transfers``, given in an order that is right one by one, are put into the earliest rounds whose ports are free modulo the
-    period (modulo scheduling, as compilers pipeline loops). The period is the shortest that any order has: the busiest port's messages.
-    Chunk c of ``transfers`` becomes chunk ``c * segments + i`` in segment i.
+    Each segment starts a fixed number of rounds after the one before (the period). In a round every
+    rank sends at most one message and receives at most one, over all segments: one port, both
+    directions at once.
+
+    Transfers are put into the earliest rounds with free ports, modulo the period. Compilers
+    pipeline loops in the same way (modulo scheduling). The period is the shortest that any order
+    has: the messages of the busiest port.
+
+    Args:
+        transfers: of one segment, in an order that is right one by one.
+        size: number of ranks.
+        segments: chunk c of ``transfers`` becomes chunk ``c * segments + i`` in segment i.
     """
     if not transfers:
         return Schedule(size, segments, ())
-    sends, receives = Counter(t.src for t in transfers), Counter(t.dst for t in transfers)
-    period = max(*sends.values(), *receives.values())
-    starts = _starts(transfers, period, None) or _starts(
-        transfers, period, _colors(transfers, period)
-    )
+    num_sends = Counter(transfer.src for transfer in transfers)
+    num_receives = Counter(transfer.dst for transfer in transfers)
+    period = max(*num_sends.values(), *num_receives.values())
+    starts = _starts(transfers, period, None)
+    if starts is None:
+        starts = _starts(transfers, period, _colors(transfers, period))
     assert starts is not None
     rounds: list[list[Transfer]] = [[] for _ in range(max(starts) + 1 + period * (segments - 1))]
     for segment in range(segments):
-        for t, start in zip(transfers, starts, strict=True):
-            rounds[start + period * segment].append(
-                Transfer(t.src, t.dst, t.chunk * segments + segment, t.add)
-            )
-    num_chunks = (1 + max(t.chunk for t in transfers)) * segments
+        for transfer, start in zip(transfers, starts, strict=True):
+            src, dst, chunk, add = transfer
+            moved = Transfer(src, dst, chunk * segments + segment, add)
+            rounds[start + period * segment].append(moved)
+    num_chunks = (1 + max(transfer.chunk for transfer in transfers)) * segments
     return Schedule(size, num_chunks, tuple(tuple(transfers) for transfers in rounds if transfers))
 
 
 def _starts(
     transfers: Sequence[Transfer], period: int, colors: Sequence[int] | None
 ) -> list[int] | None:
-    """The round of each transfer of one segment: the earliest with free ports (None if there is none), or with its color modulo the period."""
-    sending, receiving = set(), set()  # (rank, round modulo the period)
-    written: dict[
-        tuple[int, int], int
-    ] = {}  # (rank, chunk): the first round that sees what was last written
-    read: dict[tuple[int, int], int] = {}  # (rank, chunk): the last round that reads it
+    """Return the round of each transfer of one segment: the earliest with free ports.
+
+    Args:
+        transfers: of one segment.
+        period: rounds from one segment to the next.
+        colors: for each transfer, its round modulo the period; None: any.
+
+    Returns:
+        None if there are no such rounds.
+    """
+    sending: set[tuple[int, int]] = set()  # (rank, round modulo the period) of busy ports
+    receiving: set[tuple[int, int]] = set()
+    # For each (rank, chunk): the first round that sees the value that was written last, and the
+    # last round that reads it.
+    visible_from: dict[tuple[int, int], int] = {}
+    read_until: dict[tuple[int, int], int] = {}
     starts = []
-    for index, t in enumerate(transfers):
-        source, target = (t.src, t.chunk), (t.dst, t.chunk)
-        earliest = max(written.get(source, 0), written.get(target, 0), read.get(target, 0))
+    for index, (src, dst, chunk, _) in enumerate(transfers):
+        source = (src, chunk)
+        target = (dst, chunk)
+        earliest = max(
+            visible_from.get(source, 0), visible_from.get(target, 0), read_until.get(target, 0)
+        )
         for start in range(earliest, earliest + period):
-            free = (t.src, start % period) not in sending and (
-                t.dst,
-                start % period,
-            ) not in receiving
-            if free and (colors is None or start % period == colors[index]):
+            color = start % period
+            if (src, color) in sending or (dst, color) in receiving:
+                continue
+            if colors is None or color == colors[index]:
                 break
         else:
             return None
-        sending.add((t.src, start % period))
-        receiving.add((t.dst, start % period))
-        written[target] = start + 1
-        read[source] = max(read.get(source, 0), start)
+        sending.add((src, color))
+        receiving.add((dst, color))
+        visible_from[target] = start + 1
+        read_until[source] = max(read_until.get(source, 0), start)
         starts.append(start)
     return starts
 
 
-def _colors(transfers: Sequence[Transfer], num_colors: int) -> list[int]:
-    """A color for each transfer so that no rank sends, and none receives, two of one color.
+Port = tuple[str, int]  # ("send", rank) or ("receive", rank)
 
-    Koenig's theorem: the busiest port's messages are colors enough. Each transfer takes a color that is free at its sender; where that
-    is taken at its receiver, the two colors are swapped along the path that starts there.
+
+def _colors(transfers: Sequence[Transfer], num_colors: int) -> list[int]:
+    """Return a color for each transfer so that no port has two of one color.
+
+    By Koenig's theorem, the messages of the busiest port are colors enough. For each transfer:
+
+    1. Take a color that is free at its sender.
+    2. If its receiver has that color already, swap it with a color that is free at the receiver,
+       along the path of these two colors that starts there. The path never comes back to the
+       sender.
     """
-    taken: dict[tuple[str, int], dict[int, int]] = {}  # port: {color: transfer}
-    colors = [-1] * len(transfers)
-    ports = [(("send", t.src), ("receive", t.dst)) for t in transfers]
-    for index, (sender, receiver) in enumerate(ports):
-        at_sender, at_receiver = taken.setdefault(sender, {}), taken.setdefault(receiver, {})
-        a = next(color for color in range(num_colors) if color not in at_sender)
-        b = next(color for color in range(num_colors) if color not in at_receiver)
-        if (
-            a in at_receiver
-        ):  # swap a and b along the path from the receiver; it never comes back to the sender
-            path, port, color = [], receiver, a
-            while (step := taken[port].get(color)) is not None:
-                path.append(step)
-                port = ports[step][0] if port == ports[step][1] else ports[step][1]
-                color = a + b - color
-            for step in path:
-                for end in ports[step]:
-                    del taken[end][colors[step]]
-            for step in path:
-                colors[step] = a + b - colors[step]
-                for end in ports[step]:
-                    taken[end][colors[step]] = step
-        colors[index] = a
-        at_sender[a] = at_receiver[a] = index
-    return colors
+    coloring = _Coloring(transfers)
+    for index, (sender, receiver) in enumerate(coloring.ports):
+        color = _free_color(coloring.taken[sender], num_colors)
+        other = _free_color(coloring.taken[receiver], num_colors)
+        if color in coloring.taken[receiver]:
+            coloring.swap_from(receiver, color, other)
+        coloring.set(index, color)
+    return coloring.colors
+
+
+def _free_color(at_port: dict[int, int], num_colors: int) -> int:
+    return next(color for color in range(num_colors) if color not in at_port)
+
+
+class _Coloring:
+    """Colors of some transfers.
+
+    Attributes:
+        ports: for each transfer, its sending and its receiving port.
+        colors: for each transfer, its color; -1: none yet.
+        taken: for each port, the transfer of each color.
+    """
+
+    def __init__(self, transfers: Sequence[Transfer]):
+        self.ports: list[tuple[Port, Port]] = []
+        self.taken: dict[Port, dict[int, int]] = {}
+        for transfer in transfers:
+            sender = ("send", transfer.src)
+            receiver = ("receive", transfer.dst)
+            self.ports.append((sender, receiver))
+            self.taken[sender] = {}
+            self.taken[receiver] = {}
+        self.colors = [-1] * len(transfers)
+
+    def set(self, index: int, color: int) -> None:
+        """Give a transfer a color that is free at both its ports."""
+        self.colors[index] = color
+        for port in self.ports[index]:
+            self.taken[port][color] = index
+
+    def swap_from(self, port: Port, color: int, other: int) -> None:
+        """Swap two colors along the path that starts at a port with ``color``."""
+        path = self._path(port, color, other)
+        for index in path:
+            for end in self.ports[index]:
+                del self.taken[end][self.colors[index]]
+        for index in path:
+            self.set(index, other if self.colors[index] == color else color)
+
+    def _path(self, port: Port, color: int, other: int) -> list[int]:
+        """Return the transfers on the path from a port with colors ``color``, ``other``, ..."""
+        path = []
+        while color in self.taken[port]:
+            index = self.taken[port][color]
+            path.append(index)
+            sender, receiver = self.ports[index]
+            port = sender if port == receiver else receiver
+            color, other = other, color
+        return path

@@ -1,20 +1,23 @@
-"""FireCaffe's binomial reduction tree: sums travel up to rank 0 in log2(p) rounds, the result travels down again."""
+"""FireCaffe's binomial tree: sums go up to rank 0 in log2(p) rounds, and down again."""
 
-from scaletrain.collectives.schedule import Schedule, Transfer
+from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
 def schedule(size: int) -> Schedule:
-    """Iandola et al., FireCaffe (CVPR 2016), section 4: 2 ceil(log2 p) rounds of the whole message."""
+    """Return a binomial reduction tree: 2 ceil(log2 p) rounds of the whole message.
+
+    Source: Iandola et al., FireCaffe, CVPR 2016, section 4.
+
+    Args:
+        size: number of ranks.
+    """
     up = []
     distance = 1
     while distance < size:
-        up.append(
-            tuple(
-                Transfer(r + distance, r, 0, True) for r in range(0, size - distance, 2 * distance)
-            )
-        )
+        transfers = []
+        for rank in range(0, size - distance, 2 * distance):
+            transfers.append(Transfer(rank + distance, rank, 0, True))
+        up.append(tuple(transfers))
         distance *= 2
-    down = [
-        tuple(Transfer(t.dst, t.src, 0, False) for t in transfers) for transfers in reversed(up)
-    ]
-    return Schedule(size, 1, tuple(up + down))
+    down = [sent_back(transfers) for transfers in reversed(up)]
+    return Schedule(size, 1, (*up, *down))

@@ -1,6 +1,8 @@
-"""What a run is: the YAML that people write, checked against a schema, resolved once, written to RUN_DIR/config.yaml.
+"""A run's configuration: the YAML file that people write, checked and resolved once.
 
-Workers read that file and their rank variables, nothing else. Every mistake ends in one line that names the key, the
+The result is written to RUN_DIR/config.yaml.
+Workers read that file and their rank variables, nothing else. Every mistake ends in one line that
+names the key, the
 value and what would be right. Nothing here imports torch.
 """
 

@@ -1,4 +1,4 @@
-"""Check a configuration: every mistake ends in one line that names the key, the value and what would be right."""
+"""Check a configuration. A mistake is one line: the key, the value, and what would be right."""
 
 import re
 import typing
@@ -8,10 +8,17 @@ from typing import Any, TypeVar
 
 import pydantic
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
 from scaletrain import plugins, torch_names
 from scaletrain.config import yaml
-from scaletrain.config.grammar import expand_exchange, parse_setting, set_key
+from scaletrain.config.grammar import (
+    expand_exchange,
+    is_users_own,
+    parse_setting,
+    set_key,
+    split_spec,
+)
 from scaletrain.config.schema import Named, RunConfig
 from scaletrain.errors import UserError, did_you_mean, unknown
 
@@ -19,10 +26,14 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load(path: Path, settings: dict[str, Any] | None = None) -> RunConfig:
-    """Read and check a YAML file; ``settings`` (dotted key: value) replace what it says.
+    """Read and check a run's YAML file.
+
+    Args:
+        path: the file.
+        settings: values by dotted key, which replace those of the file.
 
     Raises:
-        UserError: in one line, the first thing that is wrong.
+        UserError: the first thing that is wrong, in one line.
     """
     tree = yaml.read(path)
     tree.setdefault("name", path.stem)
@@ -33,156 +44,213 @@ def load(path: Path, settings: dict[str, Any] | None = None) -> RunConfig:
 
 
 def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
-    """A mapping as a RunConfig, plugins' options included and their defaults filled in. Raises ``UserError``."""
-    if isinstance(tree.get("exchange"), str):
-        tree = {**tree, "exchange": expand_exchange(tree["exchange"], f"{where}: ")}
-    exchange = tree.get("exchange")
-    if isinstance(exchange, dict) and exchange.get("name") in plugins.names("collective"):
-        tree = {
-            **tree,
-            "exchange": {**exchange, "name": "scheduled", "collective": exchange["name"]},
-        }
+    """Return a mapping as a RunConfig, with the options of plugins checked and their defaults set.
+
+    Args:
+        tree: the run, as its file holds it.
+        where: the beginning of an error's line, such as the file's name.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line.
+    """
+    tree = _with_exchange_expanded(tree, where)
     config = _validate(RunConfig, tree, where)
     for kind in ("model", "data", "exchange", "launcher"):
         named: Named = getattr(config, kind)
         options = plugin_options(kind, named.name, named.options, where, config.search_path)
         setattr(config, kind, Named(name=named.name, **options))
     _check_loss(config, where)
-    config.optimizer = Named(
-        name=config.optimizer.name, **_optimizer_options(config.optimizer, where)
-    )
-    if (config.epochs is None) == (config.steps is None):
-        raise UserError(
-            f"{where}: give exactly one of epochs and steps (now: {config.epochs} and {config.steps};"
-            " --set epochs=null leaves one out)"
-        )
-    if config.batch_mode == "strong" and config.workers > config.batch_size:
-        raise UserError(
-            f"{where}: workers: {config.workers} workers cannot share a global batch_size of {config.batch_size}"
-            f" (allowed: 1 to {config.batch_size} workers, a larger batch_size, or batch_mode: weak)"
-        )
-    smallest_share = config.batch_size // (config.workers if config.batch_mode == "strong" else 1)
-    if config.accumulate > smallest_share:
-        raise UserError(
-            f"{where}: accumulate: {config.accumulate} backward passes need as many samples, a worker has {smallest_share} of the"
-            f" batch_size of {config.batch_size} (allowed: 1 to {smallest_share})"
-        )
+    optimizer_options = _optimizer_options(config.optimizer, where)
+    config.optimizer = Named(name=config.optimizer.name, **optimizer_options)
+    _check_length(config, where)
+    _check_batch(config, where)
     return config
 
 
+def _with_exchange_expanded(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    exchange = tree.get("exchange")
+    if isinstance(exchange, str):
+        return {**tree, "exchange": expand_exchange(exchange, f"{where}: ")}
+    if isinstance(exchange, dict) and exchange.get("name") in plugins.names("collective"):
+        scheduled = {**exchange, "name": "scheduled", "collective": exchange["name"]}
+        return {**tree, "exchange": scheduled}
+    return tree
+
+
+def _check_length(config: RunConfig, where: str) -> None:
+    if (config.epochs is None) == (config.steps is None):
+        raise UserError(
+            f"{where}: give exactly one of epochs and steps"
+            f" (now: {config.epochs} and {config.steps}; --set epochs=null leaves one out)"
+        )
+
+
+def _check_batch(config: RunConfig, where: str) -> None:
+    if config.batch_mode == "strong" and config.workers > config.batch_size:
+        raise UserError(
+            f"{where}: workers: {config.workers} workers cannot share a global batch_size of"
+            f" {config.batch_size} (allowed: 1 to {config.batch_size} workers,"
+            " a larger batch_size, or batch_mode: weak)"
+        )
+    sharing = config.workers if config.batch_mode == "strong" else 1
+    smallest_share = config.batch_size // sharing
+    if config.accumulate > smallest_share:
+        raise UserError(
+            f"{where}: accumulate: {config.accumulate} backward passes need as many samples,"
+            f" a worker has {smallest_share} of the batch_size of {config.batch_size}"
+            f" (allowed: 1 to {smallest_share})"
+        )
+
+
 def _check_loss(config: RunConfig, where: str) -> None:
-    known = torch_names.losses()
-    if ":" in config.loss:
-        plugins.options("loss", config.loss, config.search_path)
-    elif known and config.loss not in known:
-        raise unknown(f"{where}: loss", config.loss, known)
+    if is_users_own(config.loss):
+        plugins.options("loss", config.loss, config.search_path)  # raises if it does not exist
+        return
+    losses = torch_names.losses()
+    if losses and config.loss not in losses:
+        raise unknown(f"{where}: loss", config.loss, losses)
 
 
 def _optimizer_options(optimizer: Named, where: str) -> dict[str, Any]:
-    """The options that are given, checked against the signature of torch's class where torch is installed."""
-    given, known = optimizer.options, torch_names.optimizers()
-    if known is None:
-        return given
-    if optimizer.name.lower() not in known:
-        raise unknown(f"{where}: optimizer", optimizer.name, known)
+    """Return the options that are set, checked against torch's class where torch is installed."""
+    optimizers = torch_names.optimizers()
+    if optimizers is None:
+        return optimizer.options
+    if optimizer.name.lower() not in optimizers:
+        raise unknown(f"{where}: optimizer", optimizer.name, optimizers)
     schema = torch_names.optimizer_options(optimizer.name)
     if schema is None:
-        return given
-    checked = _validate(schema, given, where, "optimizer.").model_dump()
-    return {key: checked[key] for key in given}
+        return optimizer.options
+    checked = _validate(schema, optimizer.options, where, "optimizer.").model_dump()
+    return {key: checked[key] for key in optimizer.options}
 
 
 def plugin_options(
     kind: str,
     name: str,
-    given: dict[str, Any],
+    chosen: dict[str, Any],
     where: str = "options",
     search_path: Path | None = None,
 ) -> dict[str, Any]:
-    """A plugin's options, checked against its signature and completed with its defaults. Raises ``UserError``.
+    """Return a plugin's options, checked against its signature and completed with its defaults.
 
-    An option that is called like a kind of plugin (``collective``, ``transport``) takes a name of that kind, with options of its own if
-    need be (``plugin_spec``), or ``auto``.
+    An option that is called like a kind of plugin (``collective``, ``transport``) takes ``auto`` or
+    a
+    name of that kind, with options of its own (``plugin_spec``).
+
+    Args:
+        kind: a key of ``plugins.KINDS``.
+        name: a plugin's name, or ``package.module:factory``.
+        chosen: the options that are set.
+        where: the beginning of an error's line.
+        search_path: where a person's modules are looked for.
+
+    Raises:
+        UserError: there is no such plugin, an option is unknown, or a value is not allowed.
     """
-    if ":" not in name and name not in plugins.names(kind):
+    if not is_users_own(name) and name not in plugins.names(kind):
         raise unknown(f"{where}: {kind}", name, plugins.names(kind))
     schema = plugins.options(kind, name, search_path)
     if schema is None:
-        return given
-    filled = _validate(schema, given, where, f"{kind}.").model_dump()
-    for key, value in filled.items():
+        return chosen
+    options = _validate(schema, chosen, where, f"{kind}.").model_dump()
+    for key, value in options.items():
         if key in plugins.KINDS and value != "auto":
             plugin_spec(key, value, f"{where}: {kind}.{key}", also=("auto",))
-    return {key: value for key, value in filled.items() if value != plugins.COMPUTED}
+    return {key: value for key, value in options.items() if value != plugins.COMPUTED}
 
 
 def plugin_spec(
     kind: str, text: str, where: str, also: Sequence[str] = ()
 ) -> tuple[str, dict[str, Any]]:
-    """``NAME`` or ``NAME:OPTION=VALUE:...``, such as ``pipelined_tree:segments=8``: the name and the options that are given, checked.
+    """Return the name and the options that ``NAME:OPTION=VALUE:...`` sets, both checked.
+
+    >>> plugin_spec("collective", "pipelined_tree:segments=8", "collective")
+    ('pipelined_tree', {'segments': 8})
+
+    Args:
+        kind: a key of ``plugins.KINDS``.
+        text: what was typed.
+        where: the beginning of an error's line.
+        also: names that are allowed beside those of the plugins.
 
     Raises:
-        UserError: no such name (``also``: names that are allowed beside the plugins'), option or value.
+        UserError: the name, an option or a value is not allowed.
     """
-    name, *settings = text.split(":")
-    if name not in plugins.names(kind):
-        raise unknown(where, name, [*also, *plugins.names(kind)])
-    given: dict[str, Any] = {}
-    if settings:
-        schema = plugins.options(kind, name)
-        example = (
-            next((f"{key}={field.default}" for key, field in schema.model_fields.items()), "")
-            if schema
-            else ""
-        )
+    spec = split_spec(text)
+    if spec.name not in plugins.names(kind):
+        raise unknown(where, spec.name, [*also, *plugins.names(kind)])
+    chosen: dict[str, Any] = {}
+    if spec.settings:
+        example = _example_setting(kind, spec.name)
         if not example:
             raise UserError(
-                f"{where}: {text!r} is not allowed: {name} has no options (allowed: {name})"
+                f"{where}: {text!r} is not allowed: {spec.name} has no options"
+                f" (allowed: {spec.name})"
             )
-        given = dict(parse_setting(setting, f"{where}: {name}", example) for setting in settings)
-    checked = plugin_options(kind, name, given, where)
-    return name, {key: checked[key] for key in given}
+        for setting in spec.settings:
+            key, value = parse_setting(setting, f"{where}: {spec.name}", example)
+            chosen[key] = value
+    checked = plugin_options(kind, spec.name, chosen, where)
+    return spec.name, {key: checked[key] for key in chosen}
+
+
+def _example_setting(kind: str, name: str) -> str:
+    """Return a setting that a plugin accepts; empty if it has no options."""
+    schema = plugins.options(kind, name)
+    if schema is None:
+        return ""
+    for key, field in schema.model_fields.items():
+        return f"{key}={field.default}"
+    return ""
 
 
 def _validate(schema: type[Model], tree: dict[str, Any], where: str, prefix: str = "") -> Model:
     try:
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:
-        # A misspelt key is also a missing one: the misspelling is the news.
-        first = min(
-            error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] == "missing")
-        )
-        path = [
-            str(part)
-            for part in first["loc"]
-            if str(part).replace("_", "").isidentifier() or isinstance(part, int)
-        ]
-        key = prefix + ".".join(path)
-        if first["type"] == "extra_forbidden":
-            inner = _schema_at(schema, first["loc"][:-1])
-            raise unknown(
-                f"{where}: key {key}", str(first["loc"][-1]), inner.model_fields
-            ) from None
-        if first["type"] == "missing":
-            raise UserError(f"{where}: {key}: is missing") from None
-        message = (
-            first["msg"]
-            .removeprefix("Input should be ")
-            .removeprefix("Value error, ")
-            .partition(", unable to parse")[0]
-        )
-        words = re.findall("'([^']*)'", message) if first["type"] == "literal_error" else []
-        near = did_you_mean(str(first["input"]), words)
-        raise UserError(
-            f"{where}: {key}: {first['input']!r} is not allowed{near} (allowed: {message})"
-        ) from None
+        worst = min(error.errors(), key=_importance)
+        raise _mistake(worst, schema, where, prefix) from None
+
+
+def _importance(error: ErrorDetails) -> tuple[bool, bool]:
+    """Return a sort key: a misspelt key also leaves a key missing, which is not the news."""
+    return error["type"] != "extra_forbidden", error["type"] == "missing"
+
+
+def _mistake(error: ErrorDetails, schema: type[BaseModel], where: str, prefix: str) -> UserError:
+    """Return pydantic's error in our words."""
+    location = error["loc"]
+    key = prefix + ".".join(part for part in map(str, location) if _is_key_or_index(part))
+    if error["type"] == "extra_forbidden":
+        inner = _schema_at(schema, location[:-1])
+        return unknown(f"{where}: key {key}", str(location[-1]), inner.model_fields)
+    if error["type"] == "missing":
+        return UserError(f"{where}: {key}: is missing")
+    allowed = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    allowed = allowed.partition(", unable to parse")[0]
+    hint = ""
+    if error["type"] == "literal_error":
+        choices = re.findall("'([^']*)'", allowed)
+        hint = did_you_mean(str(error["input"]), choices)
+    return UserError(
+        f"{where}: {key}: {error['input']!r} is not allowed{hint} (allowed: {allowed})"
+    )
+
+
+def _is_key_or_index(part: str) -> bool:
+    """Return False for the names that pydantic gives to the branches of a union."""
+    return part.replace("_", "").isidentifier() or part.isdigit()
 
 
 def _schema_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """Return the model that holds the key at a location."""
     for part in location:
         field = schema.model_fields.get(str(part))
-        candidates = [field.annotation, *typing.get_args(field.annotation)] if field else []
-        schema = next(
-            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), schema
-        )
+        if field is None:
+            continue
+        for candidate in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                schema = candidate
+                break
     return schema

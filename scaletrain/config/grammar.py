@@ -1,8 +1,10 @@
-"""The short forms that people type: exchanges, options and settings."""
+"""The short forms that people type: ``NAME:OPTION=VALUE``, ``@transport`` and labels.
 
-from typing import Any
+>>> expand_exchange("ring@gloo")
+{'name': 'scheduled', 'collective': 'ring', 'transport': 'gloo'}
+"""
 
-from yaml import YAMLError
+from typing import Any, NamedTuple
 
 from scaletrain import plugins
 from scaletrain.config import yaml
@@ -10,68 +12,134 @@ from scaletrain.config.schema import Named
 from scaletrain.errors import UserError, unknown
 
 
-def expand_exchange(text: str, where: str = "") -> dict[str, Any]:
-    """The short forms people type: ``native``, ``ring`` (= ``scheduled:ring``), ``scheduled:ring@gloo``, ``pipelined_tree:segments=8``,
-    ``parameter_server:async``.
+class Spec(NamedTuple):
+    """A plugin's name and the options that were typed with it, not yet checked."""
 
-    ``NAME:VALUE`` sets the exchange's first option, ``@VALUE`` its option ``transport``.
+    name: str
+    settings: tuple[str, ...] = ()  # "OPTION=VALUE" each
+
+
+def split_spec(text: str) -> Spec:
+    """Split ``NAME:OPTION=VALUE:OPTION=VALUE``.
+
+    >>> split_spec("pipelined_tree:segments=8:fan_out=2")
+    Spec(name='pipelined_tree', settings=('segments=8', 'fan_out=2'))
+    """
+    name, *settings = text.split(":")
+    return Spec(name, tuple(settings))
+
+
+def is_users_own(name: str) -> bool:
+    """Return True for ``package.module:factory``, a person's own factory."""
+    return ":" in name
+
+
+def parse_setting(
+    text: str, where: str = "--set", example: str = "optimizer.lr=0.05"
+) -> tuple[str, Any]:
+    """Split ``KEY=VALUE``; the value is read as YAML.
+
+    Args:
+        text: what was typed. A key may have dots.
+        where: where it was typed, for the message.
+        example: a setting that would be right in this place.
+
+    Raises:
+        UserError: the text has another form, or its value is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{where} {text}: expected KEY=VALUE, such as {example}")
+    try:
+        return key.strip(), yaml.parse(value)
+    except ValueError:
+        raise UserError(f"{where} {text}: the value is not YAML") from None
+
+
+def expand_exchange(text: str, where: str = "") -> dict[str, Any]:
+    """Return the mapping that a short form of an exchange stands for.
+
+    ``NAME:VALUE`` sets the exchange's first option, and ``@VALUE`` its option ``transport``. The
+    name
+    of a collective is short for the exchange ``scheduled`` with this collective:
+
+    - ``native``
+    - ``ring``, or ``scheduled:ring``
+    - ``scheduled:ring@gloo``
+    - ``pipelined_tree:segments=8``
+    - ``parameter_server:async``
+
+    Args:
+        text: what was typed.
+        where: the beginning of an error's line.
+
+    Raises:
+        UserError: there is no exchange or collective of this name, or the exchange has no options.
     """
     head, _, transport = text.partition("@")
     name, _, value = head.partition(":")
     if name in plugins.names("collective"):
         name, value = "scheduled", head
     if name not in plugins.names("exchange"):
-        raise unknown(
-            f"{where}exchange", name, [*plugins.names("exchange"), *plugins.names("collective")]
-        )
+        choices = [*plugins.names("exchange"), *plugins.names("collective")]
+        raise unknown(f"{where}exchange", name, choices)
     tree: dict[str, Any] = {"name": name}
     if value:
-        schema = plugins.options("exchange", name)
-        fields = list(schema.model_fields) if schema else []
-        if not fields:
+        options = _option_names(name)
+        if not options:
             raise UserError(f"exchange: {text!r}: {name} has no options")
-        tree[fields[0]] = value
-    return tree | ({"transport": transport} if transport else {})
+        tree[options[0]] = value
+    if transport:
+        tree["transport"] = transport
+    return tree
 
 
 def exchange_label(exchange: Named) -> str:
-    """The shortest text that ``expand_exchange`` takes for this exchange; labels rows of reports."""
-    options = exchange.options
-    schema = plugins.options("exchange", exchange.name)
-    first = next(iter(schema.model_fields), None) if schema else None
+    """Return the shortest text that ``expand_exchange`` takes for an exchange.
+
+    It labels the rows of reports. Options other than the first one and the transport are left out.
+    """
     label = exchange.name
-    if first and options.get(first) not in (None, schema.model_fields[first].default):  # type: ignore[union-attr]
-        value = str(options[first])
-        label = value if exchange.name == "scheduled" else f"{exchange.name}:{value}"
-    transport = options.get("transport", "auto")
+    schema = plugins.options("exchange", exchange.name)
+    options = _option_names(exchange.name)
+    if schema and options:
+        value = exchange.options.get(options[0])
+        if value not in (None, schema.model_fields[options[0]].default):
+            label = str(value) if exchange.name == "scheduled" else f"{exchange.name}:{value}"
+    transport = exchange.options.get("transport", "auto")
     return label if transport == "auto" else f"{label}@{transport}"
 
 
-def parse_setting(
-    text: str, where: str = "--set", example: str = "optimizer.lr=0.05"
-) -> tuple[str, Any]:
-    """``a.b=value``; the value is read as YAML. ``example``: one that would be right in this place."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"{where} {text}: expected KEY=VALUE, such as {example}")
-    try:
-        return key.strip(), yaml.parse(value)
-    except YAMLError:
-        raise UserError(f"{where} {text}: the value is not YAML") from None
-
-
 def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    if "." not in dotted and isinstance(value, str) and isinstance(tree.get(dotted), dict):
-        # Another name replaces a plugin with its options; the same name keeps the options that the file gives it.
-        named = expand_exchange(value) if dotted == "exchange" else {"name": value}
-        before = tree[dotted]
-        tree[dotted] = before | named if before.get("name") == named["name"] else named
+    """Set one key of a run's mapping, in place.
+
+    Args:
+        tree: a run as its file holds it.
+        dotted: the key; dots lead into mappings, which are made if they are missing.
+        value: replaces the key's value. The name of a plugin replaces the plugin with its options,
+            unless it is the same plugin: then the options that the file gives are kept.
+    """
+    is_name = "." not in dotted and isinstance(value, str)
+    before = tree.get(dotted)
+    if is_name and isinstance(before, dict):
+        named = _as_mapping(dotted, value)
+        is_same_plugin = before.get("name") == named["name"]
+        tree[dotted] = before | named if is_same_plugin else named
         return
     *parents, last = dotted.split(".")
     for parent in parents:
         below = tree.get(parent)
         if isinstance(below, str):
-            below = expand_exchange(below) if parent == "exchange" else {"name": below}
+            below = _as_mapping(parent, below)
         tree[parent] = dict(below or {})
         tree = tree[parent]
     tree[last] = value
+
+
+def _as_mapping(key: str, text: str) -> dict[str, Any]:
+    return expand_exchange(text) if key == "exchange" else {"name": text}
+
+
+def _option_names(exchange: str) -> list[str]:
+    schema = plugins.options("exchange", exchange)
+    return list(schema.model_fields) if schema else []

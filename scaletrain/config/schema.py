@@ -1,4 +1,8 @@
-"""What a run is: the keys of its YAML file, with their types, ranges and defaults."""
+"""What a run is: the keys of its YAML file, with their types, ranges and defaults.
+
+The docstring under a key is its description, in the JSON schema for editors as well
+(``scaletrain schema``).
+"""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,104 +14,178 @@ from scaletrain import plugins
 
 
 class Named(BaseModel):
-    """A plugin's name and its options. The options are checked against the plugin's signature (``plugins.options``)."""
+    """A plugin's name and its options, checked against its signature (``plugins.options``)."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
     name: str
+    """A name from `scaletrain list`, or `package.module:factory`."""
 
     @property
     def options(self) -> dict[str, Any]:
+        """The options that are set."""
         return dict(self.model_extra or {})
 
 
-def _named(value: Any) -> Any:
+def _as_mapping(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-NameOrOptions = Annotated[Named, BeforeValidator(_named)]
-
-
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """A mapping in which an unknown key is a mistake."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class LrSchedule(Strict):
-    """The learning rate of optimizer step i of n, Caffe's policies plus cosine, after a linear warm-up.
+    """The learning rate of optimizer step i of n: Caffe's policies plus cosine, after a warm-up.
 
-    ``fixed``; ``step`` lr gamma^floor(i/step_size); ``multistep`` gamma at each milestone (fractions of the run); ``exp`` lr gamma^i;
-    ``inv`` lr (1 + gamma i)^-power; ``poly`` lr (1 - i/n)^power; ``sigmoid`` lr / (1 + exp(-gamma (i - step_size))); ``cosine``.
+    - fixed: lr
+    - step: lr gamma^floor(i / step_size)
+    - multistep: lr, times gamma at each of the milestones
+    - exp: lr gamma^i
+    - inv: lr (1 + gamma i)^-power
+    - poly: lr (1 - i/n)^power
+    - sigmoid: lr / (1 + exp(-gamma (i - step_size)))
+    - cosine: lr (1 + cos(pi i/n)) / 2
     """
 
     name: Literal["fixed", "step", "multistep", "exp", "inv", "poly", "sigmoid", "cosine"] = "fixed"
+    """The policy."""
+
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises linearly to its value."""
+
     gamma: float = 0.1
+    """The factor of step, multistep, exp, inv and sigmoid."""
+
     power: float = 1.0
+    """The exponent of inv and poly."""
+
     step_size: Annotated[int, Field(ge=1)] = 1000
+    """Steps between two changes (step), or the step in the middle (sigmoid)."""
+
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    """Fractions of the run at which multistep changes."""
 
 
 class Checkpoint(Strict):
-    every_steps: Annotated[int, Field(ge=1)] | None = None  # None: only the last step
+    """When checkpoints are written. The last step always is."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints; null: only the last step."""
+
     keep: Annotated[int, Field(ge=1)] = 2
+    """How many checkpoints are kept."""
 
 
 class Compute(Strict):
-    """An emulated accelerator: the step waits this long instead of computing, gradients of the true sizes really move."""
+    """An emulated accelerator: a step waits instead of computing; gradients really move."""
 
-    step_s: Annotated[float, Field(ge=0)] = 0.0  # seconds a step, whatever the batch
-    sample_s: Annotated[float, Field(ge=0)] = 0.0  # seconds a sample of the worker's batch
+    step_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds a step, whatever the batch."""
+
+    sample_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds a sample of the worker's batch."""
+
+
+# A name alone is short for a mapping without options.
+NameOrOptions = Annotated[Named, BeforeValidator(_as_mapping, json_schema_input_type=str | Named)]
+ScheduleOrName = Annotated[
+    LrSchedule, BeforeValidator(_as_mapping, json_schema_input_type=str | LrSchedule)
+]
 
 
 class RunConfig(Strict):
-    """One training job. See docs/configuration.md for each key."""
+    """One training job."""
 
     name: str = "run"
+    """Names the run directory; default: the file's name."""
+
     model: NameOrOptions
+    """The model and its options."""
+
     data: NameOrOptions
+    """The data set and its options."""
+
     loss: str = "cross_entropy"
+    """A loss of `torch.nn.functional` that has a `reduction`, or `package.module:function`."""
+
     batch_size: Annotated[int, Field(ge=1)]
-    batch_mode: Literal["strong", "weak"] = (
-        "strong"  # strong: batch_size is global and fixed; weak: it is each worker's
-    )
-    accumulate: Annotated[int, Field(ge=1)] = (
-        1  # backward passes a step; the batch is split over them, not multiplied
-    )
+    """Samples a step, of all workers together (strong) or of each worker (weak)."""
+
+    batch_mode: Literal["strong", "weak"] = "strong"
+    """strong: the global batch is fixed, and N workers share it; weak: it grows with N."""
+
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Backward passes a step. The batch is split over them, not multiplied."""
+
     epochs: Annotated[float, Field(gt=0)] | None = None
-    steps: Annotated[int, Field(ge=1)] | None = None  # exactly one of epochs and steps
+    """Length of the run in passes over the data. Give exactly one of epochs and steps."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Length of the run in optimizer steps."""
+
     optimizer: NameOrOptions = Named(name="sgd", lr=0.1)  # type: ignore[call-arg]
-    lr_schedule: Annotated[LrSchedule, BeforeValidator(_named)] = LrSchedule()
+    """A class of `torch.optim`, in any case, and its arguments."""
+
+    lr_schedule: ScheduleOrName = LrSchedule()
+    """How the learning rate changes in the course of the run."""
+
     exchange: NameOrOptions = Named(name="native")
+    """How gradients travel. `ring` is short for `{name: scheduled, collective: ring}`."""
+
     launcher: NameOrOptions = Named(name="local")
+    """What starts the workers, and its options."""
+
     workers: Annotated[int, Field(ge=1)] = 1
+    """Number of workers."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = (
-        "auto"  # a worker's; auto: its share of the cores
-    )
+    """auto: CUDA if it is available."""
+
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Compute threads of a worker; auto: its share of the host's cores."""
+
     loader_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read samples ahead, for each worker."""
+
     seed: int = 0
-    evaluate_every: Annotated[int, Field(ge=1)] | None = None  # steps; None: only after the last
-    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = (
-        None  # the run notes when it is first reached
-    )
+    """Of the weights and of the order of samples."""
+
+    evaluate_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations; null: only after the last step."""
+
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The summary says when this accuracy was first reached."""
+
     checkpoint: Checkpoint = Checkpoint()
+    """When checkpoints are written."""
+
     log_every: Annotated[int, Field(ge=1)] = 10
-    timeout_s: Annotated[float, Field(gt=0)] = (
-        60.0  # a rank without progress for this long is taken as hung
-    )
+    """Steps between progress lines, and between looks for a signal to stop."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """A rank without progress for this many seconds is taken as hung."""
+
     compute: Compute | None = None
-    trace: bool = (
-        False  # record buckets, rounds and waits, and each rank's clock, for a Chrome trace
-    )
-    source: str | None = None  # file this came from; user modules are looked for beside it
+    """Emulate an accelerator. Reports then say "emulated"."""
+
+    trace: bool = False
+    """Record buckets, rounds and waits, and each rank's clock, for a Chrome trace."""
+
+    source: str | None = None
+    """The file this came from. A person's modules are looked for beside it."""
 
     @property
     def search_path(self) -> Path | None:
-        """Where ``package.module:factory`` names are looked for first."""
+        """Where the modules of ``package.module:factory`` are looked for first."""
         return Path(self.source).parent if self.source else None
 
     def load(self, kind: Literal["model", "data", "exchange", "launcher"]) -> Any:
-        """Import the plugin that this config names for a kind; returns its factory."""
+        """Import the plugin that this configuration names for a kind; return its factory."""
         return plugins.load(kind, getattr(self, kind).name, self.search_path)
 
     def to_yaml(self) -> str:
+        """Return the configuration as YAML, every default filled in."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

@@ -1,1 +1,4 @@
-"""Runs schedules: moves tensors over a transport, picks the algorithm, and serves torch.distributed as a backend. torch starts here."""
+"""Runs schedules on tensors, chooses them, and serves torch.distributed as a backend.
+
+Importing torch is allowed from this room upwards.
+"""

@@ -1,14 +1,18 @@
-"""Allreduces of tensors on an accelerator: in the order of its streams; over NCCL, or through the host's memory where ranks share a device."""
+"""Allreduces of tensors on an accelerator, in the order of its streams.
+
+They run over NCCL, or through the host's memory where ranks share a device.
+"""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scaletrain.engine.lane import Lane
+from scaletrain.engine.lane import Lane, Operation
+from scaletrain.engine.meeting import values_of_all
 from scaletrain.engine.roll_call import RollCall
-from scaletrain.engine.segment import exchanged
 from scaletrain.engine.transport import Group, Reduce
 from scaletrain.engine.transport.landing import Landing
 
@@ -16,20 +20,33 @@ _PART_BYTES = 8 << 20  # of a message: one part is copied while another is summe
 
 
 def shared(group: Group) -> bool:
-    """Whether several ranks of one host use one CUDA device, which NCCL refuses (collective). Raises as ``exchanged``."""
-    # NCCL takes ranks for ranks of other hosts where NCCL_HOSTID says so.
-    mine = f"{os.environ.get('NCCL_HOSTID', '')} {torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-    return len(set(exchanged(group, "device", mine))) < group.size
+    """Return True if ranks of a host share a CUDA device, which NCCL refuses. Collective.
+
+    Raises:
+        TimeoutError, ConnectionError: as ``meeting.values_of_all``.
+    """
+    device = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    # NCCL takes ranks for ranks of other hosts if NCCL_HOSTID says so.
+    mine = f"{os.environ.get('NCCL_HOSTID', '')} {device}"
+    return len(set(values_of_all(group, "device", mine))) < group.size
 
 
 class AcceleratorLane(Lane):
-    """A lane for tensors on ``device``. What the caller's stream was given before is waited for on the device, not on the host; whoever waits
-    for the result makes its own stream wait.
+    """A lane for tensors on an accelerator.
+
+    Work that the caller has given its stream before is waited for on the device, not on the host. A
+    thread that waits for the result makes its own stream wait.
+
+    The CPU's streams and events do nothing, and it has no memory to lock. There, the same code runs
+    without the overlap.
 
     Args:
-        staged: the wire is the CPU's: messages pass through page-locked memory. Else it is NCCL's.
-
-    The CPU's streams and events do nothing, and it has no memory to lock: what runs there is the same code without the overlap.
+        group: the ranks.
+        roll_call: numbers the collectives of the process group.
+        collective: the algorithm as a person writes it.
+        transport: ``nccl``, or a wire of the CPU: messages then pass through page-locked memory of
+            the host (they are staged).
+        device: where the tensors are.
     """
 
     def __init__(
@@ -39,52 +56,72 @@ class AcceleratorLane(Lane):
         collective: str,
         transport: str,
         device: torch.device,
-        staged: bool,
     ):
         super().__init__(group, roll_call, collective, transport)
-        self._staged, self._accelerated = staged, device.type != "cpu"
+        self._staged = transport != "nccl"
+        self._accelerated = device.type != "cpu"
         self._module: Any = torch.get_device_module(device)
-        self._stream, self._down = self._module.Stream(), self._module.Stream()
-        self._uploaded = self._module.Event()
-        self._host = Landing(0)
+        # All of the following are used by the lane's thread, or by a caller that holds the engine.
+        self._stream = self._module.Stream()  # on which the lane's tasks run
+        self._download_stream = self._module.Stream()  # on which messages are copied to the host
+        self._uploaded = self._module.Event()  # the last message has left the host's memory
+        self._host = Landing(0)  # page-locked; grows with the messages
 
-    def _task(self, future: torch.futures.Future, tensors: list[Tensor], *what: Any) -> Any:
-        made = self._now().record_event()
+    def _task(
+        self, future: torch.futures.Future, tensors: list[Tensor], operation: Operation, number: int
+    ) -> Callable[[], None]:
+        """Return the task for the lane's thread, which runs after the caller's present stream."""
+        computed = self._present_stream().record_event()
 
         def task() -> None:
             with self._module.stream(self._stream):
-                self._stream.wait_event(made)
+                self._stream.wait_event(computed)
                 if self._accelerated:
-                    for (
-                        tensor
-                    ) in tensors:  # its memory is not given to others before this stream is through
+                    # Their memory is not given to others before this stream is through.
+                    for tensor in tensors:
                         tensor.record_stream(self._stream)
-                future.set_result(self._run(tensors, *what))
+                future.set_result(self._run(tensors, operation, number))
 
         return task
 
     def _sum(self, flat: Tensor, reduce: Reduce) -> None:
-        if not self._staged:
+        if self._staged:
+            self._sum_through_host(flat, reduce)
+        else:
             super()._sum(flat, reduce)
-            return
+
+    def _sum_through_host(self, flat: Tensor, reduce: Reduce) -> None:
+        """Reduce a tensor on the device over all ranks, in place, by a wire of the CPU.
+
+        1. Start to copy all its parts to the host, on a stream of their own.
+        2. Sum each part on the host when it has arrived; the next one is being copied meanwhile.
+        3. Start to copy each part back, without waiting.
+        """
         assert self._engine
-        self._uploaded.synchronize()  # the last message has left the host's memory
+        self._uploaded.synchronize()
         if self._host.memory.nbytes < flat.nbytes:
             self._host = Landing(flat.nbytes, pinned=self._accelerated)
-        host, count = self._host.like(flat), flat.numel()
-        parts = -(-flat.nbytes // _PART_BYTES)
-        cuts = [slice(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
+        host = self._host.like(flat)
+        cuts = _cuts(flat)
         arrived = [self._module.Event() for _ in cuts]
-        self._down.wait_stream(self._now())
-        with self._module.stream(self._down):
+        self._download_stream.wait_stream(self._present_stream())
+        with self._module.stream(self._download_stream):
             for cut, event in zip(cuts, arrived, strict=True):
                 host[cut].copy_(flat[cut], non_blocking=True)
-                event.record(self._down)
+                event.record(self._download_stream)
         for cut, event in zip(cuts, arrived, strict=True):
             event.synchronize()
             self._engine.allreduce(host[cut], reduce)
             flat[cut].copy_(host[cut], non_blocking=True)
-        self._uploaded.record(self._now())
+        self._uploaded.record(self._present_stream())
 
-    def _now(self) -> Any:
+    def _present_stream(self) -> Any:
         return self._module.current_stream()
+
+
+def _cuts(flat: Tensor) -> list[slice]:
+    """Return the parts in which a message passes through the host."""
+    count = flat.numel()
+    num_parts = -(-flat.nbytes // _PART_BYTES)
+    edges = [index * count // num_parts for index in range(num_parts + 1)]
+    return [slice(edges[index], edges[index + 1]) for index in range(num_parts)]

@@ -1,4 +1,7 @@
-"""Makes the backends known to torch.distributed. torch calls this whenever it is imported, so the engine is loaded when a group is made."""
+"""Makes the backends known to torch.distributed.
+
+torch calls ``register`` whenever it is imported. The engine is loaded when a group is created.
+"""
 
 from typing import Any
 
@@ -6,23 +9,35 @@ import torch.distributed as dist
 
 
 def register() -> None:
-    """``scaletrain`` and ``mpi4py``, which is MPI's own allreduce over mpi4py. Safe to call again."""
+    """Register the backends ``scaletrain`` and ``mpi4py``. Safe to call again.
+
+    ``mpi4py`` is MPI's own allreduce over mpi4py.
+    """
     for name, create in (("scaletrain", _create), ("mpi4py", _create_over_mpi)):
         if name not in dist.Backend.backend_list:
             dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu", "cuda"])
 
 
-def _create(backend_options: Any, options: Any) -> dist.ProcessGroup:
+def _create(group_options: Any, backend_options: Any) -> dist.ProcessGroup:
+    """Create a process group. torch calls it on every rank (collective).
+
+    Args:
+        group_options: the ranks of the group and their store, from torch.
+        backend_options: ``pg_options`` of ``init_process_group``, or None.
+    """
     from scaletrain.engine.process_group import Options, ProcessGroup
 
-    o = backend_options
     return ProcessGroup(
-        o.store, o.group_rank, o.group_size, o.timeout, options or Options.from_env()
+        group_options.store,
+        group_options.group_rank,
+        group_options.group_size,
+        group_options.timeout,
+        backend_options or Options.from_env(),
     )
 
 
-def _create_over_mpi(backend_options: Any, options: Any) -> dist.ProcessGroup:
+def _create_over_mpi(group_options: Any, backend_options: Any) -> dist.ProcessGroup:
     from scaletrain.engine.choice import NATIVE
     from scaletrain.engine.process_group import Options
 
-    return _create(backend_options, options or Options(NATIVE, "mpi"))
+    return _create(group_options, backend_options or Options(NATIVE, "mpi"))

@@ -1,21 +1,27 @@
-"""The torch.distributed backend ``scaletrain``: ``dist.init_process_group("scaletrain")`` serves DDP and any script unchanged.
+"""The torch.distributed backend ``scaletrain``, which serves DDP and any script unchanged.
 
-Dense allreduces run on our engine, on a thread of their own, so that they overlap with backward. Everything else (other collectives, sparse
-tensors, point-to-point) is forwarded to gloo, or to NCCL for CUDA tensors: what they can do is not lost.
+>>> dist.init_process_group("scaletrain")  # doctest: +SKIP
 
-CUDA tensors: with ``auto`` and ``native`` NCCL's own allreduce runs; with an algorithm that was chosen, its schedule over NCCL's point-to-point
-messages. Where ranks share a GPU, which NCCL refuses, or a wire of the CPU was chosen, allreduces pass through page-locked memory, and
-everything else goes to gloo.
+Dense allreduces run on our engine, on a thread of their own, so that they overlap with backward.
+Everything else (other collectives, sparse tensors, point-to-point) is forwarded to gloo, or to NCCL
+for CUDA tensors: nothing that they can do is lost.
 
-The algorithm and the wire come from ``Options`` (``init_process_group(..., pg_options=Options(collective="ring"))``), else from the
-environment (SCALETRAIN_COLLECTIVE, SCALETRAIN_TRANSPORT), else they are ``auto``.
+CUDA tensors: with ``auto`` and ``native``, NCCL's own allreduce runs. With an algorithm that was
+chosen, its schedule runs over NCCL's point-to-point messages. Where ranks share a GPU, which NCCL
+refuses, or a wire of the CPU was chosen, allreduces pass through page-locked memory, and everything
+else goes to gloo.
 
-The backend ``mpi4py`` is the same with MPI's own allreduce over mpi4py, since torch's wheels bring no MPI: for scripts under mpirun.
+The algorithm and the wire come from ``Options``
+(``init_process_group(..., pg_options=Options(collective="ring"))``), else from the environment
+(SCALETRAIN_COLLECTIVE, SCALETRAIN_TRANSPORT), else they are ``auto``.
+
+The backend ``mpi4py`` is the same with MPI's own allreduce over mpi4py, since torch's wheels bring
+no MPI. It is for scripts under mpirun.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -25,159 +31,314 @@ from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 from scaletrain.engine.accelerator import AcceleratorLane, shared
-from scaletrain.engine.choice import NATIVE, check
-from scaletrain.engine.lane import DTYPES, OPERATIONS, Lane, Operation
+from scaletrain.engine.choice import AUTO, NATIVE, check
+from scaletrain.engine.lane import DTYPES, OPERATIONS, Lane, Operation, number_of
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import Group, nccl
 from scaletrain.engine.work import All, Forwarded
 from scaletrain.errors import UserError
 
-_LET_GO_S = 0.01
+_LET_GO_S = 0.01  # in which gloo's threads let go of their last tensors
+
+BackendType = dist.ProcessGroup.BackendType
 
 
 class Options(NamedTuple):
-    """How allreduces run: names of files in ``collectives/`` and ``engine/transport/``, with options if need be
-    (``pipelined_tree:segments=8``), or ``auto``."""
+    """How allreduces run.
 
-    collective: str = "auto"
-    transport: str = "auto"
+    Each is the name of a file in ``collectives/`` or ``engine/transport/``, with options if need be
+    (``pipelined_tree:segments=8``), or ``auto``.
+    """
+
+    collective: str = AUTO
+    transport: str = AUTO
 
     @classmethod
     def from_env(cls) -> "Options":
-        """Raises ``UserError`` for a name that is not there."""
-        chosen = cls(
-            os.environ.get("SCALETRAIN_COLLECTIVE", "auto"),
-            os.environ.get("SCALETRAIN_TRANSPORT", "auto"),
+        """Return the options that the environment sets.
+
+        Raises:
+            UserError: a variable names an algorithm, wire or option that does not exist.
+        """
+        options = cls(
+            os.environ.get("SCALETRAIN_COLLECTIVE", AUTO),
+            os.environ.get("SCALETRAIN_TRANSPORT", AUTO),
         )
-        check(chosen.collective, "collective", "SCALETRAIN_COLLECTIVE")
-        check(chosen.transport, "transport", "SCALETRAIN_TRANSPORT")
-        return chosen
+        check(options.collective, "collective", "SCALETRAIN_COLLECTIVE")
+        check(options.transport, "transport", "SCALETRAIN_TRANSPORT")
+        return options
 
 
 class ProcessGroup(dist.ProcessGroup):
-    """One rank's end of a group. Made by torch.distributed, collectively."""
+    """One rank's end of a group. torch.distributed creates it on every rank (collective).
+
+    Args:
+        store: the group's own part of the job's store.
+        rank: this rank in the group.
+        size: number of ranks in the group.
+        timeout: after which waiting for a peer raises.
+        options: how allreduces run.
+    """
 
     def __init__(
         self, store: dist.Store, rank: int, size: int, timeout: timedelta, options: Options
     ):
-        super().__init__(rank, size)
-        self._store, self._timeout, self._options = store, timeout, options
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        self._store = store
+        self._timeout = timeout
+        self._options = options
         self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo/", store), rank, size, timeout)
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._gloo)
-        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        self._register_backend(torch.device("cpu"), BackendType.GLOO, self._gloo)
+        self._set_default_backend(BackendType.GLOO)
         self._nccl: Any = None
         if torch.cuda.is_available() and dist.is_nccl_available():
             self._nccl = nccl.backend(Group(dist.PrefixStore("nccl/", store), rank, size, timeout))
-            self._register_backend(
-                torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, self._nccl
-            )
-            self._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
+            self._register_backend(torch.device("cuda"), BackendType.NCCL, self._nccl)
+            self._set_default_backend(BackendType.NCCL)
         self._roll_call = RollCall(store, rank, size, timeout)
-        self._lanes: dict[str, Lane | None] = {}  # by kind of device; none: left to NCCL
-        self._device_shared: bool | None = None
+        # By kind of device, created at the first allreduce of such tensors. None: left to NCCL.
+        self._lanes: dict[str, Lane | None] = {}
+        self._device_shared: bool | None = None  # None: the ranks have not been asked yet
 
     def getBackendName(self) -> str:
+        """Return the name under which torch knows this backend."""
         return "scaletrain"
 
-    def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:
-        """In place. Runs on the engine when every tensor is dense and of a plain dtype; else on gloo or NCCL."""
+    # Allreduce
+
+    def allreduce(  # type: ignore[override]
+        self, tensors: list[Tensor], options: Any = None
+    ) -> dist.Work:
+        """Reduce tensors over all ranks, in place. Collective.
+
+        It runs on the engine if the tensor is dense and of a plain dtype, else on gloo or NCCL.
+        """
         options = options or dist.AllreduceOptions()
-        reduce_op = options.reduceOp  # torch passes a ReduceOp or its inner enum
-        operation = OPERATIONS.get(int(getattr(reduce_op, "op", reduce_op)))
-        lane = (
-            self._lane(tensors)
-            if operation is not None and _runs_here(tensors, operation)
-            else None
-        )
+        operation = OPERATIONS.get(number_of(options.reduceOp))
+        lane = None
+        if operation is not None and _runs_on_engine(tensors, operation):
+            lane = self._lane(tensors)
         if operation is None or lane is None:
             return self._forward("allreduce", tensors, options)
+        at_once = not options.asyncOp
         if torch.autograd._profiler_enabled():
             with torch.profiler.record_function("scaletrain:all_reduce"):
-                return lane.allreduce(tensors, operation, at_once=not options.asyncOp)
-        return lane.allreduce(tensors, operation, at_once=not options.asyncOp)
+                return lane.allreduce(tensors, operation, at_once)
+        return lane.allreduce(tensors, operation, at_once)
 
     def _lane(self, tensors: list[Tensor]) -> Lane | None:
-        """Where such tensors are reduced; None: not by us."""
-        kind = "cpu" if all(tensor.is_cpu for tensor in tensors) else tensors[0].device.type
+        """Return the lane that reduces such tensors; None: the engine does not."""
+        on_cpu = all(tensor.is_cpu for tensor in tensors)
+        kind = "cpu" if on_cpu else tensors[0].device.type
         if kind not in self._lanes:
-            if kind == "cpu":
-                collective, transport = self._options
-                if self._nccl is not None and transport.partition(":")[0] == "nccl":
-                    transport = "auto"  # what was chosen is for tensors on devices
-                self._lanes[kind] = Lane(self._group(kind), self._roll_call, collective, transport)
-            else:
-                self._lanes[kind] = self._accelerator_lane() if kind == "cuda" else None
+            self._lanes[kind] = self._new_lane(kind)
         return self._lanes[kind]
 
+    def _new_lane(self, kind: str) -> Lane | None:
+        if kind == "cuda":
+            return self._accelerator_lane()
+        if kind != "cpu":
+            return None
+        collective, transport = self._options
+        if self._nccl is not None and _wire(transport) == "nccl":
+            transport = AUTO  # the choice was for tensors on devices
+        return Lane(self._group(kind), self._roll_call, collective, transport)
+
     def _accelerator_lane(self) -> Lane | None:
-        (collective, transport), over_nccl = (
-            self._options,
-            self._nccl is not None and not self._shares_device(),
-        )
-        wire = transport.partition(":")[0]
-        if wire == "nccl" and not over_nccl:
+        """Return a lane for CUDA tensors; None: NCCL's own allreduce is wanted. Collective."""
+        collective, transport = self._options
+        wire = _wire(transport)
+        can_use_nccl = self._nccl is not None and not self._shares_device()
+        if wire == "nccl" and not can_use_nccl:
             raise UserError(
-                "transport 'nccl': several ranks share a GPU, which NCCL refuses, or this torch was built without it"
+                "transport 'nccl': several ranks share a GPU, which NCCL refuses,"
+                " or this torch was built without it"
                 " (allowed here: auto, shared_memory, gloo)"
             )
-        if over_nccl and wire in ("auto", "nccl"):
-            if collective in ("auto", NATIVE):
+        if can_use_nccl and wire in (AUTO, "nccl"):
+            if collective in (AUTO, NATIVE):
                 return None
-            transport, staged = "nccl", False
-        else:
-            staged = True
+            transport = "nccl"
         device = torch.device("cuda", torch.cuda.current_device())
-        return AcceleratorLane(
-            self._group("cuda"), self._roll_call, collective, transport, device, staged
-        )
+        group = self._group("cuda")
+        return AcceleratorLane(group, self._roll_call, collective, transport, device)
 
     def _group(self, kind: str) -> Group:
-        # A connection of its own: a thread that waits at a TCPStore keeps all others that share its connection from it.
-        store = dist.PrefixStore(f"wire/{kind}/", self._store.clone())
+        """Return the ranks with a part of the store for one kind of device."""
+        # A connection of its own: a thread that waits at a TCPStore blocks all others that share
+        # its connection.
+        connection = self._store.clone()  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"wire/{kind}/", connection)
         return Group(store, self.rank(), self.size(), self._timeout)
 
     def _shares_device(self) -> bool:
+        """Return True if ranks share a GPU. Collective at its first call."""
         if self._device_shared is None:
             self._device_shared = shared(self._group("devices"))
         return self._device_shared
 
-    def _forward(self, name: str, *arguments: Any, **options: Any) -> dist.Work:
-        """To gloo or NCCL themselves: the same method of torch's class comes back to ours, or keeps the interpreter lock while it waits for
-        gloo's thread, which may wait for that lock to let go of a tensor: ranks hang for ever, now and then."""
-        if name == "barrier" and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # a barrier waits for what devices are doing, too
+    # Everything else goes to gloo or NCCL. These are the methods that torch's ProcessGroup runs
+    # under the interpreter lock, and those that scripts call. Their parameters are those of torch's
+    # class.
+
+    def _forward(self, method: str, *arguments: Any, **options: Any) -> dist.Work:
+        """Call a method of gloo's or NCCL's backend itself.
+
+        The same method of torch's class would come back to ours. Or it would keep the interpreter
+        lock while it waits for gloo's thread, which may wait for that lock to let go of a tensor:
+        ranks would hang for ever, now and then.
+        """
+        if method == "barrier" and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # a barrier waits for the work of devices, too
         on_cpu = all(tensor.is_cpu for tensor in _tensors(arguments))
         over_nccl = not on_cpu and self._nccl is not None and not self._shares_device()
-        theirs = _BACKENDS_NAMES.get(name, name)
-        work = getattr(self._nccl if over_nccl else self._gloo, theirs)(*arguments, **options)
-        if over_nccl or name in _POINT_TO_POINT:
+        backend = self._nccl if over_nccl else self._gloo
+        work = getattr(backend, method)(*arguments, **options)
+        if over_nccl or method in ("recv", "recv_anysource", "send"):
             return work
-        number, plain = self._roll_call.next(), theirs.removeprefix("_").removesuffix("_base")
-        return Forwarded(work, lambda error: self._roll_call.explain(plain, number, error))
+        number = self._roll_call.next()
+        name = method.removeprefix("_").removesuffix("_base")
+        return Forwarded(work, lambda error: self._roll_call.explain(name, number, error))
+
+    def allgather(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Gather a tensor of each rank into a list, on every rank. Collective."""
+        return self._forward("allgather", *arguments, **options)
+
+    def _allgather_base(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Gather a tensor of each rank into one tensor, on every rank. Collective."""
+        return self._forward("_allgather_base", *arguments, **options)
+
+    def all_gather_single(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Gather a tensor of each rank into one tensor, on every rank. Collective."""
+        return self._forward("_allgather_base", *arguments, **options)
+
+    def allgather_into_tensor_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], options: Any = None
+    ) -> dist.Work:
+        """Gather several tensors, one after another. Functional collectives call it. Collective."""
+        return self._coalesced("_allgather_base", outputs, inputs, options or AllgatherOptions())
+
+    def allreduce_coalesced(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Reduce several tensors over all ranks, in place. Collective."""
+        return self._forward("allreduce_coalesced", *arguments, **options)
+
+    def alltoall(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Send a tensor to each rank, and receive one from each. Collective."""
+        return self._forward("alltoall", *arguments, **options)
+
+    def alltoall_base(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Send a slice of a tensor to each rank, and receive one from each. Collective."""
+        return self._forward("alltoall_base", *arguments, **options)
+
+    def all_to_all_single(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Send a slice of a tensor to each rank, and receive one from each. Collective."""
+        return self._forward("alltoall_base", *arguments, **options)
+
+    def barrier(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Wait until every rank has come. Collective."""
+        return self._forward("barrier", *arguments, **options)
+
+    def broadcast(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Send a rank's tensor to all others. Collective."""
+        return self._forward("broadcast", *arguments, **options)
+
+    def gather(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Gather a tensor of each rank on one of them. Collective."""
+        return self._forward("gather", *arguments, **options)
+
+    def reduce(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Reduce a tensor over all ranks, on one of them. Collective."""
+        return self._forward("reduce", *arguments, **options)
+
+    def reduce_scatter(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Reduce a list of tensors over all ranks; each rank gets one of them. Collective."""
+        return self._forward("reduce_scatter", *arguments, **options)
+
+    def _reduce_scatter_base(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Reduce a tensor over all ranks; each rank gets a slice of it. Collective."""
+        return self._forward("_reduce_scatter_base", *arguments, **options)
+
+    def reduce_scatter_single(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Reduce a tensor over all ranks; each rank gets a slice of it. Collective."""
+        return self._forward("_reduce_scatter_base", *arguments, **options)
+
+    def reduce_scatter_tensor_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], options: Any = None
+    ) -> dist.Work:
+        """Reduce and scatter several tensors. Functional collectives call it. Collective."""
+        options = options or ReduceScatterOptions()
+        return self._coalesced("_reduce_scatter_base", outputs, inputs, options)
+
+    def scatter(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Send one of a rank's tensors to each rank. Collective."""
+        return self._forward("scatter", *arguments, **options)
+
+    def send(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Send a tensor to a rank, which calls ``recv``."""
+        return self._forward("send", *arguments, **options)
+
+    def recv(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Receive a tensor from a rank, which calls ``send``."""
+        return self._forward("recv", *arguments, **options)
+
+    def recv_anysource(self, *arguments: Any, **options: Any) -> dist.Work:
+        """Receive a tensor from any rank that calls ``send``."""
+        return self._forward("recv_anysource", *arguments, **options)
+
+    def _coalesced(
+        self, method: str, outputs: list[Tensor], inputs: list[Tensor], options: Any
+    ) -> dist.Work:
+        """Call a collective for each pair of tensors: gloo has no coalesced one."""
+        works = []
+        for output, source in zip(outputs, inputs, strict=True):
+            works.append(self._forward(method, output, source, options))
+        return All(works)
+
+    # The group itself
 
     def record(self, *sizes: int) -> dict[str, Any]:
-        """For the run's header: the wire and the algorithms that were chosen (for messages of these bytes); empty before the first allreduce."""
-        for lane in (self._lanes.get("cuda"), self._lanes.get("cpu")):
+        """Return the wire and the algorithms that were chosen, for the run's header.
+
+        Args:
+            sizes: messages of these bytes; none: a few usual sizes.
+
+        Returns:
+            As ``Engine.record``; empty before the first allreduce.
+        """
+        for kind in ("cuda", "cpu"):
+            lane = self._lanes.get(kind)
             if lane:
                 return lane.record(*sizes)
         return {}
 
     def shutdown(self) -> None:
-        """Ends the engine's thread after what is under way."""
-        for lane in filter(None, self._lanes.values()):
-            lane.close()
-        for backend in filter(None, (self._nccl, self._gloo)):
+        """End the engine's threads after the collectives under way. Not collective."""
+        for lane in self._lanes.values():
+            if lane:
+                lane.close()
+        for backend in self._backends():
             backend.shutdown()
-        # gloo's threads let go of the last tensors under the interpreter's lock. If the interpreter ends while one of them waits for it,
-        # the C++ runtime aborts the process (under plain gloo, too): let them have it now.
+        # gloo's threads let go of the last tensors under the interpreter's lock. If the interpreter
+        # ends while one of them waits for it, the C++ runtime aborts the process (under plain gloo,
+        # too). Let them have it now.
         time.sleep(_LET_GO_S)
 
     def abort(self) -> None:
-        for backend in filter(None, (self._nccl, self._gloo)):
+        """End gloo and NCCL at once. Not collective."""
+        for backend in self._backends():
             backend.abort()
+
+    def _backends(self) -> list[Any]:
+        return [backend for backend in (self._nccl, self._gloo) if backend]
+
+
+def _wire(transport: str) -> str:
+    """Return the name of a transport without its options."""
+    return transport.partition(":")[0]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in arguments, and in the lists among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -185,58 +346,13 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _forwarded(name: str) -> Callable[..., dist.Work]:
-    def forward(self: ProcessGroup, *arguments: Any, **options: Any) -> dist.Work:
-        return self._forward(name, *arguments, **options)
-
-    return forward
-
-
-_POINT_TO_POINT = ("recv", "recv_anysource", "send")
-# Methods that torch's ProcessGroup runs under the interpreter lock, and those that scripts call; gloo's and NCCL's name where it differs.
-_BACKENDS_NAMES = {
-    "all_gather_single": "_allgather_base",
-    "reduce_scatter_single": "_reduce_scatter_base",
-    "all_to_all_single": "alltoall_base",
-}
-for _name in (
-    *_BACKENDS_NAMES, "allgather", "_allgather_base", "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather",
-    *_POINT_TO_POINT, "reduce", "reduce_scatter", "_reduce_scatter_base", "scatter",
-):  # fmt: skip
-    setattr(ProcessGroup, _name, _forwarded(_name))
-
-
-def _coalesced(name: str, options_type: type) -> Callable[..., dist.Work]:
-    """A coalesced collective (functional collectives call these) as gloo's single one for each pair of tensors."""
-
-    def forward(
-        self: ProcessGroup, outputs: list[Tensor], inputs: list[Tensor], options: Any = None
-    ) -> dist.Work:
-        options = options or options_type()
-        return All(
-            [self._forward(name, o, i, options) for o, i in zip(outputs, inputs, strict=True)]
-        )
-
-    return forward
-
-
-ProcessGroup.allgather_into_tensor_coalesced = _coalesced("_allgather_base", AllgatherOptions)
-ProcessGroup.reduce_scatter_tensor_coalesced = _coalesced(
-    "_reduce_scatter_base", ReduceScatterOptions
-)
-
-
-def _runs_here(tensors: list[Tensor], operation: Operation) -> bool:
-    if len(tensors) != 1:  # gloo sums them over ranks and over the list; that meaning stays its own
+def _runs_on_engine(tensors: list[Tensor], operation: Operation) -> bool:
+    """Return True if the engine reduces such tensors as gloo would."""
+    # gloo sums several tensors over the ranks and over the list. That meaning stays its own.
+    if len(tensors) != 1:
         return False
-    for tensor in tensors:
-        if (
-            tensor.layout != torch.strided
-            or tensor.is_cpu != tensors[0].is_cpu
-            or tensor.dtype not in DTYPES
-        ):
-            return False
-        # gloo refuses the average of integers; that answer stays its own.
-        if operation.average and not tensor.is_floating_point():
-            return False
-    return True
+    tensor = tensors[0]
+    if tensor.layout != torch.strided or tensor.dtype not in DTYPES:
+        return False
+    # gloo refuses the average of integers. That answer stays its own.
+    return tensor.is_floating_point() or not operation.average

@@ -1,63 +1,99 @@
-"""Who entered which collective: counted on every rank, asked when one has failed."""
+"""Which rank is in which collective: counted on every rank, asked for after a failure."""
 
 import time
 from datetime import timedelta
 
 import torch.distributed as dist
 
-_ANSWER_S = 2.0  # within which ranks that fail in the same collective say so
-# Some ranks of these need not wait for the others, and may have left.
+from scaletrain.engine.meeting import ranks_in_words
+
+_ANSWER_S = 2.0  # within this time, ranks that fail in the same collective say so
+_LOOK_S = 0.05  # between looks at the store
+# Some ranks of these collectives need not wait for the others, and may have left.
 _ONE_SIDED = ("broadcast", "gather", "reduce", "scatter")
 
 
 class RollCall:
-    """Numbers a group's collectives from 1, in the order in which they are called, which is the same on every rank."""
+    """Numbers a group's collectives from 1, in the order of the calls, equal on every rank.
+
+    The roll call itself, when a collective has failed:
+
+    1. Each rank that notices the failure writes its collective to the store, under its rank.
+    2. It reads those of the others until all ranks have come as far, or two seconds have passed.
+    3. The ranks that are in an earlier collective, or have written nothing, are the culprits.
+
+    Ranks that notice a failure do so at nearly the same time. Rank r alone writes the key
+    ``roll/r``.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
-        self._store, self._rank, self._size = store, rank, size
+        self._store = store
+        self._rank = rank
+        self._size = size
         self._answer_s = min(_ANSWER_S, timeout.total_seconds())
-        self._called = 0
+        # Collectives called so far. The threads that call them (the script's, DDP's) write it; they
+        # take turns, since the order of the calls must be the same on every rank.
+        self._num_called = 0
 
     def next(self) -> int:
-        """The number of the collective that is called now."""
-        self._called += 1
-        return self._called
+        """Return the number of the collective that is being called."""
+        self._num_called += 1
+        return self._num_called
 
     def explain(self, name: str, number: int, error: BaseException) -> str:
-        """What went wrong in a collective, and where the other ranks are. Waits for their answers for up to two seconds: who notices
-        a failure does so at nearly the same time, and says so."""
+        """Return a message with the failure of a collective, and where the other ranks are.
+
+        It waits for their answers for up to two seconds.
+
+        Args:
+            name: of the collective, such as ``allreduce``.
+            number: as ``next`` returned it.
+            error: its failure.
+        """
         return f"{name} #{number}: {error}; {self._others(name, number)}"
 
     def _others(self, name: str, number: int) -> str:
         mine = f"{name} #{number}"
-        at = {self._rank: mine}  # where each rank failed last
         try:
-            # A connection of its own: a thread that still waits for a collective may hold the other one.
-            store = dist.PrefixStore("roll/", self._store.clone())
-            store.set(str(self._rank), mine)
-            until = time.monotonic() + self._answer_s
-            while (
-                len([where for where in at.values() if _number(where) >= number]) < self._size
-                and time.monotonic() < until
-            ):
-                time.sleep(0.05)
-                for rank in range(self._size):
-                    if rank != self._rank and store.check([str(rank)]):
-                        at[rank] = store.get(str(rank)).decode()
+            failed_in = self._ask(mine, number)
         except RuntimeError:
             return "where the other ranks are is not known: the store where they meet is gone"
-        # A rank that fails in a later one has this one behind it.
-        elsewhere = {
-            rank: where for rank, where in at.items() if where != mine and _number(where) <= number
-        }
-        told = [f"rank {rank} is in {where}" for rank, where in elsewhere.items()]
-        if missing := [str(rank) for rank in range(self._size) if rank not in at]:
+        findings = []
+        for rank, collective in failed_in.items():
+            # A rank that failed in a later collective has this one behind it.
+            if collective != mine and _number(collective) <= number:
+                findings.append(f"rank {rank} is in {collective}")
+        missing = [rank for rank in range(self._size) if rank not in failed_in]
+        if missing:
             left = " or has left it" if name in _ONE_SIDED else ""
-            told.append(
-                f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)} never entered it{left}"
-            )
-        return "; ".join(told) or "all ranks entered it"
+            findings.append(f"{ranks_in_words(missing)} never entered it{left}")
+        return "; ".join(findings) or "all ranks entered it"
+
+    def _ask(self, mine: str, number: int) -> dict[int, str]:
+        """Return the collective in which each rank failed last, of those that say so.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        failed_in = {self._rank: mine}
+        # A connection of its own: a thread that still waits for a collective may hold the
+        # other one.
+        store = dist.PrefixStore("roll/", self._store.clone())  # type: ignore[attr-defined]
+        store.set(str(self._rank), mine)
+        deadline = time.monotonic() + self._answer_s
+        while not self._all_have_come(failed_in, number) and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+            for rank in range(self._size):
+                if rank != self._rank and store.check([str(rank)]):
+                    failed_in[rank] = store.get(str(rank)).decode()
+        return failed_in
+
+    def _all_have_come(self, failed_in: dict[int, str], number: int) -> bool:
+        """Return True if every rank has failed in this collective or a later one."""
+        come = [collective for collective in failed_in.values() if _number(collective) >= number]
+        return len(come) == self._size
 
 
 def _number(collective: str) -> int:
+    """Return the number in a text such as ``allreduce #7``."""
     return int(collective.rpartition("#")[2])

@@ -1,9 +1,9 @@
-"""Memory that the ranks of one host share: counters to wait on, and room for data. Nothing of it has a name, so nothing can be left behind.
+"""Memory that the ranks of one host share: counters to wait on, and room for data.
 
-Rank 0 makes an anonymous file (``memfd_create``); the others open it through ``/proc/<pid>/fd``. It is gone when the last of them is, however
-they end, and is not bounded by the size of /dev/shm.
-
-Counters rely on stores becoming visible in program order, which x86-64 guarantees and other processors do not.
+Rank 0 creates the memory (``host.shared_memory``) and tells the others through the store where it
+is. Each counter belongs to one rank, which alone writes it; every other rank may read it and wait
+for it. Counters rely on stores becoming visible in program order, which x86-64 guarantees and other
+processors do not: a rank that sees a counter's new value sees all the data written before it.
 """
 
 import contextlib
@@ -13,122 +13,156 @@ import mmap
 import os
 import platform
 import time
-from collections.abc import Sequence
-from datetime import timedelta
 
+from scaletrain.engine.meeting import ranks_in_words, values_of_all, wait_for_keys
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
+from scaletrain.host import shared_memory
 from scaletrain.host.processes import start_ticks
 
-_LINE = (
-    8  # counters are 64-bit words, one a cache line, so that no two ranks write to the same line
-)
+# Words of 64 bits in a cache line. Each counter has a line for itself, so that no two ranks write
+# to the same line.
+_LINE = 8
+_WORD_BYTES = 8
+
+# How a rank waits. See ``Segment.wait`` and ``Patience`` for the steps.
 _SPINS = 300  # looks at a counter before the core is offered to others; about 20 us
-_YIELD_S = 300e-6  # then for this long the core is offered between looks: others compute on it, and a wake-up costs tens of microseconds
-_SLEEP_S = (
-    20e-6,
-    1e-3,
-)  # then sleep, longer and longer: whoever waits must not take a core from who computes
+# For this long, the core is offered between looks: others compute on it. Waking a rank up costs
+# tens of microseconds, so that sleeping at once would be slower.
+_YIELD_S = 300e-6
+# Then the rank sleeps, longer and longer: one that waits must not take a core from one that
+# computes.
+_SHORTEST_SLEEP_S = 20e-6
+_LONGEST_SLEEP_S = 1e-3
+_SLEEP_GROWTH = 1.2
 _NAP_S = 2e-3  # the longest sleep that a lost wake-up can cost
-_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1  # the system call's number on x86-64
-_LOOK_S = 0.1  # how often a long wait looks whether its peer is alive
-_libc = ctypes.CDLL(None)  # through ctypes the interpreter lock is released
+_LOOK_S = 0.1  # how often a rank that waits long looks whether its peer is alive
+
+# The numbers on x86-64 of the system call ``futex`` and of two of its operations.
+_FUTEX = 202
+_FUTEX_WAIT = 0
+_FUTEX_WAKE = 1
+_EVERYBODY = 1 << 30  # wakes all sleepers: more than there are
+
+_libc = ctypes.CDLL(None)  # ctypes releases the interpreter lock during a call
 _sched_yield = _libc.sched_yield
 
 
 class _Timespec(ctypes.Structure):
-    _fields_ = (("s", ctypes.c_long), ("ns", ctypes.c_long))
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
 _NAP = ctypes.byref(_Timespec(0, int(_NAP_S * 1e9)))
 
 
-def supported() -> bool:
-    return platform.machine() in ("x86_64", "AMD64") and hasattr(os, "memfd_create")
-
-
 class Segment:
-    """``num_counters`` for each rank, then ``num_bytes`` of data. Made by all ranks of a host (collective)."""
+    """Counters of every rank, and data, in memory that all ranks of a host share. Collective.
+
+    The memory begins with one row of cache lines for each rank: first a flag that says whether the
+    rank sleeps, then its counters. A rank writes its own row alone and reads all the others. The
+    data follows at the next page.
+
+    Args:
+        group: ranks of one host.
+        num_counters: counters of each rank, all 0 at first.
+        num_bytes: size of the data, all zeros at first.
+
+    Attributes:
+        data: the data, to be divided up by its user.
+        a_core_each: there are at least as many cores as ranks.
+
+    Raises:
+        UserError: this machine has no such memory, or too little of it; on every rank.
+        TimeoutError: some ranks did not come in time; names them.
+        ConnectionError: rank 0 ended, or the store is gone.
+    """
 
     def __init__(self, group: Group, num_counters: int, num_bytes: int):
-        if not supported():
+        if not shared_memory.SUPPORTED:
             raise UserError(
-                f"transport 'shared_memory': needs Linux on x86-64 (this is {platform.machine()}); use gloo"
+                "transport 'shared_memory': needs Linux on x86-64"
+                f" (this is {platform.machine()}); use gloo"
             )
-        self.rank, self.size, self._timeout_s = (
-            group.rank,
-            group.size,
-            group.timeout.total_seconds(),
-        )
+        self.rank = group.rank
+        self.size = group.size
+        self.timeout_s = group.timeout.total_seconds()
         self._name = group.name
-        self._per_rank = (1 + num_counters) * _LINE  # the first: whether the rank sleeps
-        head = -(-8 * self._per_rank * self.size // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._map = _map(group, head + num_bytes)
-        self._words = memoryview(self._map)[:head].cast("Q")
+        self._words_per_rank = (1 + num_counters) * _LINE
+        counters_bytes = _whole_pages(_WORD_BYTES * self._words_per_rank * self.size)
+        self._map = _map(group, counters_bytes + num_bytes)
+        self._words = memoryview(self._map)[:counters_bytes].cast("Q")
+        self.data = memoryview(self._map)[counters_bytes:]
+        # As long as this exists, the memory stays at its address.
         self._anchor = ctypes.c_char.from_buffer(self._map)
         self._address = ctypes.addressof(self._anchor)
-        self._asleep = [rank * self._per_rank for rank in range(self.size)]
-        self._asleep_others = [
-            place for rank, place in enumerate(self._asleep) if rank != self.rank
-        ]
-        self.data = memoryview(self._map)[head:]
-        processes = exchanged(group, "process", f"{os.getpid()} {start_ticks(os.getpid())}")
-        self._processes = [_process(value) for value in processes]
-        cores = exchanged(group, "cores", " ".join(map(str, os.sched_getaffinity(0))))
-        # With fewer cores than ranks, spinning keeps the very rank from running that is waited for: the core is offered at once.
-        # All ranks' cores together: each of them may be bound to its own.
-        self.a_core_each = len({core for own in cores for core in own.split()}) >= self.size
+        # Where each rank's flag lies. It is 1 while the rank sleeps: that rank writes it, and every
+        # rank that changes a counter reads it.
+        self._sleeps = [rank * self._words_per_rank for rank in range(self.size)]
+        self._others_sleep = [*self._sleeps]
+        del self._others_sleep[self.rank]
+        process = f"{os.getpid()} {start_ticks(os.getpid())}"
+        self._processes = [_process(value) for value in values_of_all(group, "process", process)]
+        self.a_core_each = _num_cores_of_all(group) >= self.size
+        # With fewer cores than ranks, spinning keeps the very rank from running that this one waits
+        # for: the core is offered at once.
         self._spins = _SPINS if self.a_core_each else 1
 
     def write(self, counter: int, value: int) -> None:
-        """Set one of this rank's counters: what was written to ``data`` before is seen by who sees the value. Wakes who sleeps."""
-        words, place = self._words, self.rank * self._per_rank + (1 + counter) * _LINE
+        """Set one of this rank's counters, and wake the ranks that sleep.
+
+        A rank that sees the value also sees everything written to ``data`` before.
+        """
+        words = self._words
+        place = self.rank * self._words_per_rank + (1 + counter) * _LINE
         words[place] = value
-        for other in self._asleep_others:
+        for other in self._others_sleep:
             if words[other]:
-                _libc.syscall(
-                    _FUTEX,
-                    ctypes.c_void_p(self._address + 8 * place),
-                    _FUTEX_WAKE,
-                    1 << 30,
-                    None,
-                    None,
-                    0,
-                )
+                address = ctypes.c_void_p(self._address + _WORD_BYTES * place)
+                _libc.syscall(_FUTEX, address, _FUTEX_WAKE, _EVERYBODY, None, None, 0)
                 return
 
     def read(self, rank: int, counter: int) -> int:
-        return self._words[rank * self._per_rank + (1 + counter) * _LINE]
+        """Return the present value of a rank's counter."""
+        return self._words[rank * self._words_per_rank + (1 + counter) * _LINE]
 
     def wait(self, rank: int, counter: int, value: int) -> None:
-        """Until ``rank``'s counter is at least ``value``.
+        """Wait until a rank's counter is at least ``value``.
+
+        1. Look at the counter some hundred times (once, with fewer cores than ranks).
+        2. Be patient: offer the core, then sleep until the counter changes (``Patience``).
 
         Raises:
-            TimeoutError, ConnectionError: with the rank's number.
+            TimeoutError: the rank is late; names it.
+            ConnectionError: the rank's process has ended; names it.
         """
-        words, place = self._words, rank * self._per_rank + (1 + counter) * _LINE
+        words = self._words
+        place = rank * self._words_per_rank + (1 + counter) * _LINE
         for _ in range(self._spins):
             if words[place] >= value:
                 return
         patience = Patience(self, (rank,))
         while (seen := words[place]) < value:
-            patience.pause(8 * place, seen)
+            patience.pause(_WORD_BYTES * place, seen)
 
     def sleep(self, place: int, seen: int) -> None:
-        """Until the word at byte ``place`` is no longer ``seen``, or a few milliseconds have passed.
+        """Sleep until a word is no longer ``seen``, or until a few milliseconds have passed.
 
-        The processor may let this rank's look at the word overtake its going to sleep: the wake-up is then lost, and the time limit ends the sleep.
+        The processor may let this rank's look at the word overtake its going to sleep. The wake-up
+        is then lost, and the time limit ends the sleep.
+
+        Args:
+            place: the word's place in bytes from the start of the memory.
+            seen: its value as the caller saw it.
         """
-        mine = self._asleep[self.rank]
-        self._words[mine] = 1
+        flag = self._sleeps[self.rank]
+        self._words[flag] = 1
         address = ctypes.c_void_p(self._address + place)
-        _libc.syscall(
-            _FUTEX, address, _FUTEX_WAIT, ctypes.c_uint32(seen & 0xFFFFFFFF), _NAP, None, 0
-        )
-        self._words[mine] = 0
+        expected = ctypes.c_uint32(seen & 0xFFFFFFFF)
+        _libc.syscall(_FUTEX, address, _FUTEX_WAIT, expected, _NAP, None, 0)
+        self._words[flag] = 0
 
     def check_alive(self, rank: int) -> None:
-        """Raises ConnectionError if the rank's process has ended."""
+        """Raise ConnectionError if the rank's process has ended."""
         pid, started = self._processes[rank]
         if start_ticks(pid) != started:
             raise ConnectionError(
@@ -136,38 +170,52 @@ class Segment:
             )
 
     def late(self, ranks: tuple[int, ...]) -> TimeoutError:
-        who = ", ".join(str(self._name(rank)) for rank in ranks)
-        return TimeoutError(
-            f"rank{'s' if len(ranks) > 1 else ''} {who} did not answer: timed out after {self._timeout_s:g} s"
-        )
-
-    @property
-    def timeout_s(self) -> float:
-        return self._timeout_s
+        """Return the error that says these ranks did not answer in time."""
+        late_ranks = ranks_in_words(self._name(rank) for rank in ranks)
+        return TimeoutError(f"{late_ranks} did not answer: timed out after {self.timeout_s:g} s")
 
     def close(self) -> None:
+        """Give the memory back. Not collective: the other ranks keep theirs."""
         del self._anchor
         self._words.release()
-        with contextlib.suppress(BufferError):  # tensors still look into it; it goes with them
+        # Tensors may still look into the data: the memory then goes with them.
+        with contextlib.suppress(BufferError):
             self.data.release()
             self._map.close()
 
 
 class Patience:
-    """How to wait for other ranks: offer the core, then sleep longer and longer, and notice who is gone or late."""
+    """One long wait for other ranks: it costs little, and notices ranks that are gone or late.
+
+    Each ``pause`` is one of these, by how long the wait has lasted:
+
+    1. In the first moments, offer the core and come back.
+    2. After that, sleep: until the counter changes, or longer and longer.
+    3. Ten times a second, look whether the ranks' processes are alive and the time is over.
+
+    Args:
+        ranks: the ranks of the segment that this rank waits for.
+    """
 
     def __init__(self, segment: Segment, ranks: tuple[int, ...]):
-        self._segment, self._ranks = segment, ranks
-        self._began = self._looked = time.monotonic()
-        self._sleep_s = _SLEEP_S[0]
+        self._segment = segment
+        self._ranks = ranks
+        self._began = time.monotonic()
+        self._looked = self._began  # when the ranks were last looked at
+        self._sleep_s = _SHORTEST_SLEEP_S
         self._gone: ConnectionError | None = None
 
     def pause(self, place: int = -1, seen: int = 0) -> None:
-        """Once. With ``place`` (see ``Segment.sleep``) a change of that counter ends it at once.
+        """Pause once.
+
+        Args:
+            place: of a word; its change ends the pause at once (see ``Segment.sleep``); -1: none.
+            seen: the word's value as the caller saw it.
 
         Raises:
-            TimeoutError, ConnectionError: one of the ranks is late, or gone. Who was found gone is told by the next call: what is waited for may
-                have been done before it ended, and is looked for once more.
+            TimeoutError: one of the ranks is late.
+            ConnectionError: one of the ranks is gone. The call after the discovery raises it: the
+                rank may have done its part before it ended, so the caller looks once more.
         """
         if self._gone:
             raise self._gone
@@ -179,92 +227,90 @@ class Patience:
             self._segment.sleep(place, seen)
         else:
             time.sleep(self._sleep_s)
-            self._sleep_s = min(1.2 * self._sleep_s, _SLEEP_S[1])
+            self._sleep_s = min(_SLEEP_GROWTH * self._sleep_s, _LONGEST_SLEEP_S)
         if now - self._looked > _LOOK_S:
             self._looked = now
-            try:
-                for rank in self._ranks:
-                    self._segment.check_alive(rank)
-            except ConnectionError as error:
-                self._gone = error
+            self._look()
             if now - self._began > self._segment.timeout_s:
                 raise self._segment.late(self._ranks)
 
+    def _look(self) -> None:
+        try:
+            for rank in self._ranks:
+                self._segment.check_alive(rank)
+        except ConnectionError as error:
+            self._gone = error
+
 
 def _map(group: Group, num_bytes: int) -> mmap.mmap:
-    if group.rank == 0:
-        file = os.memfd_create("scaletrain", os.MFD_CLOEXEC)
-        try:
-            os.posix_fallocate(file, 0, num_bytes)
-        except OSError as error:
-            os.close(file)
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-                raise
-            message = f"transport 'shared_memory': no room for {num_bytes:,} bytes of shared memory; use gloo, or fewer ranks a host"
-            group.store.set("segment", f"! {message}")
-            raise UserError(message) from None
-        group.store.set("segment", f"{os.getpid()} {file}")
-    else:
-        _wait(group, ["segment"], [0])
-        where = group.store.get("segment").decode()
-        if where.startswith("!"):
-            raise UserError(where[2:])
-        pid, number = where.split()
-        try:
-            file = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise ConnectionError(
-                f"peer rank {group.name(0)} is lost: it ended before its memory was shared"
-            ) from None
+    """Map memory that rank 0 creates. Collective.
+
+    1. Rank 0 creates it and writes its place to the store, or the reason why there is none.
+    2. The others open and map it.
+    3. When all have, rank 0 closes its descriptor.
+    """
+    if group.rank > 0:
+        mapped = _map_of_rank_0(group, num_bytes)
+        values_of_all(group, "mapped", "")
+        return mapped
+    created = _create(group, num_bytes)
     try:
-        mapped = mmap.mmap(file, num_bytes)
-        exchanged(group, "mapped", "")
+        mapped = shared_memory.map_created(created)
+        values_of_all(group, "mapped", "")
     finally:
-        os.close(file)
+        os.close(created.descriptor)
     return mapped
 
 
-def exchanged(group: Group, key: str, value: str) -> list[str]:
-    """What each rank has put under ``key`` (collective). Raises as ``_wait``."""
-    group.store.set(f"{key}/{group.rank}", value)
-    keys = [f"{key}/{rank}" for rank in range(group.size)]
-    _wait(group, keys, range(group.size))
-    return [group.store.get(key).decode() for key in keys]
-
-
-def _wait(group: Group, keys: list[str], owners: Sequence[int]) -> None:
-    """Until every key is there.
-
-    Raises:
-        TimeoutError: names the ranks whose keys are missing.
-        ConnectionError: the store is gone.
-    """
+def _create(group: Group, num_bytes: int) -> shared_memory.Handle:
     try:
-        group.store.wait(keys, max(group.timeout, timedelta(seconds=1)))
-    except RuntimeError as error:
-        try:
-            missing = [
-                str(group.name(rank))
-                for rank, key in zip(owners, keys, strict=True)
-                if not group.store.check([key])
-            ]
-        except RuntimeError:
-            raise ConnectionError("the store where the ranks meet is gone") from error
-        raise TimeoutError(
-            f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)} did not join the group:"
-            f" timed out after {group.timeout.total_seconds():g} s"
-        ) from error
+        created = shared_memory.create(num_bytes, reserve=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+            raise
+        message = (
+            f"transport 'shared_memory': no room for {num_bytes:,} bytes of shared memory;"
+            " use gloo, or fewer ranks a host"
+        )
+        group.store.set("segment", f"! {message}")
+        raise UserError(message) from None
+    group.store.set("segment", f"{created.pid} {created.descriptor}")
+    return created
+
+
+def _map_of_rank_0(group: Group, num_bytes: int) -> mmap.mmap:
+    wait_for_keys(group, ["segment"], [0])
+    place = group.store.get("segment").decode()
+    if place.startswith("!"):
+        raise UserError(place.removeprefix("! "))
+    pid, descriptor = place.split()
+    handle = shared_memory.Handle(int(pid), int(descriptor), num_bytes)
+    try:
+        return shared_memory.map_opened(handle, write=True)
+    except FileNotFoundError:
+        raise ConnectionError(
+            f"peer rank {group.name(0)} is lost: it ended before its memory was shared"
+        ) from None
+
+
+def _num_cores_of_all(group: Group) -> int:
+    """Return the number of cores that the ranks may use together. Collective.
+
+    Each rank may be bound to a core of its own and sees that one only.
+    """
+    cores = " ".join(str(core) for core in os.sched_getaffinity(0))
+    all_cores: set[str] = set()
+    for cores_of_rank in values_of_all(group, "cores", cores):
+        all_cores.update(cores_of_rank.split())
+    return len(all_cores)
 
 
 def _process(value: str) -> tuple[int, int]:
+    """Return (process id, start in clock ticks) from a rank's text."""
     pid, ticks = value.split()
     return int(pid), int(ticks)
 
 
-def same_host(group: Group) -> list[str]:
-    """For every rank a name of its host: ranks with equal names share memory and a network (collective)."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        boot = file.read().strip()
-    # Two containers, or two rehearsed hosts, run on the same kernel.
-    spaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid", "user")]
-    return exchanged(group, "host", "/".join([boot, *spaces]))
+def _whole_pages(num_bytes: int) -> int:
+    """Return the size rounded up to whole pages."""
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -1,6 +1,6 @@
-"""What the backend's collectives return: work under way, done, handed on, or several as one.
+"""The results of the backend's collectives: under way, done, forwarded, or several as one.
 
-Written in Python for torch's C++, which calls these methods too.
+torch's C++ calls the methods of these classes, too.
 """
 
 import threading
@@ -11,35 +11,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_NO_LIMIT = timedelta(0)  # the limit is the group's, which ends the work itself
 
-class Pending(dist.Work):
-    """Work whose ``wait`` raises what went wrong: that of a work made by torch from a future returns as if nothing had."""
+
+class FutureWork(dist.Work):
+    """Work backed by a future. ``wait`` re-raises a failure; the Work torch builds hides it."""
 
     def __init__(self, future: torch.futures.Future):
         super().__init__()
         self._future = future
 
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        if timeout > timedelta(0):  # else the group's, which ends the work itself
-            done = threading.Event()
-            self._future.add_done_callback(lambda _: done.set())
-            if not done.wait(timeout.total_seconds()):
-                raise RuntimeError(
-                    f"allreduce: not done within the {timeout.total_seconds():g} s that wait was given"
-                )
+    def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
+        """Wait for the result.
+
+        Raises:
+            RuntimeError: the collective failed, or ``timeout`` is over.
+        """
+        if timeout > _NO_LIMIT:
+            self._wait_until_done(timeout.total_seconds())
         self._future.wait()
         return True
 
+    def _wait_until_done(self, seconds: float) -> None:
+        done = threading.Event()  # set by the thread that completes the future
+        self._future.add_done_callback(lambda _: done.set())
+        if not done.wait(seconds):
+            raise RuntimeError(f"allreduce: not done within the {seconds:g} s that wait was given")
+
     def get_future(self) -> torch.futures.Future:
+        """Return the future of the tensors."""
         return self._future
 
     def is_completed(self) -> bool:
+        """Return True if the collective is over, well or badly."""
         return self._future.done()
 
     def is_success(self) -> bool:
+        """Return True if the collective is over and went well."""
         return self._future.done() and self.exception() is None
 
     def exception(self) -> BaseException | None:
+        """Return the failure, if there is one by now."""
         if self._future.done():
             try:
                 self._future.value()
@@ -48,81 +60,113 @@ class Pending(dist.Work):
         return None
 
     def result(self) -> list[Tensor]:
+        """Return the tensors of a collective that is over."""
         return self._future.value()
 
     def synchronize(self) -> None:
+        """Wait for the result."""
         self.wait()
 
 
 class Done(dist.Work):
-    """Work that is done: its tensors, or what went wrong.
+    """Work that is over: its tensors, or its failure.
 
-    After a large message the caches hold data, and each further line of Python costs: this is less than a future that is done.
+    After a large message the caches hold data, so that each further line of Python is slow. This is
+    less than a future that is done.
     """
 
     def __init__(self, outcome: list[Tensor] | BaseException):
         super().__init__()
         self._outcome = outcome
 
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+    def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
+        """Return True at once, or raise as ``result``."""
         self.result()
         return True
 
     def result(self) -> list[Tensor]:
+        """Return the tensors.
+
+        Raises:
+            RuntimeError: the collective failed. torch's own backends raise this type, and
+                scripts catch it.
+        """
         if isinstance(self._outcome, BaseException):
-            # What torch's own backends raise, and scripts catch.
             raise RuntimeError(
                 f"{type(self._outcome).__name__}: {self._outcome}"
             ) from self._outcome
         return self._outcome
 
     def get_future(self) -> torch.futures.Future:
-        future = future_of([] if isinstance(self._outcome, BaseException) else self._outcome)
+        """Return a future that is done."""
+        failed = isinstance(self._outcome, BaseException)
+        future = future_of([] if failed else self._outcome)  # type: ignore[arg-type]
         future.set_result(self._outcome)
         return future.then(result_of)
 
     def is_completed(self) -> bool:
+        """Return True."""
         return True
 
     def is_success(self) -> bool:
+        """Return True if the collective went well."""
         return self.exception() is None
 
     def exception(self) -> BaseException | None:
+        """Return the failure, if there is one."""
         return self._outcome if isinstance(self._outcome, BaseException) else None
 
     def synchronize(self) -> None:
+        """Raise as ``result`` if the collective failed."""
         self.wait()
 
 
 class Forwarded(dist.Work):
-    """Another group's work on a collective, whose failure in ``wait`` is told in the words of ``explain``."""
+    """Another backend's work. ``wait`` raises its failure in our words.
+
+    Args:
+        work: that work.
+        explain: returns the message for its failure.
+    """
 
     def __init__(self, work: dist.Work, explain: Callable[[BaseException], str]):
         super().__init__()
-        self._work, self._explain = work, explain
+        self._work = work
+        self._explain = explain
 
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+    def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
+        """Wait for the result.
+
+        Raises:
+            RuntimeError: the collective failed.
+        """
         try:
             return self._work.wait(timeout)
         except RuntimeError as error:
             raise RuntimeError(self._explain(error)) from error
 
     def get_future(self) -> torch.futures.Future:
+        """Return that work's future."""
         return self._work.get_future()
 
     def is_completed(self) -> bool:
+        """Return True if that work is over."""
         return self._work.is_completed()
 
     def is_success(self) -> bool:
+        """Return True if that work is over and went well."""
         return self._work.is_success()
 
     def exception(self) -> BaseException | None:
+        """Return that work's failure, if there is one by now."""
         return self._work.exception()
 
     def result(self) -> list[Tensor]:
+        """Return that work's tensors."""
         return self._work.result()
 
     def synchronize(self) -> None:
+        """Wait for the result."""
         self.wait()
 
 
@@ -133,33 +177,45 @@ class All(dist.Work):
         super().__init__()
         self._works = works
 
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+    def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
+        """Wait for each of them."""
         for work in self._works:
             work.wait(timeout)
         return True
 
     def get_future(self) -> torch.futures.Future:
-        return torch.futures.collect_all([work.get_future() for work in self._works]).then(
-            lambda all_of: [tensor for future in all_of.value() for tensor in future.value()]
-        )
+        """Return a future of the tensors of all of them."""
+        futures = [work.get_future() for work in self._works]
+        return torch.futures.collect_all(futures).then(_tensors_of_all)
 
     def result(self) -> list[Tensor]:
+        """Return the tensors of all of them."""
         return [tensor for work in self._works for tensor in work.result()]
 
     def is_completed(self) -> bool:
+        """Return True if all of them are over."""
         return all(work.is_completed() for work in self._works)
 
     def synchronize(self) -> None:
+        """Wait for each of them."""
         self.wait()
 
 
+def _tensors_of_all(futures: torch.futures.Future) -> list[Tensor]:
+    return [tensor for future in futures.value() for tensor in future.value()]
+
+
 def future_of(tensors: list[Tensor]) -> torch.futures.Future:
-    """For these tensors, or what went wrong: who waits for it waits for the streams on which they were made, too."""
+    """Return a future for these tensors, or for a failure.
+
+    A thread that waits for it also makes its streams wait for those that compute the tensors.
+    """
     devices = {tensor.device for tensor in tensors if not tensor.is_cpu}
     return torch.futures.Future(devices=list(devices)) if devices else torch.futures.Future()
 
 
 def result_of(outcome: torch.futures.Future) -> list[Tensor]:
+    """Return the tensors in a future that is done, or raise the failure in it."""
     value = outcome.value()
     if isinstance(value, BaseException):
         raise value

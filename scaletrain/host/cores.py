@@ -14,4 +14,5 @@ def cores_of(rank: int, threads: int) -> list[int]:
     With more threads than cores, workers share them in turn.
     """
     cores = usable()
-    return [cores[i % len(cores)] for i in range(rank * threads, (rank + 1) * threads)]
+    first = rank * threads
+    return [cores[place % len(cores)] for place in range(first, first + threads)]

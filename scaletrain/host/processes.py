@@ -1,4 +1,4 @@
-"""Processes of this host: which are alive, which carry a mark, and how children die with their parent.
+"""Processes of this host: which are alive, which carry a mark, how they end.
 
 Read from /proc, where psutil would do more than is wanted: psutil adds the boot time to a process's
 start, so the figure that another process noted moves with the clock.
@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,8 +44,28 @@ def handles_signal(pid: int, number: int) -> bool:
     return False
 
 
+def signal_name(number: int) -> str:
+    """Return the name of a signal, such as "SIGKILL"."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def oom_kills() -> int | None:
+    """Return how many processes this host's kernel has killed for lack of memory.
+
+    It counts since the host has booted. None: the kernel does not say.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
 def marked(variable: str, mark: str) -> list[int]:
-    """Return the processes whose environment holds ``variable=mark``, or a mark nested below it.
+    """Return the processes whose environment holds ``variable=mark``, or a mark below it.
 
     Nested marks are separated by slashes: ``a/b`` lies below ``a``. Zombies have no environment.
     """
@@ -61,7 +82,7 @@ def marked(variable: str, mark: str) -> list[int]:
 
 
 def kill_marked(variable: str, mark: str) -> None:
-    """Send SIGKILL to every marked process except this one, until there is none (see ``marked``)."""
+    """Send SIGKILL to every marked process except this one, until none is left."""
     for _ in range(50):
         left = [pid for pid in marked(variable, mark) if pid != os.getpid()]
         if not left:
@@ -88,8 +109,21 @@ def dies_with_parent(number: int) -> Callable[[], None]:
     return before_exec
 
 
+def die_with_parent(number: int) -> None:
+    """Let this process get signal ``number`` when the thread that started it ends.
+
+    For programs that anybody may start (see ``dies_with_parent`` for the starter's side). Exits if
+    the parent ended meanwhile. Does nothing where the C library has no prctl.
+    """
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
 def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the command's name; empty if there is no process."""
+    """Return the fields of /proc/PID/stat after the command's name; empty without a process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -1,1 +1,4 @@
-"""A launcher is a pure function from a job to a plan; supervising carries the plan out. No torch in this room."""
+"""Launchers turn a job into a plan; supervision carries the plan out.
+
+This room imports no torch.
+"""

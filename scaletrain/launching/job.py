@@ -1,19 +1,28 @@
-"""What a launcher is given (Job) and what it answers (LaunchPlan): values first, then carried out.
+"""A job as a value: everything that a launcher needs to know.
 
-``plan(job)`` of every file in ``launchers/`` is pure: the same job gives the same plan, and
-``--dry-run`` prints it. ``supervise.run(plan, job)`` carries it out.
+A launcher (``launchers/``) turns a job into a plan (``plan.LaunchPlan``), and
+``supervision.supervise.run`` carries the plan out.
+
+>>> job = Job(command=("./simulate", "--fast"), workers=4, run_dir=Path("runs/simulate"))
+>>> job.argv
+('./simulate', '--fast')
 """
 
 import enum
-import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+Environment = tuple[tuple[str, str], ...]  # variables of a process, as a value
+
+
+# The variable with the descriptor of the listening socket on which a process is to serve the store.
+STORE_FD = "SCALETRAIN_STORE_FD"
+
 
 class Program(enum.Enum):
-    """The programs of this package that are started with ``python -m``; a value is a module's name."""
+    """The programs of this package that start with ``python -m``, by their modules' names."""
 
     TRAINING = "scaletrain.programs.worker"
     SCRIPT = "scaletrain.programs.script"
@@ -35,15 +44,24 @@ class Program(enum.Enum):
         return (sys.executable, "-m", self.value, *map(str, arguments))
 
 
+def environment(variables: Mapping[str, object]) -> Environment:
+    """Return variables as a value, in their order.
+
+    >>> environment({"RANK": 0})
+    (('RANK', '0'),)
+    """
+    return tuple((name, str(value)) for name, value in variables.items())
+
+
 class Companion(NamedTuple):
     """A process beside the workers, such as a parameter server.
 
-    It is started before the workers and ended (SIGTERM) after them.
+    It starts before the workers and ends (SIGTERM) after them.
     """
 
     name: str  # shown in messages, "server 0"
     argv: tuple[str, ...]
-    env: tuple[tuple[str, str], ...] = ()
+    env: Environment = ()
     restarts: int = 0  # how often it is started again when it dies; then its death ends the job
 
 
@@ -59,9 +77,9 @@ class Job(NamedTuple):
     program: Program | None = None  # what the workers run; None: ``command`` as it is
     resume: bool = False  # a training run that goes on from its last checkpoint
     min_workers: int | None = None  # the job goes on while this many live; None: all of them
-    timeout_s: float = 60.0  # a worker without progress for this long is taken as hung
+    timeout_s: float = 60.0  # a worker without progress for this long counts as hung
     threads: int | None = None  # OMP threads of a worker; None: its share of the host's cores
-    env: tuple[tuple[str, str], ...] = ()
+    env: Environment = ()  # added to the environment of every worker
     companions: tuple[Companion, ...] = ()
 
     @property
@@ -69,77 +87,51 @@ class Job(NamedTuple):
         """The command line of one worker."""
         if self.program is None:
             return self.command
-        resume = ["--resume"] if self.resume else []
-        return self.program.command(self.run_dir, *self.command, *resume)
+        argv = self.program.command(self.run_dir, *self.command)
+        return (*argv, "--resume") if self.resume else argv
+
+    @property
+    def argv_for_torchrun(self) -> tuple[str, ...]:
+        """The command line of one worker, as torchrun wants it: torchrun adds the Python itself."""
+        if self.program is None:
+            return ("--no-python", *self.argv)
+        return self.argv[1:]
 
     @property
     def trains(self) -> bool:
-        """Whether the workers are ours: they write records, and can resume."""
+        """True if the workers train for us: they write records, and can resume."""
         return self.program is Program.TRAINING
 
     @property
     def joins_store(self) -> bool:
-        """Whether the workers meet in the job's store (``rendezvous.join``), so that rank 0 can serve it."""
+        """True if the workers meet in the job's store (``rendezvous.join``).
+
+        Then rank 0 can serve it.
+        """
         return self.program is not None
 
     @property
     def serves_store(self) -> bool:
-        """Whether rank 0 serves the job's store itself.
+        """True if rank 0 serves the job's store itself.
 
         Other programs get a process beside them that serves it. So do jobs that outlive rank 0.
         """
         return self.joins_store and self.min_workers is None
 
+    def variables(self, threads: int) -> dict[str, str]:
+        """Return the variables that every worker gets, whatever starts it.
+
+        Args:
+            threads: of one worker, for OpenMP.
+        """
+        return {"OMP_NUM_THREADS": str(threads), **dict(self.env)}
+
 
 def script_job(command: Sequence[str], workers: int, run_dir: Path, timeout_s: float = 60.0) -> Job:
     """Return the job of a person's own program.
 
-    A ``.py`` file runs inside ``Program.SCRIPT``, which reports its traceback and sets the variables
-    that torch.distributed needs under every launcher. Any other command runs as it is.
+    A ``.py`` file runs inside ``Program.SCRIPT``, which reports its traceback and sets the
+    variables that torch.distributed needs under every launcher. Any other command runs as it is.
     """
     program = Program.SCRIPT if command[0].endswith(".py") else None
     return Job(tuple(command), workers, run_dir, program, timeout_s=timeout_s)
-
-
-class Command(NamedTuple):
-    """One process to start. Its output is shown prefixed with ``name`` when there are several."""
-
-    name: str
-    argv: tuple[str, ...]
-    env: tuple[tuple[str, str], ...] = ()  # added to the launcher's environment
-    rank: int | None = (
-        None  # the worker this is; None: a launcher such as mpirun, which starts workers of its own
-    )
-    restarts_workers: bool = (
-        False  # a launcher that goes on when a worker fails; only its own end ends the job
-    )
-    interrupt: int | None = (
-        None  # signal that reaches the workers, where SIGINT would make the launcher kill them
-    )
-    stop_s: float = 3.0  # from SIGTERM to SIGKILL; a launcher must pass the signal on first
-
-
-class LaunchPlan(NamedTuple):
-    """What would run: files written first, then every command. ``explain`` lines tell a reader why (threads, cores, ports)."""
-
-    commands: tuple[Command, ...]
-    files: tuple[tuple[Path, str], ...] = ()
-    explain: tuple[str, ...] = ()
-    # If set: bind a free port here, hand the socket to who serves the store, tell all as MASTER_ADDR and MASTER_PORT.
-    store_address: str = ""
-    companions: tuple[Companion, ...] | None = (
-        None  # in place of the job's, where the launcher starts them its own way
-    )
-
-    def __str__(self) -> str:
-        """The plan as shell text, as ``--dry-run`` prints it."""
-        parts = [f"# {line}" for line in self.explain]
-        parts += [f"# file {path}\n{text.rstrip()}" for path, text in self.files]
-        bound = f"MASTER_ADDR={self.store_address} MASTER_PORT=$PORT " if self.store_address else ""
-        for companion in self.companions or ():
-            assignments = [f"{key}={shlex.quote(value)}" for key, value in companion.env]
-            parts.append(" ".join([*assignments, shlex.join(companion.argv), "&"]))
-        for command in self.commands:
-            assignments = [f"{key}={shlex.quote(value)}" for key, value in command.env]
-            parts.append(bound + " ".join([*assignments, shlex.join(command.argv)]))
-        return "\n".join(parts)

@@ -1,6 +1,11 @@
-"""Parameter servers: K processes that own the weights and the optimizer; workers push gradients and pull weights.
+"""Parameter servers: K processes that own the weights and the optimizer.
 
-``sharding`` cuts the model into blocks, ``consistency`` decides which gradient counts when, ``wire`` is the format of every message;
-these three know nothing of processes or sockets. ``server`` is one end (with ``endpoint``, ``blocks``, ``shard``, ``sums``, ``snapshots``,
-``tally``), ``client`` the other (with ``requests``, ``link``, ``replica``); ``placement`` says which processes a job needs.
+Workers push gradients to them and pull weights.
+
+- ``protocol/`` is what both ends know: ``settings``, ``sharding`` (cuts the model into blocks),
+  ``consistency`` (decides which gradient counts when), ``wire`` (the format of every message).
+  ``placement`` says which processes a job needs.
+- ``server/`` is one end: ``server``, with ``endpoint`` (connections), ``blocks``, ``initial``,
+  ``shard`` (weights and optimizers), ``sums``, ``snapshots`` and ``tally``.
+- ``worker/`` is the other end.
 """

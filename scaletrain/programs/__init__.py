@@ -1,19 +1,28 @@
-"""How our programs load torch: without garbage collection, which would take nearly half of the time that a worker needs to start.
+"""The programs that are started with ``python -m``, one a file, and how they load torch.
 
-While torch's modules load, the collector searches all that they have made again and again, and finds next to nothing.
+They load torch without garbage collection, which would take nearly half of the time that a worker
+needs to start. While torch's modules load, the collector searches all that they have created again
+and again, and finds next to nothing to free.
 """
 
 import gc
 
 
 def begin(name: str) -> None:
-    """Before a program imports torch. ``name`` is the caller's ``__name__``: nothing happens where it is imported as a module."""
+    """Stop garbage collection, before a program imports torch.
+
+    Args:
+        name: the caller's ``__name__``. Nothing happens in a module that is only imported.
+    """
     if name == "__main__":
         gc.disable()
 
 
 def done() -> None:
-    """Once its work begins: the collector runs again, and leaves alone what has been loaded."""
+    """Start garbage collection again, once a program has loaded and its work begins.
+
+    The collector leaves everything alone that has been loaded.
+    """
     if not gc.isenabled():
         gc.freeze()
         gc.enable()

@@ -1,15 +1,17 @@
 """One process of ``scaletrain bench parameter-server``.
 
-It prints the median seconds of its measurement as JSON.
+It prints the median seconds of what it measured as JSON. Its first argument names the measurement.
 """
 
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from scaletrain import programs
 
@@ -25,155 +27,219 @@ from scaletrain.engine.process_group import Options
 from scaletrain.parameter_server.protocol import security, sharding
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.worker.client import Client
+from scaletrain.run.layout import RunDir
+
+_WARMUP_STEPS = 2
+_TABLE_WIDTH = 256  # of the sparse table
+_TABLE_ROWS = 32  # that a sparse step reads and changes
+_CHUNKS_AHEAD = 8  # that a bare socket sends before the first has come back
 
 
 def null_steps(
-    run_dir: str, rank: str, settings: str, mode: str, total_bytes: str, steps: str
+    run_dir: str, rank: str, settings_json: str, mode: str, total_bytes: str, steps: str
 ) -> dict[str, float]:
-    """Push gradients and pull weights, and compute nothing.
+    """Push gradients and pull weights, as training does, without computing anything.
 
-    ``dense`` moves all parameters, ``sparse`` 32 rows of a table of that size. Gradients are copied
-    to where they are sent from; with ``placed`` they lie there already, as the bytes of a bare
-    socket do. Weights are copied from where they arrive to where they are used. The model's own
-    memory is that of one block, because 1 GB of it for each of 8 workers would not fit beside the
-    rest.
+    Gradients are copied to where they are sent from, and weights from where they arrive to where
+    they are used. The model's own memory is that of one block: 1 GB for each of 8 workers would
+    not fit beside the rest.
+
+    Args:
+        run_dir: of the servers.
+        rank: of this worker.
+        settings_json: ``Settings.to_json``.
+        mode: ``dense``; ``momentum``: with momentum on the servers; ``placed``: gradients lie
+            already where they are sent from, as those of a bare socket do; ``sparse``: some rows of
+            a table.
+        total_bytes: of the model.
+        steps: to measure.
     """
-    of_servers = Settings(**json.loads(settings))
+    settings = Settings.from_json(settings_json)
+    is_sparse = mode == "sparse"
     numel = max(1, int(total_bytes) // 4)
-    width = 256
-    shape = (numel // width, width) if mode == "sparse" else (numel,)
-    blocks = sharding.plan(
-        [sharding.Parameter(shape, sparse=mode == "sparse")],
-        of_servers.servers,
-        of_servers.block_bytes,
-    )
-    optimizer = {
-        "name": "SGD",
-        "groups": [{"lr": 0.0, "momentum": 0.9 if mode == "momentum" else 0.0}],
-    }
-    client = Client(of_servers, Path(run_dir), int(rank), blocks, optimizer)
+    shape = (numel // _TABLE_WIDTH, _TABLE_WIDTH) if is_sparse else (numel,)
+    parameter = sharding.ParameterSpec(shape, sparse=is_sparse)
+    blocks = sharding.plan([parameter], settings.servers, settings.block_bytes)
+    momentum = 0.9 if mode == "momentum" else 0.0
+    optimizer = {"name": "SGD", "groups": [{"lr": 0.0, "momentum": momentum}]}
+    client = Client(settings, Path(run_dir), int(rank), blocks, optimizer)
     if int(rank) == 0:
         for block in blocks:
             client.store(block.key, torch.zeros(block.numel))
-    largest = 0 if mode == "sparse" else max(block.numel for block in blocks)
-    gradient, weights = torch.ones(largest), torch.empty(largest)
-    rows = torch.arange(32 // of_servers.servers)
-    values = torch.ones(len(rows), width)
-    cpu_s = 0.0
-    client.sum(np.zeros(1))  # together
+    exchange: Callable[[int], None]
+    if is_sparse:
+        exchange = _SparseStep(client, blocks, settings.servers)
+    else:
+        exchange = _DenseStep(client, blocks, is_placed=mode == "placed")
+    client.sum(np.zeros(1))  # all workers begin together
     ends = [time.perf_counter()]
-    for step in range(int(steps) + 2):
-        if step == 2:
-            cpu_s = _servers_cpu_s(Path(run_dir), of_servers.servers)
-        if mode == "sparse":
-            for block in blocks:
-                client.ask_rows(block.key, rows)
-            for block in blocks:
-                client.rows(block.key)
-                client.push_rows(block.key, step, 0.0, rows, values)
-            for block in blocks:
-                client.take_rows(block.key)
-        else:
-            order = (
-                blocks if mode == "placed" else blocks[::-1]
-            )  # backward makes the last ones first
-            for block in order:
-                if mode != "placed" or step == 0:
-                    torch.from_numpy(client.gradient(block.key)).copy_(gradient[: block.numel])
-                client.push(block.key, step, 0.0)
-            for block in order:  # as the exchange does
-                client.take(block.key, weights[: block.numel].copy_)
+    cpu_s_before = 0.0
+    for step in range(int(steps) + _WARMUP_STEPS):
+        if step == _WARMUP_STEPS:
+            cpu_s_before = _servers_cpu_s(Path(run_dir), settings.servers)
+        exchange(step)
         ends.append(time.perf_counter())
-    cpu_s = _servers_cpu_s(Path(run_dir), of_servers.servers) - cpu_s
+    cpu_s = _servers_cpu_s(Path(run_dir), settings.servers) - cpu_s_before
     client.sum(np.zeros(1))
     client.close()
-    return {"step_s": _each(ends[2:]), "server_cpu_s": cpu_s / int(steps)}
+    return {"step_s": _median_gap(ends[_WARMUP_STEPS:]), "server_cpu_s": cpu_s / int(steps)}
+
+
+class _DenseStep:
+    """Pushes the gradient of every block, then takes its new weights."""
+
+    def __init__(self, client: Client, blocks: Sequence[sharding.Block], is_placed: bool):
+        largest = max(block.numel for block in blocks)
+        self._client = client
+        self._is_placed = is_placed
+        # Backward makes the last blocks' gradients first.
+        self._order = list(blocks) if is_placed else list(reversed(blocks))
+        self._gradient = torch.ones(largest)
+        self._weights = torch.empty(largest)
+
+    def __call__(self, step: int) -> None:
+        for block in self._order:
+            if not self._is_placed or step == 0:
+                target = torch.from_numpy(self._client.gradient(block.key))
+                target.copy_(self._gradient[: block.numel])
+            self._client.push(block.key, step, 0.0)
+        for block in self._order:
+            self._client.take(block.key, _copy_into(self._weights[: block.numel]))
+
+
+class _SparseStep:
+    """Reads some rows of a table, and pushes their gradient."""
+
+    def __init__(self, client: Client, blocks: Sequence[sharding.Block], servers: int):
+        self._client = client
+        self._blocks = blocks
+        self._rows = torch.arange(_TABLE_ROWS // servers)
+        self._values = torch.ones(len(self._rows), _TABLE_WIDTH)
+
+    def __call__(self, step: int) -> None:
+        for block in self._blocks:
+            self._client.ask_rows(block.key, self._rows)
+        for block in self._blocks:
+            self._client.rows(block.key)
+            self._client.push_rows(block.key, step, 0.0, self._rows, self._values)
+        for block in self._blocks:
+            self._client.take_rows(block.key)
 
 
 def _servers_cpu_s(run_dir: Path, servers: int) -> float:
-    """Return the processor time of all servers so far. They run on this machine."""
+    """Return the processor time of all servers so far; they run on this machine."""
     total = 0.0
     for index in range(servers):
-        times = psutil.Process(
-            int(json.loads((run_dir / f"server-{index}.address.json").read_text())["pid"])
-        ).cpu_times()
+        address = json.loads(RunDir(run_dir).server_address(index).read_text(encoding="utf-8"))
+        times = psutil.Process(int(address["pid"])).cpu_times()
         total += times.user + times.system
     return total
 
 
 def bare(
-    side: str, address: str, run_dir: str, curve: str, total_bytes: str, steps: str
+    side: str, address_file: str, run_dir: str, curve: str, total_bytes: str, steps: str
 ) -> dict[str, float]:
-    """Send bytes and get as many back between a bare pair of ZeroMQ sockets, over one TCP link.
+    """Send so many bytes and get as many back, over one TCP connection of bare ZeroMQ sockets.
 
     Messages are as large as the parameter server's blocks.
+
+    Args:
+        side: ``echo`` serves; the other side measures.
+        address_file: where the serving side writes its address.
+        run_dir: where the keys lie.
+        curve: ``curve`` to encrypt.
+        total_bytes: to send in each direction.
+        steps: to measure.
     """
-    chunk = Settings(
-        1, link="tcp", security="curve" if curve == "curve" else "trusted_network"
-    ).block_bytes
-    keys = security.job_keys(Path(run_dir))
-    context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    if curve == "curve":
-        if side == "echo":
-            socket.curve_server = True
-            socket.curve_publickey, socket.curve_secretkey = (
-                keys.server_public.encode(),
-                keys.server_secret.encode(),
-            )
-        else:
-            socket.curve_serverkey = keys.server_public.encode()
-            socket.curve_publickey, socket.curve_secretkey = (
-                keys.worker_public.encode(),
-                keys.worker_secret.encode(),
-            )
+    encrypted = curve == "curve"
+    socket = _bare_socket(side == "echo", encrypted, Path(run_dir))
     if side == "echo":
-        port = socket.bind_to_random_port("tcp://127.0.0.1")
-        Path(address).write_text(f"tcp://127.0.0.1:{port}")
-        while True:
-            frame = socket.recv(copy=False)
-            if len(frame) == 1:
-                return {}
-            socket.send(frame, copy=False)
-    while not Path(address).exists() or not Path(address).read_text():
-        time.sleep(0.01)
-    socket.connect(Path(address).read_text())
-    data, times = np.ones(int(total_bytes), np.uint8), []
+        _echo(socket, Path(address_file))
+        return {}
+    socket.connect(_wait_for_text(Path(address_file)))
+    settings = Settings(workers=1, link="tcp", security="curve" if encrypted else "trusted_network")
+    data = np.ones(int(total_bytes), np.uint8)
     target = np.empty(int(total_bytes), np.uint8)
-    for _ in range(int(steps) + 2):
-        began, sent, received = time.perf_counter(), 0, 0
-        while received < len(data):
-            if sent < len(data) and sent - received < 8 * chunk:
-                socket.send(data[sent : sent + chunk], copy=False)
-                sent = min(len(data), sent + chunk)
-            elif sent == len(data) or socket.poll(0):
-                frame = socket.recv(copy=False)
-                target[received : received + len(frame)] = np.frombuffer(frame.buffer, np.uint8)
-                received += len(frame)
-            else:
-                socket.poll(1)
+    times = []
+    for _ in range(int(steps) + _WARMUP_STEPS):
+        began = time.perf_counter()
+        _there_and_back(socket, data, target, settings.block_bytes)
         times.append(time.perf_counter() - began)
     socket.send(b"x")
     socket.close(linger=1000)
-    return {"step_s": statistics.median(times[2:])}
+    return {"step_s": statistics.median(times[_WARMUP_STEPS:])}
+
+
+def _bare_socket(is_server: bool, encrypted: bool, run_dir: Path) -> zmq.Socket:
+    socket = zmq.Context().socket(zmq.DEALER)
+    if not encrypted:
+        return socket
+    keys = security.job_keys(run_dir)
+    if is_server:
+        socket.curve_server = True
+        socket.curve_publickey = keys.server_public.encode()
+        socket.curve_secretkey = keys.server_secret.encode()
+    else:
+        socket.curve_serverkey = keys.server_public.encode()
+        socket.curve_publickey = keys.worker_public.encode()
+        socket.curve_secretkey = keys.worker_secret.encode()
+    return socket
+
+
+def _echo(socket: zmq.Socket, address_file: Path) -> None:
+    """Send every message back, until one of a single byte comes."""
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    address_file.write_text(f"tcp://127.0.0.1:{port}")
+    while True:
+        frame = socket.recv(copy=False)
+        if len(frame) == 1:
+            return
+        socket.send(frame, copy=False)
+
+
+def _wait_for_text(path: Path) -> str:
+    while not path.exists() or not path.read_text():
+        time.sleep(0.01)
+    return path.read_text()
+
+
+def _there_and_back(
+    socket: zmq.Socket, data: np.ndarray, target: np.ndarray, chunk_bytes: int
+) -> None:
+    """Send data in chunks, some of them ahead of those that come back."""
+    num_sent = num_received = 0  # bytes
+    while num_received < len(data):
+        all_sent = num_sent == len(data)
+        if not all_sent and num_sent - num_received < _CHUNKS_AHEAD * chunk_bytes:
+            socket.send(data[num_sent : num_sent + chunk_bytes].data, copy=False)
+            num_sent = min(len(data), num_sent + chunk_bytes)
+        elif all_sent or socket.poll(0):
+            frame = socket.recv(copy=False)
+            end = num_received + len(frame)
+            target[num_received:end] = np.frombuffer(frame.buffer, np.uint8)
+            num_received = end
+        else:
+            socket.poll(1)
 
 
 def _join(rank: str, size: str, store: str, port: str = "") -> None:
-    shared: dist.Store = (
-        dist.TCPStore(store, int(port), int(size), rank == "0", timedelta(seconds=60))
-        if port
-        else dist.FileStore(store, int(size))
-    )
+    """Make gloo's process group, over a TCP store if there is a port, else over a file."""
+    shared: dist.Store
+    if port:
+        shared = dist.TCPStore(store, int(port), int(size), rank == "0", timedelta(seconds=60))
+    else:
+        shared = dist.FileStore(store, int(size))
     dist.init_process_group(
         "gloo", store=shared, rank=int(rank), world_size=int(size), timeout=timedelta(seconds=120)
     )
 
 
 def gloo_pair(rank: str, store: str, total_bytes: str, steps: str) -> dict[str, float]:
-    """Send bytes with gloo, and get as many back."""
+    """Send so many bytes and get as many back, by gloo."""
     _join(rank, "2", store)
-    data, times = torch.ones(int(total_bytes) // 4), []
-    for _ in range(int(steps) + 2):
+    data = torch.ones(int(total_bytes) // 4)
+    times = []
+    for _ in range(int(steps) + _WARMUP_STEPS):
         began = time.perf_counter()
         if rank == "0":
             dist.send(data, 1)
@@ -182,28 +248,35 @@ def gloo_pair(rank: str, store: str, total_bytes: str, steps: str) -> dict[str, 
             dist.recv(data, 0)
             dist.send(data, 0)
         times.append(time.perf_counter() - began)
-    return {"step_s": statistics.median(times[2:])}
+    return {"step_s": statistics.median(times[_WARMUP_STEPS:])}
 
 
 def tree(
     rank: str, size: str, address: str, port: str, total_bytes: str, steps: str
 ) -> dict[str, float]:
-    """Reduce as FireCaffe does: our collective ``tree`` over TCP, the whole vector a message."""
+    """Sum by FireCaffe's reduction tree over TCP, the whole vector in every message."""
     _join(rank, size, address, port)
-    group = dist.new_group(
-        backend="scaletrain", pg_options=Options(collective="tree", transport="gloo")
-    )
-    data, ends = torch.zeros(int(total_bytes) // 4), []
-    for _ in range(int(steps) + 2):
+    options = Options(collective="tree", transport="gloo")
+    group = dist.new_group(backend="scaletrain", pg_options=options)
+    data = torch.zeros(int(total_bytes) // 4)
+    ends = []
+    for _ in range(int(steps) + _WARMUP_STEPS):
         dist.all_reduce(data, group=group)
         ends.append(time.perf_counter())
-    return {"step_s": _each(ends[1:])}
+    return {"step_s": _median_gap(ends[1:])}
 
 
-def _each(ends: list[float]) -> float:
-    """Return the median seconds of exchanges that follow one another, as those of training do.
+def _copy_into(target: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def copy(weights: torch.Tensor) -> None:
+        target.copy_(weights)
 
-    No rank starts an exchange before it has the result of the last one.
+    return copy
+
+
+def _median_gap(ends: list[float]) -> float:
+    """Return the seconds of one exchange among exchanges that follow one another.
+
+    They do so in training: no rank starts an exchange before it has the result of the last one.
     """
     return statistics.median(after - before for before, after in pairwise(ends))
 
@@ -211,6 +284,10 @@ def _each(ends: list[float]) -> float:
 if __name__ == "__main__":
     programs.done()
     torch.set_num_threads(1)
-    measurements = {"null": null_steps, "bare": bare, "gloo": gloo_pair, "tree": tree}
-    measure = measurements[sys.argv[1]]
-    print(json.dumps(measure(*sys.argv[2:])), flush=True)
+    parts: dict[str, Callable[..., Any]] = {
+        "null": null_steps,
+        "bare": bare,
+        "gloo": gloo_pair,
+        "tree": tree,
+    }
+    print(json.dumps(parts[sys.argv[1]](*sys.argv[2:])), flush=True)

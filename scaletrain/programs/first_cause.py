@@ -1,28 +1,34 @@
-"""Show the first cause of a job that has ended, for batch scripts: ``python -m scaletrain.programs.first_cause RUN_DIR [OUTPUT]``."""
+"""Show the first cause of a job that has ended, for batch scripts.
+
+``python -m scaletrain.programs.first_cause RUN_DIR [OUTPUT]``; OUTPUT is a file with the launcher's
+output.
+"""
 
 import sys
 import time
 from pathlib import Path
 
 from scaletrain.launching.supervision import first_cause
+from scaletrain.run.layout import RunDir
+
+_DAY_S = 86_400.0
 
 
 def main(run_dir: Path, output: Path | None) -> int:
-    """Show the first cause of a job that has ended, for batch scripts: ``python -m scaletrain.programs.first_cause RUN_DIR [OUTPUT]``."""
-    workers = len(list(run_dir.glob("progress-*.json")))
-    since = (
-        min((path.stat().st_ctime for path in run_dir.glob("progress-*.json")), default=0.0) - 86400
-    )
-    found = first_cause.reported(run_dir, workers, since)
+    """Print the first cause to standard error; nothing if no failure is known."""
+    files = RunDir(run_dir)
+    progress_files = [path for _, path in files.all_progress()]
+    # Failures of an earlier job in this directory are left out: they are older than the progress
+    # files of this one. The clocks of several hosts may differ.
+    first_started = min((path.stat().st_ctime for path in progress_files), default=0.0)
+    failures = first_cause.reported(files, len(progress_files), first_started - _DAY_S)
     if output and output.exists():
-        said = first_cause.told(
-            output.read_text(encoding="utf-8", errors="replace"),
-            first_cause.Progress(run_dir, workers),
-            time.time(),
-        )
-        found += [said] if said else []
-    if found:
-        print(first_cause.text(first_cause.choose(found), []), file=sys.stderr)
+        text = output.read_text(encoding="utf-8", errors="replace")
+        by_launcher = first_cause.reported_by_launcher(text, files, time.time())
+        if by_launcher:
+            failures.append(by_launcher)
+    if failures:
+        print(first_cause.text(first_cause.choose(failures), []), file=sys.stderr)
     return 0
 
 

@@ -1,7 +1,9 @@
-"""Submits a batch script and follows the job to its end: ``python -m scaletrain.programs.follow_slurm SCRIPT [POLL_S]``.
+"""Submit a batch script and follow the job to its end.
 
-Shows the states and output of the job, or of each task of its array. SIGINT and SIGTERM cancel it; SIGUSR1 goes to its tasks. Ends with
-the job's own status.
+    python -m scaletrain.programs.follow_slurm SCRIPT [POLL_S]
+
+Shows the states and the output of the job, or of each task of its array. SIGINT and SIGTERM cancel
+the job; SIGUSR1 goes to its tasks. Ends with the job's own status.
 """
 
 import contextlib
@@ -11,186 +13,289 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-# How a job that did not end by itself ends this process.
-STATUS = {"CANCELLED": 130, "TIMEOUT": 124, "OUT_OF_MEMORY": 137, "DEADLINE": 124}
-_RUNS_ON = {
-    "PENDING",
-    "CONFIGURING",
-    "RUNNING",
-    "COMPLETING",
-    "SUSPENDED",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "RESIZING",
-    "SIGNALING",
-    "STOPPED",
-}
-_SURE = 2  # further looks at a bad end: a job that is being requeued shows one for a moment
+from scaletrain.run.layout import RunDir
+
+_EXTRA_LOOKS = 2  # at a bad end: a job that is being requeued shows one for a moment
 _SILENT_S = 120.0  # how long the controller may be away: a job goes on without it
+_ANSWER_S = 30.0  # how long one answer of the controller may take
+_LAST_OUTPUT_S = 0.2  # how late the last output may come
 
 
-class _Task:
-    """What has been seen of a job; of an array's tasks, each is one."""
+class SlurmState(NamedTuple):
+    """The meaning of a state of a SLURM job to its follower."""
 
-    def __init__(self, name: str, run_dir: Path, output: Path, prefix: bytes):
-        self.name, self.run_dir, self.output = name, run_dir, output
-        self.state, self.status = "", 0
-        self._prefix, self._shown, self._restarts, self._looks = prefix, 0, 0, 0
+    has_ended: bool
+    looks: int = 0  # how often the state must be seen again before it is believed
+    status: int | None = None  # of this process at the end; None: the job's own exit code
+
+
+_GOES_ON = SlurmState(has_ended=False)
+# Every state that is not in the table, such as FAILED or NODE_FAIL, is a bad end.
+_BAD_END = SlurmState(has_ended=True, looks=_EXTRA_LOOKS)
+_STATES = {
+    "PENDING": _GOES_ON,
+    "CONFIGURING": _GOES_ON,
+    "RUNNING": _GOES_ON,
+    "COMPLETING": _GOES_ON,
+    "SUSPENDED": _GOES_ON,
+    "REQUEUED": _GOES_ON,
+    "REQUEUE_HOLD": _GOES_ON,
+    "RESIZING": _GOES_ON,
+    "SIGNALING": _GOES_ON,
+    "STOPPED": _GOES_ON,
+    "COMPLETED": SlurmState(has_ended=True),
+    "CANCELLED": SlurmState(has_ended=True, status=130),
+    "TIMEOUT": SlurmState(has_ended=True, looks=_EXTRA_LOOKS, status=124),
+    "DEADLINE": SlurmState(has_ended=True, looks=_EXTRA_LOOKS, status=124),
+    "OUT_OF_MEMORY": SlurmState(has_ended=True, looks=_EXTRA_LOOKS, status=137),
+}
+
+
+class JobRecord(NamedTuple):
+    """SLURM's record of a job, or of one task of its array, as scontrol prints it."""
+
+    state: str
+    task: str = ""  # its number in the array; a range such as "3-9%2" for those that wait
+    nodes: str = ""
+    reason: str = ""
+    restarts: int = 0
+    exit_code: int = 1
+    exit_signal: int = 0  # that ended it
+
+    @classmethod
+    def parse(cls, line: str) -> "JobRecord | None":
+        """Read one line of ``scontrol show job -o``; None if it holds no job."""
+        fields: dict[str, str] = {}
+        for word in line.split():
+            name, equals, value = word.partition("=")
+            if equals:
+                fields[name] = value
+        if "JobState" not in fields:
+            return None
+        code, _, number = fields.get("ExitCode", "1:0").partition(":")
+        return cls(
+            state=fields["JobState"],
+            task=fields.get("ArrayTaskId", ""),
+            nodes=_known(fields.get("NodeList", "")),
+            reason=_known(fields.get("Reason", "")),
+            restarts=int(fields.get("Restarts", 0)),
+            exit_code=int(code),
+            exit_signal=int(number or 0),
+        )
 
     @property
-    def ended(self) -> bool:
-        sure = 0 if self.state in ("COMPLETED", "CANCELLED") else _SURE
-        return self.state not in _RUNS_ON and self._looks >= sure
+    def meaning(self) -> SlurmState:
+        """The meaning of its state."""
+        return _STATES.get(self.state, _BAD_END)
 
-    def see(self, record: dict[str, str]) -> None:
-        """Note, and say, what has changed in SLURM's record of it."""
-        if record["JobState"] != self.state:
-            self.state, self._looks = record["JobState"], 0
-            where = (
-                f" on {record['NodeList']}"
-                if record.get("NodeList") not in (None, "(null)", "")
-                else ""
-            )
-            why = f" ({record['Reason']})" if record.get("Reason") not in (None, "None") else ""
-            print(f"job {self.name}: {self.state}{where}{why}", flush=True)
-        else:
+    @property
+    def stands_for_many(self) -> bool:
+        """True for the one record that the waiting tasks of an array share."""
+        return bool(self.task) and not self.task.isdigit() and not self.meaning.has_ended
+
+    @property
+    def status(self) -> int:
+        """The exit status that this process takes from it."""
+        if self.meaning.status is not None:
+            return self.meaning.status
+        status = self.exit_code
+        if status == 0 and self.exit_signal:
+            status = 128 + self.exit_signal
+        if status == 0 and self.meaning is _BAD_END:
+            return 1
+        return status
+
+
+class FollowedTask:
+    """A job, or one task of its array, as its follower has seen it so far."""
+
+    def __init__(self, name: str, run_dir: RunDir, output: Path, prefix: bytes):
+        self.name = name
+        self.status = 0  # of the latest record
+        self._run_dir = run_dir
+        self._output = output
+        self._prefix = prefix  # of each line of output; empty for a job without an array
+        self._shown_bytes = 0  # of the output
+        self._state = ""
+        self._looks = 0  # how often the present state has been seen again
+        self._restarts = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """True once it is sure that nothing more happens."""
+        meaning = _STATES.get(self._state, _BAD_END)
+        return meaning.has_ended and self._looks >= meaning.looks
+
+    def see(self, record: JobRecord) -> None:
+        """Note a record, and print its changes since the one before."""
+        if record.state == self._state:
             self._looks += 1
-        if int(record.get("Restarts", 0)) > self._restarts:
-            self._restarts = int(record["Restarts"])
-            self._forget()
+        else:
+            self._state = record.state
+            self._looks = 0
+            line = f"job {self.name}: {self._state}"
+            if record.nodes:
+                line += f" on {record.nodes}"
+            if record.reason:
+                line += f" ({record.reason})"
+            print(line, flush=True)
+        if record.restarts > self._restarts:
+            self._restarts = record.restarts
+            self._remove_reports()
             print(f"job {self.name}: requeued; it goes on from its last checkpoint", flush=True)
-        self.status = _status(self.state, record)
+        self.status = record.status
 
     def show_output(self, whole_lines: bool) -> None:
-        """Show what it wrote in the meantime."""
-        with contextlib.suppress(OSError), open(self.output, "rb") as file:
-            file.seek(self._shown)
+        """Print the output since the last call.
+
+        Args:
+            whole_lines: leave an unfinished line for later, if lines get a prefix.
+        """
+        with contextlib.suppress(OSError), open(self._output, "rb") as file:
+            file.seek(self._shown_bytes)
             data = file.read()
             if self._prefix and whole_lines:
                 data = data[: data.rfind(b"\n") + 1]
-            self._shown += len(data)
-            sys.stdout.buffer.write(
-                b"".join(self._prefix + line for line in data.splitlines(keepends=True))
-            )
+            self._shown_bytes += len(data)
+            for line in data.splitlines(keepends=True):
+                sys.stdout.buffer.write(self._prefix + line)
             sys.stdout.flush()
 
-    def _forget(self) -> None:
-        """What the workers of an earlier attempt reported is no concern of this one."""
-        for pattern in ("progress-*.json", "failure-*.json", "rendezvous.json"):
-            for path in self.run_dir.glob(pattern):
-                path.unlink(missing_ok=True)
+    def _remove_reports(self) -> None:
+        """Remove reports of an earlier attempt's workers, which would mislead about this one."""
+        reports = [path for _, path in self._run_dir.all_progress()]
+        reports += [path for _, path in self._run_dir.all_failures()]
+        for path in [*reports, self._run_dir.rendezvous]:
+            path.unlink(missing_ok=True)
 
 
-class Follower:
+class SlurmFollower:
+    """Submits a batch script and follows its job."""
+
     def __init__(self, script: Path, poll_s: float):
-        self.script, self.poll_s = script, poll_s
-        self.run_dir = script.parent
-        self.job = ""
-        self.tasks: dict[
-            str, _Task
-        ] = {}  # by its number in the array; a job without one has a single task, ""
+        self.script = script
+        self.poll_s = poll_s
+        self.run_dir = RunDir(script.parent)
+        self.job = ""  # its number, once it is submitted
+        # By the task's number in the array. A job without an array has a single task, "".
+        self.tasks: dict[str, FollowedTask] = {}
+        # Signals not answered yet. The handler appends to it; the loop of ``run`` empties it.
         self.signals: list[int] = []
 
     def run(self) -> int:
+        """Submit the script, follow the job to its end, and return the exit status."""
         for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(caught, lambda heard, frame: self.signals.append(heard))
+            signal.signal(caught, lambda number, frame: self.signals.append(number))
         self.job = self._submit()
-        print(f"submitted job {self.job}; its output is kept in {self.run_dir}", flush=True)
-        heard = time.monotonic()
+        print(f"submitted job {self.job}; its output is kept in {self.run_dir.path}", flush=True)
+        answered_at = time.monotonic()
         while True:
             self._answer_signals()
             records = self._records()
-            waiting = False
+            if records:
+                answered_at = time.monotonic()
             for record in records:
-                heard = time.monotonic()
-                number = record.get("ArrayTaskId", "")
-                if number.isdigit() or not number or record["JobState"] not in _RUNS_ON:
-                    self._task(number).see(record)
-                else:  # the tasks of an array that have not started share one record
-                    waiting = True
+                if not record.stands_for_many:
+                    self._task(record.task).see(record)
             for task in self.tasks.values():
                 task.show_output(whole_lines=True)
-            if records and not waiting and all(task.ended for task in self.tasks.values()):
-                return self._end()
-            if time.monotonic() - heard > _SILENT_S:
-                print(
-                    f"job {self.job}: SLURM has not answered for {_SILENT_S:.0f} s; the job may run on",
-                    file=sys.stderr,
+            if records and self._all_have_ended(records):
+                return self._finish()
+            if time.monotonic() - answered_at > _SILENT_S:
+                _print_error(
+                    f"job {self.job}: SLURM has not answered for {_SILENT_S:.0f} s;"
+                    " the job may run on"
                 )
                 return 1
             time.sleep(self.poll_s)
 
-    def _task(self, number: str) -> _Task:
+    def _all_have_ended(self, records: list[JobRecord]) -> bool:
+        some_wait = any(record.stands_for_many for record in records)
+        return not some_wait and all(task.has_ended for task in self.tasks.values())
+
+    def _task(self, number: str) -> FollowedTask:
+        """Return the task of this number in the array, new if it has not been seen before."""
         if number not in self.tasks:
-            name = f"{self.job}_{number}" if number else self.job
-            run_dir = self.run_dir / f"task-{number}" if number else self.run_dir
-            prefix = f"[{number}] ".encode() if number else b""
-            self.tasks[number] = _Task(name, run_dir, self.run_dir / f"slurm-{name}.out", prefix)
+            name = self.job
+            run_dir = self.run_dir
+            prefix = b""
+            if number:
+                name = f"{self.job}_{number}"
+                run_dir = RunDir(self.run_dir.array_task(number))
+                prefix = f"[{number}] ".encode()
+            output = self.run_dir.slurm_output(name)
+            self.tasks[number] = FollowedTask(name, run_dir, output, prefix)
         return self.tasks[number]
 
-    def _end(self) -> int:
-        """Show the last output; the status is that of the first task that failed."""
-        time.sleep(0.2)
+    def _finish(self) -> int:
+        """Show the last output, and return the status of the first task that failed."""
+        time.sleep(_LAST_OUTPUT_S)
         for task in self.tasks.values():
             task.show_output(whole_lines=False)
         failed = [task for task in self.tasks.values() if task.status]
         if all(number.isdigit() for number in self.tasks):
-            print(
-                f"job {self.job}: {len(self.tasks) - len(failed)} of {len(self.tasks)} tasks ended well",
-                flush=True,
-            )
+            ended_well = len(self.tasks) - len(failed)
+            print(f"job {self.job}: {ended_well} of {len(self.tasks)} tasks ended well", flush=True)
         return failed[0].status if failed else 0
 
+    # SLURM's commands.
+
     def _submit(self) -> str:
-        env = {key: value for key, value in os.environ.items() if key != "SCALETRAIN_LAUNCH"}
+        """Submit the script and return the job's number. Exits with a message if it is refused."""
+        env = os.environ.copy()
+        env.pop("SCALETRAIN_LAUNCH", None)  # the job is not part of this launch on this host
+        sbatch = ["sbatch", "--parsable", str(self.script)]
         try:
-            done = subprocess.run(
-                ["sbatch", "--parsable", str(self.script)], env=env, capture_output=True, text=True
-            )
+            done = subprocess.run(sbatch, env=env, capture_output=True, text=True)
         except FileNotFoundError:
-            print(
-                "scaletrain: error: launcher: sbatch is not there; this host is no SLURM login node",
-                file=sys.stderr,
+            _print_error(
+                "scaletrain: error: launcher: sbatch was not found; run this on a login node of the"
+                " cluster (--dry-run shows the batch script)"
             )
             sys.exit(2)
         if done.returncode:
-            print(f"scaletrain: error: launcher: {done.stderr.strip()}", file=sys.stderr)
-            print(
-                "scaletrain: does `sinfo` answer here? It shows the partitions that a job may ask for",
-                file=sys.stderr,
+            _print_error(f"scaletrain: error: launcher: {done.stderr.strip()}")
+            _print_error(
+                "scaletrain: does `sinfo` answer here?"
+                " It shows the partitions that a job may ask for"
             )
             sys.exit(2)
-        return done.stdout.strip().split(";")[0]
+        return done.stdout.strip().split(";")[0]  # NUMBER[;CLUSTER]
 
-    def _records(self) -> list[dict[str, str]]:
-        """SLURM's records: one, or one for each task of an array; none while the controller does not answer."""
+    def _records(self) -> list[JobRecord]:
+        """Return SLURM's records: one, or one for each task of an array.
+
+        There are none while the controller does not answer.
+        """
+        show = ["scontrol", "show", "job", "-o", self.job]
         try:
-            command = ["scontrol", "show", "job", "-o", self.job]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+            done = subprocess.run(show, capture_output=True, text=True, timeout=_ANSWER_S)
         except subprocess.TimeoutExpired:
             return []
-        records = [
-            dict(field.split("=", 1) for field in line.split() if "=" in field)
-            for line in done.stdout.splitlines()
-        ]
-        return [record for record in records if "JobState" in record]
+        records = [JobRecord.parse(line) for line in done.stdout.splitlines()]
+        return [record for record in records if record]
 
     def _answer_signals(self) -> None:
         for number in self.signals:
-            arguments = ["--signal=USR1"] if number == signal.SIGUSR1 else []
+            argv = ["scancel", self.job]
+            if number == signal.SIGUSR1:
+                argv.insert(1, "--signal=USR1")
             with contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(["scancel", *arguments, self.job], timeout=20)
+                subprocess.run(argv, timeout=_ANSWER_S)
         self.signals.clear()
 
 
-def _status(state: str, record: dict[str, str]) -> int:
-    if state in STATUS:
-        return STATUS[state]
-    code, _, number = record.get("ExitCode", "1:0").partition(":")
-    status = int(code) or (128 + int(number) if int(number or 0) else 0)
-    return status if state == "COMPLETED" or state in _RUNS_ON else status or 1
+def _known(value: str) -> str:
+    """Return a field's value, empty where SLURM writes that it has none."""
+    return "" if value in ("None", "(null)") else value
+
+
+def _print_error(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(Follower(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 1.0).run())
+    poll_s = float(sys.argv[2]) if len(sys.argv) > 2 else 1.0
+    sys.exit(SlurmFollower(Path(sys.argv[1]), poll_s).run())

@@ -1,10 +1,12 @@
-"""A parameter server: ``python -m scaletrain.programs.parameter_server RUN_DIR INDEX SETTINGS [--until-left]``, SETTINGS as JSON."""
+"""A parameter server, as a process of its own.
 
-import contextlib
-import ctypes
-import json
+    python -m scaletrain.programs.parameter_server RUN_DIR INDEX SETTINGS [--until-left]
+
+SETTINGS is JSON (``Settings.to_json``). With ``--until-left`` the server ends when all workers have
+left, otherwise on SIGTERM or SIGINT.
+"""
+
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -16,29 +18,20 @@ programs.begin(__name__)
 import torch
 
 from scaletrain.errors import UserError
+from scaletrain.host.processes import die_with_parent
 from scaletrain.parameter_server.protocol import memory
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.server.server import Server
 
 
-def end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the process that started this one ends: no orphans."""
-    parent = os.getppid()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
 def main(run_dir: Path, index: int, settings: Settings, until_left: bool = False) -> None:
-    """Be server ``index`` of the run in ``run_dir``."""
-    end_with_parent()
+    """Be server ``index`` of the run in ``run_dir`` (see ``Server.serve`` for ``until_left``)."""
+    die_with_parent(signal.SIGTERM)  # no orphans
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     memory.keep_freed()
     torch.set_num_threads(1)
-    torch.optim.SGD(
-        [torch.zeros(1)]
-    )  # torch imports more for its first optimizer: before workers wait for an answer
+    # For its first optimizer torch imports more modules. Do it before workers wait for an answer.
+    torch.optim.SGD([torch.zeros(1)])
     server = Server(settings, run_dir, index)
     programs.done()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -53,6 +46,6 @@ if __name__ == "__main__":
     main(
         Path(sys.argv[1]),
         int(sys.argv[2]),
-        Settings(**json.loads(sys.argv[3])),
-        "--until-left" in sys.argv[4:],
+        Settings.from_json(sys.argv[3]),
+        until_left="--until-left" in sys.argv[4:],
     )

@@ -1,6 +1,9 @@
-"""One worker of a checked allreduce: ``python -m scaletrain.programs.probe BACKEND``, started by a launcher; the doctor's evidence.
+"""One worker of a checked allreduce: ``python -m scaletrain.programs.probe``.
 
-Every rank contributes what only it could; each checks every element. Rank 0 prints one line of JSON.
+Its arguments are the backend and the run directory.
+
+A launcher starts it; the doctor uses it as evidence. Every rank contributes values that only it
+could give, and checks every element of the sum. Rank 0 prints one line of JSON.
 """
 
 import json
@@ -22,46 +25,71 @@ import torch.distributed as dist
 from scaletrain.engine import rendezvous
 from scaletrain.world import World
 
+_COUNTS = (1, 1000, 1 << 20)  # elements of the messages
+_FLOAT_BYTES = 4
+_REPEATS = 5
+_TIMEOUT = timedelta(seconds=30)
+
 
 def main(backend: str, run_dir: Path) -> None:
-    """All ranks. Raises ``ArithmeticError`` when a sum is wrong."""
+    """Join the job, and check and time allreduces of a few sizes. Collective.
+
+    Args:
+        backend: of torch.distributed, such as ``gloo``.
+        run_dir: the run directory.
+
+    Raises:
+        ArithmeticError: a sum is wrong.
+    """
     programs.done()
-    world, timeout = World.from_env(), timedelta(seconds=30)
-    store = rendezvous.join(world, run_dir, timeout)
+    world = World.from_env()
+    store = rendezvous.join(world, run_dir, _TIMEOUT)
     world = rendezvous.place(world, store)
     device = torch.device("cpu")
     if backend == "nccl":
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group(
-        backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+        backend, store=store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT
     )
     seconds: dict[int, float] = {}
-    for count in (1, 1000, 1 << 20):
-        index = torch.arange(count, dtype=torch.float32, device=device) % 1000
-        expected = index * sum(r + 1 for r in range(world.size)) + world.size
-        times = []
-        for _ in range(5):
-            values = index * (world.rank + 1) + 1
-            dist.barrier()
-            began = time.perf_counter()
-            dist.all_reduce(values)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-            if not torch.equal(values, expected):
-                raise ArithmeticError(
-                    f"rank {world.rank}: allreduce of {count} float32 over {backend} gave a wrong sum"
-                )
-        seconds[4 * count] = statistics.median(times)
+    for count in _COUNTS:
+        times = [_timed_allreduce(count, device, world, backend) for _ in range(_REPEATS)]
+        seconds[count * _FLOAT_BYTES] = statistics.median(times)
     if world.rank == 0:
-        where = {"host": socket.gethostname(), "pid": os.getpid()}
-        print(
-            json.dumps({"backend": backend, "size": world.size, "seconds": seconds, **where}),
-            flush=True,
-        )
+        evidence = {
+            "backend": backend,
+            "size": world.size,
+            "seconds": seconds,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        print(json.dumps(evidence), flush=True)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _timed_allreduce(count: int, device: torch.device, world: World, backend: str) -> float:
+    """Return the seconds of an allreduce of ``count`` float32, after a check. Collective.
+
+    Raises:
+        ArithmeticError: the sum is wrong.
+    """
+    index = torch.arange(count, dtype=torch.float32, device=device) % 1000
+    values = index * (world.rank + 1) + 1
+    sum_of_factors = sum(rank + 1 for rank in range(world.size))
+    expected = index * sum_of_factors + world.size
+    dist.barrier()
+    began = time.perf_counter()
+    dist.all_reduce(values)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    if not torch.equal(values, expected):
+        raise ArithmeticError(
+            f"rank {world.rank}: allreduce of {count} float32 over {backend} gave a wrong sum"
+        )
+    return seconds
 
 
 if __name__ == "__main__":

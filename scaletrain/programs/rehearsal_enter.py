@@ -1,33 +1,42 @@
-"""Become a command on a rehearsed host: ``python -m scaletrain.programs.rehearsal_enter RUN_DIR/rehearsal HOST COMMAND...``
+"""Become a command on an emulated host.
 
-Waits until ``serve`` has made the cluster. The process that entered is the command itself: signals and exit status are its own.
+    python -m scaletrain.programs.rehearsal_enter RUN_DIR/rehearsal HOST COMMAND...
+
+Waits until ``rehearsal_serve`` has built the cluster. The process that entered is the command
+itself, so its signals and its exit status are the command's own.
 """
 
-import json
 import os
 import sys
 import time
 from pathlib import Path
 
+from scaletrain.rehearsal.scenario import Entrances
+from scaletrain.run.layout import RehearsalDir
+
 _WAIT_S = 60.0
+_POLL_S = 0.02
 
 
 def main(folder: Path, host: int, argv: list[str]) -> None:
-    prefix = _prefix(folder / "cluster.json", host)
-    os.execvp(prefix[0], [*prefix, *argv])
+    """Replace this process by ``argv`` on a host. Exits with a message if there is no cluster."""
+    launch = os.environ.get("SCALETRAIN_LAUNCH", "")
+    commands = _wait_for_cluster(RehearsalDir(folder).cluster, launch).commands
+    words = [*commands[host], *argv]
+    os.execvp(words[0], words)
 
 
-def _prefix(path: Path, host: int) -> list[str]:
-    """What runs a command on the host. The file of an earlier launch into the same folder does not count."""
-    until = time.monotonic() + _WAIT_S
-    while time.monotonic() < until:
+def _wait_for_cluster(path: Path, launch: str) -> Entrances:
+    deadline = time.monotonic() + _WAIT_S
+    while time.monotonic() < deadline:
         try:
-            made = json.loads(path.read_text(encoding="utf-8"))
-            if made["launch"] == os.environ.get("SCALETRAIN_LAUNCH", ""):
-                return made["commands"][host]
+            entrances = Entrances.read(path)
         except FileNotFoundError:
-            pass
-        time.sleep(0.02)
+            entrances = None
+        # The file of an earlier launch into the same directory does not count.
+        if entrances and entrances.launch == launch:
+            return entrances
+        time.sleep(_POLL_S)
     sys.exit(
         f"scaletrain: error: the rehearsal cluster was not there after {_WAIT_S:.0f} s ({path})"
     )

@@ -1,7 +1,9 @@
-"""The companion of a rehearsed job: makes the cluster, plays the scripted faults, counts the traffic, says what is emulated.
+"""Play a scenario beside a job: build its cluster, cause its faults, count the traffic.
 
-``python -m scaletrain.programs.rehearsal_serve RUN_DIR/rehearsal`` reads ``settings.json`` there and writes ``cluster.json`` (for
-``enter``) and ``RUN_DIR/emulation.json`` (for summaries and reports), which it brings up to date as long as it lives.
+    python -m scaletrain.programs.rehearsal_serve RUN_DIR/rehearsal
+
+Reads the scenario (``settings.json``) there and writes ``cluster.json``, for ``rehearsal_enter``.
+As long as it lives it keeps ``RUN_DIR/emulation.json`` up to date, for summaries and reports.
 """
 
 import json
@@ -17,110 +19,127 @@ import yaml
 from scaletrain.errors import UserError
 from scaletrain.rehearsal.cluster import Cluster
 from scaletrain.rehearsal.faults import Fault
-from scaletrain.run.atomic import write_json
+from scaletrain.rehearsal.scenario import Entrances, Scenario
+from scaletrain.run.atomic import write_json, write_text
+from scaletrain.run.layout import RunDir
 
-_TICK_S = 0.02
-_COUNT_S = 1.0
+_TICK_S = 0.02  # between looks at the job's steps
+_COUNT_S = 1.0  # between counts of the traffic
 _LEAVE_S = 3.0  # how long programs on the hosts may take to end by themselves
+_CLUSTER_OPTIONS = ("hosts", "bandwidth", "latency", "loss")
+
+
+class Player:
+    """Plays the faults of a scenario on its cluster, and keeps the record of the emulation."""
+
+    def __init__(self, scenario: Scenario, cluster: Cluster, run_dir: RunDir):
+        self.cluster = cluster
+        self.run_dir = run_dir
+        self.left = list(scenario.faults)  # faults that have not happened yet, the next one first
+        self._played_at = 0.0  # when the latest fault happened, by the monotonic clock
+        self._counted_at = 0.0  # when the traffic was counted last, by the monotonic clock
+        self._straggler = {str(host): factor for host, factor in scenario.straggler.items()}
+        self._happened: list[dict[str, Any]] = []  # as they stand in emulation.json
+
+    def tick(self) -> None:
+        """Cause every fault that is due, and count the traffic now and then."""
+        while self.left and self._is_due(self.left[0]):
+            self._play(self.left.pop(0))
+            self._played_at = time.monotonic()
+        if time.monotonic() - self._counted_at > _COUNT_S:
+            self.record()
+            self._counted_at = time.monotonic()
+
+    def record(self) -> None:
+        """Write emulation.json: the cluster, the faults so far, and each host's traffic."""
+        traffic = {}
+        for name, counted in zip(self.cluster.names, self.cluster.counters(), strict=True):
+            traffic[name] = counted._asdict()
+        document = self.cluster.describe()
+        document |= {"straggler": self._straggler, "faults": self._happened, "traffic": traffic}
+        write_json(self.run_dir.emulation, document)
+
+    def _is_due(self, fault: Fault) -> bool:
+        if fault.after_s is not None:
+            return time.monotonic() - self._played_at >= fault.after_s
+        return _steps_done(self.run_dir) >= fault.at_step
+
+    def _play(self, fault: Fault) -> None:
+        match fault.action:
+            case "cut":
+                self.cluster.cut(fault.host)
+            case "heal":
+                self.cluster.heal(fault.host)
+            case "kill":
+                self.cluster.kill(fault.host)
+            case "slow" if fault.bandwidth:
+                self.cluster.shape(fault.host, fault.bandwidth)
+            case "slow":
+                slowdown = self.run_dir.rehearsal.slowdown(fault.host)
+                write_text(slowdown, f"{fault.factor:g}\n")
+        self._happened.append({"time": time.time(), **fault._asdict()})
+        print(f"scaletrain: emulated fault {fault}", file=sys.stderr, flush=True)
 
 
 def main(folder: Path) -> int:
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    faults = [Fault(**fault) for fault in settings["faults"]]
-    ended: list[int] = []
+    """Serve the cluster until SIGTERM, and return the exit status."""
+    run_dir = RunDir(folder.parent)
+    files = run_dir.rehearsal
+    scenario = Scenario.from_json(files.settings.read_text(encoding="utf-8"))
+    ended: list[int] = []  # signals that were received; the handler writes it, the loop reads it
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers end first
-    _check_slowable(folder.parent, settings, faults)
-    with Cluster(**settings["cluster"]) as cluster:
-        commands = [cluster.command(host, ()) for host in range(len(cluster.names))]
-        launch = os.environ.get("SCALETRAIN_LAUNCH", "")
-        write_json(
-            folder / "cluster.json",
-            {"launch": launch, "names": cluster.names, "commands": commands},
-        )
-        record = cluster.describe() | {"straggler": settings["straggler"], "faults": []}
-        counted = played = 0.0
+    if scenario.slows_accelerators():
+        _check_accelerators_are_emulated(run_dir)
+    with scenario.cluster() as cluster:
+        Entrances.of(cluster, os.environ.get("SCALETRAIN_LAUNCH", "")).write(files.cluster)
+        player = Player(scenario, cluster, run_dir)
         while not ended:
-            while faults and _is_due(faults[0], folder.parent, played):
-                _play(faults.pop(0), cluster, folder, record)
-                played = time.monotonic()
-            if time.monotonic() - counted > _COUNT_S:
-                _write(folder.parent, record, cluster)
-                counted = time.monotonic()
+            player.tick()
             time.sleep(_TICK_S)
-        until = time.monotonic() + _LEAVE_S
-        while time.monotonic() < until and any(
-            cluster.processes(host) for host in range(len(cluster.names))
-        ):
+        deadline = time.monotonic() + _LEAVE_S
+        while time.monotonic() < deadline and not cluster.is_idle():
             time.sleep(_TICK_S)
-        _write(folder.parent, record, cluster)
-    (folder / "cluster.json").unlink(missing_ok=True)
-    for fault in faults:
+        player.record()
+    files.cluster.unlink(missing_ok=True)
+    for fault in player.left:
         print(f"scaletrain: the job ended before this fault: {fault}", file=sys.stderr)
     return 0
 
 
-def _is_due(fault: Fault, run_dir: Path, played: float) -> bool:
-    if fault.after_s is not None:
-        return time.monotonic() - played >= fault.after_s
-    return _steps_done(run_dir) >= fault.at_step
-
-
-def _play(fault: Fault, cluster: Cluster, folder: Path, record: dict[str, Any]) -> None:
-    if fault.action == "cut":
-        cluster.cut(fault.host)
-    elif fault.action == "heal":
-        cluster.heal(fault.host)
-    elif fault.action == "kill":
-        cluster.kill(fault.host)
-    elif fault.bandwidth:
-        cluster.shape(fault.host, fault.bandwidth)
-    else:
-        write_text(folder / f"slowdown-h{fault.host}", f"{fault.factor:g}\n")
-    record["faults"].append({"time": time.time(), **fault._asdict()})
-    print(f"scaletrain: emulated fault {fault}", file=sys.stderr, flush=True)
-
-
-def _steps_done(run_dir: Path) -> int:
-    """How many steps the worker that is furthest has done."""
-    done = [0]
-    for path in run_dir.glob("progress-*.json"):
+def _steps_done(run_dir: RunDir) -> int:
+    """Return how many steps the worker that is furthest has done."""
+    furthest = 0
+    for _, path in run_dir.all_progress():
         try:
-            done.append(json.loads(path.read_text(encoding="utf-8"))["step"] or 0)
+            steps = json.loads(path.read_text(encoding="utf-8"))["step"]
         except (OSError, ValueError, KeyError):  # it is being written
             continue
-    return max(done)
+        furthest = max(furthest, steps or 0)
+    return furthest
 
 
-def _write(run_dir: Path, record: dict[str, Any], cluster: Cluster) -> None:
-    traffic = {
-        name: link._asdict() for name, link in zip(cluster.names, cluster.counters(), strict=True)
-    }
-    write_json(run_dir / "emulation.json", record | {"traffic": traffic})
+def _check_accelerators_are_emulated(run_dir: RunDir) -> None:
+    """Refuse to slow a real computation, which would not notice.
 
-
-def _check_slowable(run_dir: Path, settings: dict[str, Any], faults: list[Fault]) -> None:
-    """Only emulated accelerators can be slow: what really computes would not notice."""
-    if not settings["straggler"] and not any(fault.factor for fault in faults):
-        return
-    path = run_dir / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    Raises:
+        UserError: the job's configuration has no ``compute``.
+    """
+    config: dict[str, Any] = {}
+    if run_dir.config.exists():
+        config = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))
     if not config.get("compute"):
         raise UserError(
-            "launcher.straggler and faults with a factor slow emulated accelerators: give compute (step_s or sample_s)"
+            "launcher.straggler and faults with a factor slow emulated accelerators:"
+            " give compute (step_s or sample_s)"
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1])))
     except UserError as error:
-        option = str(error).partition(":")[0] in ("hosts", "bandwidth", "latency", "loss")
-        print(f"scaletrain: error: {'launcher.' * option}{error}", file=sys.stderr)
+        key = str(error).partition(":")[0]
+        prefix = "launcher." if key in _CLUSTER_OPTIONS else ""
+        print(f"scaletrain: error: {prefix}{error}", file=sys.stderr)
         sys.exit(2)

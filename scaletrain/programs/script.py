@@ -1,7 +1,9 @@
-"""Runs a person's own script as one worker: ``python -m scaletrain.programs.script RUN_DIR script.py arguments``.
+"""Run a person's own script as one worker.
 
-Under every launcher the script finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, so that
-``torch.distributed.init_process_group()`` works as it stands; when it raises, the traceback is recorded and shown once.
+``python -m scaletrain.programs.script RUN_DIR script.py arguments``. Under every launcher the
+script finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, so that
+``torch.distributed.init_process_group()`` works as it stands. If it raises, the traceback is
+recorded and shown once.
 """
 
 import os
@@ -20,11 +22,14 @@ from scaletrain.run import progress
 from scaletrain.world import World
 
 _MEET = timedelta(seconds=120)  # for rank 0 to come up under mpirun, srun and horovodrun
+# Frames of these files run the script and explain nothing. The second is "<frozen runpy>".
+_RUNNER_FILES = (__file__, runpy.run_path.__code__.co_filename)
 
 
 def main(run_dir: Path, script: str, arguments: list[str]) -> None:
+    """Run the script as ``__main__``, and report how it ended."""
     world = World.from_env()
-    with progress.reporting(run_dir, world):
+    with progress.reporting(run_dir, world, _RUNNER_FILES):
         if not Path(script).is_file():
             raise UserError(f"{script}: there is no such file")
         os.environ.update(variables(world, run_dir))
@@ -36,17 +41,22 @@ def main(run_dir: Path, script: str, arguments: list[str]) -> None:
 
 
 def variables(world: World, run_dir: Path) -> dict[str, str]:
-    """What torch.distributed's ``env://`` needs, where the launcher did not set it (collective where rank 0 must be found)."""
+    """Return variables that torch.distributed needs and the launcher did not set.
+
+    Where rank 0 must be found, every rank has to call this.
+    """
     if rendezvous.STORE_FD in os.environ:
         rendezvous.serve()
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ and "RANK" in os.environ:
         return {}
-    found = {"RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
     store = rendezvous.connect(world, run_dir, _MEET)
     world = rendezvous.place(world, store)
-    found |= {"LOCAL_RANK": str(world.local_rank), "LOCAL_WORLD_SIZE": str(world.local_size)}
     address, port = rendezvous.address_of(store)
-    return found | {
+    return {
+        "RANK": str(world.rank),
+        "WORLD_SIZE": str(world.size),
+        "LOCAL_RANK": str(world.local_rank),
+        "LOCAL_WORLD_SIZE": str(world.local_size),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -56,8 +66,7 @@ def variables(world: World, run_dir: Path) -> dict[str, str]:
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
-    except (
-        UserError
-    ) as mistake:  # made before the worker could report it: in the variables that say who it is
+    except UserError as mistake:
+        # It came before the worker could report it: the variables that say its rank are wrong.
         print(f"scaletrain: error: {mistake}", file=sys.stderr)
         sys.exit(2)

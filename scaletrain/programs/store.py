@@ -1,6 +1,7 @@
-"""Serve the job's store, for workers that cannot serve it themselves: ``python -m scaletrain.programs.store``.
+"""Serve the job's store, for workers that cannot serve it themselves.
 
-It serves on the socket whose descriptor is in SCALETRAIN_STORE_FD, and lives until the launcher ends it.
+``python -m scaletrain.programs.store``. The descriptor of the socket to serve on is in
+SCALETRAIN_STORE_FD. The program runs until the launcher ends it.
 """
 
 import signal

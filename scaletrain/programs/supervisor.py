@@ -1,29 +1,38 @@
-"""The supervisor of a launch: ``python -m scaletrain.programs.supervisor``, started by ``supervise.run`` alone."""
+"""The supervisor of a launch: ``python -m scaletrain.programs.supervisor``.
+
+Only ``supervise.run`` starts it. It reads its order, a line of JSON, from standard input.
+"""
 
 import os
 import signal
 import sys
 
 from scaletrain.errors import UserError
-from scaletrain.launching.supervision.supervise import MARK, ORDER, heed_signals
+from scaletrain.launching.supervision.supervise import ORDER, heed_signals
 from scaletrain.launching.supervision.supervisor import Supervisor
-
-
-def _first_line(fd: int) -> bytes:
-    """A line and not a byte more: what comes after it is for the selector."""
-    line = b""
-    while not line.endswith(b"\n") and (byte := os.read(fd, 1)):
-        line += byte
-    return line
+from scaletrain.run.progress import LAUNCH_MARK
 
 
 def main() -> int:
-    if MARK not in os.environ:
+    """Carry out the order; return the exit status."""
+    if LAUNCH_MARK not in os.environ:
         raise UserError("this is started by scaletrain, not by hand")
-    supervisor = Supervisor(*ORDER.validate_json(_first_line(sys.stdin.fileno())))
-    heed_signals(lambda heard, frame: supervisor.signals.append(heard))
+    plan, job = ORDER.validate_json(_first_line(sys.stdin.fileno()))
+    supervisor = Supervisor(plan, job)
+    heed_signals(lambda number, frame: supervisor.signals.append(number))
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     return supervisor.run()
+
+
+def _first_line(fd: int) -> bytes:
+    """Read a line and not a byte more: the selector must see what comes after it."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(fd, 1)
+        if not byte:
+            break
+        line += byte
+    return line
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What every launcher starts: one worker of a training job. It reads RUN_DIR/config.yaml and its rank variables, nothing else.
+"""One worker of a training job, as every launcher starts it.
 
-``python -m scaletrain.programs.worker RUN_DIR [--resume]`` (or ``scaletrain worker RUN_DIR`` under mpirun or srun by hand).
+``python -m scaletrain.programs.worker RUN_DIR [--resume]``, or ``scaletrain worker RUN_DIR`` under
+mpirun or srun by hand. It reads RUN_DIR/config.yaml and its rank variables, nothing else.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from scaletrain import config as configuration
 from scaletrain.config import RunConfig
 from scaletrain.engine import rendezvous
 from scaletrain.errors import UserError
+from scaletrain.host import cores
 from scaletrain.run import progress, spans
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
@@ -33,206 +35,280 @@ from scaletrain.run.records import StepRecord
 from scaletrain.training import workload
 from scaletrain.training.exchange import Setup
 from scaletrain.training.trainer import Trainer
+from scaletrain.units import plural
 from scaletrain.world import World
+
+_STOP_AT = "scaletrain/stop_at"  # in the job's store: the step before which all ranks stop
 
 
 def main(run_dir: Path, resume: bool = False) -> int:
-    """Train; returns the exit status: 0, or 128 + the signal that stopped the run early (its checkpoint is written)."""
+    """Train, and return the exit status.
+
+    It is 0, or 128 + the signal that stopped the run early; its checkpoint is written then.
+    """
     world = World.from_env()
+    files = RunDir(run_dir)
     with progress.reporting(run_dir, world) as report, contextlib.ExitStack() as stack:
-        config = configuration.load(run_dir / "config.yaml")
-        resume |= (
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        )  # torchrun has started all workers once more
-        if not resume and world.rank == 0 and (run_dir / "summary.json").exists():
-            raise UserError(
-                f"{run_dir}: holds a run already (allowed: another directory, --resume to go on with it)"
-            )
+        # 1. Read the configuration, and meet the other ranks.
+        config = configuration.load(files.config)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            resume = True  # torchrun has started all workers once more
+        if world.rank == 0 and not resume:
+            _check_unused(files)
         timeout = timedelta(seconds=config.timeout_s)
         store = rendezvous.join(world, run_dir, timeout)
         world = rendezvous.place(world, store)
         stack.enter_context(spans.recorded(run_dir, world.rank, config.trace))
-        device = choose_device(config, world)
-        torch.set_num_threads(threads(config, world))
-        setup = Setup(store, device, timeout, run_dir)
-        parts = workload.build(config, device)
-        exchange = config.load("exchange")(world, setup, **config.exchange.options)
-        trainer = Trainer(config, world, parts, exchange, device, run_dir, resume)
+
+        # 2. Build what is trained.
+        setup = Setup(store, choose_device(config, world), timeout, run_dir)
+        trainer = _build(config, world, setup, resume)
         stop = StopTogether(store, config.log_every)
-        if trainer.resumed and trainer.finished and RunDir(run_dir).has_finished():
+        if trainer.resumed and trainer.finished and files.has_finished():
             if world.rank == 0:
                 print(
-                    f"nothing to do: all {trainer.num_steps} steps are done (more: --resume with larger steps or epochs)"
+                    f"nothing to do: all {trainer.num_steps} steps are done"
+                    " (more: --resume with larger steps or epochs)"
                 )
-            exchange.close()
+            trainer.exchange.close()
             return 0
+
+        # 3. Say what begins.
+        header = _HeaderFile(files.header(world.rank), world, trainer)
+        if config.trace:
+            header.add("clock_offset_s", spans.clock_offset_s(store, world.rank, world.size))
+        header.write()
+        narrator = None
         if world.rank == 0:
-            (run_dir / "summary.json").unlink(
-                missing_ok=True
-            )  # of the part before: not true any more
+            files.summary.unlink(missing_ok=True)  # of the part before: not true any more
             if resume and not trainer.resumed:
                 print(f"no checkpoint in {run_dir}: training begins anew", flush=True)
-        say = _Narrator(config, world, trainer) if world.rank == 0 else None
-        clock = (
-            {"clock_offset_s": spans.clock_offset_s(store, world.rank, world.size)}
-            if config.trace
-            else {}
-        )
-        header, path = _header(world, trainer) | clock, run_dir / f"rank-{world.rank}.json"
-        write_json(path, header)
+            narrator = _Narrator(config, world, trainer)
 
+        # 4. Train.
         def on_step(record: StepRecord) -> None:
             report(record.step + 1)
-            if "chosen" not in header:  # `auto` has measured by the end of its first step
-                header["chosen"] = exchange.chosen()
-                write_json(path, header)
-            if say:
-                say(record)
+            header.add_choice()
+            if narrator:
+                narrator.step(record)
 
         programs.done()
         summary = trainer.fit(on_step, stop)
         stop.over()
-        if world.rank == 0:
-            write_json(run_dir / "summary.json", summary | _emulation(run_dir, config))
-            if say:
-                say.close(summary)
-        exchange.close()
-    gc.freeze()  # the interpreter's end would search all of torch for garbage, for more than a second
-    stopped = stop.signal and not summary["finished"]
-    # A batch script that starts the job again looks into the summary; to its srun, a bad status would be a failure.
-    return 128 + stop.signal if stopped and progress.SUPERVISED not in os.environ else 0
+
+        # 5. Say what was reached.
+        if narrator:
+            write_json(files.summary, summary | _emulation(files, config))
+            narrator.end(summary)
+        trainer.exchange.close()
+    # At its end the interpreter would search all of torch for garbage, for more than a second.
+    gc.freeze()
+    stopped_early = stop.signal and not summary["finished"]
+    # A batch script that starts the job again reads the summary; a bad status would tell its srun
+    # that the job failed.
+    if stopped_early and progress.SUPERVISED not in os.environ:
+        return 128 + stop.signal
+    return 0
+
+
+def _check_unused(files: RunDir) -> None:
+    """Raise ``UserError`` if the directory holds a finished run."""
+    if files.summary.exists():
+        raise UserError(
+            f"{files.path}: holds a run already"
+            " (allowed: another directory, --resume to go on with it)"
+        )
+
+
+def _build(config: RunConfig, world: World, setup: Setup, resume: bool) -> Trainer:
+    """Build model, data and exchange, and the trainer that uses them (collective)."""
+    torch.set_num_threads(threads(config, world))
+    parts = workload.build(config, setup.device)
+    exchange = config.load("exchange")(world, setup, **config.exchange.options)
+    return Trainer(config, world, parts, exchange, setup.device, setup.run_dir, resume)
 
 
 def choose_device(config: RunConfig, world: World) -> torch.device:
-    """This worker's device: ``cuda:<local rank>`` (wrapping around when workers share GPUs) where CUDA is there, else the CPU."""
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+    """Return this worker's device.
+
+    It is ``cuda:<local rank>`` if CUDA is available (modulo the number of GPUs, where workers share
+    them), else the CPU.
+
+    Raises:
+        UserError: the configuration asks for CUDA, which is not available.
+    """
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cpu" or (config.device == "auto" and not has_cuda):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if not has_cuda:
         raise UserError(
-            "device: 'cuda' is not there (torch.cuda.is_available() is false); allowed here: cpu, auto"
+            "device: 'cuda' is not there (torch.cuda.is_available() is false);"
+            " allowed here: cpu, auto"
         )
-    # A launcher may have narrowed CUDA_VISIBLE_DEVICES to this worker's own GPU: then there is one, number 0.
+    # A launcher may have narrowed CUDA_VISIBLE_DEVICES to this worker's own GPU, which is then 0.
     device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
 
 def threads(config: RunConfig, world: World) -> int:
-    """Compute threads of this worker: what the configuration says, else its launcher, else its share of the host's cores."""
+    """Return the number of this worker's compute threads.
+
+    The configuration decides, else the launcher, else the worker gets its share of the host's
+    cores.
+    """
     if config.threads != "auto":
         return config.threads
-    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    from_launcher = os.environ.get("OMP_NUM_THREADS", "")
+    if from_launcher.isdigit():
+        return max(1, int(from_launcher))
+    return max(1, len(cores.usable()) // world.local_size)
 
 
 class StopTogether:
-    """SIGINT and SIGTERM stop all ranks before the same step.
+    """Stops all ranks before the same step, on SIGINT, SIGTERM or SIGUSR1.
 
-    The rank that hears a signal at step s writes the step to stop at into the store; every rank looks there at each multiple of ``every``.
-    The stop lies at the second multiple after s. In synchronous training ranks are less than two steps apart, so each
-    of them looks before it gets there. A second signal ends the process at once.
+    1. The rank that gets a signal before step s writes the step to stop at into the job's store. It
+       is the second multiple of ``every`` after s.
+    2. Every rank looks into the store at each multiple of ``every``. In synchronous training ranks
+       are less than two steps apart, so each of them looks before it gets there.
+
+    A second signal ends the process at once.
+
+    Args:
+        store: the job's store, joined by all ranks.
+        every: steps between two looks.
     """
 
     def __init__(self, store: dist.Store, every: int):
-        self._store, self._every = store, every
-        self._stop_at: int | None = None
-        self._announced = False
-        self.signal = 0
+        self._store = store
+        self._every = every
+        self._stop_at: int | None = None  # once it is known
+        self._is_announced = False  # whether this rank has written it
+        self.signal = 0  # that this rank got; written by the handler
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._hear)
-
-    def _hear(self, number: int, frame: Any) -> None:
-        self.signal = number
-        for heard in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(heard, signal.SIG_DFL)
-
-    def over(self) -> None:
-        """Nothing is left to stop: a batch system's warning must not end the process in its last moments, as by default it would."""
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(number, self._on_signal)
 
     def __call__(self, step: int) -> bool:
-        if self.signal and not self._announced:
-            at = (step // self._every + 2) * self._every
-            self._store.compare_set("scaletrain/stop_at", "", str(at))
-            self._announced = True
-        if (
-            self._stop_at is None
-            and step % self._every == 0
-            and self._store.check(["scaletrain/stop_at"])
-        ):
-            self._stop_at = int(self._store.get("scaletrain/stop_at"))
+        """Return True if the job stops before this step."""
+        if self.signal and not self._is_announced:
+            stop_at = (step // self._every + 2) * self._every
+            # The first rank to write decides.
+            self._store.compare_set(_STOP_AT, "", str(stop_at))
+            self._is_announced = True
+        is_time_to_look = self._stop_at is None and step % self._every == 0
+        if is_time_to_look and self._store.check([_STOP_AT]):
+            self._stop_at = int(self._store.get(_STOP_AT))
         return self._stop_at is not None and step >= self._stop_at
+
+    def over(self) -> None:
+        """Ignore a batch system's warning from now on: nothing is left to stop.
+
+        By default SIGUSR1 would end the process in its last moments.
+        """
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.signal = number
+        for second in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(second, signal.SIG_DFL)
 
 
 class _Narrator:
-    """Rank 0's lines for people. Silent about steps when a progress bar follows the records (SCALETRAIN_FOLLOWED)."""
+    """Rank 0's lines for people.
+
+    It leaves the steps out if a progress bar follows the records (SCALETRAIN_FOLLOWED).
+    """
 
     def __init__(self, config: RunConfig, world: World, trainer: Trainer):
-        self._trainer, self._every, self._said = trainer, config.log_every, time.monotonic()
-        self._samples, self._seconds = 0.0, 0.0
-        self._followed = bool(os.environ.get("SCALETRAIN_FOLLOWED"))
+        self._trainer = trainer
+        self._every = config.log_every
+        self._is_followed = bool(os.environ.get("SCALETRAIN_FOLLOWED"))
+        self._printed_at = time.monotonic()
+        self._samples = 0  # of this rank since the last line
+        self._seconds = 0.0  # that they took
         if trainer.resumed:
             print(f"resumed at step {trainer.next_step}", flush=True)
-        threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} a worker"
-        exchange = configuration.exchange_label(config.exchange)
         print(
-            f"workers: {world.size} ({world.launcher}), exchange {exchange}, {trainer.device.type}, {threads}"
+            f"workers: {world.size} ({world.launcher}),"
+            f" exchange {configuration.exchange_label(config.exchange)}, {trainer.device.type},"
+            f" {plural(torch.get_num_threads(), 'thread')} a worker"
         )
         print(*trainer.describe(), sep="\n", flush=True)
 
-    def __call__(self, record: StepRecord) -> None:
+    def step(self, record: StepRecord) -> None:
+        """Print a line now and then: at most one a second, and always one at the end."""
         self._samples += record.samples
         self._seconds += record.step_s
         done, total = record.step + 1, self._trainer.num_steps
         now = time.monotonic()
-        if self._followed or done % self._every or (now - self._said < 1 and done < total):
+        is_too_early = now - self._printed_at < 1 and done < total
+        if self._is_followed or done % self._every or is_too_early:
             return
-        rate = self._samples / self._seconds * self._trainer.exchange.live_workers()
+        samples_per_s = self._samples / self._seconds
+        rate = samples_per_s * self._trainer.exchange.live_workers()
         # This rank's own steps: each is its share of the batch, whether or not the others live.
-        left = (
-            (total - done)
-            * self._seconds
-            * self._trainer.global_batch
-            / self._samples
-            / self._trainer.world.size
-        )
+        share = self._trainer.global_batch / self._trainer.world.size
+        left_s = (total - done) * share / samples_per_s
         print(
-            f"step {done}/{total}  loss {record.loss:.4f}  {rate:,.0f} samples/s  {left:.0f} s left",
+            f"step {done}/{total}  loss {record.loss:.4f}  {rate:,.0f} samples/s  {left_s:.0f} s left",
             flush=True,
         )
-        self._said, self._samples, self._seconds = now, 0.0, 0.0
+        self._printed_at = now
+        self._samples, self._seconds = 0, 0.0
 
-    def close(self, summary: dict[str, Any]) -> None:
-        accuracy = summary["test_accuracy"]
-        shown = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
-        end = "done" if summary["finished"] else "stopped early"
+    def end(self, summary: dict[str, Any]) -> None:
+        """Print the run's last line."""
+        accuracy = ""
+        if summary["test_accuracy"] is not None:
+            accuracy = f", test accuracy {summary['test_accuracy']:.4f}"
+        outcome = "done" if summary["finished"] else "stopped early"
         print(
-            f"{end}: {summary['steps']} steps, loss of the last global batch {summary['final_loss']:.6g}{shown},"
+            f"{outcome}: {summary['steps']} steps,"
+            f" loss of the last global batch {summary['final_loss']:.6g}{accuracy},"
             f" {summary['samples_per_s']:,.0f} samples/s, {summary['wall_s']:.1f} s",
             flush=True,
         )
 
 
-def _header(world: World, trainer: Trainer) -> dict[str, Any]:
-    device = trainer.device
-    return {
-        **world._asdict(),
-        "pid": os.getpid(),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "num_steps": trainer.num_steps,
-        "global_batch": trainer.global_batch,
-        "threads": torch.get_num_threads(),
-        "cores": sorted(os.sched_getaffinity(0)),
-        "environment": environment() if world.local_rank == 0 else None,
-    }
+class _HeaderFile:
+    """The facts about this worker that reports show, as a file."""
+
+    def __init__(self, path: Path, world: World, trainer: Trainer):
+        device = trainer.device
+        is_cuda = device.type == "cuda"
+        self._path = path
+        self._exchange = trainer.exchange
+        self._facts: dict[str, Any] = {
+            **world._asdict(),
+            "pid": os.getpid(),
+            "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if is_cuda else "cpu",
+            "num_steps": trainer.num_steps,
+            "global_batch": trainer.global_batch,
+            "threads": torch.get_num_threads(),
+            "cores": cores.usable(),
+            "environment": environment() if world.local_rank == 0 else None,
+        }
+
+    def add(self, name: str, value: Any) -> None:
+        self._facts[name] = value
+
+    def add_choice(self) -> None:
+        """Write what ``auto`` has chosen, once: it has measured by the end of its first step."""
+        if "chosen" not in self._facts:
+            self.add("chosen", self._exchange.chosen())
+            self.write()
+
+    def write(self) -> None:
+        write_json(self._path, self._facts)
 
 
-def _emulation(run_dir: Path, config: RunConfig) -> dict[str, Any]:
-    """What of this run is emulated: the network (the launcher's emulation.json), the accelerators (``compute``)."""
-    path = run_dir / "emulation.json"
-    network = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _emulation(files: RunDir, config: RunConfig) -> dict[str, Any]:
+    """Return what of this run is emulated: the network, the accelerators, or nothing."""
+    network = None
+    if files.emulation.exists():
+        network = json.loads(files.emulation.read_text(encoding="utf-8"))
     compute = config.compute.model_dump() if config.compute else None
     return {
         "emulated": bool(network or compute),
@@ -243,8 +319,7 @@ def _emulation(run_dir: Path, config: RunConfig) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1]), "--resume" in sys.argv[2:]))
-    except (
-        UserError
-    ) as mistake:  # made before the worker could report it: in the variables that say who it is
+    except UserError as mistake:
+        # The worker could not report it: the mistake is in the variables that say which rank it is.
         print(f"scaletrain: error: {mistake}", file=sys.stderr)
         sys.exit(2)

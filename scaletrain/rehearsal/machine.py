@@ -1,92 +1,140 @@
-"""What this machine must have for a rehearsal, how its tools are called, and what clusters whose owner was killed have left on it."""
+"""A rehearsal's needs on this machine: capabilities, tools, records of clusters."""
 
 import json
 import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from scaletrain.errors import UserError
-from scaletrain.host.processes import start_ticks
+from scaletrain.host.processes import kill_marked, start_ticks
 
-MARK = "SCALETRAIN_CLUSTER"  # in the environment of everything started on a host: how leftovers are known
-SETUP_S = 60.0  # for any one command
-_CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
-PATH = os.pathsep.join(
-    [os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]
-)  # ip and tc live there
+MARK = "SCALETRAIN_CLUSTER"  # in the environment of every process on a host, to find leftovers
+SETUP_S = 60.0  # limit of any one command
+# ip and tc live in the last two, which an ordinary user's PATH leaves out.
+PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+_CAP_NET_ADMIN = 12
+_CAP_SYS_ADMIN = 21
+_PACKAGES = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux", "env": "coreutils"}
+
+
+class Namespace(NamedTuple):
+    """The namespaces of one emulated host, or of the switch, and how commands get into them."""
+
+    holder: int  # the process that keeps them alive
+    has_user_namespace: bool  # they lie in a user namespace, so this user may make them
+
+    def enter_network(self, *command: str) -> list[str]:
+        """Return the command line that runs ``command`` in the network of this namespace."""
+        return [*self._nsenter(), "--net", "--", *command]
+
+    def enter_host(self, *command: str) -> list[str]:
+        """Return the command line that runs ``command`` as a process of this host."""
+        return [*self._nsenter(), "--net", "--uts", "--mount", "--ipc", "--", *command]
+
+    def network_id(self) -> str:
+        """Return the kernel's name of the network namespace, such as ``net:[4026532310]``."""
+        return os.readlink(f"/proc/{self.holder}/ns/net")
+
+    def _nsenter(self) -> list[str]:
+        argv = [tool("nsenter"), f"--target={self.holder}"]
+        if self.has_user_namespace:
+            argv += ["--user", "--preserve-credentials"]
+        return argv
 
 
 def check() -> None:
-    """Raises ``UserError`` if no cluster can be rehearsed here, saying what is missing."""
+    """Check that a cluster can be rehearsed on this machine.
+
+    Raises:
+        UserError: it cannot; the message says how to get the missing part.
+    """
     if not sys.platform.startswith("linux"):
         raise UserError(f"a rehearsal cluster needs Linux (this is {sys.platform})")
-    for tool, package in (
-        ("ip", "iproute2"),
-        ("tc", "iproute2"),
-        ("nsenter", "util-linux"),
-        ("env", "coreutils"),
-    ):
-        if not shutil.which(tool, path=PATH):
-            raise UserError(f"a rehearsal cluster needs {tool} (apt install {package})")
-    probe = [
-        "unshare",
-        "--net",
-        "--uts",
-        "--mount",
-        "--ipc",
-        *([] if privileged() else ["--user", "--map-root-user"]),
-        "true",
-    ]
-    done = subprocess.run(probe, capture_output=True, text=True, timeout=SETUP_S)
+    for name, package in _PACKAGES.items():
+        if not shutil.which(name, path=PATH):
+            raise UserError(f"a rehearsal cluster needs {name} (apt install {package})")
+    probe = ["unshare", "--net", "--uts", "--mount", "--ipc"]
+    if not is_privileged():
+        probe += ["--user", "--map-root-user"]
+    done = run_tool([*probe, "true"])
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["refused"])[0]
         raise UserError(
-            f"a rehearsal cluster needs root, or unprivileged user namespaces, which are not allowed here ({reason});"
+            "a rehearsal cluster needs root, or unprivileged user namespaces, which are not"
+            f" allowed here ({reason});"
             " an administrator can allow them: sysctl kernel.unprivileged_userns_clone=1, or"
             " kernel.apparmor_restrict_unprivileged_userns=0"
         )
 
 
-def remove_leftovers() -> list[str]:
-    """End what owners that were killed have left running; returns their clusters' ids.
+def is_privileged() -> bool:
+    """Return True if this process may make namespaces as it is.
 
-    Namespaces end with their last process, so only processes can be left. They are known by the mark in their environment.
+    Otherwise it needs a user namespace first. Root in most containers lacks these capabilities.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = re.search(r"^CapEff:\s*(\w+)", status, re.MULTILINE)
+    assert line, "every Linux says which capabilities are effective"
+    effective = int(line[1], 16)
+    may_wire = bool(effective >> _CAP_NET_ADMIN & 1)
+    may_mount = bool(effective >> _CAP_SYS_ADMIN & 1)
+    return may_wire and may_mount
+
+
+# Records of clusters. Each owner writes its own at the start and removes it at the end; the next
+# start removes those whose owner was killed.
+
+
+def write_record(cluster: str) -> None:
+    """Note that this process owns a cluster, until ``remove_record``."""
+    owner = {"owner": os.getpid(), "started": start_ticks(os.getpid())}
+    _record(cluster).write_text(json.dumps(owner), encoding="utf-8")
+
+
+def hosts_file(cluster: str) -> Path:
+    """Return the path of the file that a cluster's hosts see as /etc/hosts."""
+    return _records() / f"{cluster}.hosts"
+
+
+def remove_record(cluster: str) -> None:
+    """Remove the files that ``write_record`` and the cluster's owner wrote."""
+    _record(cluster).unlink(missing_ok=True)
+    hosts_file(cluster).unlink(missing_ok=True)
+
+
+def remove_leftovers() -> list[str]:
+    """End the processes that killed owners have left running, and return their clusters' ids.
+
+    Namespaces end with their last process, so only processes can be left. The mark in their
+    environment identifies them.
     """
     dead = []
-    for record in records().glob("*.json"):
+    for record in _records().glob("*.json"):
         try:
             owner = json.loads(record.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # another start is removing or writing it right now
             continue
         if start_ticks(owner["owner"]) != owner["started"]:
             dead.append(record.stem)
-    marks = {f"{MARK}={name}".encode() for name in dead}
-    for entry in os.listdir("/proc") if marks else []:
-        try:
-            if entry.isdigit() and marks & set(
-                Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
-            ):
-                os.kill(int(entry), signal.SIGKILL)
-        except OSError:
-            continue
-    for name in dead:
-        for suffix in ("json", "hosts"):
-            (records() / f"{name}.{suffix}").unlink(missing_ok=True)
+    for cluster in dead:
+        kill_marked(MARK, cluster)
+        remove_record(cluster)
     return dead
 
 
-def tool(name: str) -> list[str]:
-    return [shutil.which(name, path=PATH) or name]
+def _record(cluster: str) -> Path:
+    return _records() / f"{cluster}.json"
 
 
-def records() -> Path:
-    """Where owners of clusters leave their records: this user's own folder."""
+def _records() -> Path:
+    """Return this user's own directory for the records of clusters; make it if it is missing."""
     folder = Path("/tmp") / f"scaletrain-rehearsal-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
@@ -96,20 +144,33 @@ def records() -> Path:
     return folder
 
 
-def privileged() -> bool:
-    """Whether this process may make namespaces as it is; otherwise a user namespace of its own is needed (root in most containers)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    effective = int(re.search(r"^CapEff:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
-    return all(effective >> capability & 1 for capability in (_CAP_NET_ADMIN, _CAP_SYS_ADMIN))
+# Calling tools.
+
+
+def tool(name: str) -> str:
+    """Return the path of a tool such as ``tc``, or its name if it is not installed."""
+    return shutil.which(name, path=PATH) or name
+
+
+def run_tool(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a tool to its end and capture its output, whether it succeeds or not."""
+    return subprocess.run(argv, capture_output=True, text=True, timeout=SETUP_S)
 
 
 def output(argv: Sequence[str]) -> str:
-    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=SETUP_S).stdout
+    """Return a tool's output. Raises CalledProcessError if it fails."""
+    done = run_tool(argv)
+    done.check_returncode()
+    return done.stdout
 
 
 def batch(argv: Sequence[str], commands: Sequence[str]) -> None:
-    done = subprocess.run(
-        argv, input="\n".join(commands) + "\n", capture_output=True, text=True, timeout=SETUP_S
-    )
+    """Run a tool that reads its commands from standard input, one a line (``ip -batch -``).
+
+    Raises:
+        RuntimeError: a command failed.
+    """
+    lines = "\n".join(commands) + "\n"
+    done = subprocess.run(argv, input=lines, capture_output=True, text=True, timeout=SETUP_S)
     if done.returncode != 0:
-        raise RuntimeError(f"{shlex.join(argv)}: {done.stderr.strip()}\n" + "\n".join(commands))
+        raise RuntimeError(f"{shlex.join(argv)}: {done.stderr.strip()}\n{lines.rstrip()}")

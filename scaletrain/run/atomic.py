@@ -12,7 +12,8 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and move it there if the body succeeds.
 
-    Readers see the old file or the new one, never a partial one, and a full disk leaves the old one.
+    Readers see the old file or the new one, never a partial one, and a full disk leaves the old
+    one.
     The data is on disk before the name changes.
 
     Raises:

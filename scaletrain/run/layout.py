@@ -1,6 +1,7 @@
 """The files of a run directory: the only place that spells their names.
 
-A run directory belongs to one job. On several hosts it lies on a file system that all of them share.
+A run directory belongs to one job. On several hosts it lies on a file system that all of them
+share.
 Every file has one writer; readers must expect that a file is missing or, unless it is written
 atomically (``run.atomic``), cut off.
 
@@ -50,7 +51,7 @@ class RunDir:
 
     @property
     def summary(self) -> Path:
-        """What the run reached, written by rank 0 at its end. Read by reports and by resumes."""
+        """The result of the run, written by rank 0 at its end. Read by reports and by resumes."""
         return self.path / "summary.json"
 
     def checkpoint(self, step: int) -> Path:
@@ -62,7 +63,7 @@ class RunDir:
         return self._numbered("step-*.safetensors")
 
     def progress(self, rank: int) -> Path:
-        """How far one worker is, overwritten in place (``run.progress``). Read by the supervisor."""
+        """How far one worker is, overwritten in place. Read by the supervisor."""
         return self.path / f"progress-{rank}.json"
 
     def all_progress(self) -> list[tuple[int, Path]]:
@@ -100,7 +101,7 @@ class RunDir:
         return self.path / f"server-{index}.address.json"
 
     def server_statistics(self, index: int) -> Path:
-        """What one server counted. Read by reports."""
+        """The counters of one server. Read by reports."""
         return self.path / f"server-{index}.json"
 
     def all_server_statistics(self) -> list[Path]:
@@ -130,7 +131,7 @@ class RunDir:
 
     @property
     def emulation(self) -> Path:
-        """What is emulated, and the bytes that crossed each link. Read by summaries and reports."""
+        """The emulated links, and the bytes that crossed each. Read by summaries and reports."""
         return self.path / "emulation.json"
 
     # Written for SLURM.
@@ -141,7 +142,7 @@ class RunDir:
         return self.path / "job.sbatch"
 
     def slurm_output(self, job: str) -> Path:
-        """What a SLURM job printed; ``job`` is its number, or a pattern that SLURM fills in."""
+        """The output of a SLURM job; ``job`` is its number, or a pattern that SLURM fills in."""
         return self.path / f"slurm-{job}.out"
 
     def array_task(self, number: str) -> Path:

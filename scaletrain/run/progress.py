@@ -1,60 +1,146 @@
-"""A worker's side of supervision: how far it is, and what ended it. Cheap enough for every step, and free of torch.
+"""Signs of life: how far a worker is, its waits, and its failure.
 
-``RUN_DIR/progress-<rank>.json`` is overwritten in place (10 to 15 us); ``RUN_DIR/failure-<rank>.json`` is written once, on failure. The
-supervisor reads both (``supervise``). Engines tell which collective they enter with ``entering``; that is how a hang gets a name.
+A worker overwrites one small file in place (``RunDir.progress``), which takes 10 to 15 us: cheap
+enough for every step. It writes another one, once, if it fails (``RunDir.failure``). The supervisor
+reads both. This module imports no torch.
+
+Engines call ``entering`` for each collective, and everything else that waits for other processes
+says so with ``waiting``. That is how a hang gets a name, and how the rank that holds up the others
+is told apart from those that wait for it (``launching.supervision.hangs``).
 """
 
 import contextlib
 import faulthandler
 import json
 import os
-import re
 import signal
-import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from scaletrain.errors import UserError
+from scaletrain.host.names import host_name
 from scaletrain.run.atomic import write_json
-from scaletrain.run.failure import Failure
+from scaletrain.run.failure import failure_from_exception
+from scaletrain.run.layout import RunDir
 from scaletrain.world import World
 
-SUPERVISED = "SCALETRAIN_SUPERVISED"  # set by batch scripts, which show the first cause when their workers have ended
-RANK_0 = "SCALETRAIN_RANK_0"  # where rank 0 is, if the store (MASTER_ADDR) is elsewhere
-_WIDTH = 320  # bytes of a progress file, so that an overwrite is one small write
-_ANSWER_S = 0.5  # within which a host of a cluster answers; less than the supervisor waits for the others' reports
-_SYNC_S = 2.0  # on several hosts the shared folder is brought up to date this often
-SCRIPT = "running a script"  # what a worker does that promises no signs of life
-STACKS_SIGNAL = (
-    signal.SIGUSR2
-)  # a worker that gets it writes all its threads' Python stacks to stacks_path
+# Set by batch scripts, which show the first cause themselves when their workers have ended.
+SUPERVISED = "SCALETRAIN_SUPERVISED"
+# Every process of a launch carries this variable. Nested launches append their own marks.
+LAUNCH_MARK = "SCALETRAIN_LAUNCH"
+
+# A worker that gets this signal writes the Python stacks of all its threads (``RunDir.stacks``).
+STACKS_SIGNAL = signal.SIGUSR2
+
+# Values of ``Progress.doing`` in the phases that the supervisor knows.
+STARTING = "starting"
+LOOKING_FOR_RANK_0 = "looking for rank 0"
+SCRIPT = "running a script"  # a person's own program promises no signs of life
+FINISHED = "finished"
+FAILED = "failed"
+
+# A wait on a hot path reports itself once it has lasted this long. Shorter waits cost nothing.
+LONG_WAIT_S = 1.0
+
+_WIDTH = 512  # bytes of a progress file, so that each report overwrites the whole one before
+_SYNC_S = 2.0  # how often the file is brought to a folder that several hosts share
 
 
-class _State:
-    """This process's progress. One a process; collectives may be entered from the exchange's own thread."""
+@dataclass(slots=True)
+class Progress:
+    """The last report of one worker: the content of its progress file."""
 
-    def __init__(self, run_dir: Path, world: World):
-        self.run_dir, self.world, self.host = run_dir, world, host_name()
-        self.step: int | None = None
-        self.doing, self.collective, self.num_collectives = "starting", "", 0
+    rank: int
+    pid: int
+    host: str
+    time: float = 0.0  # unix seconds of this report, the worker's last sign of life
+    step: int | None = None  # steps done; None until the worker says that it begins
+    doing: str = STARTING
+    collective: str = ""  # the last collective it entered, with its size and number
+    num_collectives: int = 0  # collectives entered so far
+    # The others that it waits for; empty if it does not. A collective is named until the next
+    # report: leaving one
+    # is not reported, so a worker may have left the collective that is named here.
+    waiting_for: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the worker has ended by itself, well or not."""
+        return self.doing in (FINISHED, FAILED)
+
+    @property
+    def reports_steps(self) -> bool:
+        """Whether the worker promises signs of life."""
+        return not self.ended and self.doing != SCRIPT
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether the worker has come to where all workers meet."""
+        return self.doing not in (STARTING, LOOKING_FOR_RANK_0)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps done; -1 until the worker says that it begins."""
+        return -1 if self.step is None else self.step
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of the file, whose name holds the rank."""
+        return {
+            "pid": self.pid,
+            "host": self.host,
+            "time": self.time,
+            "step": self.step,
+            "doing": self.doing,
+            "collective": self.collective[:80],
+            "num_collectives": self.num_collectives,
+            "waiting_for": self.waiting_for[:80],
+        }
+
+
+def read(run_dir: RunDir, rank: int) -> Progress | None:
+    """Return the last report of a worker; None if there is none, or it is being written."""
+    try:
+        value = json.loads(run_dir.progress(rank).read_text(encoding="utf-8"))
+        return Progress(rank=rank, **value)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def read_all(run_dir: RunDir, workers: int) -> list[Progress]:
+    """Return the last reports of a job's workers, in the order of their ranks."""
+    reports = [read(run_dir, rank) for rank in range(workers)]
+    return [report for report in reports if report is not None]
+
+
+class _Reporter:
+    """Writes this process's progress. There is one in a process.
+
+    The training thread writes every field. The thread on which collectives run writes the three
+    fields about collectives, and only that thread calls ``entering`` while it runs.
+    """
+
+    def __init__(self, run_dir: RunDir, world: World):
+        self.progress = Progress(world.rank, os.getpid(), host_name())
+        self.entered = ""  # the collective entered since the last sign of life of another kind
+        # The waits inside ``waiting``. Any thread may add to it and remove from it.
+        self.waits: list[str] = []
         self._file = os.open(
-            progress_path(run_dir, world.rank), os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644
+            run_dir.progress(world.rank), os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644
         )
         self._sync_s = float("inf") if world.num_nodes == 1 else _SYNC_S
-        self._synced = time.monotonic()
+        self._synced_at = time.monotonic()
 
     def write(self) -> None:
-        value = {
-            "pid": os.getpid(), "host": self.host, "time": time.time(), "step": self.step, "doing": self.doing,
-            "collective": self.collective[:80], "num_collectives": self.num_collectives,
-        }  # fmt: skip
-        os.pwrite(self._file, (json.dumps(value).ljust(_WIDTH - 1) + "\n").encode(), 0)
-        if time.monotonic() - self._synced > self._sync_s:
+        self.progress.time = time.time()
+        self.progress.waiting_for = ", ".join(self.waits) or self.entered
+        text = json.dumps(self.progress.to_json()).ljust(_WIDTH - 1) + "\n"
+        os.pwrite(self._file, text.encode(), 0)
+        if time.monotonic() - self._synced_at > self._sync_s:
             os.fdatasync(self._file)
-            self._synced = time.monotonic()
+            self._synced_at = time.monotonic()
 
     def close(self) -> None:
         self.write()
@@ -62,182 +148,123 @@ class _State:
         os.close(self._file)
 
 
-_state: _State | None = None
+_reporter: _Reporter | None = None
 
 
 @contextlib.contextmanager
-def reporting(run_dir: Path, world: World) -> Iterator[Callable[[int], None]]:
-    """While the body runs, this worker is supervised: call the yielded function with the number of steps done, at least every
-    ``Job.timeout_s``. An exception in the body is recorded with its traceback, step and last collective, and ends the
-    process with status 1 (a ``UserError``: 2). Its text is printed here only when no supervisor is there to print it.
+def reporting(
+    run_dir: Path, world: World, runner_files: Collection[str] = ()
+) -> Iterator[Callable[[int], None]]:
+    """Supervise this worker while the body runs; yield a function to call after each step.
+
+    The function takes the number of steps done. Call it at least every ``Job.timeout_s``.
+
+    An exception in the body is recorded with its traceback, step and last collective, and ends the
+    process with status 1 (2 for a ``UserError``). Its text is printed only if no supervisor is
+    there to print it.
+
+    Args:
+        run_dir: the run's directory; made if it is missing.
+        world: the worker's place in the job.
+        runner_files: source files that run a person's program. Their frames are left out of the
+            outer end of a traceback.
     """
-    global _state
+    global _reporter
     run_dir.mkdir(parents=True, exist_ok=True)
-    failure_path(run_dir, world.rank).unlink(missing_ok=True)
+    files = RunDir(run_dir)
+    files.failure(world.rank).unlink(missing_ok=True)
     if world.rank == 0:
-        _forget_beyond(run_dir, world.size)
-    state = _state = _State(run_dir, world)
-    state.write()
-    with open(stacks_path(run_dir, world.rank), "w", encoding="utf-8") as stacks:
+        _forget_ranks_beyond(files, world.size)
+    reporter = _reporter = _Reporter(files, world)
+    reporter.write()
+    with open(files.stacks(world.rank), "w", encoding="utf-8") as stacks:
         faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
         try:
             yield step
-            state.doing = "finished"
+            reporter.progress.doing = FINISHED
         except Exception as error:
-            state.doing = "failed"
-            failure = failure_of(error)
-            write_json(failure_path(run_dir, world.rank), failure._asdict())
-            if not {"SCALETRAIN_LAUNCH", SUPERVISED} & set(os.environ):
-                print(
-                    f"scaletrain: rank {world.rank} failed: {failure.message}\n{failure.traceback}",
-                    file=sys.stderr,
-                )
+            reporter.progress.doing = FAILED
+            hidden = {*runner_files, __file__}
+            failure = failure_from_exception(error, world, run_dir, hidden)
+            failure = failure._replace(
+                step=reporter.progress.step, collective=reporter.progress.collective
+            )
+            write_json(files.failure(world.rank), failure._asdict())
+            if LAUNCH_MARK not in os.environ and SUPERVISED not in os.environ:
+                headline = f"scaletrain: rank {world.rank} failed: {failure.message}"
+                print(f"{headline}\n{failure.traceback}", file=sys.stderr)
             raise SystemExit(failure.exit_code) from error
         except KeyboardInterrupt:
-            state.doing = "failed"
+            reporter.progress.doing = FAILED
             raise SystemExit(128 + signal.SIGINT) from None
         except SystemExit as end:
-            state.doing = "finished" if end.code in (None, 0) else "failed"
+            reporter.progress.doing = FINISHED if end.code in (None, 0) else FAILED
             raise
         finally:
-            state.close()
-            _state = None
+            reporter.close()
+            _reporter = None
             faulthandler.unregister(STACKS_SIGNAL)
 
 
-def _forget_beyond(run_dir: Path, size: int) -> None:
-    """An elastic job may go on with fewer workers: nobody waits for the others' signs of life any more."""
-    for path in run_dir.glob("progress-*.json"):
-        number = path.stem.removeprefix("progress-")
-        if number.isdigit() and int(number) >= size:
+def _forget_ranks_beyond(run_dir: RunDir, size: int) -> None:
+    """Remove the reports of ranks that an elastic job goes on without: nobody waits for them."""
+    for rank, path in run_dir.all_progress():
+        if rank >= size:
             path.unlink(missing_ok=True)
 
 
+# Without ``reporting`` the functions below do nothing, so that libraries may call them anywhere.
+
+
 def step(done: int) -> None:
-    """This worker has done this many steps. A sign of life; without ``reporting`` it does nothing."""
-    if _state:
-        _state.step, _state.doing = done, "step"
-        _state.write()
+    """Report that this worker has done this many steps."""
+    if _reporter:
+        _reporter.progress.step = done
+        alive("step")
 
 
 def alive(doing: str) -> None:
-    """A sign of life in a long phase between steps, such as "evaluating" or "joining"."""
-    if _state:
-        _state.doing = doing
-        _state.write()
+    """Report a sign of life in a long phase between steps, such as "evaluating" or "joining"."""
+    if _reporter:
+        _reporter.progress.doing = doing
+        _reporter.entered = ""
+        _reporter.write()
 
 
 def entering(collective: str, num_bytes: int | None = None) -> None:
-    """This worker enters a collective, such as "allreduce"; they are numbered in the order of the calls, from 1."""
-    if _state:
-        _state.num_collectives += 1
-        size = "" if num_bytes is None else f" {num_bytes:,} bytes"
-        _state.collective = f"{collective}{size} #{_state.num_collectives}"
-        _state.write()
+    """Report that this worker enters a collective, such as "allreduce", and waits in it.
 
-
-def failure_of(error: BaseException) -> Failure:
-    """The record of an exception, in this worker's words; frames of runners are left out of the traceback."""
-    state = _state
-    kind = "user" if isinstance(error, UserError) else "peer" if _lost_peer(error) else "exception"
-    cut_from = _unreachable(state) if kind == "peer" and state else ""
-    message = " ".join(
-        (str(error) if kind == "user" else f"{type(error).__name__}: {error}").split()
-    )  # one line
-    if cut_from:
-        kind, message = (
-            "cut",
-            f"does not reach rank 0's host ({cut_from}) any more: the network between them is cut; {message}",
-        )
-    frames = "" if kind == "user" else "".join(_own_traceback(error))
-    return Failure(
-        rank=state.world.rank if state else None, host=host_name(), step=state.step if state else None, time=time.time(),
-        kind=kind, message=message, traceback=frames, collective=state.collective if state else "",
-        exit_code=2 if kind == "user" else 1,
-    )  # fmt: skip
-
-
-def _unreachable(state: _State) -> str:
-    """Rank 0's address, if this host gets no answer from it any more; a refused connection is an answer.
-
-    When a host is cut off, all ranks lose a peer at the same time-out; those that find this are on the other side of the cut.
+    Collectives are numbered from 1 in the order of the calls. Leaving one is not reported, since a
+    second write would cost as much again: the next sign of life says so.
     """
-    if state.world.rank == 0 or state.world.num_nodes == 1:
-        return ""
-    places = [
-        (
-            os.environ.get(RANK_0) or os.environ.get("MASTER_ADDR", ""),
-            os.environ.get("MASTER_PORT", ""),
-        )
-    ]
-    if not all(places[0]):
-        try:
-            facts = json.loads((state.run_dir / "rendezvous.json").read_text(encoding="utf-8"))
-            places = [(address, str(facts["port"])) for address in facts["addresses"]]
-        except (OSError, ValueError, KeyError):
-            return ""
-    for address, port in places:
-        try:
-            socket.create_connection((address, int(port)), timeout=_ANSWER_S / len(places)).close()
-            return ""
-        except ConnectionRefusedError:
-            return ""
-        except OSError:
-            continue
-    return ", ".join(address for address, _ in places)
+    if _reporter:
+        progress = _reporter.progress
+        progress.num_collectives += 1
+        size = "" if num_bytes is None else f" {num_bytes:,} bytes"
+        progress.collective = f"{collective}{size} #{progress.num_collectives}"
+        _reporter.entered = collective
+        _reporter.write()
 
 
-# What torch's gloo, its store and MPI say when another rank is gone. NCCL raises DistBackendError.
-_LOST_PEER = re.compile(
-    r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|gloo/transport|recvValue failed|failed to recv"
-    r"|wait timeout after|Socket Timeout|timed out after \d+ ?(ms|s)|Horovod has been shut down|peer .*(lost|closed)",
-    re.IGNORECASE,
-)
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Report that this worker waits for other processes while the body runs.
 
+    Both ends are reported, which takes two writes. On a hot path, enter it only when the wait has
+    lasted for ``LONG_WAIT_S``. It also works as a decorator:
 
-def _lost_peer(error: BaseException) -> bool:
-    """Whether an exception only says that another rank is gone. Our own exchanges raise ConnectionError or TimeoutError for that."""
-    chain: BaseException | None = error
-    while chain is not None:
-        kinds = {cls.__name__ for cls in type(chain).__mro__}
-        if kinds & {
-            "ConnectionError",
-            "TimeoutError",
-            "DistNetworkError",
-            "DistBackendError",
-            "DistStoreError",
-        }:
-            return True
-        if isinstance(chain, RuntimeError) and _LOST_PEER.search(str(chain)):
-            return True
-        chain = chain.__cause__
-    return False
-
-
-def _own_traceback(error: BaseException) -> list[str]:
-    """The traceback without what this package put around a person's script."""
-    frames = error.__traceback__
-    while frames and frames.tb_frame.f_code.co_filename.endswith(
-        ("run/progress.py", "programs/script.py")
-    ):
-        frames = frames.tb_next
-    while frames and frames.tb_frame.f_code.co_filename == "<frozen runpy>":
-        frames = frames.tb_next
-    return traceback.format_exception(type(error), error, frames or error.__traceback__)
-
-
-def host_name() -> str:
-    """This host's name; a rehearsed host in a network namespace has one of its own."""
-    return os.environ.get("SCALETRAIN_HOST") or socket.gethostname()
-
-
-def progress_path(run_dir: Path, rank: int) -> Path:
-    return run_dir / f"progress-{rank}.json"
-
-
-def failure_path(run_dir: Path, rank: int) -> Path:
-    return run_dir / f"failure-{rank}.json"
-
-
-def stacks_path(run_dir: Path, rank: int) -> Path:
-    return run_dir / f"stacks-{rank}.txt"
+    >>> @waiting("the other workers")
+    ... def meet() -> None: ...
+    """
+    reporter = _reporter
+    if reporter is None:
+        yield
+        return
+    reporter.waits.append(what)
+    reporter.write()
+    try:
+        yield
+    finally:
+        reporter.waits.remove(what)
+        if reporter is _reporter:  # else ``reporting`` has ended, and its file is closed
+            reporter.write()

@@ -1,10 +1,16 @@
-"""Records: what every rank writes while it trains. One JSON object a line, one file a rank; measuring never communicates."""
+"""Records: the facts that every rank writes down about each of its steps.
+
+A records file (``RunDir.records``) holds one JSON object a line. Each rank writes its own file, so
+measuring never communicates.
+"""
 
 import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
+
+from scaletrain.run.layout import RunDir
 
 # Left out of every figure of speed: DDP rebuilds its buckets after the first step, and caches and
 # connections warm up.
@@ -13,10 +19,13 @@ WARMUP_STEPS = 3
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step of one rank. Durations are seconds; parts that a step does not have are 0.
+    """One optimizer step of one rank.
 
-    ``input_s + forward_s + backward_s + update_s`` is ``step_s`` up to bookkeeping. Communication that overlaps backward is inside
-    ``backward_s``; what a training step pays for it (exposed communication) is the difference to a run with the exchange ``none``.
+    Durations are seconds; a part that the step does not have is 0. ``input_s``, ``forward_s``,
+    ``backward_s`` and ``update_s`` add up to ``step_s``, but for some bookkeeping.
+
+    Communication that overlaps backward is inside ``backward_s``. Its price to a step (exposed
+    communication) is the difference to a run with the exchange ``none``.
     """
 
     step: int  # optimizer steps done before this one
@@ -28,38 +37,49 @@ class StepRecord:
     step_s: float
     input_s: float  # waiting for the batch
     forward_s: float
-    backward_s: float  # the exchange included, where it overlaps
-    update_s: float  # optimizer, or waiting for the server's weights
-    exchange: dict[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # the exchange's own numbers (bytes, staleness, ...)
+    backward_s: float  # including the exchange where it overlaps
+    update_s: float  # the optimizer, or waiting for the server's weights
+    # The exchange's own numbers, such as bytes or staleness.
+    exchange: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class RecordWriter:
-    """Appends StepRecords to ``RUN_DIR/rank-<rank>.jsonl``. Lines are whole: a killed worker leaves at most one cut line."""
+    """Appends the records of one rank to its file.
+
+    Lines are written whole: a worker that is killed leaves at most one cut line.
+
+    Args:
+        run_dir: the run's directory.
+        rank: whose records these are.
+        append: keep the records that are there, as a resumed run does.
+    """
 
     def __init__(self, run_dir: Path, rank: int, *, append: bool = False):
+        path = RunDir(run_dir).records(rank)
+        # Line-buffered: readers follow the file while the worker trains.
         self._file: TextIO = open(  # noqa: SIM115 (lives as long as the writer)
-            records_path(run_dir, rank), "a" if append else "w", encoding="utf-8", buffering=1
+            path, "a" if append else "w", encoding="utf-8", buffering=1
         )
 
     def write(self, record: StepRecord) -> None:
+        """Append one record."""
         self._file.write(json.dumps(dataclasses.asdict(record)) + "\n")
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
-def records_path(run_dir: Path, rank: int) -> Path:
-    return run_dir / f"rank-{rank}.jsonl"
-
-
 def read_records(path: Path) -> Iterator[StepRecord]:
-    """The records of one rank. A last line that was cut (the worker was killed) is left out; keys of later versions are ignored."""
+    """Yield the records of one rank.
+
+    A last line that was cut is left out, and so are keys that a later version wrote.
+    """
     known = {field.name for field in dataclasses.fields(StepRecord)}
     with open(path, encoding="utf-8") as lines:
         for line in lines:
-            if line.endswith("\n"):
-                yield StepRecord(
-                    **{key: value for key, value in json.loads(line).items() if key in known}
-                )
+            if not line.endswith("\n"):
+                continue  # cut: the worker was killed
+            value = json.loads(line)
+            fields = {key: value[key] for key in known if key in value}
+            yield StepRecord(**fields)

@@ -1,7 +1,9 @@
-"""What a trace shows beside the steps: buckets, rounds and waits of one rank, each with its beginning and end. Off unless asked for.
+"""Spans: buckets, rounds and waits of one rank, each with its beginning and its end.
 
-``RUN_DIR/spans-<rank>.jsonl`` has an object a line: ``name``, ``kind`` (bucket, round or wait), ``began`` (this rank's unix time), ``s``
-and what else the writer tells. ``scaletrain report --trace`` puts them under the steps (``scaling/trace.py``).
+They are off unless a run asks for a trace. A spans file (``RunDir.spans``) holds one JSON object a
+line: ``kind`` (bucket, round or wait), ``name``, ``began`` (unix seconds on this rank's clock),
+``s`` (seconds) and the details that the writer adds. ``scaletrain report --trace`` puts the spans
+under the steps of the records.
 """
 
 import contextlib
@@ -12,19 +14,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scaletrain.run import progress
+from scaletrain.run.layout import RunDir
+
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-_PINGS = 5
+_PINGS = 5  # how often a rank asks rank 0 for the time
 _writer: "_Writer | None" = None
 
 
 class _Writer:
+    """Writes the spans of this process."""
+
     def __init__(self, path: Path):
         self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (lives as long as the worker)
-        self._lock = (
-            threading.Lock()
-        )  # buckets come from backward's thread, rounds and waits from the exchange's own
+        # Buckets come from backward's thread, rounds and waits from the exchange's own.
+        self._lock = threading.Lock()
 
     def write(self, value: dict[str, Any]) -> None:
         line = json.dumps(value) + "\n"
@@ -37,31 +43,45 @@ class _Writer:
 
 @contextlib.contextmanager
 def recorded(run_dir: Path, rank: int, wanted: bool) -> Iterator[None]:
-    """While the body runs, spans of this process are written to the run's directory, if they are wanted."""
+    """Write the spans of this process while the body runs, if they are ``wanted``."""
     global _writer
-    _writer = _Writer(run_dir / f"spans-{rank}.jsonl") if wanted else None
+    _writer = _Writer(RunDir(run_dir).spans(rank)) if wanted else None
     try:
         yield
     finally:
-        writer, _writer = _writer, None
+        writer = _writer
+        _writer = None
         if writer:
             writer.close()
 
 
 def on() -> bool:
+    """Return True if spans are written."""
     return _writer is not None
 
 
-def add(kind: str, name: str, began: float, **told: Any) -> None:
-    """A span that ends now; ``began``: ``time.time()``. Any thread."""
-    if writer := _writer:
-        writer.write({"kind": kind, "name": name, "began": began, "s": time.time() - began, **told})
+def add(kind: str, name: str, began: float, **details: Any) -> None:
+    """Write a span that ends now. Any thread may call it.
+
+    Args:
+        kind: "bucket", "round" or "wait".
+        name: shown to a reader of the trace.
+        began: ``time.time()`` at its beginning.
+        details: further values to show, such as ``bytes``.
+    """
+    writer = _writer
+    if writer:
+        seconds = time.time() - began
+        writer.write({"kind": kind, "name": name, "began": began, "s": seconds, **details})
 
 
+@progress.waiting("the comparison of clocks")
 def clock_offset_s(store: "dist.Store", rank: int, size: int) -> float:
-    """By how much this rank's clock is ahead of rank 0's, to about half the store's round trip. Every rank calls it (collective).
+    """Return by how many seconds this rank's clock is ahead of rank 0's. Every rank calls it.
 
-    Each rank in turn asks rank 0 for the time over the job's store, a few times; the quickest answer counts (Cristian's algorithm, 1989).
+    It is right to about half the store's round trip. The ranks take turns: each asks rank 0 for
+    the time over the job's store, a few times, and the quickest answer counts (Cristian's
+    algorithm, 1989).
     """
     if rank == 0:
         for other in range(1, size):
@@ -69,11 +89,11 @@ def clock_offset_s(store: "dist.Store", rank: int, size: int) -> float:
                 store.get(f"clock/{other}/{ping}/asked")
                 store.set(f"clock/{other}/{ping}/told", repr(time.time()))
         return 0.0
-    found = []
+    offsets = []  # (round trip, offset), both in seconds
     for ping in range(_PINGS):
-        asked = time.time()
+        sent_at = time.time()
         store.set(f"clock/{rank}/{ping}/asked", "")
-        told = float(store.get(f"clock/{rank}/{ping}/told"))
-        heard = time.time()
-        found.append((heard - asked, (asked + heard) / 2 - told))
-    return min(found)[1]
+        rank_0_time = float(store.get(f"clock/{rank}/{ping}/told"))
+        received_at = time.time()
+        offsets.append((received_at - sent_at, (sent_at + received_at) / 2 - rank_0_time))
+    return min(offsets)[1]

@@ -1,1 +1,1 @@
-"""The science of scaling: sweep, fit, simulate, name the limiter, report. Reads records and reports; imports no torch."""
+"""The science of scaling: measure, explain, predict and show. Imports no torch."""

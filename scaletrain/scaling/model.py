@@ -79,7 +79,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class SweepPlan:
-    """Everything that decides what the cells of a sweep are, in ``sweep.json``."""
+    """Everything that decides the cells of a sweep, in ``sweep.json``."""
 
     configs: Mapping[str, Source]  # by the file's stem
     workers: tuple[int, ...]
@@ -96,7 +96,7 @@ class SweepPlan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        facts = _given(cls, value)
+        facts = _fields_in(cls, value)
         facts["configs"] = {stem: Source(**source) for stem, source in value["configs"].items()}
         for name in ("workers", "exchanges", "settings"):
             facts[name] = tuple(facts[name])
@@ -104,26 +104,6 @@ class SweepPlan:
 
     def to_json(self) -> dict[str, Any]:
         return _to_json(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """Why a worker failed, in ``failure-<r>.json``."""
-
-    rank: int | None = None
-    step: int | None = None  # None: before its first step
-    kind: str = ""
-    time: float = 0.0  # unix time
-    message: str = "failed"
-
-    @property
-    def is_consequence(self) -> bool:
-        """Whether the worker failed because another process had failed."""
-        return self.kind in ("peer", "launcher")
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return _known(cls, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +124,7 @@ class EmulatedCompute:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run says of itself in ``summary.json``."""
+    """The facts of a run in ``summary.json`` that reports use."""
 
     workers: int
     name: str = "run"  # of the config
@@ -170,14 +150,14 @@ class Summary:
         compute = emulation.get("compute")
         if compute:
             compute = _known(EmulatedCompute, compute)
-        facts = _given(cls, value) | {"network": network or None, "compute": compute or None}
+        facts = _fields_in(cls, value) | {"network": network or None, "compute": compute or None}
         facts["workers"] = int(facts["workers"])
         return cls(**facts)
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerFacts:
-    """What a worker wrote about itself at its start, in ``rank-<r>.json``."""
+    """The facts that a worker records about itself at its start, in ``rank-<r>.json``."""
 
     node: int = 0  # number of its host
     device: str = "cpu"  # or cuda:0, ...
@@ -189,7 +169,7 @@ class WorkerFacts:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        facts = _given(cls, value)
+        facts = _fields_in(cls, value)
         facts["cores"] = tuple(facts.get("cores", ()))
         facts["commit"] = (value.get("environment") or {}).get("commit")
         return cls(**facts)
@@ -197,7 +177,7 @@ class WorkerFacts:
 
 @dataclasses.dataclass(frozen=True)
 class ServerCounts:
-    """What the parameter servers of one run counted, together."""
+    """The counts of the parameter servers of one run, together."""
 
     servers: int  # how many there were
     cores: tuple[int, ...]  # on which they may run
@@ -214,7 +194,7 @@ class ServerCounts:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        facts = _given(cls, value)
+        facts = _fields_in(cls, value)
         facts["cores"] = tuple(facts.get("cores", ()))
         facts["pace_s"] = tuple(facts["pace_s"])
         return cls(**facts)
@@ -225,7 +205,7 @@ class ServerCounts:
 
 @dataclasses.dataclass(frozen=True)
 class ServerStatistics:
-    """What one parameter server counted, in ``server-<i>.json``."""
+    """The counts of one parameter server, in ``server-<i>.json``."""
 
     mode: str
     staleness: Mapping[int, int]  # updates that a gradient of a block came late by -> how many
@@ -410,9 +390,14 @@ class Row:
         """Exchange and workers in two words, such as ``ring on 4``."""
         return f"{self.exchange} on {self.workers}"
 
+    @property
+    def rates(self) -> list[float]:
+        """Samples per second of each finished repeat."""
+        return [run.samples_per_s for run in self.runs]
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        facts = _given(cls, value)
+        facts = _fields_in(cls, value)
         facts["failures"] = tuple(facts.get("failures", ()))
         facts["runs"] = tuple(Repeat.from_json(run) for run in facts["runs"])
         if facts.get("servers"):
@@ -497,7 +482,7 @@ class Prediction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Header:
+class ReportHeader:
     """Where, how and of what a report was measured. Fields that are None are left out of its JSON.
 
     The fields up to ``commit`` are those of ``run.environment``. ``sweep`` adds those up to
@@ -536,7 +521,7 @@ class Header:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        facts = _given(cls, value)
+        facts = _fields_in(cls, value)
         for name in ("settings", "emulation", "devices"):
             if facts.get(name) is not None:
                 facts[name] = tuple(facts[name])
@@ -555,7 +540,7 @@ class Report:
     """Everything that ``report.json`` holds."""
 
     version: int  # of the format
-    header: Header
+    header: ReportHeader
     summary: str  # its first sentences
     rows: tuple[Row, ...]  # a cell each
     losses: tuple[Loss, ...] = ()  # of rows of several workers whose references were measured
@@ -578,7 +563,7 @@ class Report:
         """
         return cls(
             version=value.get("version", 0),
-            header=Header.from_json(value["header"]),
+            header=ReportHeader.from_json(value["header"]),
             summary=value.get("summary", ""),
             rows=tuple(Row.from_json(row) for row in value["rows"]),
             losses=tuple(Loss.from_json(loss) for loss in value.get("losses", ())),
@@ -658,7 +643,7 @@ def _name_event(kind: str, name: str, pid: int, tid: int | None = None) -> dict[
     return {"name": kind, "ph": "M", "pid": pid, **thread, "args": {"name": name}}
 
 
-def _given(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
+def _fields_in(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of ``value`` that the dataclass ``cls`` has fields for."""
     names = [field.name for field in dataclasses.fields(cls)]
     return {name: value[name] for name in names if name in value}
@@ -666,7 +651,7 @@ def _given(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known(cls: type[_Value], value: Mapping[str, Any]) -> _Value:
     """Make a dataclass of the entries of ``value`` that it has fields for."""
-    return cls(**_given(cls, value))
+    return cls(**_fields_in(cls, value))
 
 
 def _to_json(value: Any) -> dict[str, Any]:

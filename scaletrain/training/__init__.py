@@ -1,1 +1,1 @@
-"""Training: the trainer, the worker that every launcher starts, checkpoints, exchanges, models and data."""
+"""Training: the trainer, checkpoints, exchanges, models and data."""

@@ -1,4 +1,7 @@
-"""An exchange in a person's own training loop: ``model, exchange = scaletrain.attach(model, optimizer, exchange="ring")``."""
+"""An exchange in a person's own training loop.
+
+>>> model, exchange = scaletrain.attach(model, optimizer, exchange="ring")  # doctest: +SKIP
+"""
 
 import os
 from datetime import timedelta
@@ -23,31 +26,45 @@ def attach(
     run_dir: str | Path | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Exchange]:
-    """Join the other workers and put an exchange under ``model``. Every rank calls it (collectively), under any launcher.
+    """Join the other workers, and put an exchange under a model (collective, under any launcher).
 
     Args:
         model: on this worker's device, the same on every rank.
-        optimizer: over the model's parameters. ``exchange.step(lr)`` runs it (or the parameter server does).
+        optimizer: over the model's parameters. ``exchange.step()`` runs it, or the parameter server
+            does its work with the learning rate that the optimizer's groups hold.
         exchange: as on the command line: ``native``, ``ring``, ``scheduled:tree@gloo``, ...
-        run_dir: where rank 0 publishes its address when the launcher serves no store (mpirun, srun by hand): a folder that all hosts share.
+        timeout_s: seconds that a collective or message may take.
+        run_dir: where rank 0 publishes its address if the launcher serves no store (mpirun or srun
+        by
+            hand): a directory that all hosts share.
         options: further options of the exchange.
 
     Returns:
-        The module to call in forward, and the exchange: after ``backward`` call ``exchange.step(lr)``, at the end ``exchange.close()``.
+        The module to call in forward, and the exchange.
 
     Raises:
-        UserError: no such exchange or option; conflicting rank variables.
-        TimeoutError: not all ranks arrived; names those missing.
+        UserError: there is no such exchange or option, or the rank variables contradict each other.
+        TimeoutError: not all ranks arrived; it names those missing.
+
+    Example:
+        .. code-block:: python
+
+            model, exchange = scaletrain.attach(model, optimizer, exchange="ring")
+            for inputs, targets in batches:  # this rank's share
+                model.zero_grad()
+                loss(model(inputs), targets).backward()
+                exchange.step()
+            exchange.close()
     """
-    tree = config.expand_exchange(exchange) | options
-    name = tree.pop("name")
-    checked = config.plugin_options("exchange", name, tree, "attach")
-    timeout, world = timedelta(seconds=timeout_s), World.from_env()
+    chosen = config.expand_exchange(exchange) | options
+    name = chosen.pop("name")
+    checked = config.plugin_options("exchange", name, chosen, "attach")
+    timeout = timedelta(seconds=timeout_s)
+    world = World.from_env()
     shared = Path(run_dir or os.environ.get("SCALETRAIN_RUN_DIR") or Path.cwd())
     store = rendezvous.join(world, shared, timeout)
     world = rendezvous.place(world, store)
     device = next(model.parameters()).device
-    joined: Exchange = plugins.load("exchange", name)(
-        world, Setup(store, device, timeout, shared), **checked
-    )
+    setup = Setup(store, device, timeout, shared)
+    joined: Exchange = plugins.load("exchange", name)(world, setup, **checked)
     return joined.attach(model, optimizer), joined

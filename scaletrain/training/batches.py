@@ -1,4 +1,4 @@
-"""Which samples make up step i: a fixed order that does not depend on the number of workers."""
+"""Which samples make up a step: a fixed order that does not depend on the number of workers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,44 +12,62 @@ from scaletrain.errors import UserError
 class GlobalBatches:
     """The global batch of every step, and each rank's share of it.
 
-    Every epoch is a new permutation of the data, drawn from (seed, epoch); its batches are consecutive slices, what is left over at
-    its end is dropped. N workers split the very batch that one worker would take: rank r gets slice r of N, sizes differ by at
-    most one.
+    Every epoch is a new permutation of the data, drawn from (seed, epoch). Its batches are
+    consecutive
+    slices; the samples left over at its end are dropped. N workers split the batch that one worker
+    would take: rank r gets slice r of N, and sizes differ by at most one.
+
+    Args:
+        num_samples: in the training set.
+        batch_size: samples a step, of all workers.
+        seed: of the run.
+
+    Raises:
+        UserError: the batch is larger than the training set.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int):
         if batch_size > num_samples:
             raise UserError(
-                f"batch_size: {batch_size} is more than the {num_samples} training samples (allowed: 1 to {num_samples})"
+                f"batch_size: {batch_size} is more than the {num_samples} training samples"
+                f" (allowed: 1 to {num_samples})"
             )
         self.batch_size = batch_size
         self.steps_per_epoch = num_samples // batch_size
         self._num_samples = num_samples
         self._seed = seed
-        self._epoch = -1
+        self._epoch = -1  # whose order is kept
         self._order = torch.empty(0, dtype=torch.int64)
 
     def indices(self, step: int) -> torch.Tensor:
-        """The samples of a step's global batch: (batch_size,) int64."""
-        epoch, at = divmod(step, self.steps_per_epoch)
+        """Return the samples of a step's global batch: (batch_size,) int64."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            random = torch.Generator().manual_seed((self._seed << 20) + epoch)
-            self._order, self._epoch = torch.randperm(self._num_samples, generator=random), epoch
-        return self._order[at * self.batch_size : (at + 1) * self.batch_size]
+            generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
+            self._order = torch.randperm(self._num_samples, generator=generator)
+            self._epoch = epoch
+        first = batch * self.batch_size
+        return self._order[first : first + self.batch_size]
 
     def share(self, step: int, rank: int, size: int) -> torch.Tensor:
-        """Rank's slice of the step's global batch."""
-        return self.indices(step)[
-            rank * self.batch_size // size : (rank + 1) * self.batch_size // size
-        ]
+        """Return a rank's slice of the step's global batch."""
+        first = rank * self.batch_size // size
+        end = (rank + 1) * self.batch_size // size
+        return self.indices(step)[first:end]
 
 
 def load(
     dataset: Dataset, shares: Iterator[torch.Tensor], workers: int
 ) -> Iterator[tuple[Any, Any]]:
-    """(input, target) batches of the samples that ``shares`` names. ``workers`` processes read ahead (0: none, read in line).
+    """Return the (input, target) batches of the samples that ``shares`` names.
 
-    A TensorDataset is indexed at once; any other map-style dataset is read sample by sample and collated.
+    A TensorDataset is indexed at once; any other map-style data set is read sample by sample and
+    collated.
+
+    Args:
+        dataset: of (input, target) samples.
+        shares: indices of each batch, int64.
+        workers: processes that read ahead; 0: read in line.
     """
     if isinstance(dataset, TensorDataset) and workers == 0:
         return (dataset[share] for share in shares)
@@ -57,10 +75,11 @@ def load(
 
 
 class _Lists:
-    """DataLoader wants lists of ints."""
+    """The shares as lists of int, as DataLoader wants them."""
 
     def __init__(self, shares: Iterator[torch.Tensor]):
         self._shares = shares
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (share.tolist() for share in self._shares)
+        for share in self._shares:
+            yield share.tolist()

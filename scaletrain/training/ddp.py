@@ -1,4 +1,4 @@
-"""What the allreduce exchanges share: DistributedDataParallel over the default process group; the worker runs the optimizer."""
+"""What the allreduce exchanges share: DistributedDataParallel over the default process group."""
 
 import contextlib
 import time
@@ -14,23 +14,19 @@ from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
 
 
-def _traced_allreduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """What DDP does without a hook, and when a bucket is there the trace has it. DDP insists on the name ``bucket``."""
-    began, index, buffer = time.time(), bucket.index(), bucket.buffer()
-    buffer.div_(dist.get_world_size())
-
-    def there(future: torch.futures.Future) -> torch.Tensor:
-        reduced = future.value()[0]
-        spans.add("bucket", f"bucket {index}", began, bytes=buffer.nbytes)
-        return reduced
-
-    return dist.all_reduce(buffer, async_op=True).get_future().then(there)
-
-
 class AllreduceExchange(Exchange):
-    """Averages gradients by allreduce, bucket by bucket while backward runs, through whichever backend is given.
+    """Averages gradients by allreduce, bucket by bucket while backward runs.
 
-    Constructed by all ranks; initialises torch.distributed's default process group.
+    The worker runs the optimizer. All ranks construct it: it initialises torch.distributed's
+    default
+    process group.
+
+    Args:
+        world: this worker's place.
+        setup: the job's store, the device and the time limit.
+        backend: of torch.distributed: gloo, nccl or scaletrain.
+        bucket_mb: size of DDP's gradient buckets in MiB.
+        options: of the backend.
     """
 
     def __init__(
@@ -47,14 +43,18 @@ class AllreduceExchange(Exchange):
         self.world = world
         self._bucket_mb = bucket_mb
         self._device = setup.device
-        self._last_gradient: float | None = None  # when this step's came
+        # When backward made this step's last gradient; None on CUDA. Written by backward's thread.
+        self._last_gradient_at: float | None = None
         self._record: dict[str, float] = {}
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Wrap the model in DDP."""
         self._optimizer = optimizer
-        if self._device.type == "cpu":  # on CUDA backward is only enqueued when its hooks run
-            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        # On CUDA, hooks run when backward is enqueued, and tell nothing about its time.
+        if self._device.type == "cpu":
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._note_gradient)
         self._ddp = DistributedDataParallel(
             model, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True
         )
@@ -63,27 +63,49 @@ class AllreduceExchange(Exchange):
         return self._ddp
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """Return DDP's ``no_sync``."""
         return self._ddp.no_sync()
 
-    def step(self, lr: float) -> None:
-        if self._last_gradient is not None:
-            self._record = {"wait_in_backward_s": time.perf_counter() - self._last_gradient}
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+    def step(self) -> None:
+        """Run the optimizer on gradients that are the mean over all ranks."""
+        if self._last_gradient_at is not None:
+            waited_s = time.perf_counter() - self._last_gradient_at
+            self._record = {"wait_in_backward_s": waited_s}
         self._optimizer.step()
 
     def record(self) -> dict[str, float]:
-        """``wait_in_backward_s``: from a rank's last gradient to the end of backward, when the means of all are there."""
+        """Return ``wait_in_backward_s``.
+
+        It counts from this rank's last gradient to the end of backward, when all means are there.
+        """
         return self._record
 
-    def _on_gradient(self, parameter: torch.Tensor) -> None:
-        self._last_gradient = time.perf_counter()
-
     def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the ranks of a small CPU tensor."""
         total = values.to(self._device)
         dist.all_reduce(total)
         return total.cpu()
 
     def close(self) -> None:
-        dist.barrier(device_ids=[self._device.index] if dist.get_backend() == "nccl" else None)
+        """Meet the other ranks once more, then end the process group."""
+        device_ids = [self._device.index] if dist.get_backend() == "nccl" else None
+        dist.barrier(device_ids=device_ids)
         dist.destroy_process_group()
+
+    def _note_gradient(self, parameter: torch.Tensor) -> None:
+        self._last_gradient_at = time.perf_counter()
+
+
+# DDP insists on the parameter's name ``bucket``, and on annotations that are not strings.
+def _traced_allreduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Do what DDP does without a hook, and write each bucket into the trace."""
+    began = time.time()
+    index, buffer = bucket.index(), bucket.buffer()
+    buffer.div_(dist.get_world_size())
+
+    def finish(future: torch.futures.Future) -> torch.Tensor:
+        reduced = future.value()[0]
+        spans.add("bucket", f"bucket {index}", began, bytes=buffer.nbytes)
+        return reduced
+
+    return dist.all_reduce(buffer, async_op=True).get_future().then(finish)

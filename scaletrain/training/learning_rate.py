@@ -1,4 +1,4 @@
-"""The learning rate of a step: a pure function. Schedules count optimizer steps, whatever the number of workers."""
+"""The learning rate of a step: a pure function of the step, whatever the number of workers."""
 
 import math
 
@@ -6,28 +6,40 @@ from scaletrain.config import LrSchedule
 
 
 def learning_rate(schedule: LrSchedule, base_lr: float, step: int, num_steps: int) -> float:
-    """The rate of optimizer step ``step`` (from 0) of ``num_steps``.
+    """Return the rate of one optimizer step.
 
-    Policies are Caffe's (``caffe.proto``, SolverParameter.lr_policy) and the half cosine; the warm-up is linear from base_lr / warmup_steps
-    to base_lr (Goyal et al. 2017, section 2.2). The policy runs over the whole run, the warm-up multiplies it.
+    The policy runs over the whole run, and the warm-up multiplies it: linearly from
+    base_lr / warmup_steps to base_lr.
+
+    Args:
+        schedule: policy and warm-up.
+        base_lr: the rate that they multiply.
+        step: the step, from 0.
+        num_steps: steps of the whole run.
+
+    Source:
+        Caffe's ``SolverParameter.lr_policy`` (caffe.proto) and the half cosine; the warm-up is that
+        of
+        Goyal et al. 2017 (arXiv 1706.02677), section 2.2.
     """
-    s, i = schedule, step
-    match s.name:
+    match schedule.name:
         case "fixed":
             factor = 1.0
         case "step":
-            factor = s.gamma ** (i // s.step_size)
+            factor = schedule.gamma ** (step // schedule.step_size)
         case "multistep":
-            factor = s.gamma ** sum(i >= fraction * num_steps for fraction in s.milestones)
+            passed = [m for m in schedule.milestones if step >= m * num_steps]
+            factor = schedule.gamma ** len(passed)
         case "exp":
-            factor = s.gamma**i
+            factor = schedule.gamma**step
         case "inv":
-            factor = (1 + s.gamma * i) ** -s.power
+            factor = (1 + schedule.gamma * step) ** -schedule.power
         case "poly":
-            factor = (1 - i / num_steps) ** s.power
+            factor = (1 - step / num_steps) ** schedule.power
         case "sigmoid":
-            factor = 1 / (1 + math.exp(-s.gamma * (i - s.step_size)))
+            factor = 1 / (1 + math.exp(-schedule.gamma * (step - schedule.step_size)))
         case "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * i / num_steps))
-    warmup = min(1.0, (i + 1) / s.warmup_steps) if s.warmup_steps else 1.0
-    return base_lr * factor * warmup
+            factor = 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    if schedule.warmup_steps:
+        factor *= min(1.0, (step + 1) / schedule.warmup_steps)
+    return base_lr * factor

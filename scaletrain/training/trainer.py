@@ -1,37 +1,45 @@
-"""The training loop. ``Trainer.step`` is one optimizer step, on one screen; ``fit`` repeats it; ``evaluate`` uses all ranks."""
+"""The training loop: ``step`` is one optimizer step, ``fit`` repeats it, ``evaluate`` tests."""
 
 import contextlib
 import math
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from scaletrain.config import RunConfig, exchange_label
 from scaletrain.run import progress
-from scaletrain.run.records import (
-    WARMUP_STEPS,
-    RecordWriter,
-    StepRecord,
-    read_records,
-    records_path,
-)
+from scaletrain.run.layout import RunDir
+from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, read_records
 from scaletrain.training import checkpoint
 from scaletrain.training.batches import GlobalBatches, load
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.learning_rate import learning_rate
+from scaletrain.training.step_clock import StepClock
 from scaletrain.training.workload import Workload
+from scaletrain.units import plural
 from scaletrain.world import World
+
+_TEST_BATCH = 256  # samples of one forward pass in evaluation
 
 
 class Trainer:
-    """One worker of a synchronous or asynchronous data-parallel job. Every rank makes one and calls the same methods.
+    """One worker of a data-parallel job. Every rank makes one and calls the same methods.
 
-    The gradient of a step is the mean over the global batch, however it is split: each rank's loss is weighted by its share, since
-    exchanges average over ranks.
+    The gradient of a step is the mean over the global batch, however the batch is split. Exchanges
+    average over ranks, so each rank's loss is weighted by its share.
+
+    Args:
+        config: the run.
+        world: this worker's place.
+        workload: model, loss, optimizer and data, the same on every rank.
+        exchange: this worker's end of the exchange.
+        device: where the model lies.
+        run_dir: where records and checkpoints go.
+        resume: go on from the newest checkpoint, if there is one.
     """
 
     def __init__(
@@ -44,208 +52,261 @@ class Trainer:
         run_dir: Path,
         resume: bool = False,
     ):
-        self.config, self.world, self.workload, self.exchange = config, world, workload, exchange
-        self.device, self.run_dir = device, run_dir
-        self.global_batch = config.batch_size * (world.size if config.batch_mode == "weak" else 1)
+        self.config = config
+        self.world = world
+        self.workload = workload
+        self.exchange = exchange
+        self.device = device
+        self.run_dir = run_dir
+
+        sharing = world.size if config.batch_mode == "weak" else 1
+        self.global_batch = config.batch_size * sharing  # samples a step, of all workers
         self.batches = GlobalBatches(len(workload.train), self.global_batch, config.seed)  # type: ignore[arg-type]
-        self.num_steps = config.steps or max(
-            1, round((config.epochs or 0) * self.batches.steps_per_epoch)
-        )
+        self.num_steps = config.steps or self._steps_of(config.epochs or 0)
         self.base_lr = float(workload.optimizer.param_groups[0]["lr"])
-        loaded = (
-            checkpoint.load_latest(run_dir, workload.model, workload.optimizer) if resume else None
-        )
-        self.next_step = loaded or 0
-        self.resumed = loaded is not None
+
+        # The checkpoint is loaded before ``attach``, which makes every rank's weights those of rank
+        # 0.
+        steps_done = None
+        if resume:
+            steps_done = checkpoint.load_latest(run_dir, workload.model, workload.optimizer)
+        self.resumed = steps_done is not None
+        self.next_step = steps_done or 0
         self.model = exchange.attach(workload.model, workload.optimizer)
-        came_late = exchange.skip(self.num_steps - self.next_step)
-        self.next_step += came_late
+        missed = exchange.skip(self.num_steps - self.next_step)
+        self.next_step += missed
+
         self.records: list[StepRecord] = []
-        self._before = _cut_records(run_dir, world.rank, self.next_step) if self.resumed else []
-        self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or came_late > 0)
-        shares = (
-            self.batches.share(i, world.rank, world.size)
-            for i in range(self.next_step, self.num_steps)
-        )
-        self._loaded = load(workload.train, shares, config.loader_workers)
+        self._records_before: list[StepRecord] = []  # of the part before a resume
+        if self.resumed:
+            self._records_before = _cut_records(run_dir, world.rank, self.next_step)
+        self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or missed > 0)
+        self._loaded = load(workload.train, self._shares(), config.loader_workers)
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done; a resumed run may have been finished before."""
+        """Whether all steps are done. A resumed run may have been finished before."""
         return self.next_step >= self.num_steps
 
     def step(self) -> StepRecord:
-        """One optimizer step: input, forward and backward (in ``accumulate`` parts), exchange, update."""
-        began, clock = time.time(), _Clock(self.device)
+        """Do one optimizer step: input, forward and backward (in parts), exchange, update."""
+        began = time.time()
+        clock = StepClock(self.device)
+        # The rate is set before backward: a parameter server gets gradients while backward runs.
         lr = learning_rate(self.config.lr_schedule, self.base_lr, self.next_step, self.num_steps)
         for group in self.workload.optimizer.param_groups:
-            group["lr"] = (
-                lr  # before backward: a parameter server gets gradients and rate while it runs
-            )
+            group["lr"] = lr
         self.model.train()
         self.model.zero_grad()
-        inputs, targets = (
-            tensor.to(self.device, non_blocking=True) for tensor in next(self._loaded)
-        )
+        inputs, targets = next(self._loaded)
+        inputs = inputs.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
         clock.lap("input")
-        samples, losses = len(targets), torch.zeros((), device=self.device)
-        parts = list(
-            zip(
-                inputs.tensor_split(self.config.accumulate),
-                targets.tensor_split(self.config.accumulate),
-                strict=True,
-            )
-        )
-        for index, (x, y) in enumerate(parts):
-            with self.exchange.accumulate() if index < len(parts) - 1 else contextlib.nullcontext():
-                loss = self.workload.loss(self.model(x), y)
+
+        samples = len(targets)
+        loss_sum = torch.zeros((), device=self.device)  # over this rank's samples
+        parts = [*zip(*self._split(inputs, targets), strict=True)]
+        for index, (part_inputs, part_targets) in enumerate(parts):
+            is_last = index == len(parts) - 1
+            with contextlib.nullcontext() if is_last else self.exchange.accumulate():
+                loss = self.workload.loss(self.model(part_inputs), part_targets)
                 clock.lap("forward")
-                (loss * (len(y) * self.world.size / self.global_batch)).backward()
-                losses += loss.detach() * len(y)
+                weight = len(part_targets) * self.world.size / self.global_batch
+                (loss * weight).backward()
+                loss_sum += loss.detach() * len(part_targets)
                 clock.lap("backward")
-        self.exchange.step(lr)
+        self.exchange.step()
         clock.lap("update")
+
         spent = clock.stop()
         record = StepRecord(
-            step=self.next_step, rank=self.world.rank, time=began, loss=losses.item() / samples, samples=samples, lr=lr,
-            step_s=sum(spent.values()), input_s=spent["input"], forward_s=spent["forward"], backward_s=spent["backward"],
-            update_s=spent["update"], exchange=self.exchange.record(),
-        )  # fmt: skip
+            step=self.next_step,
+            rank=self.world.rank,
+            time=began,
+            loss=loss_sum.item() / samples,
+            samples=samples,
+            lr=lr,
+            step_s=sum(spent.values()),
+            input_s=spent["input"],
+            forward_s=spent["forward"],
+            backward_s=spent["backward"],
+            update_s=spent["update"],
+            exchange=self.exchange.record(),
+        )
         self.next_step += 1
         return record
 
     def fit(
         self, on_step: Callable[[StepRecord], None], stop: Callable[[int], bool]
     ) -> dict[str, Any]:
-        """Train to the last step, or until ``stop(step)`` is true (on all ranks at the same step); returns the summary.
+        """Train to the last step, and return the summary. Every rank calls it.
 
-        ``on_step`` hears of every step of this rank.
+        Args:
+            on_step: called after each step of this rank.
+            stop: called before each step with its number; True ends the training, and must come on
+                all ranks at the same step.
         """
         began = time.monotonic()
-        evaluated: dict[str, Any] = {}
-
-        def evaluate() -> None:
-            evaluated.update(self.evaluate())
-            target = self.config.target_accuracy
-            if (
-                target
-                and "target_step" not in evaluated
-                and (evaluated["test_accuracy"] or 0) >= target
-            ):
-                evaluated.update(target_step=self.next_step, target_s=time.monotonic() - began)
-
+        evaluation: dict[str, Any] = {}
         while not self.finished and not stop(self.next_step):
             if not self._catch_up():
                 record = self.step()
                 self._writer.write(record)
                 self.records.append(record)
                 on_step(record)
-            if not self.finished:  # after the last step both are done below
-                if self._due(self.config.evaluate_every):
-                    evaluate()
-                if self._due(self.config.checkpoint.every_steps):
-                    self.save()
+            if self.finished:
+                break  # the last step's evaluation and checkpoint come below
+            if self._is_due(self.config.evaluate_every):
+                self._evaluate_into(evaluation, began)
+            if self._is_due(self.config.checkpoint.every_steps):
+                self.save()
         self.save()
-        evaluate()
+        self._evaluate_into(evaluation, began)
         self._writer.close()
-        return self._summary(evaluated, time.monotonic() - began)
+        return self._summary(evaluation, time.monotonic() - began)
 
     def evaluate(self) -> dict[str, float | None]:
-        """Mean loss and accuracy over the test set, shared out over all ranks; accuracy is None when targets are not classes."""
-        module, was_training = self.workload.model, self.workload.model.training
+        """Return mean loss and accuracy over the test set, which all ranks share out (collective).
+
+        The accuracy is None if the targets are not classes.
+        """
+        module = self.workload.model
+        was_training = module.training
         mine = torch.arange(self.world.rank, len(self.workload.test), self.world.size)  # type: ignore[arg-type]
-        loss_sum, correct, judged, classes = 0.0, 0, 0, True
+        loss_sum = 0.0
+        correct = 0  # right predictions
+        judged = 0  # predictions that can be right or wrong
+        has_classes = True
         module.eval()
         with torch.inference_mode():
-            for x, y in load(self.workload.test, iter(mine.split(256)), 0):
+            for inputs, targets in load(self.workload.test, iter(mine.split(_TEST_BATCH)), 0):
                 progress.alive("evaluating")
-                x, y = x.to(self.device), y.to(self.device)
-                output = module(x)
-                loss_sum += self.workload.loss(output, y).item() * len(y)
-                classes = classes and not y.is_floating_point() and output.ndim == y.ndim + 1
-                if classes:
-                    correct += int((output.argmax(1) == y).sum())
-                    judged += y.numel()
+                inputs, targets = inputs.to(self.device), targets.to(self.device)
+                output = module(inputs)
+                loss_sum += self.workload.loss(output, targets).item() * len(targets)
+                if targets.is_floating_point() or output.ndim != targets.ndim + 1:
+                    has_classes = False
+                if has_classes:
+                    correct += int((output.argmax(1) == targets).sum())
+                    judged += targets.numel()
         module.train(was_training)
-        counts = torch.tensor(
-            [loss_sum, len(mine), correct, judged, not classes], dtype=torch.float64
-        )
-        loss_sum, samples, correct, judged, unjudgeable = self.exchange.sum(counts).tolist()
+        counts = [loss_sum, len(mine), correct, judged, not has_classes]
+        totals = self.exchange.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
+        total_loss, samples, correct, judged, ranks_without_classes = totals
+        can_judge = judged and not ranks_without_classes
         return {
-            "test_loss": loss_sum / samples if samples else None,
-            "test_accuracy": correct / judged if judged and not unjudgeable else None,
+            "test_loss": total_loss / samples if samples else None,
+            "test_accuracy": correct / judged if can_judge else None,
         }
 
     def save(self) -> None:
-        """Rank 0 writes a checkpoint of the steps done so far."""
-        if self.world.rank == 0:
-            progress.alive("writing a checkpoint")
-            checkpoint.save(
-                self.run_dir,
-                self.next_step,
-                self.workload.model,
-                self.workload.optimizer,
-                self.config.checkpoint.keep,
-            )
+        """Write a checkpoint of the steps done so far, on rank 0."""
+        if self.world.rank != 0:
+            return
+        progress.alive("writing a checkpoint")
+        checkpoint.save(
+            self.run_dir,
+            self.next_step,
+            self.workload.model,
+            self.workload.optimizer,
+            self.config.checkpoint.keep,
+        )
 
     def describe(self) -> list[str]:
-        """The arithmetic of batch and learning rate, as lines for people."""
-        n, config = self.world.size, self.config
-        least, most = self.global_batch // n, math.ceil(self.global_batch / n)
+        """Return the arithmetic of batch and learning rate, as lines for people."""
+        config = self.config
+        least = self.global_batch // self.world.size
+        most = math.ceil(self.global_batch / self.world.size)
         each = f"{least}" if least == most else f"{least} or {most}"
         split = f" in {config.accumulate} backward passes" if config.accumulate > 1 else ""
-        mode = (
-            "fixed global batch"
-            if config.batch_mode == "strong"
-            else f"{config.batch_size} a worker"
-        )
-        epochs = self.num_steps / self.batches.steps_per_epoch
-        warmup = (
-            f", {config.lr_schedule.warmup_steps} steps of warm-up"
-            if config.lr_schedule.warmup_steps
-            else ""
-        )
-        if config.lr_schedule.warmup_steps > self.num_steps:
-            warmup += f" (longer than the run: the rate never reaches {self.base_lr:g})"
+        mode = f"{config.batch_size} a worker"
+        if config.batch_mode == "strong":
+            mode = "fixed global batch"
         samples = len(self.workload.train)  # type: ignore[arg-type]
+        epochs = self.num_steps / self.batches.steps_per_epoch
+        num_epochs = f"{epochs:.4g} epoch" if epochs == 1 else f"{epochs:.4g} epochs"
         left_out = samples - self.batches.steps_per_epoch * self.global_batch
         uneven = f", {left_out} of them left out of each epoch's order" if left_out else ""
         return [
-            f"batch: {self.global_batch} samples a step = {n} worker{'s' * (n > 1)} x {each}{split} ({mode}, {config.batch_mode} scaling)",
-            f"learning rate: {self.base_lr:g} for {self.global_batch} samples ({self.base_lr * 256 / self.global_batch:.4g} per 256),"
-            f" {config.lr_schedule.name}{warmup}; it does not change with the number of workers",
-            f"steps: {self.num_steps} = {epochs:.4g} epoch{'s' * (epochs != 1)} of {self.batches.steps_per_epoch} steps"
+            f"batch: {self.global_batch} samples a step = {plural(self.world.size, 'worker')} x"
+            f" {each}{split} ({mode}, {config.batch_mode} scaling)",
+            f"learning rate: {self.base_lr:g} for {self.global_batch} samples"
+            f" ({self.base_lr * 256 / self.global_batch:.4g} per 256),"
+            f" {config.lr_schedule.name}{self._describe_warmup()};"
+            " it does not change with the number of workers",
+            f"steps: {self.num_steps} = {num_epochs} of {self.batches.steps_per_epoch} steps"
             f" ({samples} samples{uneven})",
         ]
 
+    def _describe_warmup(self) -> str:
+        steps = self.config.lr_schedule.warmup_steps
+        if not steps:
+            return ""
+        text = f", {steps} steps of warm-up"
+        if steps > self.num_steps:
+            text += f" (longer than the run: the rate never reaches {self.base_lr:g})"
+        return text
+
+    def _steps_of(self, epochs: float) -> int:
+        return max(1, round(epochs * self.batches.steps_per_epoch))
+
+    def _shares(self) -> Iterator[torch.Tensor]:
+        """Yield the indices of this rank's samples, step by step."""
+        for step in range(self.next_step, self.num_steps):
+            yield self.batches.share(step, self.world.rank, self.world.size)
+
+    def _split(
+        self, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Return the batch in as many parts as there are backward passes."""
+        passes = self.config.accumulate
+        return inputs.tensor_split(passes), targets.tensor_split(passes)
+
     def _catch_up(self) -> bool:
-        """Leave out steps that the job has done without this rank, up to the next evaluation, where all ranks meet."""
+        """Leave out steps that the job has done without this rank; return True if there were any.
+
+        At most up to the next evaluation, where all ranks meet.
+        """
         every = self.config.evaluate_every or self.num_steps
-        meeting = min(self.num_steps, (self.next_step // every + 1) * every)
-        skipped = self.exchange.skip(meeting - self.next_step)
+        next_meeting = (self.next_step // every + 1) * every
+        skipped = self.exchange.skip(min(self.num_steps, next_meeting) - self.next_step)
         for _ in range(skipped):
             next(self._loaded)
         self.next_step += skipped
         return skipped > 0
 
-    def _due(self, every: int | None) -> bool:
+    def _is_due(self, every: int | None) -> bool:
         return every is not None and self.next_step % every == 0
 
-    def _summary(self, evaluated: dict[str, Any], wall_s: float) -> dict[str, Any]:
-        """The run in numbers. Speed leaves out the first steps; it is the sum of all ranks' samples a second. All ranks must call it."""
-        records = (
-            self.records or self._before
-        )  # ended after its last step, before its summary: those are what there is
-        timed = records[min(WARMUP_STEPS, max(0, len(records) - 1)) :]
+    def _evaluate_into(self, evaluation: dict[str, Any], began: float) -> None:
+        """Evaluate, and note when the target accuracy was first reached."""
+        evaluation.update(self.evaluate())
+        target = self.config.target_accuracy
+        if not target or "target_step" in evaluation:
+            return
+        if (evaluation["test_accuracy"] or 0) >= target:
+            evaluation["target_step"] = self.next_step
+            evaluation["target_s"] = time.monotonic() - began
+
+    def _summary(self, evaluation: dict[str, Any], wall_s: float) -> dict[str, Any]:
+        """Return the run in numbers (collective).
+
+        Speed leaves out the first steps. It is the sum of all ranks' samples a second.
+        """
+        # A run that ended after its last step and before its summary has only earlier records.
+        records = self.records or self._records_before
+        num_warmup = min(WARMUP_STEPS, max(0, len(records) - 1))
+        timed = records[num_warmup:]
         seconds = [record.step_s for record in timed]
-        last = records[-1] if records else None
-        rate = sum(record.samples for record in timed) / sum(seconds) if seconds else 0.0
-        totals = self.exchange.sum(
-            torch.tensor(
-                [rate, last.loss * last.samples if last else 0.0, last.samples if last else 0.0],
-                dtype=torch.float64,
-            )
-        ).tolist()
+        samples_per_s = 0.0
+        if seconds:
+            samples_per_s = sum(record.samples for record in timed) / sum(seconds)
+        last_loss, last_samples = 0.0, 0
+        if records:
+            last_samples = records[-1].samples
+            last_loss = records[-1].loss * last_samples
+        local = torch.tensor([samples_per_s, last_loss, last_samples], dtype=torch.float64)
+        samples_per_s, last_loss, last_samples = self.exchange.sum(local).tolist()
         return {
             "name": self.config.name,
             "workers": self.world.size,
@@ -257,54 +318,24 @@ class Trainer:
             "batch_mode": self.config.batch_mode,
             "steps": self.next_step,
             "finished": self.finished,
-            "samples_per_s": totals[0],
-            "step_s_p50": _percentile(seconds, 50),
-            "step_s_p95": _percentile(seconds, 95),
-            "final_loss": totals[1] / totals[2] if totals[2] else None,
-            **evaluated,
+            "samples_per_s": samples_per_s,
+            "step_s_p50": float(np.percentile(seconds, 50)) if seconds else None,
+            "step_s_p95": float(np.percentile(seconds, 95)) if seconds else None,
+            "final_loss": last_loss / last_samples if last_samples else None,
+            **evaluation,
             "wall_s": wall_s,
         }
 
 
-class _Clock:
-    """Splits a step into parts without slowing it: host time on CPU; events on the stream, read at the end, on CUDA."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = [("", self._now())]
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def lap(self, part: str) -> None:
-        self._marks.append((part, self._now()))
-
-    def stop(self) -> dict[str, float]:
-        """Seconds spent in each part."""
-        if self._cuda:
-            torch.cuda.synchronize()
-        spent: dict[str, float] = {}
-        for (_, before), (part, after) in zip(self._marks, self._marks[1:], strict=False):
-            seconds = before.elapsed_time(after) / 1000 if self._cuda else after - before
-            spent[part] = spent.get(part, 0.0) + seconds
-        return spent
-
-
-def _percentile(values: list[float], percent: int) -> float | None:
-    if len(values) < 2:
-        return values[0] if values else None
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
-
-
 def _cut_records(run_dir: Path, rank: int, step: int) -> list[StepRecord]:
-    """Drop the records of steps that will be done again; returns the others. A rank that has none (more workers than before)
-    starts afresh."""
-    path = records_path(run_dir, rank)
-    kept = [record for record in read_records(path) if record.step < step] if path.exists() else []
+    """Drop the records of steps that will be done again, and return the others.
+
+    A rank that has no records (there are more workers than before) starts afresh.
+    """
+    path = RunDir(run_dir).records(rank)
+    kept = []
+    if path.exists():
+        kept = [record for record in read_records(path) if record.step < step]
     writer = RecordWriter(run_dir, rank)
     for record in kept:
         writer.write(record)

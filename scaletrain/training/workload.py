@@ -1,8 +1,8 @@
-"""What is trained: model, loss, optimizer and data, built from a configuration; the same on every rank."""
+"""Model, loss, optimizer and data, built from a configuration, the same on every rank."""
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,14 @@ from scaletrain import plugins
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError, unknown
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+
 
 class Workload(NamedTuple):
     """The parts of a training job that do not know about workers."""
 
     model: nn.Module  # on the device, initialised from the seed
-    loss: Callable[[Tensor, Tensor], Tensor]  # (output, target) -> mean over the batch, scalar
+    loss: Loss  # (output, target) -> mean over the batch, scalar
     optimizer: torch.optim.Optimizer
     train: Dataset
     test: Dataset
@@ -27,7 +29,8 @@ def build(config: RunConfig, device: torch.device) -> Workload:
     """Build the job's parts. Seeds torch first, so every rank starts from the same weights.
 
     Raises:
-        UserError: a name that is not there, an option that the optimizer does not have, a factory that returns something else.
+        UserError: a name does not exist, the optimizer has no such option, or a factory returns
+            something else than it should.
     """
     torch.manual_seed(config.seed)
     model = config.load("model")(**config.model.options)
@@ -36,84 +39,93 @@ def build(config: RunConfig, device: torch.device) -> Workload:
             f"model: {config.model.name} returned a {type(model).__name__}, not a torch.nn.Module"
         )
     datasets = config.load("data")(**config.data.options)
-    if not (
-        isinstance(datasets, tuple)
-        and len(datasets) == 2
-        and all(hasattr(d, "__getitem__") for d in datasets)
-    ):
+    if not _is_train_and_test(datasets):
         raise UserError(
             f"data: {config.data.name} must return two datasets with [index] and len(): (train, test)"
         )
+    train, test = datasets
     model = model.to(device)
     if config.compute:
         from scaletrain.training.emulation import emulate
 
         model = emulate(model, config.compute.step_s, config.compute.sample_s)
-    return Workload(model, _loss(config), _optimizer(config, model), *datasets)
+    return Workload(model, _checked_loss(config), _optimizer(config, model), train, test)
 
 
-def _loss(config: RunConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss, which raises ``UserError`` for what cannot be trained with: no scalar, or a constant."""
+def _is_train_and_test(value: Any) -> bool:
+    is_pair = isinstance(value, tuple) and len(value) == 2
+    return is_pair and all(hasattr(dataset, "__getitem__") for dataset in value)
+
+
+def _checked_loss(config: RunConfig) -> Loss:
+    """Return the loss, which raises ``UserError`` if nothing can be trained with its value."""
     function = _loss_function(config)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         if config.loss == "cross_entropy" and output.ndim > 1 and output.shape[1] == 1:
             raise UserError(
                 "loss: cross_entropy over one class is always 0, and the model has one output"
-                " (allowed: an output for each class, or another loss, such as binary_cross_entropy_with_logits or mse_loss)"
+                " (allowed: an output for each class, or another loss, such as"
+                " binary_cross_entropy_with_logits or mse_loss)"
             )
         value = function(output, target)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shape = (
-                f"a tensor of shape {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else f"a {type(value).__name__}"
-            )
-            raise UserError(
-                f"loss: {config.loss} returned {shape} (allowed: a scalar tensor, the mean over the batch)"
-            )
-        return value
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return value
+        returned = f"a {type(value).__name__}"
+        if isinstance(value, Tensor):
+            returned = f"a tensor of shape {tuple(value.shape)}"
+        raise UserError(
+            f"loss: {config.loss} returned {returned}"
+            " (allowed: a scalar tensor, the mean over the batch)"
+        )
 
     return loss
 
 
 def _loss_function(config: RunConfig) -> Callable[..., Tensor]:
     if ":" in config.loss:
-        return plugins.load("loss", config.loss, config.search_path)
+        users_own: Callable[..., Tensor] = plugins.load("loss", config.loss, config.search_path)
+        return users_own
     function = getattr(nn.functional, config.loss, None)
-    if function is None or "reduction" not in inspect.signature(function).parameters:
-        losses = [
-            n
-            for n, f in vars(nn.functional).items()
-            if callable(f) and n.endswith(("loss", "entropy", "div", "logits"))
-        ]
-        raise unknown("loss", config.loss, [n for n in losses if not n.startswith("_")])
-    return function
+    if function is not None and "reduction" in inspect.signature(function).parameters:
+        found: Callable[..., Tensor] = function
+        return found
+    losses = []
+    for name, value in vars(nn.functional).items():
+        is_public = callable(value) and not name.startswith("_")
+        if is_public and name.endswith(("loss", "entropy", "div", "logits")):
+            losses.append(name)
+    raise unknown("loss", config.loss, losses)
 
 
 def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    classes = {
-        name.lower(): value
-        for name, value in vars(torch.optim).items()
-        if inspect.isclass(value)
-        and issubclass(value, torch.optim.Optimizer)
-        and value is not torch.optim.Optimizer
-    }
-    kind = classes.get(config.optimizer.name.lower())
-    if kind is None:
-        raise unknown("optimizer", config.optimizer.name, classes)
-    options = config.optimizer.options
-    allowed = [name for name in inspect.signature(kind).parameters if name != "params"]
-    for key in options:
+    name, options = config.optimizer.name, config.optimizer.options
+    classes = _optimizer_classes()
+    if name.lower() not in classes:
+        raise unknown("optimizer", name, classes)
+    optimizer_class = classes[name.lower()]
+    parameters = inspect.signature(optimizer_class).parameters
+    allowed = [parameter for parameter in parameters if parameter != "params"]
+    for key, value in options.items():
         if key not in allowed:
-            raise unknown(f"optimizer: option of {config.optimizer.name}", key, allowed)
-        if isinstance(
-            options[key], str
-        ):  # torch compares it with numbers, and says no more than that it cannot
+            raise unknown(f"optimizer: option of {name}", key, allowed)
+        # torch compares it with numbers, and says only that it cannot.
+        if isinstance(value, str):
             raise UserError(
-                f"optimizer.{key}: {options[key]!r} is not allowed (allowed: a number, true, false or a list)"
+                f"optimizer.{key}: {value!r} is not allowed"
+                " (allowed: a number, true, false or a list)"
             )
     try:
-        return kind(model.parameters(), **options)
+        return optimizer_class(model.parameters(), **options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer: {config.optimizer.name}: {error}") from None
+        raise UserError(f"optimizer: {name}: {error}") from None
+
+
+def _optimizer_classes() -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """Return the classes of ``torch.optim`` by their names in lower case."""
+    base = torch.optim.Optimizer
+    classes: dict[str, Callable[..., torch.optim.Optimizer]] = {}
+    for name, value in vars(torch.optim).items():
+        if inspect.isclass(value) and issubclass(value, base) and value is not base:
+            classes[name.lower()] = value
+    return classes

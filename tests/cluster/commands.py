@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "examples" / "digits.yaml")
-# What a single process reaches on the digits job cut to one epoch; every launcher has to reach it, too (fixture `alone`).
+# What a single process reaches on the digits job cut to one epoch; every launcher has to reach it,
+# too (fixture `alone`).
 SHORT = ("--set", "epochs=1")
 
 
@@ -24,7 +25,9 @@ def scaletrain(
     env: Mapping[str, str] | None = None,
     timeout: float = 90,
 ) -> subprocess.CompletedProcess[str]:
-    """One command, to its end. Variables of the launcher that runs the tests (a CI job under SLURM, say) do not leak in."""
+    """One command, to its end. Variables of the launcher that runs the tests (a CI job under SLURM,
+    say) do not leak in.
+    """
     return subprocess.run(
         command(*arguments, python=python),
         env=clean(env),

@@ -1,5 +1,7 @@
 """What a single process reaches: every launcher is compared with it."""
 
+import shutil
+
 import pytest
 
 from scaletrain.errors import UserError
@@ -15,6 +17,13 @@ def namespaces():
         machine.check()
     except UserError as missing:
         require("namespaces", False, str(missing))
+
+
+@pytest.fixture
+def iptables():
+    """What drops packets on emulated hosts."""
+    is_installed = shutil.which("iptables", path=machine.PATH) is not None
+    require("iptables", is_installed, "Debian: apt-get install iptables")
 
 
 @pytest.fixture(scope="session")

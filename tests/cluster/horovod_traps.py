@@ -1,4 +1,5 @@
-"""What each of 2 workers runs in test_horovod.py: the exchange against a single process on the same global batches.
+"""What each of 2 workers runs in test_horovod.py: the exchange against a single process on the same
+global batches.
 
 Every rank computes the reference itself, on all samples; for the exchange it has only its own.
 """
@@ -42,9 +43,7 @@ def reference_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: r
         optimizer.step()
 
 
-def exchange_steps(
-    model: nn.Module, attached: nn.Module, steps: range, lr: float, parts: int = 1
-) -> None:
+def exchange_steps(model: nn.Module, attached: nn.Module, steps: range, parts: int = 1) -> None:
     for step in steps:
         x, y = (tensor[world.rank :: world.size] for tensor in batch(step))
         model.zero_grad()
@@ -56,7 +55,7 @@ def exchange_steps(
                     loss.backward()
             else:
                 loss.backward()
-        exchange.step(lr)
+        exchange.step()
 
 
 def same(one: nn.Module, other: nn.Module, what: str) -> None:
@@ -69,7 +68,9 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def no_hidden_step() -> None:
-    """A fresh optimizer with weight decay: after attach the weights are rank 0's to the bit, and there is no state yet."""
+    """A fresh optimizer with weight decay: after attach the weights are rank 0's to the bit, and
+    there is no state yet.
+    """
     model, expected = model_of(world.rank), model_of(0)
     optimizer = adam(model)
     attached = exchange.attach(model, optimizer)
@@ -78,7 +79,7 @@ def no_hidden_step() -> None:
     ), "weights moved"
     assert not optimizer.state, "attach took a step"
     reference_steps(expected, adam(expected), range(3))
-    exchange_steps(model, attached, range(3), 0.01)
+    exchange_steps(model, attached, range(3))
     same(model, expected, "fresh optimizer")
 
 
@@ -93,12 +94,14 @@ def no_dropped_state() -> None:
     attached = exchange.attach(model, optimizer)
     assert len(optimizer.state) == 4, "the loaded state is gone"
     reference_steps(expected, reference, range(5, 8))
-    exchange_steps(model, attached, range(5, 8), 0.01)
+    exchange_steps(model, attached, range(5, 8))
     same(model, expected, "resumed optimizer")
 
 
 def no_hang_after_an_extra_operation() -> None:
-    """Rank 0 does one operation more than the others, as a person's logging might: unnamed ones would no longer match."""
+    """Rank 0 does one operation more than the others, as a person's logging might: unnamed ones
+    would no longer match.
+    """
     import horovod.torch as hvd
 
     model, expected = model_of(world.rank), model_of(0)
@@ -106,7 +109,7 @@ def no_hang_after_an_extra_operation() -> None:
     if world.rank == 0:
         hvd.allreduce_async(torch.ones(1))
     attached = exchange.attach(model, optimizer)
-    exchange_steps(model, attached, range(2), 0.01)
+    exchange_steps(model, attached, range(2))
     reference_steps(expected, adam(expected), range(2))
     same(model, expected, "after an extra operation")
     total = exchange.sum(torch.tensor([1.0 + world.rank, 10.0]))
@@ -116,13 +119,15 @@ def no_hang_after_an_extra_operation() -> None:
 def accumulation() -> None:
     model, expected = model_of(world.rank), model_of(0)
     attached = exchange.attach(model, adam(model))
-    exchange_steps(model, attached, range(3), 0.01, parts=2)
+    exchange_steps(model, attached, range(3), parts=2)
     reference_steps(expected, adam(expected), range(3))
     same(model, expected, "accumulated gradients")
 
 
 class Branches(nn.Module):
-    """Rank 0 uses one layer only, rank 1 both: a parameter without a gradient on one rank still takes part."""
+    """Rank 0 uses one layer only, rank 1 both: a parameter without a gradient on one rank still
+    takes part.
+    """
 
     def __init__(self):
         super().__init__()
@@ -139,7 +144,7 @@ def unused_parameters() -> None:
     attached = exchange.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
     x, y = (tensor[world.rank :: world.size] for tensor in batch(0))
     nn.functional.mse_loss(attached(x, world.rank == 1), y).backward()
-    exchange.step(0.1)
+    exchange.step()
     grads = []
     for rank in range(2):
         twin = copy.deepcopy(before)
@@ -153,7 +158,9 @@ def unused_parameters() -> None:
 
 
 def odd_gradients() -> None:
-    """Not contiguous, and bfloat16: Horovod refuses both on the CPU; the exchange brings them into a form that it takes."""
+    """Not contiguous, and bfloat16: Horovod refuses both on the CPU; the exchange brings them into
+    a form that it takes.
+    """
     weight = nn.Parameter(torch.ones(6, 4).t())
     narrow = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     model = nn.ParameterDict({"weight": weight, "narrow": narrow})
@@ -162,7 +169,7 @@ def odd_gradients() -> None:
     (weight * factor).sum().backward()
     (narrow * (2.0 + 2 * world.rank)).sum().backward()
     assert weight.grad is not None and not weight.grad.is_contiguous()
-    exchange.step(1.0)
+    exchange.step()
     torch.testing.assert_close(weight.data, 1 - torch.arange(24.0).view(6, 4).t() * 1.5)
     torch.testing.assert_close(narrow.data, torch.full((8,), -2.0, dtype=torch.bfloat16))
 

@@ -1,8 +1,12 @@
-"""A real SLURM on this machine for the tests: munged, slurmctld and a slurmd for each emulated node, all in a folder of their own.
+"""A real SLURM on this machine for the tests: munged, slurmctld and a slurmd for each emulated
+node, all in a folder of their own.
 
-Nothing under /etc is read or written. ``with Slurm(folder, nodes=4) as slurm: subprocess.run(["srun", ...], env=slurm.env)``. Nodes n0,
-n1, ... have a core each, k0, k1 and k2 too, t0 two; g0 has two and two GPUs (character devices that do nothing). With ``network``, a
-rehearsal cluster, each node is a host of its own, and so commands must be run on one of them (``run`` does).
+Nothing under /etc is read or written. ``with Slurm(folder, nodes=4) as slurm:
+subprocess.run(["srun", ...], env=slurm.env)``. Nodes n0,
+n1, ... have a core each, k0, k1 and k2 too, t0 two; g0 has two and two GPUs (character devices that
+do nothing). With ``network``, a
+rehearsal cluster, each node is a host of its own, and so commands must be run on one of them
+(``run`` does).
 """
 
 import contextlib
@@ -179,7 +183,9 @@ class Slurm:
         self.daemons.pop(name).wait()
 
     def save_state(self) -> None:
-        """Have slurmctld write down which jobs there are, which it does seconds later else: a killed one would forget the last of them."""
+        """Have slurmctld write down which jobs there are, which it does seconds later else: a
+        killed one would forget the last of them.
+        """
         asked = time.time()
         self.run("scontrol", "reconfigure")
         state = self.folder / "state" / "job_state"
@@ -216,7 +222,9 @@ class Slurm:
         return done.stdout
 
     def on(self, command: Sequence[str], node: str = "n0") -> Sequence[str]:
-        """The command line that runs a command on a node's host, where nodes are hosts of their own."""
+        """The command line that runs a command on a node's host, where nodes are hosts of their
+        own.
+        """
         return self.network.command(self.nodes.index(node), command) if self.network else command
 
     def state(self, job: str) -> dict[str, str]:

@@ -1,6 +1,8 @@
-"""The container files are sound; the CPU image is built and run for real, as an ordinary user; two containers train together.
+"""The container files are sound; the CPU image is built and run for real, as an ordinary user; two
+containers train together.
 
-No registry is needed: where mmdebstrap is, the base image is made from Debian's packages under its usual name. Set
+No registry is needed: where mmdebstrap is, the base image is made from Debian's packages under its
+usual name. Set
 SCALETRAIN_CONTAINERS_DIR to a folder to keep storage and base image between test runs.
 """
 
@@ -28,7 +30,8 @@ BASE = "docker.io/library/debian:bookworm-slim"
 IMAGE = "localhost/scaletrain:cpu"
 
 
-# --- the files -----------------------------------------------------------------------------------------------------------------------
+# --- the files
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
@@ -73,7 +76,9 @@ def steps_of(text: str) -> list[tuple[str, str]]:
 
 
 def test_the_cuda_image_follows_the_cpu_image():
-    """It cannot be built here (no registry): what can be checked is that it says the same, and that its shell commands parse."""
+    """It cannot be built here (no registry): what can be checked is that it says the same, and that
+    its shell commands parse.
+    """
     texts = {
         name: (DOCKER / f"Dockerfile.{name}").read_text(encoding="utf-8")
         for name in ("cpu", "cuda")
@@ -126,7 +131,8 @@ def test_compose_describes_a_world_of_four():
     )
 
 
-# --- the image ------------------------------------------------------------------------------------------------------------------------
+# --- the image
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 class Podman(NamedTuple):
@@ -224,7 +230,9 @@ def image(podman: Podman) -> str:
 
 
 def _this_machines_pip(folder: Path) -> list[str]:
-    """Mounts for the time of the build that make pip inside find its packages where pip here does. Nothing of it is baked in."""
+    """Mounts for the time of the build that make pip inside find its packages where pip here does.
+    Nothing of it is baked in.
+    """
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )
@@ -395,7 +403,9 @@ def test_two_containers_train_together_over_their_network(
 def test_compose_starts_four_workers_that_train_together(
     podman: Podman, image: str, tmp_path: Path
 ):
-    """``compose.yaml`` for real, with podman-compose. It does not wait for ``prepare`` as docker compose does: that runs first here."""
+    """``compose.yaml`` for real, with podman-compose. It does not wait for ``prepare`` as docker
+    compose does: that runs first here.
+    """
     require(
         "compose",
         shutil.which("podman-compose") is not None,

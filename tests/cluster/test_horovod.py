@@ -35,7 +35,9 @@ def path_of(python: str) -> dict[str, str]:
 
 
 def test_the_three_traps(python: str, tmp_path: Path):
-    """No hidden optimizer step, no dropped state, no hang after one operation more on one rank; odd gradients, accumulation."""
+    """No hidden optimizer step, no dropped state, no hang after one operation more on one rank; odd
+    gradients, accumulation.
+    """
     done = scaletrain(
         "launch", "-n", "2", "--run-dir", str(tmp_path / "run"), "--", TRAPS, python=python
     )
@@ -68,7 +70,9 @@ def test_a_trace_has_every_gradient_and_the_wait_for_them(python: str, tmp_path:
         "trace=true",
         python=python,
     )
-    events = [event for event in trace.of_run(run_dir).to_json()["traceEvents"] if event["ph"] == "X"]
+    events = [
+        event for event in trace.of_run(run_dir).to_json()["traceEvents"] if event["ph"] == "X"
+    ]
     steps = sorted(
         (e for e in events if e["pid"] == 1 and e["name"].startswith("step ")),
         key=lambda e: e["ts"],

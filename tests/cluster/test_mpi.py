@@ -1,4 +1,4 @@
-"""Open MPI 4 and 5 and MPICH, the real ones: by our launcher, by hand, and over hosts in namespaces with a launch agent."""
+"""Tests of launchers/mpirun.py under the real Open MPI 4 and 5 and MPICH, also over hosts."""
 
 import shlex
 import signal
@@ -39,14 +39,16 @@ def by(kind: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_loss(kind: str, alone: dict, tmp_path: Path):
-    found = train(tmp_path / "run", *SHORT, "--workers", "3", *by(kind))
-    assert found["workers"] == 3 and found["launcher"] == kind.rstrip("45")
-    assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    trained = train(tmp_path / "run", *SHORT, "--workers", "3", *by(kind))
+    assert trained["workers"] == 3 and trained["launcher"] == kind.rstrip("45")
+    assert trained["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["openmpi4", "mpich"])
 def test_by_hand(kind: str, alone: dict, tmp_path: Path):
-    """``mpirun -n 2 scaletrain worker RUN_DIR``, also where an earlier run has left its meeting point in RUN_DIR."""
+    """``mpirun -n 2 scaletrain worker RUN_DIR``, also where an earlier run has left its meeting
+    point in RUN_DIR.
+    """
     (tmp_path / "config.yaml").write_text(
         config.load(Path(DIGITS), {"epochs": 1, "workers": 2}).to_yaml()
     )
@@ -123,7 +125,9 @@ OVER_HOSTS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("namespaces")
 def test_four_hosts_and_a_launch_agent(kind: str, alone: dict, tmp_path: Path):
-    """One process a host. The agent takes ssh's place: it drops ssh's options and runs the rest on the host that is named."""
+    """One process a host. The agent takes ssh's place: it drops ssh's options and runs the rest on
+    the host that is named.
+    """
     command_of = mpirun(kind)
     with Cluster(4, bandwidth=None) as network:
         cases = "\n".join(

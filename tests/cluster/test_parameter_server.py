@@ -1,4 +1,6 @@
-"""Parameter servers on hosts in namespaces: a cut cable and a slow one, between hosts that encrypt."""
+"""Parameter servers on hosts in namespaces: a cut cable and a slow one, between hosts that
+encrypt.
+"""
 
 import contextlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Hosts in namespaces: they exist, their links carry what the bandwidth allows, faults bite, nothing is left behind."""
+"""Tests of rehearsal/: hosts, their links, faults on them, and that nothing is left behind."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scaletrain.errors import UserError
-from scaletrain.rehearsal import Cluster, machine
+from scaletrain.rehearsal import Cluster, links, machine
 from tests.conftest import require
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("namespaces")]
@@ -83,7 +83,7 @@ def test_a_cut_host_is_gone_until_healed():
         assert can_reach(hosts, 0, 2)
 
 
-def test_killing_a_host_ends_what_runs_on_it_and_nothing_else():
+def test_killing_a_host_ends_its_processes_and_no_others():
     with Cluster(2) as hosts:
         programs = [hosts.start(i, ["sleep", "60"]) for i in (0, 0, 1)]
         deadline = time.monotonic() + 10
@@ -95,7 +95,7 @@ def test_killing_a_host_ends_what_runs_on_it_and_nothing_else():
     assert programs[2].wait(5) == -signal.SIGKILL
 
 
-def test_loss_drops_packets_and_tcp_makes_up_for_them():
+def test_loss_drops_packets_and_tcp_makes_up_for_them(iptables):
     try:
         with Cluster(2, bandwidth="100Mbit", loss=0.1) as hosts:
             received, _ = send(hosts, 0, 1, 5_000_000)
@@ -125,7 +125,7 @@ def test_latency_delays_or_is_refused_by_name():
         hosts.close()
 
 
-def test_what_the_kernel_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+def test_missing_parts_of_the_kernel_are_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     which = shutil.which
     with monkeypatch.context() as without:
         without.setattr(
@@ -135,7 +135,7 @@ def test_what_the_kernel_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
         )
         with pytest.raises(UserError, match="loss: needs iptables"), Cluster(2, loss=0.1):
             pass
-    monkeypatch.setattr(Cluster, "_has_netem", lambda self: False)
+    monkeypatch.setattr(links, "has_netem", lambda switch: False)
     with (
         pytest.raises(UserError, match=r"latency: 0\.0001 s needs netem"),
         Cluster(2, latency="100us"),
@@ -199,7 +199,7 @@ def test_without_privileges_in_a_user_namespace():
     program = """
 from scaletrain.rehearsal import Cluster
 with Cluster(2, bandwidth="100Mbit") as hosts:
-    print(hosts._user, hosts.run(1, ["hostname"]).stdout.strip(), hosts.counters()[0].sent_bytes >= 0)
+    print(hosts._has_user_namespace, hosts.run(1, ["hostname"]).stdout.strip(), hosts.counters()[0].sent_bytes >= 0)
     hosts.cut(1)
 """
     drop = [] if os.geteuid() else ["setpriv", "--bounding-set=-all,+setfcap", "--inh-caps=-all"]

@@ -1,4 +1,4 @@
-"""Jobs on a rehearsed cluster: the same training, traffic that crosses the links, faults whose cause is named, nothing left behind."""
+"""Tests of launchers/rehearsal.py and programs/rehearsal_*.py: jobs on emulated hosts."""
 
 import json
 import os
@@ -104,10 +104,10 @@ def test_mistakes_are_named(tmp_path, options, message):
 def test_options_are_read_from_the_signature():
     schema = plugins.options("launcher", "rehearsal")
     assert schema is not None
-    made = schema.model_validate(
+    options = schema.model_validate(
         {"straggler": {3: 2.0}, "faults": [{"at_step": 20, "cut": 3}], "bandwidth": None}
     )
-    assert made.model_dump()["straggler"] == {3: 2.0} and made.model_dump()["hosts"] is None
+    assert options.model_dump()["straggler"] == {3: 2.0} and options.model_dump()["hosts"] is None
 
 
 def train(config: Path, run_dir: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -148,7 +148,8 @@ def test_the_same_training_as_on_one_host_and_every_gradient_crosses_the_links(
     assert summary["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
     assert not alone["emulated"] and summary["emulated"]
     assert summary["emulation"]["network"]["bandwidth"] == "1Gbit"
-    # A ring sends 2 (p - 1) / p of the gradients, each step, from each host. Shared memory would leave the links empty.
+    # A ring sends 2 (p - 1) / p of the gradients, each step, from each host. Shared memory would
+    # leave the links empty.
     parameters = sum(
         width
         for width in (
@@ -224,7 +225,9 @@ def test_a_host_that_loses_power_is_named(tmp_path, namespaces, emulated):
 def test_a_lost_host_of_rank_0_does_not_end_a_job_that_may_go_on_without_it(
     tmp_path, namespaces, emulated
 ):
-    """Asynchronous workers of a parameter server: the store lies on the server's host, so h0 may lose power."""
+    """Asynchronous workers of a parameter server: the store lies on the server's host, so h0 may
+    lose power.
+    """
     options = [
         "--exchange",
         "parameter_server:async",
@@ -248,7 +251,7 @@ def test_a_lost_host_of_rank_0_does_not_end_a_job_that_may_go_on_without_it(
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_lossy_network_costs_time_and_no_gradient(tmp_path, namespaces, emulated):
+def test_a_lossy_network_costs_time_and_no_gradient(tmp_path, namespaces, iptables, emulated):
     losses, summaries = ("0.0", "0.02"), []
     for loss in losses:
         options = (
@@ -372,14 +375,14 @@ def test_kill_9_of_the_launcher_leaves_nothing(tmp_path, namespaces, emulated):
 
 
 def processes_of(run_dir: Path) -> list[str]:
-    found = []
+    processes = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and str(run_dir).encode() in (entry / "cmdline").read_bytes():
-                found.append(entry.name)
+                processes.append(entry.name)
         except OSError:
             continue
-    return found
+    return processes
 
 
 def no_leftovers(run_dir: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Real SLURM daemons on this machine: submit, follow, fail, cancel, preempt and go on."""
+"""Tests of launchers/slurm.py and programs/follow_slurm.py under real SLURM daemons."""
 
 import json
 import signal
@@ -55,7 +55,9 @@ def alone_slow(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def in_background(slurm: Slurm, run_dir: Path, *arguments: str) -> subprocess.Popen:
-    """A long job of two workers on nodes of its own, that waits more than it computes: it runs while the other tests do."""
+    """A long job of two workers on nodes of its own, that waits more than it computes: it runs
+    while the other tests do.
+    """
     options = ("--run-dir", str(run_dir), "--workers", "2", "--launcher", "slurm", *arguments)
     with open(run_dir.with_name("output"), "w") as output:
         argv = command("train", SLOW, *options)
@@ -66,7 +68,9 @@ def in_background(slurm: Slurm, run_dir: Path, *arguments: str) -> subprocess.Po
 
 @pytest.fixture(scope="module", autouse=True)
 def out_of_time(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory):
-    """A job of half a minute with a time limit of a minute, of which it is warned: SLURM looks at the clock each 30 s only."""
+    """A job of half a minute with a time limit of a minute, of which it is warned: SLURM looks at
+    the clock each 30 s only.
+    """
     run_dir = tmp_path_factory.mktemp("out-of-time") / "run"
     options = (
         "launcher.time_limit_min=1",
@@ -84,7 +88,9 @@ def out_of_time(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module", autouse=True)
 def without_its_daemon(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory):
-    """A job whose first node's slurmd gets ``kill -9``: it is half a minute before SLURM takes the node for down."""
+    """A job whose first node's slurmd gets ``kill -9``: it is half a minute before SLURM takes the
+    node for down.
+    """
     run_dir = tmp_path_factory.mktemp("without-its-daemon") / "run"
     launcher = in_background(slurm, run_dir, "--set", "launcher.partition=killed")
     until(lambda: step_of(run_dir) >= 10 or launcher.poll() is not None, "ten steps")
@@ -96,18 +102,20 @@ def without_its_daemon(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_one_task_a_worker(slurm: Slurm, alone: dict, tmp_path: Path):
-    found = train(tmp_path / "run", *SHORT, "--workers", "3", "--launcher", "slurm", env=slurm.env)
-    assert found["workers"] == 3 and found["launcher"] == "slurm"
-    assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    trained = train(
+        tmp_path / "run", *SHORT, "--workers", "3", "--launcher", "slurm", env=slurm.env
+    )
+    assert trained["workers"] == 3 and trained["launcher"] == "slurm"
+    assert trained["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
 
 
 def test_one_torchrun_a_node(slurm: Slurm, alone: dict, tmp_path: Path):
     options = ("--set", "launcher.tasks=nodes", "--set", "launcher.nodes=2")
-    found = train(
+    trained = train(
         tmp_path / "run", *SHORT, "--workers", "2", "--launcher", "slurm", *options, env=slurm.env
     )
-    assert found["workers"] == 2 and found["launcher"] == "torchrun"
-    assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    assert trained["workers"] == 2 and trained["launcher"] == "torchrun"
+    assert trained["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
 
 
 def test_inside_an_allocation(slurm: Slurm, alone: dict, tmp_path: Path):
@@ -148,8 +156,8 @@ def test_host_lists_are_read_as_scontrol_reads_them(slurm: Slurm):
         "-c",
         "echo list $SLURM_JOB_NODELIST; scontrol show hostnames",
     )
-    (_, found), *hosts = map(str.split, slurm.run(*inside).splitlines())
-    assert "[" in found and expand(found) == [name for (name,) in hosts]
+    (_, text), *hosts = map(str.split, slurm.run(*inside).splitlines())
+    assert "[" in text and expand(text) == [name for (name,) in hosts]
 
 
 def test_srun_by_hand(slurm: Slurm, alone: dict, tmp_path: Path):
@@ -222,7 +230,9 @@ def test_kill_9_of_the_launcher_leaves_no_job(slurm: Slurm, tmp_path: Path):
 def goes_on(
     slurm: Slurm, launcher: subprocess.Popen, job: str, run_dir: Path, alone_slow: dict
 ) -> None:
-    """The requeued job ends well, went on from its checkpoint, and trained as if nothing had been."""
+    """The requeued job ends well, went on from its checkpoint, and trained as if nothing had
+    been.
+    """
     until(lambda: slurm.state(job).get("Restarts") == "1", "the job is requeued")
     output, _ = launcher.communicate(timeout=100)
     assert launcher.returncode == 0, output
@@ -274,7 +284,9 @@ def test_a_mistake_is_one_line(slurm: Slurm, tmp_path: Path):
 
 
 def test_the_controller_may_be_away_for_a_while(slurm: Slurm, alone_slow: dict, tmp_path: Path):
-    """``kill -9`` of slurmctld in mid-job: the job trains on, the follower waits, and knows the end when it is back."""
+    """``kill -9`` of slurmctld in mid-job: the job trains on, the follower waits, and knows the end
+    when it is back.
+    """
     launcher, _ = started(slurm, tmp_path / "run")
     slurm.save_state()
     slurm.kill("slurmctld")
@@ -288,7 +300,9 @@ def test_the_controller_may_be_away_for_a_while(slurm: Slurm, alone_slow: dict, 
 
 
 def test_a_job_array_trains_a_seed_a_task(slurm: Slurm, alone: dict, tmp_path: Path):
-    """Each task has a run directory of its own: with its number as seed, or the configuration that lies there."""
+    """Each task has a run directory of its own: with its number as seed, or the configuration that
+    lies there.
+    """
     from scaletrain import config
 
     run_dir = tmp_path / "run"
@@ -318,7 +332,9 @@ def test_a_job_array_trains_a_seed_a_task(slurm: Slurm, alone: dict, tmp_path: P
 
 
 def test_an_array_is_followed_and_cancelled_as_one(slurm: Slurm, tmp_path: Path):
-    """A script's array: the seed is $SLURM_ARRAY_TASK_ID. One task fails; Ctrl-C ends those that run and those that wait."""
+    """A script's array: the seed is $SLURM_ARRAY_TASK_ID. One task fails; Ctrl-C ends those that
+    run and those that wait.
+    """
     script = tmp_path / "script.py"
     script.write_text(
         "import os, time\nseed = int(os.environ['SLURM_ARRAY_TASK_ID'])\nprint('seed', seed, flush=True)\n"
@@ -395,8 +411,8 @@ def test_each_task_takes_a_gpu_of_its_own(
     )
     done = scaletrain("launch", *options, "--set", option, "--", str(script), env=slurm.env)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = sorted(line.split("place ")[1] for line in done.stdout.splitlines() if "place " in line)
-    assert found == places, done.stdout + done.stderr
+    shown = sorted(line.split("place ")[1] for line in done.stdout.splitlines() if "place " in line)
+    assert shown == places, done.stdout + done.stderr
 
 
 def test_pmix_over_hosts(slurm: Slurm, alone: dict, tmp_path: Path):
@@ -430,8 +446,8 @@ def test_pmix_over_hosts(slurm: Slurm, alone: dict, tmp_path: Path):
             now.sent_bytes - then.sent_bytes
             for now, then in zip(network.counters(), before, strict=True)
         ]
-    found = summary(run_dir)
-    assert found["workers"] == 2 and found["final_loss"] == pytest.approx(
+    reached = summary(run_dir)
+    assert reached["workers"] == 2 and reached["final_loss"] == pytest.approx(
         alone["final_loss"], abs=1e-4
     )
     assert min(moved) > 1_000_000, "the gradients did not cross the links"
@@ -442,7 +458,8 @@ def test_each_kind_of_srun_says_who_a_task_is(slurm: Slurm, mpi: str):
     if mpi not in slurm.run("srun", "--mpi=list"):
         pytest.skip(f"this SLURM has no --mpi={mpi}")
     code = "from scaletrain.world import World; w = World.from_env(); print(w.rank, w.size, w.local_rank, w.local_size, w.launcher)"
-    # On one node: two PMIx servers of one step cannot live on the same real host; across hosts, see below.
+    # On one node: two PMIx servers of one step cannot live on the same real host; across hosts, see
+    # below.
     output = slurm.run(
         "srun", f"--mpi={mpi}", "-N", "1", "-n", "2", "--overcommit", sys.executable, "-c", code
     )
@@ -478,7 +495,9 @@ def test_out_of_time_and_requeued_from_the_checkpoint(
 def test_kill_9_of_a_node_daemon_is_no_hang(
     without_its_daemon: tuple[subprocess.Popen, Path], alone_slow: dict
 ):
-    """The node is down for SLURM after its time-out; the job is requeued to others and goes on, or has ended by then."""
+    """The node is down for SLURM after its time-out; the job is requeued to others and goes on, or
+    has ended by then.
+    """
     launcher, run_dir = without_its_daemon
     status, output = launcher.wait(100), run_dir.with_name("output").read_text()
     assert status == 0, output

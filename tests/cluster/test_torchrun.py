@@ -1,4 +1,4 @@
-"""torchrun on one host, and on several: a network namespace each, one process each."""
+"""Tests of launchers/torchrun.py on one host, and on several that are network namespaces."""
 
 import contextlib
 import os
@@ -68,12 +68,14 @@ def start(
 
 
 def ended(network: Cluster, agents: list[subprocess.Popen], timeout: float) -> list[str]:
-    """What each agent printed until its end; one that does not end fails the test with the stacks of torchrun and its workers."""
+    """What each agent printed until its end; one that does not end fails the test with the stacks
+    of torchrun and its workers.
+    """
     try:
         return [agent.communicate(timeout=timeout)[0] for agent in agents]
     except subprocess.TimeoutExpired:
         for pid in {pid for host in range(len(network.names)) for pid in network.processes(host)}:
-            if b"torch.distributed.run" in _cmdline(pid) or b"training.worker" in _cmdline(pid):
+            if b"torch.distributed.run" in _cmdline(pid) or b"programs.worker" in _cmdline(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGABRT)
         outputs = [agent.communicate()[0] or "" for agent in agents]
@@ -81,14 +83,16 @@ def ended(network: Cluster, agents: list[subprocess.Popen], timeout: float) -> l
 
 
 def test_one_host(alone: dict, tmp_path: Path):
-    found = train(tmp_path / "run", *SHORT, "--workers", "3", "--launcher", "torchrun")
-    assert found["launcher"] == "torchrun" and found["workers"] == 3
-    assert found["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+    trained = train(tmp_path / "run", *SHORT, "--workers", "3", "--launcher", "torchrun")
+    assert trained["launcher"] == "torchrun" and trained["workers"] == 3
+    assert trained["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_hosts(alone: dict, tmp_path: Path, count: int):
-    """The same command on every host, two workers or one on each; all hosts share the run directory."""
+    """The same command on every host, two workers or one on each; all hosts share the run
+    directory.
+    """
     run_dir = tmp_path / "run"
     with hosts(count) as network:
         before = network.counters()
@@ -111,9 +115,9 @@ def test_kill_9_of_a_worker_on_another_host(tmp_path: Path):
         victim = next(
             pid
             for pid in network.processes(1)
-            if b"training.worker" in _cmdline(pid) and b"--nnodes" not in _cmdline(pid)
+            if b"programs.worker" in _cmdline(pid) and b"--nnodes" not in _cmdline(pid)
         )
-        subprocess.run(["kill", "-9", str(victim)], check=True)
+        os.kill(victim, signal.SIGKILL)
         outputs = ended(network, agents, 60)
         assert all(agent.returncode != 0 for agent in agents)
         # The host of the victim saw it end; to the other host, a peer was lost.
@@ -124,7 +128,9 @@ def test_kill_9_of_a_worker_on_another_host(tmp_path: Path):
 
 
 def test_an_elastic_job_goes_on_without_a_lost_host(tmp_path: Path):
-    """``--nnodes 1:2``: a host loses power; the other starts its worker again, which goes on alone from the checkpoint."""
+    """``--nnodes 1:2``: a host loses power; the other starts its worker again, which goes on alone
+    from the checkpoint.
+    """
     run_dir, whole = (
         tmp_path / "run",
         train(tmp_path / "whole", "--set", "data=digits", config=SLOW),
@@ -149,9 +155,9 @@ def test_an_elastic_job_goes_on_without_a_lost_host(tmp_path: Path):
         assert agents[0].returncode == 0, output
     assert "workers: 2 (torchrun)" in output and "workers: 1 (torchrun)" in output, output
     assert "resumed at step 1" in output or "resumed at step 2" in output, output
-    found = summary(run_dir)
-    assert found["workers"] == 1 and found["finished"]
-    assert found["final_loss"] == pytest.approx(whole["final_loss"], abs=1e-4)
+    reached = summary(run_dir)
+    assert reached["workers"] == 1 and reached["finished"]
+    assert reached["final_loss"] == pytest.approx(whole["final_loss"], abs=1e-4)
     assert gone(run_dir)
 
 

@@ -1,4 +1,7 @@
-"""The cost model against closed forms from the literature. Bug it catches: a bound that nobody can check by hand."""
+"""Tests collectives/cost.py against closed forms from the literature.
+
+Bug it catches: a bound that nobody can check by hand.
+"""
 
 import math
 import time
@@ -13,7 +16,9 @@ SIZE = 25_000_000
 
 
 def test_firecaffes_server_against_its_tree():
-    """t_server / t_tree = p / (2 log2 p): 3.2 at 32 and 9.1 at 128 workers (a server that sends while it receives)."""
+    """t_server / t_tree = p / (2 log2 p): 3.2 at 32 and 9.1 at 128 workers (a server that sends
+    while it receives).
+    """
     network = Network(0.0, 1e9)
     for p, ratio in ((32, 3.2), (128, 9.1)):
         server = predict(
@@ -61,7 +66,9 @@ def test_four_thousand_ranks_are_predicted_quickly():
 
 
 def test_ranks_of_a_host_share_its_port():
-    """4 hosts of 4: two levels move 2(4 - 1)/4 of the message over a port, a ring over all ranks 2(16 - 1)/16."""
+    """4 hosts of 4: two levels move 2(4 - 1)/4 of the message over a port, a ring over all ranks
+    2(16 - 1)/16.
+    """
     network = Network(0.0, 125e6, ranks_per_host=4, local=Link(0.0, 1e15))
     wire = SIZE / 125e6
     assert predict("two_level", 16, SIZE, network, ranks_per_host=4) == pytest.approx(

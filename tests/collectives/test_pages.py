@@ -1,4 +1,4 @@
-"""Every algorithm has a page whose drawing is that of the code."""
+"""Tests collectives/drawing.py: every algorithm has a page, whose drawing is that of the code."""
 
 import xml.etree.ElementTree as ET
 from pathlib import Path

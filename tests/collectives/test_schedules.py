@@ -1,10 +1,14 @@
-"""Every algorithm on disk is proved for every size, and `verify` refuses each way a schedule can be wrong."""
+"""Tests collectives/schedule.py and every algorithm: each is proved for every size.
+
+``verify`` refuses each way a schedule can be wrong.
+"""
 
 import pytest
 
 from scaletrain import plugins
 from scaletrain.collectives import drawing, ring, tree
 from scaletrain.collectives.schedule import (
+    RankRound,
     Schedule,
     ScheduleError,
     Transfer,
@@ -82,8 +86,10 @@ def test_a_lost_round_is_caught(name: str, size: int):
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("size", [3, 5])
 def test_each_single_fault_is_caught(name: str, size: int):
-    """A transfer that is missing, happens twice, goes to the wrong rank or replaces where it should add: refused, unless the numbers
-    still come out right (a ring may be entered elsewhere), which an independent simulation with integers decides."""
+    """A transfer that is missing, happens twice, goes to the wrong rank or replaces where it should
+    add: refused, unless the numbers
+    still come out right (a ring may be entered elsewhere), which an independent simulation with
+    integers decides."""
     schedule = plugins.load("collective", name)(
         size, **({"segments": 2} if "tree" in name and name != "tree" else {})
     )
@@ -127,7 +133,9 @@ REDUCE_THEN_DISTRIBUTE = [
 
 @pytest.mark.parametrize("name", REDUCE_THEN_DISTRIBUTE)
 def test_its_halves_are_a_reduction_and_a_distribution(name: str):
-    """The additions alone leave each chunk's sum with an owner, from whom the replacements alone take it to everybody."""
+    """The additions alone leave each chunk's sum with an owner, from whom the replacements alone
+    take it to everybody.
+    """
     factory = plugins.load("collective", name)
     for size in range(1, 33):
         schedule = factory(size)
@@ -203,12 +211,15 @@ def test_a_blocking_order_that_waits_for_ever_is_caught():
     a, b = Transfer(0, 1, 0, True), Transfer(1, 0, 0, True)
     with pytest.raises(ScheduleError, match="deadlock"):
         verify_order(
-            [[(0, [], [b]), (1, [a], [])], [(0, [], [a]), (1, [b], [])]]
+            [
+                [RankRound(0, [], [b]), RankRound(1, [a], [])],
+                [RankRound(0, [], [a]), RankRound(1, [b], [])],
+            ]
         )  # both receive before they send
     with pytest.raises(ScheduleError, match="meets"):
-        verify_order([[(0, [a], [])], [(0, [], [a._replace(chunk=1)])]])
+        verify_order([[RankRound(0, [a], [])], [RankRound(0, [], [a._replace(chunk=1)])]])
     with pytest.raises(ScheduleError, match="deadlock"):
-        verify_order([[(0, [a], [])], []])  # nobody receives it
+        verify_order([[RankRound(0, [a], [])], []])  # nobody receives it
 
 
 @pytest.mark.parametrize("name", ["pipelined_tree", "double_tree"])
@@ -235,8 +246,10 @@ def test_every_transfer_is_drawn():
 
 
 def test_who_sends_to_one_after_another_is_known():
-    """A tree's root and the inner ranks below it; not a ring, whose ranks always wait for what comes."""
+    """A tree's root and the inner ranks below it; not a ring, whose ranks always wait for what
+    comes.
+    """
     expected = {(3, 0), (4, 0), (4, 4)}  # 0 to 4, 2 and 1; 4 to 6 and 5; 2 and 6 send down once
-    assert in_turn(plugins.load("collective", "tree")(8).programs()) == expected
+    assert in_turn(plugins.load("collective", "tree")(8).per_rank()) == expected
     for name in ("ring", "halving_doubling", "recursive_doubling", "star"):
-        assert not in_turn(plugins.load("collective", name)(8).programs())
+        assert not in_turn(plugins.load("collective", name)(8).per_rank())

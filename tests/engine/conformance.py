@@ -1,4 +1,7 @@
-"""What every transport must do, as functions of one rank: run here by threads, processes, and mpirun."""
+"""The contract that every transport must meet, as functions of one rank.
+
+Threads, processes and mpirun run them.
+"""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -9,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaletrain import plugins
-from scaletrain.engine.execute import Program, execute
+from scaletrain.engine.execute import execute
+from scaletrain.engine.program import RankProgram
 from scaletrain.engine.transport import Group, Receive, Transport
 
 ALGORITHMS = plugins.names("collective")
@@ -24,7 +28,9 @@ REDUCTIONS = {
 
 
 def contribution(rank: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What only this rank could give. Uneven fractions, so that another order of additions shows in the last bits."""
+    """What only this rank could give. Uneven fractions, so that another order of additions shows in
+    the last bits.
+    """
     generator = torch.Generator().manual_seed(1000 * rank + count)
     if dtype.is_floating_point:
         return torch.randn(count, generator=generator, dtype=torch.float64).to(dtype)
@@ -47,10 +53,12 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 def every_allreduce(transport: Transport) -> Iterator[tuple[str, Tensor]]:
-    """Runs each algorithm on each count, twice, and checks the sums; yields what must be equal, bit for bit, on every rank."""
+    """Runs each algorithm on each count, twice, and checks the sums; yields what must be equal, bit
+    for bit, on every rank.
+    """
     size, rank = transport.size, transport.rank
     for name in ALGORITHMS:
-        program = Program.of(plugins.load("collective", name)(size), rank)
+        program = RankProgram.of(plugins.load("collective", name)(size), rank)
         for count in COUNTS:
             for segments in (1, 3):
                 found = [contribution(rank, count) for _ in range(2)]
@@ -65,7 +73,10 @@ def every_allreduce(transport: Transport) -> Iterator[tuple[str, Tensor]]:
     for name in ("tree", "star", "direct", "recursive_doubling", "pipelined_tree"):
         tensor = contribution(rank, LARGE)
         execute(
-            Program.of(plugins.load("collective", name)(size), rank), transport, tensor, torch.add
+            RankProgram.of(plugins.load("collective", name)(size), rank),
+            transport,
+            tensor,
+            torch.add,
         )
         assert close(tensor, reference(size, LARGE, torch.float32, "add")), (
             f"{name}: {LARGE} elements: wrong sum"
@@ -77,7 +88,7 @@ def every_allreduce(transport: Transport) -> Iterator[tuple[str, Tensor]]:
         (torch.uint8, "maximum"),
         (torch.int32, "minimum"),
     ):
-        program = Program.of(plugins.load("collective", "ring")(size), rank)
+        program = RankProgram.of(plugins.load("collective", "ring")(size), rank)
         tensor = contribution(rank, 101, dtype)
         execute(program, transport, tensor, REDUCTIONS[reduce], 1)
         assert close(tensor, reference(size, 101, dtype, reduce)), f"{dtype} {reduce}"
@@ -106,7 +117,9 @@ def own_allreduce(transport: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def messages_in_order(transport: Transport) -> None:
-    """Several starts are open at once, waited for in any order; what is sent is read before anything is written; large messages cross both ways."""
+    """Several starts are open at once, waited for in any order; what is sent is read before
+    anything is written; large messages cross both ways.
+    """
     size, rank = transport.size, transport.rank
     if size == 1:
         return

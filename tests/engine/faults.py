@@ -1,6 +1,8 @@
-"""Ranks that are killed, stopped or late at random moments: ``python -m tests.engine.faults SEED NUM AT_ONCE FOLDER``.
+"""Ranks that are killed, stopped or late at random moments: ``python -m tests.engine.faults SEED
+NUM AT_ONCE FOLDER``.
 
-One process with torch loaded forks the ranks of every injection, which is what makes hundreds of them affordable. Prints one line of JSON for
+One process with torch loaded forks the ranks of every injection, which is what makes hundreds of
+them affordable. Prints one line of JSON for
 each: what was done to whom, and how every rank ended.
 """
 
@@ -22,7 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scaletrain.engine.choice import NATIVE, Engine
+from scaletrain.engine.choice import NATIVE
+from scaletrain.engine.engine import Engine
 from scaletrain.engine.process_group import Options, ProcessGroup
 from scaletrain.engine.transport import Group, mixed
 
@@ -41,7 +44,9 @@ WIRES = (
 
 
 def draw(seed: int, index: int) -> dict[str, Any]:
-    """Injection ``index`` of ``seed``: the kinds and the wires in turn, everything else at random."""
+    """Injection ``index`` of ``seed``: the kinds and the wires in turn, everything else at
+    random.
+    """
     dice = random.Random(f"{seed} {index}")
     transport, collective = WIRES[index % len(WIRES)]
     size = dice.randint(2, 4)
@@ -52,7 +57,9 @@ def draw(seed: int, index: int) -> dict[str, Any]:
 
 
 def one_rank(case: dict[str, Any], rank: int, folder: Path) -> str:
-    """How a rank ends: "right", or the error's type and message. Raises ``ArithmeticError`` for a wrong sum."""
+    """How a rank ends: "right", or the error's type and message. Raises ``ArithmeticError`` for a
+    wrong sum.
+    """
     kind, size = case["kind"], case["size"]
     victim = rank == case["victim"]
     store = dist.FileStore(str(folder / f"store-{case['index']}"), size)
@@ -104,7 +111,7 @@ def one_rank(case: dict[str, Any], rank: int, folder: Path) -> str:
 
 def of_engine(group: Group, case: dict[str, Any]) -> Callable[[torch.Tensor], object]:
     if case["transport"] == "mixed":
-        mixed.same_host = lambda group: [
+        mixed.host_of_each_rank = lambda group: [
             str(rank // 2) for rank in range(group.size)
         ]  # this process is the rank's own
     return Engine(group, case["collective"], case["transport"]).allreduce
@@ -127,7 +134,9 @@ def after(delay_s: float, number: int) -> None:
 
 
 def inject(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run one injection; ``ends[rank]`` says how each rank ended and ``seconds`` how long the last survivor took."""
+    """Run one injection; ``ends[rank]`` says how each rank ended and ``seconds`` how long the last
+    survivor took.
+    """
     pids = []
     for rank in range(case["size"]):
         pid = os.fork()

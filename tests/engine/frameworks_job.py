@@ -1,4 +1,7 @@
-"""One rank of tests/engine/test_frameworks.py: ``torchrun ... frameworks_job.py WHAT``. Scripts that know nothing of scaletrain but its name."""
+"""One rank of tests/engine/test_frameworks.py: ``torchrun ... frameworks_job.py PART``.
+
+Its scripts know nothing of scaletrain but its name.
+"""
 
 import copy
 import sys

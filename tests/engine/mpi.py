@@ -1,4 +1,4 @@
-"""Run a module as the ranks of a real MPI job, with this Python and any of the MPIs that the tests know."""
+"""Runs a module as the ranks of a real MPI job, under any of the MPIs that the tests know."""
 
 import os
 import shutil
@@ -18,7 +18,9 @@ _AS_ROOT = {
 
 
 def mpirun(kind: str) -> Path:
-    """The system's ``openmpi4``, or the ``openmpi5`` or ``mpich`` that ``make peers`` installs from their wheels."""
+    """The system's ``openmpi4``, or the ``openmpi5`` or ``mpich`` that ``make peers`` installs from
+    their wheels.
+    """
     if kind == "openmpi4":
         found = shutil.which("mpirun", path="/usr/bin:/usr/local/bin")
         version = (
@@ -34,7 +36,9 @@ def mpirun(kind: str) -> Path:
 
 
 def run_mpi(kind: str, size: int, *arguments: str, timeout_s: float = 90.0) -> str:
-    """Output of ``python -m ARGUMENTS`` on ``size`` ranks of one host; fails unless all of them end well."""
+    """Output of ``python -m ARGUMENTS`` on ``size`` ranks of one host; fails unless all of them end
+    well.
+    """
     try:
         import mpi4py  # noqa: F401  (initialises nothing)
     except ImportError:

@@ -1,4 +1,7 @@
-"""One rank of tests/engine/test_mpi4py.py, under mpirun: an ordinary script that asks torch.distributed for the backend ``mpi4py``."""
+"""One rank of tests/engine/test_mpi4py.py, under mpirun.
+
+It is an ordinary script that asks torch.distributed for the backend ``mpi4py``.
+"""
 
 import sys
 

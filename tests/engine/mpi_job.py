@@ -1,4 +1,7 @@
-"""One rank of tests/engine/test_transports_mpi.py, under mpirun: ``mpi_job.py PART STORE RESULTS``."""
+"""One rank of tests/engine/test_transports_mpi.py, under mpirun.
+
+Its arguments are ``PART STORE RESULTS``.
+"""
 
 import pickle
 import sys

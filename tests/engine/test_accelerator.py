@@ -1,5 +1,7 @@
-"""The lane of tensors on an accelerator, run on the CPU, whose streams do nothing: the parts of a message, its way through another memory and back,
-and what is left to NCCL. ``tests/gpu`` has the rest."""
+"""Tests engine/accelerator.py on the CPU, where streams do nothing. ``tests/gpu`` has the rest.
+
+The parts of a message, its way through another memory and back, and what is left to NCCL.
+"""
 
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +38,6 @@ def _staged(rank: int, size: int, path: str) -> list[bytes]:
         "auto",
         "auto",
         torch.device("cpu"),
-        staged=True,
     )
     total, found = OPERATIONS[int(dist.ReduceOp.SUM)], []
     for at_once in (True, False):
@@ -73,7 +74,6 @@ def _late(rank: int, size: int, path: str) -> str:
         "auto",
         "gloo",
         torch.device("cpu"),
-        staged=True,
     )
     total, message = OPERATIONS[int(dist.ReduceOp.SUM)], ""
     lane.allreduce([torch.ones(3)], total, False).wait()
@@ -126,6 +126,6 @@ def _group_of_one(
     return made
 
 
-def _on_cpu(group, roll_call, collective, transport, device, staged) -> AcceleratorLane:
+def _on_cpu(group, roll_call, collective, transport, device) -> AcceleratorLane:
     assert device == torch.device("cuda", 0)
-    return AcceleratorLane(group, roll_call, collective, transport, torch.device("cpu"), staged)
+    return AcceleratorLane(group, roll_call, collective, transport, torch.device("cpu"))

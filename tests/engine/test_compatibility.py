@@ -1,4 +1,7 @@
-"""Whatever gloo does on the CPU, backend ``scaletrain`` does too: each call is made under both, and the outcomes compared."""
+"""Tests engine/process_group.py: it does on the CPU whatever gloo does.
+
+Each call is made under both, and the outcomes are compared.
+"""
 
 import os
 import signal
@@ -37,7 +40,9 @@ def join(backend: str, rank: int, size: int, path: str, timeout_s: float = 30) -
 
 
 def both(function: Callable, size: int, tmp_path: Path, *arguments: Any) -> None:
-    """``function(rank, size, backend, path, ...)`` must give the same on every rank under gloo and under scaletrain."""
+    """``function(rank, size, backend, path, ...)`` must give the same on every rank under gloo and
+    under scaletrain.
+    """
     of_gloo, ours = (
         run_ranks(function, size, backend, str(tmp_path / backend), *arguments)
         for backend in ("gloo", "scaletrain")
@@ -53,7 +58,9 @@ def both(function: Callable, size: int, tmp_path: Path, *arguments: Any) -> None
 
 
 def agrees(expected: Any, found: Any) -> bool:
-    """What gloo refuses may work here; what it does must give the same, but for the order of additions."""
+    """What gloo refuses may work here; what it does must give the same, but for the order of
+    additions.
+    """
     if isinstance(expected, str) and expected.startswith("refused"):
         return True
     if isinstance(expected, list) and isinstance(found, list):
@@ -182,7 +189,8 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
             lambda: _in_place(dist.all_reduce, torch.full(shape, rank + 0.5)),
         )
     yield "transposed", lambda: _in_place(dist.all_reduce, give(rank, torch.float32, 4, 3).t())
-    # Not compared: tensors with gaps, which gloo sums up wrongly (below, against the true sums), and monitored_barrier, which torch itself
+    # Not compared: tensors with gaps, which gloo sums up wrongly (below, against the true sums),
+    # and monitored_barrier, which torch itself
     # refuses to every backend that is not called gloo.
     yield (
         "channels_last",
@@ -352,7 +360,9 @@ def test_a_group_that_was_first_used_in_inference_mode(tmp_path: Path):
 
 
 def _waiting(rank: int, size: int, port_file: str) -> float:
-    """Rank 0's first allreduce waits for rank 1, which waits at the store for what rank 0 sets meanwhile."""
+    """Rank 0's first allreduce waits for rank 1, which waits at the store for what rank 0 sets
+    meanwhile.
+    """
     from scaletrain.engine.process_group import Options, ProcessGroup
 
     if rank == 0:
@@ -428,7 +438,9 @@ def test_the_profiler_sees_collectives(tmp_path: Path):
 
 
 def _late(rank: int, size: int, backend: str, path: str, name: str) -> dict[str, Any]:
-    """All ranks enter one collective, all but the last the next; where it is a broadcast, rank 1 enters a barrier instead."""
+    """All ranks enter one collective, all but the last the next; where it is a broadcast, rank 1
+    enters a barrier instead.
+    """
     join(backend, rank, size, path, timeout_s=2)
     dist.all_reduce(torch.ones(3))
     calls = {
@@ -508,7 +520,9 @@ CASES = strategies.tuples(strategies.sampled_from(NAMES), SHAPES, strategies.boo
     size=strategies.sampled_from([2, 3, 5]), cases=strategies.lists(CASES, min_size=20, max_size=40)
 )
 def test_any_shape_and_dtype(size: int, cases: list):
-    """0, 1, odd numbers of elements, fewer than ranks, with gaps; each example is a job that runs its cases one after the other."""
+    """0, 1, odd numbers of elements, fewer than ranks, with gaps; each example is a job that runs
+    its cases one after the other.
+    """
     with tempfile.TemporaryDirectory() as folder:
         found = run_ranks(_hypothesis, size, f"{folder}/store", cases)
     for index, (name, shape, strided) in enumerate(cases):
@@ -518,9 +532,11 @@ def test_any_shape_and_dtype(size: int, cases: list):
         assert all(results[index] == expected for results in found), (name, shape, strided)
 
 
-@pytest.mark.parametrize("module", ["choose", "process_group", "spans"])
+@pytest.mark.parametrize("module", ["choice", "engine", "process_group", "program"])
 def test_any_module_may_be_the_first_to_import_torch(module: str):
-    """torch loads this backend while it is imported: a module that is half imported then has nothing to give."""
+    """torch loads this backend while it is imported: a module that is half imported then has
+    nothing to give.
+    """
     done = subprocess.run(
         [sys.executable, "-c", f"import scaletrain.engine.{module}"],
         capture_output=True,

@@ -1,4 +1,7 @@
-"""Any size of any algorithm gives the sum that one process computes; the backend gives what gloo gives."""
+"""Tests engine/execute.py and engine/program.py: sums of any size are those of one process.
+
+The backend (engine/process_group.py) gives the results that gloo gives.
+"""
 
 import threading
 from datetime import timedelta
@@ -10,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaletrain import plugins
-from scaletrain.engine.execute import Program, execute
+from scaletrain.engine.execute import execute
+from scaletrain.engine.program import RankProgram
 from scaletrain.engine.transport import Group
 from tests.ranks import run_ranks
 
@@ -65,7 +69,7 @@ def on_threads(size: int, work) -> list:
 @settings(max_examples=150, deadline=None)
 def test_any_size_on_threads(name: str, size: int, numel: int, segments: int, dtype: torch.dtype):
     """Also fewer elements than ranks, and odd numbers of both."""
-    programs = Program.all_of(plugins.load("collective", name)(size))
+    programs = RankProgram.all_of(plugins.load("collective", name)(size))
 
     def work(rank, wire):
         tensor = contribution(rank, numel, dtype)
@@ -80,7 +84,7 @@ def test_any_size_on_threads(name: str, size: int, numel: int, segments: int, dt
 def test_replicas_are_bitwise_equal(name: str):
     """With numbers whose sum depends on the order of additions."""
     size, numel = 5, 1003
-    programs = Program.all_of(plugins.load("collective", name)(size))
+    programs = RankProgram.all_of(plugins.load("collective", name)(size))
 
     def work(rank, wire):
         tensor = torch.randn(numel, generator=torch.Generator().manual_seed(rank)) * 10.0 ** (
@@ -97,7 +101,9 @@ def test_replicas_are_bitwise_equal(name: str):
 
 
 def every_dtype(rank: int, size: int, path: str) -> list[str]:
-    """Through the process group: dtypes, operations, shapes and strides that gloo takes give what gloo gives."""
+    """Through the process group: dtypes, operations, shapes and strides that gloo takes give what
+    gloo gives.
+    """
     import scaletrain  # registers the backend
 
     assert scaletrain.__version__
@@ -187,7 +193,9 @@ def test_the_backend_gives_what_gloo_gives(size: int, transport: str, tmp_path, 
 
 
 def half_sums(rank: int, size: int, path: str) -> dict[str, bytes]:
-    """Terms that half precision loses one by one: 256 + 1 + 1 is 256 in bfloat16, and 258 when rounded once."""
+    """Terms that half precision loses one by one: 256 + 1 + 1 is 256 in bfloat16, and 258 when
+    rounded once.
+    """
     import scaletrain
 
     assert scaletrain.__version__

@@ -1,4 +1,7 @@
-"""200 injections at random moments: nobody hangs, nobody gets a wrong sum, and who fails says whom it waited for."""
+"""Tests the engine with ranks that fail: 200 injections at random moments (faults.py).
+
+No rank hangs or gets a wrong sum, and a rank that fails names the peer that it waited for.
+"""
 
 import json
 import re

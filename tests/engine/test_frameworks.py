@@ -1,4 +1,7 @@
-"""DDP, FSDP, Accelerate and Lightning Fabric over the backend, unchanged: the weights of one process on the same samples."""
+"""Tests engine/process_group.py under DDP, FSDP, Accelerate and Lightning Fabric, unchanged.
+
+The weights are those of one process on the same samples.
+"""
 
 import importlib.util
 import os

@@ -1,4 +1,7 @@
-"""The backend ``mpi4py`` under real MPIs: allreduces run on MPI, DDP works, the rest is forwarded."""
+"""Tests engine/backend.py: the backend ``mpi4py`` under real MPIs.
+
+Allreduces run on MPI, DDP works, and the rest is forwarded.
+"""
 
 from pathlib import Path
 

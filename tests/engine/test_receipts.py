@@ -1,4 +1,8 @@
-"""Where a send is done before its message has left the host, large messages that should follow one another are answered by receipts."""
+"""Tests the receipts of engine/program.py and engine/execute.py.
+
+Where a send is done before its message has left the host, large messages that should follow one
+another are answered by receipts.
+"""
 
 import time
 from collections.abc import Sequence
@@ -10,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaletrain import plugins
-from scaletrain.engine.execute import Program, execute
-from scaletrain.engine.transport import Group, Pending, Receive
+from scaletrain.engine.execute import execute
+from scaletrain.engine.program import RankProgram
+from scaletrain.engine.transport import Group, Receive, Wait
 from scaletrain.engine.transport.threads import Threads
 from tests.engine import conformance
 from tests.engine.test_transports import on_threads
@@ -24,7 +29,9 @@ def group(store: dist.Store, rank: int, size: int) -> Group:
 
 
 class Lingering(Threads):
-    """Threads whose messages count as sent at once, as those in a socket do, and reach rank 2 late."""
+    """Threads whose messages count as sent at once, as those in a socket do, and reach rank 2
+    late.
+    """
 
     receipts_from_bytes = 4 * LARGE
 
@@ -33,7 +40,7 @@ class Lingering(Threads):
         self.sent_to: dict[int, float] = {}  # when a message of the tensor began its way to a rank
         self.arrived = 0.0  # the last one here
 
-    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
+    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Wait:
         self.sent_to |= {peer: time.monotonic() for peer, tensor in sends if len(tensor) > 1}
         started = super().start(sends, receives)
 
@@ -57,7 +64,10 @@ def test_a_root_sends_to_one_after_another(count: int):
         transport = Lingering(group(store, rank, 4))
         tensor = conformance.contribution(rank, count, torch.float32)
         execute(
-            Program.of(plugins.load("collective", "tree")(4), rank), transport, tensor, torch.add
+            RankProgram.of(plugins.load("collective", "tree")(4), rank),
+            transport,
+            tensor,
+            torch.add,
         )
         assert conformance.close(tensor, conformance.reference(4, count, torch.float32, "add"))
         return transport

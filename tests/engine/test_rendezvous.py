@@ -1,4 +1,7 @@
-"""Ranks meet through the launcher's own facts: a handed-over socket, an agent's store, or rank 0's file in the run directory."""
+"""Tests engine/rendezvous/: ranks meet by the facts that their launcher sets.
+
+These are a handed-over socket, an agent's store, or rank 0's file in the run directory.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from scaletrain.engine import rendezvous
+from scaletrain.engine.rendezvous import publish
 from scaletrain.errors import UserError
 from scaletrain.world import UNKNOWN, World
 from tests.ranks import run_ranks
@@ -65,7 +69,9 @@ def test_an_old_meeting_point_is_not_taken(tmp_path: Path, old: dict):
 
 def meet_impostor(rank: int, size: int, run_dir: Path, port: int) -> str:
     """Another job's store answers at the port of an old file: it does not know the nonce."""
-    store = rendezvous._proved("127.0.0.1", port, "the nonce of this job", timedelta(seconds=5))
+    store = publish.store_with_nonce(
+        "127.0.0.1", port, "the nonce of this job", timedelta(seconds=5)
+    )
     return "taken" if store else "refused"
 
 
@@ -123,13 +129,13 @@ def test_all_addresses_are_offered_or_the_one_that_was_named(monkeypatch: pytest
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.delenv("SCALETRAIN_INTERFACE", raising=False)
     one_host = World(0, 2, 0, 2, 0, 1, "openmpi")
-    assert all(address.startswith("127.") for _, address in rendezvous.addresses_to_offer(one_host))
+    assert all(address.startswith("127.") for _, address in publish.addresses_to_offer(one_host))
     two_hosts = World(0, 2, 0, 1, UNKNOWN, UNKNOWN, "openmpi")
     assert not any(
-        address.startswith("127.") for _, address in rendezvous.addresses_to_offer(two_hosts)
+        address.startswith("127.") for _, address in publish.addresses_to_offer(two_hosts)
     )
     monkeypatch.setenv("SCALETRAIN_INTERFACE", "lo")
-    assert {name for name, _ in rendezvous.addresses_to_offer(two_hosts)} == {"lo"}
+    assert {name for name, _ in publish.addresses_to_offer(two_hosts)} == {"lo"}
     monkeypatch.setenv("SCALETRAIN_INTERFACE", "nonet7")
     with pytest.raises(UserError, match=r"nonet7.*there are: .*127\.0\.0\.1"):
-        rendezvous.addresses_to_offer(two_hosts)
+        publish.addresses_to_offer(two_hosts)

@@ -1,4 +1,4 @@
-"""How ranks wait in shared memory: spinning is for those who have a core each."""
+"""Tests engine/segment.py: how ranks share memory, and how they wait in it."""
 
 import errno
 import os

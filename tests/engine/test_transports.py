@@ -1,4 +1,7 @@
-"""Every algorithm on disk over every transport on disk, against one process; the same bits on every rank and in every run."""
+"""Tests engine/transport/: every algorithm over every transport, against one process.
+
+Results have the same bits on every rank and in every run.
+"""
 
 import os
 import threading
@@ -88,7 +91,9 @@ def test_a_late_rank_is_named(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_nothing_is_left_open(name: str, tmp_path: Path):
-    """A transport gives back its memory, sockets and threads: what is open does not grow with the number of groups made."""
+    """A transport gives back its memory, sockets and threads: what is open does not grow with the
+    number of groups made.
+    """
     before, after = run_ranks(_make_and_close, 1, name, str(tmp_path / "store"))[0]
     assert after <= before + 2
 
@@ -106,8 +111,10 @@ def _make_and_close(rank: int, size: int, name: str, path: str) -> tuple[int, in
 
 
 def _two_hosts(rank: int, size: int, path: str) -> tuple[float, str]:
-    """Ranks 0 and 1 as if on one host, 2 and 3 on another: each sends its number on; then rank 3 ends, for which rank 2 still waits."""
-    mixed.same_host = lambda group: ["a", "a", "b", "b"]  # this process is the rank's own
+    """Ranks 0 and 1 as if on one host, 2 and 3 on another: each sends its number on; then rank 3
+    ends, for which rank 2 still waits.
+    """
+    mixed.host_of_each_rank = lambda group: ["a", "a", "b", "b"]  # this process is the rank's own
     group = conformance.Group(dist.FileStore(path, size), rank, size, timedelta(seconds=20))
     wire = plugins.load("transport", "mixed")(group)
     mine, came = torch.full((5000,), float(rank)), torch.empty(5000)

@@ -1,4 +1,7 @@
-"""The transport ``mpi`` under three real MPIs: every algorithm, MPI's own allreduce, and a rank that does not come."""
+"""Tests engine/transport/mpi.py under three real MPIs.
+
+Every algorithm, MPI's own allreduce, and a rank that does not come.
+"""
 
 import pickle
 from pathlib import Path

@@ -1,6 +1,7 @@
 """NCCL: every algorithm between CUDA devices, one process a rank. Skipped without a device.
 
-Where there are fewer devices than ranks, each rank claims to be a host of its own (NCCL_HOSTID): NCCL then lets ranks share a device and
+Where there are fewer devices than ranks, each rank claims to be a host of its own (NCCL_HOSTID):
+NCCL then lets ranks share a device and
 connects them by sockets. The schedules, messages and streams are the same, their speed is not.
 """
 
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from scaletrain import plugins
-from scaletrain.engine.execute import Program, execute
+from scaletrain.engine.execute import execute
+from scaletrain.engine.program import RankProgram
 from scaletrain.engine.transport import Group, Receive
 from tests.engine import conformance
 from tests.gpu.test_shared_device import ddp, join
@@ -46,7 +48,7 @@ def _every_algorithm(rank: int, size: int, path: str) -> dict[str, bytes]:
     transport = plugins.load("transport", "nccl")(_group(rank, size, path))
     found = {}
     for name in conformance.ALGORITHMS:
-        program = Program.of(plugins.load("collective", name)(size), rank)
+        program = RankProgram.of(plugins.load("collective", name)(size), rank)
         for count in (1, 7, 300_001):
             tensor = conformance.contribution(rank, count).cuda()
             execute(program, transport, tensor, torch.add, 2)
@@ -58,7 +60,9 @@ def _every_algorithm(rank: int, size: int, path: str) -> dict[str, bytes]:
 
 
 def _streams(rank: int, size: int, path: str) -> None:
-    """A message waits for the kernel that makes its contents, and a kernel for the message it reads, on a stream of our own."""
+    """A message waits for the kernel that makes its contents, and a kernel for the message it
+    reads, on a stream of our own.
+    """
     transport = plugins.load("transport", "nccl")(_group(rank, size, path))
     with torch.cuda.stream(torch.cuda.Stream()):
         sent, got = torch.zeros(1 << 22, device="cuda"), torch.zeros(1 << 22, device="cuda")

@@ -1,4 +1,6 @@
-"""The parameter server with models on a CUDA device: gradients and weights through page-locked memory. Skipped without a device."""
+"""The parameter server with models on a CUDA device: gradients and weights through page-locked
+memory. Skipped without a device.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ def test_sync_on_a_device_is_single_process_training(tmp_path, link):
 
 
 def test_backward_is_not_held_up(tmp_path):
-    """A gradient is pushed when the device has made it; the thread that trains does not wait for that."""
+    """A gradient is pushed when the device has made it; the thread that trains does not wait for
+    that.
+    """
     made = Settings(1, 60)
     with job.servers(made, tmp_path):
         net = job.model().cuda()
@@ -38,7 +42,7 @@ def test_backward_is_not_held_up(tmp_path):
         loss.backward()
         after.record()
         assert not after.query()  # backward is through, the device is not
-        joined.step(job.SGD["lr"])
+        joined.step()
         joined.close()
     for weight, expected in zip(net.parameters(), job.single(1, 1), strict=True):
         torch.testing.assert_close(weight.detach().cpu(), expected, rtol=1e-4, atol=1e-4)

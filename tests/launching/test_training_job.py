@@ -1,4 +1,6 @@
-"""`scaletrain train` when things go wrong: a worker killed or stopped in mid-step, Ctrl-C, and going on from there."""
+"""programs/worker.py under launching/supervision: a worker killed or stopped, Ctrl-C, and going on
+from there.
+"""
 
 import json
 import os

@@ -1,9 +1,13 @@
-"""A small job for the tests: servers and workers as threads or processes, and the same training in one process.
+"""A small job for the tests: servers and workers, and the same training in one process.
 
-``python -m tests.parameter_server.job RUN_DIR RANK SETTINGS STEPS DELAY_S`` is a worker; it prints a line a step.
+Servers and workers run as threads or processes.
+
+``python -m tests.parameter_server.job RUN_DIR RANK SETTINGS STEPS DELAY_S`` is a worker; it prints
+a line a step.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 from scaletrain import programs
@@ -25,8 +28,7 @@ from torch import nn
 from scaletrain.parameter_server.protocol import placement
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.server.server import Server
-from scaletrain.training.exchange import Setup
-from scaletrain.training.exchange.parameter_server import ParameterServerExchange
+from scaletrain.parameter_server.worker.exchange import ParameterServerExchange
 from scaletrain.world import World
 from tests.ranks import Program
 
@@ -66,9 +68,9 @@ def single(
 
 
 @contextlib.contextmanager
-def servers(made: Settings, run_dir: Path) -> Iterator[list[Server]]:
+def servers(settings: Settings, run_dir: Path) -> Iterator[list[Server]]:
     """The job's servers as threads, which saves starting them."""
-    started = [Server(made, run_dir, index) for index in range(made.servers)]
+    started = [Server(settings, run_dir, index) for index in range(settings.servers)]
     running = [threading.Thread(target=server.serve, daemon=True) for server in started]
     for thread in running:
         thread.start()
@@ -83,9 +85,9 @@ def servers(made: Settings, run_dir: Path) -> Iterator[list[Server]]:
 
 
 @contextlib.contextmanager
-def server_processes(made: Settings, run_dir: Path) -> Iterator[list[Program]]:
+def server_processes(settings: Settings, run_dir: Path) -> Iterator[list[Program]]:
     """The job's servers, ended on leaving."""
-    started = [start_server(made, run_dir, index) for index in range(made.servers)]
+    started = [start_server(settings, run_dir, index) for index in range(settings.servers)]
     try:
         yield started
     finally:
@@ -99,21 +101,21 @@ def server_processes(made: Settings, run_dir: Path) -> Iterator[list[Program]]:
                 process.wait()
 
 
-def start_server(made: Settings, run_dir: Path, index: int) -> Program:
-    return Program(*placement.command(made, run_dir, index)[2:])
+def start_server(settings: Settings, run_dir: Path, index: int) -> Program:
+    return Program(*placement.command(settings, run_dir, index)[2:])
 
 
-def exchange(made: Settings, run_dir: Path, rank: int) -> ParameterServerExchange:
-    store = dist.FileStore(str(run_dir / "store"), made.workers)
-    world = World(rank, made.workers, rank, made.workers, launcher="local")
-    setup = Setup(store, torch.device("cpu"), timedelta(seconds=made.timeout_s), run_dir)
-    if made.placement == "auto":
-        made = made._replace(placement="dedicated")  # by `servers` or `server_processes`
-    return ParameterServerExchange(world, setup, made)
+def exchange(settings: Settings, run_dir: Path, rank: int) -> ParameterServerExchange:
+    store = dist.FileStore(str(run_dir / "store"), settings.workers)
+    world = World(rank, settings.workers, rank, settings.workers, launcher="local")
+    if settings.placement == "auto":
+        # By ``servers`` or ``server_processes``.
+        settings = dataclasses.replace(settings, placement="dedicated")
+    return ParameterServerExchange(settings, world, run_dir, store)
 
 
 def work(
-    made: Settings,
+    settings: Settings,
     run_dir: Path,
     rank: int,
     steps: int,
@@ -125,14 +127,14 @@ def work(
     """Train as one worker; returns the weights and the last record."""
     net = model().to(device)
     optimizer = make(net.parameters())
-    joined = exchange(made, run_dir, rank)
+    joined = exchange(settings, run_dir, rank)
     joined.attach(net, optimizer)
     meet()  # whoever comes later than the others' first step leaves out what they have done
     step = joined.skip(steps)
     while step < steps:
         optimizer.zero_grad()
         loss(net, step, rank).backward()
-        joined.step(optimizer.param_groups[0]["lr"])
+        joined.step()
         step += 1
         on_step(step, joined)
         step += joined.skip(steps - step)
@@ -167,14 +169,14 @@ def threads(jobs: list[Callable[[], object]], timeout_s: float = 60) -> list[obj
 
 
 def train(
-    made: Settings, run_dir: Path, steps: int, **options
+    settings: Settings, run_dir: Path, steps: int, **options
 ) -> list[tuple[list[torch.Tensor], dict[str, float]]]:
     """Servers and workers of one job; returns what each worker has in the end."""
-    with servers(made, run_dir):
+    with servers(settings, run_dir):
         return threads(
             [
-                lambda r=rank: work(made, run_dir, r, steps, **options)
-                for rank in range(made.workers)
+                lambda r=rank: work(settings, run_dir, r, steps, **options)
+                for rank in range(settings.workers)
             ]
         )  # type: ignore[return-value]
 
@@ -184,14 +186,14 @@ class Worker:
 
     def __init__(
         self,
-        made: Settings,
+        settings: Settings,
         run_dir: Path,
         rank: int,
         steps: int,
         delay_s: float = 0.0,
         on_host: Callable[[list[str]], Sequence[str]] | None = None,
     ):
-        arguments = [str(run_dir), str(rank), json.dumps(made._asdict()), str(steps), str(delay_s)]
+        arguments = [str(run_dir), str(rank), settings.to_json(), str(steps), str(delay_s)]
         self.process: Program | subprocess.Popen
         if on_host is None:
             self.process = Program("tests.parameter_server.job", *arguments, piped=True)
@@ -238,11 +240,11 @@ class Worker:
 
 @contextlib.contextmanager
 def workers(
-    made: Settings, run_dir: Path, steps: int, delays: dict[int, float] | None = None
+    settings: Settings, run_dir: Path, steps: int, delays: dict[int, float] | None = None
 ) -> Iterator[list[Worker]]:
     started = [
-        Worker(made, run_dir, rank, steps, (delays or {}).get(rank, 0.0))
-        for rank in range(made.workers)
+        Worker(settings, run_dir, rank, steps, (delays or {}).get(rank, 0.0))
+        for rank in range(settings.workers)
     ]
     with killed_at_the_end(started):
         yield started
@@ -263,10 +265,10 @@ def statistics(run_dir: Path, index: int = 0) -> dict:
 
 
 def main() -> None:
-    run_dir, rank, made = Path(sys.argv[1]), int(sys.argv[2]), Settings(**json.loads(sys.argv[3]))
+    run_dir, rank, settings = Path(sys.argv[1]), int(sys.argv[2]), Settings.from_json(sys.argv[3])
     steps, delay_s = int(sys.argv[4]), float(sys.argv[5])
 
-    live = made.workers
+    live = settings.workers
     programs.done()
 
     def on_step(step: int, joined: ParameterServerExchange) -> None:
@@ -275,9 +277,9 @@ def main() -> None:
         print("step", step, time.monotonic(), flush=True)
         time.sleep(delay_s)
 
-    weights, record = work(made, run_dir, rank, steps, on_step=on_step)
+    weights, record = work(settings, run_dir, rank, steps, on_step=on_step)
     final = (
-        torch.stack([loss(model_with(weights), 99999, r).detach() for r in range(made.workers)])
+        torch.stack([loss(model_with(weights), 99999, r).detach() for r in range(settings.workers)])
         .mean()
         .item()
     )

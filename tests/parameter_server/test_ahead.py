@@ -1,4 +1,6 @@
-"""How far workers run ahead of each other's gradients: a few blocks, in whatever order they push, and never into a deadlock."""
+"""Tests ``worker/link.py``: workers run a few blocks ahead of each other, and never into a
+deadlock.
+"""
 
 import random
 import threading
@@ -16,7 +18,7 @@ BLOCKS, NUMEL, STEPS = 40, 64, 10
 SGD = {"name": "SGD", "groups": [{"lr": 1.0}]}
 
 
-def made(workers: int) -> Settings:
+def make_settings(workers: int) -> Settings:
     return Settings(
         workers,
         20,
@@ -29,7 +31,7 @@ def made(workers: int) -> Settings:
 
 def join(settings: Settings, run_dir: Path, rank: int) -> Client:
     blocks = sharding.plan(
-        [sharding.Parameter((BLOCKS * NUMEL,))], settings.servers, settings.block_bytes
+        [sharding.ParameterSpec((BLOCKS * NUMEL,))], settings.servers, settings.block_bytes
     )
     assert len(blocks) == BLOCKS
     client = Client(settings, run_dir, rank, blocks, SGD)
@@ -46,7 +48,7 @@ def push(client: Client, key: int, step: int, value: float) -> None:
 
 
 def test_workers_may_push_in_any_order(tmp_path):
-    settings = made(3)
+    settings = make_settings(3)
 
     def worker(rank: int) -> None:
         client, order, weights = (
@@ -71,8 +73,10 @@ def test_workers_may_push_in_any_order(tmp_path):
 
 
 def test_a_worker_waits_for_those_behind(tmp_path):
-    """What rank 0 pushes while rank 1 has pushed nothing stays with it, but for a few blocks, those that the next forward needs first."""
-    settings, seen = made(2), threading.Event()
+    """What rank 0 pushes while rank 1 has pushed nothing stays with it, but for a few blocks, those
+    that the next forward needs first.
+    """
+    settings, seen = make_settings(2), threading.Event()
     ahead = settings.blocks_ahead
     assert ahead == 4
 

@@ -1,4 +1,4 @@
-"""The command that people type, on real digits."""
+"""Tests the whole command, on real digits, in every mode of the parameter server."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The memory of messages: it stays with a process that keeps it, and many workers' send buffers are small and equal."""
+"""Tests ``protocol/memory.py`` and the send buffers of ``protocol/settings.py``."""
 
 import subprocess
 import sys
@@ -8,7 +8,8 @@ import pytest
 from scaletrain.parameter_server.protocol.settings import Settings
 
 pytestmark = pytest.mark.timeout(60)
-# Eight messages of 4 MiB come and go, ten times: prints how many pages had to be made anew in the last nine rounds.
+# Eight messages of 4 MiB come and go, ten times.
+# Prints how many pages had to be made anew in the last nine rounds.
 ROUNDS = """
 import ctypes, resource, sys
 from scaletrain.parameter_server.protocol import memory

@@ -1,14 +1,14 @@
-"""Every element lies in exactly one block, on exactly one server."""
+"""Tests ``protocol/sharding.py``: every element lies in exactly one block, on exactly one server."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scaletrain.parameter_server.protocol import sharding
-from scaletrain.parameter_server.protocol.sharding import Parameter, plan
+from scaletrain.parameter_server.protocol.sharding import ParameterSpec, plan
 
 shapes = st.lists(
-    st.builds(Parameter, st.tuples(st.integers(1, 60), st.integers(1, 60)), st.integers(0, 1), st.booleans()),
+    st.builds(ParameterSpec, st.tuples(st.integers(1, 60), st.integers(1, 60)), st.integers(0, 1), st.booleans()),
     min_size=1, max_size=8,
 )  # fmt: skip
 
@@ -32,18 +32,20 @@ def test_every_element_lies_in_exactly_one_block(parameters, servers, block_byte
 
 
 def test_servers_get_equal_shares_and_large_tensors_are_split():
-    blocks = plan([Parameter((4096, 4096)), Parameter((1000,)), Parameter((300, 300))], 4, 1 << 20)
+    blocks = plan(
+        [ParameterSpec((4096, 4096)), ParameterSpec((1000,)), ParameterSpec((300, 300))], 4, 1 << 20
+    )
     loads = [sum(b.numel for b in blocks if b.server == server) for server in range(4)]
     assert max(loads) < 1.05 * min(loads)
     assert len({block.server for block in blocks if block.pieces[0].parameter == 0}) == 4
 
 
 def test_every_server_gets_part_of_a_small_model():
-    assert {block.server for block in plan([Parameter((100, 100))], 3)} == {0, 1, 2}
+    assert {block.server for block in plan([ParameterSpec((100, 100))], 3)} == {0, 1, 2}
 
 
 def test_a_table_costs_one_message_a_server_however_large_it_is():
-    small, large = (plan([Parameter((rows, 8), sparse=True)], 2) for rows in (10, 10_000_000))
+    small, large = (plan([ParameterSpec((rows, 8), sparse=True)], 2) for rows in (10, 10_000_000))
     assert len(small) == len(large) == 2
     assert [block.first_row for block in large] == [0, 5_000_000]
 
@@ -65,7 +67,7 @@ def test_a_server_refuses_tables_of_blocks_that_cannot_be(broken):
 
 
 def test_what_a_worker_writes_a_server_reads():
-    for block in plan([Parameter((30, 4)), Parameter((9, 2), sparse=True)], 2, 64):
+    for block in plan([ParameterSpec((30, 4)), ParameterSpec((9, 2), sparse=True)], 2, 64):
         read = sharding.from_json(sharding.to_json(block), block.server)
         assert (read.key, read.numel, read.sparse, read.shape) == (
             block.key,

@@ -1,6 +1,10 @@
-"""Servers and workers as threads: the same weights as one process, in every mode that promises it."""
+"""Tests ``worker/`` with servers: the same weights as one process, in every mode that promises it.
+
+Servers and workers are threads.
+"""
 
 import copy
+import dataclasses
 import threading
 import time
 
@@ -10,9 +14,9 @@ from torch import nn
 
 from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol import wire
-from scaletrain.parameter_server.protocol.settings import Settings, settings
+from scaletrain.parameter_server.protocol.settings import Settings, settings_from_options
 from scaletrain.parameter_server.worker import replica
-from scaletrain.parameter_server.worker.link import Link
+from scaletrain.parameter_server.worker.link import ServerLink
 from scaletrain.parameter_server.worker.requests import ServerError
 from scaletrain.training import checkpoint
 from tests.parameter_server import job
@@ -50,14 +54,16 @@ def test_sync_is_single_process_training(tmp_path, workers, options):
     "options", [{}, {"link": "tcp"}, {"mode": "local_sgd", "local_steps": 1}], ids=str
 )
 def test_what_accelerators_do_gives_the_same(tmp_path, monkeypatch, options):
-    """Gradients and weights through staging. On the CPU nothing of it overlaps: tests/gpu has the rest."""
+    """Gradients and weights through staging. On the CPU nothing of it overlaps: tests/gpu has the
+    rest.
+    """
     monkeypatch.setattr(replica, "needs_staging", lambda device: True)
-    made = Settings(3, 20, servers=2, **options, **SMALL_BLOCKS)
-    results = job.train(made, tmp_path, STEPS)
+    settings = Settings(3, 20, servers=2, **options, **SMALL_BLOCKS)
+    results = job.train(settings, tmp_path, STEPS)
     monkeypatch.undo()
     direct_dir = tmp_path / "direct"
     direct_dir.mkdir()
-    direct = job.train(made, direct_dir, STEPS)
+    direct = job.train(settings, direct_dir, STEPS)
     for (weights, _), (expected, _) in zip(results, direct, strict=True):
         assert_close(weights, expected)
         if not options.get("mode"):
@@ -111,33 +117,35 @@ def test_any_optimizer_runs_on_the_server(tmp_path, make):
     ids=["SGD", "AdamW", "Adafactor"],
 )
 def test_a_checkpoint_holds_the_servers_optimizer_state(tmp_path, make, options):
-    """Half of the steps, then new servers and workers with the checkpoint, cut into other blocks: as if there had been no pause."""
-    made = Settings(2, 20, **options)
+    """Half of the steps, then new servers and workers with the checkpoint, cut into other blocks:
+    as if there had been no pause.
+    """
+    settings = Settings(2, 20, **options)
 
-    def half(folder, made, first, last, load):
+    def half(folder, settings, first, last, load):
         def train_one(rank):
             net = job.model()
             optimizer = make(list(net.parameters()))
             if load:
                 assert checkpoint.load_latest(tmp_path, net, optimizer) == first
-            joined = job.exchange(made, folder, rank)
+            joined = job.exchange(settings, folder, rank)
             joined.attach(net, optimizer)
             for step in range(first, last):
                 optimizer.zero_grad()
                 job.loss(net, step, rank).backward()
-                joined.step(optimizer.param_groups[0]["lr"])
+                joined.step()
             if rank == 0:
                 checkpoint.save(tmp_path, last, net, optimizer, 1)
             joined.close()
             return [p.detach() for p in net.parameters()]
 
         folder.mkdir()
-        with job.servers(made, folder):
+        with job.servers(settings, folder):
             return job.threads([lambda r=rank: train_one(r) for rank in range(2)])
 
-    half(tmp_path / "a", made._replace(servers=2, **SMALL_BLOCKS), 0, 6, False)
-    weights, _ = half(tmp_path / "b", made, 6, 12, True)
-    whole, _ = half(tmp_path / "c", made, 0, 12, False)
+    half(tmp_path / "a", dataclasses.replace(settings, servers=2, **SMALL_BLOCKS), 0, 6, False)
+    weights, _ = half(tmp_path / "b", settings, 6, 12, True)
+    whole, _ = half(tmp_path / "c", settings, 0, 12, False)
     assert_close(weights, whole)
 
 
@@ -160,8 +168,8 @@ def test_a_schedule_on_the_server_counts_its_updates(tmp_path):
         (sum(job.loss(expected_model, step, rank) for rank in range(2)) / 2).backward()
         optimizer.step()
         schedule.step()
-    made = Settings(2, 20, server_lr={"name": "StepLR", "step_size": 3, "gamma": 0.5})
-    weights, _ = job.train(made, tmp_path, STEPS, make=lambda p: torch.optim.SGD(p, lr=0.1))[0]
+    settings = Settings(2, 20, server_lr={"name": "StepLR", "step_size": 3, "gamma": 0.5})
+    weights, _ = job.train(settings, tmp_path, STEPS, make=lambda p: torch.optim.SGD(p, lr=0.1))[0]
     assert_close(weights, [p.detach() for p in expected_model.parameters()])
 
 
@@ -185,11 +193,11 @@ def test_async_of_one_worker_is_single_process_training(tmp_path):
 
 @pytest.mark.parametrize("mode", ["async", "bounded"])
 def test_async_applies_every_gradient_and_records_staleness(tmp_path, mode):
-    made = Settings(3, 20, mode=mode, staleness=1)
+    settings = Settings(3, 20, mode=mode, staleness=1)
     steps = (
         25 * STEPS
     )  # after 12 one process is at 0.86 of the first loss itself, after 300 at 0.32
-    results = job.train(made, tmp_path, steps, meet=threading.Barrier(3, timeout=30).wait)
+    results = job.train(settings, tmp_path, steps, meet=threading.Barrier(3, timeout=30).wait)
     statistics = job.statistics(tmp_path)
     assert statistics["updates"] == 3 * steps
     assert sum(statistics["staleness"].values()) == 3 * steps
@@ -200,18 +208,23 @@ def test_async_applies_every_gradient_and_records_staleness(tmp_path, mode):
 
 
 def test_servers_that_met_a_worker_at_different_steps_agree_at_the_end(tmp_path, monkeypatch):
-    """Rank 1 reaches the second server when rank 0 has done steps there: it begins where that one says, later than the first one said."""
-    connect = Link.connect
+    """Rank 1 reaches the second server when rank 0 has done steps there: it begins where that one
+    says, later than the first one said.
+    """
+    connect = ServerLink.connect
 
-    def late(link: Link, *arguments, **options):
+    def late(link: ServerLink, *arguments, **options):
         if link.index == 1 and link._identity.rank == 1:
             time.sleep(0.5)
         return connect(link, *arguments, **options)
 
-    monkeypatch.setattr(Link, "connect", late)
-    made, begun = Settings(2, 5, mode="bounded", staleness=1, servers=2, **SMALL_BLOCKS), []
+    monkeypatch.setattr(ServerLink, "connect", late)
+    settings, begun = Settings(2, 5, mode="bounded", staleness=1, servers=2, **SMALL_BLOCKS), []
     job.train(
-        made, tmp_path, STEPS, on_step=lambda step, joined: begun.append((joined.world.rank, step))
+        settings,
+        tmp_path,
+        STEPS,
+        on_step=lambda step, joined: begun.append((joined.world.rank, step)),
     )
     assert min(step for rank, step in begun if rank == 1) > 1, "rank 1 was not late"
     assert job.statistics(tmp_path)["lost"] == []
@@ -222,7 +235,7 @@ def test_servers_that_met_a_worker_at_different_steps_agree_at_the_end(tmp_path,
     [("local_sgd", "average", 0), ("local_sgd", "nesterov", 0), ("post_local", "average", 4)],
 )
 def test_local_steps_are_averaged_by_the_outer_optimizer(tmp_path, mode, outer, after):
-    made = Settings(
+    settings = Settings(
         2,
         20,
         mode=mode,
@@ -232,7 +245,7 @@ def test_local_steps_are_averaged_by_the_outer_optimizer(tmp_path, mode, outer, 
         outer_lr=0.5,
         outer_momentum=0.6,
     )
-    results = job.train(made, tmp_path, STEPS)
+    results = job.train(settings, tmp_path, STEPS)
     shared = job.model()
     slow = torch.optim.SGD(
         shared.parameters(),
@@ -260,7 +273,7 @@ def test_local_steps_are_averaged_by_the_outer_optimizer(tmp_path, mode, outer, 
 @pytest.mark.parametrize("link", ["unix", "tcp"])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad])
 def test_sparse_embeddings_move_only_touched_rows(tmp_path, link, kind):
-    rows, steps, made = 5000, 6, Settings(2, 20, servers=2, link=link)
+    rows, steps, settings = 5000, 6, Settings(2, 20, servers=2, link=link)
 
     def build():
         with job.SEEDING:
@@ -276,13 +289,13 @@ def test_sparse_embeddings_move_only_touched_rows(tmp_path, link, kind):
     def train_one(rank):
         net = build()
         optimizer = kind(net.parameters(), lr=0.1)
-        joined = job.exchange(made, tmp_path, rank)
+        joined = job.exchange(settings, tmp_path, rank)
         joined.attach(net, optimizer)
         moved = []
         for step in range(steps):
             net.zero_grad()
             net(words(step, rank)).square().mean().backward()
-            joined.step(0.1)
+            joined.step()
             moved.append(joined.record()["bytes_sent"] + joined.record()["bytes_received"])
         joined.sum(torch.zeros(1))  # everybody has pushed
         state = {name: value.clone() for name, value in net.state_dict().items()}
@@ -295,26 +308,27 @@ def test_sparse_embeddings_move_only_touched_rows(tmp_path, link, kind):
         reference.zero_grad()
         (sum(reference(words(step, rank)).square().mean() for rank in range(2)) / 2).backward()
         optimizer.step()
-    with job.servers(made, tmp_path):
+    with job.servers(settings, tmp_path):
         for state, moved in job.threads([lambda r=rank: train_one(r) for rank in range(2)]):
             assert_close(list(state.values()), list(reference.state_dict().values()))
             assert max(moved[1:]) < 10_000  # the table has 160,000 bytes
 
 
 def test_accumulated_passes_are_pushed_once(tmp_path):
-    made = Settings(1, 20)
+    settings = Settings(1, 20)
     net, reference = job.model(), job.model()
     optimizer, plain = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (net, reference))
-    with job.servers(made, tmp_path):
-        joined = job.exchange(made, tmp_path, 0)
+    with job.servers(settings, tmp_path):
+        joined = job.exchange(settings, tmp_path, 0)
         joined.attach(net, optimizer)
         with joined.accumulate():
             job.loss(net, 0, 0).backward()
         job.loss(net, 0, 1).backward()
-        joined.step(0.1)
+        joined.step()
         with pytest.raises(ValueError, match="set the rate"):
             job.loss(net, 0, 1).backward()
-            joined.step(0.2)
+            optimizer.param_groups[0]["lr"] = 0.2
+            joined.step()
     (job.loss(reference, 0, 0) + job.loss(reference, 0, 1)).backward()
     plain.step()
     assert_close(
@@ -323,14 +337,14 @@ def test_accumulated_passes_are_pushed_once(tmp_path):
 
 
 def test_workers_with_another_model_are_refused(tmp_path):
-    made = Settings(2, 5)
-    with job.servers(made, tmp_path):
-        first = job.exchange(made, tmp_path, 0)
+    settings = Settings(2, 5)
+    with job.servers(settings, tmp_path):
+        first = job.exchange(settings, tmp_path, 0)
         net = job.model()
         first.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
         other = nn.Linear(3, 3)
         with pytest.raises(ServerError, match="not the one that the server has"):
-            job.exchange(made, tmp_path, 1).attach(
+            job.exchange(settings, tmp_path, 1).attach(
                 other, torch.optim.SGD(other.parameters(), lr=0.1)
             )
 
@@ -348,7 +362,7 @@ def test_workers_with_another_model_are_refused(tmp_path):
 )
 def test_options_that_contradict_each_other_are_one_line(options, message):
     with pytest.raises(UserError, match=message):
-        settings(options, 2)
+        settings_from_options(options, 2)
 
 
 def test_optimizers_that_a_server_cannot_run_are_one_line(tmp_path):

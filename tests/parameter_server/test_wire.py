@@ -1,4 +1,6 @@
-"""Messages survive the trip; whatever else arrives is refused, never an error of another kind."""
+"""Tests ``protocol/wire.py`` and ``codec.py``: messages survive the trip, everything else is
+refused.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaletrain.parameter_server.protocol import codec, wire
-from scaletrain.parameter_server.protocol.wire import Dtype, Header, Kind, Refused, parse
+from scaletrain.parameter_server.protocol.wire import Dtype, Header, MessageKind, Refused, parse
 
 
 def frames_of(header: Header, *payloads: bytes) -> list[bytes]:
@@ -14,7 +16,7 @@ def frames_of(header: Header, *payloads: bytes) -> list[bytes]:
 
 
 def test_a_header_comes_back_as_it_was():
-    header = Header(Kind.PUSH, Dtype.BF16, 0, 3, 1, 4, 0, 17, 5, 2**63 + 1, 9, 6, 0.125)
+    header = Header(MessageKind.PUSH, Dtype.BF16, 0, 3, 1, 4, 0, 17, 5, 2**63 + 1, 9, 6, 0.125)
     message = parse(frames_of(header, bytes(12)))
     assert message.header == header
     assert message.payloads[0].nbytes == 12
@@ -25,21 +27,28 @@ def test_a_header_comes_back_as_it_was():
     [
         ([], "header"),
         ([b""], "header"),
-        ([Header(Kind.PING).pack()[:-1]], "header"),
-        ([b"XXXX" + Header(Kind.PING).pack()[4:]], "magic"),
-        ([wire.MAGIC + b"\xff" + Header(Kind.PING).pack()[5:]], "kind"),
-        ([Header(Kind.PING).pack()[:5] + b"\x99" + Header(Kind.PING).pack()[6:]], "dtype"),
-        ([Header(Kind.PING).pack(), b""], "number of frames"),
-        ([Header(Kind.PUSH, Dtype.FLOAT32, count=2).pack()], "number of frames"),
-        ([Header(Kind.PUSH, Dtype.FLOAT32, count=2).pack(), b"1234567"], "length"),
-        ([Header(Kind.PUSH, Dtype.NONE, count=0).pack(), b""], "length"),
-        ([Header(Kind.PUSH, Dtype.FLOAT32, wire.SHARED, count=1).pack(), b"1234"], "length"),
+        ([Header(MessageKind.PING).pack()[:-1]], "header"),
+        ([b"XXXX" + Header(MessageKind.PING).pack()[4:]], "magic"),
+        ([wire.MAGIC + b"\xff" + Header(MessageKind.PING).pack()[5:]], "kind"),
         (
-            [Header(Kind.PUSH_ROWS, Dtype.FLOAT32, rows=2, count=1).pack(), bytes(8), bytes(4)],
+            [Header(MessageKind.PING).pack()[:5] + b"\x99" + Header(MessageKind.PING).pack()[6:]],
+            "dtype",
+        ),
+        ([Header(MessageKind.PING).pack(), b""], "number of frames"),
+        ([Header(MessageKind.PUSH, Dtype.FLOAT32, count=2).pack()], "number of frames"),
+        ([Header(MessageKind.PUSH, Dtype.FLOAT32, count=2).pack(), b"1234567"], "length"),
+        ([Header(MessageKind.PUSH, Dtype.NONE, count=0).pack(), b""], "length"),
+        ([Header(MessageKind.PUSH, Dtype.FLOAT32, wire.SHARED, count=1).pack(), b"1234"], "length"),
+        (
+            [
+                Header(MessageKind.PUSH_ROWS, Dtype.FLOAT32, rows=2, count=1).pack(),
+                bytes(8),
+                bytes(4),
+            ],
             "length",
         ),
-        ([Header(Kind.PING, flags=64).pack()], "field"),
-        ([Header(Kind.PING, lr=float("nan")).pack()], "field"),
+        ([Header(MessageKind.PING, flags=64).pack()], "field"),
+        ([Header(MessageKind.PING, lr=float("nan")).pack()], "field"),
     ],
 )
 def test_what_is_not_acceptable_is_refused_with_its_reason(frames, reason):
@@ -58,7 +67,7 @@ def test_rubbish_is_refused(frames):
     st.binary(max_size=16),
 )
 def test_a_header_with_rubbish_fields_is_refused_or_consistent(rest, payload):
-    frames = [wire.MAGIC + bytes([Kind.PUSH]) + rest, payload]
+    frames = [wire.MAGIC + bytes([MessageKind.PUSH]) + rest, payload]
     try:
         message = parse(frames)
     except Refused:
@@ -70,7 +79,7 @@ def test_a_header_with_rubbish_fields_is_refused_or_consistent(rest, payload):
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_json_that_is_none_is_refused(text):
     with pytest.raises(Refused, match="JSON"):
-        parse(frames_of(Header(Kind.HELLO), text)).json()
+        parse(frames_of(Header(MessageKind.HELLO), text)).json()
 
 
 @pytest.mark.parametrize(

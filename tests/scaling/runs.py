@@ -20,7 +20,8 @@ def write_run(
 ) -> Path:
     """Of ranks that compute on a thread each, on a machine of ``cores``.
 
-    ``steps[rank][i]``: seconds of a rank's step i; a tenth of it is input, three tenths forward, a half backward, a tenth update.
+    ``steps[rank][i]``: seconds of a rank's step i; a tenth of it is input, three tenths forward, a
+    half backward, a tenth update.
     """
     directory.mkdir(parents=True, exist_ok=True)
     workers = len(steps)

@@ -1,3 +1,5 @@
+"""Tests of ``scaling/explain/compare.py``: a change is told from noise."""
+
 import json
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ from scaletrain.errors import UserError
 from scaletrain.scaling.explain import report
 from scaletrain.scaling.explain.compare import CellChange, compare, differences, lines
 from scaletrain.scaling.measure.intervals import Change
-from scaletrain.scaling.model import Header, Repeat, Report
+from scaletrain.scaling.model import Repeat, Report, ReportHeader
 
 from .runs import write_run
 
@@ -55,7 +57,7 @@ def test_settings_that_differ_are_named_and_repeats_are_not():
     def header(**changes):
         text = "model: mlp\noptimizer: {name: sgd, lr: 0.1}\nepochs: 5\n"
         facts = {"config": {"job": text}, "settings": (), "bound_to_cores": True, "repeats": 3}
-        return Report(version=1, header=Header(**(facts | changes)), summary="", rows=())
+        return Report(version=1, header=ReportHeader(**(facts | changes)), summary="", rows=())
 
     assert differences(header(repeats=2), header()) is None
     assert differences(header(config={"other": "epochs: 1"}), header()) is None

@@ -1,3 +1,5 @@
+"""Tests of ``scaling/measure/intervals.py``: intervals cover the truth as often as they say."""
+
 import math
 import random
 

@@ -1,3 +1,5 @@
+"""Tests of ``scaling/explain/limiter.py``: the split of lost time and its sentence."""
+
 import re
 
 import pytest
@@ -91,7 +93,8 @@ def test_no_cause_is_named_where_the_interval_hides_the_loss(efficiency, ci95, w
     ) and re.search(
         r"(About \d+ repeats would be enough|More than 30 repeats would be needed)\.$", told
     )
-    # What is known to be lost has causes, if not in which order; of what may be nothing none is named.
+    # What is known to be lost has causes, if not in which order; of what may be nothing none is
+    # named.
     assert (
         "As measured, stolen cores (48.1 ms a step) and optimizer (5.82 ms) cost most." in told
     ) == (what == "to name a cause")
@@ -100,7 +103,8 @@ def test_no_cause_is_named_where_the_interval_hides_the_loss(efficiency, ci95, w
 
 def test_how_many_repeats_would_tell_follows_from_how_these_scattered():
     causes = [Cause("communication", 0.02), Cause("optimizer", 0.005)]
-    # 3 repeats know 0.80 to 0.15; t(0.975, n - 1) / sqrt(n) has to fall by a third: 2.48 at 3, 1.59 at 4
+    # 3 repeats know 0.80 to 0.15; t(0.975, n - 1) / sqrt(n) has to fall by a third: 2.48 at 3, 1.59
+    # at 4
     assert (
         " after 3 repeats. As measured, communication (20 ms a step) and optimizer (5 ms) cost most. About 4 repeats would be enough."
         in sentence(causes, 0.80, ci95=0.15, repeats=3)

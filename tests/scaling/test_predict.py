@@ -15,7 +15,7 @@ from scaletrain.cli import cli
 from scaletrain.collectives.cost import Link, Network
 from scaletrain.collectives.traffic import bytes_moved
 from scaletrain.errors import UserError
-from scaletrain.scaling.model import Header, Repeat, Report, Row
+from scaletrain.scaling.model import Repeat, Report, ReportHeader, Row
 from scaletrain.scaling.predict import fit, simulate, step_time
 from scaletrain.scaling.predict.layers import LayerTimes, ModelTimes
 from scaletrain.scaling.predict.network import (
@@ -32,7 +32,7 @@ from scaletrain.scaling.predict.step_time import (
     buckets,
     exposed_s,
 )
-from scaletrain.scaling.show import publish
+from scaletrain.scaling.show import simulation
 
 GBIT = Fabric(Network(50e-6, 125e6), "")
 
@@ -259,7 +259,9 @@ PLAIN = emulated.EmulatedLinks(1e-3, 10e6, math.inf)
 
 
 def test_another_batch_is_predicted_on_each_exchanges_own_wire():
-    """gloo's TCP and our shared memory lie in one report; one network for both would be wrong for each."""
+    """gloo's TCP and our shared memory lie in one report; one network for both would be wrong for
+    each.
+    """
     compute, wires = (
         ComputeCost(4e-4, 1e-3, 1e-3),
         {"native": Network(1e-4, 4e8), "ring": Network(2e-5, 4e9)},
@@ -287,7 +289,7 @@ def test_another_batch_is_predicted_on_each_exchanges_own_wire():
 
     rows = [row(e, n, b) for b in (96, 192) for n in (1, 2) for e in ("none", "native", "ring")]
     small = dataclasses.replace(row("none", 1, 48), variant={})
-    report = Report(1, Header(), "", tuple(rows), references=(small,))
+    report = Report(1, ReportHeader(), "", tuple(rows), references=(small,))
     points = extrapolate.other_batch(report, 96)
     assert len(points) == 6 and {p.batch_size for p in points} == {192}
     for point in points:
@@ -330,8 +332,10 @@ def test_hosts_that_share_cores_add_slowly_unless_they_add_while_they_receive():
 
 
 def test_messages_of_all_to_all_get_in_each_others_way():
-    """Of a message that is too small to be cut into parts. Three hosts have two messages each a phase: two of them get both from one slot
-    with three chances in four, one waits; more hosts wait for more. A message in parts waits for parts."""
+    """Of a message that is too small to be cut into parts. Three hosts have two messages each a
+    phase: two of them get both from one slot
+    with three chances in four, one waits; more hosts wait for more. A message in parts waits for
+    parts."""
     plain = PLAIN._replace(latency_s=0.0)
     late = {}
     for p in (2, 3, 8, 16):
@@ -440,7 +444,7 @@ def test_fit_prints_no_figure_for_what_is_not_told(tmp_path):
 
 def show(job, counts, names):
     console = Console(width=150, record=True, file=io.StringIO())
-    publish.show_simulation(job, simulate.simulate(job, counts, names), console, counts)
+    simulation.show_simulation(job, simulate.simulate(job, counts, names), console, counts)
     return console.export_text()
 
 

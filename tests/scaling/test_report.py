@@ -1,3 +1,5 @@
+"""Tests of ``scaling/explain/report.py`` and of ``scaling/show``: figures, pages, plots, traces."""
+
 import io
 import json
 import os
@@ -6,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,11 +24,12 @@ from scaletrain.scaling.measure.run import read_run
 from scaletrain.scaling.model import Row
 from scaletrain.scaling.predict.fit import Estimate, Fit
 from scaletrain.scaling.predict.step_time import ComputeCost
-from scaletrain.scaling.show import plots, publish, render, results, table, trace
+from scaletrain.scaling.show import plots, publish, render, results, table, text, trace
 
 from .runs import write_run
 
-# What each cell of a made-up sweep takes: 100 ms alone, 55 ms of work for half, 5 ms of communication.
+# What each cell of a made-up sweep takes: 100 ms alone, 55 ms of work for half, 5 ms of
+# communication.
 STEP_S = {
     ("none", 1, 96): 0.100,
     ("ring", 1, 96): 0.102,
@@ -145,7 +149,9 @@ def test_the_summary_leads_with_the_best_and_names_the_most_workers_beside_it(me
 
 
 def test_noisy_repeats_name_no_cause(tmp_path):
-    """Two equal workers whose repeats scatter more than the loss: the interval decides, not the mean."""
+    """Two equal workers whose repeats scatter more than the loss: the interval decides, not the
+    mean.
+    """
     for exchange, steps in {
         "none": {1: [0.1, 0.1, 0.1], 2: [0.04, 0.09, 0.06]},
         "ring": {2: [0.05, 0.10, 0.07]},
@@ -211,7 +217,7 @@ def drawn(draw):
 
 def test_legends_cover_nothing_and_points_at_one_place_stand_side_by_side(measured):
     made = report.of_sweep(measured)
-    for draw in (plots.curves(made.rows, "speedup", True, "x"), plots.anatomy(made.losses)):
+    for draw in (plots.curves(made.rows, "speedup"), plots.anatomy(made.losses)):
         figure, axes = drawn(draw)
         (legend,) = figure.legends
         assert (
@@ -219,7 +225,7 @@ def test_legends_cover_nothing_and_points_at_one_place_stand_side_by_side(measur
             and axes.get_legend() is None
         )
         assert legend.get_window_extent().width <= figure.bbox.width
-    _, axes = drawn(plots.curves(made.rows, "speedup", True, "x"))
+    _, axes = drawn(plots.curves(made.rows, "speedup"))
     starts = [bars.lines[0].get_xdata()[0] for bars in axes.containers]
     assert len(set(starts)) == len(starts) == 2 and max(abs(x - 1) for x in starts) < 0.05
 
@@ -280,15 +286,17 @@ def test_every_format_is_written(measured):
 @pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize("several", [False, True])
 def test_tables_in_markdown_are_tables(measured, timed: bool, several: bool):
-    """A head, a line of dashes, then rows of as many cells, a failed cell's and a timed one's included."""
+    """A head, a line of dashes, then rows of as many cells, a failed cell's and a timed one's
+    included.
+    """
     made = replace(report.of_sweep(measured), loss_reached=0.5)
     for number in range(len(made.rows)):
         made = with_row(made, number, variant={"batch_size": number % 2} if several else {})
     if timed:
         made = with_row(made, 0, target_s=1.5, target_runs=2)
-    text = render.markdown(made)
-    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 3 and text.endswith(".\n")
+    page = render.markdown(made)
+    tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 3 and page.endswith(".\n")
     for head, dashes, *rows in tables:
         assert set(dashes) == {"|", "-"} and rows
         assert {line.count("|") for line in (head, dashes, *rows)} == {head.count("|")}, head
@@ -682,12 +690,12 @@ def test_a_target_that_some_repeats_reached_says_how_many(tmp_path):
     made = report.of_runs(runs)
     (only,) = made.rows
     assert (only.target_s, only.target_runs) == (10.0, 2) and only.target_s_ci95 > 1
-    assert render.to_target(only).startswith("10.0 ± ") and render.to_target(only).endswith(
+    assert text.to_target(only).startswith("10.0 ± ") and text.to_target(only).endswith(
         "(2 of 3 runs)"
     )
-    assert render.to_target(only) in render.markdown(made) and render.to_target(
-        only
-    ) in render.html(made)
+    assert text.to_target(only) in render.markdown(made) and text.to_target(only) in render.html(
+        made
+    )
 
 
 def test_what_collectives_send_is_told_from_their_schedule(measured):
@@ -766,7 +774,7 @@ def test_a_report_of_several_jobs_is_not_fitted_as_one(measured, tmp_path):
 
 def test_far_predictions_are_drawn_dashed():
     rows = [
-        {"strategy": "ring", "workers": n, "machines": n, "speedup": 0.9 * n}
+        SimpleNamespace(strategy="ring", workers=n, machines=n, speedup=0.9 * n)
         for n in (1, 4, 16, 64)
     ]
     _, axes = drawn(plots.simulation(rows, 16))
@@ -779,7 +787,9 @@ def test_far_predictions_are_drawn_dashed():
 
 
 def test_a_better_collective_is_predicted_where_none_was_measured(measured):
-    """A tree of 100 MB on 8 workers, over a network that is known: rings send half as much in each of fewer steps."""
+    """A tree of 100 MB on 8 workers, over a network that is known: rings send half as much in each
+    of fewer steps.
+    """
     told = [Estimate(value, value * 0.9, value * 1.1) for value in (1e-4, 1e8)]
     fitted = Fit(ComputeCost(0.01), *told, overlap=True, residuals=[], max_workers=8)
     made = report.of_sweep(measured)

@@ -1,4 +1,4 @@
-"""Measurements that are made once: what was stopped half-way is not taken for whole."""
+"""Tests of ``scaling/show/results.py``: a measurement that was stopped is not taken for whole."""
 
 import subprocess
 from pathlib import Path

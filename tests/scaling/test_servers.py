@@ -1,4 +1,4 @@
-"""Parameter servers in the report: what they counted is shown, and faster is not always sooner."""
+"""Tests of ``scaling/measure/servers.py``: counts are shown, and faster is not always sooner."""
 
 import dataclasses
 import io

@@ -1,3 +1,5 @@
+"""Tests of ``scaling/measure/sweep.py`` and ``machine.py``: cells, commands, resumes, failures."""
+
 import json
 import subprocess
 import sys
@@ -16,7 +18,8 @@ def config(tmp_path):
     return path
 
 
-# A stand-in for `scaletrain train` that leaves a run's files, counts its starts, and fails when it is told to.
+# A stand-in for `scaletrain train` that leaves a run's files, counts its starts, and fails when it
+# is told to.
 TRAIN = """
 import json, pathlib, sys, time
 run = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
@@ -25,8 +28,8 @@ exchange = sys.argv[sys.argv.index("--exchange") + 1]
 with open(sys.argv[1], "a") as log: log.write(f"{exchange} {workers}\\n")
 run.mkdir(parents=True)
 if exchange == "tree":
-    (run / "failure-1.json").write_text(json.dumps({"rank": 1, "step": 3, "kind": "exception", "time": 2, "message": "boom"}))
-    (run / "failure-0.json").write_text(json.dumps({"rank": 0, "step": 3, "kind": "peer", "time": 1, "message": "lost rank 1"}))
+    (run / "failure-1.json").write_text(json.dumps({"rank": 1, "host": "h", "step": 3, "kind": "exception", "time": 2, "message": "boom"}))
+    (run / "failure-0.json").write_text(json.dumps({"rank": 0, "host": "h", "step": 3, "kind": "peer", "time": 1, "message": "lost rank 1"}))
     sys.exit(1)
 if exchange == "star": time.sleep(60)
 for rank in range(workers):
@@ -207,7 +210,9 @@ def test_where_the_system_does_not_tell_nothing_is_recorded(config, tmp_path, st
 
 
 def test_own_work_is_not_that_of_others(monkeypatch):
-    """The cores worked as long as this process and its children did, which is measured here, plus nothing."""
+    """The cores worked as long as this process and its children did, which is measured here, plus
+    nothing.
+    """
     monkeypatch.setattr(machine, "_busy_s", lambda: 100.0 + machine._own_s())
     watch = machine.Watch()
     subprocess.run([sys.executable, "-c", "sum(range(5_000_000))"], check=True)

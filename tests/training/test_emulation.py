@@ -94,12 +94,15 @@ def test_evaluation_does_not_ask_for_gradients():
 
 
 def _overlap(rank: int, size: int, store: str) -> tuple[float, float, float]:
-    """Seconds of a step without exchange, of one with, and the first gradient after an exchange of different contributions."""
+    """Seconds of a step without exchange, of one with, and the first gradient after an exchange of
+    different contributions.
+    """
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     emulated = emulate(mlp.model(sizes=[8, *[64] * 6, 10]), step_s=0.3)
     model = DistributedDataParallel(emulated, bucket_cap_mb=0.01)
 
-    # A thread of its own: were the callback left to gloo's, its last moments could meet those of the process group, which waits for that
+    # A thread of its own: were the callback left to gloo's, its last moments could meet those of
+    # the process group, which waits for that
     # thread while it holds the interpreter lock that the callback's end needs.
     link = ThreadPoolExecutor(1)
 
@@ -131,6 +134,7 @@ def _overlap(rank: int, size: int, store: str) -> tuple[float, float, float]:
 def test_an_exchange_overlaps_the_wait_and_averages_real_gradients(tmp_path):
     for step_s, gradient, num_weights in run_ranks(_overlap, 2, str(tmp_path / "store")):
         assert 0.3 <= step_s < 0.3 + 0.08  # 7 buckets of 20 ms, of which only the last is exposed
-        # zero_grad was not called in between: the last step's gradient, then the mean of 1 and 2 over the weights.
+        # zero_grad was not called in between: the last step's gradient, then the mean of 1 and 2
+        # over the weights.
         first = (0.1 - 1.0) / num_weights
         assert gradient == pytest.approx(first + 1.5 / num_weights, rel=1e-4)

@@ -1,7 +1,9 @@
 """N workers train as one worker does on the same global batch, for every synchronous exchange.
 
-Bugs it catches: a gradient averaged with the wrong weight when shares are uneven, an accumulation that exchanges too often or too early,
-an exchange that loses or doubles a contribution (every rank's share is different), an evaluation that counts a sample twice.
+Bugs it catches: a gradient averaged with the wrong weight when shares are uneven, an accumulation
+that exchanges too often or too early,
+an exchange that loses or doubles a contribution (every rank's share is different), an evaluation
+that counts a sample twice.
 """
 
 import json
@@ -15,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from scaletrain import config
-from scaletrain.run.records import read_records, records_path
+from scaletrain.run.layout import RunDir
+from scaletrain.run.records import read_records
 from scaletrain.training import workload
 from scaletrain.training.exchange import Setup
 from scaletrain.training.trainer import Trainer
@@ -106,7 +109,7 @@ def test_no_exchange_drifts_apart_and_weak_scaling_grows_the_batch(tmp_path: Pat
     assert all(
         record.samples == 50
         for rank in (0, 1)
-        for record in read_records(records_path(tmp_path, rank))
+        for record in read_records(RunDir(tmp_path).records(rank))
     )
 
 
@@ -119,8 +122,8 @@ def test_resume_goes_on_as_if_never_stopped_with_another_number_of_workers(
     assert stopped[0]["summary"]["finished"] is False
     results = run_ranks(train, 3, tree, tmp_path, True)
     torch.testing.assert_close(losses(results, 50), losses([alone], 50)[4:], rtol=1e-4, atol=1e-5)
-    assert [record.step for record in read_records(records_path(tmp_path, 0))] == list(range(6))
-    assert [record.step for record in read_records(records_path(tmp_path, 2))] == [4, 5]
+    assert [record.step for record in read_records(RunDir(tmp_path).records(0))] == list(range(6))
+    assert [record.step for record in read_records(RunDir(tmp_path).records(2))] == [4, 5]
 
 
 def _one_is_late(rank: int, size: int, exchange: str, run_dir: Path) -> None:
@@ -146,7 +149,7 @@ def _one_is_late(rank: int, size: int, exchange: str, run_dir: Path) -> None:
 @pytest.mark.parametrize("exchange", ["native", "scheduled"])
 def test_who_is_early_records_how_long_it_waited_for_gradients(exchange: str, tmp_path: Path):
     run_ranks(_one_is_late, 2, exchange, tmp_path)
-    early, late = (list(read_records(records_path(tmp_path, rank)))[2:] for rank in (0, 1))
+    early, late = (list(read_records(RunDir(tmp_path).records(rank)))[2:] for rank in (0, 1))
     for record in early:
         assert 0.1 < record.exchange["wait_in_backward_s"] < record.backward_s
     for record in late:
@@ -155,7 +158,7 @@ def test_who_is_early_records_how_long_it_waited_for_gradients(exchange: str, tm
 
 def test_records_add_up(tmp_path: Path):
     run_ranks(train, 1, JOB | {"exchange": "none"}, tmp_path)
-    records = list(read_records(records_path(tmp_path, 0)))
+    records = list(read_records(RunDir(tmp_path).records(0)))
     assert len(records) == 6
     for record in records:
         assert record.step_s == pytest.approx(
@@ -169,6 +172,6 @@ def test_records_add_up(tmp_path: Path):
         )
     text = (tmp_path / "rank-0.jsonl").read_text()
     (tmp_path / "rank-0.jsonl").write_text(text + json.dumps({"step": 6})[:5])
-    assert len(list(read_records(records_path(tmp_path, 0)))) == 6, (
+    assert len(list(read_records(RunDir(tmp_path).records(0)))) == 6, (
         "a line that was cut is left out"
     )

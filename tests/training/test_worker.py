@@ -1,4 +1,6 @@
-"""Which device a worker takes (no GPU is needed: what CUDA says of the machine is put in its place), what it says, what it refuses."""
+"""Which device a worker takes (no GPU is needed: what CUDA says of the machine is put in its
+place), what it says, what it refuses.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,9 +60,9 @@ def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps
         world=world, num_steps=40, global_batch=96, resumed=False, device=torch.device("cpu"), describe=list,
         exchange=SimpleNamespace(live_workers=lambda: 2),
     )  # fmt: skip
-    say = worker._Narrator(run, world, trainer)
-    say._said -= 2
-    say(
+    narrator = worker._Narrator(run, world, trainer)
+    narrator._printed_at -= 2
+    narrator.step(
         StepRecord(
             19,
             0,

@@ -1,1 +1,4 @@
-"""One file a ``scaletrain bench`` command: a click command called ``command``. Heavy imports stay inside the functions."""
+"""Benchmarks: one file a verb below ``scaletrain bench``, a click command called ``command``.
+
+Heavy imports stay inside the functions.
+"""

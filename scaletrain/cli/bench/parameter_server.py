@@ -525,7 +525,7 @@ def _gloo_pair_s(size: int, steps: int) -> float:
 def _null_command(
     folder: str, rank: int, settings: "Settings", mode: str, size: int, steps: int
 ) -> tuple[str, ...]:
-    return _program("null", folder, rank, json.dumps(settings._asdict()), mode, size, steps)
+    return _program("null", folder, rank, settings.to_json(), mode, size, steps)
 
 
 def _program(*arguments: Any) -> tuple[str, ...]:

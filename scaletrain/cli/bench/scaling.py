@@ -1,4 +1,4 @@
-"""How fast N workers are under each exchange; what is lost, and to what."""
+"""How fast N workers are under each exchange, and why they are not faster."""
 
 import dataclasses
 import shlex
@@ -97,7 +97,8 @@ def _varied(
     multiple=True,
     metavar="KEY=V1,V2",
     callback=_varied,
-    help="Measure every cell at each value, such as batch_size=64,128 or launcher.bandwidth=1Gbit,100Mbit; repeatable.",
+    help="Measure every cell at each value, such as batch_size=64,128 or"
+    " launcher.bandwidth=1Gbit,100Mbit; repeatable.",
 )
 @click.option(
     "--threads",
@@ -107,7 +108,8 @@ def _varied(
 @click.option(
     "--bind/--no-bind",
     default=None,
-    help="Keep each worker on its own cores [default: where the launcher is local and the cores suffice].",
+    help="Keep each worker on its own cores"
+    " [default: where the launcher is local and the cores suffice].",
 )
 @click.option(
     "--split/--no-split",
@@ -139,7 +141,6 @@ def command(
     Example:
       scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,none
     """
-    from scaletrain.run.atomic import write_json
     from scaletrain.scaling.measure import sweep
     from scaletrain.scaling.show import publish
 
@@ -154,7 +155,7 @@ def command(
         return
     sweep.claim(out, plan)
     header = dataclasses.replace(plan.header(), argv=shlex.join(["scaletrain", *sys.argv[1:]]))
-    write_json(out / "header.json", header.to_json())
+    sweep.write_header(out, header)
     click.echo(f"{_cells(plan)}, {plural(plan.repeats, 'repeat')} each -> {out}")
     click.echo(f"{plural(plan.threads, 'thread')} a worker{_cores(plan)}")
     sweep.run(plan, out, click.echo, trace=trace)
@@ -206,7 +207,7 @@ def _check_baseline(path: Path, plan: "Sweep") -> None:
 
 def _empty_report(plan: "Sweep") -> "Report":
     """Return the report that the sweep will make, before anything is measured."""
-    from scaletrain.scaling.model import Header, Report, Row
+    from scaletrain.scaling.model import Report, ReportHeader, Row
 
     rows = []
     for cell in plan.cells():
@@ -216,4 +217,4 @@ def _empty_report(plan: "Sweep") -> "Report":
             )
             variant = dict(cell.variant)
             rows.append(Row(cell.config, cell.exchange, cell.workers, batch_size, variant))
-    return Report(version=0, header=Header(mode=plan.mode), summary="", rows=tuple(rows))
+    return Report(version=0, header=ReportHeader(mode=plan.mode), summary="", rows=tuple(rows))

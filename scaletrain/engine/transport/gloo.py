@@ -1,93 +1,123 @@
 """TCP between any hosts, through gloo's point-to-point messages."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaletrain.collectives import cost
+from scaletrain.collectives import cutting
 from scaletrain.engine.transport import (
     Group,
-    Pending,
     Receive,
     Reduce,
     Transport,
+    Wait,
     apart,
     sends_go_first,
 )
-from scaletrain.engine.transport.landing import Landings
+from scaletrain.engine.transport.landing import Landing, Landings
 
-_OPERATIONS = {
+_OPERATIONS: dict[Reduce, Any] = {
     torch.add: dist.ReduceOp.SUM, torch.mul: dist.ReduceOp.PRODUCT,
     torch.minimum: dist.ReduceOp.MIN, torch.maximum: dist.ReduceOp.MAX,
 }  # fmt: skip
 
 
-class Gloo:
-    """Point-to-point over gloo. Receives are posted before sends, or two ranks that send large messages to each other serialise."""
+class _Incoming(NamedTuple):
+    """One piece of a message that is being received."""
 
-    receipts_from_bytes = cost.RECEIPTS_FROM_BYTES
+    work: dist.Work
+    receive: Receive
+    into: Tensor  # the piece of ``receive.into``
+    landed: Tensor  # where gloo puts it: ``into`` itself, or a landing if it is reduced
+
+
+class Gloo:
+    """Point-to-point messages over gloo. Collective.
+
+    Receives are posted before sends. Otherwise two ranks that send large messages to each other
+    would take turns.
+
+    Raises:
+        ConnectionError: not all ranks of the group were reached.
+    """
+
+    receipts_from_bytes = cutting.RECEIPTS_FROM_BYTES
 
     def __init__(self, group: Group):
-        self.rank, self.size = group.rank, group.size
+        self.rank = group.rank
+        self.size = group.size
         self._timeout_s = group.timeout.total_seconds()
+        self._landings = Landings()
+        # torch's stubs lack the methods of its backends.
+        self._gloo: Any = None
         try:
-            self._pg = dist.ProcessGroupGloo(group.store, group.rank, group.size, group.timeout)
+            self._gloo = dist.ProcessGroupGloo(group.store, group.rank, group.size, group.timeout)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ConnectionError(
                 f"gloo: rank {self.rank} is not connected with all {self.size} ranks: {reason}"
             ) from error
-        self._landings = Landings()
 
-    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
+    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Wait:
+        """Start to send and receive at once. See ``Transport.start``."""
         sends = apart(sends, [receive for receive in receives if receive.reduce is None])
         sends_first = sends_go_first(sends, receives)
-        borrowed = [
-            None if r.reduce is None else self._landings.take(r.into.nbytes) for r in receives
-        ]
-        landings = [
-            r.into if landing is None else landing.like(r.into)
-            for r, landing in zip(receives, borrowed, strict=True)
-        ]
-        # A gloo Work that is dropped before it completes loses its message silently: all are kept until all are done.
-        incoming = [
-            (self._begin(self._pg.recv, landed, r.src), r, into, landed)
-            for r, landing in zip(receives, landings, strict=True)
-            for into, landed in zip(_pieces(r.into), _pieces(landing), strict=True)
-        ]
-        outgoing = [
-            (peer, self._begin(self._pg.send, piece, peer))
-            for peer, t in sends
-            for piece in _pieces(t)
-        ]
-
-        def wait_for_sends() -> None:
-            for peer, work in outgoing:
-                self._wait(work, peer)
+        # gloo silently loses the message of a Work that is dropped before it completes: all are
+        # kept until all are done.
+        borrowed: list[Landing] = []
+        incoming: list[_Incoming] = []
+        for receive in receives:
+            incoming += self._receive(receive, borrowed)
+        outgoing: list[tuple[int, dist.Work]] = []
+        for peer, tensor in sends:
+            for piece in _pieces(tensor):
+                outgoing.append((peer, self._begin(self._gloo.send, piece, peer)))
 
         def wait() -> None:
             if sends_first:
-                wait_for_sends()
-            for work, receive, into, landed in incoming:
-                self._wait(work, receive.src)
-                if receive.reduce is not None:
-                    receive.reduce(into, landed, out=into)
+                self._wait_for_sends(outgoing)
+            self._wait_for_receives(incoming)
             if not sends_first:
-                wait_for_sends()
+                self._wait_for_sends(outgoing)
             for landing in borrowed:
-                if landing is not None:
-                    self._landings.give(landing)
+                self._landings.give(landing)
 
         return wait
 
+    def _receive(self, receive: Receive, borrowed: list[Landing]) -> list[_Incoming]:
+        """Post a receive, piece by piece. A landing that it takes is added to ``borrowed``."""
+        into = receive.into
+        landed = into
+        if receive.reduce is not None:
+            landing = self._landings.take(into.nbytes)
+            borrowed.append(landing)
+            landed = landing.like(into)
+        incoming = []
+        for piece, landed_piece in zip(_pieces(into), _pieces(landed), strict=True):
+            work = self._begin(self._gloo.recv, landed_piece, receive.src)
+            incoming.append(_Incoming(work, receive, piece, landed_piece))
+        return incoming
+
+    def _wait_for_sends(self, outgoing: list[tuple[int, dist.Work]]) -> None:
+        for peer, work in outgoing:
+            self._wait(work, peer)
+
+    def _wait_for_receives(self, incoming: list[_Incoming]) -> None:
+        """Wait for each piece in turn, and reduce it while the next one arrives."""
+        for work, receive, into, landed in incoming:
+            self._wait(work, receive.src)
+            if receive.reduce is not None:
+                receive.reduce(into, landed, out=into)
+
     def allreduce(self, tensor: Tensor, reduce: Reduce) -> None:
-        """gloo's own allreduce."""
+        """Run gloo's own allreduce, in place. Collective."""
         options = dist.AllreduceOptions()
-        options.reduceOp = _OPERATIONS[reduce]  # type: ignore[index]
+        options.reduceOp = _OPERATIONS[reduce]
         try:
-            work = self._pg.allreduce([tensor], options)
+            work = self._gloo.allreduce([tensor], options)
         except RuntimeError as error:
             raise self._failure(error, None) from error
         self._wait(work, None)
@@ -95,7 +125,10 @@ class Gloo:
     def _begin(
         self, start: Callable[[list[Tensor], int, int], dist.Work], tensor: Tensor, peer: int
     ) -> dist.Work:
-        """Connects on first use; raises already here when the peer is known to be gone."""
+        """Start a send or a receive.
+
+        The first one connects, and raises already here if the peer is known to be gone.
+        """
         try:
             return start([tensor], peer, 0)
         except RuntimeError as error:
@@ -108,21 +141,31 @@ class Gloo:
             raise self._failure(error, peer) from error
 
     def _failure(self, error: RuntimeError, peer: int | None) -> Exception:
-        who = "a peer" if peer is None else f"peer rank {peer}"
-        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-            return TimeoutError(f"{who} did not answer: timed out after {self._timeout_s:g} s")
-        return ConnectionError(f"{who} is lost")
+        """Return our error for gloo's. ``peer`` is None if it may be any of them."""
+        name = "a peer" if peer is None else f"peer rank {peer}"
+        text = str(error).lower()
+        if "timed out" in text or "timeout" in text:
+            return TimeoutError(f"{name} did not answer: timed out after {self._timeout_s:g} s")
+        return ConnectionError(f"{name} is lost")
 
     def close(self) -> None:
+        """End gloo's threads and connections. Not collective."""
         self._landings.clear()
-        self._pg.shutdown()
+        self._gloo.shutdown()
 
 
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """A message travels in these: one is added while the next arrives."""
-    number = -(-tensor.nbytes // cost.PIECE_BYTES)
-    return (tensor,) if number == 1 else tensor.tensor_split(number)
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Return the pieces in which a message travels: one is added while the next arrives."""
+    num_pieces = -(-tensor.nbytes // cutting.PIECE_BYTES)
+    if num_pieces == 1:
+        return (tensor,)
+    return tensor.tensor_split(num_pieces)
 
 
 def transport(group: Group) -> Transport:
+    """Connect the ranks through TCP. Collective.
+
+    Raises:
+        ConnectionError: not all ranks of the group were reached.
+    """
     return Gloo(group)

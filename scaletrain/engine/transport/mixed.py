@@ -1,4 +1,4 @@
-"""Shared memory between ranks of one host, gloo (TCP) or MPI between hosts: the wire for two_level."""
+"""Shared memory between ranks of one host, gloo (TCP) or MPI between hosts: for two_level."""
 
 import math
 from collections.abc import Sequence
@@ -7,56 +7,84 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from scaletrain.engine.segment import same_host
-from scaletrain.engine.transport import Group, Pending, Receive, Transport, apart
+from scaletrain import plugins
+from scaletrain.engine.meeting import host_of_each_rank
+from scaletrain.engine.transport import Group, Receive, Transport, Wait, apart
 
 
 class Mixed:
-    """Each message takes the wire of its two ends."""
+    """Each message takes the wire of its two ends. Collective.
+
+    Args:
+        between: the transport between hosts.
+
+    Raises:
+        As the two transports.
+    """
 
     def __init__(self, group: Group, between: str):
-        from scaletrain import plugins
-
-        self.rank, self.size = group.rank, group.size
-        hosts = same_host(group)
-        here = [rank for rank, host in enumerate(hosts) if host == hosts[group.rank]]
-        self._between: Transport = plugins.load("transport", between)(
-            group._replace(store=dist.PrefixStore("between/", group.store))
-        )
+        self.rank = group.rank
+        self.size = group.size
+        hosts = host_of_each_rank(group)
+        my_host = hosts[group.rank]
+        neighbours = [rank for rank, host in enumerate(hosts) if host == my_host]
+        store = dist.PrefixStore("between/", group.store)
+        self._between: Transport = plugins.load("transport", between)(group._replace(store=store))
         self.receipts_from_bytes = getattr(self._between, "receipts_from_bytes", math.inf)
-        self._local: dict[int, int] = {}  # rank: its number on this host
+        self._local_ranks: dict[int, int] = {}  # the number on this host of each rank on it
         self._within: Transport | None = None
-        if len(here) > 1:
-            self._local = {rank: number for number, rank in enumerate(here)}
-            store = dist.PrefixStore(f"within/{here[0]}/", group.store)
-            names = tuple(map(group.name, here))
-            local = Group(store, self._local[group.rank], len(here), group.timeout, names)
-            self._within = plugins.load("transport", "shared_memory")(local)
+        if len(neighbours) > 1:
+            self._local_ranks = {rank: number for number, rank in enumerate(neighbours)}
+            local_group = Group(
+                store=dist.PrefixStore(f"within/{neighbours[0]}/", group.store),
+                rank=self._local_ranks[group.rank],
+                size=len(neighbours),
+                timeout=group.timeout,
+                names=tuple(group.name(rank) for rank in neighbours),
+            )
+            self._within = plugins.load("transport", "shared_memory")(local_group)
 
-    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
-        sends = apart(sends, receives)
-        far = self._between.start(
-            [(peer, t) for peer, t in sends if peer not in self._local],
-            [r for r in receives if r.src not in self._local],
-        )
+    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Wait:
+        """Start to send and receive at once. See ``Transport.start``."""
+        near_sends: list[tuple[int, Tensor]] = []
+        far_sends: list[tuple[int, Tensor]] = []
+        for peer, tensor in apart(sends, receives):
+            if peer in self._local_ranks:
+                near_sends.append((self._local_ranks[peer], tensor))
+            else:
+                far_sends.append((peer, tensor))
+        near_receives: list[Receive] = []
+        far_receives: list[Receive] = []
+        for receive in receives:
+            if receive.src in self._local_ranks:
+                near_receives.append(receive._replace(src=self._local_ranks[receive.src]))
+            else:
+                far_receives.append(receive)
+
+        wait_for_far = self._between.start(far_sends, far_receives)
         if self._within is None:
-            return far
-        near = self._within.start(
-            [(self._local[peer], t) for peer, t in sends if peer in self._local],
-            [r._replace(src=self._local[r.src]) for r in receives if r.src in self._local],
-        )
+            return wait_for_far
+        wait_for_near = self._within.start(near_sends, near_receives)
 
         def wait() -> None:
-            near()  # no schedule of ours mixes both wires in one chunk's sum
-            far()
+            # The order is free: no schedule of ours mixes both wires in one chunk's sum.
+            wait_for_near()
+            wait_for_far()
 
         return wait
 
     def close(self) -> None:
+        """Give back both wires. Not collective."""
         if self._within is not None:
             self._within.close()
         self._between.close()
 
 
 def transport(group: Group, *, between: Literal["gloo", "mpi"] = "gloo") -> Transport:
+    """Connect the ranks. Collective.
+
+    Args:
+        group: the ranks.
+        between: the transport between hosts.
+    """
     return Mixed(group, between)

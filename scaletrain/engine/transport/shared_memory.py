@@ -1,8 +1,8 @@
-"""Memory shared by the ranks of one host: no copies through the kernel, no names left behind."""
+"""Memory shared by the ranks of one host: no copies through the kernel, nothing left over."""
 
 import contextvars
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -10,235 +10,360 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from scaletrain.engine.segment import Patience, Segment, same_host
-from scaletrain.engine.transport import Group, Pending, Receive, Reduce, Transport, apart
+from scaletrain.engine.meeting import host_of_each_rank
+from scaletrain.engine.segment import Patience, Segment
+from scaletrain.engine.transport import Group, Receive, Reduce, Transport, Wait, apart
 from scaletrain.errors import UserError
 
-_STAGE = 0  # this rank's counter of phases behind it, over all allreduces
-_NUMPY = {
+_NUMPY_OPERATIONS: dict[Reduce, Any] = {
     torch.add: np.add,
     torch.mul: np.multiply,
     torch.minimum: np.minimum,
     torch.maximum: np.maximum,
 }
-# numpy reduces these as fast as torch does, with a third of the overhead of a call, and on one thread.
+# numpy reduces these as fast as torch does, with a third of the overhead of a call, and on one
+# thread.
 _NUMPY_DTYPES = {
-    torch.float32: np.float32, torch.float64: np.float64, torch.int32: np.int32, torch.int64: np.int64,
-    torch.int8: np.int8, torch.uint8: np.uint8, torch.int16: np.int16,
+    torch.float32: np.float32, torch.float64: np.float64,
+    torch.int8: np.int8, torch.uint8: np.uint8,
+    torch.int16: np.int16, torch.int32: np.int32, torch.int64: np.int64,
 }  # fmt: skip
-_SLOTS = 2  # of a mailbox: one is filled while the other is emptied
+_NUM_SETS = 2  # of blocks: one is used while slow ranks still read the other
+_NUM_SLOTS = 2  # of a mailbox: one is filled while the other is emptied
+_LARGEST_SLOT_BYTES = 256 << 10
+_SMALLEST_SLOT_BYTES = 4096
+_ALL_SLOTS_BYTES = 32 << 20  # with many ranks, slots get smaller to stay within this
+
+# The counters of each rank in the segment. The rank itself writes them; its peers read them.
+_STAGE = 0  # phases of allreduces that the rank has behind it, over all allreduces
+
+
+def _sent_to(peer: int) -> int:
+    """Return the number of the counter of pieces that its rank has sent to the peer."""
+    return 1 + 2 * peer
+
+
+def _taken_from(peer: int) -> int:
+    """Return the number of the counter of pieces that its rank has taken from the peer."""
+    return 2 + 2 * peer
+
+
+def _num_counters(size: int) -> int:
+    return 1 + 2 * size
 
 
 class SharedMemory:
     """An allreduce in shared memory, and mailboxes between every two ranks for schedules.
 
-    The data area holds two sets of blocks, one a rank, used in turn. Nobody writes to a set before everybody has entered the next use of
-    the other one, that is, has left this one: no barrier at the end.
+    The data area holds two parts. First come two sets of blocks, one block a rank, used in turn by
+    ``allreduce``. A rank writes its own block and reads all the others. Nobody writes to a set
+    before everybody has entered the next use of the other set, and so has left this one. That
+    spares a barrier at the end. The mailboxes follow: for every two ranks some slots, filled by the
+    sender and emptied by the receiver.
+
+    Args:
+        block_bytes: size of a block.
+        at_once_bytes: bytes of all ranks together up to which each rank reduces everything.
+
+    Raises:
+        As ``Segment``.
     """
 
     def __init__(self, group: Group, block_bytes: int, at_once_bytes: int):
-        self.rank, self.size = group.rank, group.size
-        self._block_bytes = block_bytes = -(-block_bytes // 128) * 128
-        self._at_once_bytes = min(at_once_bytes // self.size, block_bytes)
-        blocks_bytes = 2 * self.size * block_bytes
-        self._slot_bytes = max(
-            4096, min(256 << 10, (32 << 20) // (_SLOTS * self.size**2) // 64 * 64)
-        )
-        mail_bytes = self.size**2 * _SLOTS * self._slot_bytes
-        # Counters: the stage, then for each peer what was sent to it and what was taken from it.
-        self._segment = Segment(group, 1 + 2 * self.size, blocks_bytes + mail_bytes)
-        self._blocks = np.frombuffer(self._segment.data, np.uint8, blocks_bytes).reshape(
-            2, self.size, block_bytes
-        )
+        self.rank = group.rank
+        self.size = group.size
+        self._block_bytes = -(-block_bytes // 128) * 128
+        self._at_once_bytes = min(at_once_bytes // self.size, self._block_bytes)
+        self._slot_bytes = _slot_bytes(self.size)
+        blocks_bytes = _NUM_SETS * self.size * self._block_bytes
+        mail_bytes = self.size**2 * _NUM_SLOTS * self._slot_bytes
+        self._segment = Segment(group, _num_counters(self.size), blocks_bytes + mail_bytes)
+        blocks = np.frombuffer(self._segment.data, np.uint8, blocks_bytes)
+        self._blocks = blocks.reshape(_NUM_SETS, self.size, self._block_bytes)
         self._torch_blocks = torch.from_numpy(self._blocks)
         mail = np.frombuffer(self._segment.data, np.uint8, mail_bytes, blocks_bytes)
-        self._mail = torch.from_numpy(mail.reshape(self.size, self.size, _SLOTS, self._slot_bytes))
-        # Overflow is as silent as torch's. A context that keeps this setting is entered in 0.1 us, numpy's errstate in 2.4.
+        # Shape: sender, receiver, slot, byte.
+        self._mail = torch.from_numpy(
+            mail.reshape(self.size, self.size, _NUM_SLOTS, self._slot_bytes)
+        )
+        # Overflow is as silent as torch's. A context that keeps this setting is entered in 0.1 us,
+        # numpy's errstate in 2.4.
         self._quietly = contextvars.Context()
         self._quietly.run(np.seterr, all="ignore")
-        self._stage = 0
-        self._use = 0  # how often a set of blocks was used
-        self._views: dict[Any, list[Any]] = {}
-        self._sending: dict[int, deque[_Parcel]] = {}
-        self._receiving: dict[int, deque[_Parcel]] = {}
-        self._sent = [0] * self.size  # pieces, by peer
-        self._taken = [0] * self.size
+        # All of the following belong to this rank alone.
+        self._stage = 0  # the value of this rank's counter _STAGE
+        self._num_uses = 0  # how often a set of blocks was used; all ranks count alike
+        self._views: dict[Any, list[Any]] = {}  # the blocks of each set and rank, by dtype
+        self._outgoing: dict[int, deque[_Parcel]] = {}  # by receiver, in the order of the starts
+        self._incoming: dict[int, deque[_Parcel]] = {}  # by sender, likewise
+        self._num_sent = [0] * self.size  # pieces put into the mailbox of each peer
+        self._num_taken = [0] * self.size  # pieces taken from each peer
+        self._taken_from_me = _taken_from(self.rank)
+        self._sent_to_me = _sent_to(self.rank)
+
+    # The allreduce
 
     def allreduce(self, tensor: Tensor, reduce: Reduce) -> None:
-        """Each rank owns a slice of every block, reduces it and offers the result (the schedule ``direct``). Small tensors: everyone
-        reads and reduces everything, in the same order, after one wait instead of two. Blocks are small enough to stay in the caches, of which
-        the ranks have no more when they are more: so their size does not depend on how many there are."""
+        """Reduce a tensor over all ranks, in place. Collective.
+
+        Each rank owns a slice of every block, reduces it, and offers the result (the schedule
+        ``direct``). Of a small tensor, every rank reads and reduces everything, in the same order,
+        after one wait instead of two.
+
+        Blocks are small enough to stay in the caches. More ranks do not have more cache, so the
+        size of a block does not depend on their number.
+
+        Args:
+            tensor: one-dimensional, contiguous, on the CPU; the same dtype and number of elements
+                on every rank.
+            reduce: associative and commutative.
+
+        Raises:
+            TimeoutError: a rank is late; names it.
+            ConnectionError: a rank is gone; names it.
+        """
         dtype = _NUMPY_DTYPES.get(tensor.dtype)
-        if dtype is not None and reduce in _NUMPY:
-            flat, operation, views = tensor.numpy(), _NUMPY[reduce], self._typed(dtype)  # type: ignore[index]
+        flat: Any = tensor
+        operation: Any = reduce
+        copy: Callable[[Any, Any], None] = _copy_tensor
+        if dtype is not None and reduce in _NUMPY_OPERATIONS:
+            flat = tensor.numpy()
+            operation = _NUMPY_OPERATIONS[reduce]
             copy = np.copyto
+            views = self._blocks_of(dtype)
         else:
-            flat, operation, views, copy = tensor, reduce, self._typed(tensor.dtype), _torch_copy
-        count = len(flat)
+            views = self._blocks_of(tensor.dtype)
         if tensor.nbytes <= self._at_once_bytes:
-            self._quietly.run(self._at_once, flat, operation, views, copy)
+            self._quietly.run(self._reduce_at_once, flat, operation, views, copy)
             return
         # Equal blocks: a short last one would cost as much waiting as a full one.
-        parts = -(-tensor.nbytes // self._block_bytes)
-        for part in range(parts):
-            block = flat[part * count // parts : (part + 1) * count // parts]
-            self._quietly.run(self._by_slices, block, operation, views, copy)
-
-    def _at_once(self, flat: Any, operation: Any, views: list[Any], copy: Any) -> None:
         count = len(flat)
-        blocks = views[self._use & 1]
-        self._use += 1
+        num_blocks = -(-tensor.nbytes // self._block_bytes)
+        for index in range(num_blocks):
+            block = flat[index * count // num_blocks : (index + 1) * count // num_blocks]
+            self._quietly.run(self._reduce_by_slices, block, operation, views, copy)
+
+    def _reduce_at_once(self, flat: Any, operation: Any, views: list[Any], copy: Any) -> None:
+        """Reduce a small block: every rank reduces all of it.
+
+        1. Copy this rank's values into its block, and say so.
+        2. Wait until every rank has.
+        3. Reduce the blocks of all ranks, in the order of the ranks.
+        """
+        count = len(flat)
+        blocks = views[self._num_uses & 1]
+        self._num_uses += 1
         copy(blocks[self.rank][:count], flat)
         self._stage += 1
         self._segment.write(_STAGE, self._stage)
-        for step in range(1, self.size):
-            self._segment.wait((self.rank + step) % self.size, _STAGE, self._stage)
+        for distance in range(1, self.size):
+            self._segment.wait((self.rank + distance) % self.size, _STAGE, self._stage)
         operation(blocks[0][:count], blocks[1][:count], out=flat)
         for rank in range(2, self.size):
             operation(flat, blocks[rank][:count], out=flat)
 
-    def _by_slices(self, flat: Any, operation: Any, views: list[Any], copy: Any) -> None:
-        count, size, me = len(flat), self.size, self.rank
-        blocks = views[self._use & 1]
-        self._use += 1
+    def _reduce_by_slices(self, flat: Any, operation: Any, views: list[Any], copy: Any) -> None:
+        """Reduce a block: every rank reduces its slice.
+
+        1. Copy the slices that others reduce into this rank's block, and say so.
+        2. Take this rank's slice from each other rank as soon as that rank has done step 1.
+        3. Offer the sum, and say so.
+        4. Take the sum of each other slice as soon as its rank has done step 3.
+        """
+        count = len(flat)
+        size = self.size
+        me = self.rank
+        segment = self._segment
+        blocks = views[self._num_uses & 1]
+        self._num_uses += 1
         edges = [rank * count // size for rank in range(size + 1)]
         low, high = edges[me], edges[me + 1]
-        mine = blocks[me]
-        # Others reduce all but this rank's own slice, which stays where it is.
+        my_block = blocks[me]
+        # Others reduce everything except this rank's own slice, which stays where it is.
         if low:
-            copy(mine[:low], flat[:low])
+            copy(my_block[:low], flat[:low])
         if high < count:
-            copy(mine[high:count], flat[high:])
-        segment = self._segment
+            copy(my_block[high:count], flat[high:])
         segment.write(_STAGE, self._stage + 1)
-        own = flat[low:high]
-        for step in range(1, size):
-            rank = (me + step) % size
+        my_slice = flat[low:high]
+        for distance in range(1, size):
+            rank = (me + distance) % size
             segment.wait(rank, _STAGE, self._stage + 1)
-            theirs = blocks[rank][low:high]
-            operation(own, theirs, out=own)
-        # The sum takes the place of what was added last, which this core has just fetched, and which nobody else needs.
-        copy(theirs, own)
+            added = blocks[rank][low:high]
+            operation(my_slice, added, out=my_slice)
+        # The sum takes the place of the slice that was added last: this core has just fetched it,
+        # and nobody else needs it. It lies in the block of the rank before this one.
+        copy(added, my_slice)
         self._stage += 2
         segment.write(_STAGE, self._stage)
-        for step in range(1, size):
-            rank = (me + step) % size
+        for distance in range(1, size):
+            rank = (me + distance) % size
             segment.wait(rank, _STAGE, self._stage)
-            copy(
-                flat[edges[rank] : edges[rank + 1]], blocks[rank - 1][edges[rank] : edges[rank + 1]]
-            )
+            low, high = edges[rank], edges[rank + 1]
+            copy(flat[low:high], blocks[rank - 1][low:high])
 
-    def _typed(self, dtype: Any) -> list[Any]:
-        """``[set][rank]``: the blocks as arrays, or tensors, of ``dtype``."""
+    def _blocks_of(self, dtype: Any) -> list[Any]:
+        """Return the blocks, by set and rank, as numpy's arrays or torch's tensors of a dtype."""
         views = self._views.get(dtype)
         if views is None:
-            blocks = self._torch_blocks if isinstance(dtype, torch.dtype) else self._blocks
-            views = self._views[dtype] = [
-                [blocks[s][r].view(dtype) for r in range(self.size)] for s in range(2)
-            ]
+            blocks: Any = self._torch_blocks if isinstance(dtype, torch.dtype) else self._blocks
+            views = []
+            for number in range(_NUM_SETS):
+                views.append([blocks[number][rank].view(dtype) for rank in range(self.size)])
+            self._views[dtype] = views
         return views
 
-    # Mailboxes
+    # The mailboxes
 
-    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
+    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Wait:
+        """Start to send and receive at once. See ``Transport.start``."""
         sends = apart(sends, receives)
         parcels = []
         for peer, tensor in sends:
-            parcels.append(parcel := _Parcel(peer, tensor.view(torch.uint8), None, None))
-            self._sending.setdefault(peer, deque()).append(parcel)
-        before = None
+            parcel = _Parcel(peer, tensor.view(torch.uint8), None, None)
+            parcels.append(parcel)
+            self._outgoing.setdefault(peer, deque()).append(parcel)
+        earlier = None
         for receive in receives:
-            # One after the other: a sum does not depend on who was faster.
-            before = _Parcel(receive.src, receive.into, receive.reduce, before)
-            parcels.append(before)
-            self._receiving.setdefault(receive.src, deque()).append(before)
+            # One after the other: a sum must not depend on which sender was faster.
+            earlier = _Parcel(receive.src, receive.into, receive.reduce, earlier)
+            parcels.append(earlier)
+            self._incoming.setdefault(receive.src, deque()).append(earlier)
         self._progress()
 
         def wait() -> None:
-            while open_parcels := [parcel for parcel in parcels if not parcel.done]:
+            while unfinished := [parcel for parcel in parcels if not parcel.done]:
                 if not self._progress():
-                    # A message that waits behind another one may be here already, and its sender gone.
-                    first = {
-                        parcel.peer
-                        for parcel in open_parcels
-                        if parcel.after is None or parcel.after.done
-                    }
-                    patience = Patience(self._segment, tuple(sorted(first)))
-                    while not self._progress():
-                        patience.pause()
+                    self._wait_for_progress(unfinished)
 
         return wait
 
+    def _wait_for_progress(self, unfinished: list["_Parcel"]) -> None:
+        """Wait until anything can be moved, watching the peers that could move it."""
+        # A message that waits behind another one may be here already, and its sender gone.
+        peers = {parcel.peer for parcel in unfinished if parcel.is_first()}
+        patience = Patience(self._segment, tuple(sorted(peers)))
+        while not self._progress():
+            patience.pause()
+
     def _progress(self) -> bool:
-        """Move whatever can be moved now; whether anything was."""
+        """Move everything that can be moved now. Return True if anything was."""
         moved = False
-        for peer, queue in self._sending.items():
-            while queue and self._sent[peer] - self._segment.read(peer, 2 + 2 * self.rank) < _SLOTS:
-                parcel = queue[0]
-                piece = parcel.data[parcel.at : parcel.at + self._slot_bytes]
-                self._mail[self.rank, peer, self._sent[peer] % _SLOTS, : piece.numel()] = piece
-                self._sent[peer] += 1
-                self._segment.write(1 + 2 * peer, self._sent[peer])
-                parcel.at += piece.numel()
-                if parcel.at == parcel.data.numel():
-                    parcel.done = True
-                    queue.popleft()
+        for peer, queue in self._outgoing.items():
+            while queue and self._slot_is_free(peer):
+                self._send_piece(peer, queue)
                 moved = True
-        for peer, queue in self._receiving.items():
-            while queue and self._segment.read(peer, 1 + 2 * self.rank) > self._taken[peer]:
-                parcel = queue[0]
-                if parcel.after is not None and not parcel.after.done:
-                    break
-                step = self._slot_bytes // parcel.data.element_size()
-                into = parcel.data[parcel.at : parcel.at + step]
-                slot = self._mail[peer, self.rank, self._taken[peer] % _SLOTS]
-                came = slot[: into.nbytes].view(into.dtype)
-                if parcel.reduce is None:
-                    into.copy_(came)
-                else:
-                    parcel.reduce(into, came, out=into)
-                self._taken[peer] += 1
-                self._segment.write(2 + 2 * peer, self._taken[peer])
-                parcel.at += into.numel()
-                if parcel.at == parcel.data.numel():
-                    parcel.done = True
-                    queue.popleft()
+        for peer, queue in self._incoming.items():
+            while queue and self._piece_is_there(peer) and queue[0].is_first():
+                self._take_piece(peer, queue)
                 moved = True
         return moved
 
+    def _slot_is_free(self, peer: int) -> bool:
+        """Return True if the peer has emptied a slot of the mailbox that this rank fills."""
+        num_emptied = self._segment.read(peer, self._taken_from_me)
+        return self._num_sent[peer] - num_emptied < _NUM_SLOTS
+
+    def _piece_is_there(self, peer: int) -> bool:
+        """Return True if the peer has filled a slot that this rank has not emptied yet."""
+        return self._segment.read(peer, self._sent_to_me) > self._num_taken[peer]
+
+    def _send_piece(self, peer: int, queue: deque["_Parcel"]) -> None:
+        """Copy the next piece of the first parcel into a free slot, and say so."""
+        parcel = queue[0]
+        piece = parcel.data[parcel.position : parcel.position + self._slot_bytes]
+        num_sent = self._num_sent[peer]
+        self._mail[self.rank, peer, num_sent % _NUM_SLOTS, : piece.numel()] = piece
+        self._num_sent[peer] = num_sent + 1
+        self._segment.write(_sent_to(peer), num_sent + 1)
+        parcel.advance(piece.numel(), queue)
+
+    def _take_piece(self, peer: int, queue: deque["_Parcel"]) -> None:
+        """Take the next piece of the first parcel out of its slot, and say so."""
+        parcel = queue[0]
+        num_elements = self._slot_bytes // parcel.data.element_size()
+        into = parcel.data[parcel.position : parcel.position + num_elements]
+        num_taken = self._num_taken[peer]
+        slot = self._mail[peer, self.rank, num_taken % _NUM_SLOTS]
+        received = slot[: into.nbytes].view(into.dtype)
+        if parcel.reduce is None:
+            into.copy_(received)
+        else:
+            parcel.reduce(into, received, out=into)
+        self._num_taken[peer] = num_taken + 1
+        self._segment.write(_taken_from(peer), num_taken + 1)
+        parcel.advance(into.numel(), queue)
+
     def close(self) -> None:
+        """Give the memory back. Not collective."""
         self._views.clear()
         del self._blocks, self._torch_blocks, self._mail
         self._segment.close()
 
 
 class _Parcel:
-    """A message under way, moved in pieces of a mailbox slot."""
+    """A message under way, moved in pieces of a mailbox slot.
 
-    __slots__ = ("after", "at", "data", "done", "peer", "reduce")
+    Args:
+        data: the tensor to send, as bytes; or the tensor to receive into.
+        reduce: how a received piece is reduced into ``data``; None: it replaces it.
+        earlier: the parcel that must be received completely before this one.
+    """
 
-    def __init__(self, peer: int, data: Tensor, reduce: Reduce | None, after: "_Parcel | None"):
-        self.peer, self.data, self.reduce, self.after = peer, data, reduce, after
-        self.at, self.done = 0, False
+    __slots__ = ("data", "done", "earlier", "peer", "position", "reduce")
+
+    def __init__(self, peer: int, data: Tensor, reduce: Reduce | None, earlier: "_Parcel | None"):
+        self.peer = peer
+        self.data = data
+        self.reduce = reduce
+        self.earlier = earlier
+        self.position = 0  # elements that have been moved
+        self.done = False
+
+    def is_first(self) -> bool:
+        """Return True if no other parcel must be received before this one."""
+        return self.earlier is None or self.earlier.done
+
+    def advance(self, count: int, queue: deque["_Parcel"]) -> None:
+        """Note that ``count`` elements were moved. A finished parcel leaves its queue."""
+        self.position += count
+        if self.position == self.data.numel():
+            self.done = True
+            queue.popleft()
 
 
-def _torch_copy(into: Tensor, source: Tensor) -> None:
+def _slot_bytes(size: int) -> int:
+    """Return the size of a mailbox slot for this many ranks."""
+    # Whole cache lines of 64 bytes.
+    share = _ALL_SLOTS_BYTES // (_NUM_SLOTS * size**2) // 64 * 64
+    return max(_SMALLEST_SLOT_BYTES, min(_LARGEST_SLOT_BYTES, share))
+
+
+def _copy_tensor(into: Tensor, source: Tensor) -> None:
     into.copy_(source)
 
 
 def transport(
     group: Group,
     *,
-    block_bytes: Annotated[int, Ge(4096)] = 1_048_576,  # reduced at a time, by all ranks together
-    at_once_bytes: Annotated[
-        int, Ge(0)
-    ] = 524_288,  # of all ranks together, up to which each reduces everything
+    block_bytes: Annotated[int, Ge(4096)] = 1_048_576,
+    at_once_bytes: Annotated[int, Ge(0)] = 524_288,
 ) -> Transport:
-    hosts = len(set(same_host(group)))
-    if (
-        hosts > 1
-    ):  # rehearsed hosts have one kernel: it would work, and go round the network that is being rehearsed
+    """Connect the ranks of one host. Collective.
+
+    Args:
+        group: the ranks.
+        block_bytes: size of the part of a tensor that all ranks together reduce at a time.
+        at_once_bytes: bytes of all ranks together up to which each rank reduces everything.
+
+    Raises:
+        UserError: the ranks lie on several hosts, or as ``Segment``.
+    """
+    num_hosts = len(set(host_of_each_rank(group)))
+    # Emulated hosts have one kernel: it would work, and bypass the network that is being emulated.
+    if num_hosts > 1:
         raise UserError(
-            f"transport: 'shared_memory' joins ranks of one host, these lie on {hosts} (allowed: auto, mixed, gloo)"
+            "transport: 'shared_memory' joins ranks of one host,"
+            f" these lie on {num_hosts} (allowed: auto, mixed, gloo)"
         )
     return SharedMemory(group, block_bytes, at_once_bytes)

@@ -1,4 +1,4 @@
-"""Ranks are threads of one process: for tests, and for trying out an algorithm in a notebook."""
+"""Ranks are threads of one process: for tests, and for trying an algorithm in a notebook."""
 
 import queue
 from collections import deque
@@ -6,54 +6,65 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from scaletrain.engine.transport import Group, Pending, Receive, Transport
+from scaletrain.engine.transport import Group, Receive, Transport, Wait
 
-_boxes: dict[
-    tuple[int, int, int], queue.SimpleQueue
-] = {}  # (group, src, dst): what was sent and not yet received
+# By group, sender and receiver: the messages that were sent and not yet received. Any thread may
+# make a box; the sender's thread fills it, and the receiver's thread empties it.
+_boxes: dict[tuple[int, int, int], queue.SimpleQueue[Tensor]] = {}
 
 
 class Threads:
-    """Copies through queues; no process, no network."""
+    """Messages are copied through queues: no process, no network."""
 
     def __init__(self, group: Group):
-        self.rank, self.size = group.rank, group.size
+        self.rank = group.rank
+        self.size = group.size
         self._timeout_s = group.timeout.total_seconds()
         self._group = id(group.store)  # the ranks of a group share one store object
-        self._open: deque[Pending] = deque()
+        # The starts that are not done yet, the oldest first. Used by this rank's thread alone.
+        self._unfinished: deque[Wait] = deque()
 
-    def _box(self, src: int, dst: int) -> queue.SimpleQueue:
+    def _box(self, src: int, dst: int) -> queue.SimpleQueue[Tensor]:
+        # One step, so that two threads that come at once get the same box.
         return _boxes.setdefault((self._group, src, dst), queue.SimpleQueue())
 
-    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Pending:
+    def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Wait:
+        """Start to send and receive at once. See ``Transport.start``."""
         for peer, tensor in sends:
             self._box(self.rank, peer).put(tensor.clone())
 
         def finish() -> None:
             for receive in receives:
-                try:
-                    received = self._box(receive.src, self.rank).get(timeout=self._timeout_s)
-                except queue.Empty:
-                    raise TimeoutError(
-                        f"rank {receive.src} did not answer: timed out after {self._timeout_s:g} s"
-                    ) from None
+                message = self._next_message(receive.src)
                 if receive.reduce is None:
-                    receive.into.copy_(received)
+                    receive.into.copy_(message)
                 else:
-                    receive.reduce(receive.into, received, out=receive.into)
+                    receive.reduce(receive.into, message, out=receive.into)
 
         def wait() -> None:
             # Messages match in the order of the starts, whichever is waited for first.
-            while finish in self._open:
-                self._open.popleft()()
+            while finish in self._unfinished:
+                self._unfinished.popleft()()
 
-        self._open.append(finish)
+        self._unfinished.append(finish)
         return wait
 
+    def _next_message(self, src: int) -> Tensor:
+        try:
+            return self._box(src, self.rank).get(timeout=self._timeout_s)
+        except queue.Empty:
+            raise TimeoutError(
+                f"rank {src} did not answer: timed out after {self._timeout_s:g} s"
+            ) from None
+
     def close(self) -> None:
-        for key in [key for key in list(_boxes) if key[0] == self._group and self.rank in key[1:]]:
-            _boxes.pop(key, None)
+        """Drop the messages from and to this rank. Not collective."""
+        for key in list(_boxes):
+            group, src, dst = key
+            if group == self._group and self.rank in (src, dst):
+                _boxes.pop(key, None)
 
 
 def transport(group: Group) -> Transport:
+    """Connect ranks that are threads of this process and share one store object. Collective."""
     return Threads(group)

@@ -1,1 +1,4 @@
-"""One file a launcher: a pure function ``plan(job, *, <options>) -> LaunchPlan``. Imports no torch."""
+"""One file a launcher: a pure function ``plan(job, *, <options>) -> LaunchPlan``.
+
+They import no torch.
+"""

@@ -1,11 +1,13 @@
 """horovodrun (gloo or MPI), on this host or on those of a list; for Horovod's own users."""
 
 import os
+import shutil
 from typing import Literal
 
-from scaletrain.errors import UserError
-from scaletrain.launching.hosts import expand
-from scaletrain.launching.job import Command, Job, LaunchPlan
+from scaletrain.launching.hosts import SHARE_RUN_DIR, from_options
+from scaletrain.launching.job import Job, environment
+from scaletrain.launching.plan import Command, LaunchPlan, threads_each
+from scaletrain.units import plural
 
 
 def plan(
@@ -18,18 +20,26 @@ def plan(
     interfaces: str = "",
     arguments: list = [],  # noqa: B006 (read as a literal)
 ) -> LaunchPlan:
-    """One horovodrun. ``hosts`` is ``h1:2,h2:2``, or ``h[1-2]:2`` (slots after the colon); they are reached by ssh, as horovodrun does it.
+    """Start one horovodrun.
 
-    Any exchange runs under it; the exchange ``horovod`` also runs under every other launcher.
+    Any exchange runs under it. The exchange ``horovod`` also runs under every other launcher.
+    A dry run needs no horovodrun.
+
+    Args:
+        job: the job to plan.
+        controller: how its processes find each other.
+        command: the name or path of horovodrun.
+        hosts: ``h1:2,h2:2`` or ``h[1-2]:2``, slots after the colon; horovodrun reaches them by ssh.
+        hostfile: a file that lists the hosts, in place of ``hosts``.
+        interfaces: network interfaces to use, separated by commas.
+        arguments: passed on to horovodrun as they are.
     """
-    if hosts and hostfile:
-        raise UserError(
-            "launcher.hosts and launcher.hostfile: name the hosts in one of them, not in both"
-        )
-    cores = len(os.sched_getaffinity(0))
-    hosts = ",".join(expand(hosts)) if hosts else ""
-    elsewhere = bool(hosts or hostfile)
-    threads = job.threads or (1 if elsewhere else max(1, cores // job.workers))
+    listed = from_options(hosts, hostfile)
+    elsewhere = bool(listed or hostfile)
+    if elsewhere:
+        threads = job.threads or 1  # the cores of other hosts are not known here
+    else:
+        threads = threads_each(job, job.workers)
     argv = [
         command,
         "-np",
@@ -38,26 +48,37 @@ def plan(
         "--start-timeout",
         str(max(30, round(job.timeout_s))),
     ]
-    # Without a host list, horovodrun takes this host for as many slots as are asked for.
-    argv += (
-        ["-H", hosts]
-        if hosts
-        else ["-hostfile", hostfile]
-        if hostfile
-        else ["-H", f"localhost:{job.workers}"]
-    )
-    argv += ["--network-interfaces", interfaces] if interfaces else []
+    if listed:
+        argv += ["-H", ",".join(listed)]
+    elif hostfile:
+        argv += ["-hostfile", hostfile]
+    else:  # horovodrun takes this host for as many slots as are asked for
+        argv += ["-H", f"localhost:{job.workers}"]
+    if interfaces:
+        argv += ["--network-interfaces", interfaces]
     if controller == "mpi" and os.geteuid() == 0:
-        argv += ["--mpi-args=--allow-run-as-root"]
+        argv.append("--mpi-args=--allow-run-as-root")
     argv += [*map(str, arguments), *job.argv]
-    env = (("OMP_NUM_THREADS", str(threads)), *job.env)
-    explain = [
-        f"{job.workers} workers by horovodrun over {controller}, {threads} thread{'s' * (threads > 1)} each"
-    ]
+    workers = plural(job.workers, "worker")
+    explain = [f"{workers} by horovodrun over {controller}, {plural(threads, 'thread')} each"]
     if elsewhere:
-        explain.append("the run directory must be a folder that all hosts share")
+        explain.append(SHARE_RUN_DIR)
+    horovodrun = Command(
+        "horovodrun", tuple(argv), environment(job.variables(threads)), stop_s=10.0
+    )
     return LaunchPlan(
-        (Command("horovodrun", tuple(argv), env, stop_s=10.0),),
+        (horovodrun,),
         explain=tuple(explain),
         companions=job.companions,
+        missing=_missing(command),
+    )
+
+
+def _missing(command: str) -> str:
+    """Return the error that says how to get a horovodrun; empty if there is one."""
+    if shutil.which(command):
+        return ""
+    return (
+        f"launcher.command: {command!r} was not found; build Horovod (make horovod),"
+        " or give horovodrun's path"
     )

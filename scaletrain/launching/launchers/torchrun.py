@@ -1,10 +1,15 @@
 """torchrun on this host, or on several (run the same command on each)."""
 
-import os
 import sys
+from typing import NamedTuple
 
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Command, Job, LaunchPlan
+from scaletrain.host import cores
+from scaletrain.launching.job import Job, environment
+from scaletrain.launching.plan import Command, LaunchPlan, threads_each
+from scaletrain.units import plural
+
+_RESTARTS = 3  # of the workers of an elastic job, unless the user says otherwise
 
 
 def plan(
@@ -19,67 +24,83 @@ def plan(
     join_timeout_s: int = 600,
     last_call_s: int = 30,
 ) -> LaunchPlan:
-    """One torchrun agent on this host.
+    """Start one torchrun agent on this host.
 
-    ``nodes`` is how many hosts take part, ``2`` or ``min:max``; workers are spread evenly over (the most of) them. Several hosts need
-    ``endpoint``, HOST:PORT of one of them, where the agents meet (c10d). Where hosts have no names,
-    say ``is_host`` (true on the endpoint's host, false on the others) and ``local_addr``.
+    With a range of nodes, workers are started again when a host is lost, and go on from the last
+    checkpoint. The hosts that are left wait ``last_call_s`` for more to join.
 
-    With a range, workers are started again (up to ``max_restarts`` times, 3 unless given) when a host is lost, and go on from the
-    last checkpoint; the hosts that are left wait ``last_call_s`` for more to join.
+    Args:
+        job: the job to plan.
+        nodes: how many hosts take part, ``2`` or ``min:max``. The workers are spread evenly over
+            the most of them.
+        endpoint: HOST:PORT of one of several hosts, where the agents meet (c10d).
+        run_id: the same on every host; by default the name of the run directory.
+        max_restarts: how often workers are started again; by default 3 with a range, else never.
+        local_addr: this host's address, where hosts have no names.
+        is_host: true on the endpoint's host and false on the others, where hosts have no names.
+        join_timeout_s: how long the agents wait for each other.
+        last_call_s: how long they wait for more hosts, with a range.
     """
-    low, _, high = str(nodes).partition(":")
-    if not low.isdigit() or not (high or low).isdigit() or not 1 <= int(low) <= int(high or low):
-        raise UserError(
-            f"launcher.nodes: {nodes!r} is not allowed (allowed: a number such as 2, or a range such as 2:4)"
-        )
-    most = int(high or low)
+    node_range = _parse_nodes(nodes)
+    most = node_range.most
     if job.workers % most:
         raise UserError(
             f"launcher.nodes: {job.workers} workers do not spread evenly over {most} nodes"
         )
-    if max_restarts is None:
-        max_restarts = 3 if high else 0
     if most > 1 and not endpoint:
         raise UserError(
             f"launcher.endpoint: is missing; {most} nodes meet at HOST:PORT of one of them"
         )
-    here = job.workers // most
-    cores = len(os.sched_getaffinity(0))
-    threads = job.threads or max(1, cores // here)
-    agent = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={here}",
-        f"--max-restarts={max_restarts}",
-    ]
+    if max_restarts is None:
+        max_restarts = _RESTARTS if node_range.is_elastic else 0
+    workers_here = job.workers // most
+    threads = threads_each(job, workers_here)
+
+    agent = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={workers_here}"]
+    agent.append(f"--max-restarts={max_restarts}")
     if most == 1:
         agent.append("--standalone")
     else:
+        settings = [f"join_timeout={join_timeout_s}"]
+        if node_range.is_elastic:
+            settings.append(f"last_call_timeout={last_call_s}")
+        if is_host is not None:
+            settings.append(f"is_host={int(is_host)}")
         agent += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
         agent.append(f"--rdzv-id={run_id or job.run_dir.name}")
-        conf = [f"join_timeout={join_timeout_s}"]
-        if high:
-            conf.append(f"last_call_timeout={last_call_s}")
-        if is_host is not None:
-            conf.append(f"is_host={int(is_host)}")
-        agent.append(f"--rdzv-conf={','.join(conf)}")
+        agent.append(f"--rdzv-conf={','.join(settings)}")
         if local_addr:
             agent.append(f"--local-addr={local_addr}")
-    command = job.argv[1:] if job.program else ("--no-python", *job.argv)
+
     explain = [
-        f"{here} of {job.workers} workers on this host ({cores} cores), {threads} thread{'s' * (threads > 1)} each"
+        f"{workers_here} of {plural(job.workers, 'worker')} on this host"
+        f" ({plural(len(cores.usable()), 'core')}), {plural(threads, 'thread')} each"
     ]
     if most > 1:
         explain.append("run the same command on every host; --run-dir must be a folder they share")
-    env = (("OMP_NUM_THREADS", str(threads)), *job.env)
-    # torchrun ends its workers within 30 s of a SIGTERM; ours leave sooner.
-    agent_command = Command(
+    torchrun = Command(
         "torchrun",
-        (*agent, *command),
-        env,
-        restarts_workers=max_restarts > 0 or bool(high),
-        stop_s=15.0,
+        (*agent, *job.argv_for_torchrun),
+        environment(job.variables(threads)),
+        restarts_workers=max_restarts > 0 or node_range.is_elastic,
+        stop_s=15.0,  # torchrun ends its workers within 30 s of a SIGTERM; ours leave sooner
     )
-    return LaunchPlan((agent_command,), explain=tuple(explain), companions=job.companions)
+    return LaunchPlan((torchrun,), explain=tuple(explain), companions=job.companions)
+
+
+class _NodeRange(NamedTuple):
+    most: int  # hosts that take part when all of them are there
+    is_elastic: bool  # the job goes on with fewer
+
+
+def _parse_nodes(nodes: int | str) -> _NodeRange:
+    """Read ``2`` or ``2:4``. Raises UserError for anything else."""
+    first, colon, last = str(nodes).partition(":")
+    if not colon:
+        last = first
+    if first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last):
+        return _NodeRange(int(last), is_elastic=bool(colon))
+    raise UserError(
+        f"launcher.nodes: {nodes!r} is not allowed"
+        " (allowed: a number such as 2, or a range such as 2:4)"
+    )

@@ -1,1 +1,1 @@
-"""Supervision: start a plan, watch it, name the first cause of a failure, leave nothing behind."""
+"""Start a plan, watch it, name the first cause of a failure, and leave nothing behind."""

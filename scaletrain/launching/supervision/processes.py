@@ -1,7 +1,8 @@
-"""Processes whose output is shown line by line, whose ends are noted, and of which none outlives this process.
+"""Started processes: their output is shown, their ends are noted, none of them outlives us.
 
-Used by the supervisor alone: its standard input tells that nobody listens any more, its standard output carries every line, marked with
-``1`` or ``2`` for the stream it belongs on.
+Only the supervisor uses this. Its standard input closes when nobody listens to it any more. Its
+standard output carries every line of every process, marked with ``1`` or ``2`` for the stream that
+the line belongs on.
 """
 
 import contextlib
@@ -15,17 +16,30 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO
 
+from scaletrain.host.names import host_name
 from scaletrain.host.processes import dies_with_parent, kill_marked
-from scaletrain.launching.job import Command, Companion
-from scaletrain.launching.supervision.supervise import MARK
-from scaletrain.run.progress import host_name
+from scaletrain.launching.job import Companion
+from scaletrain.launching.plan import Command
+from scaletrain.run.progress import LAUNCH_MARK
 
+# A line in which a process tells a person of their mistake, marked with its stream and its name.
 _MISTAKE = re.compile(rb"^\d(?:\[[^\]\n]*\] )?scaletrain: error: (.*)$", re.MULTILINE)
-_SAID = 20000  # characters kept of what launchers wrote
+_KEPT_OUTPUT = 20_000  # characters kept of the output of launchers
+_LONGEST_LINE = 1 << 16  # bytes; longer lines are cut
 
 
 class Process:
-    """A started command and what is known of it."""
+    """A process that was started, and the facts known about it.
+
+    Args:
+        command: the command to start.
+        environ: its environment, to which the command adds.
+        companion: the companion that it is, if it is one.
+        fd: a descriptor that it inherits; -1: none.
+
+    Raises:
+        OSError: the program is not there, or cannot be started.
+    """
 
     def __init__(
         self,
@@ -34,43 +48,76 @@ class Process:
         companion: Companion | None = None,
         fd: int = -1,
     ):
-        self.name, self.rank, self.stop_s = command.name, command.rank, command.stop_s
-        self.companion, self.restarts = companion, 0
-        self.restarts_workers, self.interrupt = command.restarts_workers, command.interrupt
+        self.name = command.name
+        self.rank = command.rank
+        self.companion = companion
+        self.restarts = 0  # how often this companion has been started again
+        self.stop_s = command.stop_s
+        self.interrupt = command.interrupt
+        self.restarts_workers = command.restarts_workers
         self.is_launcher = self.rank is None and companion is None
         self.host = dict(command.env).get("SCALETRAIN_HOST") or host_name()
-        # A launcher gets the chance to end its own workers; a worker has no business without its supervisor.
+        self.ended_at: float | None = None  # unix seconds, set by ``Processes.read``
+        self.mistake = ""  # a person's mistake that it told, which is on the screen already
+        # A launcher gets the chance to end its own workers. A worker is of no use without us.
         death_signal = signal.SIGTERM if self.is_launcher else signal.SIGKILL
         self.popen = subprocess.Popen(
-            command.argv, env=environ | dict(command.env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, process_group=0, preexec_fn=dies_with_parent(death_signal), pass_fds=() if fd < 0 else (fd,),
-        )  # fmt: skip
-        self.ended_at: float | None = None
-        self.mistake = ""  # what it said of a person's mistake: the line is on the screen already
+            command.argv,
+            env=environ | dict(command.env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            preexec_fn=dies_with_parent(death_signal),
+            pass_fds=() if fd < 0 else (fd,),
+        )
 
     @property
     def status(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
         return self.popen.returncode
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it had not ended when ``Processes.read`` last looked."""
+        return self.popen.returncode is None
+
     def signal(self, number: int) -> None:
+        """Send a signal to the process and those that it has started.
+
+        A launcher gets it alone, and passes it on.
+        """
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self.is_launcher:
-                self.popen.send_signal(number)  # mpirun and torchrun pass it on themselves
+                self.popen.send_signal(number)
             else:
                 os.killpg(self.popen.pid, number)
 
 
 class Processes:
-    """All processes of a launch: the workers (or launchers that start them), and the companions beside them."""
+    """All processes of a launch: workers (or launchers that start them), and companions.
+
+    Only the supervisor's thread uses it.
+
+    Args:
+        prefixed: lines begin with the name of the process that wrote them.
+    """
 
     def __init__(self, prefixed: bool):
         self.workers: list[Process] = []
         self.companions: list[Process] = []
-        self.orphaned = False  # nobody listens any more
-        self.said = ""  # the last of what launchers wrote
+        self.orphaned = False  # nobody listens any more; set by ``read``
+        self.launcher_output = ""  # the last characters that launchers wrote; set by ``read``
         self._prefixed = prefixed
+        # Everything that ``read`` waits for. A key's data is ``_Lines`` for a pipe, a function to
+        # call for the end of a process that somebody else started, None for standard input.
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin.buffer, selectors.EVENT_READ, None)
+
+    @property
+    def all(self) -> list[Process]:
+        """Workers and companions."""
+        return [*self.workers, *self.companions]
 
     def start(
         self,
@@ -79,28 +126,41 @@ class Processes:
         companion: Companion | None = None,
         fd: int = -1,
     ) -> Process:
-        """Start a worker, a launcher or a companion; ``fd`` is handed to it. Raises OSError."""
+        """Start a worker, a launcher or a companion (see ``Process``)."""
         process = Process(command, environ, companion, fd)
         prefix = f"[{process.name}] ".encode() if self._prefixed else b""
         for pipe, stream in ((process.popen.stdout, b"1"), (process.popen.stderr, b"2")):
             assert pipe
             os.set_blocking(pipe.fileno(), False)
             self._selector.register(pipe, selectors.EVENT_READ, _Lines(process, prefix, stream))
-        (self.companions if companion else self.workers).append(process)
+        group = self.companions if companion else self.workers
+        group.append(process)
         return process
 
-    def watch_pid(self, pid: int, ended: Callable[[], None]) -> bool:
-        """Call ``ended`` when a process that somebody else started is gone; false if it is already."""
+    def watch_pid(self, pid: int, on_end: Callable[[], None]) -> bool:
+        """Call ``on_end`` when a process that somebody else started has ended.
+
+        Return False if it has ended already.
+        """
         with contextlib.suppress(OSError):
-            self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, ended)
+            self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, on_end)
             return True
         return False
 
-    def running(self) -> bool:
-        return any(process.status is None for process in self.workers)
+    def any_running(self) -> bool:
+        """Return True if a worker or launcher runs."""
+        return any(process.is_running for process in self.workers)
+
+    def launchers(self) -> list[Process]:
+        """Return the launchers that start workers of their own."""
+        return [process for process in self.workers if process.is_launcher]
+
+    def restart_workers(self) -> bool:
+        """Return True if a launcher starts workers again when one has failed."""
+        return any(process.restarts_workers for process in self.workers)
 
     def read(self, timeout_s: float) -> None:
-        """Show what processes wrote in the meantime, and note which ended."""
+        """Show new output, and note the processes that have ended. Wait up to ``timeout_s``."""
         for key, _ in self._selector.select(timeout_s):
             if isinstance(key.data, _Lines):
                 self._read_lines(key.fileobj, key.data)  # type: ignore[arg-type]
@@ -112,34 +172,41 @@ class Processes:
                 key.data()
                 self._selector.unregister(key.fileobj)
                 os.close(key.fd)
-        for process in [*self.workers, *self.companions]:
+        for process in self.all:
             if process.ended_at is None and process.popen.poll() is not None:
                 process.ended_at = time.time()
 
     def say(self, text: str) -> None:
-        """Lines of our own, on standard error."""
-        _emit("".join(f"2{line}\n" for line in text.splitlines()).encode())
+        """Show lines of our own, on standard error."""
+        lines = [f"2{line}\n" for line in text.splitlines()]
+        _emit("".join(lines).encode())
 
     def stop(self) -> None:
-        """End everything: SIGTERM, then SIGKILL to what is left; companions last."""
+        """End everything: first SIGTERM, then SIGKILL for the rest. Companions end last."""
         for group in (self.workers, self.companions):
-            running = [process for process in group if process.popen.poll() is None]
-            for process in running:
-                process.signal(signal.SIGCONT)
-                process.signal(signal.SIGTERM)
-            until = time.monotonic() + max([process.stop_s for process in running], default=0)
-            while time.monotonic() < until and any(
-                process.popen.poll() is None for process in running
-            ):
-                self.read(0.05)
-            for process in running:
-                process.signal(signal.SIGKILL)
-        kill_marked(MARK, os.environ[MARK])
+            self._stop_group(group)
+        kill_marked(LAUNCH_MARK, os.environ[LAUNCH_MARK])
         self.read(0)
-        for process in [*self.workers, *self.companions]:
+        for process in self.all:
             process.popen.wait()
-        for _ in range(1000):  # the last output; every writer has ended
-            if not any(isinstance(key.data, _Lines) for key, _ in self._selector.select(0)):
+        self._read_rest()
+
+    def _stop_group(self, group: list[Process]) -> None:
+        running = [process for process in group if process.popen.poll() is None]
+        for process in running:
+            process.signal(signal.SIGCONT)  # a stopped process would not see the next one
+            process.signal(signal.SIGTERM)
+        until = time.monotonic() + max([process.stop_s for process in running], default=0)
+        while time.monotonic() < until and _any_left(running):
+            self.read(0.05)
+        for process in running:
+            process.signal(signal.SIGKILL)
+
+    def _read_rest(self) -> None:
+        """Show the last output. All writers have ended, so that the pipes run dry."""
+        for _ in range(1000):
+            ready = [key for key, _ in self._selector.select(0)]
+            if not any(isinstance(key.data, _Lines) for key in ready):
                 return
             self.read(0)
 
@@ -149,35 +216,44 @@ class Processes:
         except BlockingIOError:
             return
         whole = lines.feed(data)
-        if said := _MISTAKE.search(whole):
-            lines.process.mistake = said[1].decode(errors="replace")
+        mistake = _MISTAKE.search(whole)
+        if mistake:
+            lines.process.mistake = mistake[1].decode(errors="replace")
         if lines.process.is_launcher:
-            self.said = (self.said + whole.decode(errors="replace"))[-_SAID:]
+            output = self.launcher_output + whole.decode(errors="replace")
+            self.launcher_output = output[-_KEPT_OUTPUT:]
         _emit(whole)
         if not data:
             self._selector.unregister(pipe)
             pipe.close()
 
 
+def _any_left(processes: list[Process]) -> bool:
+    return any(process.popen.poll() is None for process in processes)
+
+
 class _Lines:
-    """Cuts a stream into whole lines, each marked with its stream and prefixed with its process."""
+    """Cuts a stream into lines, each marked with its stream and prefixed with its process."""
 
     def __init__(self, process: Process, prefix: bytes, stream: bytes):
         self.process = process
-        self._prefix, self._stream, self._rest = prefix, stream, b""
+        self._start = stream + prefix
+        self._rest = b""  # the beginning of a line that is not complete
 
     def feed(self, data: bytes) -> bytes:
-        """The lines that ``data`` completes; without data (the end) what is left. Lines over 64 KiB are cut."""
+        """Return the lines that ``data`` completes; without data, at the end, the rest."""
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if self._rest and (not data or len(self._rest) > 65536):
+        if self._rest and (not data or len(self._rest) > _LONGEST_LINE):
             lines.append(self._rest)
             self._rest = b""
-        return b"".join(self._stream + self._prefix + line + b"\n" for line in lines)
+        return b"".join(self._start + line + b"\n" for line in lines)
 
 
 def _emit(lines: bytes) -> None:
+    """Write to standard output, whole."""
     while lines:
         try:
-            lines = lines[os.write(sys.stdout.fileno(), lines) :]
+            written = os.write(sys.stdout.fileno(), lines)
         except OSError:  # nobody listens any more; the next read of standard input says so
             return
+        lines = lines[written:]

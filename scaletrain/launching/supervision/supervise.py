@@ -1,8 +1,9 @@
-"""Carries out a LaunchPlan: starts it, watches it, names the first cause when it fails, and leaves no process behind.
+"""Carry out a LaunchPlan, name the first cause of a failure, and leave no process behind.
 
-``run`` starts one more process, the supervisor (``supervisor.py``), which starts everything else. Whichever of the two is killed, the
-other ends the job: the supervisor sees its standard input close; ``run`` finds what was started by the mark in its environment.
-Workers also die with the supervisor (PR_SET_PDEATHSIG), so that nothing survives even when both are killed.
+``run`` starts one more process, the supervisor (``supervisor.py``), which starts everything else.
+If either of the two is killed, the other ends the job. The supervisor sees that its standard input
+closes; ``run`` finds all processes by the mark in their environment. Workers also die with the
+supervisor (PR_SET_PDEATHSIG), so that nothing survives even if both are killed.
 """
 
 import contextlib
@@ -17,42 +18,45 @@ from typing import Any
 
 import pydantic
 
-from scaletrain.host.processes import kill_marked
-from scaletrain.launching.job import Job, LaunchPlan, Program
-from scaletrain.launching.supervision.first_cause import signal_name
+from scaletrain.host.processes import kill_marked, signal_name
+from scaletrain.launching.job import Job, Program
+from scaletrain.launching.plan import LaunchPlan
+from scaletrain.run.progress import LAUNCH_MARK
 
-MARK = "SCALETRAIN_LAUNCH"  # every process of a launch carries it; nested launches append theirs
-ORDER = pydantic.TypeAdapter(
-    tuple[LaunchPlan, Job]
-)  # what the supervisor is told on its standard input, as a line of JSON
-FORWARDED = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-)  # and SIGHUP, as SIGTERM, unless it is ignored (nohup)
-_END_S = 6.0  # how long the supervisor may take to end once nobody listens
+# The supervisor reads its order from standard input, as one line of JSON.
+ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job])
+# Signals that are passed on. So is SIGHUP, as a SIGTERM, unless it is ignored (nohup).
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_END_S = 6.0  # within this time the supervisor ends once nobody listens to it
 
 
 def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = None) -> int:
-    """Carry out a plan and return the exit status: 0, that of the first cause, 124 for a hang, 128 + signal.
+    """Carry out a plan and return the exit status.
 
-    The first cause of a failure is shown once and written to ``RUN_DIR/failure.json``. SIGINT, SIGTERM, SIGUSR1 and a hang-up are
-    passed on to the workers while this runs (in the main thread). Everything that was started has ended when this returns.
+    It is 0, or that of the first cause, or 124 for a hang, or 128 + the number of a signal. The
+    first cause of a failure is shown once and written to ``RunDir.first_cause``.
+
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on to the workers while this runs, if it runs in
+    the main thread. Everything that was started has ended when it returns.
 
     Args:
-        show: called with each line of output, and whether it belongs on standard error. Default: print it there.
+        plan: the files to write and the commands to start.
+        job: the workers, and the limits that the supervisor holds them to.
+        show: called with each line of output, and True if it belongs on standard error. By default
+            lines are printed there.
     """
     show = show or _print
     for path, text in plan.files:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    mark = f"{os.environ.get(MARK, '')}/{os.getpid()}-{time.monotonic_ns()}".lstrip("/")
+    outer_mark = os.environ.get(LAUNCH_MARK, "")
+    mark = f"{outer_mark}/{os.getpid()}-{time.monotonic_ns()}".lstrip("/")
     supervisor = subprocess.Popen(
         Program.SUPERVISOR.command(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, MARK: mark, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, LAUNCH_MARK: mark, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,  # Ctrl-C at a terminal comes to us alone, and we pass it on
         preexec_fn=_hold_signals,
     )
@@ -60,34 +64,39 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
     try:
         with _forwarding(supervisor):
             with contextlib.suppress(BrokenPipeError):
-                supervisor.stdin.write(ORDER.dump_json((plan._replace(files=()), job)) + b"\n")
+                order = ORDER.dump_json((plan._replace(files=()), job))
+                supervisor.stdin.write(order + b"\n")
                 supervisor.stdin.flush()
             for line in supervisor.stdout:
-                show(line[1:].decode(errors="replace").rstrip("\r\n"), line[:1] == b"2")
+                # The first character says which stream the line belongs on.
+                text = line[1:].decode(errors="replace").rstrip("\r\n")
+                show(text, line[:1] == b"2")
             status = supervisor.wait()
     finally:
         supervisor.stdin.close()
         if supervisor.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 supervisor.wait(_END_S)
-        kill_marked(MARK, mark)
+        kill_marked(LAUNCH_MARK, mark)
         supervisor.wait()
         supervisor.stdout.close()
-    if status < 0:
-        show(
-            f"scaletrain: the supervisor was ended by {signal_name(-status)}; its workers were stopped",
-            True,
-        )
-    return 128 - status if status < 0 else status
+    if status >= 0:
+        return status
+    ended = f"the supervisor was ended by {signal_name(-status)}"
+    show(f"scaletrain: {ended}; its workers were stopped", True)
+    return 128 - status
 
 
 def _hold_signals() -> None:
-    """In the supervisor's process, until ``heed_signals``: what comes before it can listen waits instead of ending it."""
+    """Hold signals back in the supervisor's process until ``heed_signals``.
+
+    Python takes a moment to start. A signal that comes in the meantime waits instead of ending it.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
 
 
 def heed_signals(handler: Callable[[int, Any], None]) -> None:
-    """In the supervisor: call ``handler`` for signals that came since it was started, and from now on."""
+    """Call ``handler``, in the supervisor, for signals since its start and from now on."""
     for number in FORWARDED:
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
@@ -100,6 +109,10 @@ def _print(line: str, error: bool) -> None:
 
 @contextlib.contextmanager
 def _forwarding(supervisor: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass signals on to the supervisor while the body runs.
+
+    Only a main thread may set handlers; in another thread nothing is passed on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -107,11 +120,10 @@ def _forwarding(supervisor: subprocess.Popen[bytes]) -> Iterator[None]:
     def forward(number: int, frame: Any) -> None:
         supervisor.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    before = {
-        number: signal.signal(number, forward)
-        for number in (*FORWARDED, *[signal.SIGHUP] * (not ignored))
-    }
+    numbers = [*FORWARDED]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield
     finally:

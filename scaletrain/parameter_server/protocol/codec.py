@@ -8,9 +8,13 @@ from torch import Tensor
 
 from scaletrain.parameter_server.protocol.wire import Dtype
 
-# Received frames and other processes' memory are wrapped as tensors that are only read; torch cannot say so, and warns.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+# Received frames and other processes' memory are wrapped as tensors that are only read. torch has no
+# read-only tensors and warns, once in each process. That one warning is spent here.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(bytes(4), np.float32))
 
+# The dtype of each value of the option ``wire``.
 BY_NAME = {
     "float32": Dtype.FLOAT32,
     "bf16": Dtype.BF16,
@@ -20,22 +24,36 @@ BY_NAME = {
 
 
 def encode(values: Tensor, dtype: Dtype) -> np.ndarray:
-    """A contiguous CPU float32 vector as an array of ``dtype``'s bytes; float32 is not copied."""
+    """Return values as they travel, in an array whose bytes are those of the wire.
+
+    Args:
+        values: float32, one dimension, contiguous, on the CPU.
+        dtype: FLOAT32 (shares the memory of ``values``), BF16, FP16 or TRUNC16 (copies).
+
+    Returns:
+        float32 for FLOAT32, else int16; as many elements as ``values``.
+    """
     if dtype == Dtype.FLOAT32:
         return values.numpy()
     if dtype == Dtype.TRUNC16:
-        return (values.view(torch.int32) >> 16).to(torch.int16).numpy()
-    return (
-        values.to(torch.bfloat16 if dtype == Dtype.BF16 else torch.float16)
-        .view(torch.int16)
-        .numpy()
-    )
+        upper_half = values.view(torch.int32) >> 16
+        return upper_half.to(torch.int16).numpy()
+    rounded = values.to(torch.bfloat16 if dtype == Dtype.BF16 else torch.float16)
+    return rounded.view(torch.int16).numpy()
 
 
 def decode(payload: memoryview, dtype: Dtype) -> Tensor:
-    """The reverse, float32. float32 payloads are not copied: treat the result as read-only."""
+    """Return the float32 values of a payload that ``encode`` made, rounded as ``dtype`` is.
+
+    FLOAT32 payloads are not copied: treat the result as read-only.
+
+    >>> raw = encode(torch.tensor([1.0, 3.140625]), Dtype.BF16)
+    >>> decode(memoryview(raw), Dtype.BF16)
+    tensor([1.0000, 3.1406])
+    """
     if dtype == Dtype.FLOAT32:
         return torch.from_numpy(np.frombuffer(payload, np.float32))
     raw = torch.from_numpy(np.frombuffer(payload, np.int16))
     # A truncated float32 and a rounded one (bf16) are read alike.
-    return raw.view(torch.float16 if dtype == Dtype.FP16 else torch.bfloat16).float()
+    sixteen_bit = raw.view(torch.float16 if dtype == Dtype.FP16 else torch.bfloat16)
+    return sixteen_bit.float()

@@ -1,71 +1,107 @@
-"""Which gradient counts, when the weights move on and who may go on: the rules of each mode, without processes, sockets or tensors.
+"""Which gradients count, when the weights move on, and which workers may go on.
 
-Events go in (a worker joins, pushes, leaves, is lost), actions come out; the server carries them out in order. Versions count a block's
-updates. The rules hold for each block alone, which implies them for the worker: it starts a step only when all its blocks were answered.
+The rules of each mode know no processes, sockets or tensors. Events go in: a worker joins, pushes,
+leaves or is lost. Actions come out, and the server carries them out in order. Versions count a
+block's updates. The rules hold for each block alone. That implies them for the worker, because it
+starts a step only when all its blocks were answered.
 
-- ``Synchronous``: the mean of n gradients, then one update. With backup workers the first n of n + b win, later ones are dropped
-  (Chen et al., Revisiting Distributed Synchronous SGD; TensorFlow, OSDI'16, section 4.4).
-- ``Asynchronous``: every gradient at once (Dean et al., NIPS'12, section 4.1: Downpour SGD), at most ``bound`` steps ahead of the slowest
-  (Ho et al., NIPS'13: stale synchronous parallel), without a limit where ``bound`` is None.
+- ``Synchronous``: the mean of n gradients, then one update. With backup workers the first n of
+  n + b gradients win, and later ones are dropped (Chen et al., Revisiting Distributed Synchronous
+  SGD, 2016; TensorFlow, OSDI'16, section 4.4).
+- ``Asynchronous``: every gradient is an update of its own (Dean et al., NIPS'12, section 4.1:
+  Downpour SGD). With a ``bound`` no worker runs more steps ahead of the slowest one than that (Ho
+  et al., NIPS'13: stale synchronous parallel).
+
+A rule belongs to the server's only thread, so nothing here is locked.
+
+>>> rule = Synchronous(keys=[0], workers=2)
+>>> rule.join(0), rule.join(1)
+(0, 0)
+>>> rule.push(key=0, rank=0, step=0, version=0)
+[AddGradient(key=0, rank=0)]
+>>> for action in rule.push(key=0, rank=1, step=0, version=0):
+...     print(action)
+AddGradient(key=0, rank=1)
+ApplyUpdate(key=0, num_gradients=2, version=1)
+SendWeights(key=0, rank=0, staleness=0, dropped=False)
+SendWeights(key=0, rank=1, staleness=0, dropped=False)
 """
 
 import abc
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Add(NamedTuple):
-    """Add this gradient to the block's sum."""
-
-    key: int
-    rank: int
-
-
-class Apply(NamedTuple):
-    """Update the block with the sum divided by ``count``; its version is ``version`` afterwards."""
-
-    key: int
-    count: int
-    version: int
-
-
-class Answer(NamedTuple):
-    """Give the worker the block's weights of now. ``dropped``: its gradient was too late."""
+@dataclass(frozen=True, slots=True)
+class AddGradient:
+    """Add the gradient that was just pushed to the block's sum."""
 
     key: int
     rank: int
-    staleness: int = 0
-    dropped: bool = False
 
 
-class Abort(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ApplyUpdate:
+    """Update the block with the mean of its sum."""
+
+    key: int
+    num_gradients: int  # in the sum
+    version: int  # of the block afterwards
+
+
+@dataclass(frozen=True, slots=True)
+class SendWeights:
+    """Send the block's present weights to a worker."""
+
+    key: int
+    rank: int
+    staleness: int = 0  # of its gradient: updates since the weights that it was computed from
+    dropped: bool = False  # its gradient was too late and did not count
+
+
+@dataclass(frozen=True, slots=True)
+class AbortJob:
     """Training cannot go on without this worker."""
 
     rank: int
-    alive: int
-    needed: int
+    alive: int  # workers that are left
+    needed: int  # workers that an update takes
 
 
-Action = Add | Apply | Answer | Abort
+Action = AddGradient | ApplyUpdate | SendWeights | AbortJob
 
 
 class Rule(abc.ABC):
-    """What all modes share: who is here. Ranks that are not live may not push (``KeyError``)."""
+    """The workers that are present, which all modes keep track of.
+
+    Args:
+        keys: of this server's blocks.
+        workers: number of workers of the job, also of those that have not come yet.
+    """
 
     def __init__(self, keys: list[int], workers: int):
         self.workers = workers
+        # By block: its updates so far. Written by the rules and after a restart from a snapshot,
+        # read by all who answer workers.
         self.version = dict.fromkeys(keys, 0)
+        # Every rank that ever joined is in exactly one of these. Written by join, leave and lose,
+        # read by the server's clock (who is silent?) and its sums.
         self.live: set[int] = set()
         self.lost: set[int] = set()
         self.left: set[int] = set()
-        self._last_step: dict[
-            tuple[int, int], int
-        ] = {}  # (key, rank) -> last step whose gradient was taken
+        # By (key, rank): the last step whose gradient was taken. Written by push and join, read by
+        # push, which finds gradients that are sent again after a lost connection.
+        self._last_step: dict[tuple[int, int], int] = {}
 
     def join(self, rank: int, step: int | None = None) -> int:
-        """A worker comes, or comes back; returns the step it begins with.
+        """Take in a worker that comes, or comes back.
 
-        One that was here already and lost its connection, or its server, says at which ``step`` it is; any other begins where the
-        slowest one is.
+        Args:
+            rank: of the worker.
+            step: the step at which a worker is that was here before and lost its connection, or
+                its server; None: it is a new process.
+
+        Returns:
+            The step with which it begins. A new process begins where the slowest worker is.
         """
         begin = self._begin() if step is None else step
         self.live.add(rank)
@@ -78,26 +114,28 @@ class Rule(abc.ABC):
         return begin
 
     def leave(self, rank: int) -> list[Action]:
-        """A worker is done."""
-        return self._gone(rank, self.left)
+        """Note that a worker is done."""
+        return self._remove(rank, self.left)
 
     def lose(self, rank: int) -> list[Action]:
-        """A worker died or cannot be reached."""
-        return self._gone(rank, self.lost)
+        """Note that a worker died or cannot be reached."""
+        return self._remove(rank, self.lost)
 
     def pause(self, rank: int) -> list[Action]:
-        """A worker waits for all others (to add up an evaluation) and pushes nothing until they are there too."""
+        """Note that a worker pushes nothing until all others have paused, too.
+
+        Workers pause to add up an evaluation.
+        """
         return []
 
-    def _gone(self, rank: int, into: set[int]) -> list[Action]:
-        if rank not in self.live:
-            return []
-        self.live.discard(rank)
-        into.add(rank)
-        return self._without(rank)
-
     def push(self, key: int, rank: int, step: int, version: int) -> list[Action]:
-        """A gradient of ``rank``'s step ``step``, computed from the block's weights ``version``.
+        """Take a gradient.
+
+        Args:
+            key: of the block.
+            rank: of the worker.
+            step: the worker's step that made the gradient.
+            version: of the weights that the gradient was computed from.
 
         Raises:
             KeyError: no such block, or this rank has not joined.
@@ -105,179 +143,238 @@ class Rule(abc.ABC):
         """
         if rank not in self.live:
             raise KeyError(f"rank {rank} has not joined")
-        if version > self.version[key]:
-            raise ValueError(
-                f"version {version} of block {key} is not there yet (now {self.version[key]})"
-            )
-        repeated = step <= self._last_step.get((key, rank), -1)
-        self._last_step[key, rank] = max(step, self._last_step.get((key, rank), -1))
-        return self._push(key, rank, step, version, repeated)
+        now = self.version[key]
+        if version > now:
+            raise ValueError(f"version {version} of block {key} is not there yet (now {now})")
+        last_step = self._last_step.get((key, rank), -1)
+        self._last_step[key, rank] = max(step, last_step)
+        return self._push(key, rank, step, version, repeated=step <= last_step)
 
-    @abc.abstractmethod
-    def _begin(self) -> int: ...
-
-    def _joined(self, rank: int, begin: int) -> None:  # noqa: B027
-        pass
-
-    @abc.abstractmethod
-    def _push(
-        self, key: int, rank: int, step: int, version: int, repeated: bool
-    ) -> list[Action]: ...
-
-    @abc.abstractmethod
-    def _without(self, rank: int) -> list[Action]: ...
+    def _remove(self, rank: int, absent: set[int]) -> list[Action]:
+        """Move a live worker to the set of those that are lost or have left."""
+        if rank not in self.live:
+            return []
+        self.live.discard(rank)
+        absent.add(rank)
+        return self._without(rank)
 
     @abc.abstractmethod
     def awaited(self) -> set[int]:
-        """Live workers without whose next push somebody here cannot go on."""
+        """Return the live workers whose next push somebody waits for."""
+
+    @abc.abstractmethod
+    def _begin(self) -> int:
+        """Return the step with which a new worker begins."""
+
+    @abc.abstractmethod
+    def _joined(self, rank: int, begin: int) -> None:
+        """Take in a worker that has joined and begins with the step ``begin``."""
+
+    @abc.abstractmethod
+    def _push(
+        self, key: int, rank: int, step: int, version: int, *, repeated: bool
+    ) -> list[Action]:
+        """Take a valid gradient; ``repeated``: it was taken before, and is sent again."""
+
+    @abc.abstractmethod
+    def _without(self, rank: int) -> list[Action]:
+        """Go on without a worker that is not live any more."""
+
+
+@dataclass
+class _Collection:
+    """The gradients of one block's next update."""
+
+    contributors: set[int]  # ranks whose gradients are in the sum
+    waiting: set[int]  # ranks that wait for the weights after the update
 
 
 class Synchronous(Rule):
-    """All of ``workers - backup`` gradients of a step, then one update."""
+    """The mean of the gradients of ``workers - backup_workers`` workers, then one update.
+
+    Args:
+        keys: of this server's blocks.
+        workers: number of workers of the job.
+        backup_workers: spare ones among them.
+        min_workers: an update takes fewer gradients when workers are lost, down to this number;
+            None: the loss of one ends the job, unless it is a spare one.
+    """
 
     def __init__(
-        self, keys: list[int], workers: int, backup: int = 0, min_workers: int | None = None
+        self, keys: list[int], workers: int, backup_workers: int = 0, min_workers: int | None = None
     ):
         super().__init__(keys, workers)
-        self._most = workers - backup  # gradients of an update when everybody is here
+        # Gradients that an update takes: when all workers are present, at least, and now.
+        # Only the last one changes, when workers are lost or come back.
+        self._most = workers - backup_workers
         self._least = min(self._most, min_workers or self._most)
         self._needed = self._most
-        self._given: dict[int, set[int]] = {
-            key: set() for key in keys
-        }  # whose gradients the sum holds
-        self._waiting: dict[int, set[int]] = {key: set() for key in keys}
-        self._paused: set[int] = set()
+        self._collections = {key: _Collection(set(), set()) for key in keys}
+        self._paused: set[int] = set()  # live ranks that push nothing now; cleared when all have
+
+    def pause(self, rank: int) -> list[Action]:
+        """Note that a worker waits for all others and pushes nothing until they are there, too."""
+        self._paused.add(rank)
+        return self._complete_all()
+
+    def awaited(self) -> set[int]:
+        """Return the live workers whose gradient lacks in an update that somebody waits for."""
+        awaited: set[int] = set()
+        for collection in self._collections.values():
+            if collection.waiting:
+                awaited |= self.live - collection.contributors
+        return awaited
 
     def _begin(self) -> int:
         return min(self.version.values(), default=0)
 
     def _joined(self, rank: int, begin: int) -> None:
-        # It comes without memory: what a former self waits for is no longer wanted, what it gave stays in the sum.
-        for waiting in self._waiting.values():
-            waiting.discard(rank)
+        # The process is new. Nobody wants the weights that its former self waits for, and the
+        # gradients that its former self pushed stay in the sum.
+        for collection in self._collections.values():
+            collection.waiting.discard(rank)
         self._paused.discard(rank)
-        self._needed = max(self._needed, min(self._most, len(self.live) + len(self.left)))
+        present = len(self.live) + len(self.left)
+        self._needed = max(self._needed, min(self._most, present))
 
-    def _push(self, key: int, rank: int, step: int, version: int, repeated: bool) -> list[Action]:
-        if (
-            version < self.version[key]
-        ):  # late; repeated: sent again after a lost connection, but it had arrived
-            return [Answer(key, rank, 0 if repeated else self.version[key] - version, not repeated)]
+    def _push(
+        self, key: int, rank: int, step: int, version: int, *, repeated: bool
+    ) -> list[Action]:
+        if version < self.version[key]:
+            if repeated:  # it had arrived in time
+                return [SendWeights(key, rank)]
+            return [SendWeights(key, rank, self.version[key] - version, dropped=True)]
         actions: list[Action] = []
-        if rank not in self._given[key]:
-            self._given[key].add(rank)
-            actions.append(Add(key, rank))
-        self._waiting[key].add(rank)
+        collection = self._collections[key]
+        if rank not in collection.contributors:
+            collection.contributors.add(rank)
+            actions.append(AddGradient(key, rank))
+        collection.waiting.add(rank)
         return actions + self._complete(key)
 
     def _complete(self, key: int) -> list[Action]:
-        # Spare workers that came late go on without those who are done, or wait for them elsewhere.
-        given, away = self._given[key], len(self._paused) + len(self.left)
-        if len(given) < max(1, self._needed - away):
+        """Update the block and answer the workers if its gradients are complete."""
+        collection = self._collections[key]
+        # Spare workers that came late would wait for ever for gradients of workers that are done,
+        # or that wait for them elsewhere.
+        absent = len(self._paused) + len(self.left)
+        if len(collection.contributors) < max(1, self._needed - absent):
             return []
         self.version[key] += 1
-        answers = [Answer(key, rank) for rank in sorted(self._waiting[key])]
-        count = len(given)
-        self._given[key], self._waiting[key] = set(), set()
-        return [Apply(key, count, self.version[key]), *answers]
+        self._collections[key] = _Collection(set(), set())
+        update = ApplyUpdate(key, len(collection.contributors), self.version[key])
+        answers = [SendWeights(key, rank) for rank in sorted(collection.waiting)]
+        return [update, *answers]
 
     def _complete_all(self) -> list[Action]:
-        return [action for key in self.version for action in self._complete(key)]
-
-    def pause(self, rank: int) -> list[Action]:
-        self._paused.add(rank)
-        return self._met()
-
-    def _met(self) -> list[Action]:
-        if self._paused >= self.live:  # all are there: the next step takes gradients of all
+        """Complete every block that can be, after a change of the workers that push."""
+        if self._paused >= self.live:  # all have met: the next step takes gradients of all
             self._paused.clear()
-        return self._complete_all()
+        actions: list[Action] = []
+        for key in self.version:
+            actions += self._complete(key)
+        return actions
 
     def _without(self, rank: int) -> list[Action]:
         self._paused.discard(rank)
-        for waiting in self._waiting.values():
-            waiting.discard(rank)
+        for collection in self._collections.values():
+            collection.waiting.discard(rank)
         if not self.live:
             return []
-        if rank in self.lost and len(self.live) + len(self.left) < self._needed:
-            if not self.left and len(self.live) < self._least:
-                return [Abort(rank, len(self.live), self._least)]
-            self._needed = len(self.live) + len(self.left)
-        return self._met()
-
-    def awaited(self) -> set[int]:
-        partial = [key for key in self.version if self._waiting[key]]
-        return {rank for key in partial for rank in self.live if rank not in self._given[key]}
+        present = len(self.live) + len(self.left)
+        if rank in self.lost and present < self._needed:
+            if not self.left and present < self._least:
+                return [AbortJob(rank, present, self._least)]
+            self._needed = present
+        return self._complete_all()
 
 
 class Asynchronous(Rule):
-    """Every gradient at once; a worker more than ``bound`` steps ahead of the slowest waits for its answer."""
+    """Every gradient is an update of its own, and fast workers wait for the slowest one.
+
+    Args:
+        keys: of this server's blocks.
+        workers: number of workers of the job.
+        bound: a worker that is more than so many steps ahead of the slowest one is not answered
+            until that one has moved; None: no worker ever waits.
+    """
 
     def __init__(self, keys: list[int], workers: int, bound: int | None = None):
         super().__init__(keys, workers)
         self._bound = bound
-        self._clock: dict[int, dict[int, int]] = {
-            key: {} for key in keys
-        }  # the step that each rank pushes next
-        self._held: dict[int, dict[int, int]] = {
-            key: {} for key in keys
-        }  # waiting ranks -> staleness of their gradient
+        # By block, then rank: the step that the rank pushes next. Written by join and push.
+        self._next_step: dict[int, dict[int, int]] = {key: {} for key in keys}
+        # By block, then rank that waits for an answer: the staleness of its gradient.
+        # Filled by push; emptied as the slowest worker moves, or is lost.
+        self._held: dict[int, dict[int, int]] = {key: {} for key in keys}
+
+    def awaited(self) -> set[int]:
+        """Return the slowest live workers of every block that somebody waits for."""
+        awaited: set[int] = set()
+        for key, held in self._held.items():
+            if held:
+                next_step = self._next_step[key]
+                slowest = min(next_step[rank] for rank in self.live)
+                awaited |= {rank for rank in self.live if next_step[rank] == slowest}
+        return awaited
 
     def _begin(self) -> int:
-        clocks = [
-            clock
-            for key in self._clock
-            for rank, clock in self._clock[key].items()
-            if rank in self.live
-        ]
-        return min(
-            clocks,
-            default=max((c for key in self._clock for c in self._clock[key].values()), default=0),
-        )
+        live_steps: list[int] = []
+        all_steps: list[int] = []
+        for next_step in self._next_step.values():
+            all_steps += next_step.values()
+            live_steps += [step for rank, step in next_step.items() if rank in self.live]
+        if live_steps:
+            return min(live_steps)
+        return max(all_steps, default=0)
 
     def _joined(self, rank: int, begin: int) -> None:
         for key in self.version:
-            self._clock[key][rank] = begin
+            self._next_step[key][rank] = begin
             self._held[key].pop(rank, None)
 
-    def _push(self, key: int, rank: int, step: int, version: int, repeated: bool) -> list[Action]:
+    def _push(
+        self, key: int, rank: int, step: int, version: int, *, repeated: bool
+    ) -> list[Action]:
         staleness = self.version[key] - version
         actions: list[Action] = []
         if not repeated:
             self.version[key] += 1
-            # Not one more: of several servers each may have told this worker another step to begin with, and it took the last one.
-            self._clock[key][rank] = max(self._clock[key][rank], step + 1)
-            actions = [Add(key, rank), Apply(key, 1, self.version[key])]
+            # Not simply one more: each of several servers may have named another step for this
+            # worker to begin with, and it took the last one.
+            next_step = self._next_step[key]
+            next_step[rank] = max(next_step[rank], step + 1)
+            actions += [AddGradient(key, rank), ApplyUpdate(key, 1, self.version[key])]
         self._held[key][rank] = staleness
         return actions + self._release(key)
 
     def _release(self, key: int) -> list[Action]:
+        """Answer the waiting workers that are not too far ahead (any more)."""
         held = self._held[key]
         if not held:
             return []
-        # Workers that never came yet count as being at step 0: the bound holds from the first step on.
-        expected = (
-            self.live
-            if len(self.live | self.lost | self.left) >= self.workers
-            else self.live | {-1}
-        )
-        slowest = min((self._clock[key].get(rank, 0) for rank in expected), default=0)
-        ready = [
-            r
-            for r in sorted(held)
-            if self._bound is None or self._clock[key][r] <= slowest + self._bound
-        ]
-        return [Answer(key, rank, held.pop(rank)) for rank in ready]
+        slowest = self._slowest(key)
+        actions: list[Action] = []
+        for rank in sorted(held):
+            ahead = self._next_step[key][rank] - slowest
+            if self._bound is None or ahead <= self._bound:
+                actions.append(SendWeights(key, rank, held.pop(rank)))
+        return actions
+
+    def _slowest(self, key: int) -> int:
+        """Return the step that the slowest worker pushes next.
+
+        Workers that have not come yet count as being at step 0: the bound holds from the first
+        step on.
+        """
+        ever_joined = self.live | self.lost | self.left
+        if len(ever_joined) < self.workers:
+            return 0
+        return min((self._next_step[key][rank] for rank in self.live), default=0)
 
     def _without(self, rank: int) -> list[Action]:
-        for held in self._held.values():
-            held.pop(rank, None)
-        return [action for key in self.version for action in self._release(key)]
-
-    def awaited(self) -> set[int]:
-        slow: set[int] = set()
-        for key, held in self._held.items():
-            if held:
-                slowest = min(self._clock[key][rank] for rank in self.live)
-                slow |= {rank for rank in self.live if self._clock[key][rank] == slowest}
-        return slow
+        actions: list[Action] = []
+        for key in self.version:
+            self._held[key].pop(rank, None)
+            actions += self._release(key)
+        return actions

@@ -1,4 +1,7 @@
-"""An optimizer as plain data: described by the worker, built by the server."""
+"""An optimizer as plain data: described by the worker, built by the server.
+
+A description is JSON: ``{"name": "SGD", "groups": [{"lr": 0.1, "momentum": 0.9, ...}, ...]}``.
+"""
 
 import inspect
 import math
@@ -10,83 +13,105 @@ from torch.optim import lr_scheduler
 
 from scaletrain.errors import UserError
 
-# Each element is updated from its own history alone: any flat range of a tensor can be updated by itself.
+# Each element is updated from its own history alone, so any flat range of a tensor can be updated
+# by itself.
 ELEMENTWISE = {
-    "SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD", "SparseAdam"
+    "SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop",
+    "ASGD", "SparseAdam",
 }  # fmt: skip
-SPARSE = {"SGD", "Adagrad", "SparseAdam"}  # take sparse gradients at a cost of the touched rows
-_LOCAL = (
-    "params",
-    "capturable",
-    "foreach",
-    "fused",
-    "differentiable",
-)  # how a step is computed, not what it does
+
+# Take sparse gradients at a cost of the touched rows.
+SPARSE = {"SGD", "Adagrad", "SparseAdam"}
+
+# Arguments that say how a step is computed, not what it does. They stay with each process.
+_LOCAL = ("params", "capturable", "foreach", "fused", "differentiable")
+
+_MAX_VALUES = 16  # in an option that is a list
+_NO_SCHEDULES = ("LRScheduler", "ReduceLROnPlateau")  # a base class; one that needs a metric
 
 
 def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Class and options of every group, as JSON.
+    """Return the class of an optimizer and the options of its groups, as JSON.
 
     Raises:
-        UserError: not of torch.optim, needs a closure, or has options that are not plain numbers.
+        UserError: it is not of torch.optim, needs a closure, or has options that are not plain
+            values.
     """
-    name = type(optimizer).__name__
-    if getattr(torch.optim, name, None) is not type(optimizer):
+    kind = type(optimizer)
+    name = kind.__name__
+    if getattr(torch.optim, name, None) is not kind:
         raise UserError(
-            f"optimizer: {name} is not of torch.optim: a parameter server makes its own from name and options"
+            f"optimizer: {name} is not of torch.optim: a parameter server makes its own from name"
+            " and options"
         )
     if name == "LBFGS":
         raise UserError(
-            "optimizer: LBFGS evaluates the loss several times a step, which a parameter server cannot do"
+            "optimizer: LBFGS evaluates the loss several times a step, which a parameter server"
+            " cannot do"
         )
-    allowed = inspect.signature(type(optimizer)).parameters
+    allowed = _arguments(kind)
     groups = []
     for group in optimizer.param_groups:
-        options = {
-            key: value for key, value in group.items() if key in allowed and key not in _LOCAL
-        }
-        for key, value in options.items():
-            if isinstance(value, torch.Tensor):
-                options[key] = value.item()
-            elif not _plain(value):
-                raise UserError(
-                    f"optimizer: option {key} of {name} is a {type(value).__name__}, not a plain value"
-                )
+        options = {}
+        for key, value in group.items():
+            if key in allowed:
+                options[key] = _plain_option(name, key, value)
         groups.append(options)
     return {"name": name, "groups": groups}
 
 
 def check_sparse(description: dict[str, Any], group: int) -> None:
-    """Sparse tables need an optimizer whose step touches the gradient's rows alone. Raises ``UserError``."""
-    name, options = description["name"], description["groups"][group]
+    """Check that an optimizer's step touches only the rows of a sparse gradient.
+
+    Args:
+        description: of the optimizer.
+        group: the parameter group of a sparse table.
+
+    Raises:
+        UserError: it touches the others, too, or takes no sparse gradients.
+    """
+    name = description["name"]
+    options = description["groups"][group]
     if name not in SPARSE:
-        raise UserError(
-            f"optimizer: {name} does not take sparse gradients (allowed: {', '.join(sorted(SPARSE))})"
-        )
+        allowed = ", ".join(sorted(SPARSE))
+        raise UserError(f"optimizer: {name} does not take sparse gradients (allowed: {allowed})")
     for key in ("momentum", "weight_decay"):
         if options.get(key):
             raise UserError(
-                f"optimizer: {name} with {key} {options[key]} would touch every row of a sparse table (allowed: 0)"
+                f"optimizer: {name} with {key} {options[key]} would touch every row of a sparse"
+                " table (allowed: 0)"
             )
 
 
 def build(description: Any, group: int, parameter: nn.Parameter) -> torch.optim.Optimizer:
-    """The optimizer of one block. Raises ``ValueError`` for anything that ``describe`` would not have written."""
+    """Return the optimizer of one block.
+
+    Args:
+        description: from the wire, so that anything may be in it.
+        group: the parameter group that the block belongs to.
+        parameter: the block's weights.
+
+    Raises:
+        ValueError: ``describe`` would not have written this.
+    """
     try:
-        name, options = description["name"], dict(description["groups"][group])
+        name = description["name"]
+        options = dict(description["groups"][group])
     except (TypeError, KeyError, IndexError):
         raise ValueError("malformed optimizer") from None
-    kind = getattr(torch.optim, name, None) if isinstance(name, str) else None
-    if (
-        not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer))
-        or kind is torch.optim.Optimizer
-    ):
+    kind: Any = None
+    if isinstance(name, str):
+        kind = getattr(torch.optim, name, None)
+    if not _is_subclass(kind, torch.optim.Optimizer) or kind is torch.optim.Optimizer:
         raise ValueError("unknown optimizer")
-    allowed = [key for key in inspect.signature(kind).parameters if key not in _LOCAL]
-    if not all(key in allowed and _plain(value) for key, value in options.items()):
-        raise ValueError("bad optimizer option")
+    allowed = _arguments(kind)
+    for key, value in options.items():
+        if key not in allowed or not _is_plain(value):
+            raise ValueError("bad optimizer option")
+        if isinstance(value, list):  # JSON has no tuples
+            options[key] = tuple(value)
     try:
-        return kind([parameter], **_tuples(options))
+        return kind([parameter], **options)
     except TypeError as error:
         raise ValueError(f"bad optimizer option: {error}") from None
 
@@ -94,38 +119,58 @@ def build(description: Any, group: int, parameter: nn.Parameter) -> torch.optim.
 def scheduler(
     description: dict[str, Any], optimizer: torch.optim.Optimizer
 ) -> lr_scheduler.LRScheduler:
-    """A schedule of torch.optim.lr_scheduler that counts the updates of one block.
+    """Return a schedule of torch.optim.lr_scheduler that counts the updates of one block.
+
+    Args:
+        description: the option ``server_lr``: a name, and the arguments of the schedule.
+        optimizer: of the block.
 
     Raises:
-        UserError: no such schedule or option.
+        UserError: no such schedule or argument.
     """
-    options = dict(description)
-    name = str(options.pop("name", ""))
-    kind = getattr(lr_scheduler, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, lr_scheduler.LRScheduler)) or name in (
-        "LRScheduler",
-        "ReduceLROnPlateau",
-    ):
+    arguments = dict(description)
+    name = str(arguments.pop("name", ""))
+    kind: Any = getattr(lr_scheduler, name, None)
+    if not _is_subclass(kind, lr_scheduler.LRScheduler) or name in _NO_SCHEDULES:
         raise UserError(
-            f"exchange.server_lr.name: {name!r} is not a schedule of torch.optim.lr_scheduler, such as StepLR"
+            f"exchange.server_lr.name: {name!r} is not a schedule of torch.optim.lr_scheduler,"
+            " such as StepLR"
         )
     try:
-        return kind(optimizer, **options)
+        return kind(optimizer, **arguments)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"exchange.server_lr: {name}: {error}") from None
 
 
-def _plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return len(value) <= 16 and all(_plain(item) for item in value)
-    return (
-        value is None
-        or isinstance(value, (bool, int, str))
-        or (isinstance(value, float) and math.isfinite(value))
-    )
+def _arguments(kind: Any) -> set[str]:
+    """Return the arguments of an optimizer's class that a description holds."""
+    return set(inspect.signature(kind).parameters).difference(_LOCAL)
 
 
-def _tuples(options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: tuple(value) if isinstance(value, list) else value for key, value in options.items()
-    }
+def _plain_option(name: str, key: str, value: Any) -> Any:
+    """Return the value of an optimizer's option for a description; a tensor becomes a number.
+
+    Raises:
+        UserError: it is not a plain value.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    if not _is_plain(value):
+        raise UserError(
+            f"optimizer: option {key} of {name} is a {type(value).__name__}, not a plain value"
+        )
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    """Return True for a value, or a short list of values, that JSON can hold."""
+    if isinstance(value, list | tuple):
+        return len(value) <= _MAX_VALUES and all(_is_plain(item) for item in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool | int | str)
+
+
+def _is_subclass(kind: Any, base: type) -> bool:
+    """Return True if ``kind`` is a class, and ``base`` or below it."""
+    return inspect.isclass(kind) and issubclass(kind, base)

@@ -1,7 +1,9 @@
-"""Who may talk to a job's servers: keys made once a job, in files that only their owner can read.
+"""Access to a job's servers: keys made once a job, in a file that only its owner can read.
 
-- ``curve`` (between hosts): CurveZMQ encrypts and authenticates both ends; servers admit one client key, the job's.
-- ``trusted_network``: both ends prove that they hold the job's key (HMAC-SHA256 over both nonces); the data is not encrypted.
+- ``curve`` (between hosts): CurveZMQ encrypts and authenticates both ends. Servers admit one client
+  key, the job's.
+- ``trusted_network``: both ends prove that they hold the job's key (HMAC-SHA256 over both nonces).
+  The data is not encrypted.
 - Unix sockets (one host): the socket lies in a directory of mode 0700.
 """
 
@@ -17,8 +19,7 @@ from typing import NamedTuple
 import zmq
 
 from scaletrain.errors import UserError
-
-_FILE = ".parameter_server.keys"
+from scaletrain.run.layout import RunDir
 
 
 class Keys(NamedTuple):
@@ -31,24 +32,38 @@ class Keys(NamedTuple):
     shared: str
 
     def proof(self, role: str, worker_nonce: str, server_nonce: str) -> str:
-        """What only a holder of the key can say to this pair of nonces; ``role`` keeps one end from echoing the other's."""
+        """Return the proof, for one pair of nonces, that its sender holds the shared secret.
+
+        Args:
+            role: ``server``, or ``worker`` with its rank. It keeps one end from echoing the other's
+                proof.
+            worker_nonce: chosen by the worker for this connection.
+            server_nonce: chosen by the server for this connection.
+
+        Returns:
+            HMAC-SHA256 in hex.
+        """
         text = f"{role}|{worker_nonce}|{server_nonce}".encode()
         return hmac.new(bytes.fromhex(self.shared), text, "sha256").hexdigest()
 
 
 def job_keys(run_dir: Path) -> Keys:
-    """The job's keys, made by whichever of its processes asks first (the directory is shared by all of them).
+    """Return the job's keys.
+
+    All processes of a job share the run directory. The first one that asks makes the keys.
 
     Raises:
         UserError: the file can be read by others, or is damaged.
     """
-    path = run_dir / _FILE
+    path = RunDir(run_dir).server_keys
     if not path.exists():
         _make(path)
-    mode = path.stat()
-    if mode.st_uid != os.getuid() or stat.S_IMODE(mode.st_mode) & 0o077:
+    status = path.stat()
+    others_may_read = stat.S_IMODE(status.st_mode) & 0o077
+    if status.st_uid != os.getuid() or others_may_read:
         raise UserError(
-            f"{path}: can be read by others (allowed: mode 0600, owned by you); delete it to have new keys made"
+            f"{path}: can be read by others (allowed: mode 0600, owned by you); "
+            "delete it to have new keys made"
         )
     try:
         return Keys(**json.loads(path.read_text(encoding="ascii")))
@@ -58,30 +73,42 @@ def job_keys(run_dir: Path) -> Keys:
 
 def forget(run_dir: Path) -> None:
     """Remove the job's keys: the next job in this directory makes its own."""
-    (run_dir / _FILE).unlink(missing_ok=True)
+    RunDir(run_dir).server_keys.unlink(missing_ok=True)
 
 
 def _make(path: Path) -> None:
-    server, worker = zmq.curve_keypair(), zmq.curve_keypair()
-    pairs = [key.decode() for key in (*server, *worker)]
-    text = json.dumps(Keys(*pairs, shared=secrets.token_hex(32))._asdict())
+    """Write new keys to ``path``, unless another process has been faster.
+
+    The file is written under another name and then linked: a link, unlike a rename, fails if the
+    name exists, so all processes read the keys of the first one.
+    """
+    server_public, server_secret = zmq.curve_keypair()
+    worker_public, worker_secret = zmq.curve_keypair()
+    keys = Keys(
+        server_public=server_public.decode(),
+        server_secret=server_secret.decode(),
+        worker_public=worker_public.decode(),
+        worker_secret=worker_secret.decode(),
+        shared=secrets.token_hex(32),
+    )
     partial = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(text)
-        with contextlib.suppress(
-            FileExistsError
-        ):  # another process was first: its keys are the job's
+            json.dump(keys._asdict(), file)
+        with contextlib.suppress(FileExistsError):  # the keys of the faster process are the job's
             os.link(partial, path)
     finally:
         partial.unlink()
 
 
 def nonce() -> str:
+    """Return a random text of 32 characters that is used once."""
     return secrets.token_hex(16)
 
 
-def same(a: object, b: str) -> bool:
-    """Compare in constant time."""
-    return isinstance(a, str) and hmac.compare_digest(a.encode(), b.encode())
+def same(received: object, expected: str) -> bool:
+    """Compare a received proof with the expected one, in constant time."""
+    if not isinstance(received, str):
+        return False
+    return hmac.compare_digest(received.encode(), expected.encode())

@@ -1,14 +1,26 @@
-"""How a model is cut over K servers: blocks of consecutive parameters, balanced by bytes, large tensors split."""
+"""How a model is cut over K servers: blocks of consecutive parameters, balanced by bytes.
+
+Small parameters share a block, large ones are split. Every worker makes the same plan by itself.
+
+>>> specs = [ParameterSpec((30,)), ParameterSpec((2,)), ParameterSpec((64,))]
+>>> for block in plan(specs, servers=2, block_bytes=256):
+...     print(block.key, block.server, block.numel, [tuple(piece) for piece in block.pieces])
+0 0 48 [(0, 0, 30), (1, 0, 2), (2, 0, 16)]
+1 1 48 [(2, 16, 64)]
+"""
 
 import heapq
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 ALIGN = 16  # elements (64 bytes): blocks start on cache lines in shared memory
 
+_MAX_NUMBER = 1 << 40  # in a description from the wire
 
-class Parameter(NamedTuple):
-    """What sharding has to know of one parameter."""
+
+class ParameterSpec(NamedTuple):
+    """The facts about one parameter that decide how it is cut."""
 
     shape: tuple[int, ...]
     group: int = 0  # of the optimizer: blocks do not mix groups
@@ -16,163 +28,235 @@ class Parameter(NamedTuple):
 
     @property
     def numel(self) -> int:
-        result = 1
-        for extent in self.shape:
-            result *= extent
-        return result
+        """Number of elements."""
+        return math.prod(self.shape)
 
 
 class Piece(NamedTuple):
     """A flat range of one parameter."""
 
-    parameter: int
-    start: int
-    stop: int
+    parameter: int  # its place in the model
+    start: int  # first element
+    stop: int  # one after the last element
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
 
 
 class Block(NamedTuple):
-    """The unit that is pushed, updated and pulled: one flat float32 vector on one server.
-
-    ``shape`` is () for a flat vector, else the tensor's own (optimizers that look at whole tensors; rows x width of a sparse table).
-    """
+    """The unit that is pushed, updated and pulled: one flat float32 vector on one server."""
 
     key: int  # place in the plan; blocks that the next forward needs first have the smallest keys
     server: int
-    group: int
+    group: int  # of the optimizer
     numel: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece, ...]  # the ranges that it consists of, in this order
     sparse: bool = False
     first_row: int = 0  # of a sparse table, on this server
+    # () for a flat vector, else the tensor's own shape: optimizers that look at whole tensors need
+    # it, and sparse tables are (rows, width).
     shape: tuple[int, ...] = ()
 
 
 def plan(
-    parameters: Sequence[Parameter],
+    parameters: Sequence[ParameterSpec],
     servers: int,
     block_bytes: int = 4 << 20,
     whole_tensors: bool = False,
 ) -> list[Block]:
-    """Cut parameters (in forward order) into blocks of at most ``block_bytes`` (float32) and share them out over servers.
+    """Cut parameters into blocks and share them out over servers.
 
-    Sparse tables are cut by rows into one block a server, so that a step does not cost more when the table is larger.
-    With ``whole_tensors`` every block is one tensor with its shape. Deterministic: all workers make the same plan.
+    Deterministic: all workers make the same plan.
+
+    Args:
+        parameters: in forward order.
+        servers: how many there are.
+        block_bytes: the largest block, in bytes of float32. Blocks are smaller where the model is
+            so small that some server would get none.
+        whole_tensors: make every block one tensor with its shape, however large.
+
+    Returns:
+        Blocks in forward order; ``key`` is the place in the list. Sparse tables are cut by rows
+        into one block a server, so that a step does not cost more when the table is larger.
+
+    Raises:
+        ValueError: no server, or blocks that are too small.
     """
     if servers < 1 or block_bytes < 4 * ALIGN:
         raise ValueError(
             f"servers {servers} and block_bytes {block_bytes} must be at least 1 and {4 * ALIGN}"
         )
-    # Blocks small enough that every server gets some.
     dense = sum(parameter.numel for parameter in parameters if not parameter.sparse)
-    capacity = max(ALIGN, min(block_bytes // 4, -(-dense // servers)))
-    drafts: list[Block] = []
-    pieces: list[Piece] = []
-    size, group = 0, 0
-
-    def close() -> None:
-        nonlocal pieces, size
-        if pieces:
-            drafts.append(Block(len(drafts), 0, group, size, tuple(pieces)))
-        pieces, size = [], 0
-
+    share = math.ceil(dense / servers)
+    drafts = _Drafts(capacity=max(ALIGN, min(block_bytes // 4, share)))
     for index, parameter in enumerate(parameters):
         if parameter.sparse:
-            close()
-            drafts += _table(index, parameter, servers, len(drafts))
+            drafts.add_table(index, parameter, servers)
         elif whole_tensors:
-            whole = Piece(index, 0, parameter.numel)
-            drafts.append(
+            drafts.add_whole(index, parameter)
+        else:
+            drafts.add_flat(index, parameter)
+    drafts.close()
+    return _balance(drafts.blocks, servers)
+
+
+class _Drafts:
+    """Blocks that have no server yet; the last one is open as long as it takes more pieces.
+
+    Args:
+        capacity: elements of the largest flat block.
+    """
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self.blocks: list[Block] = []
+        # The open block.
+        self._pieces: list[Piece] = []
+        self._numel = 0
+        self._group = 0
+
+    def close(self) -> None:
+        """Let the next piece begin a new block."""
+        if self._pieces:
+            self.blocks.append(
                 Block(
-                    len(drafts),
-                    0,
-                    parameter.group,
-                    parameter.numel,
-                    (whole,),
-                    shape=parameter.shape or (1,),
+                    key=len(self.blocks),
+                    server=0,
+                    group=self._group,
+                    numel=self._numel,
+                    pieces=tuple(self._pieces),
                 )
             )
-        else:
-            start = 0
-            while start < parameter.numel:
-                if pieces and (group != parameter.group or size == capacity):
-                    close()
-                group = parameter.group
-                stop = min(parameter.numel, start + capacity - size)
-                # A cut inside a tensor that would have fitted a block of its own is not worth another message.
-                if stop < parameter.numel and start == 0 and pieces and parameter.numel <= capacity:
-                    close()
-                    continue
-                pieces.append(Piece(index, start, stop))
-                size += stop - start
-                start = stop
-    close()
-    return _balance(drafts, servers)
+        self._pieces = []
+        self._numel = 0
 
+    def add_flat(self, index: int, parameter: ParameterSpec) -> None:
+        """Fill the open block, and as many further ones as the parameter needs."""
+        if parameter.numel == 0:
+            return
+        if self._pieces and self._group != parameter.group:
+            self.close()
+        self._group = parameter.group
+        # A cut inside a tensor that fits a block of its own is not worth another message.
+        room = self._capacity - self._numel
+        if room < parameter.numel <= self._capacity:
+            self.close()
+        start = 0
+        while start < parameter.numel:
+            if self._numel == self._capacity:
+                self.close()
+            stop = min(parameter.numel, start + self._capacity - self._numel)
+            self._pieces.append(Piece(index, start, stop))
+            self._numel += stop - start
+            start = stop
 
-def _table(index: int, parameter: Parameter, servers: int, key: int) -> list[Block]:
-    rows = parameter.shape[0]
-    width = parameter.numel // rows if rows else 0
-    blocks = []
-    for server in range(servers):
-        first, last = rows * server // servers, rows * (server + 1) // servers
-        if last > first:
-            piece = Piece(index, first * width, last * width)
+    def add_whole(self, index: int, parameter: ParameterSpec) -> None:
+        """Add one tensor as a block of its own."""
+        block = Block(
+            key=len(self.blocks),
+            server=0,
+            group=parameter.group,
+            numel=parameter.numel,
+            pieces=(Piece(index, 0, parameter.numel),),
+            shape=parameter.shape or (1,),
+        )
+        self.blocks.append(block)
+
+    def add_table(self, index: int, parameter: ParameterSpec, servers: int) -> None:
+        """Cut a sparse table by rows into one block a server; servers beyond its rows get none."""
+        self.close()
+        rows = parameter.shape[0]
+        if rows == 0:
+            return
+        width = parameter.numel // rows
+        for server in range(servers):
+            first = rows * server // servers
+            last = rows * (server + 1) // servers
+            if first == last:
+                continue
             block = Block(
-                key + len(blocks), server, parameter.group, (last - first) * width, (piece,),
-                sparse=True, first_row=first, shape=(last - first, width),
-            )  # fmt: skip
-            blocks.append(block)
-    return blocks
+                key=len(self.blocks),
+                server=server,
+                group=parameter.group,
+                numel=(last - first) * width,
+                pieces=(Piece(index, first * width, last * width),),
+                sparse=True,
+                first_row=first,
+                shape=(last - first, width),
+            )
+            self.blocks.append(block)
 
 
 def _balance(blocks: list[Block], servers: int) -> list[Block]:
-    """Largest first, each to the server with the fewest bytes so far (at most 4/3 of the best possible load)."""
-    load = [(0, server) for server in range(servers)]
-    placed = list(blocks)
-    for block in sorted(blocks, key=lambda b: (-b.numel, b.key)):
+    """Return the blocks with their servers.
+
+    Largest first, each to the server with the fewest elements so far: at most 4/3 of the best
+    possible load (Graham, 1969). Sparse tables lie on every server already, evenly.
+    """
+    load = [(0, server) for server in range(servers)]  # a heap of (elements, server)
+    balanced = list(blocks)
+    for block in sorted(blocks, key=lambda block: (-block.numel, block.key)):
         if block.sparse:
-            continue  # tables lie on every server already, evenly
+            continue
         elements, server = heapq.heappop(load)
-        placed[block.key] = block._replace(server=server)
+        balanced[block.key] = block._replace(server=server)
         heapq.heappush(load, (elements + block.numel, server))
-    return placed
+    return balanced
 
 
 def layout(blocks: Sequence[Block]) -> tuple[dict[int, int], int]:
-    """Where each dense block begins in a flat float32 slab, by key, and the slab's number of elements."""
-    starts, total = {}, 0
+    """Return where each dense block lies in a flat float32 slab.
+
+    Returns:
+        The first element of each dense block, by key, and the slab's number of elements.
+    """
+    starts = {}
+    total = 0
     for block in blocks:
         if not block.sparse:
             starts[block.key] = total
-            total += -(-block.numel // ALIGN) * ALIGN
+            total += math.ceil(block.numel / ALIGN) * ALIGN
     return starts, total
 
 
 def to_json(block: Block) -> dict[str, Any]:
-    """What a server has to know of a block."""
+    """Return the facts that a server needs about a block."""
     return {
-        "key": block.key, "group": block.group, "numel": block.numel, "sparse": block.sparse, "shape": list(block.shape)
-    }  # fmt: skip
+        "key": block.key,
+        "group": block.group,
+        "numel": block.numel,
+        "sparse": block.sparse,
+        "shape": list(block.shape),
+    }
 
 
 def from_json(value: Any, server: int) -> Block:
-    """Raises ``ValueError`` when a field is missing, of the wrong type or out of bounds."""
+    """Return the block that a worker described with ``to_json``, without its pieces.
+
+    Args:
+        value: from the wire; anything may be in it.
+        server: the server that the block lies on.
+
+    Raises:
+        ValueError: a field is missing, of the wrong type or out of bounds.
+    """
     try:
-        key, group, numel, sparse, shape = (
-            value[name] for name in ("key", "group", "numel", "sparse", "shape")
-        )
+        key = value["key"]
+        group = value["group"]
+        numel = value["numel"]
+        sparse = value["sparse"]
+        shape = value["shape"]
     except (TypeError, KeyError):
         raise ValueError("a block has no key, group, numel, sparse and shape") from None
-    numbers = [key, group, numel, *shape] if isinstance(shape, list) else [None]
-    if (
-        not all(type(number) is int and 0 <= number < 1 << 40 for number in numbers)
-        or type(sparse) is not bool
-    ):
+    if type(sparse) is not bool or not isinstance(shape, list):
         raise ValueError("a block's fields are out of bounds")
-    block = Block(key, server, group, numel, (), sparse, 0, tuple(shape))
-    if (
-        numel < 1
-        or (shape and Parameter(tuple(shape)).numel != numel)
-        or (sparse and len(shape) != 2)
-    ):
+    for number in [key, group, numel, *shape]:
+        if type(number) is not int or not 0 <= number < _MAX_NUMBER:
+            raise ValueError("a block's fields are out of bounds")
+    shape_differs = bool(shape) and math.prod(shape) != numel
+    is_no_table = sparse and len(shape) != 2
+    if numel < 1 or shape_differs or is_no_table:
         raise ValueError("a block's shape is not its number of elements")
-    return block
+    return Block(key, server, group, numel, pieces=(), sparse=sparse, shape=tuple(shape))

@@ -1,11 +1,16 @@
-"""The format of every message between workers and servers: a fixed header and raw bytes. No pickle, nothing evaluated.
+"""The format of every message between workers and servers: a fixed header and raw bytes.
 
-A message is a ZeroMQ multipart: one 72-byte header, then as many payload frames as its kind has (``PAYLOADS``). ``parse`` checks what can
-be checked without knowing the model; the receiver checks keys, shapes and versions. Whatever fails raises ``Refused``.
+A message is a ZeroMQ multipart: one header of 72 bytes, then as many payload frames as its kind has
+(``PAYLOADS``). Nothing is unpickled or evaluated. ``parse`` checks everything that can be checked
+without knowing the model. The receiver checks keys, shapes and versions. Both raise ``Refused``.
+
+The header, little-endian: magic (4 bytes), kind and dtype (1 byte each), flags (2), key, rank,
+staleness and rows (4 each), step, version, session, offset and count (8 each), lr (a double).
 """
 
 import enum
 import json
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,40 +23,41 @@ MAX_TENSOR_BYTES = 32 << 20  # larger blocks (tensors that an optimizer needs wh
 MAX_JSON_BYTES = 8 << 20  # the table of blocks of a very large model
 MAX_SUM_VALUES = 4096
 
+SHARED = 1  # flag: the tensor lies in shared memory, its frame is empty
+DROPPED = 2  # flag: this gradient came too late and was not used
 
-class Kind(enum.IntEnum):
-    """What a message is for. W: sent by workers, S: sent by servers."""
 
-    HELLO = 1  # W json: who I am
-    CHALLENGE = 2  # S json: prove that you hold the job's key (trusted_network only)
-    PROOF = 3  # W json
-    WELCOME = 4  # S json: your session
-    SETUP = 5  # W json: blocks, optimizer; joins the job
-    READY = 6  # S json: whether weights are there, shared memory
-    INIT = 7  # W tensor: first weights of part of a block, from rank 0
+class MessageKind(enum.IntEnum):
+    """The purpose of a message. W: sent by workers, S: sent by servers."""
+
+    HELLO = 1  # W: names the worker that connects; answered by CHALLENGE or WELCOME
+    CHALLENGE = 2  # S: prove that you hold the job's key (trusted_network only)
+    PROOF = 3  # W: answered by WELCOME
+    WELCOME = 4  # S: the connection's session
+    SETUP = 5  # W: blocks and optimizer; joins the job; answered by READY
+    READY = 6  # S: whether weights are there, versions, shared memory
+    INIT = 7  # W: first weights of part of a block, from rank 0; answered by STORED
     STORED = 8  # S
-    PULL = 9  # W: part of a block
-    WEIGHTS = 10  # S tensor, or nothing when it lies in shared memory
-    PUSH = 11  # W tensor (or shared memory): a block's gradient; answered by WEIGHTS
-    PUSH_ROWS = 12  # W rows and values: a sparse gradient; answered by APPLIED
+    PULL = 9  # W: asks for part of a block; answered by PART
+    WEIGHTS = 10  # S: a block's new weights, or nothing when they lie in shared memory
+    PUSH = 11  # W: a block's gradient, maybe in shared memory; answered by WEIGHTS
+    PUSH_ROWS = 12  # W: rows and values of a sparse gradient; answered by APPLIED
     APPLIED = 13  # S
-    PULL_ROWS = 14  # W rows
-    ROWS = 15  # S tensor: the rows' weights
-    SUM = 16  # W float64: to be summed over the live workers
-    TOTAL = 17  # S float64
-    PING = 18  # S: still here; count: workers that live, 0 before the first has joined
-    LEAVE = 19  # W: done
+    PULL_ROWS = 14  # W: asks for rows of a sparse table; answered by ROWS
+    ROWS = 15  # S: the rows' weights
+    SUM = 16  # W: a vector to be summed over the live workers; answered by TOTAL
+    TOTAL = 17  # S
+    PING = 18  # S: a sign of life; count: workers that live, 0 before the first has joined
+    LEAVE = 19  # W: done; answered by LEFT
     LEFT = 20  # S
-    ABORT = 21  # S json: training cannot go on
-    REFUSED = 22  # S json: that message was not acceptable
-    PART = 23  # S tensor: the answer to PULL
-    PAUSE = 24  # W: pushes nothing until all have met (a sum)
+    ABORT = 21  # S: training cannot go on
+    REFUSED = 22  # S: that message was not acceptable
+    PART = 23  # S: the answer to PULL
+    PAUSE = 24  # W: pushes nothing until all workers have met (a sum); answered by PAUSED
     PAUSED = 25  # S
-    STATE = (
-        26  # W: the optimizer's state of a block, for a checkpoint; its tensors are fetched by PULL
-    )
-    STATES = 27  # S json: names and shapes of its tensors, its numbers
-    SET_STATE = 28  # W json: the same, from rank 0 with a checkpoint; tensors follow by INIT; answered by STORED
+    STATE = 26  # W: asks for the optimizer's state of a block, for a checkpoint
+    STATES = 27  # S: names and shapes of its tensors, its numbers; PULL fetches the tensors
+    SET_STATE = 28  # W: the same, from rank 0 with a checkpoint; tensors follow by INIT
 
 
 class Dtype(enum.IntEnum):
@@ -68,57 +74,106 @@ class Dtype(enum.IntEnum):
 
 
 ITEM_BYTES = {
-    Dtype.NONE: 0, Dtype.FLOAT32: 4, Dtype.BF16: 2, Dtype.FP16: 2, Dtype.TRUNC16: 2, Dtype.INT64: 8, Dtype.FLOAT64: 8,
+    Dtype.NONE: 0,
+    Dtype.FLOAT32: 4,
+    Dtype.BF16: 2,
+    Dtype.FP16: 2,
+    Dtype.TRUNC16: 2,
+    Dtype.INT64: 8,
+    Dtype.FLOAT64: 8,
     Dtype.UINT8: 1,
-}  # fmt: skip
+}
 
-# Payload frames of each kind: "json", "tensor" (count items of dtype), "rows" (int64), "values" (any multiple of the rows; dtype).
-PAYLOADS: dict[Kind, tuple[str, ...]] = {
-    **dict.fromkeys((Kind.HELLO, Kind.CHALLENGE, Kind.PROOF, Kind.WELCOME, Kind.SETUP, Kind.READY, Kind.ABORT, Kind.REFUSED), ("json",)),
-    **dict.fromkeys((Kind.STATES, Kind.SET_STATE), ("json",)),
-    **dict.fromkeys((Kind.INIT, Kind.WEIGHTS, Kind.PUSH, Kind.ROWS, Kind.SUM, Kind.TOTAL, Kind.PART), ("tensor",)),
-    **dict.fromkeys((Kind.STORED, Kind.PULL, Kind.APPLIED, Kind.PING, Kind.PAUSE, Kind.PAUSED, Kind.STATE, Kind.LEAVE, Kind.LEFT), ()),
-    Kind.PUSH_ROWS: ("rows", "tensor"),
-    Kind.PULL_ROWS: ("rows",),
-}  # fmt: skip
 
-SHARED = 1  # flag: the tensor lies in shared memory, its frame is empty
-DROPPED = 2  # flag: this gradient came too late and was not used
+class Payload(enum.Enum):
+    """The contents of one payload frame."""
+
+    JSON = enum.auto()  # an object
+    TENSOR = enum.auto()  # ``count`` items of ``dtype``; empty with the flag SHARED
+    ROWS = enum.auto()  # ``rows`` row numbers, int64
+
+
+# The payload frames of each kind.
+PAYLOADS: dict[MessageKind, tuple[Payload, ...]] = {
+    MessageKind.HELLO: (Payload.JSON,),
+    MessageKind.CHALLENGE: (Payload.JSON,),
+    MessageKind.PROOF: (Payload.JSON,),
+    MessageKind.WELCOME: (Payload.JSON,),
+    MessageKind.SETUP: (Payload.JSON,),
+    MessageKind.READY: (Payload.JSON,),
+    MessageKind.INIT: (Payload.TENSOR,),
+    MessageKind.STORED: (),
+    MessageKind.PULL: (),
+    MessageKind.WEIGHTS: (Payload.TENSOR,),
+    MessageKind.PUSH: (Payload.TENSOR,),
+    MessageKind.PUSH_ROWS: (Payload.ROWS, Payload.TENSOR),  # as many values as fit the rows' width
+    MessageKind.APPLIED: (),
+    MessageKind.PULL_ROWS: (Payload.ROWS,),
+    MessageKind.ROWS: (Payload.TENSOR,),
+    MessageKind.SUM: (Payload.TENSOR,),
+    MessageKind.TOTAL: (Payload.TENSOR,),
+    MessageKind.PING: (),
+    MessageKind.LEAVE: (),
+    MessageKind.LEFT: (),
+    MessageKind.ABORT: (Payload.JSON,),
+    MessageKind.REFUSED: (Payload.JSON,),
+    MessageKind.PART: (Payload.TENSOR,),
+    MessageKind.PAUSE: (),
+    MessageKind.PAUSED: (),
+    MessageKind.STATE: (),
+    MessageKind.STATES: (Payload.JSON,),
+    MessageKind.SET_STATE: (Payload.JSON,),
+}
 
 
 class Refused(Exception):
-    """A message that is not acceptable; the reason is a short constant text (it is counted by it)."""
+    """A message that is not acceptable.
+
+    The reason is a short constant text: servers count refusals by it.
+    """
 
 
 class Header(NamedTuple):
-    """The fixed part of a message. Fields that a kind does not use are 0."""
+    """The fixed part of a message, in the order of the wire.
 
-    kind: Kind
+    Fields that a kind does not use are 0.
+    """
+
+    kind: MessageKind
     dtype: Dtype = Dtype.NONE
-    flags: int = 0
+    flags: int = 0  # SHARED, DROPPED
     key: int = 0  # block
     rank: int = 0  # of the worker
-    staleness: int = (
-        0  # of the answered gradient: updates between the weights it came from and its own update
-    )
-    rows: int = 0  # row indices in a sparse message; PULL, INIT: 0 for weights, i for the i-th tensor of the optimizer's state
-    step: int = 0  # of the worker
-    version: int = 0  # updates of the block's weights so far (answers); of the weights that a gradient came from (pushes)
-    session: int = 0  # given by the server in WELCOME
+    # Of the answered gradient: updates between the weights it came from and its own update.
+    staleness: int = 0
+    # Row numbers in a sparse message. In PULL and INIT: 0 for weights, i for the i-th tensor of the
+    # optimizer's state.
+    rows: int = 0
+    step: int = 0  # of the worker; in SUM and TOTAL: the number of the sum
+    # Answers: updates of the block's weights so far. Pushes: of the weights the gradient came from.
+    version: int = 0
+    session: int = 0  # chosen by the server in WELCOME
     offset: int = 0  # first element, in parts of blocks
-    count: int = 0  # elements of the tensor payload
+    count: int = 0  # type: ignore[assignment]  # elements of the tensor payload
     lr: float = 0.0
 
     def pack(self) -> bytes:
+        """Return the header's 72 bytes."""
         return _LAYOUT.pack(MAGIC, *self)
 
 
 class Message(NamedTuple):
+    """A received message."""
+
     header: Header
     payloads: tuple[memoryview, ...]
 
     def json(self) -> dict[str, Any]:
-        """The payload of a json message. Raises ``Refused``."""
+        """Return the payload of a message whose payload is JSON.
+
+        Raises:
+            Refused: it is not a JSON object.
+        """
         try:
             value = json.loads(bytes(self.payloads[0]))
         except (ValueError, RecursionError):
@@ -129,41 +184,60 @@ class Message(NamedTuple):
 
 
 def to_json(value: dict[str, Any]) -> bytes:
+    """Return a JSON payload."""
     return json.dumps(value, separators=(",", ":")).encode()
 
 
 def parse(frames: Sequence[memoryview | bytes]) -> Message:
-    """Frames as received -> Message.
+    """Return the message that ZeroMQ received as ``frames``. Payloads are not copied.
+
+    >>> parse([Header(MessageKind.PING, count=3).pack()]).header.count
+    3
 
     Raises:
-        Refused: wrong length, magic, kind, dtype, number of frames, or a payload whose length is not what the header says.
+        Refused: wrong length, magic, kind, dtype or number of frames, or a payload whose length is
+            not the one that the header says.
     """
-    if not frames or len(frames[0]) != HEADER_BYTES:
+    if not frames:
         raise Refused("header has a wrong length")
-    magic, kind, dtype, *rest = _LAYOUT.unpack(frames[0])
+    header = _parse_header(frames[0])
+    contents = PAYLOADS[header.kind]
+    if len(frames) != 1 + len(contents):
+        raise Refused("wrong number of frames")
+    if math.isnan(header.lr) or header.flags & ~(SHARED | DROPPED):
+        raise Refused("bad header field")
+    payloads = tuple(memoryview(frame) for frame in frames[1:])
+    for content, payload in zip(contents, payloads, strict=True):
+        _check_length(content, payload.nbytes, header)
+    return Message(header, payloads)
+
+
+def _parse_header(frame: memoryview | bytes) -> Header:
+    """Return the header in the first frame. Raises ``Refused``."""
+    if len(frame) != HEADER_BYTES:
+        raise Refused("header has a wrong length")
+    magic, kind, dtype, *rest = _LAYOUT.unpack(frame)
     if magic != MAGIC:
         raise Refused("wrong magic")
     try:
-        header = Header(Kind(kind), Dtype(dtype), *rest)
+        return Header(MessageKind(kind), Dtype(dtype), *rest)
     except ValueError:
         raise Refused("unknown kind or dtype") from None
-    expected = PAYLOADS[header.kind]
-    if len(frames) != 1 + len(expected):
-        raise Refused("wrong number of frames")
-    if header.lr != header.lr or header.flags & ~(SHARED | DROPPED):
-        raise Refused("bad header field")
-    payloads = tuple(memoryview(frame) for frame in frames[1:])
-    for name, payload in zip(expected, payloads, strict=True):
-        length = payload.nbytes
-        if name == "json":
-            if length > MAX_JSON_BYTES:
-                raise Refused("JSON too long")
-        elif name == "rows":
-            if length != 8 * header.rows:
-                raise Refused("payload has a wrong length")
-        elif header.flags & SHARED:
-            if length:
-                raise Refused("payload has a wrong length")
-        elif header.dtype == Dtype.NONE or length != header.count * ITEM_BYTES[header.dtype]:
-            raise Refused("payload has a wrong length")
-    return Message(header, payloads)
+
+
+def _check_length(content: Payload, num_bytes: int, header: Header) -> None:
+    """Raise ``Refused`` unless a payload is as long as the header says."""
+    if content is Payload.JSON:
+        if num_bytes > MAX_JSON_BYTES:
+            raise Refused("JSON too long")
+        return
+    if content is Payload.ROWS:
+        expected = header.rows * ITEM_BYTES[Dtype.INT64]
+    elif header.flags & SHARED:
+        expected = 0
+    elif header.dtype == Dtype.NONE:
+        raise Refused("payload has a wrong length")
+    else:
+        expected = header.count * ITEM_BYTES[header.dtype]
+    if num_bytes != expected:
+        raise Refused("payload has a wrong length")

@@ -1,7 +1,15 @@
-"""A server's end of all connections: who may talk to it, which of them belong to which worker, what is refused.
+"""A server's end of all connections: which peers may talk to it, and as which worker.
 
-One thread uses it; ZeroMQ's own threads do the input and output. Nothing that a peer sends raises here: what is not acceptable is refused,
-counted and logged.
+The server's only thread uses it. ZeroMQ's own threads do the input and output. Nothing that a peer
+sends raises here: a message that is not acceptable is refused, counted and logged.
+
+A peer is admitted in these steps:
+
+1. The worker sends HELLO with its rank. With CurveZMQ, or over a Unix socket, the connection itself
+   proves that it belongs to the job, and step 4 follows.
+2. The server answers CHALLENGE: a nonce, and the proof that it holds the job's key.
+3. The worker sends PROOF that it holds the key, too.
+4. The server answers WELCOME with a session number, which all later messages of this peer carry.
 """
 
 import contextlib
@@ -10,10 +18,9 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import zmq
@@ -22,100 +29,106 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.settings import Settings
-from scaletrain.parameter_server.protocol.wire import Header, Kind, Message, Refused
+from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind, Refused
 from scaletrain.run.atomic import write_json
 
 log = logging.getLogger(__name__)
 
-_FRAMES = 3  # most frames of a message
-_DRAIN = 64  # messages between two looks at the clock
+_MAX_FRAMES = 3  # of a message, without its route
+_MAX_MESSAGES = 64  # handled between two looks at the clock
+_MAX_CONNECTIONS = 64  # of a worker
+_HANDSHAKE_MS = 5000
+_LOG_AGAIN_S = 10.0  # rubbish in masses must not fill the disk
+_CURVE_KEY_BYTES = 32  # a key that is not text
 
 
 @dataclass
 class Peer:
     """One connection."""
 
-    route: bytes
-    rank: int = -1
-    connection: int = 0
+    route: bytes  # ZeroMQ's name of it
+    rank: int
+    connection: int  # its number among those of its worker
+    incarnation: int  # of the worker's process: a random number
+    attempt: int  # of the worker's process to connect
     session: int = 0  # 0: not admitted yet
-    incarnation: int = 0
-    attempt: int = 0
-    nonces: tuple[str, str] = ("", "")
+    worker_nonce: str = ""
+    server_nonce: str = ""  # empty: no CHALLENGE was sent
 
 
 @dataclass
-class _Rank:
-    """One worker's connections."""
+class _Connections:
+    """The connections of one worker."""
 
     incarnation: int
-    attempt: int = 0  # of its connecting; messages of earlier ones may be read late
-    routes: dict[int, bytes] = field(default_factory=dict)
-    heard: float = 0.0  # monotonic
+    attempt: int = 0  # messages of earlier attempts may be read late
+    routes: dict[int, bytes] = field(default_factory=dict)  # by the connection's number
+    last_heard: float = 0.0  # of any of its messages, on the monotonic clock
+
+
+class Listener(Protocol):
+    """The events that an endpoint reports."""
+
+    def handle(self, peer: Peer, message: Message) -> None:
+        """Handle a message of an admitted worker. Raises ``Refused`` if it is not acceptable."""
+
+    def worker_came(self, rank: int) -> None:
+        """Note that a worker comes for the first time, or as another process than before."""
+
+    def worker_closed(self, rank: int) -> None:
+        """Note that a connection of a worker is gone."""
 
 
 class Endpoint:
-    """Server ``index``'s socket.
+    """The socket of one server.
 
     Args:
-        handle: called with every message of an admitted worker; raises ``Refused`` for what it does not accept.
-        came: called with a rank that comes for the first time, or as another process than before.
-        closed: called with a rank whose connection is gone.
+        settings: of the job.
+        run_dir: where workers find the address and the job's keys.
+        index: of the server.
+        listener: gets messages and news.
+
+    Attributes:
+        refused: number of refused messages by their reason; read for the statistics.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        run_dir: Path,
-        index: int,
-        handle: Callable[[Peer, Message], None],
-        came: Callable[[int], None],
-        closed: Callable[[int], None],
-    ):
-        self._settings, self._run_dir, self._index = settings, run_dir, index
-        self._handle, self._came, self._closed = handle, came, closed
+    def __init__(self, settings: Settings, run_dir: Path, index: int, listener: Listener):
+        self._settings = settings
+        self._run_dir = run_dir
+        self._index = index
+        self._listener = listener
         self._context = zmq.Context(io_threads=settings.io_threads)
         self._authenticator: ThreadAuthenticator | None = None
+        self._endpoints: list[str] = []  # ZeroMQ addresses, where it listens
+        # By route: connections that said HELLO. Written by _hello; entries go when a proof is
+        # wrong, a connection is closed or a worker is given up.
         self._peers: dict[bytes, Peer] = {}
-        self._given_up: dict[bytes, str] = {}  # connections of lost workers, and why
-        self._ranks: dict[int, _Rank] = {}
-        self._endpoints: list[str] = []
-        self._logged: dict[str, float] = {}
+        # By route: connections of workers that were given up, and the reason, for peers that speak
+        # again. Written by forget and _hello, read by accept.
+        self._given_up: dict[bytes, str] = {}
+        # By rank: workers that were admitted. Written by _admit, read by all who send.
+        self._workers: dict[int, _Connections] = {}
+        self._last_logged: dict[str, float] = {}  # by reason, on the monotonic clock; see refuse
         self.refused: Counter[str] = Counter()
 
     def open(self) -> None:
-        """Listen, and say where in the run directory."""
+        """Listen, and write the address to the run directory."""
         if self._settings.encrypted:
             self._authenticator = ThreadAuthenticator(self._context)
             self._authenticator.start()
-        self._socket = socket = self._context.socket(zmq.ROUTER)
+        self._socket = self._context.socket(zmq.ROUTER)
         self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
-        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        socket.setsockopt(
-            zmq.ROUTER_MANDATORY, 1
-        )  # a send to a closed connection is an error, not a silent loss
-        socket.setsockopt(
-            zmq.SNDHWM, 0
-        )  # answers are bounded by the protocol: one a block and worker
-        socket.setsockopt(
-            zmq.RCVHWM, 4
-        )  # of each worker: gradients that wait are the server's memory
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, self._settings.heartbeat_ms // 4)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, self._settings.heartbeat_ms)
-        self._keys = keys = security.job_keys(self._run_dir)
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._set_options(self._socket)
+        self._keys = security.job_keys(self._run_dir)
         if self._authenticator:
             self._authenticator.configure_curve_callback(
-                domain="*", credentials_provider=_OneKey(keys.worker_public)
+                domain="*", credentials_provider=_JobKey(self._keys.worker_public)
             )
-            socket.curve_server = True
-            socket.curve_publickey, socket.curve_secretkey = (
-                keys.server_public.encode(),
-                keys.server_secret.encode(),
-            )
-        self._endpoints = self._bind(socket)
+            self._socket.curve_server = True
+            self._socket.curve_publickey = self._keys.server_public.encode()
+            self._socket.curve_secretkey = self._keys.server_secret.encode()
+        self._endpoints = self._bind(self._socket)
         address = {
             "endpoints": self._endpoints,
             "host": os.uname().nodename,
@@ -124,27 +137,8 @@ class Endpoint:
         }
         write_json(placement.address_path(self._run_dir, self._index), address)
 
-    def _bind(self, socket: zmq.Socket) -> list[str]:
-        if self._settings.on_one_host:
-            path = placement.socket_path(self._run_dir, self._index)
-            path.unlink(missing_ok=True)
-            mask = os.umask(0o177)
-            try:
-                socket.bind(f"ipc://{path}")
-            finally:
-                os.umask(mask)
-            return [f"ipc://{path}"]
-        if not self._settings.encrypted:
-            log.warning(
-                "server %d: security: trusted_network: peers are authenticated, data is NOT encrypted",
-                self._index,
-            )
-        hosts = ["127.0.0.1"] if self._settings.hosts == 1 else _addresses()
-        port = socket.bind_to_random_port(f"tcp://{hosts[0] if self._settings.hosts == 1 else '*'}")
-        return [f"tcp://{host}:{port}" for host in hosts]
-
     def close(self) -> None:
-        """Leave nothing behind: neither address nor socket nor the job's keys, which nobody needs after its servers."""
+        """Leave nothing behind: no address, no socket, and no keys, which served this job alone."""
         self._socket.close(linger=1000)
         if self._authenticator:
             self._authenticator.stop()
@@ -158,13 +152,59 @@ class Endpoint:
                 with contextlib.suppress(OSError):  # other servers' sockets are still there
                     path.parent.rmdir()
 
+    def _set_options(self, socket: zmq.Socket) -> None:
+        """Set limits and heartbeats, before the socket is bound."""
+        heartbeat_ms = self._settings.heartbeat_ms
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        # A send to a closed connection is an error, not a silent loss.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # The protocol bounds the answers that wait: one for each block and worker.
+        socket.setsockopt(zmq.SNDHWM, 0)
+        # Messages of each worker that wait: gradients that lie in the server's memory.
+        socket.setsockopt(zmq.RCVHWM, 4)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, heartbeat_ms // 4)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, heartbeat_ms)
+
+    def _bind(self, socket: zmq.Socket) -> list[str]:
+        """Bind the socket; return the ZeroMQ addresses that workers may connect to."""
+        if self._settings.on_one_host:
+            return [self._bind_unix(socket)]
+        if not self._settings.encrypted:
+            log.warning(
+                "server %d: security: trusted_network: peers are authenticated,"
+                " data is NOT encrypted",
+                self._index,
+            )
+        if self._settings.hosts == 1:
+            hosts = ["127.0.0.1"]
+            interface = "127.0.0.1"
+        else:
+            hosts = _addresses()
+            interface = "*"
+        port = socket.bind_to_random_port(f"tcp://{interface}")
+        return [f"tcp://{host}:{port}" for host in hosts]
+
+    def _bind_unix(self, socket: zmq.Socket) -> str:
+        """Bind to a Unix socket that its owner alone can use; return its ZeroMQ address."""
+        path = placement.socket_path(self._run_dir, self._index)
+        path.unlink(missing_ok=True)
+        mask = os.umask(0o177)
+        try:
+            socket.bind(f"ipc://{path}")
+        finally:
+            os.umask(mask)
+        return f"ipc://{path}"
+
     # Receiving
 
     def serve(self, seconds: float) -> None:
-        """Handle what comes within ``seconds``, or some of it."""
-        if not self._poller.poll(max(0.0, seconds) * 1000):
+        """Wait at most ``seconds`` for messages, and handle (some of) those that came."""
+        wait_ms = int(max(0.0, seconds) * 1000)
+        if not self._poller.poll(wait_ms):
             return
-        for _ in range(_DRAIN):
+        for _ in range(_MAX_MESSAGES):
             try:
                 route, frames, complete = self._receive()
             except zmq.Again:
@@ -178,179 +218,230 @@ class Endpoint:
                 self.refuse(route, peer, str(refusal))
 
     def _receive(self) -> tuple[bytes, list[zmq.Frame], bool]:
-        """One message: its route, and its frames; False: it had more of them than any message has, which are thrown away."""
+        """Receive one message.
+
+        Returns:
+            Its route, its frames, and whether these are all. No message has more than
+            ``_MAX_FRAMES``: further ones are thrown away as they come.
+        """
         route = self._socket.recv(zmq.NOBLOCK)
-        frames: list[Any] = []
+        frames: list[zmq.Frame] = []
         complete = True
         while self._socket.getsockopt(zmq.RCVMORE):
             frame = self._socket.recv(zmq.NOBLOCK, copy=False)
-            complete = len(frames) < _FRAMES
-            if complete:
+            if len(frames) < _MAX_FRAMES:
                 frames.append(frame)
+            else:
+                complete = False
         return route, frames, complete
 
     def accept(self, route: bytes, message: Message) -> None:
         """Handle one well-formed message. Raises ``Refused``."""
-        peer, header = self._peers.get(route), message.header
-        if header.kind == Kind.HELLO:
-            return self._hello(route, message)
+        header = message.header
+        if header.kind == MessageKind.HELLO:
+            self._hello(route, message)
+            return
+        peer = self._peers.get(route)
         if peer is None:
             raise Refused(self._given_up.get(route, "unknown session"))
-        if header.kind == Kind.PROOF and not peer.session:
-            return self._proof(peer, message)
+        if header.kind == MessageKind.PROOF and not peer.session:
+            self._proof(peer, message)
+            return
         if not peer.session or header.session != peer.session or header.rank != peer.rank:
             raise Refused("unknown session")
-        self._ranks[peer.rank].heard = time.monotonic()
-        self._handle(peer, message)
+        self._workers[peer.rank].last_heard = time.monotonic()
+        self._listener.handle(peer, message)
 
     def _hello(self, route: bytes, message: Message) -> None:
+        """Step 1: a peer says which worker it is."""
         value = message.json()
-        numbers = [
-            value.get(name) for name in ("rank", "workers", "connection", "incarnation", "attempt")
-        ]
-        if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
-            raise Refused("malformed HELLO")
-        rank, workers, connection, incarnation, attempt = numbers
-        if workers != self._settings.workers or not 0 <= rank < workers or connection >= 64:
+        peer = Peer(
+            route,
+            rank=_number(value, "rank"),
+            connection=_number(value, "connection"),
+            incarnation=_number(value, "incarnation"),
+            attempt=_number(value, "attempt"),
+        )
+        workers = _number(value, "workers")
+        if workers != self._settings.workers or peer.rank >= workers:
             raise Refused("rank or number of workers does not fit the job")
-        most = 2 * self._settings.workers * self._settings.num_connections + 8
-        if route not in self._peers and len(self._peers) >= most:
-            for other in list(self._peers):  # those that are closed are forgotten
-                self.send(other, Header(Kind.PING))
-            if len(self._peers) >= most:
-                raise Refused("too many clients")
-        peer = Peer(route, rank, connection, 0, incarnation, attempt)
+        if peer.connection >= _MAX_CONNECTIONS:
+            raise Refused("rank or number of workers does not fit the job")
+        self._make_room(route)
         self._peers[route] = peer
         self._given_up.pop(route, None)
         if self._settings.on_one_host or self._settings.encrypted:
-            return self._admit(peer)
-        nonce = value.get("nonce")
+            self._admit(peer)
+        else:
+            self._challenge(peer, value.get("nonce"))
+
+    def _make_room(self, route: bytes) -> None:
+        """Raise ``Refused`` if there are more connections than the job needs."""
+        # Each worker may come back before its old connections are noticed to be closed.
+        most = 2 * self._settings.workers * self._settings.num_connections + 8
+        if route in self._peers or len(self._peers) < most:
+            return
+        for other in list(self._peers):  # a send finds those that are closed, and forgets them
+            self.send(other, Header(MessageKind.PING))
+        if len(self._peers) >= most:
+            raise Refused("too many clients")
+
+    def _challenge(self, peer: Peer, nonce: Any) -> None:
+        """Step 2: let the peer prove that it holds the job's key, and prove it to the peer."""
         if not isinstance(nonce, str) or len(nonce) != 32:
             raise Refused("malformed HELLO")
-        peer.nonces = (nonce, security.nonce())
-        proof = self._keys.proof("server", *peer.nonces)
-        self.answer(
-            peer, Header(Kind.CHALLENGE), wire.to_json({"nonce": peer.nonces[1], "proof": proof})
-        )
+        peer.worker_nonce = nonce
+        peer.server_nonce = security.nonce()
+        proof = self._keys.proof("server", peer.worker_nonce, peer.server_nonce)
+        payload = wire.to_json({"nonce": peer.server_nonce, "proof": proof})
+        self.answer(peer, Header(MessageKind.CHALLENGE), payload)
 
     def _proof(self, peer: Peer, message: Message) -> None:
-        if not peer.nonces[1] or not security.same(
-            message.json().get("proof"), self._keys.proof(f"worker {peer.rank}", *peer.nonces)
-        ):
+        """Step 3: check the peer's proof."""
+        role = f"worker {peer.rank}"
+        expected = self._keys.proof(role, peer.worker_nonce, peer.server_nonce)
+        proof = message.json().get("proof")
+        if not peer.server_nonce or not security.same(proof, expected):
             self._peers.pop(peer.route, None)
             raise Refused("wrong proof of the job's key")
         self._admit(peer)
 
     def _admit(self, peer: Peer) -> None:
-        known = self._ranks.get(peer.rank)
-        if (
-            known is not None
-            and known.incarnation == peer.incarnation
-            and peer.attempt < known.attempt
-        ):
-            self._peers.pop(
-                peer.route, None
-            )  # given up meanwhile: it is here over another connection
+        """Step 4: give the peer a session, and add it to the connections of its worker."""
+        worker = self._workers.get(peer.rank)
+        if worker is not None and worker.incarnation != peer.incarnation:
+            worker = None  # of another process
+        if worker is not None and peer.attempt < worker.attempt:
+            # The worker has given this connection up, and is here over another one.
+            self._peers.pop(peer.route, None)
             return
         session = secrets.randbits(63) | 1
-        if not self.answer(
-            peer, Header(Kind.WELCOME, session=session), wire.to_json({"server": self._index})
-        ):
+        welcome = Header(MessageKind.WELCOME, session=session)
+        if not self.answer(peer, welcome, wire.to_json({"server": self._index})):
             return
         peer.session = session
-        if known is None or known.incarnation != peer.incarnation:
-            self._came(peer.rank)
-            known = self._ranks[peer.rank] = _Rank(peer.incarnation)
-        known.heard, known.attempt = time.monotonic(), peer.attempt
-        known.routes[peer.connection] = peer.route
+        if worker is None:
+            self._listener.worker_came(peer.rank)
+            worker = _Connections(peer.incarnation)
+            self._workers[peer.rank] = worker
+        worker.last_heard = time.monotonic()
+        worker.attempt = peer.attempt
+        worker.routes[peer.connection] = peer.route
 
     def refuse(self, route: bytes, peer: Peer | None, reason: str) -> None:
-        """Count and log what was not acceptable, and tell the peer: an honest worker then stops with the reason."""
+        """Count and log a message that was not acceptable, and tell the peer.
+
+        An honest worker then stops with the reason.
+        """
         self.refused[reason.partition(":")[0]] += 1
         now = time.monotonic()
-        if (
-            now - self._logged.get(reason, -60.0) >= 10.0
-        ):  # rubbish in masses must not fill the disk
-            self._logged[reason] = now
-            log.warning(
-                "server %d: refused a message (rank %s): %s",
-                self._index,
-                peer.rank if peer else "?",
-                reason,
-            )
+        if now - self._last_logged.get(reason, -60.0) >= _LOG_AGAIN_S:
+            self._last_logged[reason] = now
+            rank = peer.rank if peer else "?"
+            log.warning("server %d: refused a message (rank %s): %s", self._index, rank, reason)
+        frames = [route, Header(MessageKind.REFUSED).pack(), wire.to_json({"reason": reason})]
         with contextlib.suppress(zmq.ZMQError):
-            self._socket.send_multipart(
-                [route, Header(Kind.REFUSED).pack(), wire.to_json({"reason": reason})], zmq.NOBLOCK
-            )
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     # Sending
 
     def answer(self, peer: Peer, header: Header, payload: Any = None) -> bool:
-        """Send over the connection that was asked over."""
-        return self.send(peer.route, header._replace(rank=max(peer.rank, 0)), payload)
+        """Send over the connection that the question came over.
+
+        Returns:
+            False if the connection is closed; its worker is lost then.
+        """
+        return self.send(peer.route, header._replace(rank=peer.rank), payload)
 
     def tell(self, rank: int, header: Header, payload: Any = None) -> bool:
-        """Send to a worker, over the connection that its block's key gives."""
-        routes = self._ranks[rank].routes if rank in self._ranks else {}
-        if not routes:
+        """Send to a worker, over the connection that the block's key gives.
+
+        Returns:
+            False if no connection is open.
+        """
+        worker = self._workers.get(rank)
+        if worker is None or not worker.routes:
             return False
+        routes = worker.routes
         route = routes.get(header.key % len(routes)) or next(iter(routes.values()))
         return self.send(route, header._replace(rank=rank), payload)
 
     def send(self, route: bytes, header: Header, payload: Any = None) -> bool:
-        """False when the connection is closed; its worker is lost then."""
-        frames = [route, header.pack()] + ([payload] if payload is not None else [])
+        """Send over one connection; the payload is not copied.
+
+        Returns:
+            False if the connection is closed; its worker is lost then.
+        """
+        frames = [route, header.pack()]
+        if payload is not None:
+            frames.append(payload)
         try:
             self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
             return True
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-        self._peers.pop(route, None)
-        for rank, known in list(self._ranks.items()):
-            if route in known.routes.values():
-                known.routes = {
-                    number: other for number, other in known.routes.items() if other != route
-                }
-                self._closed(rank)
+        self._forget_route(route)
         return False
 
+    def _forget_route(self, route: bytes) -> None:
+        """Forget a closed connection, and report its worker."""
+        self._peers.pop(route, None)
+        for rank, worker in list(self._workers.items()):
+            numbers = [number for number, other in worker.routes.items() if other == route]
+            if numbers:
+                for number in numbers:
+                    del worker.routes[number]
+                self._listener.worker_closed(rank)
+
     def ping(self, live: int) -> None:
-        """A sign of life to all workers, with how many of them live; those whose connection is closed are found by it."""
-        for known in list(self._ranks.values()):
-            for route in list(known.routes.values()):
-                self.send(route, Header(Kind.PING, count=live))
+        """Send a sign of life to all workers, with how many of them live.
+
+        The sends find connections that were closed.
+        """
+        for worker in list(self._workers.values()):
+            for route in list(worker.routes.values()):
+                self.send(route, Header(MessageKind.PING, count=live))
 
     def forget(self, rank: int, reason: str) -> None:
-        """This worker is lost: what its connections still say is refused, with the reason."""
-        known = self._ranks.get(rank)
-        if known:
-            for route in known.routes.values():
-                self._peers.pop(route, None)
-                self._given_up[route] = f"given up: {reason}"
-            known.routes.clear()
+        """Give a worker up: what its connections still say is refused, with the reason."""
+        worker = self._workers.get(rank)
+        if worker is None:
+            return
+        for route in worker.routes.values():
+            self._peers.pop(route, None)
+            self._given_up[route] = f"given up: {reason}"
+        worker.routes.clear()
 
     def silent_s(self, rank: int) -> float:
-        """Seconds since this rank's last message."""
-        return time.monotonic() - self._ranks[rank].heard
+        """Return the seconds since the last message of an admitted worker."""
+        return time.monotonic() - self._workers[rank].last_heard
 
 
-class _OneKey:
-    """Admits the job's worker key and no other."""
+class _JobKey:
+    """Admits the workers' key of the job and no other. Called by ZeroMQ's authenticator."""
 
     def __init__(self, public: str):
         self._public = public.encode()
 
     def callback(self, domain: str, key: bytes) -> bool:
-        return zmq.utils.z85.encode(key) == self._public if len(key) == 32 else key == self._public
+        """Return True for the job's key, raw or as Z85 text."""
+        if len(key) == _CURVE_KEY_BYTES:
+            key = zmq.utils.z85.encode(key)
+        return key == self._public
+
+
+def _number(value: dict[str, Any], name: str) -> int:
+    """Return a number in HELLO, 0 to 2^63 - 1. Raises ``Refused``."""
+    number = value.get(name)
+    if type(number) is not int or not 0 <= number < 1 << 63:
+        raise Refused("malformed HELLO")
+    return number
 
 
 def _addresses() -> list[str]:
-    """This host's IPv4 addresses, loopback last."""
-    found = [
-        entry.address
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family.name == "AF_INET"
-    ]
-    return sorted(found, key=lambda address: address.startswith("127."))
+    """Return this host's IPv4 addresses, loopback last."""
+    addresses: list[str] = []
+    for entries in psutil.net_if_addrs().values():
+        addresses += [entry.address for entry in entries if entry.family.name == "AF_INET"]
+    return sorted(addresses, key=lambda address: address.startswith("127."))

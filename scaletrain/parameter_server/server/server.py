@@ -1,11 +1,11 @@
-"""One parameter server: owns blocks, answers workers, and goes on when some of them die or send rubbish.
+"""One parameter server: it owns blocks, answers workers, and goes on when some die.
 
-``python -m scaletrain.programs.parameter_server RUN_DIR INDEX SETTINGS [--until-left]``, SETTINGS as JSON. One thread. Its parts: ``endpoint``
-(who may talk to it), ``blocks`` (gradients, updates, weights), ``snapshots``, ``tally`` (what is counted).
+The program is ``scaletrain.programs.parameter_server``. Its parts: ``endpoint`` (which peers may
+talk to it), ``blocks`` (gradients, updates, weights), ``sums``, ``snapshots``, and ``tally`` (what
+it counts). All of them run on the one thread that calls ``Server.serve``, so nothing is locked.
 """
 
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,178 +13,253 @@ from typing import Any
 import numpy as np
 
 from scaletrain.errors import UserError
-from scaletrain.parameter_server.protocol import consistency, wire
+from scaletrain.host import cores
+from scaletrain.parameter_server.protocol import wire
+from scaletrain.parameter_server.protocol.consistency import AbortJob
 from scaletrain.parameter_server.protocol.memory import SUPPORTED, Slab
 from scaletrain.parameter_server.protocol.settings import Settings
-from scaletrain.parameter_server.protocol.wire import Dtype, Header, Kind, Message, Refused
+from scaletrain.parameter_server.protocol.wire import Dtype, Header, Message, MessageKind, Refused
 from scaletrain.parameter_server.server import blocks
 from scaletrain.parameter_server.server.blocks import Blocks
 from scaletrain.parameter_server.server.endpoint import Endpoint, Peer
+from scaletrain.parameter_server.server.shard import ModelDescription, Shard
 from scaletrain.parameter_server.server.snapshots import Snapshots
 from scaletrain.parameter_server.server.sums import Sums
 from scaletrain.parameter_server.server.tally import Tally
 from scaletrain.run.atomic import write_json
+from scaletrain.run.layout import RunDir
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.25  # sign of life to every worker; a closed connection is noticed by it
-STATISTICS_S = 1.0
+TICK_S = 0.25  # between two signs of life to every worker, which find closed connections
+STATISTICS_S = 1.0  # between two writes of the statistics
+_MAX_STEP = 1 << 48
 
 
 class Server:
-    """Server ``index`` of a job. ``serve`` runs until SIGTERM, or with ``until_left`` until all workers have left."""
+    """Server ``index`` of a job.
+
+    Args:
+        settings: of the job.
+        run_dir: of the job.
+        index: of the server, 0 to ``settings.servers - 1``.
+    """
 
     def __init__(self, settings: Settings, run_dir: Path, index: int):
-        self.settings, self.run_dir, self.index = settings, run_dir, index
-        self._endpoint = Endpoint(settings, run_dir, index, self._handle, self._came, self._closed)
-        self._snapshots = Snapshots(settings, run_dir / f"server-{index}.safetensors")
+        self.settings = settings
+        self.run_dir = RunDir(run_dir)
+        self.index = index
+        self._endpoint = Endpoint(settings, run_dir, index, self)
+        self._snapshots = Snapshots(settings, self.run_dir.server_snapshot(index))
         self._tally = Tally()
         self._sums = Sums(settings.workers)
-        self._blocks: Blocks | None = None  # until the first worker says what they are
+        # None until the first worker describes them, or a snapshot does.
+        self._blocks: Blocks | None = None
+        # When the first worker joined, on the monotonic clock; 0: none has. Written by _set_up,
+        # read by _give_up_missing.
         self._first_join = 0.0
+        # Why training cannot go on. Written by _abort once, read by all who answer workers.
         self._aborted: str | None = None
+        # The only state that others write: signal handlers and, in tests, other threads (stop).
+        # Read by serve.
         self._stop = False
 
     def serve(self, until_left: bool = False) -> None:
+        """Serve until ``stop``, or with ``until_left`` until all workers have left.
+
+        Raises:
+            UserError: the job's keys can be read by others.
+        """
         try:
             self._restore()
             self._endpoint.open()
-            tick = written = 0.0
+            next_tick = next_statistics = 0.0
             while not self._stop:
-                self._endpoint.serve(tick - time.monotonic())
+                # 1. Handle messages until the next tick.
+                self._endpoint.serve(next_tick - time.monotonic())
                 now = time.monotonic()
-                if now >= tick:
+                # 2. Signs of life, silent and missing workers, snapshots.
+                if now >= next_tick:
                     self._tick(now)
-                    tick = now + TICK_S
-                if now >= written + STATISTICS_S:
+                    next_tick = now + TICK_S
+                # 3. Statistics.
+                if now >= next_statistics:
                     self._write_statistics()
-                    written = now
-                if until_left and self._blocks and not self._blocks.rule.live:
-                    rule = self._blocks.rule
-                    self._stop |= len(rule.left | rule.lost) >= self.settings.workers or bool(
-                        self._aborted
-                    )
+                    next_statistics = now + STATISTICS_S
+                # 4. End with the last worker.
+                if until_left and self._all_left():
+                    break
             self._write_statistics()
         finally:
             self._endpoint.close()
 
     def stop(self, *_: Any) -> None:
-        """End ``serve`` (also a signal handler)."""
+        """End ``serve``. Also a signal handler; may be called by any thread."""
         self._stop = True
 
     def _restore(self) -> None:
-        """Go on from the last snapshot when the same launch starts this server again."""
-        header = self._snapshots.found()
+        """Go on from the last snapshot if the same launch starts this server again."""
+        header = self._snapshots.find()
         if header is None:
             return
-        self._blocks = Blocks(
-            self.settings, self.index, header["setup"], self._endpoint, self._tally, self._abort
-        )
+        self._blocks = self._make_blocks(header.description)
         self._blocks.restore(self._snapshots.load(self._blocks.shard))
         log.warning("server %d: restored at update %d", self.index, self._blocks.updates)
 
-    # Messages
+    def _make_blocks(self, description: ModelDescription) -> Blocks:
+        """Return the blocks that a worker or a snapshot describes.
 
-    def _handle(self, peer: Peer, message: Message) -> None:
-        """What an admitted worker says. Raises ``Refused``."""
-        kind, owned = message.header.kind, self._blocks
+        Raises:
+            ValueError: the description is malformed, or the model too large for this host.
+            UserError: the schedule of the learning rate is not one of torch's.
+        """
+        shard = Shard(self.settings, self.index, description)
+        return Blocks(self.settings, shard, self._endpoint, self._tally, self._abort)
+
+    def _all_left(self) -> bool:
+        """Return True if no worker lives and none can come back."""
+        if self._blocks is None or self._blocks.rule.live:
+            return False
+        rule = self._blocks.rule
+        return self._aborted is not None or len(rule.left | rule.lost) >= self.settings.workers
+
+    # Messages (called by the endpoint)
+
+    def handle(self, peer: Peer, message: Message) -> None:
+        """Handle a message of an admitted worker. Raises ``Refused``."""
+        kind = message.header.kind
         if self._aborted:
-            self._endpoint.answer(
-                peer, Header(Kind.ABORT), wire.to_json({"message": self._aborted})
-            )
-        elif kind == Kind.SETUP:
+            payload = wire.to_json({"message": self._aborted})
+            self._endpoint.answer(peer, Header(MessageKind.ABORT), payload)
+            return
+        if kind == MessageKind.SETUP:
             self._set_up(peer, message)
-        elif kind not in blocks.KINDS | {Kind.SUM, Kind.PAUSE, Kind.LEAVE}:
+            return
+        if kind not in blocks.KINDS and kind not in (
+            MessageKind.SUM,
+            MessageKind.PAUSE,
+            MessageKind.LEAVE,
+        ):
             raise Refused("not a message for a server")
-        elif owned is None or peer.rank not in owned.rule.live:
+        owned = self._blocks
+        if owned is None or peer.rank not in owned.rule.live:
             raise Refused("not set up")
-        elif kind == Kind.SUM:
-            self._sum(peer, message)
-        elif kind == Kind.PAUSE:
-            owned.perform(owned.rule.pause(peer.rank))
-            self._endpoint.answer(peer, Header(Kind.PAUSED))
-        elif kind == Kind.LEAVE:
-            owned.perform(owned.rule.leave(peer.rank))
-            self._endpoint.answer(peer, Header(Kind.LEFT))
-            self._sum_up()
-        else:
-            owned.handle(peer, message)
+        match kind:
+            case MessageKind.SUM:
+                self._add_up(owned, peer, message)
+            case MessageKind.PAUSE:
+                owned.perform(owned.rule.pause(peer.rank))
+                self._endpoint.answer(peer, Header(MessageKind.PAUSED))
+            case MessageKind.LEAVE:
+                owned.perform(owned.rule.leave(peer.rank))
+                self._endpoint.answer(peer, Header(MessageKind.LEFT))
+                self._complete_sums(owned)
+            case _:
+                owned.handle(peer, message)
 
     def _set_up(self, peer: Peer, message: Message) -> None:
+        """Let a worker join: compare its model with the others', share memory, say where to begin.
+
+        Raises:
+            Refused: the model is malformed, or not the one that the other workers have.
+        """
         value = message.json()
-        setup = {name: value.get(name) for name in ("blocks", "optimizer")}
+        description = ModelDescription.from_json(value)
         if self._blocks is None:
             try:
-                self._blocks = Blocks(
-                    self.settings, self.index, setup, self._endpoint, self._tally, self._abort
-                )
+                self._blocks = self._make_blocks(description)
             except (ValueError, UserError) as error:
                 raise Refused(f"setup: {error}") from None
-        elif setup != self._blocks.setup:
+        elif description != self._blocks.shard.description:
             raise Refused(
                 "setup: this worker's model or optimizer is not the one that the server has"
             )
-        owned, shard = self._blocks, self._blocks.shard
-        owned.slabs.pop(peer.rank, None)
-        if value.get("gradients") is not None and shard.slab is not None and SUPPORTED:
-            try:
-                owned.slabs[peer.rank] = Slab.open(
-                    value["gradients"], shard.dense_elements, len(shard.blocks)
-                )
-            except (ValueError, OSError) as error:
-                log.warning(
-                    "server %d: worker %d: no shared memory: %s", self.index, peer.rank, error
-                )
+        owned = self._blocks
+        self._map_gradients(owned, peer.rank, value.get("gradients"))
+        if not self._first_join:
+            self._first_join = time.monotonic()
         step = value.get("step")
-        self._first_join = self._first_join or time.monotonic()
-        begin = owned.rule.join(
-            peer.rank, step if type(step) is int and 0 <= step < 1 << 48 else None
-        )
-        answer = {
-            "initialised": owned.ready, "step": begin, "sum": self._sums.next(), "restored": self._snapshots.restored_at,
-            "weights": shard.slab.handle() if shard.slab and peer.rank in owned.slabs else None,
-            "versions": {str(key): version for key, version in owned.rule.version.items()},
-        }  # fmt: skip
-        self._endpoint.answer(peer, Header(Kind.READY), wire.to_json(answer))
+        if type(step) is not int or not 0 <= step < _MAX_STEP:
+            step = None
+        begin = owned.rule.join(peer.rank, step)
+        self._endpoint.answer(peer, Header(MessageKind.READY), self._ready(owned, peer.rank, begin))
 
-    def _sum(self, peer: Peer, message: Message) -> None:
+    def _map_gradients(self, owned: Blocks, rank: int, handle: Any) -> None:
+        """Map the memory that holds a worker's gradients, if both are on one host.
+
+        Args:
+            owned: the server's blocks.
+            rank: of the worker.
+            handle: ``Slab.handle`` of the worker's memory, from the wire; None without shared
+                memory.
+        """
+        owned.slabs.pop(rank, None)
+        shard = owned.shard
+        if handle is None or shard.slab is None or not SUPPORTED:
+            return
+        try:
+            slab = Slab.open(handle, shard.dense_elements, len(shard.blocks))
+        except (ValueError, OSError) as error:
+            log.warning("server %d: worker %d: no shared memory: %s", self.index, rank, error)
+            return
+        owned.slabs[rank] = slab
+
+    def _ready(self, owned: Blocks, rank: int, begin: int) -> bytes:
+        """Return the payload of READY: the facts with which a worker begins."""
+        weights = None  # they travel
+        if owned.shard.slab is not None and rank in owned.slabs:
+            weights = owned.shard.slab.handle()
+        return wire.to_json(
+            {
+                "initialised": owned.ready,
+                "step": begin,
+                "sum": self._sums.next(),
+                "restored": self._snapshots.restored_at,
+                "weights": weights,
+                "versions": {str(key): version for key, version in owned.rule.version.items()},
+            }
+        )
+
+    def _add_up(self, owned: Blocks, peer: Peer, message: Message) -> None:
+        """Take a worker's vector for a sum over all of them.
+
+        Raises:
+            Refused: it is not float64, too long, or not as long as the others' vectors.
+        """
         header = message.header
         if header.dtype != Dtype.FLOAT64 or header.flags or header.count > wire.MAX_SUM_VALUES:
             raise Refused("bad vector to sum")
+        values = np.frombuffer(message.payloads[0], np.float64)
         try:
-            done = self._sums.add(
-                header.step, peer.rank, np.frombuffer(message.payloads[0], np.float64)
-            )
+            total = self._sums.add(header.step, peer.rank, values)
         except ValueError as error:
             raise Refused(str(error)) from None
-        if done is not None:
-            self._endpoint.answer(
-                peer, Header(Kind.TOTAL, Dtype.FLOAT64, step=header.step, count=len(done)), done
-            )
-        self._sum_up()
+        if total is not None:
+            self._endpoint.answer(peer, _total_header(header.step, total), total)
+        self._complete_sums(owned)
 
-    def _sum_up(self) -> None:
-        if self._blocks is None:
-            return
-        rule = self._blocks.rule
-        for number, total, ranks in self._sums.complete(
-            rule.live, rule.live | rule.lost | rule.left
-        ):
-            for rank in rule.live.intersection(ranks):
-                self._endpoint.tell(
-                    rank, Header(Kind.TOTAL, Dtype.FLOAT64, step=number, count=len(total)), total
-                )
+    def _complete_sums(self, owned: Blocks) -> None:
+        """Send the sums that no live worker is missing from (any more)."""
+        rule = owned.rule
+        ever_joined = rule.live | rule.lost | rule.left
+        for total in self._sums.complete(rule.live, ever_joined):
+            header = _total_header(total.number, total.values)
+            for rank in rule.live.intersection(total.ranks):
+                self._endpoint.tell(rank, header, total.values)
 
     # Faults
 
-    def _came(self, rank: int) -> None:
+    def worker_came(self, rank: int) -> None:
+        """Forget the former self of a worker that was started again."""
         self._lose(rank, "started again")
         self._tally.came(rank)
 
-    def _closed(self, rank: int) -> None:
+    def worker_closed(self, rank: int) -> None:
+        """Give up a worker whose connection is closed."""
         self._lose(rank, "its connection is closed")
 
     def _lose(self, rank: int, reason: str) -> None:
+        """Go on without a worker, if it lives."""
         owned = self._blocks
         if owned is None or rank not in owned.rule.live:
             return
@@ -192,62 +267,87 @@ class Server:
         owned.slabs.pop(rank, None)
         self._tally.lose(rank, reason, owned.updates)
         owned.perform(owned.rule.lose(rank))
-        if not self._aborted:  # that says it all, and those who end after it are no news
+        if not self._aborted:  # workers that end after an abort are no news
             log.warning("server %d: worker rank %d was lost: %s", self.index, rank, reason)
-        self._sum_up()
+        self._complete_sums(owned)
 
-    def _abort(self, action: consistency.Abort) -> None:
+    def _abort(self, action: AbortJob) -> None:
+        """Tell all workers that training cannot go on."""
+        owned = self._blocks
+        assert owned is not None  # its rule decides on this
+        reason = self._tally.lost[-1].reason
         self._aborted = (
-            f"worker rank {action.rank} was lost ({self._tally.lost[-1]['reason']}); {action.alive} of {self.settings.workers}"
-            f" workers are left and an update takes {action.needed} (exchange.min_workers lets the job go on with fewer)"
+            f"worker rank {action.rank} was lost ({reason});"
+            f" {action.alive} of {self.settings.workers} workers are left"
+            f" and an update takes {action.needed}"
+            " (exchange.min_workers lets the job go on with fewer)"
         )
         log.error("server %d: %s", self.index, self._aborted)
-        assert self._blocks
-        for rank in list(self._blocks.rule.live):
-            self._endpoint.tell(rank, Header(Kind.ABORT), wire.to_json({"message": self._aborted}))
+        payload = wire.to_json({"message": self._aborted})
+        for rank in list(owned.rule.live):
+            self._endpoint.tell(rank, Header(MessageKind.ABORT), payload)
 
     def _tick(self, now: float) -> None:
-        """Several times a second: signs of life, silent and missing workers, snapshots."""
-        owned, limit = self._blocks, self.settings.timeout_s
-        self._endpoint.ping(len(owned.rule.live) if owned else 0)
+        """Look after the workers, several times a second."""
+        owned = self._blocks
         if owned is None:
+            self._endpoint.ping(0)
+            return
+        self._endpoint.ping(len(owned.rule.live))
+        if not self._aborted:
+            self._give_up_silent(owned)
+            self._give_up_missing(owned, now)
+        if owned.ready and self._snapshots.due(owned.updates):
+            self._snapshots.save(owned.shard, owned.rule.version)
+
+    def _give_up_silent(self, owned: Blocks) -> None:
+        """Give up workers that others wait for and that have sent nothing for too long.
+
+        Such a worker hangs: evaluation and saving take less time.
+        """
+        limit_s = self.settings.timeout_s
+        for rank in owned.rule.awaited() | self._sums.awaited(owned.rule.live):
+            if self._endpoint.silent_s(rank) > limit_s:
+                self._lose(rank, f"silent for {limit_s:g} s while others waited for it")
+
+    def _give_up_missing(self, owned: Blocks, now: float) -> None:
+        """Give up workers that did not come in time after the first one."""
+        limit_s = self.settings.timeout_s
+        if now - self._first_join <= limit_s:
             return
         rule = owned.rule
-        if not self._aborted:
-            for rank in rule.awaited() | self._sums.awaited(rule.live):
-                # Whoever is awaited without having been heard for so long hangs; evaluation and saving take less.
-                if self._endpoint.silent_s(rank) > limit:
-                    self._lose(rank, f"silent for {limit:g} s while others waited for it")
-            if now - self._first_join > limit:
-                for rank in sorted(
-                    set(range(self.settings.workers)) - rule.live - rule.lost - rule.left
-                ):
-                    rule.join(rank)
-                    self._lose(rank, f"did not come within {limit:g} s")
-        if owned.ready and self._snapshots.due(owned.updates):
-            self.snapshot()
+        missing = set(range(self.settings.workers)) - rule.live - rule.lost - rule.left
+        for rank in sorted(missing):
+            rule.join(rank)
+            self._lose(rank, f"did not come within {limit_s:g} s")
 
-    # Snapshots and statistics
-
-    def snapshot(self) -> None:
-        """Write RUN_DIR/server-<index>.safetensors."""
-        assert self._blocks
-        self._snapshots.save(self._blocks.shard, self._blocks.setup, self._blocks.rule.version)
+    # Statistics
 
     def _write_statistics(self) -> None:
-        value = {
+        """Write what was counted to the run directory."""
+        value: dict[str, Any] = {
             "server": self.index,
             "mode": self.settings.mode,
-            "updates": self._blocks.updates if self._blocks else 0,
-            "parameters": self._blocks.shard.num_parameters if self._blocks else 0,
-            "owned_bytes": self._blocks.shard.num_bytes if self._blocks else 0,
-            "mapped_bytes": sum(slab.num_bytes for slab in self._blocks.slabs.values())
-            if self._blocks
-            else 0,
+            "updates": 0,
+            "parameters": 0,
+            "owned_bytes": 0,
+            "mapped_bytes": 0,
             "refused": dict(self._endpoint.refused),
             "restored_at_update": self._snapshots.restored_at,
             "snapshot_at_update": self._snapshots.saved_at,
             "aborted": self._aborted,
-            "cores": sorted(os.sched_getaffinity(0)),
+            "cores": cores.usable(),
         }
-        write_json(self.run_dir / f"server-{self.index}.json", value | self._tally.as_json())
+        owned = self._blocks
+        if owned is not None:
+            value["updates"] = owned.updates
+            value["parameters"] = owned.shard.num_parameters
+            value["owned_bytes"] = owned.shard.num_bytes
+            value["mapped_bytes"] = sum(slab.num_bytes for slab in owned.slabs.values())
+        path = self.run_dir.server_statistics(self.index)
+        write_json(path, value | self._tally.as_json())
+
+
+def _total_header(number: int, values: np.ndarray) -> Header:
+    """Return the header of a sum's total."""
+    return Header(MessageKind.TOTAL, Dtype.FLOAT64, step=number, count=len(values))

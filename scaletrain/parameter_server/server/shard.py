@@ -1,237 +1,322 @@
-"""What one server owns: weights, gradient sums and optimizers of its blocks, and their snapshots."""
+"""The blocks of one server: their weights, gradient sums and optimizers."""
 
-import json
-import os
-import time
-from collections.abc import Iterable
-from pathlib import Path
+import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from scaletrain.parameter_server.protocol import optimizer as optimizers
+from scaletrain.parameter_server.protocol import sharding
 from scaletrain.parameter_server.protocol.memory import SUPPORTED, Slab
+from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block, layout
 
-_SCHEDULED = "scheduled_updates"
-_FORMAT = "scaletrain-parameter-server-1"
+_MAX_BLOCKS = 1 << 20  # of a server
+_SCHEDULED = "scheduled_updates"  # in OptimizerState.numbers: how far the schedule has come
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """The blocks of a server and their optimizer, as a worker described them.
+
+    Raw JSON from the wire, checked by ``Shard``. All workers of a job send equal ones.
+    """
+
+    blocks: Any  # a list of ``sharding.to_json``
+    optimizer: Any  # ``optimizer.describe``
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "ModelDescription":
+        """Return the description in a message or a snapshot; other keys are ignored."""
+        return cls(value.get("blocks"), value.get("optimizer"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description for a snapshot."""
+        return {"blocks": self.blocks, "optimizer": self.optimizer}
+
+
+@dataclass
+class OptimizerState:
+    """The state of one block's optimizer, by the optimizer's own names."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # float32, in the block's shape
+    numbers: dict[str, float] = field(default_factory=dict)  # tensors without a dimension, too
+
+    def flat_tensors(self) -> list[Tensor]:
+        """Return the tensors, flat, in the order of their names; they share memory."""
+        return [tensor.reshape(-1) for _, tensor in sorted(self.tensors.items())]
+
+
+@dataclass
+class _SparseGradient:
+    """The rows of a table that one worker's batch touched."""
+
+    rows: Tensor  # int64 (n)
+    values: Tensor  # float32 (n, width)
+
+
+@dataclass
+class _OwnedBlock:
+    """One block: its weights, its optimizer, and the gradients of its next update."""
+
+    block: Block
+    place: int  # of its sequence number in the slab
+    flat: Tensor  # the weights, float32 (numel); part of the slab unless the block is sparse
+    parameter: nn.Parameter  # the same memory, in the block's shape
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler | None = None  # of the learning rate; None: workers send the rate
+
+    # Gradients since the last update. Written by add and add_rows, used up by apply.
+    num_gradients: int = 0  # dense ones
+    first: Tensor | None = None  # the only dense gradient so far, where it arrived
+    sum: Tensor | None = None  # float32 (numel); made when a second gradient comes, then kept
+    sparse: list[_SparseGradient] = field(default_factory=list)
 
 
 class Shard:
-    """Blocks with their optimizers. Weights are float32, whatever travels; dense ones lie in one slab that workers may map."""
+    """Blocks with their optimizers. Weights are float32, whatever travels.
 
-    def __init__(
-        self,
-        blocks: Iterable[Block],
-        optimizer: dict[str, Any],
-        schedule: dict[str, Any] | None,
-        shared: bool,
-    ):
+    Dense blocks lie in one slab, which workers of the same host may map. All methods are called by
+    the server's only thread. Workers read the slab at any time: they look at a block's sequence
+    number before and after (see ``Slab``).
+
+    Args:
+        settings: of the job.
+        index: of the server.
+        description: from the wire, so that anything may be in it.
+
+    Attributes:
+        blocks: by key.
+        starts: the first element of each dense block in the slab, by key.
+        dense_elements: number of elements of the slab.
+        slab: memory that workers can map; None where they cannot.
+
+    Raises:
+        ValueError: the description is malformed, or the model too large for this host.
+        UserError: the schedule of the learning rate is not one of torch's.
+    """
+
+    def __init__(self, settings: Settings, index: int, description: ModelDescription):
+        self.description = description
+        blocks = _checked_blocks(description.blocks, index)
         self.blocks = {block.key: block for block in blocks}
-        self._place = {key: place for place, key in enumerate(sorted(self.blocks))}
-        self.starts, self.dense_elements = layout(list(self.blocks.values()))
-        self.slab = (
-            Slab.create(self.dense_elements, len(self.blocks)) if shared and SUPPORTED else None
-        )
-        slab = torch.from_numpy(self.slab.floats) if self.slab else torch.zeros(self.dense_elements)
-        self._flat: dict[int, Tensor] = {}
-        self._weights: dict[int, nn.Parameter] = {}
-        self._optimizers: dict[int, torch.optim.Optimizer] = {}
-        self._schedules: dict[int, Any] = {}
+        self.starts, self.dense_elements = layout(blocks)
+        self.slab: Slab | None = None
+        if settings.shared_memory and SUPPORTED:
+            self.slab = Slab.create(self.dense_elements, len(blocks))
+            dense = torch.from_numpy(self.slab.floats)
+        else:
+            dense = torch.zeros(self.dense_elements)
+        places = {key: place for place, key in enumerate(sorted(self.blocks))}
+        self._owned: dict[int, _OwnedBlock] = {}
         for key, block in self.blocks.items():
-            flat = (
-                torch.zeros(block.numel)
-                if block.sparse
-                else slab[self.starts[key] : self.starts[key] + block.numel]
-            )
-            self._flat[key] = flat
-            self._weights[key] = nn.Parameter(flat.view(block.shape or (block.numel,)))
-            self._optimizers[key] = optimizers.build(optimizer, block.group, self._weights[key])
-            if schedule:
-                self._schedules[key] = optimizers.scheduler(schedule, self._optimizers[key])
-        self._first: dict[int, Tensor] = {}  # a block's only gradient so far, where it arrived
-        self._sum: dict[int, Tensor] = {}  # allocated when a second one comes
-        self._sparse: dict[int, list[tuple[Tensor, Tensor]]] = {}
+            if block.sparse:
+                flat = torch.zeros(block.numel)
+            else:
+                start = self.starts[key]
+                flat = dense[start : start + block.numel]
+            parameter = nn.Parameter(flat.view(block.shape or (block.numel,)))
+            optimizer = optimizers.build(description.optimizer, block.group, parameter)
+            owned = _OwnedBlock(block, places[key], flat, parameter, optimizer)
+            if settings.server_lr:
+                owned.schedule = optimizers.scheduler(settings.server_lr, optimizer)
+            self._owned[key] = owned
 
     @property
     def num_parameters(self) -> int:
+        """Number of elements of all blocks."""
         return sum(block.numel for block in self.blocks.values())
 
     @property
     def num_bytes(self) -> int:
-        """Parameters and optimizer state."""
-        states = [
-            value
-            for optimizer in self._optimizers.values()
-            for state in optimizer.state.values()
-            for value in state.values()
-        ]
-        return 4 * self.num_parameters + sum(
-            value.nbytes for value in states if isinstance(value, Tensor)
-        )
+        """Size of parameters and optimizer state."""
+        total = 4 * self.num_parameters
+        for owned in self._owned.values():
+            for state in owned.optimizer.state.values():
+                total += sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+        return total
 
-    def store(self, key: int, offset: int, values: Tensor) -> None:
-        """Set part of a block's weights."""
-        self._flat[key][offset : offset + len(values)] = values
+    # Weights
 
-    def part(self, key: int, offset: int, count: int) -> Tensor:
-        """Part of a block's weights: live memory, copy it before the next update."""
-        return self._flat[key][offset : offset + count]
-
-    def state_tensors(self, key: int) -> list[Tensor]:
-        """The tensors of a block's optimizer, flat, in the order of their names."""
-        return [value.reshape(-1) for _, value in sorted(self.state(key)[0].items())]
+    def weights(self, key: int) -> Tensor:
+        """Return a block's weights, float32 (numel): live memory that the next update changes."""
+        return self._owned[key].flat
 
     def rows(self, key: int, rows: Tensor) -> Tensor:
-        """Copies of rows of a sparse table, (len(rows), width)."""
-        return self._weights[key].detach().index_select(0, rows)
+        """Return copies of rows of a sparse table.
 
-    def add(self, key: int, gradient: Tensor, sums: int) -> None:
-        """Add a dense gradient. It is kept where it is until a second one comes: the caller must not change it before ``apply``.
+        Args:
+            key: of the table's block.
+            rows: numbers within the block, int64 (n).
 
-        ``sums`` counts the gradients since the last update, this one included.
+        Returns:
+            float32 (n, width).
         """
-        if sums == 1:
-            self._first[key] = gradient
-        elif sums == 2:
-            if key not in self._sum:
-                self._sum[key] = torch.empty_like(self._flat[key])
-            torch.add(self._first.pop(key), gradient, out=self._sum[key])
-        else:
-            self._sum[key].add_(gradient)
-
-    def add_rows(self, key: int, rows: Tensor, values: Tensor) -> None:
-        """Add a sparse gradient: (n) row numbers, (n, width) values."""
-        self._sparse.setdefault(key, []).append((rows, values))
-
-    def apply(self, key: int, count: int, lr: float, version: int) -> None:
-        """One step of the block's optimizer with the mean of ``count`` gradients. ``lr`` counts only without a schedule."""
-        parameter, optimizer = self._weights[key], self._optimizers[key]
-        block = self.blocks[key]
-        if block.sparse:
-            parts = self._sparse.pop(key)
-            rows, values = (
-                torch.cat([r for r, _ in parts]),
-                torch.cat([v for _, v in parts]) / count,
-            )
-            gradient = torch.sparse_coo_tensor(
-                rows[None], values, block.shape, check_invariants=False
-            ).coalesce()
-        else:
-            gradient = self._first.pop(key) if key in self._first else self._sum[key].div_(count)
-            gradient = gradient.view(parameter.shape)
-        if not self._schedules:
-            optimizer.param_groups[0]["lr"] = lr
-        self._mark(key, 2 * version - 1)
-        parameter.grad = gradient
-        optimizer.step()
-        parameter.grad = None
-        self._mark(key, 2 * version)
-        if key in self._schedules:
-            self._schedules[key].step()
+        return self._owned[key].parameter.detach().index_select(0, rows)
 
     def set_version(self, key: int, version: int) -> None:
-        self._mark(key, 2 * version)
+        """Tell the workers that map the slab that a block's weights are complete."""
+        self._mark(self._owned[key], 2 * version)
 
-    def _mark(self, key: int, sequence: int) -> None:
+    # Gradients
+
+    def add(self, key: int, gradient: Tensor) -> None:
+        """Add a dense gradient.
+
+        Args:
+            key: of the block.
+            gradient: float32 (numel). The first one since an update is kept where it is, so the
+                caller must not change it before the next ``apply``.
+        """
+        owned = self._owned[key]
+        owned.num_gradients += 1
+        if owned.num_gradients == 1:
+            owned.first = gradient
+            return
+        if owned.sum is None:
+            owned.sum = torch.empty_like(owned.flat)
+        if owned.first is not None:
+            torch.add(owned.first, gradient, out=owned.sum)
+            owned.first = None
+        else:
+            owned.sum.add_(gradient)
+
+    def add_rows(self, key: int, rows: Tensor, values: Tensor) -> None:
+        """Add a sparse gradient.
+
+        Args:
+            key: of the table's block.
+            rows: numbers within the block, int64 (n).
+            values: float32 (n, width).
+        """
+        self._owned[key].sparse.append(_SparseGradient(rows, values))
+
+    def apply(self, key: int, num_gradients: int, lr: float, version: int) -> None:
+        """Take one step of the block's optimizer with the mean of the gradients.
+
+        Args:
+            key: of the block.
+            num_gradients: in the sum.
+            lr: the workers' learning rate; ignored if a schedule sets the rate.
+            version: of the block afterwards.
+        """
+        owned = self._owned[key]
+        if owned.schedule is None:
+            owned.optimizer.param_groups[0]["lr"] = lr
+        gradient = _mean(owned, num_gradients)
+        self._mark(owned, 2 * version - 1)
+        owned.parameter.grad = gradient
+        # torch's optimizers make sparse tensors from the gradient's rows, which were checked when
+        # they came. Without this line torch warns that it does not check them again.
+        with torch.sparse.check_sparse_tensor_invariants(False):
+            owned.optimizer.step()
+        owned.parameter.grad = None
+        self._mark(owned, 2 * version)
+        if owned.schedule is not None:
+            owned.schedule.step()
+
+    def _mark(self, owned: _OwnedBlock, sequence: int) -> None:
+        """Write a block's sequence number: twice its version, and odd while its weights change."""
         if self.slab is not None:
-            self.slab.sequence[self._place[key]] = sequence
+            self.slab.sequence[owned.place] = sequence
 
-    def state(self, key: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The optimizer's state of a block: tensors, and numbers (tensors of no dimension)."""
-        tensors, numbers = {}, {}
-        for name, value in self._optimizers[key].state.get(self._weights[key], {}).items():
-            if isinstance(value, Tensor) and value.dim() == 0:
-                numbers[name] = float(value)
+    # State, for checkpoints and snapshots
+
+    def state(self, key: int) -> OptimizerState:
+        """Return the state of a block's optimizer; the tensors are live memory."""
+        owned = self._owned[key]
+        state = OptimizerState()
+        for name, value in owned.optimizer.state.get(owned.parameter, {}).items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                state.tensors[name] = value
             elif isinstance(value, Tensor):
-                tensors[name] = value
-            elif isinstance(value, (int, float)):
-                numbers[name] = value
-        if key in self._schedules:
-            numbers[_SCHEDULED] = self._schedules[key].last_epoch
-        return tensors, numbers
+                state.numbers[name] = float(value)
+            elif isinstance(value, int | float):
+                state.numbers[name] = value
+        if owned.schedule is not None:
+            state.numbers[_SCHEDULED] = owned.schedule.last_epoch
+        return state
 
-    def load_state(self, key: int, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """The reverse of ``state``. The rate of a schedule is the one that so many updates lead to."""
-        state: dict[str, Any] = dict(tensors)
-        for name, value in numbers.items():
+    def load_state(self, key: int, state: OptimizerState) -> None:
+        """Set the state of a block's optimizer, and the schedule to the updates that it counted."""
+        owned = self._owned[key]
+        loaded: dict[str, Any] = dict(state.tensors)
+        for name, number in state.numbers.items():
             if name == _SCHEDULED:
-                while key in self._schedules and self._schedules[key].last_epoch < value:
-                    self._schedules[key].step()
-                continue
-            state[name] = torch.tensor(float(value))
-        if state:
-            self._optimizers[key].state[self._weights[key]] = state
+                _advance(owned.schedule, number)
+            else:
+                loaded[name] = torch.tensor(float(number))
+        if loaded:
+            owned.optimizer.state[owned.parameter] = loaded
 
-    def save(self, path: Path, header: dict[str, Any]) -> None:
-        """Write everything to ``path``, whole or not at all. ``header`` is JSON for the caller's own use."""
-        tensors: dict[str, Tensor] = {}
-        numbers, schedules = {}, {}
-        for key in self.blocks:
-            tensors[f"weights.{key}"] = self._flat[key]
-            state, numbers[str(key)] = self.state(key)
-            tensors |= {f"state.{key}.{name}": value for name, value in state.items()}
-            if key in self._schedules:
-                state_dict = self._schedules[key].state_dict()
-                schedules[str(key)] = {
-                    n: v for n, v in state_dict.items() if isinstance(v, (int, float, list))
-                }
-                schedules[str(key)]["_lr"] = self._optimizers[key].param_groups[0]["lr"]
-        rest = json.dumps(
-            {"header": header, "numbers": numbers, "schedules": schedules, "time": time.time()}
-        )
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(
-                {name: value.contiguous() for name, value in tensors.items()},
-                partial,
-                {"format": _FORMAT, "rest": rest},
-            )
-            with open(partial, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def load(self, path: Path) -> dict[str, Any]:
-        """Take weights and state from a snapshot of the same blocks; returns its header. Raises ``ValueError``."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                rest = json.loads(file.metadata()["rest"])
-                for key in self.blocks:
-                    self._flat[key].copy_(file.get_tensor(f"weights.{key}"))
-                states: dict[int, dict[str, Tensor]] = {}
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if name.startswith("state."):
-                        _, key_text, entry = name.split(".", 2)
-                        states.setdefault(int(key_text), {})[entry] = file.get_tensor(name)
-        except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path}: damaged snapshot: {error}") from None
-        for key in self.blocks:
-            self.load_state(key, states.get(key, {}), rest["numbers"].get(str(key), {}))
-            if key in self._schedules and str(key) in rest["schedules"]:
-                kept = rest["schedules"][str(key)]
-                self._optimizers[key].param_groups[0]["lr"] = kept.pop("_lr")
-                self._schedules[key].load_state_dict(kept)
-        return rest["header"]
-
-
-def read_header(path: Path) -> dict[str, Any] | None:
-    """The header given to ``Shard.save``; None when there is no usable snapshot."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
+    def schedule_state(self, key: int) -> dict[str, Any] | None:
+        """Return a block's schedule as JSON; None without one."""
+        owned = self._owned[key]
+        if owned.schedule is None:
             return None
-        return json.loads(metadata["rest"])["header"]
-    except (SafetensorError, OSError, ValueError, KeyError):
-        return None
+        whole = owned.schedule.state_dict()
+        state = {k: value for k, value in whole.items() if isinstance(value, int | float | list)}
+        state["_lr"] = owned.optimizer.param_groups[0]["lr"]
+        return state
+
+    def load_schedule_state(self, key: int, state: dict[str, Any]) -> None:
+        """Go on with a schedule that ``schedule_state`` returned; nothing without a schedule."""
+        owned = self._owned[key]
+        if owned.schedule is not None:
+            rest = dict(state)
+            owned.optimizer.param_groups[0]["lr"] = rest.pop("_lr")
+            owned.schedule.load_state_dict(rest)
 
 
-def as_rows(payload: memoryview) -> Tensor:
-    """Row numbers of a sparse message, int64."""
-    return torch.from_numpy(np.frombuffer(payload, np.int64))
+def _checked_blocks(table: Any, index: int) -> list[Block]:
+    """Return the blocks in a table from the wire.
+
+    Raises:
+        ValueError: the table is malformed, or the model too large for this host.
+    """
+    if not isinstance(table, list) or len(table) > _MAX_BLOCKS:
+        raise ValueError("malformed table of blocks")
+    blocks = [sharding.from_json(entry, index) for entry in table]
+    keys = {block.key for block in blocks}
+    if len(keys) != len(blocks):
+        raise ValueError("a block comes twice")
+    num_bytes = 4 * sum(block.numel for block in blocks)
+    if num_bytes > psutil.virtual_memory().total:
+        raise ValueError("the model is larger than this host's memory")
+    return blocks
+
+
+def _mean(owned: _OwnedBlock, num_gradients: int) -> Tensor:
+    """Use up the gradients of a block; return their mean in the block's shape."""
+    if owned.block.sparse:
+        return _mean_of_rows(owned, num_gradients)
+    owned.num_gradients = 0
+    if owned.first is not None:
+        gradient, owned.first = owned.first, None
+    else:
+        assert owned.sum is not None
+        gradient = owned.sum.div_(num_gradients)
+    return gradient.view(owned.parameter.shape)
+
+
+def _mean_of_rows(owned: _OwnedBlock, num_gradients: int) -> Tensor:
+    """Use up the sparse gradients; return their mean as a sparse tensor of the table's shape."""
+    rows = torch.cat([gradient.rows for gradient in owned.sparse])
+    values = torch.cat([gradient.values for gradient in owned.sparse]) / num_gradients
+    owned.sparse = []
+    return torch.sparse_coo_tensor(
+        rows[None], values, owned.block.shape, check_invariants=False
+    ).coalesce()
+
+
+def _advance(schedule: LRScheduler | None, updates: float) -> None:
+    """Move a schedule to the rate that so many updates lead to."""
+    with warnings.catch_warnings():
+        # The optimizer's steps were taken by another process, which torch cannot know.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        while schedule is not None and schedule.last_epoch < updates:
+            schedule.step()

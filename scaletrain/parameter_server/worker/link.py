@@ -1,4 +1,4 @@
-"""A worker's connections to one server: finding it, proving who we are, joining, and noticing that it is gone."""
+"""A worker's connections to one server: finding it, joining it, and noticing its end."""
 
 import ipaddress
 import secrets
@@ -15,19 +15,20 @@ from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.memory import SUPPORTED, Slab
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block, layout, to_json
-from scaletrain.parameter_server.protocol.wire import Header, Kind, Message, Refused
+from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind, Refused
 from scaletrain.parameter_server.worker.requests import PeerLost, ServerError, Token
 
-_ANSWER_S = 2.0  # of a handshake, before it is tried again
+_ANSWER_S = 2.0  # the longest wait for one answer of a handshake, before all is tried again
 
 
 class Identity(NamedTuple):
-    """Who connects: the same for all servers of a job."""
+    """The facts about the worker that connects: the same for all servers of a job."""
 
     settings: Settings
     run_dir: Path
     rank: int
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Any]  # ``optimizer.describe``
+    # A random number. A server that sees another one knows that the worker was started again.
     incarnation: int
     context: zmq.Context
 
@@ -35,198 +36,301 @@ class Identity(NamedTuple):
     def make(
         cls, settings: Settings, run_dir: Path, rank: int, optimizer: dict[str, Any]
     ) -> "Identity":
+        """Return the identity of a worker that starts, with a ZeroMQ context of its own."""
+        incarnation = secrets.randbits(62) | 1
         context = zmq.Context(io_threads=settings.io_threads)
-        return cls(settings, run_dir, rank, optimizer, secrets.randbits(62) | 1, context)
+        return cls(settings, run_dir, rank, optimizer, incarnation, context)
 
 
-class Link:
-    """Server ``index``, as a worker sees it. Used by one thread at a time.
+class Ready(NamedTuple):
+    """A server's answer to a worker that joins."""
+
+    versions: dict[int, int]  # updates of each of its blocks so far, by key
+    initialised: bool  # whether its blocks have weights
+    step: int  # of the job, with which the worker begins
+    next_sum: int  # number of the next sum
+    weights: dict[str, Any] | None  # the handle of its slab; None: no shared memory
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Ready":
+        """Return the payload of READY."""
+        versions = {int(key): int(version) for key, version in value.get("versions", {}).items()}
+        return cls(
+            versions=versions,
+            initialised=bool(value.get("initialised")),
+            step=int(value["step"]),
+            next_sum=int(value["sum"]),
+            weights=value.get("weights"),
+        )
+
+
+class ServerLink:
+    """Server ``index``, as a worker sees it.
+
+    One thread at a time uses it: first the thread that makes the ``Client``, from then on the I/O
+    thread. The training thread only reads the attributes marked *.
 
     Attributes:
-        shared: gradients and weights lie in shared memory.
-        epoch: connections made; an answer of an older one has an old version.
-        blocked: sockets whose queue is full.
+        index*: the server's number.
+        blocks: the blocks that it owns.
+        starts*: first element of each dense block in the slabs, by key.
+        sequence_index*: place of each block in ``Slab.sequence``, by key.
+        gradients*: this worker's gradients, in shared memory; None without.
+        weights: the server's weights, in shared memory; None without.
+        shared*: whether gradients and weights lie in shared memory.
+        epoch*: connections made so far. An answer of an older one carries an outdated version.
+        sockets: one for each connection.
+        monitors: for each socket, the one that tells of its end.
+        sessions: for each socket, the number that the server gave it.
+        blocked: numbers of the connections whose queue is full.
         under_way: pushes that were sent and not answered yet.
-        heard: when the server gave its last sign of life (monotonic).
+        heard_at: time of the server's last sign of life (``time.monotonic``).
+        live_workers*: how many workers live, by the server's last sign of life.
     """
 
     def __init__(self, identity: Identity, index: int, blocks: list[Block]):
-        self._identity, self.index, self.blocks = identity, index, blocks
-        self.starts, self._elements = layout(blocks)
-        self.place = {key: place for place, key in enumerate(sorted(block.key for block in blocks))}
-        share = identity.settings.shared_memory and SUPPORTED
-        self.gradients = Slab.create(self._elements, len(blocks)) if share else None
+        self._identity = identity
+        self.index = index
+        self.blocks = blocks
+        self.starts, self._slab_elements = layout(blocks)
+        keys = sorted(block.key for block in blocks)
+        self.sequence_index = {key: place for place, key in enumerate(keys)}
+        self.gradients: Slab | None = None
+        if identity.settings.shared_memory and SUPPORTED:
+            self.gradients = Slab.create(self._slab_elements, len(blocks))
         self.weights: Slab | None = None
         self.shared = False
         self.epoch = 0
-        self.blocked: set[int] = set()
-        self.under_way: set[Token] = set()
-        self.heard = time.monotonic()
-        self.live = 0  # workers, by the last sign of life
         self.sockets: list[zmq.Socket] = []
         self.monitors: list[zmq.Socket] = []
         self.sessions: list[int] = []
-        self._attempts = 0
+        self.blocked: set[int] = set()
+        self.under_way: set[Token] = set()
+        self.heard_at = time.monotonic()
+        self.live_workers = 0
+        self._attempts = 0  # to connect; the server tells by it which sockets are outdated
         self._endpoint = "not found yet"
 
     def __str__(self) -> str:
         return f"parameter server {self.index} ({self._endpoint})"
 
+    # Connecting
+
     def connect(
         self,
         deadline: float,
         step: int | None,
-        before: str | None = None,
-        given_up: Callable[[], bool] = lambda: False,
-    ) -> dict[str, Any]:
-        """Find the server's address, prove who we are, and join; tries until the deadline.
+        lost_because: str | None = None,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> Ready:
+        """Find the server, prove that this worker belongs to the job, and join.
+
+        1. Read the server's address from its file in the run directory.
+        2. Open all connections, each up to its session (``_open``).
+        3. Join over the first one (``_join``).
+
+        Whatever fails is tried again from step 1 until the deadline: the server may still be
+        starting, and a successor has another address.
 
         Args:
-            step: of the job, when this worker was here before; None: the server says where to begin.
-            before: what became of the connection before.
-
-        Returns:
-            What the server says of itself: ``versions`` of its blocks, ``initialised``, the ``step`` to begin with, the next ``sum``.
+            deadline: ``time.monotonic`` of the end of all trying.
+            step: of the job, if this worker was connected before. None: the server says where to
+                begin.
+            lost_because: the fate of the connection before, for the error message.
+            is_stopping: return True to give up early.
 
         Raises:
-            ServerError: it cannot be reached, refuses, is not the job's, or came back without weights.
+            ServerError: the server cannot be reached, refuses, lacks the job's key, or came back
+                without weights.
         """
-        timeout_s, trouble = self._identity.settings.timeout_s, "is not up (no address file)"
-        while time.monotonic() < deadline and not given_up():
+        settings = self._identity.settings
+        trouble = "is not up (no address file)"
+        while time.monotonic() < deadline and not is_stopping():
             address = placement.read_address(self._identity.run_dir, self.index)
             if address is None:
                 time.sleep(0.02)
                 continue
-            self._endpoint = nearest([str(e) for e in address["endpoints"]])  # type: ignore[attr-defined]
+            endpoints = [str(endpoint) for endpoint in address["endpoints"]]  # type: ignore[attr-defined]
+            self._endpoint = nearest(endpoints)
             trouble = "does not answer"
             self._attempts += 1
-            numbers = range(self._identity.settings.num_connections)
-            if all(
-                self._open(number, min(deadline, time.monotonic() + _ANSWER_S))
-                for number in numbers
-            ):
+            if self._open_all(deadline):
                 ready = self._join(deadline, step)
                 if ready is not None:
                     return ready
             self.disconnect()
             time.sleep(0.05)
-        was = f"{before}, and its successor " if before else ""
-        raise ServerError(f"{self} {was}{trouble} within {timeout_s:g} s")
+        history = f"{lost_because}, and its successor " if lost_because else ""
+        raise ServerError(f"{self} {history}{trouble} within {settings.timeout_s:g} s")
+
+    def _open_all(self, deadline: float) -> bool:
+        """Open all connections; return False at the first that fails."""
+        for number in range(self._identity.settings.num_connections):
+            answer_by = min(deadline, time.monotonic() + _ANSWER_S)
+            if not self._open(number, answer_by):
+                return False
+        return True
 
     def _open(self, number: int, deadline: float) -> bool:
-        """One connection, up to WELCOME."""
-        made, rank = self._identity.settings, self._identity.rank
-        socket = self._identity.context.socket(zmq.DEALER)
+        """Open one connection; return False if the server has not answered by the deadline.
+
+        1. HELLO names the worker and the connection.
+        2. With ``trusted_network`` the server answers CHALLENGE, which proves that it holds the
+           job's key. PROOF proves the same of the worker. Otherwise CurveZMQ or the directory of
+           the Unix socket has made sure of both.
+        3. WELCOME holds the session, which every later message names.
+
+        Raises:
+            ServerError: the server refuses, or does not hold the job's key.
+        """
+        identity = self._identity
+        keys = security.job_keys(identity.run_dir)
+        socket = self._make_socket(keys)
         self.sockets.append(socket)
-        keys = security.job_keys(self._identity.run_dir)
-        if made.encrypted:
-            socket.curve_serverkey = keys.server_public.encode()
-            socket.curve_publickey, socket.curve_secretkey = (
-                keys.worker_public.encode(),
-                keys.worker_secret.encode(),
-            )
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDBUF, made.send_buffer_bytes)
-        socket.setsockopt(zmq.SNDHWM, 2)  # little room: what waits here can still be overtaken
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, made.heartbeat_ms // 4)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, made.heartbeat_ms)
         socket.connect(self._endpoint)
-        nonce = security.nonce()
+        worker_nonce = security.nonce()
         hello = {
-            "rank": rank, "workers": made.workers, "connection": number, "incarnation": self._identity.incarnation,
-            "nonce": nonce, "attempt": self._attempts,
-        }  # fmt: skip
-        socket.send_multipart([Header(Kind.HELLO).pack(), wire.to_json(hello)])
+            "rank": identity.rank,
+            "workers": identity.settings.workers,
+            "connection": number,
+            "incarnation": identity.incarnation,
+            "nonce": worker_nonce,
+            "attempt": self._attempts,
+        }
+        socket.send_multipart([Header(MessageKind.HELLO).pack(), wire.to_json(hello)])
         message = self._next(socket, deadline)
-        if message and message.header.kind == Kind.CHALLENGE:
-            value = message.json()
-            theirs = value.get("nonce")
-            if not isinstance(theirs, str) or not security.same(
-                value.get("proof"), keys.proof("server", nonce, theirs)
-            ):
-                raise ServerError(f"{self} does not hold the job's key")
-            proof = {"proof": keys.proof(f"worker {rank}", nonce, theirs)}
-            socket.send_multipart([Header(Kind.PROOF, rank=rank).pack(), wire.to_json(proof)])
+        if message is not None and message.header.kind == MessageKind.CHALLENGE:
+            proof = self._answer_challenge(message, keys, worker_nonce)
+            header = Header(MessageKind.PROOF, rank=identity.rank)
+            socket.send_multipart([header.pack(), wire.to_json({"proof": proof})])
             message = self._next(socket, deadline)
-        if not message or message.header.kind != Kind.WELCOME:
+        if message is None or message.header.kind != MessageKind.WELCOME:
             return False
         self.sessions.append(message.header.session)
         return True
 
-    def _join(self, deadline: float, step: int | None) -> dict[str, Any] | None:
+    def _make_socket(self, keys: security.Keys) -> zmq.Socket:
+        """Return a socket with all its options, not connected yet."""
+        settings = self._identity.settings
+        socket = self._identity.context.socket(zmq.DEALER)
+        if settings.encrypted:
+            socket.curve_serverkey = keys.server_public.encode()
+            socket.curve_publickey = keys.worker_public.encode()
+            socket.curve_secretkey = keys.worker_secret.encode()
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDBUF, settings.send_buffer_bytes)
+        # Little room in ZeroMQ: a request that still waits here can be overtaken by a later one.
+        socket.setsockopt(zmq.SNDHWM, 2)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, settings.heartbeat_ms // 4)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, settings.heartbeat_ms)
+        return socket
+
+    def _answer_challenge(self, message: Message, keys: security.Keys, worker_nonce: str) -> str:
+        """Return the worker's proof after checking the server's. Raises ``ServerError``."""
+        challenge = message.json()
+        server_nonce = challenge.get("nonce")
+        if not isinstance(server_nonce, str):
+            raise ServerError(f"{self} does not hold the job's key")
+        expected = keys.proof("server", worker_nonce, server_nonce)
+        if not security.same(challenge.get("proof"), expected):
+            raise ServerError(f"{self} does not hold the job's key")
+        return keys.proof(f"worker {self._identity.rank}", worker_nonce, server_nonce)
+
+    def _join(self, deadline: float, step: int | None) -> Ready | None:
+        """Describe the model and the optimizer; return the server's answer, None if it has none.
+
+        Raises:
+            ServerError: the server refuses, its memory cannot be mapped, or it came back without
+                weights or without shared memory.
+        """
         setup = {
             "blocks": [to_json(block) for block in self.blocks],
             "optimizer": self._identity.optimizer,
             "gradients": self.gradients.handle() if self.gradients else None,
             "step": step,
         }
-        header = Header(Kind.SETUP, rank=self._identity.rank, session=self.sessions[0])
+        header = Header(MessageKind.SETUP, rank=self._identity.rank, session=self.sessions[0])
         self.sockets[0].send_multipart([header.pack(), wire.to_json(setup)])
         message = self._next(self.sockets[0], deadline)
-        if message is None or message.header.kind != Kind.READY:
+        if message is None or message.header.kind != MessageKind.READY:
             return None
-        ready = message.json()
-        was_shared, self.shared = self.shared, False
-        if ready.get("weights") is not None:
-            try:
-                self.weights = Slab.open(ready["weights"], self._elements, len(self.blocks))
-                self.shared = True
-            except (ValueError, OSError) as error:
-                raise ServerError(f"{self}: its shared memory cannot be mapped: {error}") from None
-        if self.epoch and was_shared != self.shared:
+        ready = Ready.from_json(message.json())
+        was_shared = self.shared
+        self.shared = ready.weights is not None
+        if self.shared:
+            self.weights = self._map_weights(ready.weights)
+        is_successor = self.epoch > 0
+        if is_successor and was_shared != self.shared:
             raise ServerError(f"{self} came back without shared memory")
-        if self.epoch and not ready.get("initialised"):
+        if is_successor and not ready.initialised:
             raise ServerError(f"{self} came back without weights: it had no snapshot yet")
         self.epoch += 1
-        self.heard = time.monotonic()
-        self.monitors = [
-            socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) for socket in self.sockets
-        ]
+        self.heard_at = time.monotonic()
+        for socket in self.sockets:
+            self.monitors.append(socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
         return ready
 
+    def _map_weights(self, handle: dict[str, Any] | None) -> Slab:
+        """Map the server's weights. Raises ``ServerError``."""
+        try:
+            return Slab.open(handle, self._slab_elements, len(self.blocks))
+        except (ValueError, OSError) as error:
+            raise ServerError(f"{self}: its shared memory cannot be mapped: {error}") from None
+
     def _next(self, socket: zmq.Socket, deadline: float) -> Message | None:
-        """The next message that is not a sign of life; None at the deadline. Raises ``ServerError`` for a refusal."""
-        while socket.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        """Return the next message that is no sign of life; None at the deadline.
+
+        Raises:
+            ServerError: the message is a refusal.
+        """
+        while socket.poll(int(max(0.0, deadline - time.monotonic()) * 1000)):
             message = self.parse(socket.recv_multipart(copy=False))
             if message is not None:
                 return message
         return None
 
+    # Connected
+
     def parse(self, frames: list[zmq.Frame]) -> Message | None:
-        """A message of this server; None for a sign of life. Raises ``ServerError`` when it refuses, aborts or talks rubbish."""
+        """Return a message of this server; None for a sign of life.
+
+        Raises:
+            PeerLost: the server says that training cannot go on without a lost worker.
+            ServerError: the server refuses a request, or its message is not acceptable.
+        """
         try:
             message = wire.parse([frame.buffer for frame in frames])
-            if message.header.kind == Kind.PING:
-                self.live = message.header.count
+            if message.header.kind == MessageKind.PING:
+                self.live_workers = message.header.count
                 return None
-            if message.header.kind not in (Kind.REFUSED, Kind.ABORT):
+            if message.header.kind not in (MessageKind.REFUSED, MessageKind.ABORT):
                 return message
-            text, kind = (
-                message.json(),
-                PeerLost if message.header.kind == Kind.ABORT else ServerError,
-            )
+            complaint = message.json()
         except Refused as refusal:
             raise ServerError(f"{self} sent a message that is not acceptable: {refusal}") from None
-        raise kind(f"{self}: {text.get('message') or 'refused: ' + str(text.get('reason'))}")
+        text = complaint.get("message") or f"refused: {complaint.get('reason')}"
+        if message.header.kind == MessageKind.ABORT:
+            raise PeerLost(f"{self}: {text}")
+        raise ServerError(f"{self}: {text}")
 
     def may_push(self, token: Token) -> bool:
-        """Whether a gradient may leave now, or has to wait for weights first (``Settings.blocks_ahead``).
+        """Return True if a gradient may leave now, False if weights have to come first.
 
-        What counts is under way of the blocks that the next forward needs before this one. They come first at every worker, so that the
-        first block that lacks a gradient never waits here, and nobody can wait for ever.
+        The limit is ``Settings.blocks_ahead``. It counts the pushes under way of those blocks that
+        the next forward needs before this one. Every worker prefers the same blocks, so the first
+        block that lacks a gradient never waits here, and no worker can wait for ever.
         """
-        ahead = self._identity.settings.blocks_ahead
-        return (
-            ahead is None
-            or self.shared
-            or sum(sent.key < token.key for sent in self.under_way) < ahead
-        )
+        limit = self._identity.settings.blocks_ahead
+        if limit is None or self.shared:
+            return True
+        earlier = [sent for sent in self.under_way if sent.key < token.key]
+        return len(earlier) < limit
 
-    def closed(self) -> bool:
-        """Whether the other end has closed a connection."""
+    def is_closed(self) -> bool:
+        """Return True if the other end has closed a connection."""
         for monitor in self.monitors:
             while monitor.poll(0):
                 if recv_monitor_message(monitor)["event"] == zmq.EVENT_DISCONNECTED:
@@ -234,28 +338,47 @@ class Link:
         return False
 
     def disconnect(self) -> None:
+        """Close all sockets at once; unsent messages are lost."""
         for monitor in self.monitors:
             monitor.close(linger=0)
         for socket in self.sockets:
             socket.disable_monitor()
             socket.close(linger=0)
-        self.sockets, self.monitors, self.sessions = [], [], []
+        self.sockets = []
+        self.monitors = []
+        self.sessions = []
         self.blocked.clear()
         self.under_way.clear()
 
 
 def nearest(endpoints: list[str]) -> str:
-    """Of a server's addresses the one in a network of ours; loopback only when there is no other."""
+    """Return the address of a server that lies in one of this host's networks.
+
+    Args:
+        endpoints: ``tcp://HOST:PORT`` with IPv4 addresses, loopback last, or one Unix socket.
+
+    Returns:
+        The first one in a network other than loopback; else simply the first.
+    """
     if len(endpoints) == 1:
         return endpoints[0]
-    networks = [
-        ipaddress.ip_network(f"{entry.address}/{entry.netmask}", strict=False)
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family.name == "AF_INET" and entry.netmask and not entry.address.startswith("127.")
-    ]
+    networks = _networks()
     for endpoint in endpoints:
         host = endpoint.removeprefix("tcp://").rpartition(":")[0]
-        if any(ipaddress.ip_address(host) in network for network in networks):
+        address = ipaddress.ip_address(host)
+        if any(address in network for network in networks):
             return endpoint
     return endpoints[0]
+
+
+def _networks() -> list[ipaddress.IPv4Network]:
+    """Return the IPv4 networks of this host's interfaces, without loopback."""
+    networks = []
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if entry.family.name != "AF_INET" or not entry.netmask:
+                continue
+            if not entry.address.startswith("127."):
+                interface = ipaddress.IPv4Interface(f"{entry.address}/{entry.netmask}")
+                networks.append(interface.network)
+    return networks

@@ -1,6 +1,6 @@
-"""A worker's copy of the model: which gradient goes into which block, and back."""
+"""A worker's copy of the model, cut into blocks: gradients go out, weights come back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,191 +10,277 @@ from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol import optimizer as optimizers
 from scaletrain.parameter_server.protocol import sharding
 from scaletrain.parameter_server.protocol.settings import Settings
-from scaletrain.parameter_server.protocol.sharding import Block
-from scaletrain.parameter_server.worker.client import Answer, Client
+from scaletrain.parameter_server.protocol.sharding import Block, ParameterSpec, Piece
+from scaletrain.parameter_server.worker.client import Client, PushResult
 from scaletrain.parameter_server.worker.staging import Staging
 
 
-class Part(NamedTuple):
-    """A range of a parameter, and where it lies in a block."""
+class BlockSlice(NamedTuple):
+    """The part of a parameter that lies in one block."""
 
-    key: int
-    start: int  # in the parameter
-    stop: int
-    at: int  # in the block
+    key: int  # the block
+    in_parameter: slice  # of the flat parameter
+    in_block: slice
 
 
 class Replica:
-    """The trained parameters of a model, seen as blocks. Parameters that need no gradient are not part of it."""
+    """The trained parameters of a model, seen as blocks.
+
+    Parameters that need no gradient are not part of it. In a step, ``push`` is called for every
+    parameter, then ``take`` for every block.
+
+    Args:
+        model: its sparse embeddings become sparse tables.
+        optimizer: over all parameters that need a gradient.
+        settings: of the job.
+
+    Attributes:
+        parameters: the trained parameters, in forward order. An index counts in this list.
+        groups: for each parameter, its group of the server's optimizer.
+        optimizer: description of the server's optimizer (``optimizer.describe``).
+        blocks: the plan, the same on all workers.
+        dense: the blocks that are no part of a sparse table.
+        tables: the blocks of each sparse table, by the parameter's index.
+
+    Raises:
+        UserError: the servers cannot run this optimizer, or not all parameters are in it.
+    """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings):
-        groups = {
-            id(p): number
-            for number, group in enumerate(optimizer.param_groups)
-            for p in group["params"]
-        }
-        tables = _sparse_tables(model)
-        self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) in groups]
-        untrained = [
-            name for name, p in model.named_parameters() if p.requires_grad and id(p) not in groups
-        ]
-        if untrained:
-            raise UserError(
-                f"optimizer: parameter {untrained[0]} needs a gradient and is in none of the optimizer's groups"
-            )
-        self.optimizer = _outer(settings) if settings.local else optimizers.describe(optimizer)
-        self.groups = [groups[id(p)] if not settings.local else 0 for p in self.parameters]
-        for parameter, group in zip(self.parameters, self.groups, strict=True):
-            if id(parameter) in tables:
-                if settings.local:
-                    raise UserError(
-                        f"exchange.mode: {settings.mode} does not take sparse embeddings (allowed: sync, async, bounded)"
-                    )
-                optimizers.check_sparse(self.optimizer, group)
-            parameter.data = parameter.data.contiguous()
-        described = [
-            sharding.Parameter(tuple(p.shape), group, id(p) in tables)
-            for p, group in zip(self.parameters, self.groups, strict=True)
-        ]
-        whole = self.optimizer["name"] not in optimizers.ELEMENTWISE
-        self.blocks = sharding.plan(described, settings.servers, settings.block_bytes, whole)
-        self.dense = [block for block in self.blocks if not block.sparse]
-        tabled = [index for index, parameter in enumerate(described) if parameter.sparse]
-        self.tables = {
-            i: [b for b in self.blocks if b.sparse and b.pieces[0].parameter == i] for i in tabled
-        }
-        self._staging: Staging | None = None
-        self.parts: dict[int, list[Part]] = {index: [] for index in range(len(self.parameters))}
+        group_of = _groups(optimizer)
+        _check_all_are_optimized(model, group_of)
+        self.parameters: list[nn.Parameter] = []
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.contiguous()
+                self.parameters.append(parameter)
+        if settings.local:
+            self.optimizer = _outer_optimizer(settings)
+            self.groups = [0] * len(self.parameters)
+        else:
+            self.optimizer = optimizers.describe(optimizer)
+            self.groups = [group_of[id(parameter)] for parameter in self.parameters]
+
+        specs = self._specs(model, settings)
+        whole_tensors = self.optimizer["name"] not in optimizers.ELEMENTWISE
+        self.blocks = sharding.plan(specs, settings.servers, settings.block_bytes, whole_tensors)
+        self.dense: list[Block] = []
+        self.tables: dict[int, list[Block]] = {}
+        for index, spec in enumerate(specs):
+            if spec.sparse:
+                self.tables[index] = []
         for block in self.blocks:
-            at = 0
-            for piece in block.pieces:
-                self.parts[piece.parameter].append(Part(block.key, piece.start, piece.stop, at))
-                at += piece.stop - piece.start
+            if block.sparse:
+                self.tables[block.pieces[0].parameter].append(block)
+            else:
+                self.dense.append(block)
+        self._slices: list[list[BlockSlice]] = [[] for _ in self.parameters]
+        for block in self.blocks:
+            for piece, in_block in _places(block):
+                in_parameter = slice(piece.start, piece.stop)
+                self._slices[piece.parameter].append(BlockSlice(block.key, in_parameter, in_block))
+
+        # Set by ``connect``.
+        self._client: Client
+        self._staging: Staging | None = None
+        self._carrier: Staging | Client  # takes gradients and returns weights
+        self._gradients: dict[int, Tensor] = {}  # of dense blocks, in the memory of the carrier
+        # Pieces of each dense block whose gradients are still to come. Set by ``begin``, counted
+        # down by ``push``.
+        self._missing: dict[int, int] = {}
+
+    def _specs(self, model: nn.Module, settings: Settings) -> list[ParameterSpec]:
+        """Return what ``sharding`` has to know. Raises ``UserError``."""
+        sparse = _sparse_tables(model)
+        specs = []
+        for parameter, group in zip(self.parameters, self.groups, strict=True):
+            is_sparse = id(parameter) in sparse
+            if is_sparse and settings.local:
+                raise UserError(
+                    f"exchange.mode: {settings.mode} does not take sparse embeddings "
+                    "(allowed: sync, async, bounded)"
+                )
+            if is_sparse:
+                optimizers.check_sparse(self.optimizer, group)
+            specs.append(ParameterSpec(tuple(parameter.shape), group, is_sparse))
+        return specs
 
     def connect(self, client: Client) -> None:
-        """Use ``client`` from now on; gradients are written where it sends them from, or, on an accelerator, to where they are staged."""
+        """Use ``client`` from now on.
+
+        Gradients are written to where it sends them from. On an accelerator they are staged first.
+        """
         self._client = client
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
-        self._staging = Staging(client, self.dense, device) if needs_staging(device) else None
-        if self._staging:
+        if needs_staging(device):
+            self._staging = Staging(client, self.dense, device)
+            self._carrier = self._staging
             self._gradients = self._staging.gradients
         else:
-            self._gradients = {
-                block.key: torch.from_numpy(client.gradient(block.key)) for block in self.dense
-            }
-        self._end = self._staging or client  # who takes gradients and gives weights
+            self._staging = None
+            self._carrier = client
+            self._gradients = {}
+            for block in self.dense:
+                self._gradients[block.key] = torch.from_numpy(client.gradient(block.key))
+
+    def close(self) -> None:
+        """Stop staging. Comes before the client's ``close``."""
+        if self._staging:
+            self._staging.close()
+
+    # A step
 
     def begin(self) -> None:
         """Expect the gradients of the next step."""
         self._missing = {block.key: len(block.pieces) for block in self.dense}
 
     def push(self, index: int, gradient: Tensor | None, step: int, lr: float) -> None:
-        """Write a parameter's gradient (zeros for None) into its blocks; push those that are complete. Does not wait."""
+        """Write a parameter's gradient into its blocks, and push those that are complete.
+
+        Does not wait.
+
+        Args:
+            index: the parameter.
+            gradient: of the parameter's shape, dense or sparse like the parameter; None for zeros.
+            step: the job's step that the gradient belongs to.
+            lr: the learning rate of the update.
+        """
         if index in self.tables:
             self._push_rows(index, gradient, step, lr)
             return
         flat = None if gradient is None else gradient.detach().reshape(-1)
-        for part in self.parts[index]:
-            target = self._gradients[part.key][part.at : part.at + part.stop - part.start]
+        for part in self._slices[index]:
+            target = self._gradients[part.key][part.in_block]
             if flat is None:
                 target.zero_()
             elif self._staging:
-                self._staging.copy(target, flat[part.start : part.stop])
+                self._staging.copy(target, flat[part.in_parameter])
             else:
-                target.copy_(flat[part.start : part.stop])
+                target.copy_(flat[part.in_parameter])
             self._missing[part.key] -= 1
-            if not self._missing[part.key]:
-                self._end.push(part.key, step, lr)
+            if self._missing[part.key] == 0:
+                self._carrier.push(part.key, step, lr)
 
-    def take(self, block: Block) -> Answer:
+    def take(self, block: Block) -> PushResult:
         """Wait until a block's gradient was used; put a dense one's new weights into the model."""
         if block.sparse:
             return self._client.take_rows(block.key)
-        return self._end.take(block.key, self._writer(block))
-
-    def close(self) -> None:
-        """Before the client's."""
-        if self._staging:
-            self._staging.close()
+        return self._carrier.take(block.key, self._writer(block))
 
     def _writer(self, block: Block) -> Callable[[Tensor], None]:
-        """What puts a block's flat float32 weights into the model."""
+        """Return the function that puts a block's weights (float32, flat) into the model."""
 
         def write(values: Tensor) -> None:
-            at = 0
-            for piece in block.pieces:
-                size = piece.stop - piece.start
-                self._flat(piece.parameter)[piece.start : piece.stop].copy_(
-                    values[at : at + size], non_blocking=True
-                )
-                at += size
+            for piece, in_block in _places(block):
+                target = self._flat(piece.parameter)[piece.start : piece.stop]
+                target.copy_(values[in_block], non_blocking=True)
 
         return write
 
+    def _push_rows(self, index: int, gradient: Tensor | None, step: int, lr: float) -> None:
+        """Push a sparse table's gradient.
+
+        Every block of the table gets a message, with the rows that lie in it or without any: the
+        server counts one gradient of each worker and block.
+        """
+        if gradient is None:
+            width = self.parameters[index].shape[1]
+            rows = torch.empty(0, dtype=torch.int64)
+            values = torch.empty(0, width)
+        else:
+            gradient = gradient.coalesce()  # sorts the rows, and adds up those that come twice
+            rows = gradient.indices()[0].cpu()
+            values = gradient.values().float().cpu()
+        for block in self.tables[index]:
+            bounds = torch.tensor([block.first_row, block.first_row + block.shape[0]])
+            first, last = torch.searchsorted(rows, bounds).tolist()
+            rows_in_block = rows[first:last] - block.first_row
+            self._client.push_rows(block.key, step, lr, rows_in_block, values[first:last])
+
+    # Weights
+
     def store(self, block: Block) -> None:
-        """Send a block's weights of this replica as the first ones."""
-        values = torch.cat(
-            [self._flat(p.parameter)[p.start : p.stop].float().cpu() for p in block.pieces]
-        )
-        self._client.store(block.key, values)
+        """Send this replica's weights of a block as the first ones."""
+        ranges = []
+        for piece in block.pieces:
+            values = self._flat(piece.parameter)[piece.start : piece.stop]
+            ranges.append(values.float().cpu())
+        self._client.store(block.key, torch.cat(ranges))
 
     def pull(self, block: Block) -> None:
         """Fetch a block's weights as they are on the server."""
 
         def sink(offset: int, values: Tensor) -> None:
-            at = 0
-            for (
-                piece
-            ) in block.pieces:  # the part of this piece that lies in [offset, offset + len(values))
-                first, last = (
-                    max(at, offset),
-                    min(at + piece.stop - piece.start, offset + len(values)),
-                )
-                if first < last:
-                    to = self._flat(piece.parameter)[
-                        piece.start + first - at : piece.start + last - at
-                    ]
-                    to.copy_(values[first - offset : last - offset])
-                at += piece.stop - piece.start
+            """Write the part [offset, offset + len(values)) of the block into the model."""
+            for piece, in_block in _places(block):
+                first = max(in_block.start, offset)
+                last = min(in_block.stop, offset + len(values))
+                if first >= last:  # the part has nothing of this piece
+                    continue
+                start = piece.start + first - in_block.start
+                target = self._flat(piece.parameter)[start : start + last - first]
+                target.copy_(values[first - offset : last - offset])
 
         self._client.pull(block.key, sink)
 
+    def pull_rows(self, index: int, rows: Tensor) -> None:
+        """Fetch rows of a sparse table, and put them into the model.
+
+        Args:
+            index: the table's parameter.
+            rows: row numbers within the table, int64, (n,), sorted, each once.
+        """
+        asked = []  # (block, rows of the table that lie in it)
+        for block in self.tables[index]:
+            is_in_block = (rows >= block.first_row) & (rows < block.first_row + block.shape[0])
+            rows_in_block = rows[is_in_block]
+            if len(rows_in_block):
+                self._client.ask_rows(block.key, rows_in_block - block.first_row)
+                asked.append((block, rows_in_block))
+        table = self.parameters[index].data
+        for block, rows_in_block in asked:
+            values = self._client.rows(block.key).to(table.device, table.dtype)
+            table.index_copy_(0, rows_in_block.to(table.device), values)
+
+    # Optimizer state
+
     def send_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the servers the state that ``optimizer`` holds, as loaded from a checkpoint; before ``store``."""
+        """Give the servers the state that ``optimizer`` holds, as loaded from a checkpoint.
+
+        Comes before ``store``.
+        """
         for block in self.blocks:
-            states = [
-                optimizer.state.get(self.parameters[piece.parameter], {}) for piece in block.pieces
-            ]
+            parameters = [self.parameters[piece.parameter] for piece in block.pieces]
+            states = [optimizer.state.get(parameter, {}) for parameter in parameters]
             tensors: dict[str, Tensor] = {}
             numbers: dict[str, float] = {}
-            for name, first in states[0].items():
-                if not all(name in state for state in states) or first is None:
+            for name, value in states[0].items():
+                if value is None or not all(name in state for state in states):
                     continue
-                if isinstance(first, Tensor) and (
-                    first.dim() or (first.shape == self._shape(block.pieces[0]) and name != "step")
-                ):
-                    ranges = [
-                        state[name].detach().float().cpu().reshape(-1)[piece.start : piece.stop]
-                        for piece, state in zip(block.pieces, states, strict=True)
-                    ]
-                    whole = (
-                        first.detach().float().cpu()
-                        if block.shape and not block.sparse
-                        else torch.cat(ranges)
-                    )
-                    tensors[name] = whole.view(block.shape) if block.sparse else whole
+                if self._is_tensor_state(name, value, block.pieces[0]):
+                    tensors[name] = _state_of_block(name, states, block)
                 else:
-                    numbers[name] = float(first)
+                    numbers[name] = float(value)
             if tensors or numbers:
                 self._client.set_state(block.key, tensors, numbers)
 
+    def _is_tensor_state(self, name: str, value: Any, piece: Piece) -> bool:
+        """Return True if a value of an optimizer's state belongs to elements of a parameter.
+
+        A tensor without dimensions is a number, such as ``step``, unless the parameter has none
+        either.
+        """
+        if not isinstance(value, Tensor):
+            return False
+        has_shape_of_parameter = value.shape == self.parameters[piece.parameter].shape
+        return value.dim() > 0 or (has_shape_of_parameter and name != "step")
+
     def fetch_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """The reverse: put the servers' state into ``optimizer``, in the form that it would have had itself."""
+        """Put the servers' state into ``optimizer``, in the form that its own would have."""
         for block in self.blocks:
             tensors, numbers = self._client.state(block.key)
-            at = 0
-            for piece in block.pieces:
-                parameter, size = self.parameters[piece.parameter], piece.stop - piece.start
+            for piece, in_block in _places(block):
+                parameter = self.parameters[piece.parameter]
                 state = optimizer.state[parameter]
                 for name, number in numbers.items():
                     state[name] = torch.tensor(float(number))
@@ -204,66 +290,82 @@ class Replica:
                         continue
                     if name not in state or state[name].shape != parameter.shape:
                         state[name] = torch.zeros(parameter.shape)
-                    state[name].view(-1)[piece.start : piece.stop] = tensor.reshape(-1)[
-                        at : at + size
-                    ]
-                at += size
-
-    def _shape(self, piece: sharding.Piece) -> torch.Size:
-        return self.parameters[piece.parameter].shape
-
-    def pull_rows(self, index: int, rows: Tensor) -> None:
-        """Fetch rows of a sparse table (sorted, unique, int64) and put them into the model."""
-        table, asked = self.parameters[index].data, []
-        for block in self.tables[index]:
-            here = rows[(rows >= block.first_row) & (rows < block.first_row + block.shape[0])]
-            if len(here):
-                self._client.ask_rows(block.key, here - block.first_row)
-                asked.append((block.key, here))
-        for key, here in asked:
-            table.index_copy_(
-                0, here.to(table.device), self._client.rows(key).to(table.device, table.dtype)
-            )
-
-    def _push_rows(self, index: int, gradient: Tensor | None, step: int, lr: float) -> None:
-        """Send a sparse table's gradient: every block of the table gets its rows, or word that there are none."""
-        table = self.parameters[index]
-        if gradient is None:
-            rows, values = torch.empty(0, dtype=torch.int64), torch.empty(0, table.shape[1])
-        else:
-            gradient = gradient.coalesce()
-            rows, values = gradient.indices()[0].cpu(), gradient.values().float().cpu()
-        for block in self.tables[index]:
-            first, last = torch.searchsorted(
-                rows, torch.tensor([block.first_row, block.first_row + block.shape[0]])
-            ).tolist()
-            self._client.push_rows(
-                block.key, step, lr, rows[first:last] - block.first_row, values[first:last]
-            )
+                    values = tensor.reshape(-1)[in_block]
+                    state[name].view(-1)[piece.start : piece.stop] = values
 
     def _flat(self, index: int) -> Tensor:
+        """Return a parameter's weights as one dimension, in the same memory."""
         return self.parameters[index].data.view(-1)
 
 
 def needs_staging(device: torch.device) -> bool:
+    """Return True if gradients of this device pass through page-locked memory."""
     return device.type != "cpu"
 
 
+def _places(block: Block) -> Iterator[tuple[Piece, slice]]:
+    """Yield the pieces of a block, each with its place in the block."""
+    start = 0
+    for piece in block.pieces:
+        yield piece, slice(start, start + piece.numel)
+        start += piece.numel
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """Return the number of the group that holds each parameter, by the parameter's ``id``."""
+    group_of = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            group_of[id(parameter)] = number
+    return group_of
+
+
+def _check_all_are_optimized(model: nn.Module, group_of: dict[int, int]) -> None:
+    """Raise ``UserError`` if a parameter needs a gradient that no optimizer uses."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in group_of:
+            raise UserError(
+                f"optimizer: parameter {name} needs a gradient "
+                "and is in none of the optimizer's groups"
+            )
+
+
 def _sparse_tables(model: nn.Module) -> set[int]:
-    """Parameters whose gradients are sparse."""
-    return {
-        id(m.weight)
-        for m in model.modules()
-        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse
-    }
+    """Return the ``id`` of each parameter whose gradients are sparse."""
+    tables = set()
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            tables.add(id(module.weight))
+    return tables
 
 
-def _outer(settings: Settings) -> dict[str, Any]:
-    """The server's optimizer of local SGD; the "gradient" is how far the workers went, from where they began, with the sign turned.
+def _outer_optimizer(settings: Settings) -> dict[str, Any]:
+    """Return the description of the server's optimizer of local SGD.
 
-    Averaging is a plain step of rate 1; DiLoCo (Douillard et al., 2023) takes Nesterov steps instead.
+    Its "gradient" is how far the workers went from where they began, with the sign turned.
+    Averaging is then a plain step of rate 1. DiLoCo (Douillard et al., 2023) takes Nesterov steps
+    instead.
     """
     if settings.outer == "average":
         return {"name": "SGD", "groups": [{"lr": 1.0}]}
     options = {"lr": settings.outer_lr, "momentum": settings.outer_momentum, "nesterov": True}
     return {"name": "SGD", "groups": [options]}
+
+
+def _state_of_block(name: str, states: list[dict[str, Any]], block: Block) -> Tensor:
+    """Return one tensor of an optimizer's state as a block's server holds it (float32, CPU).
+
+    Args:
+        name: of the tensor.
+        states: the optimizer's state of the parameter of each piece.
+        block: a flat block gets a flat tensor; part of a sparse table (rows, width); a block that
+            is a whole tensor gets the state's own shape, which need not be the parameter's.
+    """
+    if block.shape and not block.sparse:
+        return states[0][name].detach().float().cpu()
+    ranges = []
+    for piece, state in zip(block.pieces, states, strict=True):
+        flat = state[name].detach().float().cpu().reshape(-1)
+        ranges.append(flat[piece.start : piece.stop])
+    values = torch.cat(ranges)
+    return values.view(block.shape) if block.sparse else values

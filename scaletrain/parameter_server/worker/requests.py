@@ -1,5 +1,13 @@
-"""What a worker asks its servers for: handed from the thread that trains to the one that sends, and the answers back."""
+"""A worker's open requests to its servers: one thread asks, another sends and answers.
 
+Three threads meet in a ``Requests``:
+
+- The training thread asks, and waits for answers.
+- The staging thread, on accelerators, asks for pushes too.
+- The I/O thread (``io_thread``) sends requests and hands in the answers.
+"""
+
+import enum
 import heapq
 import os
 import threading
@@ -8,6 +16,7 @@ from typing import Any, NamedTuple
 
 from scaletrain.parameter_server.protocol.memory import Slab
 from scaletrain.parameter_server.protocol.wire import Header, Message
+from scaletrain.run import progress
 
 
 class ServerError(RuntimeError):
@@ -15,15 +24,28 @@ class ServerError(RuntimeError):
 
 
 class PeerLost(ServerError, ConnectionError):
-    """It is gone, or says that another worker is: a consequence of what happened elsewhere."""
+    """A server is gone, or reports a lost worker: a consequence of a failure elsewhere."""
+
+
+class Topic(enum.Enum):
+    """The subject of a request."""
+
+    STORE = enum.auto()  # part of a block's first weights, or of its optimizer's state
+    PART = enum.auto()  # part of a block's weights as they are
+    UPDATE = enum.auto()  # a gradient, dense or sparse
+    ROWS = enum.auto()  # rows of a sparse table
+    SUM = enum.auto()
+    PAUSE = enum.auto()
+    LEAVE = enum.auto()
+    STATE = enum.auto()  # description of a block's optimizer state
 
 
 class Token(NamedTuple):
-    """What a message asks for; its answer carries the same."""
+    """The name of a request. Its answer has the same, and no two open requests share one."""
 
-    what: str
-    key: int
-    offset: int = 0
+    topic: Topic
+    key: int  # the block; for SUM the number of the sum, for PAUSE and LEAVE the server
+    offset: int = 0  # first element, where a block travels in parts
 
 
 class Answered(NamedTuple):
@@ -34,92 +56,157 @@ class Answered(NamedTuple):
     weights: Slab | None  # the server's memory
 
 
+class _Request(NamedTuple):
+    """An open request, as it is sent."""
+
+    header: Header
+    payloads: list[Any]  # frames: bytes or arrays
+
+
 class _Entry(NamedTuple):
-    key: int  # blocks in forward order: what the next forward needs first goes first
+    """A place in the queue of requests to send. The smallest entry leaves first."""
+
+    key: int  # blocks in forward order: the next forward needs the first ones first
     arrival: int
     token: Token
 
 
 class Requests:
-    """Open requests in the order in which they should leave. One thread waits; all other methods may be called by any."""
+    """Open requests in the order in which they should leave.
+
+    One thread at a time may ``wait``, the training thread. All other methods may be called by any.
+
+    Attributes:
+        wake: an eventfd. Written by ``ask`` and ``notify``, read by the I/O thread, which polls it.
+        failure: the first failure, for good; None while there is none. Written under the lock by
+            ``fail``. The I/O thread reads it without the lock: it may notice a failure one turn
+            later.
+    """
 
     def __init__(self) -> None:
-        self.wake = os.eventfd(0, os.EFD_NONBLOCK)  # readable when there is something to send
-        self._changed = threading.Condition()
-        self._open: dict[Token, tuple[Header, list[Any]]] = {}
-        self._queue: list[_Entry] = []
-        self._arrivals = 0
-        self._answers: dict[Token, Answered] = {}
-        self._awaited: Token | None = None  # nobody is woken for another one
+        self.wake = os.eventfd(0, os.EFD_NONBLOCK)
         self.failure: ServerError | None = None
+        # The lock of everything below; notified when the awaited answer is in, or all has failed.
+        self._changed = threading.Condition()
+        # Added by ``ask``, removed by ``answer``: sent requests stay open until they are answered.
+        self._open: dict[Token, _Request] = {}
+        # A heap. Filled by ``ask`` and ``send_again``, emptied by ``send``. Entries of requests
+        # that were answered meanwhile are skipped.
+        self._queue: list[_Entry] = []
+        self._arrivals = 0  # entries made so far
+        # Put in by ``answer``, taken out by ``wait``.
+        self._answers: dict[Token, Answered] = {}
+        # The token that the training thread waits for. Other answers do not wake it.
+        self._awaited: Token | None = None
 
     def ask(self, token: Token, header: Header, payloads: list[Any]) -> Token:
+        """Open a request. Does not wait; the payloads must stay as they are until it is answered.
+
+        Returns:
+            ``token``, for ``wait``.
+        """
         with self._changed:
-            self._open[token] = (header, payloads)
+            self._open[token] = _Request(header, payloads)
             self._enqueue(token)
-        os.eventfd_write(self.wake, 1)
+        self.notify()
         return token
 
     def wait(self, token: Token) -> Answered:
-        """The answer. Raises ``ServerError`` after ``fail``, which whoever watches the servers' signs of life calls."""
+        """Wait for the answer to an open request.
+
+        There is no time limit: the I/O thread calls ``fail`` if the servers give no sign of life.
+
+        Raises:
+            ServerError: after ``fail``.
+        """
+
+        def is_over() -> bool:
+            return token in self._answers or self.failure is not None
+
         with self._changed:
             self._awaited = token
-            self._changed.wait_for(lambda: token in self._answers or self.failure is not None)
+            if not self._changed.wait_for(is_over, timeout=progress.LONG_WAIT_S):
+                with progress.waiting("the parameter servers"):
+                    self._changed.wait_for(is_over)
             if token in self._answers:
                 return self._answers.pop(token)
             assert self.failure
-            raise type(self.failure)(
-                *self.failure.args
-            )  # it may be raised again, by another thread
+            # A copy: another thread may raise it, too, and each needs a traceback of its own.
+            raise type(self.failure)(*self.failure.args)
 
-    def woken(self) -> None:
-        """Take notice of ``wake``."""
+    def notify(self) -> None:
+        """Make the I/O thread look at its requests."""
+        os.eventfd_write(self.wake, 1)
+
+    def take_notice(self) -> None:
+        """Reset ``wake`` (I/O thread)."""
         os.eventfd_read(self.wake)
 
     def send(self, try_send: Callable[[Token, Header, list[Any]], bool]) -> None:
-        """Hand everything that waits to ``try_send``; what it has no room for (False) waits on, and may be overtaken."""
-        later: list[_Entry] = []
+        """Hand every queued request to ``try_send`` (I/O thread).
+
+        Args:
+            try_send: returns False if there is no room for the request now. It stays queued, and
+                later requests may overtake it.
+        """
+        delayed: list[_Entry] = []
         while True:
             with self._changed:
                 if not self._queue:
                     break
                 entry = heapq.heappop(self._queue)
-                asked = self._open.get(entry.token)
-            if asked is not None and not try_send(entry.token, *asked):
-                later.append(entry)
+                request = self._open.get(entry.token)
+            if request is None:  # answered meanwhile
+                continue
+            if not try_send(entry.token, request.header, request.payloads):
+                delayed.append(entry)
         with self._changed:
-            for entry in later:
+            for entry in delayed:
                 heapq.heappush(self._queue, entry)
 
     def answer(self, token: Token, answered: Answered) -> None:
-        """One that was not asked for, or answered before, is left out: it was sent again after a lost connection."""
+        """Close a request (I/O thread).
+
+        An answer to a request that is not open is ignored. The request was sent again after a lost
+        connection, and this is its second answer.
+        """
         with self._changed:
-            if self._open.pop(token, None) is not None:
-                self._answers[token] = answered
-                if token == self._awaited:
-                    self._changed.notify_all()
+            if self._open.pop(token, None) is None:
+                return
+            self._answers[token] = answered
+            if token == self._awaited:
+                self._changed.notify_all()
 
     def is_open(self, token: Token) -> bool:
+        """Return True if a request was asked and not answered yet."""
         return token in self._open
 
     def send_again(self, change: Callable[[Token, Header], Header | None]) -> None:
-        """Queue open requests once more, with the header that ``change`` gives them; None leaves one as it is."""
+        """Queue open requests once more, after a lost connection (I/O thread).
+
+        Args:
+            change: returns the header to send a request with, or None to leave that request alone.
+        """
         with self._changed:
-            for token, (header, payloads) in self._open.items():
-                changed = change(token, header)
-                if changed is not None:
-                    self._open[token] = (changed, payloads)
+            for token, request in self._open.items():
+                header = change(token, request.header)
+                if header is not None:
+                    self._open[token] = _Request(header, request.payloads)
                     self._enqueue(token)
 
     def fail(self, error: ServerError) -> None:
-        """End all waiting, now and later, with the first error given."""
+        """End all waiting, now and later. The first error of several is the one that counts."""
         with self._changed:
-            self.failure = self.failure or error
+            if self.failure is None:
+                self.failure = error
             self._changed.notify_all()
 
     def close(self) -> None:
+        """Release ``wake``, after the I/O thread has ended."""
         os.close(self.wake)
 
     def _enqueue(self, token: Token) -> None:
+        """Queue an open request. The caller holds the lock."""
         self._arrivals += 1
-        heapq.heappush(self._queue, _Entry(self._open[token][0].key, self._arrivals, token))
+        key = self._open[token].header.key
+        heapq.heappush(self._queue, _Entry(key, self._arrivals, token))

@@ -1,25 +1,54 @@
-"""Page-locked memory between tensors of an accelerator and the wire, so that nothing waits for a copy that need not."""
+"""Page-locked memory between an accelerator's tensors and the wire.
+
+Copies overlap: neither the training thread nor the device waits for one without need.
+"""
 
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from scaletrain.parameter_server.protocol.sharding import Block
-from scaletrain.parameter_server.worker.client import Answer, Client
+from scaletrain.parameter_server.worker.client import Client, PushResult
+
+
+class _Copy(NamedTuple):
+    """A gradient on its way from the device, and the push that follows."""
+
+    done: Any  # an event of the device: the gradient is in page-locked memory
+    key: int
+    step: int
+    lr: float
 
 
 class Staging:
-    """Has the ``push`` and ``take`` of the client, for dense blocks of a model on ``device``.
+    """Pushes and takes dense blocks of a model on an accelerator, in place of the ``Client``.
 
-    A gradient is copied on a stream of its own, behind the kernels that make it; a thread waits for the copy and pushes. The thread that
-    trains goes on with backward at once. New weights are copied behind what the device is doing, too.
+    A gradient passes three stages:
 
-    The CPU's streams and events do nothing, and it has no memory to lock: what runs there is the same code without the overlap.
+    1. ``copy`` enqueues a copy on a stream of its own, behind the kernels that compute the
+       gradient.
+       The training thread goes on with backward at once.
+    2. ``push`` records an event behind the copies of a block, and hands it to the staging thread.
+    3. That thread waits for the event, and pushes over the client.
+
+    New weights are copied behind the work that the device still has.
+
+    On the CPU streams and events do nothing, and there is no memory to lock: the same code runs
+    without the overlap (for tests).
+
+    Args:
+        client: pushes and takes for this one.
+        blocks: the dense blocks.
+        device: where the model lies.
+
+    Attributes:
+        gradients: page-locked memory for the gradient of each block, by key; float32, one
+            dimension. Written by the copies, read by the staging thread after them.
     """
 
     def __init__(self, client: Client, blocks: Iterable[Block], device: torch.device):
@@ -27,65 +56,77 @@ class Staging:
         self._accelerated = device.type != "cpu"
         self._module: Any = torch.get_device_module(device)
         self._stream = self._module.Stream()
-        sizes = {block.key: block.numel for block in blocks}
-        self.gradients = {
-            key: torch.zeros(numel, pin_memory=self._accelerated) for key, numel in sizes.items()
-        }
-        self._weights = {
-            key: torch.empty(numel, pin_memory=self._accelerated) for key, numel in sizes.items()
-        }
-        self._read: dict[
-            int, Any
-        ] = {}  # by block: when the device has the weights that were staged last
-        self._copied: queue.SimpleQueue[tuple[Any, int, int, float] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._push, name="staging", daemon=True)
+        self.gradients: dict[int, Tensor] = {}
+        # Page-locked memory for new weights. Written and read by the training thread.
+        self._weights: dict[int, Tensor] = {}
+        for block in blocks:
+            self.gradients[block.key] = torch.zeros(block.numel, pin_memory=self._accelerated)
+            self._weights[block.key] = torch.empty(block.numel, pin_memory=self._accelerated)
+        # By block: the event at which the device has read the weights that were staged last.
+        self._weights_read: dict[int, Any] = {}
+        # Filled by the training thread, emptied by the staging thread; None ends it.
+        self._copies: queue.SimpleQueue[_Copy | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="staging", daemon=True)
         self._thread.start()
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy what the current stream makes into part of ``gradients``; does not wait."""
+        """Copy a gradient that the current stream computes. Does not wait.
+
+        Args:
+            target: part of ``gradients``.
+            source: on the device, as many elements.
+        """
         self._stream.wait_stream(self._module.current_stream())
         with self._module.stream(self._stream):
             target.copy_(source, non_blocking=True)
         if self._accelerated:
-            source.record_stream(
-                self._stream
-            )  # its memory is not given to others before it was copied
+            # Its memory must not be given to others before it has been copied.
+            source.record_stream(self._stream)
 
     def push(self, key: int, step: int, lr: float) -> None:
-        """Push what was copied; does not wait. Answered by ``take``."""
-        self._copied.put((self._now(self._stream), key, step, lr))
+        """Push a block after its copies. Does not wait; ``take`` receives the answer."""
+        self._copies.put(_Copy(self._record(self._stream), key, step, lr))
 
-    def take(self, key: int, sink: Callable[[Tensor], None]) -> Answer:
-        """As the client's; ``sink`` is called once, with memory that stays as it is until the current stream has used it."""
+    def take(self, key: int, sink: Callable[[Tensor], None]) -> PushResult:
+        """Wait for the answer to ``push``.
+
+        Args:
+            key: the block.
+            sink: called once with the new weights (float32, one dimension, page-locked). They stay
+                as they are until the current stream has used them.
+        """
 
         def stage(values: Tensor) -> None:
-            if key in self._read:
-                self._read[key].synchronize()
+            # The device may still be reading the weights that were staged before.
+            if key in self._weights_read:
+                self._weights_read[key].synchronize()
             self._weights[key].copy_(values)
 
-        answer = self._client.take(key, stage)
+        result = self._client.take(key, stage)
         sink(self._weights[key])
-        self._read[key] = self._now(self._module.current_stream())
-        return answer
+        self._weights_read[key] = self._record(self._module.current_stream())
+        return result
 
     def close(self) -> None:
-        """After what was asked for."""
-        self._copied.put(None)
+        """End the staging thread after the pushes that it has."""
+        self._copies.put(None)
         self._thread.join()
 
-    def _push(self) -> None:
-        while entry := self._copied.get():
-            copied, key, step, lr = entry
+    def _run(self) -> None:
+        """Push each gradient once it has been copied (staging thread)."""
+        while True:
+            copy = self._copies.get()
+            if copy is None:
+                return
             try:
-                copied.synchronize()
-                np.copyto(self._client.gradient(key), self.gradients[key].numpy())
-                self._client.push(key, step, lr)
-            except (
-                Exception
-            ) as error:  # the thread that trains waits for an answer, and has to hear of it
-                self._client.fail(f"gradient of block {key}: {type(error).__name__}: {error}")
+                copy.done.synchronize()
+                np.copyto(self._client.gradient(copy.key), self.gradients[copy.key].numpy())
+                self._client.push(copy.key, copy.step, copy.lr)
+            except Exception as error:  # of any kind: the training thread must not wait for ever
+                self._client.fail(f"gradient of block {copy.key}: {type(error).__name__}: {error}")
 
-    def _now(self, stream: Any) -> Any:
+    def _record(self, stream: Any) -> Any:
+        """Return an event at the present end of a stream."""
         event = self._module.Event()
         event.record(stream)
         return event

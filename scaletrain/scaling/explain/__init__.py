@@ -1,1 +1,1 @@
-"""Explain: what limits a run, and how runs compare."""
+"""Explain: the limiter of each cell, and the change from one report to another."""

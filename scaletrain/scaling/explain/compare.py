@@ -10,7 +10,7 @@ import yaml
 from scaletrain.config import parse_setting
 from scaletrain.errors import UserError
 from scaletrain.scaling.measure.intervals import Change, change, mean
-from scaletrain.scaling.model import Header, Report, Row
+from scaletrain.scaling.model import Report, ReportHeader, Row
 
 WORTH = 0.01  # a smaller change does not matter, however certain it is
 KNOWN = 0.10  # an interval that reaches further than this does not show that nothing changed
@@ -83,9 +83,8 @@ def compare(new: Report, old: Report) -> list[CellChange]:
 def _change_of(row: Row, before: Row, together: int) -> CellChange:
     if not row.runs:  # failed, or not measured yet
         return CellChange(row.label, None, failed=bool(row.failures))
-    rate_now = mean([run.samples_per_s for run in row.runs])
-    rate_before = mean([run.samples_per_s for run in before.runs])
-    return CellChange(row.label, change(rate_now, rate_before, together=together))
+    rate_change = change(mean(row.rates), mean(before.rates), together=together)
+    return CellChange(row.label, rate_change)
 
 
 def _identity(row: Row) -> tuple[str, str, int, int, str]:
@@ -128,7 +127,7 @@ def differences(new: Report, old: Report) -> str | None:
     return f"measured with different settings: {', '.join(dict.fromkeys(changes))}"
 
 
-def _settings(header: Header) -> dict[str, dict[str, object]]:
+def _settings(header: ReportHeader) -> dict[str, dict[str, object]]:
     """Return the dotted keys of each config, with what was set in every cell.
 
     Under the empty name: what the header says of the use of the machine.

@@ -1,14 +1,14 @@
-"""The first sentences of a report: what was reached, what limits it, and what to doubt."""
+"""The first sentences of a report: speed-up, limiter and doubts."""
 
 from collections.abc import Sequence
 
 from scaletrain.scaling.measure.intervals import ONE_RUN, change, mean
-from scaletrain.scaling.model import Header, Loss, Report, Row
+from scaletrain.scaling.model import Loss, Report, ReportHeader, Row
 from scaletrain.units import plural
 
 
 def oversubscribed(report: Report) -> str:
-    """Return what figures and tables say of their marked rows; empty if none is marked."""
+    """Return the remark on marked rows in figures and tables; empty if none is marked."""
     causes = dict.fromkeys(row.oversubscribed for row in report.rows if row.oversubscribed)
     return f"oversubscribed: {', '.join(causes)}" if causes else ""
 
@@ -31,7 +31,7 @@ def of(report: Report) -> str:
     return " ".join(sentences) or "Nothing was measured."
 
 
-def _cautions(header: Header) -> list[str]:
+def _cautions(header: ReportHeader) -> list[str]:
     cautions = []
     if header.emulated and header.emulation:
         cautions.append("EMULATED: " + "; ".join(header.emulation) + ".")
@@ -82,7 +82,7 @@ def _speed_alone(rows: Sequence[Row]) -> list[str]:
 
 
 def _limiter(best: Row, largest: Row, losses: Sequence[Loss]) -> list[str]:
-    """Return what limits the best row; if its loss was not split, the row of most workers."""
+    """Return the limiter of the best row; if its loss was not split, of the most workers."""
     for row in (best, largest):
         for loss in losses:
             if loss.label == row.label and (loss.config, loss.variant) == (row.config, row.variant):
@@ -96,7 +96,7 @@ def _oversubscription(row: Row) -> list[str]:
     return [f"There were {row.oversubscribed}: these figures are of an oversubscribed machine."]
 
 
-def _missing(header: Header) -> list[str]:
+def _missing(header: ReportHeader) -> list[str]:
     if not header.runs_missing:
         return []
     return [
@@ -118,9 +118,7 @@ def _may_be_as_fast(row: Row, best: Row) -> bool:
 
     False where there are no repeats: nothing is known then.
     """
-    ahead = mean([run.samples_per_s for run in best.runs])
-    behind = mean([run.samples_per_s for run in row.runs])
-    lead = change(ahead, behind)
+    lead = change(mean(best.rates), mean(row.rates))
     return lead is not None and not lead.is_higher
 
 

@@ -1,4 +1,4 @@
-"""Where the time went: what a step takes beyond its ideal, split by cause, from records alone."""
+"""Where the time went: a step's time beyond its ideal, split by cause, from records alone."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from scaletrain.units import plural
 WELL = 0.98  # from this efficiency on, next to nothing is lost
 LITTLE = 0.05  # half the width of the interval to which an efficiency that good must be known
 WHOLE = 0.05  # share of the loss by which the causes may miss it before the report says so
-CLEAR = 1.25  # times the second cause: what the largest must be to be called the limiter
+CLEAR = 1.25  # times the second cause: only a larger cause is called the limiter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ WORDINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What is known about the lost time of one cell, and how well."""
+    """The lost time of one cell, and how well it is known."""
 
     causes: Sequence[Cause]
     efficiency: float
@@ -104,7 +104,7 @@ class Evidence:
 
     @property
     def loss_s(self) -> float:
-        """Seconds a step that are lost, net of what some causes gain."""
+        """Seconds a step that are lost, after the gains of some causes."""
         return sum(cause.seconds for cause in self.causes)
 
     @property
@@ -138,7 +138,7 @@ def split(steps: Steps, loss_s: float | None = None) -> list[Cause]:
     - communication: the rest of what the exchange adds. If it is known how long a rank waited for
       gradients, forward and backward that take longer without this wait are stolen cores as well:
       the exchange's own work took them;
-    - unexplained: what these leave over.
+    - unexplained: the rest.
 
     Args:
         steps: the cell and its references.
@@ -186,7 +186,7 @@ def unidentified(evidence: Evidence) -> str | None:
         return None
     gained_s = -sum(cause.seconds for cause in evidence.causes if cause.seconds < 0)
     if gained_s > evidence.loss_s:
-        # What is left is smaller than what cancels: a difference of noises.
+        # The rest is smaller than the parts that cancel: a difference of noises.
         return (
             f"No cause can be named: losses of {_ms(evidence.loss_s + gained_s)} and gains of"
             f" {_ms(gained_s)} a step nearly cancel. More repeats may help."
@@ -206,7 +206,7 @@ def unidentified(evidence: Evidence) -> str | None:
 
 
 def _too_noisy(evidence: Evidence) -> str:
-    """Return what to say if the efficiency is not known well enough to name a cause."""
+    """Return the sentences for an efficiency that is not known well enough to name a cause."""
     assert evidence.ci95 is not None
     efficiency = (
         f"efficiency {evidence.efficiency:.2f} ± {evidence.ci95:.2f}"
@@ -220,12 +220,12 @@ def _too_noisy(evidence: Evidence) -> str:
 
 
 def sentence(evidence: Evidence, alternative: str | None = None) -> str:
-    """Return the limiter, its share of the lost time and what to change, for people.
+    """Return the limiter, its share of the lost time and some advice, for people.
 
     Or that the measurements do not identify a limiter.
 
     Args:
-        evidence: what is known about the lost time.
+        evidence: the lost time, and how well it is known.
         alternative: a sentence about a measured or predicted better exchange, in place of general
             advice.
     """
@@ -236,7 +236,7 @@ def sentence(evidence: Evidence, alternative: str | None = None) -> str:
 
 
 def _verdict(evidence: Evidence, alternative: str | None) -> str:
-    """Return the limiter, its share of the lost time, and what to change."""
+    """Return the limiter, its share of the lost time, and advice."""
     on_workers = f"on {plural(evidence.workers, 'worker')}"
     worst = limiter(evidence.causes)
     if worst is None or evidence.efficiency >= WELL:

@@ -8,7 +8,7 @@ import numpy as np
 from scaletrain import plugins
 from scaletrain.scaling.explain import limiter
 from scaletrain.scaling.explain.limiter import Cause, Evidence, MeanStep, Steps
-from scaletrain.scaling.explain.measurements import Measurements
+from scaletrain.scaling.explain.measurements import Measurements, mean_part_s
 from scaletrain.scaling.measure.intervals import mean
 from scaletrain.scaling.model import Cell, Loss, Row, Run
 from scaletrain.scaling.predict.fit import Fit, strategy_of
@@ -22,7 +22,7 @@ UNSYNCHRONISED = (
     "none",
 )
 
-WORTH = 1.02  # times as fast: what a predicted exchange must be to be named
+WORTH = 1.02  # times as fast: a predicted exchange that gains less is not named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +137,9 @@ def mean_step(runs: Sequence[Run]) -> MeanStep:
     return MeanStep(
         step_s=float(np.mean([run.step_s for run in runs])),
         slowest_s=float(np.mean([run.slowest_s for run in runs])),
-        input_s=float(np.mean([run.part_s("input_s") for run in runs])),
+        input_s=mean_part_s(runs, "input_s"),
         compute_s=float(np.mean(compute_s)),
-        update_s=float(np.mean([run.part_s("update_s") for run in runs])),
+        update_s=mean_part_s(runs, "update_s"),
         waited_s=float(np.mean(waits)) if len(waits) == len(runs) else None,
     )
 

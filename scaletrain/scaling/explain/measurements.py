@@ -113,4 +113,14 @@ class Measurements:
 
 def mean_rate(runs: Sequence[Run]) -> float:
     """Return the mean samples per second of some runs."""
-    return float(np.mean([run.samples_per_s for run in runs]))
+    return float(np.mean(rates(runs)))
+
+
+def rates(runs: Sequence[Run]) -> list[float]:
+    """Return the samples per second of each run."""
+    return [run.samples_per_s for run in runs]
+
+
+def mean_part_s(runs: Sequence[Run], part: str) -> float:
+    """Return the mean seconds of one of PARTS over some runs."""
+    return float(np.mean([run.part_s(part) for run in runs]))

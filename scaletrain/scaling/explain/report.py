@@ -1,8 +1,6 @@
-"""From run directories to a report: what was reached, what is lost, and why. Trains nothing."""
+"""From run directories to a report: speed, losses and their causes. Trains nothing."""
 
-import contextlib
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,11 +10,11 @@ from scaletrain.errors import UserError
 from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.explain import headline, losses
-from scaletrain.scaling.explain.measurements import Measurements
+from scaletrain.scaling.explain.measurements import CellResults, Measurements
 from scaletrain.scaling.explain.rows import row_of
 from scaletrain.scaling.measure import machine, servers, sweep
 from scaletrain.scaling.measure.run import read_run
-from scaletrain.scaling.model import BatchPoint, Cell, Header, Report, Row
+from scaletrain.scaling.model import BatchPoint, Cell, Report, ReportHeader, Row
 from scaletrain.scaling.predict.fit import Fit, alike_but_for_exchange, fit_report, predictions
 
 VERSION = 1  # of the format of report.json
@@ -33,49 +31,61 @@ def of_sweep(*outs: Path) -> Report:
     """
     plans = [sweep.read(out) for out in outs]
     measurements = Measurements(strong=plans[0].mode == "strong")
-    planned = finished = failed = 0
-    used_by_others: list[float] = []
+    progress = _Progress()
     for out, plan in zip(outs, plans, strict=True):
         for cell in plan.cells():
-            results = measurements.results(cell)
-            # Where two sweeps have the same cell, the later one counts.
-            results.runs.clear()
-            results.failures.clear()
-            for repeat in range(plan.repeats):
-                directory = sweep.run_dir(out, cell, repeat)
-                if RunDir(directory).has_finished():
-                    results.runs.append(read_run(directory))
-                    used_by_others += machine.read(directory)
-                elif (reason := sweep.read_failure(directory)) is not None:
-                    results.failures.append(reason)
-            planned += plan.repeats
-            finished += len(results.runs)
-            failed += len(results.failures)
-    headers = [_header_of(out, plan) for out, plan in zip(outs, plans, strict=True)]
-    configs = {stem: text for header in headers for stem, text in header.config.items()}
+            _read_cell(out, plan, cell, measurements.results(cell), progress)
+    headers = [
+        sweep.read_header(out) or plan.header() for out, plan in zip(outs, plans, strict=True)
+    ]
+    configs: dict[str, str] = {}
+    for header in headers:
+        configs.update(header.config)
     header = dataclasses.replace(
         headers[0],
         config=configs,
-        runs_planned=planned,
-        runs_missing=planned - finished - failed,
+        runs_planned=progress.planned,
+        runs_missing=progress.planned - progress.finished - progress.failed,
     )
-    if used_by_others:
+    if progress.used_by_others:
         header = dataclasses.replace(
             header,
-            used_by_others=round(float(np.mean(used_by_others)), 3),
-            busy=machine.sentence(used_by_others),
+            used_by_others=round(float(np.mean(progress.used_by_others)), 3),
+            busy=machine.sentence(progress.used_by_others),
         )
     return _report(measurements, header)
 
 
-def _header_of(out: Path, plan: sweep.Sweep) -> Header:
-    """Return the header that was written when the sweep began.
+@dataclasses.dataclass
+class _Progress:
+    """How far the sweeps of a report have come."""
 
-    Rendering again must not claim to have measured here and now.
-    """
-    with contextlib.suppress(OSError):
-        return Header.from_json(json.loads((out / "header.json").read_text(encoding="utf-8")))
-    return plan.header()
+    planned: int = 0  # runs
+    finished: int = 0
+    failed: int = 0
+    # Of each run of which it is known: the share of the cores that other processes used.
+    used_by_others: list[float] = dataclasses.field(default_factory=list)
+
+
+def _read_cell(
+    out: Path, plan: sweep.Sweep, cell: Cell, results: CellResults, progress: _Progress
+) -> None:
+    """Read the repeats of a cell into its results, and count them."""
+    # Where two sweeps have the same cell, the later one counts.
+    results.runs.clear()
+    results.failures.clear()
+    for repeat in range(plan.repeats):
+        directory = sweep.run_dir(out, cell, repeat)
+        if RunDir(directory).has_finished():
+            results.runs.append(read_run(directory))
+            progress.used_by_others += machine.read(directory)
+            continue
+        reason = sweep.read_failure(directory)
+        if reason is not None:
+            results.failures.append(reason)
+    progress.planned += plan.repeats
+    progress.finished += len(results.runs)
+    progress.failed += len(results.failures)
 
 
 def of_runs(directories: Sequence[Path]) -> Report:
@@ -103,7 +113,7 @@ def of_runs(directories: Sequence[Path]) -> Report:
         measurements.results(cell).runs.append(run)
     cells = measurements.cells(reference=False)
     header = dataclasses.replace(
-        Header.from_json(environment()),
+        ReportHeader.from_json(environment()),
         mode=mode,
         repeats=max(len(measurements.runs(cell)) for cell in cells),
         note="rendered from single runs; host and versions are those of the machine that rendered",
@@ -117,14 +127,14 @@ def _config_text(directory: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _report(measurements: Measurements, header: Header) -> Report:
+def _report(measurements: Measurements, header: ReportHeader) -> Report:
     """Build the report in steps; each one rests on those before it."""
-    # 1. What was reached.
+    # 1. The speed of each cell.
     cells = measurements.cells(reference=False)
     rows = tuple(row_of(cell, measurements) for cell in cells)
     references = tuple(row_of(cell, measurements) for cell in measurements.cells(reference=True))
     rows, loss_reached = _with_time_to_loss(rows, cells, measurements)
-    # 2. What is lost.
+    # 2. Its lost time.
     maybe_losses = [
         losses.loss_of(cell, row, measurements) for cell, row in zip(cells, rows, strict=True)
     ]
@@ -138,11 +148,11 @@ def _report(measurements: Measurements, header: Header) -> Report:
         batches=_batches([*rows, *references]),
         loss_reached=loss_reached,
     )
-    # 3. What the model makes of it.
+    # 3. Predictions of the model that this report calibrates.
     fitted = _fitted(report)
     if fitted is not None:
         report = _with_predictions(report, fitted)
-    # 4. What to tell people.
+    # 4. The sentences for people.
     report = dataclasses.replace(
         report, losses=losses.with_alternatives(report.losses, rows, fitted)
     )
@@ -166,8 +176,10 @@ def _with_time_to_loss(
     return tuple(timed), loss
 
 
-def _with_findings(header: Header, rows: Sequence[Row], measurements: Measurements) -> Header:
-    """Add to a header what the runs say of themselves."""
+def _with_findings(
+    header: ReportHeader, rows: Sequence[Row], measurements: Measurements
+) -> ReportHeader:
+    """Add to a header the facts that runs record about themselves."""
     emulation = sorted({row.emulation for row in rows if row.emulation})
     commits: set[str] = set()
     devices: set[str] = set()

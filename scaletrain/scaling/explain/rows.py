@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from scaletrain.collectives.traffic import bytes_moved
-from scaletrain.scaling.explain.measurements import Measurements
+from scaletrain.scaling.explain.measurements import Measurements, mean_part_s, rates
 from scaletrain.scaling.measure.intervals import Mean, mean, percentiles, ratio
 from scaletrain.scaling.model import Cell, Repeat, Row, Run, Summary
 from scaletrain.scaling.predict.fit import strategy_of
@@ -48,7 +48,7 @@ def row_of(cell: Cell, measurements: Measurements) -> Row:
 
 def _with_speed(row: Row, runs: Sequence[Run]) -> Row:
     """Add samples per second and the distribution of steps over all ranks and repeats."""
-    rate = mean([run.samples_per_s for run in runs])
+    rate = mean(rates(runs))
     step = mean([run.step_s for run in runs])
     steps = np.concatenate([run.steps.ravel() for run in runs])
     at_percent = percentiles(steps)
@@ -70,10 +70,10 @@ def _with_parts(row: Row, runs: Sequence[Run]) -> Row:
     """Add the mean seconds of each part of a step."""
     return dataclasses.replace(
         row,
-        input_s=_mean_of(run.part_s("input_s") for run in runs),
-        forward_s=_mean_of(run.part_s("forward_s") for run in runs),
-        backward_s=_mean_of(run.part_s("backward_s") for run in runs),
-        update_s=_mean_of(run.part_s("update_s") for run in runs),
+        input_s=mean_part_s(runs, "input_s"),
+        forward_s=mean_part_s(runs, "forward_s"),
+        backward_s=mean_part_s(runs, "backward_s"),
+        update_s=mean_part_s(runs, "update_s"),
         wait_in_backward_s=_mean_of(run.waited_s for run in runs),
     )
 
@@ -128,8 +128,7 @@ def _with_speedup(row: Row, cell: Cell, measurements: Measurements) -> Row:
 
 def _speedup(runs: Sequence[Run], baseline: Sequence[Run], baseline_workers: int) -> Mean:
     """Return samples per second over the baseline's, whose own speed-up counts as ideal."""
-    rates = [run.samples_per_s for run in runs]
-    speedup = ratio(rates, [run.samples_per_s for run in baseline])
+    speedup = ratio(rates(runs), rates(baseline))
     ci95 = None if speedup.ci95 is None else speedup.ci95 * baseline_workers
     return Mean(speedup.value * baseline_workers, ci95, speedup.n)
 
@@ -156,7 +155,7 @@ def _with_exposed_communication(row: Row, cell: Cell, measurements: Measurements
 
 
 def _scarce(runs: Sequence[Run]) -> str:
-    """Return what the workers had too little of, in words; empty if of nothing."""
+    """Return the resource of which the workers had too little, in words; empty if of none."""
     causes = []
     if any(run.has_too_many_threads for run in runs):
         causes.append("more threads than cores")
@@ -166,7 +165,7 @@ def _scarce(runs: Sequence[Run]) -> str:
 
 
 def _emulation(summary: Summary) -> str | None:
-    """Return in words what was emulated in a run; None for real training on real hosts."""
+    """Return the emulated parts of a run, in words; None for real training on real hosts."""
     if not summary.emulated and summary.launcher != "rehearsal":
         return None
     parts = []

@@ -78,8 +78,8 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Mean:
     """Return the ratio of two means, with its interval to first order.
 
     It is the ratio of the means, not the mean of ratios, so that it fits the means beside it.
-    Values at the same position were measured close to each other: what they share cancels. Where
-    one side has more repeats, they are independent and the relative errors add up as squares.
+    Values at the same position were measured close to each other: drifts that they share cancel.
+    Where one side has more repeats, they are independent and the relative errors add up as squares.
     """
     our_mean, their_mean = mean(ours), mean(theirs)
     value = our_mean.value / their_mean.value

@@ -20,7 +20,7 @@ CHILDREN = ("local", "torchrun")
 
 
 class Watch:
-    """Counts what the cores do, and the part of this process, from its creation on."""
+    """Counts the work of the cores, and this process's part of it, from its creation on."""
 
     def __init__(self) -> None:
         self._began_s = time.monotonic()
@@ -60,8 +60,8 @@ def _busy_s() -> float | None:
 def _own_s() -> float:
     """Return the seconds of computation of this process and its ended descendants."""
     total_s = 0.0
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        used = resource.getrusage(who)
+    for processes in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        used = resource.getrusage(processes)
         total_s += used.ru_utime + used.ru_stime
     return total_s
 

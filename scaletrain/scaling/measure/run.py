@@ -1,4 +1,4 @@
-"""Read one run's records: what a step took on every rank, and what the run reached."""
+"""Read one run: the steps of every rank, and its summary."""
 
 import json
 from pathlib import Path

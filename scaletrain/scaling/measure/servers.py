@@ -1,7 +1,7 @@
-"""Parameter servers in the report: what they counted, and time to loss beside throughput.
+"""Parameter servers in the report: their counts, and time to loss beside throughput.
 
-Asynchronous training may be faster and worse. What counts is when a run reaches a loss that all
-compared runs reach.
+Asynchronous training may be faster and worse. Runs are compared by the time at which they reach a
+loss that all of them reach.
 """
 
 import json
@@ -19,7 +19,7 @@ SMOOTHED_STEPS = 10
 
 
 def read(run_dir: Path) -> ServerCounts | None:
-    """Return what a run's servers counted, together; None if it had none."""
+    """Return the counts of a run's servers, together; None if it had none."""
     each = []
     for path in RunDir(run_dir).all_server_statistics():
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def text(counts: ServerCounts | None) -> str:
     """Return one line about a row's servers; empty if it had none."""
     if counts is None:
         return ""
-    paces = ["-" if pace is None else f"{1000 * pace:.1f}" for pace in counts.pace_s]
+    paces = [_pace(pace_s) for pace_s in counts.pace_s]
     parts = [
         f"{plural(counts.servers, 'server')}, {counts.mode}",
         f"staleness {_histogram(counts)}",
@@ -125,6 +125,10 @@ def text(counts: ServerCounts | None) -> str:
     if counts.refused:
         parts.append(f"{counts.refused} messages refused")
     return "; ".join(parts)
+
+
+def _pace(pace_s: float | None) -> str:
+    return "-" if pace_s is None else f"{1000 * pace_s:.1f}"
 
 
 def _histogram(counts: ServerCounts) -> str:

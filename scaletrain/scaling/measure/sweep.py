@@ -23,14 +23,18 @@ from scaletrain.host.processes import dies_with_parent
 from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
+from scaletrain.run.failure import FailureKind
+from scaletrain.run.failure import read_failure as read_failure_file
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure import machine
-from scaletrain.scaling.model import Cell, Failure, Header, Scalar, Source, SweepPlan
+from scaletrain.scaling.model import Cell, ReportHeader, Scalar, Source, SweepPlan
 
 FAILED = "failed.json"  # in a run's directory: why the repeat failed
+# Failures of workers that had lost another process.
+CONSEQUENCES = (FailureKind.PEER, FailureKind.LAUNCHER)
 REFERENCE_STEPS = 60  # of the short runs that only the split of lost time needs
 # Settings that the sweep gives every cell itself, and the option that decides each.
-OWN = {
+DECIDED = {
     "workers": "--workers", "exchange": "--exchange", "batch_mode": "--mode", "threads": "--threads", "launcher": "--launcher",
     "launcher.name": "--launcher", "launcher.bind": "--bind", "run_dir": "--out",
 }  # fmt: skip
@@ -38,7 +42,7 @@ OWN = {
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a sweep is asked for, before it is checked (see ``plan``)."""
+    """The options of a sweep, before they are checked (see ``plan``)."""
 
     configs: Sequence[Path]
     workers: Sequence[int]  # worker counts
@@ -141,10 +145,10 @@ class Sweep(SweepPlan):
             settings.append("trace=true")
         return settings
 
-    def header(self) -> Header:
+    def header(self) -> ReportHeader:
         """Return where and how the cells are measured, for the report."""
         return dataclasses.replace(
-            Header.from_json(environment()),
+            ReportHeader.from_json(environment()),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             mode=self.mode,
             repeats=self.repeats,
@@ -246,9 +250,9 @@ def _sources(paths: Sequence[Path]) -> dict[str, Source]:
 def _check_keys(option: str, keys: Sequence[str] | Mapping[str, object]) -> None:
     """Refuse settings that the sweep gives every cell itself."""
     for key in keys:
-        if key in OWN:
+        if key in DECIDED:
             raise UserError(
-                f"{option} {key}: the sweep decides it for every cell (give {OWN[key]})"
+                f"{option} {key}: the sweep decides it for every cell (give {DECIDED[key]})"
             )
 
 
@@ -285,7 +289,7 @@ def _differs(out: Path, difference: str) -> UserError:
 
 
 def _plan_path(out: Path) -> Path:
-    """Return where a sweep notes what its cells are, so that a resume means the same."""
+    """Return the file in which a sweep notes its cells, so that a resume means the same."""
     return out / "sweep.json"
 
 
@@ -300,6 +304,27 @@ def read(out: Path) -> Sweep:
     except OSError as error:
         raise UserError(f"{out}: no sweep (sweep.json: {error.strerror})") from None
     return Sweep.from_json(json.loads(text))
+
+
+def _header_path(out: Path) -> Path:
+    return out / "header.json"
+
+
+def write_header(out: Path, header: ReportHeader) -> None:
+    """Note where and how the cells are measured, when measuring begins."""
+    write_json(_header_path(out), header.to_json())
+
+
+def read_header(out: Path) -> ReportHeader | None:
+    """Return the header that was noted when measuring began; None if none was.
+
+    Rendering again must not claim to have measured here and now.
+    """
+    try:
+        text = _header_path(out).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return ReportHeader.from_json(json.loads(text))
 
 
 def read_failure(directory: Path) -> str | None:
@@ -335,7 +360,7 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         sweep: the plan.
         out: the sweep's directory, which ``claim`` made.
         tell: is called with one line about each repeat.
-        trace: whether first repeats also record what a trace shows.
+        trace: whether first repeats also record the events of a trace.
     """
     missing = []
     for cell, repeat in order(sweep.cells(), sweep.repeats):
@@ -422,12 +447,10 @@ def _reason(directory: Path, log: Path, status: int) -> str:
     That is the earliest failure that is not the loss of a peer, else the last line of an error that
     the command printed, else its last line.
     """
-    failures = []
-    for _, path in RunDir(directory).all_failures():
-        with contextlib.suppress(OSError, ValueError):
-            failures.append(Failure.from_json(json.loads(path.read_text(encoding="utf-8"))))
-    if failures:
-        first = min(failures, key=lambda failure: (failure.is_consequence, failure.time))
+    failures = [read_failure_file(path) for _, path in RunDir(directory).all_failures()]
+    readable = [failure for failure in failures if failure is not None]
+    if readable:
+        first = min(readable, key=lambda failure: (failure.kind in CONSEQUENCES, failure.time))
         step = "" if first.step is None else f" at step {first.step}"
         return f"rank {first.rank}{step}: {first.message}"
     text = log.read_text(encoding="utf-8", errors="replace")

@@ -1,18 +1,21 @@
-"""The report's plots, as SVG that takes its colours from the page (light or dark) or as stand-alone images."""
+"""The report's plots, as stand-alone images or as SVG with the colours of its page."""
 
+import dataclasses
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scaletrain.scaling.model import Loss, Prediction, Row
+from scaletrain.scaling.model import Loss, Prediction, Report, Row
+from scaletrain.scaling.predict.simulate import Point
 
-# Stand-ins for the page's colours: exact values that nothing else in a plot has, replaced by CSS variables in inline SVG.
+# Stand-ins for the page's colours: no plot has these exact values otherwise. In inline SVG, CSS
+# variables replace them, so that the page is light or dark.
 INK, PALE, PAPER = "#101112", "#b0b1b2", "#fdfcfb"
 SERIES = ("#2166ac", "#d6604d", "#1b8a5a", "#8856a7", "#b8860b", "#4d9fb8", "#a6456b", "#6b7a2f")
 LOSSES = {
@@ -25,15 +28,49 @@ STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": PAPER, "axes.facecolor": PAPER,
 }  # fmt: skip
 
+MARKERS = "os^vDPX*"  # of strategies beyond the colours
 DODGE = 0.015  # of the axis' length, between the points that several lines have at one place
+THIN = 0.005  # of the largest ideal step: a thinner layer of a bar cannot be seen
 
 Drawing = Callable[[Axes], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """One plot of a report."""
+
+    name: str  # of its file
+    title: str
+    draw: Drawing
+
+
+def of_report(report: Report) -> list[Plot]:
+    """Return the plots that a report has the figures for."""
+    rows = report.rows
+    plots = []
+    if any(row.speedup is not None for row in rows):
+        plots.append(Plot("speedup", "Speed-up", curves(rows, "speedup")))
+        plots.append(Plot("efficiency", "Efficiency", curves(rows, "efficiency")))
+    if report.losses:
+        plots.append(Plot("anatomy", "Anatomy of a step", anatomy(report.losses)))
+    if report.predictions:
+        plots.append(Plot("predicted", "Predicted against measured", predicted(report.predictions)))
+    if any(row.bytes_sent for row in rows):
+        plots.append(Plot("traffic", "Traffic", traffic(rows)))
+    return plots
 
 
 def image(
     draw: Drawing, form: str = "svg", size: tuple[float, float] = (6.0, 3.8), watermark: str = ""
 ) -> bytes:
-    """Draw one plot. ``watermark`` is written above it: emulated figures say so on the figure itself."""
+    """Return one plot as an image.
+
+    Args:
+        draw: draws into the axes.
+        form: svg or png.
+        size: width and height in inches.
+        watermark: is written above the plot: emulated figures say so on the figure itself.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
@@ -47,135 +84,149 @@ def image(
 
 
 def inline(svg: bytes, label: str) -> str:
-    """SVG for an HTML page: no prologue, scales with the page, colours from CSS variables, identifiers unique by ``label``."""
+    """Return SVG for an HTML page.
+
+    It has no prologue, scales with the page, takes its colours from CSS variables, and its
+    identifiers begin with ``label``, since a page holds several.
+    """
     text = svg.decode("utf-8")
     text = text[text.index("<svg") :]
     prefix = re.sub(r"\W+", "-", label)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)
     text = re.sub(r'xlink:href="#', f'xlink:href="#{prefix}-', text)
-    text = re.sub(
-        r'<svg ([^>]*?)width="[^"]*pt" height="[^"]*pt"',
-        rf'<svg role="img" aria-label="{label}" \1',
-        text,
-        count=1,
-    )
-    text = re.sub(
-        r'<svg ([^>]*?)height="[^"]*pt" ([^>]*?)width="[^"]*pt"',
-        rf'<svg role="img" aria-label="{label}" \1\2',
-        text,
-        count=1,
-    )
+    tag, end, rest = text.partition(">")
+    tag = re.sub(r' (?:width|height)="[^"]*pt"', "", tag)  # else it would not scale
+    tag = tag.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    text = tag + end + rest
     for colour, variable in ((INK, "--ink"), (PALE, "--pale"), (PAPER, "--paper")):
         text = text.replace(colour, f"var({variable})")
     return text
 
 
 def _legend(axes: Axes) -> None:
-    """Below the axes, where it covers nothing; the figure grows for more than two lines of it."""
+    """Put the legend below the axes, where it covers nothing.
+
+    The figure grows for more than two lines of it.
+    """
     handles, labels = axes.get_legend_handles_labels()
     figure = axes.figure
     assert isinstance(figure, Figure)
-    columns = max(1, min(4, 88 // (max(map(len, labels)) + 7)))
+    longest = max(len(label) for label in labels)
+    columns = max(1, min(4, 88 // (longest + 7)))
+    lines = math.ceil(len(labels) / columns)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5)
-    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, -(-len(labels) // columns) - 2))
+    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, lines - 2))
 
 
-def curves(rows: Sequence[Row], value: str, ideal: bool, label: str) -> Drawing:
-    """``value`` (speedup or efficiency) against workers, a line an exchange, the ideal dashed, intervals as bars."""
+def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Drawing:
+    """Draw speed-up or efficiency against workers.
+
+    Each exchange has a line, with intervals as bars. The ideal is dashed.
+    """
+
+    def value(row: Row) -> float:
+        number = getattr(row, figure)
+        assert number is not None
+        return number
 
     def draw(axes: Axes) -> None:
-        done = [row for row in rows if getattr(row, value) is not None]
-        workers = sorted({row.workers for row in done})
-        if ideal and workers:
-            ends = [1, max(workers)] if len(workers) > 1 else [1, max(2, workers[0])]
-            axes.plot(
-                ends,
-                ends if value == "speedup" else [1, 1],
-                "--",
-                color=PALE,
-                label="ideal",
-                zorder=1,
-            )
-        names = list(dict.fromkeys(_name(row, rows) for row in done))
+        measured = [row for row in rows if getattr(row, figure) is not None]
+        workers = sorted({row.workers for row in measured})
+        most = max(workers, default=1)
+        if workers:
+            ends = [1, max(2, most) if len(workers) == 1 else most]
+            ideal = ends if figure == "speedup" else [1, 1]
+            axes.plot(ends, ideal, "--", color=PALE, label="ideal", zorder=1)
+        names = list(dict.fromkeys(_line_name(row, rows) for row in measured))
         length = max(workers[-1] - workers[0], 1) if workers else 1
         for index, name in enumerate(names):
             aside = DODGE * length * (index - (len(names) - 1) / 2)
-            own = sorted(
-                (row for row in done if _name(row, rows) == name), key=lambda row: row.workers
-            )
-            scale = [1.0 if value == "speedup" else 1 / row.workers for row in own]
-            errors = [(row.speedup_ci95 or 0.0) * s for row, s in zip(own, scale, strict=True)]
-            colour = SERIES[index % len(SERIES)]
-            axes.errorbar(
-                [row.workers + aside for row in own], [getattr(row, value) for row in own], yerr=errors, marker="o", ms=4.5, lw=1.7,
-                capsize=3, color=colour, label=name, zorder=3,
-            )  # fmt: skip
-            over = [row for row in own if row.oversubscribed]
-            if over:
-                axes.plot(
-                    [r.workers + aside for r in over],
-                    [getattr(r, value) for r in over],
-                    "o",
-                    ms=9,
-                    mfc="none",
-                    mec=colour,
-                    ls="none",
-                )
-        if any(row.oversubscribed for row in done):
-            axes.plot([], [], "o", ms=9, mfc="none", mec=INK, ls="none", label="oversubscribed")
+            line = [row for row in measured if _line_name(row, rows) == name]
+            line.sort(key=lambda row: row.workers)
+            _curve(axes, line, value, aside=aside, colour=SERIES[index % len(SERIES)])
+        if any(row.oversubscribed for row in measured):
+            _ring(axes, [], [], INK, label="oversubscribed")
         axes.set_xlabel("workers")
-        axes.set_ylabel(label)
-        axes.set_xticks(workers, [str(w) for w in workers])
-        top = (
-            1.0 if value == "efficiency" else max(workers, default=1)
-        )  # a wide interval must not flatten the curves
-        axes.set_ylim(0, 1.12 * max([top, *(getattr(row, value) for row in done)]))
+        axes.set_ylabel("times the baseline" if figure == "speedup" else "speed-up / workers")
+        axes.set_xticks(workers, [str(count) for count in workers])
+        # The height follows the values alone: a wide interval must not flatten the curves.
+        least_top = most if figure == "speedup" else 1.0
+        axes.set_ylim(0, 1.12 * max([least_top, *(value(row) for row in measured)]))
         _legend(axes)
+
+    def _curve(
+        axes: Axes, line: Sequence[Row], value: Callable[[Row], float], *, aside: float, colour: str
+    ) -> None:
+        """Draw the line of one exchange, ``aside`` of those of the others."""
+        errors = []
+        for row in line:
+            speedup_ci95 = row.speedup_ci95 or 0.0
+            errors.append(speedup_ci95 if figure == "speedup" else speedup_ci95 / row.workers)
+        axes.errorbar(
+            [row.workers + aside for row in line],
+            [value(row) for row in line],
+            yerr=errors,
+            marker="o",
+            ms=4.5,
+            lw=1.7,
+            capsize=3,
+            color=colour,
+            label=_line_name(line[0], rows),
+            zorder=3,
+        )
+        marked = [row for row in line if row.oversubscribed]
+        if marked:
+            x = [row.workers + aside for row in marked]
+            _ring(axes, x, [value(row) for row in marked], colour)
 
     return draw
 
 
-def _name(row: Row, rows: Sequence[Row]) -> str:
-    several = len({r.config for r in rows}) > 1
-    varied = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in row.variant.items())
-    return " ".join(
-        word for word in ([row.config] if several else []) + [row.exchange, varied] if word
-    )
+def _ring(
+    axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, label: str | None = None
+) -> None:
+    """Draw rings around points."""
+    axes.plot(x, y, "o", ms=9, mfc="none", mec=colour, ls="none", label=label)
+
+
+def _line_name(row: Row, rows: Sequence[Row]) -> str:
+    """Return the name of a row's line, with its config if there are several."""
+    words = []
+    if len({other.config for other in rows}) > 1:
+        words.append(row.config)
+    words.append(row.exchange)
+    words += [f"{key.rpartition('.')[2]}={value}" for key, value in row.variant.items()]
+    return " ".join(words)
 
 
 def anatomy(losses: Sequence[Loss]) -> Drawing:
-    """The step of each cell as a stacked bar: the ideal, then each cause of loss. Causes that gain time hang below zero."""
+    """Draw the step of each cell as a stacked bar: the ideal, then each cause of loss.
+
+    Causes that gain time hang below zero.
+    """
 
     def draw(axes: Axes) -> None:
-        labels = [
-            f"{loss.exchange}\n{loss.workers} w" + "".join(f"\n{v}" for v in loss.variant.values())
-            for loss in losses
-        ]
-        top, below = [0.0] * len(losses), [0.0] * len(losses)
-        layers = {"ideal": [1000 * loss.ideal_s for loss in losses]}
-        layers |= {name: [1000 * loss.causes[name] for loss in losses] for name in losses[0].causes}
-        for name, heights in layers.items():
-            if max(map(abs, heights)) < 0.005 * max(layers["ideal"]):
-                continue  # too thin to be seen
-            starts = [
-                high if height >= 0 else low
-                for height, high, low in zip(heights, top, below, strict=True)
-            ]
-            axes.bar(
-                range(len(losses)),
-                heights,
-                bottom=starts,
-                width=0.62,
-                label=name,
-                color=LOSSES[name],
-            )
-            top = [high + max(0.0, height) for high, height in zip(top, heights, strict=True)]
-            below = [low + min(0.0, height) for low, height in zip(below, heights, strict=True)]
+        places = range(len(losses))
+        top = [0.0] * len(losses)
+        bottom = [0.0] * len(losses)
+        ideals = [1000 * loss.ideal_s for loss in losses]
+        for name, heights in _layers(losses).items():
+            if max(abs(height) for height in heights) < THIN * max(ideals):
+                continue
+            starts = list(top)
+            for place, height in enumerate(heights):
+                if height < 0:
+                    starts[place] = bottom[place]
+                    bottom[place] += height
+                else:
+                    top[place] += height
+            colour = LOSSES[name]
+            axes.bar(places, heights, bottom=starts, width=0.62, label=name, color=colour)
         axes.axhline(0, color=PALE, linewidth=0.8)
-        axes.set_ylim(1.1 * min(below), 1.06 * max(top))
-        axes.set_xticks(range(len(losses)), labels, fontsize=8.5)
+        axes.set_ylim(1.1 * min(bottom), 1.06 * max(top))
+        axes.set_xticks(places, [_bar_name(loss) for loss in losses], fontsize=8.5)
         axes.set_ylabel("ms a step")
         axes.grid(axis="x", visible=False)
         _legend(axes)
@@ -183,37 +234,42 @@ def anatomy(losses: Sequence[Loss]) -> Drawing:
     return draw
 
 
+def _layers(losses: Sequence[Loss]) -> dict[str, list[float]]:
+    """Return the heights of each layer of the bars, in milliseconds."""
+    layers = {"ideal": [1000 * loss.ideal_s for loss in losses]}
+    for cause in losses[0].causes:
+        layers[cause] = [1000 * loss.causes[cause] for loss in losses]
+    return layers
+
+
+def _bar_name(loss: Loss) -> str:
+    lines = [loss.exchange, f"{loss.workers} w", *map(str, loss.variant.values())]
+    return "\n".join(lines)
+
+
 def predicted(points: Sequence[Prediction]) -> Drawing:
-    """Predicted against measured step time, both logarithmic, with the line on which they agree."""
+    """Draw predicted against measured step time, with the line on which they agree."""
 
     def draw(axes: Axes) -> None:
-        values = [
-            getattr(point, key) * 1000 for point in points for key in ("measured_s", "predicted_s")
-        ]
-        ends = [min(values) * 0.8, max(values) * 1.25]
+        times = [point.measured_s for point in points] + [point.predicted_s for point in points]
+        ends = [1000 * min(times) * 0.8, 1000 * max(times) * 1.25]
         axes.plot(ends, ends, "--", color=PALE, label="predicted = measured")
-        for index, name in enumerate(dict.fromkeys(point.exchange for point in points)):
-            own = [point for point in points if point.exchange == name]
+        exchanges = list(dict.fromkeys(point.exchange for point in points))
+        for index, exchange in enumerate(exchanges):
             colour = SERIES[index % len(SERIES)]
-            axes.plot([], [], "o", color=colour, label=name)
-            for fitted in (False, True):
-                some = [point for point in own if point.in_fit is fitted]
-                x, y = (
-                    [1000 * getattr(point, key) for point in some]
-                    for key in ("measured_s", "predicted_s")
-                )
-                axes.plot(x, y, "o", color=colour, mfc="none" if fitted else colour)
+            axes.plot([], [], "o", color=colour, label=exchange)
+            for in_fit in (False, True):
+                some = [p for p in points if p.exchange == exchange and p.in_fit is in_fit]
+                x = [1000 * point.measured_s for point in some]
+                y = [1000 * point.predicted_s for point in some]
+                axes.plot(x, y, "o", color=colour, mfc="none" if in_fit else colour)
         if any(point.in_fit for point in points):
             axes.plot([], [], "o", color=INK, mfc="none", label="hollow: residual of the fit")
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.set_minor_formatter(
-                lambda value, _: (
-                    f"{value:g}" if value / 10 ** math.floor(math.log10(value)) in (2, 5) else ""
-                )
-            )
+            axis.set_minor_formatter(lambda value, _: _minor_tick(value))
         axes.set_xlabel("measured, ms a step")
         axes.set_ylabel("predicted, ms a step")
         _legend(axes)
@@ -221,21 +277,30 @@ def predicted(points: Sequence[Prediction]) -> Drawing:
     return draw
 
 
+def _minor_tick(value: float) -> str:
+    """Label twos and fives of each decade alone."""
+    leading = value / 10 ** math.floor(math.log10(value))
+    return f"{value:g}" if leading in (2, 5) else ""
+
+
 def traffic(rows: Sequence[Row]) -> Drawing:
-    """Megabytes that one worker sends in a step: counted, or those of the collective's schedule (of a ring for ``native`` and ``horovod``)."""
+    """Draw the megabytes that one worker sends in a step.
+
+    They are counted, or those of the collective's schedule (a ring's for ``native`` and
+    ``horovod``).
+    """
 
     def draw(axes: Axes) -> None:
-        own = [row for row in rows if row.bytes_sent][::-1]
-        places = range(len(own))
-        for kind, look in (("counted", {}), ("the schedule's", {"hatch": "//", "alpha": 0.6})):
-            some = [
-                (place, (row.bytes_sent or 0.0) / 1e6)
-                for place, row in zip(places, own, strict=True)
-                if row.bytes_sent_is == kind
-            ]
-            if some:
-                axes.barh(*zip(*some, strict=True), color=SERIES[0], label=kind, **look)  # type: ignore[arg-type]
-        axes.set_yticks(places, [f"{_name(row, rows)}, {row.workers} w" for row in own])
+        bars = [row for row in rows if row.bytes_sent]
+        bars.reverse()  # the first row on top
+        looks: dict[str, Any] = {"counted": {}, "the schedule's": {"hatch": "//", "alpha": 0.6}}
+        for kind, look in looks.items():
+            places = [place for place, row in enumerate(bars) if row.bytes_sent_is == kind]
+            widths = [(bars[place].bytes_sent or 0.0) / 1e6 for place in places]
+            if places:
+                axes.barh(places, widths, color=SERIES[0], label=kind, **look)
+        labels = [f"{_line_name(row, rows)}, {row.workers} w" for row in bars]
+        axes.set_yticks(range(len(bars)), labels)
         _legend(axes)
         axes.set_xlabel("MB sent by a worker in a step")
         axes.grid(axis="y", visible=False)
@@ -243,49 +308,51 @@ def traffic(rows: Sequence[Row]) -> Drawing:
     return draw
 
 
-def _beside(own: Sequence[Mapping[str, Any]]) -> str:
-    """How many machines a strategy takes beside its workers."""
-    extra = max(row["machines"] - row["workers"] for row in own)
-    return f" (+{extra})" if extra else ""
+def simulation(points: Sequence[Point], reach: int | None) -> Drawing:
+    """Draw predicted speed-up against workers, both logarithmic.
 
-
-def simulation(rows: Sequence[Mapping[str, Any]], reach: int | None) -> Drawing:
-    """Predicted speed-up against workers, both logarithmic; beyond ``reach`` workers dashed."""
+    Args:
+        points: of all strategies and worker counts.
+        reach: beyond so many workers lines are dashed. None: nowhere.
+    """
 
     def draw(axes: Axes) -> None:
-        counts = sorted({row["workers"] for row in rows})
+        counts = sorted({point.workers for point in points})
         axes.plot(counts, counts, ":", color=PALE, label="ideal")
-        for index, name in enumerate(dict.fromkeys(row["strategy"] for row in rows)):
-            own = [row for row in rows if row["strategy"] == name]
+        strategies = list(dict.fromkeys(point.strategy for point in points))
+        for index, strategy in enumerate(strategies):
+            line = [point for point in points if point.strategy == strategy]
             style: Any = {
                 "color": SERIES[index % len(SERIES)],
                 "lw": 1.6,
-                "marker": "os^vDPX*"[index // len(SERIES) % 8],
+                "marker": MARKERS[index // len(SERIES) % len(MARKERS)],
                 "ms": 3.5,
             }
-            near = [row for row in own if reach is None or row["workers"] <= reach]
-            far = [row for row in own if reach is not None and row["workers"] > reach]
-            axes.plot(
-                [r["workers"] for r in near],
-                [r["speedup"] for r in near],
-                "-",
-                label=name + _beside(own),
-                **style,
-            )
-            joined = near[-1:] + far
+            near = [point for point in line if reach is None or point.workers <= reach]
+            far = line[len(near) :]
+            _stroke(axes, near, "-", label=strategy + _extra_machines(line), **style)
             if far:
-                axes.plot(
-                    [r["workers"] for r in joined], [r["speedup"] for r in joined], "--", **style
-                )
+                _stroke(axes, near[-1:] + far, "--", **style)
         if reach is not None and counts[-1] > reach:
             axes.plot([], [], "--", color=INK, lw=1.6, label=f"far: beyond {reach}")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts], fontsize=8)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        beside = any(row["machines"] > row["workers"] for row in rows)
-        axes.set_xlabel("workers; (+N): N machines beside them" if beside else "workers")
+        has_extra = any(point.machines > point.workers for point in points)
+        axes.set_xlabel("workers; (+N): N machines beside them" if has_extra else "workers")
         axes.set_ylabel("speed-up")
         _legend(axes)
 
     return draw
+
+
+def _stroke(axes: Axes, line: Sequence[Point], look: str, **style: Any) -> None:
+    workers = [point.workers for point in line]
+    axes.plot(workers, [point.speedup for point in line], look, **style)
+
+
+def _extra_machines(line: Sequence[Point]) -> str:
+    """Return how many machines a strategy takes beside its workers, in brackets."""
+    extra = max(point.machines - point.workers for point in line)
+    return f" (+{extra})" if extra else ""

@@ -1,96 +1,127 @@
-"""Pages of results, and the measurements under them: made piece by piece, each kept, so that a stopped command goes on.
+"""Pages of results and the measurements under them.
 
-What a command generates in a page is replaced each time; what people wrote around it stays.
+Measurements are taken piece by piece and each piece is kept, so that a command that was stopped
+goes on. A command replaces its own part of a page each time; the text around it stays.
 """
 
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from scaletrain.launching.job import Program
-from scaletrain.run.atomic import write_json
+from scaletrain.run.atomic import write_json, write_text
 from scaletrain.run.environment import environment
 
 BEGIN, END = "<!-- generated: replaced by the next run -->", "<!-- end of what is generated -->"
 
+Command = Callable[..., None]
+
 
 def write(page: Path, generated: str) -> None:
-    """Put ``generated`` (Markdown) between the two marks of a page. A page without them gets them, at its end.
+    """Put generated Markdown between the two marks of a page.
 
-    What stands before and after the marks is a person's and is never touched.
+    A page without the marks gets them at its end. The text before and after the marks is a
+    person's and stays as it is.
     """
     old = page.read_text(encoding="utf-8") if page.exists() else ""
     before, begin, rest = old.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        before, after = old and old.rstrip("\n") + "\n\n", "\n"
+        before = old.rstrip("\n") + "\n\n" if old else ""
+        after = "\n"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(f"{before}{BEGIN}\n{generated.strip()}\n{END}{after}", encoding="utf-8")
+    write_text(page, f"{before}{BEGIN}\n{generated.strip()}\n{END}{after}")
 
 
-def measured_on(header: dict[str, Any]) -> str:
-    """Hardware, versions and commit in a sentence, from ``run.environment``; the load average where it was noted."""
-    versions = ", ".join(
-        f"{name} {version}" for name, version in header["versions"].items() if version
-    )
-    load = f"; load average {header['load_average']:.1f}" if "load_average" in header else ""
+def measured_on(header: Mapping[str, Any]) -> str:
+    """Return hardware, versions and commit in a sentence.
+
+    Args:
+        header: the facts of ``run.environment``, with the load average if it was noted.
+    """
+    versions = [f"{name} {version}" for name, version in header["versions"].items() if version]
+    load = ""
+    if "load_average" in header:
+        load = f"; load average {header['load_average']:.1f}"
     return (
-        f"{header['processor']}, {header['cores']} cores, {header['memory_bytes'] / 2**30:.0f} GiB; {header['os']};"
-        f" Python {header['python']}; {versions}; commit {header['commit']}{load}."
+        f"{header['processor']}, {header['cores']} cores,"
+        f" {header['memory_bytes'] / 2**30:.0f} GiB; {header['os']};"
+        f" Python {header['python']}; {', '.join(versions)}; commit {header['commit']}{load}."
     )
 
 
-def options(name: str, pages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options ``data``, ``out`` and ``no_measure`` of a command that measures in pieces below runs/``name`` and writes ``pages``."""
+def options(name: str, pages: str) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command ``--data``, ``--out`` and ``--no-measure``.
 
-    def folder(
-        flag: str, default: Path, text: str
-    ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-        kind = click.Path(path_type=Path, file_okay=False)
-        return click.option(flag, type=kind, default=default, show_default=True, help=text)
+    Args:
+        name: of the directory below runs/ in which the pieces lie.
+        pages: the files that the command writes, in words.
+    """
+    folder = click.Path(path_type=Path, file_okay=False)
+    data = click.option(
+        "--data",
+        type=folder,
+        default=Path("runs") / name,
+        show_default=True,
+        help="Where measurements lie; what is there is not measured again.",
+    )
+    out = click.option(
+        "--out",
+        type=folder,
+        default=Path("benchmarks/results"),
+        show_default=True,
+        help=f"Where {pages} go.",
+    )
+    no_measure = click.option(
+        "--no-measure", is_flag=True, help="Measure nothing: use what --data holds."
+    )
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        command = click.option(
-            "--no-measure", is_flag=True, help="Measure nothing: use what --data holds."
-        )(command)
-        command = folder("--out", Path("benchmarks/results"), f"Where {pages} go.")(command)
-        data = "Where measurements lie; what is there is not measured again."
-        return folder("--data", Path("runs") / name, data)(command)
+    def decorate(command: Command) -> Command:
+        return data(out(no_measure(command)))
 
     return decorate
 
 
 def noted(header: Path) -> dict[str, Any]:
-    """What ``run.environment`` and the load average were when measuring began, kept in the file ``header``; and every commit at which
-    it went on."""
+    """Return the environment in which measuring began, and keep it in a file.
+
+    Args:
+        header: the file. If it exists, its facts and its load average stay, and the commit at
+            which measuring goes on is added to its commits.
+    """
     now = environment() | {"load_average": os.getloadavg()[1]}
     first = json.loads(header.read_text(encoding="utf-8")) if header.exists() else now
     commits = dict.fromkeys([*str(first["commit"]).split(", "), str(now["commit"])])
-    found = first | {"commit": ", ".join(commits)}
-    write_json(header, found)
-    return found
+    facts = first | {"commit": ", ".join(commits)}
+    write_json(header, facts)
+    return facts
 
 
-def once(made: Path, *argv: str | Path, header: Path | None = None) -> None:
-    """Run ``scaletrain argv``, which writes the file ``made``, unless it is there. One that fails or is stopped leaves no file; it is told.
+def once(path: Path, *argv: str | Path, header: Path | None = None) -> None:
+    """Run the command that writes a file, unless the file exists.
 
-    ``header``: where it is noted on what this was measured.
+    A command that fails or is stopped leaves no file, and a line says so.
+
+    Args:
+        path: the file that the command writes.
+        argv: the arguments after ``scaletrain``.
+        header: where to note on what this was measured (see ``noted``).
     """
-    if made.exists():
+    if path.exists():
         return
     if header:
         noted(header)
-    click.echo(f"measuring {made}", err=True)
-    command = [*Program.COMMAND_LINE.command(*argv)]
-    whole = False
+    click.echo(f"measuring {path}", err=True)
+    command = Program.COMMAND_LINE.command(*argv)
+    succeeded = False
     try:
-        whole = subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+        succeeded = subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     finally:
-        if not whole:  # a part would be taken for the whole at the next start
-            made.unlink(missing_ok=True)
-            click.echo(f"failed: {made} is left out", err=True)
+        if not succeeded:  # the next start would take a part for the whole
+            path.unlink(missing_ok=True)
+            click.echo(f"failed: {path} is left out", err=True)

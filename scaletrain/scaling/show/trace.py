@@ -24,9 +24,9 @@ def write(run_dir: Path, path: Path) -> None:
 def of_run(run_dir: Path) -> Trace:
     """Return the trace of a run directory.
 
-    Each rank has rows of its own: steps, their parts, and what the run recorded with
-    ``trace: true``. Ranks stamp unix time; the offset of a rank's clock from rank 0's, if its
-    header knows it, is taken off. Time 0 is the first step's beginning.
+    Each rank has rows of its own: steps, their parts, and the spans that ``trace: true`` recorded.
+    Ranks stamp unix time. The offset of a rank's clock from rank 0's is taken off, if the rank's
+    header knows it. Time 0 is the beginning of the first step.
     """
     files = RunDir(run_dir)
     ranks = {}
@@ -75,7 +75,7 @@ def _rows(rank: int, records: list[StepRecord], recorded: Path, origin: float) -
 
 
 def _facts(record: StepRecord) -> Mapping[str, Scalar]:
-    """Return what a viewer shows beside a step."""
+    """Return the facts that a viewer shows beside a step."""
     return {"loss": record.loss, "samples": record.samples, **record.exchange}
 
 

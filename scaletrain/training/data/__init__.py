@@ -1,1 +1,4 @@
-"""One file a data set: ``data(*, <options>) -> (train, test)``, two map-style ``torch.utils.data.Dataset``s of (input, target)."""
+"""One file a data set: ``data(*, <options>) -> (train, test)``.
+
+Both are map-style ``torch.utils.data.Dataset``s of (input, target).
+"""

@@ -1,4 +1,4 @@
-"""1,797 handwritten digits, 8 x 8 grey, from the UCI repository (in scikit-learn's wheel; nothing is downloaded)."""
+"""1,797 handwritten digits, 8 x 8 grey, from scikit-learn's wheel: nothing is downloaded."""
 
 import gzip
 from importlib.util import find_spec
@@ -10,9 +10,13 @@ from torch.utils.data import Dataset, TensorDataset
 
 
 def data(*, test_samples: int = 360) -> tuple[Dataset, Dataset]:
-    """(train, test): images (1, 8, 8) float32, zero mean and unit variance over the training images; targets int64.
+    """Return (train, test): images (1, 8, 8) float32, targets int64.
 
-    The split is a fixed permutation, the same for every run and every seed.
+    Images have zero mean and unit variance over the training images. The split is a fixed
+    permutation, the same for every run and every seed. The digits come from the UCI repository.
+
+    Args:
+        test_samples: images of the test set; the others are for training.
     """
     rows = torch.from_numpy(_rows())
     pixels, labels = rows[:, :-1], rows[:, -1]
@@ -28,7 +32,12 @@ def data(*, test_samples: int = 360) -> tuple[Dataset, Dataset]:
 
 
 def _rows() -> np.ndarray:
-    """(1797, 65) float64: 64 pixels, label. What ``load_digits`` reads; to import scikit-learn takes a second of every worker's start."""
+    """Return (1797, 65) float64: 64 pixels and the label of each digit.
+
+    It reads the file that ``load_digits`` reads: importing scikit-learn would take a second of
+    every
+    worker's start.
+    """
     spec = find_spec("sklearn")
     assert spec is not None and spec.origin is not None
     with gzip.open(

@@ -1,4 +1,4 @@
-"""Random images with labels from a fixed random linear teacher: any shape and size, for measuring."""
+"""Random images of any shape, with labels from a fixed random linear teacher: for measuring."""
 
 import torch
 from torch.utils.data import Dataset, TensorDataset
@@ -12,7 +12,15 @@ def data(
     test_samples: int = 512,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
-    """(train, test): inputs ``shape`` float32 standard normal; targets int64, the teacher's largest output."""
+    """Return (train, test): inputs float32 standard normal, targets int64.
+
+    Args:
+        samples: of the training set.
+        shape: of one input.
+        classes: a target is the index of the teacher's largest output.
+        test_samples: of the test set.
+        seed: of inputs and teacher.
+    """
     random = torch.Generator().manual_seed(seed)
     inputs = torch.randn(samples + test_samples, *shape, generator=random)
     teacher = torch.randn(inputs[0].numel(), classes, generator=random)

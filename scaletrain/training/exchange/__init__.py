@@ -1,13 +1,15 @@
-"""The contract of an exchange: who owns the update, and how gradients travel. Every other file here is one exchange.
+"""The contract of an exchange: who owns the update, and how gradients travel.
 
-A plugin is a function ``exchange(world, setup, *, <options>) -> Exchange``, called once by every rank (collectively).
+Every other file here is one exchange: a function ``exchange(world, setup, *, <options>) ->
+Exchange``,
+called once by every rank (collective).
 """
 
 import abc
 import contextlib
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed
@@ -17,7 +19,7 @@ from scaletrain.world import World
 
 
 class Setup(NamedTuple):
-    """What a worker hands to an exchange besides who it is."""
+    """What a worker hands to an exchange besides its place."""
 
     store: torch.distributed.Store  # the job's key-value store, already joined by all ranks
     device: torch.device
@@ -25,49 +27,68 @@ class Setup(NamedTuple):
     run_dir: Path
 
 
-class Exchange(abc.ABC):
-    """One worker's end of the exchange. All methods are called by all ranks, in the same order, unless said otherwise."""
+class Exchange(Protocol):
+    """One worker's end of the exchange.
+
+    A protocol: an exchange may derive from it, for its defaults, or simply have its methods.
+
+    All ranks call all methods in the same order, unless a method says otherwise.
+    """
 
     world: World
 
     @abc.abstractmethod
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """Make every rank's weights equal rank 0's, and return the module whose forward and backward exchange gradients."""
+        """Put the exchange under a model, and make every rank's weights equal rank 0's.
+
+        Args:
+            model: on this worker's device.
+            optimizer: over the model's parameters. ``step`` runs it, or a server does its work with
+                the learning rate of its parameter groups.
+
+        Returns:
+            The module whose forward and backward exchange gradients.
+        """
 
     @abc.abstractmethod
-    def step(self, lr: float) -> None:
-        """After backward: bring the weights to the next step.
+    def step(self) -> None:
+        """Bring the weights to the next step, after backward.
 
-        Allreduce styles run the local optimizer, whose gradients are already the mean over all ranks; a parameter server waits for the new
-        weights.
+        Allreduce styles run the local optimizer: the gradients are already the mean over all ranks.
+        A parameter server waits for the new weights.
         """
 
     @abc.abstractmethod
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks of a small CPU tensor (evaluation counts); returned on every rank."""
+        """Return the sum over the ranks of a small CPU tensor, such as evaluation counts."""
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
-        """Backward passes inside do not exchange: they only add to the gradients."""
+        """Return a context in which backward only adds to the gradients, and exchanges nothing."""
         return contextlib.nullcontext()
 
     def skip(self, most: int) -> int:
-        """How many of the next ``most`` steps this rank has to leave out: the job did them without it (it came late, or its gradients did).
+        """Return how many of the next ``most`` steps this rank has to leave out.
 
-        Local; called by each rank when it likes.
+        The job has done those without it: the rank came late, or its gradients did. Local: each
+        rank
+        calls it when it likes.
         """
         return 0
 
     def live_workers(self) -> int:
-        """How many workers train, as far as this rank has heard: some exchanges go on without one that died. Local."""
+        """Return how many workers train, as far as this rank knows. Local.
+
+        Some exchanges go on without a worker that died.
+        """
         return self.world.size
 
     def record(self) -> dict[str, float]:
-        """The exchange's own numbers of the last step, for the StepRecord. Local: does not communicate."""
+        """Return the exchange's own numbers of the last step, for the StepRecord. Local."""
         return {}
 
     def chosen(self) -> dict[str, Any]:
-        """What was chosen where the configuration says ``auto``, as JSON-able values for the summary. Local."""
+        """Return what was chosen where the configuration says ``auto``, for the summary. Local."""
         return {}
 
-    def close(self) -> None:  # noqa: B027 (most have nothing to do)
-        """Leave in good order: waits for what is under way. Not called after a failure."""
+    def close(self) -> None:
+        """Leave in good order: wait for work under way. Not called after a failure."""

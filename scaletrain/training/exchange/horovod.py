@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
@@ -16,16 +16,32 @@ from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
 
 _MISSING = "exchange: horovod is not there or does not load ({}); build it with `make horovod`"
-_rendezvous: Any = None  # Horovod's server, on rank 0; lives as long as the process
+# Horovod's rendezvous server, on rank 0. It must live as long as the process.
+_rendezvous_server: Any = None
+
+
+class _Allreduce(NamedTuple):
+    """One gradient under way."""
+
+    handle: int  # Horovod's
+    sent: torch.Tensor  # compressed; must live until the allreduce is done
+    context: Any  # what the compression needs to undo itself
+    began: float  # unix time
 
 
 class HorovodExchange(Exchange):
-    """What Horovod's DistributedOptimizer does, without wrapping the optimizer: each gradient's allreduce starts as soon as backward has
-    made it (Horovod fuses what is ready), and ``step`` waits for them before the worker's own optimizer runs.
+    """Does what Horovod's DistributedOptimizer does, without wrapping the optimizer.
 
-    Three traps of 0.28.1 are avoided by construction. ``broadcast_optimizer_state`` takes a hidden step: it is not called. A
-    DistributedOptimizer drops the state that was loaded before wrapping: there is none. Unnamed operations are numbered by
-    each rank for itself, so one more on one rank hangs the next: every operation here has a name.
+    Each gradient's allreduce starts as soon as backward has made it (Horovod fuses those that are
+    ready), and ``step`` waits for all of them before the worker's own optimizer runs.
+
+    Three traps of 0.28.1 are avoided by construction:
+
+    1. ``broadcast_optimizer_state`` takes a hidden step: it is not called.
+    2. A DistributedOptimizer drops the state that was loaded before wrapping: there is none.
+    3. Each rank numbers unnamed operations for itself, so one more on one rank hangs the next:
+       every
+       operation here has a name.
     """
 
     def __init__(self, world: World, setup: Setup, controller: str, compression: str):
@@ -33,151 +49,194 @@ class HorovodExchange(Exchange):
             import horovod.torch as hvd
         except ImportError as error:
             raise UserError(_MISSING.format(error)) from None
-        self.world, self._hvd, self._device = world, hvd, setup.device
+        self.world = world
+        self._hvd = hvd
         _initialise(hvd, world, setup, controller)
         if (hvd.rank(), hvd.size()) != (world.rank, world.size):
             raise UserError(
-                f"exchange: horovod takes this for rank {hvd.rank()} of {hvd.size()}, the launcher ({world.launcher}) says rank"
-                f" {world.rank} of {world.size}; it was built for another MPI than this one (set exchange.controller=gloo)"
+                f"exchange: horovod takes this for rank {hvd.rank()} of {hvd.size()}, the launcher"
+                f" ({world.launcher}) says rank {world.rank} of {world.size}; it was built for another"
+                " MPI than this one (set exchange.controller=gloo)"
             )
-        self._compression = hvd.Compression.fp16 if compression == "fp16" else hvd.Compression.none
-        self._handles: dict[str, tuple[int, torch.Tensor, Any, float]] = {}
+        self._compression = hvd.Compression.none
+        if compression == "fp16":
+            self._compression = hvd.Compression.fp16
+        # By parameter's name. Written by backward's hooks, emptied by ``step``.
+        self._under_way: dict[str, _Allreduce] = {}
         self._accumulating = False
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Broadcast the weights, and hook the allreduce into backward.
+
+        The optimizer's state stays as it is: every rank has loaded the same state, or none.
+        """
         self._optimizer = optimizer
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # The optimizer's state stays as it is: every rank has loaded the same, or none.
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             # A copy where Horovod would refuse the layout; bytes, so that every dtype passes.
             whole = tensor.data.contiguous()
             self._hvd.broadcast_(whole.view(-1).view(torch.uint8), 0, name=f"weights.{name}")
             if whole.data_ptr() != tensor.data_ptr():
                 tensor.data.copy_(whole)
-        for name, parameter in self._parameters.items():
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._ready(name, p))
+        self._parameters = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self._parameters[name] = parameter
+                parameter.register_post_accumulate_grad_hook(self._hook_of(name))
         return model
 
-    def _ready(self, name: str, parameter: nn.Parameter) -> None:
-        if self._accumulating:
-            return
-        if name in self._handles:
-            raise RuntimeError(
-                f"{name}: a second gradient before step(); accumulate inside exchange.accumulate()"
-            )
-        self._send(name, parameter)
+    def _hook_of(self, name: str) -> Any:
+        def start(parameter: nn.Parameter) -> None:
+            if self._accumulating:
+                return
+            if name in self._under_way:
+                raise RuntimeError(
+                    f"{name}: a second gradient before step();"
+                    " accumulate inside exchange.accumulate()"
+                )
+            self._start_allreduce(name, parameter)
 
-    def _send(self, name: str, parameter: nn.Parameter) -> None:
-        if parameter.grad is None:  # this rank's batch did not touch it; other ranks' may have
+        return start
+
+    def _start_allreduce(self, name: str, parameter: nn.Parameter) -> None:
+        if parameter.grad is None:  # this rank's batch did not touch it; another rank's may have
             parameter.grad = torch.zeros_like(parameter)
-        grad = parameter.grad.contiguous()
-        if grad.dtype == torch.bfloat16 and grad.device.type == "cpu":
-            grad = grad.float()  # Horovod has no bfloat16 on the CPU
-        sent, context = self._compression.compress(grad)
+        gradient = parameter.grad.contiguous()
+        if gradient.dtype == torch.bfloat16 and gradient.device.type == "cpu":
+            gradient = gradient.float()  # Horovod has no bfloat16 on the CPU
+        sent, context = self._compression.compress(gradient)
         began = time.time()
         handle = self._hvd.allreduce_async_(sent, name=f"gradient.{name}", op=self._hvd.Average)
-        self._handles[name] = (handle, sent, context, began)
-
-    def accumulate(self) -> contextlib.AbstractContextManager[None]:
-        return self._accumulate()
+        self._under_way[name] = _Allreduce(handle, sent, context, began)
 
     @contextlib.contextmanager
-    def _accumulate(self) -> Iterator[None]:
+    def accumulate(self) -> Iterator[None]:
+        """Only add to the gradients while the body runs."""
         self._accumulating = True
         try:
             yield
         finally:
             self._accumulating = False
 
-    def step(self, lr: float) -> None:
+    def step(self) -> None:
+        """Wait for all gradients, then run the optimizer."""
         for name, parameter in self._parameters.items():
-            if name not in self._handles:
-                self._send(name, parameter)
+            if name not in self._under_way:
+                self._start_allreduce(name, parameter)
         progress.entering("horovod allreduce")
-        waited = time.time()
+        wait_began = time.time()
         for name, parameter in self._parameters.items():
-            handle, sent, context, began = self._handles[name]
-            mean = self._compression.decompress(self._hvd.synchronize(handle), context)
-            spans.add("bucket", name, began, bytes=sent.nbytes)
+            allreduce = self._under_way[name]
+            reduced = self._hvd.synchronize(allreduce.handle)
+            mean = self._compression.decompress(reduced, allreduce.context)
+            spans.add("bucket", name, allreduce.began, bytes=allreduce.sent.nbytes)
             assert parameter.grad is not None
             parameter.grad.copy_(mean)
-        spans.add("wait", "wait for gradients", waited)
-        self._handles.clear()
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        spans.add("wait", "wait for gradients", wait_began)
+        self._under_way.clear()
         self._optimizer.step()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the ranks of a small CPU tensor."""
         return self._hvd.allreduce(values.contiguous(), name="sum", op=self._hvd.Sum)
 
     def close(self) -> None:
+        """Meet the other ranks once more, then end Horovod."""
         self._hvd.barrier()
         self._hvd.shutdown()
 
 
 def _initialise(hvd: Any, world: World, setup: Setup, controller: str) -> None:
     if controller == "auto":
-        controller = "mpi" if world.launcher == "openmpi" and hvd.mpi_built() else "gloo"
-    if controller == "mpi":
-        if not hvd.mpi_built():
-            raise UserError(
-                "exchange.controller: 'mpi' is not in this build of Horovod (allowed: gloo)"
-            )
-    elif not hvd.gloo_built():
+        use_mpi = world.launcher == "openmpi" and hvd.mpi_built()
+        controller = "mpi" if use_mpi else "gloo"
+    if controller == "mpi" and not hvd.mpi_built():
         raise UserError(
-            "exchange.controller: 'gloo' is not in this build of Horovod (allowed: mpi)"
+            "exchange.controller: 'mpi' is not in this build of Horovod (allowed: gloo)"
         )
-    elif (
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ
-    ):  # horovodrun sets it; elsewhere we are horovodrun
-        os.environ.update(_rendezvous_variables(world, setup))
-    os.environ.setdefault(
-        "HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(1, round(setup.timeout.total_seconds())))
-    )
-    os.environ.setdefault(
-        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(1, round(setup.timeout.total_seconds())))
-    )
-    os.environ.setdefault(
-        "HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(setup.timeout.total_seconds() / 2)))
-    )
+    if controller == "gloo":
+        if not hvd.gloo_built():
+            raise UserError(
+                "exchange.controller: 'gloo' is not in this build of Horovod (allowed: mpi)"
+            )
+        # horovodrun sets these variables; under other launchers we do.
+        if "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ:
+            os.environ.update(_rendezvous_variables(world, setup))
+    timeout_s = max(1, round(setup.timeout.total_seconds()))
+    check_s = max(1, round(setup.timeout.total_seconds() / 2))
+    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(timeout_s))
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(timeout_s))
+    os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(check_s))
     hvd.init()
 
 
 def _rendezvous_variables(world: World, setup: Setup) -> dict[str, str]:
-    """Horovod's own rendezvous, served by rank 0 at a free port, and told through the job's store (collective)."""
-    global _rendezvous
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo").split(",")[0]
-    here = next(e.address for e in psutil.net_if_addrs()[interface] if e.family.name == "AF_INET")
-    setup.store.set(f"horovod/host/{world.rank}", f"{progress.host_name()} {here}")
-    hosts = [
-        setup.store.get(f"horovod/host/{rank}").decode().split()[0] for rank in range(world.size)
-    ]
-    nodes = list(dict.fromkeys(hosts))
-    local = [hosts[:rank].count(host) for rank, host in enumerate(hosts)]
-    if world.rank == 0:
-        from horovod.runner.common.util.hosts import SlotInfo
-        from horovod.runner.http.http_server import RendezvousServer
+    """Return the variables that lead every rank to Horovod's own rendezvous (collective).
 
-        slots = [
-            SlotInfo(
-                hostname=host, rank=rank, local_rank=local[rank], cross_rank=nodes.index(host), size=world.size,
-                local_size=hosts.count(host), cross_size=len(nodes),
-            )
-            for rank, host in enumerate(hosts)
-        ]  # fmt: skip
-        _rendezvous = RendezvousServer()
-        port = _rendezvous.start()
-        _rendezvous.init(slots)
-        setup.store.set("horovod/rendezvous", f"{here} {port}")
-    address, port = setup.store.get("horovod/rendezvous").decode().split()
+    Rank 0 serves it on a free port, and publishes the port in the job's store.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo").split(",")[0]
+    address = _ipv4_of(interface)
+    setup.store.set(f"horovod/host/{world.rank}", f"{progress.host_name()} {address}")
+    hosts = []  # of each rank
+    for rank in range(world.size):
+        host, _ = setup.store.get(f"horovod/host/{rank}").decode().split()
+        hosts.append(host)
+    if world.rank == 0:
+        port = _serve_rendezvous(hosts)
+        setup.store.set("horovod/rendezvous", f"{address} {port}")
+    server_address, server_port = setup.store.get("horovod/rendezvous").decode().split()
     host = hosts[world.rank]
+    nodes = list(dict.fromkeys(hosts))
     return {
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": address, "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
-        "HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "HOROVOD_GLOO_IFACE": interface,
-        "HOROVOD_HOSTNAME": host, "HOROVOD_RANK": str(world.rank), "HOROVOD_SIZE": str(world.size),
-        "HOROVOD_LOCAL_RANK": str(local[world.rank]), "HOROVOD_LOCAL_SIZE": str(hosts.count(host)),
-        "HOROVOD_CROSS_RANK": str(nodes.index(host)), "HOROVOD_CROSS_SIZE": str(len(nodes)),
-    }  # fmt: skip
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": server_address,
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": server_port,
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_GLOO_IFACE": interface,
+        "HOROVOD_HOSTNAME": host,
+        "HOROVOD_RANK": str(world.rank),
+        "HOROVOD_SIZE": str(world.size),
+        "HOROVOD_LOCAL_RANK": str(_local_rank(hosts, world.rank)),
+        "HOROVOD_LOCAL_SIZE": str(hosts.count(host)),
+        "HOROVOD_CROSS_RANK": str(nodes.index(host)),
+        "HOROVOD_CROSS_SIZE": str(len(nodes)),
+    }
+
+
+def _serve_rendezvous(hosts: list[str]) -> int:
+    """Start Horovod's rendezvous server, and return its port."""
+    global _rendezvous_server
+    from horovod.runner.common.util.hosts import SlotInfo
+    from horovod.runner.http.http_server import RendezvousServer
+
+    nodes = list(dict.fromkeys(hosts))
+    slots = []
+    for rank, host in enumerate(hosts):
+        slot = SlotInfo(
+            hostname=host,
+            rank=rank,
+            local_rank=_local_rank(hosts, rank),
+            cross_rank=nodes.index(host),
+            size=len(hosts),
+            local_size=hosts.count(host),
+            cross_size=len(nodes),
+        )
+        slots.append(slot)
+    _rendezvous_server = RendezvousServer()
+    port: int = _rendezvous_server.start()
+    _rendezvous_server.init(slots)
+    return port
+
+
+def _local_rank(hosts: list[str], rank: int) -> int:
+    return hosts[:rank].count(hosts[rank])
+
+
+def _ipv4_of(interface: str) -> str:
+    for entry in psutil.net_if_addrs()[interface]:
+        if entry.family.name == "AF_INET":
+            return entry.address
+    raise UserError(f"GLOO_SOCKET_IFNAME: {interface} has no IPv4 address")
 
 
 def exchange(
@@ -187,5 +246,12 @@ def exchange(
     controller: Literal["auto", "gloo", "mpi"] = "auto",
     compression: Literal["none", "fp16"] = "none",
 ) -> Exchange:
-    """``controller``: what carries Horovod's messages; auto is MPI under Open MPI's mpirun where the build has it, else gloo."""
+    """Return Horovod's allreduce under the worker's own optimizer.
+
+    Args:
+        controller: what carries Horovod's messages. auto is MPI under Open MPI's mpirun if the
+        build
+            has it, else gloo.
+        compression: of gradients on the wire.
+    """
     return HorovodExchange(world, setup, controller, compression)

@@ -14,12 +14,20 @@ from scaletrain.world import World
 
 
 def exchange(world: World, setup: Setup, *, bucket_mb: Annotated[float, Gt(0)] = 25.0) -> Exchange:
+    """Return DDP over torch's own backend.
+
+    Args:
+        bucket_mb: size of a gradient bucket in MiB.
+
+    Raises:
+        UserError: workers share a GPU.
+    """
     backend = "nccl" if setup.device.type == "cuda" else "gloo"
-    if backend == "nccl" and shared(
-        Group(dist.PrefixStore("native/", setup.store), world.rank, world.size, setup.timeout)
-    ):
-        raise UserError(
-            "exchange: 'native' is NCCL on GPUs, which refuses workers that share one; use exchange: scheduled, which goes"
-            " through shared memory then, or one worker a GPU"
-        )
+    if backend == "nccl":
+        store = dist.PrefixStore("native/", setup.store)
+        if shared(Group(store, world.rank, world.size, setup.timeout)):
+            raise UserError(
+                "exchange: 'native' is NCCL on GPUs, which refuses workers that share one; use"
+                " exchange: scheduled, which goes through shared memory then, or one worker a GPU"
+            )
     return AllreduceExchange(world, setup, backend=backend, bucket_mb=bucket_mb)

@@ -1,4 +1,4 @@
-"""No communication: every worker trains alone. A step with an exchange minus a step with none is exposed communication."""
+"""No communication: every worker trains alone, for measuring what communication costs."""
 
 import contextlib
 
@@ -12,18 +12,24 @@ from scaletrain.world import World
 
 
 class NoExchange(AllreduceExchange):
-    """Workers start from the same weights and drift apart; only evaluation counts are summed."""
+    """Workers start from the same weights and drift apart. Only evaluation counts are summed.
+
+    Exposed communication is a step with an exchange minus a step with this one.
+    """
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Make every rank's weights equal rank 0's."""
         self._optimizer = optimizer
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.data, 0)
         return model
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that does nothing: backward never exchanges."""
         return contextlib.nullcontext()
 
 
 def exchange(world: World, setup: Setup) -> Exchange:
-    # gloo for CUDA tensors, too: it takes workers that share a GPU, and steps do not use it.
+    """Return the exchange of a worker that trains alone."""
+    # gloo for CUDA tensors, too: it accepts workers that share a GPU, and steps do not use it.
     return NoExchange(world, setup, backend="gloo", bucket_mb=25.0)

@@ -1,4 +1,4 @@
-"""Our collective engine under DDP: the algorithm (tree, ring, star, ...) and the wire are chosen, or `auto`."""
+"""Our collective engine under DDP: choose algorithm (tree, ring, ...) and wire, or `auto`."""
 
 from typing import Annotated, Any
 
@@ -14,18 +14,22 @@ from scaletrain.world import World
 
 
 class ScheduledExchange(AllreduceExchange):
-    """DDP over the backend ``scaletrain``. The wires are opened at once: one that is not to be had here is told before training begins."""
+    """DDP over the backend ``scaletrain``.
+
+    The wires are opened at once: one that is not available here is reported before training begins.
+    """
 
     def __init__(self, world: World, setup: Setup, *, bucket_mb: float, options: Options):
         super().__init__(world, setup, backend="scaletrain", bucket_mb=bucket_mb, options=options)
         try:
             dist.all_reduce(torch.zeros(1, device=setup.device))
-        except RuntimeError as error:  # what a backend raises comes out of torch wrapped
+        except RuntimeError as error:  # torch wraps what a backend raises
             if isinstance(error.__cause__, UserError):
                 raise error.__cause__ from None
             raise
 
     def chosen(self) -> dict[str, Any]:
+        """Return the algorithm and the wire of each size of message."""
         return dist.group.WORLD.record()  # type: ignore[union-attr]
 
 
@@ -37,5 +41,12 @@ def exchange(
     transport: str = "auto",
     bucket_mb: Annotated[float, Gt(0)] = 25.0,
 ) -> Exchange:
+    """Return DDP over our engine.
+
+    Args:
+        collective: the allreduce algorithm, with its options: ``pipelined_tree:segments=8``.
+        transport: the wire, with its options.
+        bucket_mb: size of a gradient bucket in MiB.
+    """
     options = Options(collective=collective, transport=transport)
     return ScheduledExchange(world, setup, bucket_mb=bucket_mb, options=options)

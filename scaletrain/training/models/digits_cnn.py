@@ -1,10 +1,14 @@
-"""A small convolutional network for 8 x 8 grey images, 10 classes (72 thousand parameters at width 16)."""
+"""A small convolutional network for 8 x 8 grey images (72 thousand parameters at width 16)."""
 
 from torch import Tensor, nn
 
 
 class DigitsCNN(nn.Module):
-    """No batch normalisation and no dropout: a sample's output does not depend on how the batch was split over workers."""
+    """Convolutions and two linear layers.
+
+    Without batch normalisation and dropout, a sample's output does not depend on how the batch was
+    split over workers.
+    """
 
     def __init__(self, width: int, classes: int):
         super().__init__()
@@ -28,4 +32,10 @@ class DigitsCNN(nn.Module):
 
 
 def model(*, width: int = 16, classes: int = 10) -> nn.Module:
+    """Return the network.
+
+    Args:
+        width: channels of the first convolution; the others have multiples of it.
+        classes: number of logits.
+    """
     return DigitsCNN(width, classes)

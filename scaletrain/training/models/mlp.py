@@ -6,7 +6,11 @@ from torch import nn
 
 
 def model(*, sizes: list[int] = [64, 128, 10]) -> nn.Module:  # noqa: B006 (never changed)
-    """``sizes``: features of the input, of each hidden layer, of the output."""
+    """Return the network.
+
+    Args:
+        sizes: features of the input, of each hidden layer, and of the output.
+    """
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]

@@ -1,4 +1,4 @@
-"""The parameters of well-known networks, layer by layer, without their computation: for emulated accelerators and null steps."""
+"""The parameters of well-known networks, without their computation: for emulated accelerators."""
 
 from typing import Literal, NamedTuple
 
@@ -7,14 +7,20 @@ from torch import Tensor, nn
 
 
 class Layer(NamedTuple):
-    """One layer with weights. Convolutions have (out, in / groups, k, k), fully connected layers (out, in); all have a bias."""
+    """One layer with weights and a bias.
+
+    Convolutions have the shape (out, in / groups, k, k), fully connected layers (out, in).
+    """
 
     name: str
     shape: tuple[int, ...]
-    positions: int = 1  # output pixels: each weight takes part in this many multiply-adds a sample
+    # Output pixels: each weight takes part in this many multiply-adds a sample.
+    positions: int = 1
 
 
 class Shape(nn.Module):
+    """The parameters of one layer."""
+
     def __init__(self, layer: Layer):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(layer.shape))
@@ -23,21 +29,24 @@ class Shape(nn.Module):
 
 
 class Shapes(nn.Module):
-    """Computes nothing of the network; its first logit is the sum over the layers of their mean weight, so every weight has a gradient."""
+    """Has the network's parameters, and computes nothing of it.
+
+    Its first logit is the sum over the layers of their mean weight, so every weight has a gradient.
+    """
 
     def __init__(self, layers: list[Layer], classes: int):
         super().__init__()
         self.classes = classes
-        self.layers = nn.ModuleDict({layer.name: Shape(layer) for layer in layers})
+        self.shapes = [Shape(layer) for layer in layers]
+        names = [layer.name for layer in layers]
+        self.layers = nn.ModuleDict(dict(zip(names, self.shapes, strict=True)))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(n, ...) -> (n, classes)."""
-        total = torch.stack(
-            [layer.weight.mean() + layer.bias.mean() for layer in self.layers.values()]
-        ).sum()
-        first = nn.functional.one_hot(torch.tensor(0, device=total.device), self.classes).to(
-            total.dtype
-        )
+        means = [layer.weight.mean() + layer.bias.mean() for layer in self.shapes]
+        total = torch.stack(means).sum()
+        zero = torch.tensor(0, device=total.device)
+        first = nn.functional.one_hot(zero, self.classes).to(total.dtype)
         return (total * first).expand(len(inputs), self.classes)
 
 
@@ -54,7 +63,12 @@ def model(
         "vgg19",
     ] = "nin",
 ) -> nn.Module:
-    """``googlenet`` is what is trained, both auxiliary heads included; ``googlenet_inference`` is without them."""
+    """Return the parameters of a known network.
+
+    Args:
+        preset: the network. ``googlenet`` has both auxiliary heads, as in training;
+            ``googlenet_inference`` is without them.
+    """
     layers = PRESETS[preset]()
     return Shapes(layers, layers[-1].shape[0])
 
@@ -119,7 +133,8 @@ def _squeezenet() -> list[Layer]:
     return [*layers, Layer("conv10", (1000, previous, 1, 1), 13**2)]
 
 
-# 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection; output pixels a side (arXiv 1409.4842, table 1)
+# 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection; output pixels a side
+# (arXiv 1409.4842, table 1).
 _INCEPTIONS = {
     "3a": (64, 96, 128, 16, 32, 32, 28), "3b": (128, 128, 192, 32, 96, 64, 28),
     "4a": (192, 96, 208, 16, 48, 64, 14), "4b": (160, 112, 224, 24, 64, 64, 14), "4c": (128, 128, 256, 24, 64, 64, 14),

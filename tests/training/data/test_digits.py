@@ -1,4 +1,6 @@
-"""The digits are read from scikit-learn's wheel without importing it; they must be what it would have read."""
+"""The digits are read from scikit-learn's wheel without importing it; they must be what it would
+have read.
+"""
 
 import torch
 from sklearn.datasets import load_digits

@@ -1,4 +1,7 @@
-"""How `auto` chooses: by a calibration that is kept, the same on every rank, and told to who asks; options that a person gives an algorithm."""
+"""Tests engine/autotune.py, engine/engine.py and engine/choice.py: how `auto` chooses; options.
+
+It chooses by a calibration that is kept, and the same on every rank.
+"""
 
 import json
 import os
@@ -12,8 +15,9 @@ from click.testing import CliRunner
 
 from scaletrain.cli.bench.collectives import command
 from scaletrain.engine import autotune
-from scaletrain.engine.autotune import SIZES, Choice, Tuning
-from scaletrain.engine.choice import NATIVE, Engine
+from scaletrain.engine.autotune import SIZES, Tuning
+from scaletrain.engine.choice import NATIVE, Choice
+from scaletrain.engine.engine import Engine
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
 from tests.ranks import run_ranks

@@ -1,0 +1,88 @@
+"""``scaletrain launch``: run a person's own script as workers."""
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from scaletrain import plugins
+from scaletrain.errors import UserError
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "-n",
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of workers.",
+)
+@click.option(
+    "--launcher",
+    default="local",
+    show_default=True,
+    help="What starts them (see `scaletrain list`).",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the launcher; repeatable.",
+)
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    help="Where failures are recorded [default: runs/launch-TIME].",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for workers to meet and to stop.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be started, and start nothing.")
+@click.argument("argv", metavar="COMMAND...", nargs=-1, type=click.UNPROCESSED, required=True)
+def command(
+    workers: int,
+    launcher: str,
+    settings: tuple[str, ...],
+    run_dir: Path | None,
+    timeout_s: float,
+    dry_run: bool,
+    argv: tuple[str, ...],
+) -> None:
+    """Run your own script as workers.
+
+    The script finds what torch.distributed needs (RANK, WORLD_SIZE, MASTER_ADDR, ...) in its
+    environment.
+
+    \b
+    Example:
+      scaletrain launch -n 2 -- script.py --its-own-arguments
+    """
+    from scaletrain import config
+    from scaletrain.launching.job import script_job
+    from scaletrain.launching.supervision import supervise
+
+    if run_dir is None:
+        run_dir = Path("runs") / f"launch-{time.strftime('%Y%m%d-%H%M%S')}"
+    job = script_job(argv, workers, run_dir.resolve(), timeout_s)
+    chosen = dict(config.parse_setting(text) for text in settings)
+    options = config.plugin_options("launcher", launcher, chosen)
+    plan = plugins.load("launcher", launcher)(job, **options)
+    if dry_run:
+        click.echo(str(plan))
+        return
+    if plan.missing:
+        raise UserError(plan.missing)
+    if argv[0].endswith(".py") and not Path(argv[0]).is_file():
+        raise UserError(f"{argv[0]}: there is no such file")
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    for line in plan.explain:
+        click.echo(line, err=True)  # standard output belongs to the script
+    sys.exit(supervise.run(plan, job))

@@ -1,0 +1,161 @@
+"""``scaletrain train``: train the job that a YAML file describes."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from scaletrain import plugins
+from scaletrain.errors import UserError
+
+if TYPE_CHECKING:
+    from scaletrain.config import RunConfig
+    from scaletrain.launching.job import Job
+    from scaletrain.launching.plan import LaunchPlan
+
+
+@click.command()
+@click.argument("path", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.option("--workers", type=int, help="Number of workers.")
+@click.option("--launcher", help="What starts them: local, torchrun, ... (see `scaletrain list`).")
+@click.option(
+    "--exchange", help="native, none, scheduled:ring (or ring), parameter_server:async, ..."
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key, such as optimizer.lr=0.05; repeatable.",
+)
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    help="Where records go [default: runs/NAME-TIME].",
+)
+@click.option("--resume", is_flag=True, help="Go on from the run directory's last checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Print what would be started, and start nothing.")
+def command(
+    path: Path,
+    settings: tuple[str, ...],
+    run_dir: Path | None,
+    resume: bool,
+    dry_run: bool,
+    **overrides: Any,
+) -> None:
+    """Train the job that CONFIG (a YAML file) describes.
+
+    \b
+    Examples:
+      scaletrain train examples/digits.yaml --workers 2 --exchange ring
+      scaletrain train examples/digits.yaml --run-dir runs/mine --resume
+    """
+    run = _configure(path, overrides, settings)
+    if resume:
+        _check_resumable(run_dir)
+    if run_dir is None:
+        run_dir = Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    job = _job(run, run_dir.resolve(), resume)
+    plan: LaunchPlan = plugins.load("launcher", run.launcher.name)(job, **run.launcher.options)
+    if dry_run:
+        click.echo(str(plan))
+        return
+    if plan.missing:
+        raise UserError(plan.missing)
+    _claim(run_dir, resume, run.to_yaml())
+    click.echo(f"run directory: {run_dir}")
+    for line in plan.explain:
+        click.echo(line)
+    status = _carry_out(plan, job, run_dir)
+    if run.exchange.name == "parameter_server":
+        _show_server_statistics(run_dir)
+    sys.exit(status)
+
+
+def _configure(path: Path, overrides: dict[str, Any], settings: tuple[str, ...]) -> "RunConfig":
+    """Read the file and apply the command line: options first, then ``--set`` in its order."""
+    from scaletrain import config
+
+    changes = {key: value for key, value in overrides.items() if value is not None}
+    for text in settings:
+        key, value = config.parse_setting(text)
+        changes[key] = value
+    return config.load(path, changes)
+
+
+def _check_resumable(run_dir: Path | None) -> None:
+    if run_dir is None:
+        raise UserError("--resume: which run? (allowed: with the --run-dir of a run)")
+    if not run_dir.is_dir():
+        raise UserError(
+            f"--resume: there is no run in {run_dir} (allowed: with the --run-dir of a run)"
+        )
+
+
+def _job(run: "RunConfig", run_dir: Path, resume: bool) -> "Job":
+    """Return what a launcher must know of a training run."""
+    from scaletrain.launching.job import Job, Program
+
+    job = Job(
+        command=(),
+        workers=run.workers,
+        run_dir=run_dir,
+        program=Program.TRAINING,
+        resume=resume,
+        timeout_s=run.timeout_s,
+        threads=None if run.threads == "auto" else run.threads,
+    )
+    # The parameter server is the one exchange that brings processes of its own.
+    if run.exchange.name == "parameter_server":
+        from scaletrain.parameter_server.protocol import placement
+
+        job = job._replace(
+            companions=placement.companions(run, run_dir),
+            min_workers=placement.min_workers(run),
+        )
+    return job
+
+
+def _claim(run_dir: Path, resume: bool, config: str) -> None:
+    """Make the run directory and write its configuration; never write over another run's records.
+
+    A directory without records belongs to a start that failed, or to another host that starts its
+    part of the same run.
+    """
+    from scaletrain.run.layout import RunDir
+
+    files = RunDir(run_dir)
+    is_configured = files.config.exists()
+    is_same = is_configured and files.config.read_text(encoding="utf-8") == config
+    has_records = bool(files.all_records())
+    is_starting = bool(files.all_progress()) and not files.first_cause.exists()
+    holds_a_run = has_records or (is_starting and not is_same)
+    if is_configured and holds_a_run and not resume:
+        raise UserError(
+            f"--run-dir {run_dir}: holds a run already"
+            " (allowed: another directory, --resume to go on with it)"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not is_same:
+            files.config.write_text(config, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: {error.strerror}") from None
+
+
+def _carry_out(plan: "LaunchPlan", job: "Job", run_dir: Path) -> int:
+    from scaletrain.cli import progress_bar
+    from scaletrain.launching.supervision import supervise
+
+    with progress_bar.shown(run_dir):
+        return supervise.run(plan, job)
+
+
+def _show_server_statistics(run_dir: Path) -> None:
+    from scaletrain.scaling.measure import servers
+
+    text = servers.text(servers.read(run_dir))
+    if text:
+        click.echo(text)

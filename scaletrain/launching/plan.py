@@ -1,0 +1,70 @@
+"""A plan as a value: everything that a launcher would start.
+
+``plan(job)`` of every file in ``launchers/`` is pure: the same job gives the same plan, and
+``--dry-run`` prints it. ``supervision.supervise.run`` carries it out.
+"""
+
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from scaletrain.host import cores
+from scaletrain.launching.job import Companion, Environment, Job
+
+
+class Command(NamedTuple):
+    """One process to start. If there are several, ``name`` stands before its output."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: Environment = ()  # added to the supervisor's own environment
+    # The worker that this is. None: a launcher such as mpirun, which starts workers of its own.
+    rank: int | None = None
+    # A launcher that goes on when a worker fails; only its own end ends the job.
+    restarts_workers: bool = False
+    # The signal that reaches the workers, where SIGINT would make the launcher kill them.
+    interrupt: int | None = None
+    stop_s: float = 3.0  # from SIGTERM to SIGKILL; a launcher has to pass the signal on first
+
+
+class LaunchPlan(NamedTuple):
+    """Everything that would run. The files are written first, then every command starts."""
+
+    commands: tuple[Command, ...]
+    files: tuple[tuple[Path, str], ...] = ()
+    explain: tuple[str, ...] = ()  # one line each: threads, cores, ports and their reasons
+    # If set: the supervisor binds a free port here and hands the socket to the process that serves
+    # the store. All workers get the address as MASTER_ADDR and MASTER_PORT.
+    store_address: str = ""
+    # In place of the job's companions, where the launcher starts them its own way.
+    companions: tuple[Companion, ...] | None = None
+    # If set: the error that says what this host lacks to carry the plan out.
+    missing: str = ""
+
+    def __str__(self) -> str:
+        """Return the plan as shell text, as ``--dry-run`` prints it."""
+        lines = [f"# {line}" for line in self.explain]
+        for path, text in self.files:
+            lines.append(f"# file {path}\n{text.rstrip()}")
+        for companion in self.companions or ():
+            lines.append(_shell_line(companion.env, companion.argv) + " &")
+        store = ""
+        if self.store_address:
+            store = f"MASTER_ADDR={self.store_address} MASTER_PORT=$PORT "
+        for command in self.commands:
+            lines.append(store + _shell_line(command.env, command.argv))
+        return "\n".join(lines)
+
+
+def threads_each(job: Job, workers_here: int) -> int:
+    """Return the threads of one worker: as the job says, or its share of this host's cores.
+
+    Args:
+        workers_here: how many workers share this host.
+    """
+    return job.threads or max(1, len(cores.usable()) // workers_here)
+
+
+def _shell_line(env: Environment, argv: tuple[str, ...]) -> str:
+    assignments = [f"{name}={shlex.quote(value)}" for name, value in env]
+    return " ".join([*assignments, shlex.join(argv)])

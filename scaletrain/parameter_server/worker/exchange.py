@@ -1,0 +1,241 @@
+"""The exchange ``parameter_server``: one worker's end, as the trainer uses it.
+
+It has the methods of ``training.exchange.Exchange``, which describes them.
+"""
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from scaletrain.parameter_server.protocol import placement
+from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.parameter_server.worker.beside import ServerBeside
+from scaletrain.parameter_server.worker.client import Client, PushResult
+from scaletrain.parameter_server.worker.gradients import GradientSteps
+from scaletrain.parameter_server.worker.local_steps import LocalSteps, Rounds
+from scaletrain.parameter_server.worker.replica import Replica
+from scaletrain.run.layout import RunDir
+from scaletrain.world import World
+
+
+class ParameterServerExchange:
+    """Pushes gradients as backward makes them; ``step`` waits for the new weights.
+
+    Gradients leave during backward, and the learning rate with them: it has to be in the
+    optimizer's groups before. Buffers (batch norm's statistics) and frozen parameters are made
+    equal once, at the start.
+
+    Args:
+        settings: of the job.
+        world: this worker's place. Its launcher decides where servers run, if the settings do not.
+        run_dir: the job's directory.
+        store: the job's key-value store, joined by all ranks.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        world: World,
+        run_dir: Path,
+        store: torch.distributed.Store,
+    ):
+        self.world = world
+        self._settings = settings
+        self._run_dir = run_dir
+        self._store = store
+        self._server = self._start_server()
+        self._job = _JobSteps()
+        self._record: dict[str, float] = {}
+        # Bytes of the client up to the last step.
+        self._sent = 0
+        self._received = 0
+        # Made by ``attach``.
+        self._replica: Replica | None = None
+        self._client: Client | None = None
+        self._steps: GradientSteps | LocalSteps | None = None
+
+    def _start_server(self) -> ServerBeside | None:
+        """Start the server that runs beside this worker; return None if there is none."""
+        configured = RunDir(self._run_dir).config.exists()
+        place = placement.resolve(self._settings, self.world.launcher, configured)
+        if place != placement.BESIDE or self.world.rank >= self._settings.servers:
+            return None
+        return ServerBeside(self._settings, self._run_dir, self.world.rank)
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Make every rank's weights equal the servers', and hook into ``model``'s backward.
+
+        1. Cut the model into blocks, as all other workers do.
+        2. Share everything that is not trained.
+        3. Join the servers. If they have no weights, rank 0 sends its own, and the state of its
+           optimizer, which may come from a checkpoint.
+        4. Pull all weights, and begin with the step that the job has reached.
+
+        Returns:
+            ``model`` itself.
+
+        Raises:
+            UserError: the servers cannot train this model with this optimizer.
+            ServerError: a server cannot be reached or refuses this worker.
+        """
+        settings = self._settings
+        replica = Replica(model, optimizer, settings)
+        self._replica = replica
+        self._share_untrained(model, replica)
+        client = Client(settings, self._run_dir, self.world.rank, replica.blocks, replica.optimizer)
+        self._client = client
+        replica.connect(client)
+        if self.world.rank == 0 and not client.initialised:
+            if not settings.local:  # else the state belongs to the worker's own optimizer
+                replica.send_state(optimizer)
+            for block in replica.blocks:
+                replica.store(block)
+        for block in replica.blocks:
+            replica.pull(block)
+        if settings.local:
+            self._job.join(Rounds.of(settings).steps_before(client.step))
+            self._steps = LocalSteps(settings, replica, optimizer)
+        else:
+            self._job.join(client.step)
+            self._steps = GradientSteps(settings, replica, model, optimizer)
+        self._steps.begin(self._job.done)
+        self._sent = client.bytes_sent
+        self._received = client.bytes_received
+        return model
+
+    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """Let backward passes inside only add to the gradients."""
+        assert self._steps
+        return self._steps.accumulate()
+
+    def step(self) -> None:
+        """Bring the weights to the next step, after backward.
+
+        Raises:
+            ServerError: a server is lost, or training cannot go on.
+            ValueError: the learning rate was changed after gradients had left with the old one.
+        """
+        client, steps = self._client, self._steps
+        assert client and steps
+        began = time.perf_counter()
+        results = steps.finish()
+        self._job.done += 1
+        client.step = self._job.done
+        if self._settings.mode == "sync":
+            self._job.notice_lag(client.updates(), client.reconnects)
+        steps.begin(self._job.done)
+        self._record = {
+            "bytes_sent": client.bytes_sent - self._sent,
+            "bytes_received": client.bytes_received - self._received,
+            **_staleness(results),
+            "wait_s": time.perf_counter() - began,
+        }
+        self._sent = client.bytes_sent
+        self._received = client.bytes_received
+
+    def skip(self, most: int) -> int:
+        """Return how many of the next ``most`` steps this rank has to leave out."""
+        return self._job.skip(most)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a small CPU tensor over the ranks that live."""
+        assert self._client
+        total = self._client.sum(values.double().numpy())
+        return torch.from_numpy(total.copy()).to(values.dtype)
+
+    def live_workers(self) -> int:
+        """Return how many workers train, as far as this rank has heard."""
+        heard = self._client.live_workers() if self._client else 0
+        return heard or self.world.size
+
+    def record(self) -> dict[str, float]:
+        """Return the numbers of the last step, by the names that step records have."""
+        return self._record
+
+    def chosen(self) -> dict[str, Any]:
+        """Return nothing: no option of this exchange is chosen by measuring."""
+        return {}
+
+    def close(self) -> None:
+        """Leave the servers in good order, and end the one beside this worker."""
+        if self._steps:
+            self._steps.close()
+        if self._replica:
+            self._replica.close()
+        if self._client:
+            self._client.close()
+        if self._server:
+            self._server.close()
+
+    def _share_untrained(self, model: nn.Module, replica: Replica) -> None:
+        """Give rank 0's buffers and frozen parameters to everybody, through the job's store."""
+        trained = {id(parameter) for parameter in replica.parameters}
+        tensors = [*model.parameters(), *model.buffers()]
+        untrained = [tensor.data for tensor in tensors if id(tensor) not in trained]
+        for number, tensor in enumerate(untrained):
+            key = f"scaletrain/parameter_server/{number}"
+            if self.world.rank > 0:
+                raw = torch.frombuffer(bytearray(self._store.get(key)), dtype=torch.uint8)
+                tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
+            elif not self._store.check([key]):  # a rank 0 that was started again keeps the first
+                raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+                # The store takes bytes, too; torch's annotation does not say so.
+                self._store.set(key, raw.numpy().tobytes())  # type: ignore[arg-type]
+
+
+class _JobSteps:
+    """How far the job has come, and how much of that this rank has not seen.
+
+    Only the training thread uses it.
+
+    Attributes:
+        done: steps that the job has done, as this rank knows.
+    """
+
+    def __init__(self) -> None:
+        self.done = 0
+        self._missed = 0  # steps done without this rank, that it has not left out yet
+        # The job's steps minus the servers' updates. Servers lose updates when they begin again
+        # with a snapshot.
+        self._offset = 0
+        self._reconnects = 0  # that ``_offset`` takes into account
+
+    def join(self, steps: int) -> None:
+        """Begin where the job is, after ``steps`` steps, all of them without this rank."""
+        self.done = steps
+        self._missed = steps
+
+    def notice_lag(self, updates: int, reconnects: int) -> None:
+        """Notice steps that the others did without this rank, as a spare worker lets them do.
+
+        Args:
+            updates: of the least updated block, one for each step.
+            reconnects: joins of successors of servers so far.
+        """
+        if reconnects != self._reconnects:
+            self._reconnects = reconnects
+            self._offset = self.done - updates
+        ahead = max(0, updates + self._offset - self.done)
+        self._missed += ahead
+        self.done += ahead
+
+    def skip(self, most: int) -> int:
+        """Return how many missed steps to leave out now, at most ``most``."""
+        skipped = min(most, self._missed)
+        self._missed -= skipped
+        return skipped
+
+
+def _staleness(results: list[PushResult]) -> dict[str, float]:
+    """Return a step's figures of staleness: those of the blocks whose gradients were used."""
+    used = [result.staleness for result in results if not result.dropped]
+    return {
+        "staleness": sum(used) / len(used) if used else 0.0,
+        "staleness_max": max(used, default=0),
+        "dropped": (len(results) - len(used)) / max(1, len(results)),
+    }

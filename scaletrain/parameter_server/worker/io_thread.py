@@ -1,0 +1,295 @@
+"""The I/O thread of a worker: sends requests, receives answers, watches over the servers.
+
+Communication overlaps computation because this thread does it. The training thread hands requests
+over and waits for answers (``requests``), and reads the counters here.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from scaletrain.parameter_server.protocol import wire
+from scaletrain.parameter_server.protocol.settings import SILENCE_S
+from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind
+from scaletrain.parameter_server.worker.link import Identity, ServerLink
+from scaletrain.parameter_server.worker.requests import (
+    Answered,
+    PeerLost,
+    Requests,
+    ServerError,
+    Token,
+    Topic,
+)
+
+_RECEIVED_AT_ONCE = 64  # messages of one socket, before the others have their turn
+
+# The subject of each kind of answer.
+_TOPICS = {
+    MessageKind.STORED: Topic.STORE,
+    MessageKind.PART: Topic.PART,
+    MessageKind.WEIGHTS: Topic.UPDATE,
+    MessageKind.APPLIED: Topic.UPDATE,
+    MessageKind.ROWS: Topic.ROWS,
+    MessageKind.TOTAL: Topic.SUM,
+    MessageKind.PAUSED: Topic.PAUSE,
+    MessageKind.LEFT: Topic.LEAVE,
+    MessageKind.STATES: Topic.STATE,
+}
+
+
+@dataclass
+class Position:
+    """How far this worker has come, as a server's successor must know it.
+
+    Both threads use it without a lock: each field is read and written as a whole, and after a lost
+    connection the training thread waits for an answer before it goes on.
+    """
+
+    step: int
+    """The job's next step. Written by the training thread, read by the I/O thread."""
+
+    versions: dict[int, int]
+    """Updates in the weights that this worker has of each block, by key. The training thread writes
+    them with each answer, the I/O thread after a lost connection. Both read them."""
+
+
+class IoThread:
+    """Sends and receives for one ``Client``. Start it after all links have been connected.
+
+    Args:
+        identity: this worker.
+        links: one for each server, in their order.
+        requests: shared with the training thread.
+        position: shared with the training thread.
+
+    Attributes:
+        bytes_sent: headers, frames, and the gradients that were left in shared memory.
+        bytes_received: the same for weights.
+        reconnects: servers that this worker has joined again, each time counted.
+
+    The counters are written by this thread and read by the training thread.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        links: Sequence[ServerLink],
+        requests: Requests,
+        position: Position,
+    ):
+        self._identity = identity
+        self._settings = identity.settings
+        self._links = links
+        self._link_of: dict[int, ServerLink] = {}  # by block
+        for link in links:
+            for block in link.blocks:
+                self._link_of[block.key] = link
+        self._requests = requests
+        self._position = position
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.reconnects = 0
+        # Written by ``stop``, read by the thread.
+        self._stopping = False
+        self._poller = zmq.Poller()
+        self._thread = threading.Thread(target=self._run, name="parameter-server", daemon=True)
+
+    # Called by the training thread
+
+    def start(self) -> None:
+        """Begin to send and receive. From now on the links are this thread's."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and close all connections. Waits up to 5 s."""
+        self._stopping = True
+        self._requests.notify()
+        self._thread.join(timeout=5)
+
+    # The thread
+
+    def _run(self) -> None:
+        """Take turns until ``stop`` or the first failure; leave no socket open."""
+        try:
+            self._watch_sockets()
+            while not self._stopping and self._requests.failure is None:
+                self._take_turn()
+        except ServerError as error:
+            self._requests.fail(error)
+        except Exception as error:  # of any kind: the training thread must not wait for ever
+            self._requests.fail(ServerError(f"{type(error).__name__}: {error}"))
+        finally:
+            for link in self._links:
+                link.disconnect()
+            self._identity.context.term()
+
+    def _take_turn(self) -> None:
+        """Do all that can be done without waiting, once there is something to do.
+
+        1. Wait until a message comes, a full connection has room again, or there is a new request;
+           at most a second, so that a silent server is noticed.
+        2. Receive, and look after lost servers.
+        3. Send all requests that have room.
+        """
+        ready = dict(self._poller.poll(1000))
+        if self._requests.wake in ready:
+            self._requests.take_notice()
+        self._attend(ready)
+        self._requests.send(self._try_send)
+
+    def _watch_sockets(self) -> None:
+        """Make a poller for the sockets that there are now."""
+        self._poller = zmq.Poller()
+        self._poller.register(self._requests.wake, zmq.POLLIN)
+        for link in self._links:
+            for socket in [*link.sockets, *link.monitors]:
+                self._poller.register(socket, zmq.POLLIN)
+
+    def _attend(self, ready: dict[Any, int]) -> None:
+        """Receive the messages that are there, and find out whether all servers live.
+
+        Stops at the first lost server: its sockets are new, and ``ready`` is outdated then.
+
+        Args:
+            ready: events by socket, as a poller returns them.
+        """
+        for link in self._links:
+            has_news = any(ready.get(monitor) for monitor in link.monitors)
+            if has_news and link.is_closed():
+                self._lost(link, "closed the connection")
+                return
+            for number, socket in enumerate(link.sockets):
+                events = ready.get(socket, 0)
+                if events & zmq.POLLIN:
+                    self._receive(link, socket)
+                    link.heard_at = time.monotonic()
+                if events & zmq.POLLOUT:
+                    link.blocked.discard(number)
+                    self._poller.register(socket, zmq.POLLIN)
+            silent_s = time.monotonic() - link.heard_at
+            if silent_s > max(SILENCE_S, self._settings.timeout_s):
+                self._lost(link, f"gave no sign of life for {silent_s:.0f} s")
+                return
+
+    # Sending
+
+    def _try_send(self, token: Token, header: Header, payloads: list[Any]) -> bool:
+        """Send a request without waiting; return False if there is no room for it now."""
+        link, number = self._route(token)
+        if number in link.blocked:
+            return False
+        if token.topic is Topic.UPDATE and not link.may_push(token):
+            return False
+        socket = link.sockets[number]
+        header = header._replace(rank=self._identity.rank, session=link.sessions[number])
+        try:
+            socket.send_multipart([header.pack(), *payloads], zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            link.blocked.add(number)
+            self._poller.register(socket, zmq.POLLIN | zmq.POLLOUT)
+            return False
+        if token.topic is Topic.UPDATE:
+            link.under_way.add(token)
+        self.bytes_sent += wire.HEADER_BYTES
+        for payload in payloads:
+            self.bytes_sent += memoryview(payload).nbytes
+        if header.flags & wire.SHARED:
+            self.bytes_sent += 4 * header.count
+        return True
+
+    def _route(self, token: Token) -> tuple[ServerLink, int]:
+        """Return the link and the number of the connection that a request takes.
+
+        Sums go to server 0. All requests about a block take the same connection, so that none
+        overtakes another.
+        """
+        if token.topic is Topic.SUM:
+            return self._links[0], 0
+        if token.topic in (Topic.PAUSE, Topic.LEAVE):
+            return self._links[token.key], 0
+        link = self._link_of[token.key]
+        return link, token.key % len(link.sockets)
+
+    # Receiving
+
+    def _receive(self, link: ServerLink, socket: zmq.Socket) -> None:
+        """Handle the messages that a connection holds, or the first of them if there are many.
+
+        Raises:
+            ServerError: the server refuses a request, or says that training cannot go on.
+        """
+        for _ in range(_RECEIVED_AT_ONCE):
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            for frame in frames:
+                self.bytes_received += len(frame)
+            message = link.parse(frames)
+            if message is None:  # a sign of life
+                continue
+            if message.header.flags & wire.SHARED:
+                self.bytes_received += 4 * message.header.count
+            token = _answered_token(link, message.header)
+            if token is not None:
+                link.under_way.discard(token)
+                self._requests.answer(token, Answered(message, link.epoch, link.weights))
+
+    # Lost servers
+
+    def _lost(self, link: ServerLink, reason: str) -> None:
+        """Wait for the successor of a lost server where there will be one, else give up.
+
+        1. A server may end as soon as its last worker says goodbye. Then nothing is lost.
+        2. Join the successor, at the step where this worker is.
+        3. Take the versions of its blocks: a snapshot may be older than the weights used so far.
+        4. Send all open requests to it once more. Pushes name the version that it knows.
+
+        Raises:
+            PeerLost: no successor is to be expected.
+            ServerError: the successor does not come in time, or does not accept this worker.
+        """
+        goodbye = Token(Topic.LEAVE, link.index)
+        if self._requests.is_open(goodbye):
+            left = Message(Header(MessageKind.LEFT), ())
+            self._requests.answer(goodbye, Answered(left, link.epoch, None))
+            link.disconnect()
+            link.heard_at = float("inf")
+            self._watch_sockets()
+            return
+        if not self._settings.restart_servers:
+            raise PeerLost(f"{link} {reason}")
+        link.disconnect()
+        self.reconnects += 1
+        deadline = time.monotonic() + self._settings.timeout_s
+        ready = link.connect(deadline, self._position.step, reason, lambda: self._stopping)
+        self._position.versions.update(ready.versions)
+
+        def repeated(token: Token, header: Header) -> Header | None:
+            """Return the header for the successor; None for a request to another server."""
+            if self._route(token)[0] is not link:
+                return None
+            if token.topic is Topic.UPDATE:
+                return header._replace(version=self._position.versions[token.key])
+            return header
+
+        self._requests.send_again(repeated)
+        self._watch_sockets()
+
+
+def _answered_token(link: ServerLink, header: Header) -> Token | None:
+    """Return the name of the request that a message answers; None if it is no answer."""
+    topic = _TOPICS.get(header.kind)
+    if topic is None:
+        return None
+    if topic in (Topic.PAUSE, Topic.LEAVE):
+        key = link.index
+    elif topic is Topic.SUM:
+        key = header.step
+    else:
+        key = header.key
+    return Token(topic, key, header.offset)

@@ -1,0 +1,90 @@
+"""Figures and remarks of a report as text, for the terminal and for pages."""
+
+from collections.abc import Sequence
+
+from scaletrain.scaling.explain import headline
+from scaletrain.scaling.measure.intervals import ONE_RUN
+from scaletrain.scaling.model import Prediction, Report, Row
+
+UNKNOWN = "–"  # in pages, where a figure is not known
+
+
+def number(value: float | None, form: str = ".2f", ci95: float | None = None) -> str:
+    """Return a figure with its interval, if it has one.
+
+    >>> number(1.5, ci95=0.25), number(None)
+    ('1.50 ± 0.25', '–')
+    """
+    if value is None:
+        return UNKNOWN
+    interval = "" if ci95 is None else f" ± {ci95:{form}}"
+    return f"{value:{form}}{interval}"
+
+
+def ms(seconds: float | None, ci95: float | None = None) -> str:
+    """Return seconds as milliseconds, with their interval if they have one."""
+    if seconds is None:
+        return UNKNOWN
+    return number(1000 * seconds, ci95=None if ci95 is None else 1000 * ci95)
+
+
+def cell_name(row: Row) -> str:
+    """Return the config of a row and its variant, where rows differ in them."""
+    varied = [f"{key}={value}" for key, value in row.variant.items()]
+    return " ".join([row.config, *varied])
+
+
+def to_target(row: Row) -> str:
+    """Return the seconds until the target accuracy, over the repeats that reached it."""
+    seconds = number(row.target_s, ".1f", row.target_s_ci95)
+    if row.target_s is None or row.target_runs == row.repeats:
+        return seconds
+    return f"{seconds} ({row.target_runs} of {row.repeats} runs)"
+
+
+def outcome(row: Row) -> str:
+    """Return the fate of a cell without a finished run."""
+    if not row.failures:
+        return "not measured"
+    return f"failed: {'; '.join(dict.fromkeys(row.failures))}"
+
+
+def note(report: Report) -> str:
+    """Return the meaning of ± in a report. Without repeats there is none."""
+    repeats = report.header.repeats
+    if repeats < 2:
+        return f"{ONE_RUN.capitalize()}."
+    return (
+        f"± is the 95 % confidence interval of the mean over {repeats} repeats (Student's t)."
+        " A cell of one run has none. Speed-up is the ratio of the mean samples/s; its interval"
+        " pairs each repeat with the baseline's."
+    )
+
+
+def watermark(report: Report) -> str:
+    """Return the warning that stands on every figure of a report; empty if there is none."""
+    marks = []
+    if report.header.emulated:
+        marks.append("EMULATED")
+    oversubscribed = headline.oversubscribed(report)
+    if oversubscribed:
+        marks.append(oversubscribed)
+    return ", ".join(marks)
+
+
+def calibration(points: Sequence[Prediction]) -> str:
+    """Return how far predictions test the model, which its own calibration cannot."""
+    basis = (
+        "The computation is that of the same workers without an exchange. The network is calibrated"
+        " on this report's own steps."
+    )
+    tested = sum(not point.in_fit for point in points)
+    if not tested:
+        return (
+            f"{basis} All of these rows were used for it: the errors are residuals, not a test of"
+            " the model."
+        )
+    return (
+        f"{basis} {tested} of {len(points)} were left out of the calibration: those are"
+        " predictions, the others residuals."
+    )
