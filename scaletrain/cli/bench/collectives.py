@@ -1,5 +1,6 @@
 """How fast allreduces are: our algorithms over our wires beside gloo, MPI and Horovod, each against its own bound."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ PEERS = {"cpu": ("gloo", "mpi", "horovod"), "cuda": ("gloo", "nccl")}  # by wher
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-class Row(NamedTuple):
+class AllreduceTimes(NamedTuple):
     """One contender at one size: times over all iterations of all repeats, of the slowest rank, in seconds."""
 
     contender: str
@@ -44,6 +45,36 @@ class Row(NamedTuple):
     wrong: int  # elements
     runs: int
     ran: str  # ours: the algorithm, which `auto` chose in each round anew
+
+
+# (contender, bytes) -> what each round measured, as the ranks write it.
+Results = dict[tuple[str, int], list[dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of the command (see their help texts)."""
+
+    workers: tuple[str, ...]
+    algorithms: tuple[str, ...]
+    transports: tuple[str, ...]
+    sizes: tuple[int, ...]
+    peers: tuple[str, ...]
+    repeats: int
+    seconds: float
+    bind: bool
+    device: str
+    bandwidth: str | None
+    mpi_python: tuple[str, ...]
+    horovod_python: str | None
+    out: Path | None
+
+    @property
+    def all_algorithms(self) -> tuple[str, ...]:
+        """The algorithms, with ``all`` spelled out."""
+        if self.algorithms == ("all",):
+            return ("auto", "native", *plugins.names("collective"))
+        return self.algorithms
 
 
 def _sizes(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
@@ -132,81 +163,109 @@ def _list(context: click.Context, parameter: click.Parameter, text: str) -> tupl
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write NAME.json, and the table beside it as NAME.md.",
 )
-def command(
-    workers: tuple[str, ...],
-    algorithms: tuple[str, ...],
-    transports: tuple[str, ...],
-    sizes: tuple[int, ...],
-    peers: tuple[str, ...],
-    repeats: int,
-    seconds: float,
-    bind: bool,
-    device: str,
-    bandwidth: str | None,
-    mpi_python: tuple[str, ...],
-    horovod_python: str | None,
-    out: Path | None,
-) -> None:
+def command(**values: Any) -> None:
     """Measure allreduces side by side.
 
     Every contender runs in each of --repeats rounds, so that a slow minute of the machine hits all
     alike. Times are the slowest rank's.
+
+    \b
+    Example:
+      scaletrain bench collectives --workers 2,4 --algorithms ring,tree --sizes 4K,25M
     """
-    for peer in peers:
-        if peer not in PEERS[device]:
-            raise unknown(f"--peers with --device {device}", peer, PEERS[device])
-    if algorithms == ("all",):
-        algorithms = ("auto", "native", *plugins.names("collective"))
-    for name in algorithms:
-        if name not in ("auto", "native"):
-            config.plugin_spec("collective", name, "--algorithms", also=("auto", "native", "all"))
-    for name in transports:
-        if name not in ("auto", *plugins.names("transport")):
-            raise unknown("--transports", name, ["auto", *plugins.names("transport")])
-    counts = [int(word) for word in workers if word.isdigit() and int(word) > 0]
-    if len(counts) < len(workers):
-        raise UserError(
-            f"--workers: {','.join(workers)!r}: expected numbers with commas, such as 2,4"
+    options = Options(**values)
+    counts = _check(options)
+    header: dict[str, Any] = {
+        **environment(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "repeats": options.repeats,
+        "network": "one host",
+        "bound": options.bind,
+        "devices": [],
+    }
+    if options.bandwidth:
+        header["network"] = (
+            f"EMULATED: one host a worker in network namespaces, {options.bandwidth} links"
         )
-    ours = [f"{transport}:{name}" for transport in transports for name in algorithms]
-    header = {
-        **environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "repeats": repeats,
-        "network": f"EMULATED: one host a worker in network namespaces, {bandwidth} links" if bandwidth else "one host",
-        "bound": bind, "devices": [],
-    }  # fmt: skip
-    rows: list[Row] = []
+    rows: list[AllreduceTimes] = []
     notes: list[str] = []
+    devices: set[str] = set()
     for count in counts:
-        found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for repeat in range(repeats):
-            for name, run in _worlds(ours, peers, mpi_python, horovod_python, bandwidth):
-                click.echo(f"{count} workers, round {repeat + 1} of {repeats}: {name}", err=True)
-                try:
-                    results = run(
-                        {"sizes": sizes, "seconds": seconds, "bind": bind, "device": device}, count
-                    )
-                except (RuntimeError, UserError) as error:
-                    notes.append(f"{name}, {count} workers: {error}")
-                    continue
-                header["devices"] = sorted(
-                    {*header["devices"], *(result.get("device", "cpu") for result in results)}
-                )
-                for result in results:
-                    found.setdefault((result["contender"], result["size_bytes"]), []).append(result)
-        rows += _rows(found, count, bandwidth)
+        results = _measure(options, count, notes)
+        for of_contender in results.values():
+            devices |= {result.get("device", "cpu") for result in of_contender}
+        rows += _rows(results, count, options.bandwidth)
+    header["devices"] = sorted(devices)
     if not rows:
         raise UserError(f"nothing could be measured: {'; '.join(dict.fromkeys(notes))}")
     text = table(rows, header, notes)
     click.echo(text)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        measured = [row._asdict() for row in rows]
         write_json(
-            out.with_suffix(".json"),
-            {"header": header, "notes": notes, "rows": [row._asdict() for row in rows]},
+            options.out.with_suffix(".json"), {"header": header, "notes": notes, "rows": measured}
         )
-        pages.write(out.with_suffix(".md"), text)  # what people wrote on that page stays
-    if wrong := sorted({row.contender for row in rows if row.wrong}):
+        pages.write(options.out.with_suffix(".md"), text)  # what people wrote on that page stays
+    wrong = sorted({row.contender for row in rows if row.wrong})
+    if wrong:
         raise UserError(f"wrong sums: {', '.join(wrong)} (the last column counts the elements)")
+
+
+def _check(options: Options) -> list[int]:
+    """Return the worker counts.
+
+    Raises:
+        UserError: an option names something that there is not.
+    """
+    for peer in options.peers:
+        if peer not in PEERS[options.device]:
+            raise unknown(f"--peers with --device {options.device}", peer, PEERS[options.device])
+    for name in options.all_algorithms:
+        if name not in ("auto", "native"):
+            config.plugin_spec("collective", name, "--algorithms", also=("auto", "native", "all"))
+    transports = ["auto", *plugins.names("transport")]
+    for name in options.transports:
+        if name not in transports:
+            raise unknown("--transports", name, transports)
+    counts = [int(word) for word in options.workers if word.isdigit() and int(word) > 0]
+    if len(counts) < len(options.workers):
+        raise UserError(
+            f"--workers: {','.join(options.workers)!r}: expected numbers with commas, such as 2,4"
+        )
+    return counts
+
+
+def _measure(options: Options, count: int, notes: list[str]) -> Results:
+    """Run every contender in every round. A failure becomes a note."""
+    task = {
+        "sizes": options.sizes,
+        "seconds": options.seconds,
+        "bind": options.bind,
+        "device": options.device,
+    }
+    ours = []
+    for transport in options.transports:
+        for algorithm in options.all_algorithms:
+            ours.append(f"{transport}:{algorithm}")
+    worlds = _worlds(
+        ours, options.peers, options.mpi_python, options.horovod_python, options.bandwidth
+    )
+    results: Results = {}
+    for repeat in range(options.repeats):
+        for name, run in worlds:
+            click.echo(
+                f"{count} workers, round {repeat + 1} of {options.repeats}: {name}", err=True
+            )
+            try:
+                measured = run(task, count)
+            except (RuntimeError, UserError) as error:
+                notes.append(f"{name}, {count} workers: {error}")
+                continue
+            for result in measured:
+                key = (result["contender"], result["size_bytes"])
+                results.setdefault(key, []).append(result)
+    return results
 
 
 def _worlds(
@@ -336,24 +395,37 @@ def _merge(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return merged
 
 
-def _rows(
-    found: dict[tuple[str, int], list[dict[str, Any]]], workers: int, bandwidth: str | None
-) -> list[Row]:
+def _rows(results: Results, workers: int, bandwidth: str | None) -> list[AllreduceTimes]:
+    """Return a row for each contender at each size, the smallest size first."""
     rows = []
-    for (contender, size), results in sorted(
-        found.items(), key=lambda item: (item[0][1], item[0][0])
-    ):
-        times = sorted(t for result in results for t in result["times_s"])
-        p50 = times[len(times) // 2]
-        algbw = size / p50
+    for contender, size in sorted(results, key=lambda key: (key[1], key[0])):
+        rounds = results[contender, size]
+        times: list[float] = []
+        for result in rounds:
+            times += result["times_s"]
+        times.sort()
+        median_s = times[len(times) // 2]
+        bandwidth_of_message = size / median_s
+        chosen = [result["ran"] for result in rounds if result.get("ran")]
         rows.append(
-            Row(
-                contender, workers, size, size // 4, "float32", p50, times[int(0.95 * (len(times) - 1))], times[0], times[-1], algbw,
-                algbw * 2 * (workers - 1) / workers, _bound(contender, size, workers, bandwidth, results),
-                sum(result["wrong"] for result in results), len(times),
-                ", ".join(dict.fromkeys(ran for result in results if (ran := result.get("ran")))),
+            AllreduceTimes(
+                contender=contender,
+                workers=workers,
+                size_bytes=size,
+                count=size // 4,
+                dtype="float32",
+                time_s_p50=median_s,
+                time_s_p95=times[int(0.95 * (len(times) - 1))],
+                time_s_min=times[0],
+                time_s_max=times[-1],
+                algbw_bytes_per_s=bandwidth_of_message,
+                busbw_bytes_per_s=bandwidth_of_message * 2 * (workers - 1) / workers,
+                bound_s=_bound(contender, size, workers, bandwidth, rounds),
+                wrong=sum(result["wrong"] for result in rounds),
+                runs=len(times),
+                ran=", ".join(dict.fromkeys(chosen)),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -361,16 +433,13 @@ def _bound(
     contender: str, size: int, workers: int, bandwidth: str | None, results: list[dict[str, Any]]
 ) -> float | None:
     """On emulated links: what the algorithm moves through the busiest port, at the link's rate. On one host: the bytes that any allreduce
-    moves between the ranks, 2(n - 1)/n of the message a rank, at the speed at which all ranks copy
-    at once.
-    """
+    moves between the ranks, 2(n - 1)/n of the message a rank, at the speed at which all ranks copy at once."""
     if bandwidth:
         from scaletrain.collectives.cost import Network, predict
         from scaletrain.units import bits_per_s
 
         text = contender.partition(":")[2]
-        # What has no schedule of its own, such as gloo, is held to the least that any allreduce
-        # moves through a port.
+        # What has no schedule of its own, such as gloo, is held to the least that any allreduce moves through a port.
         name, options = (
             ("ring", {})
             if text in ("", "auto", "native")
@@ -381,7 +450,7 @@ def _bound(
     return 2 * (workers - 1) / workers * size / max(speeds) if speeds else None
 
 
-def table(rows: Sequence[Row], header: dict[str, Any], notes: Sequence[str]) -> str:
+def table(rows: Sequence[AllreduceTimes], header: dict[str, Any], notes: Sequence[str]) -> str:
     """Markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v)
     many = sorted({r.workers for r in rows if r.workers > header["cores"]})
