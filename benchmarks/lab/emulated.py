@@ -135,7 +135,7 @@ def _lateness(
     """
     slots: dict[int, list[int]] = {}  # destination -> the slots in which its messages are sent
     for ranks in destinations.values():
-        order = []
+        order: list[int] = []
         for _ in range(parts):
             order.extend(random.permutation(sorted(ranks)))
         for slot, destination in enumerate(order):

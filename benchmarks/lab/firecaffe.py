@@ -142,7 +142,8 @@ def _exchange_rows(path: Path) -> list[ExchangeRow]:
     for row in json.loads(path.read_text(encoding="utf-8"))["tree"]:
         if row["MB"] in MB.values():
             figures = ("workers", "server_s", "server_formula_s", "tree_s", "tree_formula_s")
-            rows.append(ExchangeRow(row["MB"], *[row[key] for key in figures], row=row))
+            chosen = {key: row[key] for key in figures}
+            rows.append(ExchangeRow(megabytes=row["MB"], row=row, **chosen))
     return rows
 
 

@@ -174,8 +174,8 @@ def _measure_sweep(measurements: Measurements, name: str, config: Path, options:
     report = measurements.report(name)
     if report.exists() and any(row.failures for row in read_report(report).rows):
         report.unlink()  # the sweep tries again what failed
-    bench = ("bench", "scaling", config, *options.split())
-    results.once(report, *bench, "--out", report.parent, header=measurements.header)
+    arguments = ["bench", "scaling", str(config), *options.split(), "--out", str(report.parent)]
+    results.once(report, *arguments, header=measurements.header)
 
 
 def _results(measurements: Measurements, header: Mapping[str, Any]) -> Results:

@@ -3,6 +3,7 @@
 It reads FOLDER/task.json, measures every contender, and writes FOLDER/<rank>.json.
 """
 
+import functools
 import json
 import os
 import sys
@@ -14,133 +15,126 @@ from typing import Any
 
 from scaletrain import programs
 
+programs.begin(__name__)
+
+import torch
+import torch.distributed as dist
+
+from scaletrain.engine import backend
+from scaletrain.engine.process_group import Options
+from scaletrain.host import cores
+
+_TIMEOUT = timedelta(seconds=300)
+_REFERENCES = ("gloo", "nccl")  # torch's own backends; the other contenders are ours
+_COPY_S = 0.05  # for measuring how fast this rank copies
+
 
 def main(folder: Path) -> None:
-    programs.begin(__name__)
-    import torch
-    import torch.distributed as dist
-
-    from scaletrain.engine import backend, process_group
-
+    """Measure all contenders at all sizes. Every rank runs it."""
     backend.register()
     programs.done()
     task = json.loads(folder.joinpath("task.json").read_text(encoding="utf-8"))
-    rank = int(os.environ["RANK"])
-    size = int(os.environ["WORLD_SIZE"])
-    cores = sorted(os.sched_getaffinity(0))
-    if task["bind"] and len(cores) >= size:
-        os.sched_setaffinity(0, {cores[rank]})  # before any thread is started: they inherit it
-    timeout = timedelta(seconds=300)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    usable = cores.usable()
+    if task["bind"] and len(usable) >= size:
+        # Before any thread is started: threads inherit it.
+        os.sched_setaffinity(0, {usable[rank]})
     store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
-    device = torch.device("cpu")
-    if task["device"] == "cuda":
-        device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
-        torch.cuda.set_device(device)
-        if "nccl" in task["contenders"] and torch.cuda.device_count() < size:
-            raise RuntimeError(
-                f"NCCL refuses workers that share a GPU, and there is not one for each of {size}"
-            )
-    groups: dict[str, Any] = {}
-    for name in task["contenders"]:
-        if name in PEERS:
-            groups[name] = dist.new_group(backend=name, timeout=timeout)
-        else:
-            transport, _, collective = name.partition(":")
-            options = process_group.Options(collective, transport)
-            groups[name] = dist.new_group(backend="scaletrain", timeout=timeout, pg_options=options)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    device = _device(task, rank, size)
+    groups = {name: _group(name) for name in task["contenders"]}
     results = []
     for num_bytes in task["sizes"]:
         for name, group in groups.items():
             tensor = torch.empty(max(1, num_bytes // 4), device=device)
-            result = {"contender": name, "size_bytes": num_bytes}
-            results.append(result | _measure_group(name, group, tensor, task["seconds"]))
+            results.append(_measure_contender(name, group, tensor, num_bytes, task["seconds"]))
     folder.joinpath(f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
 
-PEERS = ("gloo", "nccl")  # backends of torch; the other contenders are ours
+def _device(task: dict[str, Any], rank: int, size: int) -> torch.device:
+    if task["device"] != "cuda":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    device = torch.device("cuda", rank % max(1, count))
+    torch.cuda.set_device(device)
+    if "nccl" in task["contenders"] and count < size:
+        raise RuntimeError(
+            f"NCCL refuses workers that share a GPU, and there is not one for each of {size}"
+        )
+    return device
 
 
-def _measure_group(name: str, group: Any, tensor: Any, seconds: float) -> dict[str, Any]:
-    """Measure the allreduce of a tensor in one group (collective).
+def _group(contender: str) -> Any:
+    """Return the process group of a contender: a backend, or ``WIRE:COLLECTIVE`` of ours."""
+    if contender in _REFERENCES:
+        return dist.new_group(backend=contender, timeout=_TIMEOUT)
+    transport, _, collective = contender.partition(":")
+    options = Options(collective, transport)
+    return dist.new_group(backend="scaletrain", timeout=_TIMEOUT, pg_options=options)
 
-    Args:
-        name: of the contender.
-        group: its process group.
-        tensor: float32, of the size to measure; overwritten.
-        seconds: that the measurement may take.
-    """
-    import torch
-    import torch.distributed as dist
 
-    rank = dist.get_rank()
-    size = dist.get_world_size()
-    largest = _agree()
+def _measure_contender(
+    name: str, group: Any, tensor: torch.Tensor, num_bytes: int, seconds: float
+) -> dict[str, Any]:
+    """Check a contender's sums, then time it; return the facts that the benchmark reads."""
 
     def allreduce() -> None:
         dist.all_reduce(tensor, group=group)
-        finish(tensor)
+        _finish(tensor)
 
-    wrong = 0  # elements
-    for _ in range(2):  # also opens connections, and lets `auto` calibrate
-        values = torch.arange(tensor.numel()) % 251
-        tensor.copy_((values + rank).float())
-        allreduce()
-        expected = size * values + size * (size - 1) // 2
-        wrong += int((tensor.cpu() != expected).sum())
+    # The checks also open connections, and let `auto` calibrate.
+    wrong = _wrong_elements(tensor, allreduce) + _wrong_elements(tensor, allreduce)
     tensor.zero_()
-    times = measure(allreduce, dist.barrier, seconds, largest)
+    times = measure(allreduce, dist.barrier, seconds, _largest)
+    algorithm = ""
     copy_bytes_per_s = None
-    ran = ""
-    if name not in PEERS:
-        ran = _chosen(group, tensor)
-        source = torch.empty_like(tensor)
-
-        def copy() -> None:
-            finish(tensor.copy_(source))
-
-        copies = measure(copy, dist.barrier, 0.05, largest)
-        copy_bytes_per_s = tensor.nbytes / sorted(copies)[len(copies) // 2]
-    device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else "cpu"
+    if name not in _REFERENCES:
+        [choice] = group.record(tensor.nbytes)["chosen"].values()
+        algorithm = choice["collective"]
+        if choice["segments"] > 1:
+            algorithm += f" in {choice['segments']} parts"
+        copy = functools.partial(_copy, tensor, torch.empty_like(tensor))
+        copies = measure(copy, dist.barrier, _COPY_S, _largest)
+        copy_bytes_per_s = num_bytes / sorted(copies)[len(copies) // 2]
     return {
+        "contender": name,
+        "size_bytes": num_bytes,
         "times_s": times,
         "wrong": wrong,
         "copy_bytes_per_s": copy_bytes_per_s,
-        "ran": ran,
-        "device": device,
+        "ran": algorithm,
+        "device": torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else "cpu",
     }
 
 
-def _chosen(group: Any, tensor: Any) -> str:
-    """Return the algorithm that a group of ours runs for a tensor, in words."""
-    [choice] = group.record(tensor.nbytes)["chosen"].values()
-    collective: str = choice["collective"]
-    if choice["segments"] > 1:
-        return f"{collective} in {choice['segments']} parts"
-    return collective
+def _wrong_elements(tensor: torch.Tensor, allreduce: Callable[[], None]) -> int:
+    """Sum values that differ between the ranks, and return how many elements came out wrong."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    pattern = torch.arange(tensor.numel()) % 251
+    tensor.copy_((pattern + rank).float())
+    allreduce()
+    expected = size * pattern + size * (size - 1) // 2
+    return int((tensor.cpu() != expected).sum())
 
 
-def finish(tensor: Any) -> None:
-    """Wait until the device has computed the tensor."""
-    import torch
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source)
+    _finish(target)
 
+
+def _finish(tensor: torch.Tensor) -> None:
+    """Wait until the device has made a tensor."""
     if tensor.is_cuda:
         torch.cuda.synchronize()
 
 
-def _agree() -> Callable[[float], float]:
-    """Return a function that returns the largest of all ranks' values (collective)."""
-    import torch
-    import torch.distributed as dist
-
-    def largest(seconds: float) -> float:
-        value = torch.tensor([seconds], dtype=torch.float64)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value.item()
-
-    return largest
+def _largest(seconds: float) -> float:
+    """Return the largest of all ranks' values (collective)."""
+    value = torch.tensor([seconds], dtype=torch.float64)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
 
 
 def measure(
@@ -151,21 +145,19 @@ def measure(
 ) -> list[float]:
     """Return the seconds of single runs (collective).
 
-    As many as fit into ``seconds`` are measured, 3 to 400, the same number on every rank.
-
     Args:
-        run: what is measured.
-        barrier: returns when every rank has called it.
-        seconds: that all runs may take together.
+        run: is timed.
+        barrier: waits for all ranks.
+        seconds: as many runs as fit into it, 3 to 400, the same number on every rank.
         largest: returns the largest of all ranks' values.
     """
     barrier()
     began = time.perf_counter()
     run()
-    once = largest(time.perf_counter() - began)
+    first_s = largest(time.perf_counter() - began)
     times = []
     barrier()
-    for _ in range(max(3, min(400, int(seconds / once)))):
+    for _ in range(max(3, min(400, int(seconds / first_s)))):
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)

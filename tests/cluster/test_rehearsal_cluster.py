@@ -109,7 +109,7 @@ def test_loss_drops_packets_and_tcp_makes_up_for_them(iptables):
 
 
 def test_latency_delays_or_is_refused_by_name():
-    """Delay needs netem, which not every kernel has: it is probed, and never left out in silence."""
+    """Delay needs netem, which not every kernel has: it is probed, never left out in silence."""
     hosts = Cluster(2, latency="50ms")
     try:
         hosts.__enter__()

@@ -1,4 +1,4 @@
-"""Tests of launching/hosts.py; tests/cluster/test_slurm.py holds the same lists against scontrol."""
+"""Tests of launching/hosts.py; test_slurm.py holds the same lists against scontrol."""
 
 import pytest
 

@@ -369,7 +369,7 @@ def _alive(pid: int) -> bool:
 
 
 def test_a_slow_worker_is_left_behind_by_one_spare(tmp_path):
-    """A worker is five times as slow: with a spare the others' median step grows by 10 % at most."""
+    """One worker is five times as slow: with a spare, the others' step grows by 10 % at most."""
 
     def median_step(folder, made, delays, steps):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Tests ``protocol/sharding.py``: every element lies in exactly one block, on exactly one server."""
+"""Tests ``protocol/sharding.py``: every element lies in one block, on one server."""
 
 import pytest
 from hypothesis import given

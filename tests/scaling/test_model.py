@@ -1,4 +1,4 @@
-"""Tests of ``scaling/model.py``: values keep what their JSON holds, and untyped JSON stays there."""
+"""Tests of ``scaling/model.py``: values keep their JSON, and untyped JSON stays there."""
 
 import ast
 from pathlib import Path

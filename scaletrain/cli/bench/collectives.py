@@ -1,4 +1,4 @@
-"""How fast allreduces are: our algorithms over our wires beside gloo, MPI and Horovod, each against its own bound."""
+"""How fast allreduces are: our algorithms beside gloo, MPI and Horovod, and their bounds."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class AllreduceTimes(NamedTuple):
-    """One contender at one size: times over all iterations of all repeats, of the slowest rank, in seconds."""
+    """One contender at one size: the slowest rank's seconds, over all repeats."""
 
     contender: str
     workers: int
@@ -275,7 +275,10 @@ def _worlds(
     horovod: str | None,
     bandwidth: str | None,
 ) -> list[tuple[str, Any]]:
-    """What is started in a round: (name, function(task, count) -> results). One world of torch runs ours and gloo (or nccl)."""
+    """Return what a round starts: (name, function(task, count) -> results).
+
+    One world of torch runs our contenders and gloo (or nccl).
+    """
     contenders = [*ours, *(peer for peer in peers if peer in ("gloo", "nccl"))]
     worlds: list[tuple[str, Any]] = [
         ("torch", lambda task, count: _torch({**task, "contenders": contenders}, count, bandwidth))
@@ -432,14 +435,19 @@ def _rows(results: Results, workers: int, bandwidth: str | None) -> list[Allredu
 def _bound(
     contender: str, size: int, workers: int, bandwidth: str | None, results: list[dict[str, Any]]
 ) -> float | None:
-    """On emulated links: what the algorithm moves through the busiest port, at the link's rate. On one host: the bytes that any allreduce
-    moves between the ranks, 2(n - 1)/n of the message a rank, at the speed at which all ranks copy at once."""
+    """Return the least seconds that the bytes alone take; None if nothing tells.
+
+    On emulated links it is the time of the bytes through the busiest port. On one
+    host it is the time of the bytes that any allreduce moves between the ranks, 2(n - 1)/n of the
+    message a rank, at the speed at which all ranks copy at once.
+    """
     if bandwidth:
         from scaletrain.collectives.cost import Network, predict
         from scaletrain.units import bits_per_s
 
         text = contender.partition(":")[2]
-        # What has no schedule of its own, such as gloo, is held to the least that any allreduce moves through a port.
+        # What has no schedule of its own, such as gloo, is held to the least that any allreduce
+        # moves through a port.
         name, options = (
             ("ring", {})
             if text in ("", "auto", "native")

@@ -181,7 +181,7 @@ class _Watch:
 
 
 def _is_layer(module: "Module") -> bool:
-    """Return True for a module without modules inside it, or with weights of its own beside them."""
+    """Return True for a module without modules inside, or with weights beside them."""
     return not any(module.children()) or bool(_weights(module))
 
 
