@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 class UserError(Exception):
     """A person's mistake: a key, a value, a missing file.
 
-    Its text is one line that says what is wrong and what would be right. Commands print it as
+    Its text is one line: the mistake, and its correction. Commands print it as
     ``scaletrain: error: ...`` and exit with status 2.
     """
 

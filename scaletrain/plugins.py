@@ -1,6 +1,6 @@
 """Plugins are files: their names, docstrings and signatures are the menu.
 
-The file's name is what people type, its docstring's first line is its description, and its
+People type the file's name, its docstring's first line is its description, and its
 factory's
 parameters are the options.
 
@@ -29,7 +29,7 @@ COMPUTED = "<computed>"
 
 
 class Kind(NamedTuple):
-    """Where the plugins of a kind live, and what their factory is called."""
+    """The folder of a kind's plugins, and the name of their factory."""
 
     folder: str  # below scaletrain/, with slashes
     factory: str  # the function that every plugin of this kind defines

@@ -35,8 +35,8 @@ def bits_per_s(bandwidth: str) -> float:
 def seconds(latency: str) -> float:
     """Return a duration in seconds.
 
-    >>> seconds("100us")
-    0.0001
+    >>> seconds("1.5ms")
+    0.0015
 
     Raises:
         UserError: the text is not a duration.

@@ -1,4 +1,4 @@
-"""``scaletrain doctor``: try what works on this machine; every failure comes with its fix."""
+"""``scaletrain doctor``: try each part on this machine; every failure comes with its fix."""
 
 import importlib.util
 import json

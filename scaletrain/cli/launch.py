@@ -58,7 +58,7 @@ def command(
 ) -> None:
     """Run your own script as workers.
 
-    The script finds what torch.distributed needs (RANK, WORLD_SIZE, MASTER_ADDR, ...) in its
+    The script finds the variables of torch.distributed (RANK, WORLD_SIZE, MASTER_ADDR, ...) in its
     environment.
 
     \b

@@ -95,7 +95,7 @@ def _check_resumable(run_dir: Path | None) -> None:
 
 
 def _job(run: "RunConfig", run_dir: Path, resume: bool) -> "Job":
-    """Return what a launcher must know of a training run."""
+    """Return a training run as launchers see it."""
     from scaletrain.launching.job import Job, Program
 
     job = Job(

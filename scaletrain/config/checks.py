@@ -1,4 +1,4 @@
-"""Check a configuration. A mistake is one line: the key, the value, and what would be right."""
+"""Check a configuration. A mistake is one line: the key, the value, and allowed values."""
 
 import re
 import typing
@@ -170,7 +170,7 @@ def plugin_spec(
 
     Args:
         kind: a key of ``plugins.KINDS``.
-        text: what was typed.
+        text: the short form.
         where: the beginning of an error's line.
         also: names that are allowed beside those of the plugins.
 

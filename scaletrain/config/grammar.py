@@ -40,7 +40,7 @@ def parse_setting(
     """Split ``KEY=VALUE``; the value is read as YAML.
 
     Args:
-        text: what was typed. A key may have dots.
+        text: the setting. A key may have dots.
         where: where it was typed, for the message.
         example: a setting that would be right in this place.
 
@@ -70,7 +70,7 @@ def expand_exchange(text: str, where: str = "") -> dict[str, Any]:
     - ``parameter_server:async``
 
     Args:
-        text: what was typed.
+        text: the short form.
         where: the beginning of an error's line.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a run is: the keys of its YAML file, with their types, ranges and defaults.
+"""The keys of a run's YAML file, with their types, ranges and defaults.
 
 The docstring under a key is its description, in the JSON schema for editors as well
 (``scaletrain schema``).

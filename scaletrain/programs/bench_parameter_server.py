@@ -1,6 +1,6 @@
 """One process of ``scaletrain bench parameter-server``.
 
-It prints the median seconds of what it measured as JSON. Its first argument names the measurement.
+It prints the median seconds as JSON. Its first argument names the measurement.
 """
 
 import json

@@ -295,7 +295,7 @@ class _HeaderFile:
         self._facts[name] = value
 
     def add_choice(self) -> None:
-        """Write what ``auto`` has chosen, once: it has measured by the end of its first step."""
+        """Write the choice of ``auto``, once: it has measured by the end of its first step."""
         if "chosen" not in self._facts:
             self.add("chosen", self._exchange.chosen())
             self.write()
@@ -305,7 +305,7 @@ class _HeaderFile:
 
 
 def _emulation(files: RunDir, config: RunConfig) -> dict[str, Any]:
-    """Return what of this run is emulated: the network, the accelerators, or nothing."""
+    """Return which parts of this run are emulated: the network, the accelerators, or none."""
     network = None
     if files.emulation.exists():
         network = json.loads(files.emulation.read_text(encoding="utf-8"))

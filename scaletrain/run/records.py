@@ -50,7 +50,7 @@ class RecordWriter:
 
     Args:
         run_dir: the run's directory.
-        rank: whose records these are.
+        rank: of the worker.
         append: keep the records that are there, as a resumed run does.
     """
 

@@ -1,4 +1,4 @@
-"""What the allreduce exchanges share: DistributedDataParallel over the default process group."""
+"""Shared by the allreduce exchanges: DistributedDataParallel over the default process group."""
 
 import contextlib
 import time
@@ -98,7 +98,7 @@ class AllreduceExchange(Exchange):
 
 # DDP insists on the parameter's name ``bucket``, and on annotations that are not strings.
 def _traced_allreduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Do what DDP does without a hook, and write each bucket into the trace."""
+    """Average a bucket as DDP does without a hook, and write it into the trace."""
     began = time.time()
     index, buffer = bucket.index(), bucket.buffer()
     buffer.div_(dist.get_world_size())

@@ -2,7 +2,7 @@
 
 The wait is sleep, not work, so that many workers share few cores without slowing each other. During
 backward it is spread over the layers, last layer first: an exchange overlaps it just as it would
-overlap computation. What is measured in this way is EMULATED.
+overlap computation. Figures measured in this way are EMULATED.
 """
 
 import os

@@ -497,7 +497,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _last_line(text: str) -> str:
-    """What a failed program said last, an error if there is one."""
+    """Return the last line of a failed program, an error if there is one."""
     lines = [line for line in text.splitlines() if line.strip(" -")]
     errors = [line for line in lines if "Error" in line]
     return (errors or lines or ["no output"])[-1][:300]

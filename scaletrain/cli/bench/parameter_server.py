@@ -63,7 +63,7 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """The parts and sizes to measure."""
 
     workers: list[int]
     servers: list[int]
@@ -457,7 +457,7 @@ class ServerMemory(NamedTuple):
 
 
 class JobResult(NamedTuple):
-    """What a job of null steps took."""
+    """The time of a job of null steps."""
 
     step_s: float  # the slowest worker's median
     server_cpu_s: float  # of all servers, a step

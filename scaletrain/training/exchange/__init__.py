@@ -19,7 +19,7 @@ from scaletrain.world import World
 
 
 class Setup(NamedTuple):
-    """What a worker hands to an exchange besides its place."""
+    """The job's facts that a worker hands to an exchange."""
 
     store: torch.distributed.Store  # the job's key-value store, already joined by all ranks
     device: torch.device
@@ -87,7 +87,7 @@ class Exchange(Protocol):
         return {}
 
     def chosen(self) -> dict[str, Any]:
-        """Return what was chosen where the configuration says ``auto``, for the summary. Local."""
+        """Return the choices of ``auto``, for the summary. Local."""
         return {}
 
     def close(self) -> None:

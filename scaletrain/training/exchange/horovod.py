@@ -30,7 +30,7 @@ class _Allreduce(NamedTuple):
 
 
 class HorovodExchange(Exchange):
-    """Does what Horovod's DistributedOptimizer does, without wrapping the optimizer.
+    """Horovod's DistributedOptimizer without its wrapper around the optimizer.
 
     Each gradient's allreduce starts as soon as backward has made it (Horovod fuses those that are
     ready), and ``step`` waits for all of them before the worker's own optimizer runs.

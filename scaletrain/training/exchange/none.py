@@ -1,4 +1,4 @@
-"""No communication: every worker trains alone, for measuring what communication costs."""
+"""No communication: every worker trains alone, for measuring the cost of communication."""
 
 import contextlib
 
