@@ -1,7 +1,6 @@
 """Plugins are files: their names, docstrings and signatures are the menu.
 
-People type the file's name, its docstring's first line is its description, and its
-factory's
+People type the file's name, its docstring's first line is its description, and its factory's
 parameters are the options.
 
 A plugin of a kind is a module in that kind's folder that defines the kind's factory function. There

@@ -61,7 +61,9 @@ def optimizer_options(name: str) -> type[pydantic.BaseModel] | None:
     Args:
         name: a class of ``torch.optim``, in any case.
     """
-    definition = (optimizers() or {})[name.lower()]
+    definition = (optimizers() or {}).get(name.lower())
+    if definition is None:
+        return None
     for node in ast.parse(_read(definition.path) or "").body:
         if not isinstance(node, ast.ClassDef) or node.name != definition.name:
             continue

@@ -28,10 +28,9 @@ class World(NamedTuple):
         """Return this process's place according to its environment.
 
         Launchers are looked for from the innermost outwards, in the order of ``LAUNCHERS``:
-        torchrun
-        may run inside ``srun``, not the other way round. The innermost one is believed if all
-        others
-        agree with it (``_agrees``). A process without such variables is a world of one.
+        torchrun may run inside ``srun``, not the other way round. The innermost one is believed
+        if all others agree with it (``_agrees``). A process without such variables is a world of
+        one.
 
         Args:
             env: the variables; default: ``os.environ``. They are read and never written.

@@ -109,8 +109,7 @@ def command(data: Path, out: Path, no_measure: bool) -> None:
 
     Every miss is written as one. Measuring needs root (rehearsals build network namespaces) and
     about an hour on 2 cores, which nothing else may use. Stopped and started again, it measures
-    what
-    is missing.
+    what is missing.
 
     \b
     Example:

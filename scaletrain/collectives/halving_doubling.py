@@ -8,8 +8,8 @@ from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 def schedule(size: int) -> Schedule:
     """Return a reduce-scatter that swaps and adds halves, then an all-gather of the same.
 
-    If p is not a power of two, the other ranks hand their message over before, and get the sum
-    after: one more message each way.
+    If p is not a power of two, the ranks beyond it first send their message to a core rank, and get
+    the sum back at the end: one more message each way.
 
     Source: Rabenseifner, Optimization of collective reduction operations, ICCS 2004; Thakur,
     Rabenseifner and Gropp, IJHPCA 2005, section 4.5; Goyal et al. 2017.

@@ -134,9 +134,8 @@ def plugin_options(
 ) -> dict[str, Any]:
     """Return a plugin's options, checked against its signature and completed with its defaults.
 
-    An option that is called like a kind of plugin (``collective``, ``transport``) takes ``auto`` or
-    a
-    name of that kind, with options of its own (``plugin_spec``).
+    An option that is called like a kind of plugin (``collective``, ``transport``) takes ``auto``
+    or a name of that kind, with options of its own (``plugin_spec``).
 
     Args:
         kind: a key of ``plugins.KINDS``.

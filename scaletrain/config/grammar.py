@@ -60,8 +60,7 @@ def expand_exchange(text: str, where: str = "") -> dict[str, Any]:
     """Return the mapping that a short form of an exchange stands for.
 
     ``NAME:VALUE`` sets the exchange's first option, and ``@VALUE`` its option ``transport``. The
-    name
-    of a collective is short for the exchange ``scheduled`` with this collective:
+    name of a collective is short for the exchange ``scheduled`` with this collective:
 
     - ``native``
     - ``ring``, or ``scheduled:ring``

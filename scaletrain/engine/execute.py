@@ -39,7 +39,7 @@ def execute(
     receipts_from = getattr(transport, "receipts_from_bytes", math.inf) / tensor.element_size()
     slices, parts = program.parts(tensor.numel(), segments, receipts_from)
     # A view of the tensor for each slice, made when it is first needed. The last one is for
-    # receipts.
+    # receipts (see ``transport.Lingering``).
     views: list[Tensor | None] = [None] * (len(slices) + 1)
 
     def view(place: int) -> Tensor:
@@ -68,7 +68,7 @@ def execute(
 
 
 def _traced(wait: Wait, part: RoundPart) -> Wait:
-    """Return the same, which adds two spans to the trace when it is done.
+    """Return ``wait``, wrapped: it also adds two spans to the trace.
 
     They are the round, from its start, and the part of it that this rank spent waiting and adding.
     """

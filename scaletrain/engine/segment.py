@@ -36,7 +36,7 @@ _SHORTEST_SLEEP_S = 20e-6
 _LONGEST_SLEEP_S = 1e-3
 _SLEEP_GROWTH = 1.2
 _NAP_S = 2e-3  # the longest sleep that a lost wake-up can cost
-_LOOK_S = 0.1  # how often a rank that waits long looks whether its peer is alive
+_CHECK_ALIVE_S = 0.1  # how often a rank that waits long checks whether its peer is alive
 
 # The numbers on x86-64 of the system call ``futex`` and of two of its operations.
 _FUTEX = 202
@@ -201,7 +201,7 @@ class Patience:
         self._segment = segment
         self._ranks = ranks
         self._began = time.monotonic()
-        self._looked = self._began  # when the ranks were last looked at
+        self._checked_at = self._began  # when the ranks were last looked at
         self._sleep_s = _SHORTEST_SLEEP_S
         self._gone: ConnectionError | None = None
 
@@ -214,8 +214,9 @@ class Patience:
 
         Raises:
             TimeoutError: one of the ranks is late.
-            ConnectionError: one of the ranks is gone. The call after the discovery raises it: the
-                rank may have done its part before it ended, so the caller looks once more.
+            ConnectionError: one of the ranks is gone. The pause after the discovery raises it, so
+                that the caller checks the word once more: the rank may have done its part before it
+                ended.
         """
         if self._gone:
             raise self._gone
@@ -228,13 +229,13 @@ class Patience:
         else:
             time.sleep(self._sleep_s)
             self._sleep_s = min(_SLEEP_GROWTH * self._sleep_s, _LONGEST_SLEEP_S)
-        if now - self._looked > _LOOK_S:
-            self._looked = now
-            self._look()
+        if now - self._checked_at > _CHECK_ALIVE_S:
+            self._checked_at = now
+            self._check_alive()
             if now - self._began > self._segment.timeout_s:
                 raise self._segment.late(self._ranks)
 
-    def _look(self) -> None:
+    def _check_alive(self) -> None:
         try:
             for rank in self._ranks:
                 self._segment.check_alive(rank)

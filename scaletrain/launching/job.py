@@ -106,7 +106,7 @@ class Job(NamedTuple):
     def joins_store(self) -> bool:
         """True if the workers meet in the job's store (``rendezvous.join``).
 
-        Then rank 0 can serve it.
+        Only then can rank 0 serve the store.
         """
         return self.program is not None
 
@@ -114,7 +114,8 @@ class Job(NamedTuple):
     def serves_store(self) -> bool:
         """True if rank 0 serves the job's store itself.
 
-        Other programs get a process beside them that serves it. So do jobs that outlive rank 0.
+        Other programs get a process beside them that serves it. So do jobs that
+        may outlive rank 0.
         """
         return self.joins_store and self.min_workers is None
 

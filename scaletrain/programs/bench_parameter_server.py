@@ -15,7 +15,7 @@ from typing import Any
 
 from scaletrain import programs
 
-programs.begin(__name__)
+programs.begin(__name__)  # before torch is imported
 
 import numpy as np
 import psutil

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scaletrain import programs
 
-programs.begin(__name__)
+programs.begin(__name__)  # before torch is imported
 
 import torch
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scaletrain import programs
 
-programs.begin(__name__)
+programs.begin(__name__)  # before torch is imported
 
 from scaletrain.engine import rendezvous
 from scaletrain.errors import UserError

@@ -9,7 +9,7 @@ import sys
 
 from scaletrain import programs
 
-programs.begin(__name__)
+programs.begin(__name__)  # before torch is imported
 
 from scaletrain.engine import rendezvous
 

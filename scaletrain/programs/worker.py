@@ -17,7 +17,7 @@ from typing import Any
 
 from scaletrain import programs
 
-programs.begin(__name__)
+programs.begin(__name__)  # before torch is imported
 
 import torch
 import torch.distributed as dist

@@ -61,9 +61,8 @@ class Progress:
     doing: str = STARTING
     collective: str = ""  # the last collective it entered, with its size and number
     num_collectives: int = 0  # collectives entered so far
-    # The others that it waits for; empty if it does not. A collective is named until the next
-    # report: leaving one
-    # is not reported, so a worker may have left the collective that is named here.
+    # The others that it waits for; empty if it does not wait. It may still name a collective that
+    # the worker has left, because leaving one is not reported.
     waiting_for: str = ""
 
     @property

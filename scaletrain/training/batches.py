@@ -13,9 +13,8 @@ class GlobalBatches:
     """The global batch of every step, and each rank's share of it.
 
     Every epoch is a new permutation of the data, drawn from (seed, epoch). Its batches are
-    consecutive
-    slices; the samples left over at its end are dropped. N workers split the batch that one worker
-    would take: rank r gets slice r of N, and sizes differ by at most one.
+    consecutive slices; the samples left over at its end are dropped. N workers split the batch
+    that one worker would take: rank r gets slice r of N, and sizes differ by at most one.
 
     Args:
         num_samples: in the training set.
@@ -57,7 +56,7 @@ class GlobalBatches:
 
 
 def load(
-    dataset: Dataset, shares: Iterator[torch.Tensor], workers: int
+    dataset: Dataset, shares: Iterator[torch.Tensor], num_loaders: int
 ) -> Iterator[tuple[Any, Any]]:
     """Return the (input, target) batches of the samples that ``shares`` names.
 
@@ -67,11 +66,11 @@ def load(
     Args:
         dataset: of (input, target) samples.
         shares: indices of each batch, int64.
-        workers: processes that read ahead; 0: read in line.
+        num_loaders: processes that read ahead; 0: read in line.
     """
-    if isinstance(dataset, TensorDataset) and workers == 0:
+    if isinstance(dataset, TensorDataset) and num_loaders == 0:
         return (dataset[share] for share in shares)
-    return iter(DataLoader(dataset, batch_sampler=_Lists(shares), num_workers=workers))
+    return iter(DataLoader(dataset, batch_sampler=_Lists(shares), num_workers=num_loaders))
 
 
 class _Lists:

@@ -18,8 +18,7 @@ class AllreduceExchange(Exchange):
     """Averages gradients by allreduce, bucket by bucket while backward runs.
 
     The worker runs the optimizer. All ranks construct it: it initialises torch.distributed's
-    default
-    process group.
+    default process group.
 
     Args:
         world: this worker's place.

@@ -23,11 +23,10 @@ def emulate(
 ) -> nn.Module:
     """Return a model's parameters on an emulated accelerator.
 
-    The result keeps the model as ``inner``, with the same parameter tensors. Its outputs are zeros
-    of
-    the model's output shape; each weight's gradient is the sum of the output's gradient over the
-    number of weights. The time of backward is spread over the layers in proportion to their
-    ``multiply_adds`` if all layers have that attribute (``models/shapes``), else evenly.
+    The result keeps the model as ``inner``, with the same parameter tensors. Its outputs are
+    zeros of the model's output shape; each weight's gradient is the sum of the output's gradient
+    over the number of weights. The time of backward is spread over the layers in proportion to
+    their ``multiply_adds`` if all layers have that attribute (``models/shapes``), else evenly.
 
     Args:
         model: the network whose parameters are used.
@@ -93,8 +92,7 @@ class _BackwardTimer:
     """When the parts of one backward pass are due.
 
     It starts with the first layer that asks. A part that is late is caught up by the next one, as
-    on
-    a device that computes while the host is busy.
+    on a device that computes while the host is busy.
     """
 
     def __init__(self, seconds: float):

@@ -2,9 +2,8 @@
 node, all in a folder of their own.
 
 Nothing under /etc is read or written. ``with Slurm(folder, nodes=4) as slurm:
-subprocess.run(["srun", ...], env=slurm.env)``. Nodes n0,
-n1, ... have a core each, k0, k1 and k2 too, t0 two; g0 has two and two GPUs (character devices that
-do nothing). With ``network``, a
+subprocess.run(["srun", ...], env=slurm.env)``. Nodes n0, n1, ... have a core each, k0, k1 and k2
+too, t0 two; g0 has two and two GPUs (character devices that do nothing). With ``network``, a
 rehearsal cluster, each node is a host of its own, and so commands must be run on one of them
 (``run`` does).
 """

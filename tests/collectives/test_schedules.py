@@ -86,10 +86,9 @@ def test_a_lost_round_is_caught(name: str, size: int):
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("size", [3, 5])
 def test_each_single_fault_is_caught(name: str, size: int):
-    """A transfer that is missing, happens twice, goes to the wrong rank or replaces where it should
-    add: refused, unless the numbers
-    still come out right (a ring may be entered elsewhere), which an independent simulation with
-    integers decides."""
+    """A transfer that is missing, happens twice, goes to the wrong rank or replaces where it
+    should add: refused, unless the numbers still come out right (a ring may be entered
+    elsewhere), which an independent simulation with integers decides."""
     schedule = plugins.load("collective", name)(
         size, **({"segments": 2} if "tree" in name and name != "tree" else {})
     )

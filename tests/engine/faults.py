@@ -2,8 +2,8 @@
 NUM AT_ONCE FOLDER``.
 
 One process with torch loaded forks the ranks of every injection, which is what makes hundreds of
-them affordable. Prints one line of JSON for
-each: what was done to whom, and how every rank ended.
+them affordable. Prints one line of JSON for each: what was done to whom, and how every rank
+ended.
 """
 
 import contextlib

@@ -190,8 +190,7 @@ def collective_calls(rank: int, size: int) -> Iterator[tuple[str, Callable[[], A
         )
     yield "transposed", lambda: _in_place(dist.all_reduce, give(rank, torch.float32, 4, 3).t())
     # Not compared: tensors with gaps, which gloo sums up wrongly (below, against the true sums),
-    # and monitored_barrier, which torch itself
-    # refuses to every backend that is not called gloo.
+    # and monitored_barrier, which torch itself refuses to every backend that is not called gloo.
     yield (
         "channels_last",
         lambda: _in_place(

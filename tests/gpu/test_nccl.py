@@ -1,8 +1,8 @@
 """NCCL: every algorithm between CUDA devices, one process a rank. Skipped without a device.
 
 Where there are fewer devices than ranks, each rank claims to be a host of its own (NCCL_HOSTID):
-NCCL then lets ranks share a device and
-connects them by sockets. The schedules, messages and streams are the same, their speed is not.
+NCCL then lets ranks share a device and connects them by sockets. The schedules, messages and
+streams are the same, their speed is not.
 """
 
 import os

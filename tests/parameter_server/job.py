@@ -106,6 +106,7 @@ def start_server(settings: Settings, run_dir: Path, index: int) -> Program:
 
 
 def exchange(settings: Settings, run_dir: Path, rank: int) -> ParameterServerExchange:
+    run_dir.mkdir(parents=True, exist_ok=True)  # a FileStore waits for ever in a missing one
     store = dist.FileStore(str(run_dir / "store"), settings.workers)
     world = World(rank, settings.workers, rank, settings.workers, launcher="local")
     if settings.placement == "auto":

@@ -333,9 +333,8 @@ def test_hosts_that_share_cores_add_slowly_unless_they_add_while_they_receive():
 
 def test_messages_of_all_to_all_get_in_each_others_way():
     """Of a message that is too small to be cut into parts. Three hosts have two messages each a
-    phase: two of them get both from one slot
-    with three chances in four, one waits; more hosts wait for more. A message in parts waits for
-    parts."""
+    phase: two of them get both from one slot with three chances in four, one waits; more hosts
+    wait for more. A message in parts waits for parts."""
     plain = PLAIN._replace(latency_s=0.0)
     late = {}
     for p in (2, 3, 8, 16):

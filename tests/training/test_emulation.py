@@ -102,8 +102,8 @@ def _overlap(rank: int, size: int, store: str) -> tuple[float, float, float]:
     model = DistributedDataParallel(emulated, bucket_cap_mb=0.01)
 
     # A thread of its own: were the callback left to gloo's, its last moments could meet those of
-    # the process group, which waits for that
-    # thread while it holds the interpreter lock that the callback's end needs.
+    # the process group, which waits for that thread while it holds the interpreter lock that the
+    # callback's end needs.
     link = ThreadPoolExecutor(1)
 
     def slow_exchange(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -1,9 +1,8 @@
 """N workers train as one worker does on the same global batch, for every synchronous exchange.
 
 Bugs it catches: a gradient averaged with the wrong weight when shares are uneven, an accumulation
-that exchanges too often or too early,
-an exchange that loses or doubles a contribution (every rank's share is different), an evaluation
-that counts a sample twice.
+that exchanges too often or too early, an exchange that loses or doubles a contribution (every
+rank's share is different), an evaluation that counts a sample twice.
 """
 
 import json

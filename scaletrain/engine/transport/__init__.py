@@ -80,7 +80,8 @@ class Lingering(Protocol):
     """An attribute of transports where a send is done before its message has left the host.
 
     A socket of Linux holds up to 4 MiB by default. Messages of at least ``receipts_from_bytes`` are
-    then answered by a receipt where the schedule means that one message follows another.
+    then answered by a receipt where the schedule relies on one message having arrived before the
+    next one is sent.
     """
 
     receipts_from_bytes: float

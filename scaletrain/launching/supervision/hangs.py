@@ -1,7 +1,7 @@
 """Hangs: is there one, and which rank holds up the others?
 
 A job hangs when its slowest worker gives no sign of life for longer than its limit (``HangWatch``).
-The culprit (``find_culprit``) is the rank that is least far and does not wait for others:
+The culprit (``find_culprit``) is the rank that is furthest behind and does not wait for others:
 
 1. Compare the reports of the workers: the fewest steps, then the fewest collectives entered.
 2. Among those that are equally far, prefer a rank that does not wait for others. Workers report
@@ -83,6 +83,7 @@ class HangWatch:
         self._looked_at = time.monotonic()
         now = time.time()
         slowest = self._slowest(lost)
+        # A rank's silence counts from when it became one of the slowest.
         before = self._slowest_since
         self._slowest_since = {worker.rank: before.get(worker.rank, now) for worker in slowest}
         for worker in slowest:
@@ -111,7 +112,7 @@ class Waiting(enum.IntEnum):
     """How surely a rank waits for others; the culprit does not wait."""
 
     NO = 0  # it reported no wait, or it cannot wait: it is stopped, or does not answer
-    REPORTED = 1  # it said so; a collective that it reported may be behind it
+    REPORTED = 1  # it said so; it may already have left a collective that it reported
     SEEN = 2  # its main thread stands in a function that waits
 
 
@@ -203,7 +204,7 @@ def _message(
 
     Args:
         culprit: the rank that holds up the others.
-        others: all other ranks that live, the least far first.
+        others: all other ranks that live, the furthest behind first.
         ahead: those of them that are further than the culprit, or wait while it does not.
         finished: ranks that have ended well.
     """

@@ -9,8 +9,7 @@ from torch import Tensor
 from scaletrain.parameter_server.protocol.wire import Dtype
 
 # Received frames and other processes' memory are wrapped as tensors that are only read. torch has
-# no
-# read-only tensors and warns, once in each process. That one warning is spent here.
+# no read-only tensors and warns, once in each process. That one warning is spent here.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(bytes(4), np.float32))

@@ -15,8 +15,7 @@ import numpy as np
 from scaletrain.host import shared_memory
 
 # Readers of weights check a sequence number before and after (``Slab.sequence``), which needs
-# stores
-# to stay in order.
+# stores to stay in order.
 SUPPORTED = shared_memory.SUPPORTED
 
 # Parameters of glibc's mallopt(3).

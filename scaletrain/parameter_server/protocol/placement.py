@@ -34,9 +34,9 @@ def hosts(launcher: str, num_nodes: int) -> int:
 def resolve(settings: Settings, launcher: str, configured: bool = True) -> str:
     """Return where servers run: ``BESIDE`` or ``DEDICATED``.
 
-    The option's ``auto`` is dedicated where the launcher starts companions on the workers' network.
-    It does so
-    for a configured run alone: nobody starts companions of a person's own program.
+    The option's ``auto`` is dedicated where the launcher starts companions on the workers'
+    network. It does so for a configured run alone: nobody starts companions of a person's own
+    program.
 
     Args:
         settings: of the job.

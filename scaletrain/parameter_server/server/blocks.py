@@ -92,8 +92,8 @@ class Blocks:
         self._dtype = codec.BY_NAME[settings.wire]
         # In these modes several workers get the weights of one version.
         self._answers_share_version = not settings.is_asynchronous
-        # And in these a block cannot change before all its answers were received, so that it is
-        # sent from where it lies.
+        # In these modes a block stays as it is until all workers have received it, so it is sent
+        # without a copy.
         self._frozen_while_sent = self._answers_share_version and not settings.backup_workers
 
     @property
@@ -251,7 +251,7 @@ class Blocks:
     def _assemble(
         self, rank: int, block: Block, header: Header, part: torch.Tensor
     ) -> torch.Tensor | None:
-        """Put a part of a gradient to those before it.
+        """Append a part of a gradient to those before it.
 
         Returns:
             The whole gradient, float32 (numel), with the last part; None before.

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_KEPT_TOTALS = (
-    4  # a worker asks again for a total after a lost connection, and is never further back
-)
+# A worker asks again for a total after a lost connection, and never for an older one.
+_KEPT_TOTALS = 4
 
 
 @dataclass(frozen=True)

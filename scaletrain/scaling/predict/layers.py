@@ -20,7 +20,7 @@ class LayerTimes:
     backward_s: float
     parameters: int  # of its own, without those of layers inside it
     gradient_bytes: int
-    activations: int  # numbers in its outputs
+    activations: int  # elements of its outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class ModelTimes:
     Attributes:
         batch: samples of a pass.
         layers: each layer.
-        forward_s: of a whole pass, with the time that the measurement itself takes.
+        forward_s: of a whole pass, including the measurement's own overhead.
         backward_s: likewise.
-        weight_bytes: of all layers' gradients.
+        weight_bytes: of all layers' weights, and so of their gradients.
         activation_bytes: of all layers' outputs.
     """
 

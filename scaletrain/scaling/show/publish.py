@@ -27,7 +27,8 @@ REGRESSED = 2  # exit status
 def terminal() -> Console:
     """Return the console for tables.
 
-    A pipe has no width: lines are then as long as the table needs.
+    A terminal narrower than a table cuts its cells. In a pipe or a file, which have no width, lines
+    are at least ``MIN_COLUMNS`` long.
     """
     console = Console()
     if console.is_terminal:

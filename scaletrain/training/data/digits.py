@@ -35,8 +35,7 @@ def _rows() -> np.ndarray:
     """Return (1797, 65) float64: 64 pixels and the label of each digit.
 
     It reads the file that ``load_digits`` reads: importing scikit-learn would take a second of
-    every
-    worker's start.
+    every worker's start.
     """
     spec = find_spec("sklearn")
     assert spec is not None and spec.origin is not None

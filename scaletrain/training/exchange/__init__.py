@@ -1,8 +1,7 @@
 """The contract of an exchange: who owns the update, and how gradients travel.
 
 Every other file here is one exchange: a function ``exchange(world, setup, *, <options>) ->
-Exchange``,
-called once by every rank (collective).
+Exchange``, called once by every rank (collective).
 """
 
 import abc
@@ -70,8 +69,7 @@ class Exchange(Protocol):
         """Return how many of the next ``most`` steps this rank has to leave out.
 
         The job has done those without it: the rank came late, or its gradients did. Local: each
-        rank
-        calls it when it likes.
+        rank calls it when it likes.
         """
         return 0
 
