@@ -127,6 +127,42 @@ def test_only_programs_and_jobs_hold_the_name_of_a_module_as_text():
             assert [text for text in text_constants(path) if is_module(text)] == [], path
 
 
+# Texts of others that have colons: each file is named with the format that it reads.
+FOREIGN_FORMATS = {
+    "plugins.py": "package.module:factory, Python's entry points",
+    "launching/launchers/torchrun.py": "torchrun's --nnodes",
+    "programs/follow_slurm.py": "SLURM's exit codes",
+    "programs/rehearsal_serve.py": "the key before an error's text",
+    "parameter_server/server/endpoint.py": "the reason before an error's text",
+    "parameter_server/worker/link.py": "host:port",
+    "rehearsal/links.py": "/proc/net/dev",
+    "run/environment.py": "/proc/cpuinfo",
+}
+
+
+def splits_at_a_mark(path: Path) -> list[str]:
+    """Return the calls in a file that split a text at ``:`` or ``@``."""
+    calls = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        is_split = node.func.attr in ("split", "rsplit", "partition", "rpartition")
+        marks = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        if is_split and set(marks) & {":", "@"}:
+            calls.append(ast.unparse(node))
+    return calls
+
+
+def test_only_the_grammar_splits_the_short_forms_that_people_type():
+    splitting = {}
+    for path in python_files():
+        name = path.relative_to(PACKAGE).as_posix()
+        calls = splits_at_a_mark(path)
+        if calls and name != "config/grammar.py":
+            splitting[name] = calls
+    assert set(splitting) == set(FOREIGN_FORMATS), splitting
+
+
 def is_module(text: str) -> bool:
     """Return True if this package has a module of this dotted name."""
     if not re.fullmatch(r"scaletrain(\.\w+)+", text):

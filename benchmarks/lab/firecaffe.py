@@ -8,13 +8,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from benchmarks.lab.pages import markdown
 from scaletrain.errors import UserError
 from scaletrain.run.atomic import write_json
+from scaletrain.run.environment import Environment
 from scaletrain.scaling.explain import report as reports
 from scaletrain.scaling.measure import sweep
 from scaletrain.scaling.model import Report, Row
@@ -165,7 +166,7 @@ def page(report: Report, exchanges: Sequence[ExchangeRow]) -> str:
     curves = [Curve(row, _predicted_speedup(row, singles.get(row.config))) for row in rows]
     return markdown(
         "firecaffe.md",
-        measured_on=results.measured_on(report.header.to_json()),
+        measured_on=results.measured_on(cast(Environment, report.header.to_json())),
         summary=report.summary,
         curves=curves,
         exchanges=exchanges,

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -23,6 +23,7 @@ from benchmarks.lab.extrapolate import (
 from benchmarks.lab.pages import markdown
 from scaletrain.rehearsal.links import burst_bytes
 from scaletrain.run.atomic import write_json
+from scaletrain.run.environment import Environment
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure.run import read_run
 from scaletrain.scaling.predict.fit import Estimate
@@ -250,7 +251,7 @@ def page(made: Results) -> str:
     odds = made.backup_workers["few"].delay["odds"]
     return markdown(
         "prediction.md",
-        measured_on=results.measured_on(dict(made.header)),
+        measured_on=results.measured_on(cast(Environment, made.header)),
         extrapolations=made.extrapolations,
         hosts=HOSTS[2:],
         fitted_to=FITTED_TO,

@@ -1,10 +1,12 @@
 """``scaletrain simulate``: predict how a job scales on a machine that is not there."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import pydantic
 from click.core import ParameterSource
 
 from scaletrain.errors import UserError
@@ -325,15 +327,8 @@ def model_bytes(text: str) -> float:
 
     if text.lower() in MODEL_BYTES:
         return MODEL_BYTES[text.lower()]
-    # The longer units first, since "MB" ends with "B", and every text ends with "".
-    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "KB": 1e3, "B": 1.0, "": 1.0}
-    for unit, scale in units.items():
-        if not text.endswith(unit):
-            continue
-        try:
-            size = float(text.removesuffix(unit)) * scale
-        except ValueError:
-            break
+    with contextlib.suppress(pydantic.ValidationError):
+        size = pydantic.TypeAdapter(pydantic.ByteSize).validate_python(text)
         if size > 0:
-            return size
+            return float(size)
     raise unknown("--model", text, [*MODEL_BYTES, "bytes such as 30.4MB"])

@@ -18,6 +18,11 @@ class Spec(NamedTuple):
     name: str
     settings: tuple[str, ...] = ()  # "OPTION=VALUE" each
 
+    @property
+    def rest(self) -> str:
+        """Everything after the first colon, as it was typed."""
+        return ":".join(self.settings)
+
 
 def split_spec(text: str) -> Spec:
     """Split ``NAME:OPTION=VALUE:OPTION=VALUE``.
@@ -27,6 +32,15 @@ def split_spec(text: str) -> Spec:
     """
     name, *settings = text.split(":")
     return Spec(name, tuple(settings))
+
+
+def without_transport(exchange: str) -> str:
+    """Return an exchange's label without ``@transport``.
+
+    >>> without_transport("ring@gloo")
+    'ring'
+    """
+    return exchange.partition("@")[0]
 
 
 def is_users_own(name: str) -> bool:

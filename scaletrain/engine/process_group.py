@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
+from scaletrain.config.grammar import split_spec
 from scaletrain.engine.accelerator import AcceleratorLane, shared
 from scaletrain.engine.choice import AUTO, NATIVE, check
 from scaletrain.engine.lane import DTYPES, OPERATIONS, Lane, Operation, number_of
@@ -334,7 +335,7 @@ class ProcessGroup(dist.ProcessGroup):
 
 def _wire(transport: str) -> str:
     """Return the name of a transport without its options."""
-    return transport.partition(":")[0]
+    return split_spec(transport).name
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

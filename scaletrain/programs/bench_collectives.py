@@ -20,6 +20,7 @@ programs.begin(__name__)  # before torch is imported
 import torch
 import torch.distributed as dist
 
+from scaletrain.config.grammar import split_spec
 from scaletrain.engine import backend
 from scaletrain.engine.process_group import Options
 from scaletrain.host import cores
@@ -70,8 +71,8 @@ def _group(contender: str) -> Any:
     """Return the process group of a contender: a backend, or ``WIRE:COLLECTIVE`` of ours."""
     if contender in _REFERENCES:
         return dist.new_group(backend=contender, timeout=_TIMEOUT)
-    transport, _, collective = contender.partition(":")
-    options = Options(collective, transport)
+    spec = split_spec(contender)
+    options = Options(collective=spec.rest, transport=spec.name)
     return dist.new_group(backend="scaletrain", timeout=_TIMEOUT, pg_options=options)
 
 

@@ -5,12 +5,26 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 _PACKAGES = ("scaletrain", "torch", "numpy", "mpi4py", "horovod", "pyzmq")
 
 
-def environment() -> dict[str, Any]:
+class Environment(TypedDict):
+    """The facts behind a figure, as JSON files hold them."""
+
+    host: str
+    os: str
+    processor: str
+    cores: int  # that the measuring process may use
+    memory_bytes: int
+    python: str
+    versions: dict[str, str | None]  # of packages; None: not installed
+    commit: str | None  # several, with commas, if measuring went on at another; None: no git
+    load_average: NotRequired[float]  # over five minutes, when measuring began
+
+
+def environment() -> Environment:
     """Return the facts behind a figure: host, processor, cores, versions, commit.
 
     It asks for versions without importing the packages.

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from scaletrain import plugins
 from scaletrain.config import RunConfig
+from scaletrain.config.grammar import is_users_own
 from scaletrain.errors import UserError, unknown
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -83,7 +84,7 @@ def _checked_loss(config: RunConfig) -> Loss:
 
 
 def _loss_function(config: RunConfig) -> Callable[..., Tensor]:
-    if ":" in config.loss:
+    if is_users_own(config.loss):
         users_own: Callable[..., Tensor] = plugins.load("loss", config.loss, config.search_path)
         return users_own
     function = getattr(nn.functional, config.loss, None)

@@ -197,7 +197,7 @@ def test_far_extrapolation_is_refused_unless_asked_for():
     with pytest.raises(UserError, match="--far"):
         made.check_reach(33, far=False)
     made.check_reach(33, far=True)
-    assert fit.Fit.from_json(made.as_json()) == made
+    assert fit.Fit.from_json(made.to_json()) == made
 
 
 def test_compute_is_a_line_over_batch_sizes():

@@ -16,6 +16,7 @@ from scaletrain.launching.job import Program
 if TYPE_CHECKING:
     from scaletrain.parameter_server.protocol.settings import Settings
     from scaletrain.rehearsal.cluster import Cluster
+    from scaletrain.run.environment import Environment
 
 MB = 1_000_000
 
@@ -209,7 +210,7 @@ def merged(rows: Sequence[Row], new: Row) -> list[Row]:
     return sorted([*others, new], key=place)
 
 
-def markdown_page(rows: Mapping[str, Sequence[Row]], environment: dict[str, Any]) -> str:
+def markdown_page(rows: Mapping[str, Sequence[Row]], environment: "Environment") -> str:
     """Return the page with all parts."""
     from scaletrain.scaling.show import results
 

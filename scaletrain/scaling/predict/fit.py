@@ -16,6 +16,7 @@ from scipy import optimize, stats
 
 from scaletrain import plugins
 from scaletrain.collectives.cost import Network
+from scaletrain.config.grammar import without_transport
 from scaletrain.errors import UserError
 from scaletrain.run.atomic import write_json
 from scaletrain.scaling.model import Prediction, Report, Row
@@ -121,7 +122,7 @@ class Fit(NamedTuple):
                 f" measured (allowed: up to {FAR * self.max_workers}, or --far)"
             )
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the fit as JSON holds it."""
         return {
             "compute": self.compute._asdict(),
@@ -160,7 +161,7 @@ class Calibration:
     def write(self, path: Path) -> None:
         """Write the calibration as JSON."""
         job = {"num_bytes": self.num_bytes, "batch_size": self.batch_size}
-        write_json(path, self.fit.as_json() | job)
+        write_json(path, self.fit.to_json() | job)
 
     @classmethod
     def read(cls, path: Path) -> "Calibration":
@@ -320,7 +321,7 @@ def strategy_of(exchange: str) -> str | None:
     Args:
         exchange: the label of an exchange, as in a row of a report.
     """
-    name = exchange.partition("@")[0]
+    name = without_transport(exchange)
     if name in ("native", "horovod", "scheduled"):
         return "ring"
     if name in ("parameter_server", "parameter_server:sync"):

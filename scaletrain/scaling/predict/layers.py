@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from scaletrain.errors import UserError
 from scaletrain.run.atomic import write_json
@@ -55,7 +54,7 @@ class ModelTimes:
             return None
         return self.activation_bytes / self.weight_bytes
 
-    def write(self, path: Path, header: Mapping[str, Any]) -> None:
+    def write(self, path: Path, header: Mapping[str, object]) -> None:
         """Write the times as JSON.
 
         Args:

@@ -1,10 +1,11 @@
 """Simulate a job: step time, speed-up and cost of every strategy, from the models alone."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from scaletrain import plugins
 from scaletrain.collectives.schedule import proved
+from scaletrain.config.grammar import split_spec
 from scaletrain.errors import UserError, unknown
 from scaletrain.scaling.predict import step_time
 from scaletrain.scaling.predict.network import Fabric
@@ -56,6 +57,9 @@ class SimulatedJob(NamedTuple):
         return self.batch_size
 
 
+PointValue = str | float | int | None  # of a field of ``Point``
+
+
 class Point(NamedTuple):
     """One strategy at one number of workers.
 
@@ -99,7 +103,8 @@ def check(names: Sequence[str]) -> None:
         strategy, _, backups = name.partition("+")
         if backups and not backups.isdigit():
             raise UserError(f"--strategy: {name!r}: backup workers are a number, as in server+4")
-        kind, _, servers = strategy.partition(":")
+        spec = split_spec(strategy)
+        kind, servers = spec.name, spec.rest
         if kind == "server" and _is_count(servers or "1"):
             continue
         if kind not in [*collectives, "none"] or servers:
@@ -194,6 +199,6 @@ def fastest(points: Sequence[Point]) -> dict[int, list[Point]]:
     return unbeaten
 
 
-def as_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+def as_rows(points: Sequence[Point]) -> list[dict[str, PointValue]]:
     """Return the points as JSON and CSV hold them."""
     return [point._asdict() for point in points]

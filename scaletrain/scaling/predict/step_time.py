@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scaletrain.config.grammar import split_spec
 from scaletrain.scaling.predict.layers import ModelTimes
 from scaletrain.scaling.predict.network import Fabric, allreduce_s, server_s
 
@@ -160,10 +161,10 @@ class Strategy(NamedTuple):
             ValueError: a number of servers or of backup workers is not a number.
         """
         kind, _, backups = text.partition("+")
-        name, _, servers = kind.partition(":")
-        if name == "server":
-            return cls(name, int(servers or 1), int(backups or 0))
-        return cls(name, 0, int(backups or 0))
+        spec = split_spec(kind)
+        if spec.name == "server":
+            return cls(spec.name, int(spec.rest or 1), int(backups or 0))
+        return cls(spec.name, 0, int(backups or 0))
 
 
 def exchange_s(strategy: str, workers: int, num_bytes: float, fabric: Fabric) -> float:

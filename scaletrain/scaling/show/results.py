@@ -7,15 +7,14 @@ goes on. A command replaces its own part of a page each time; the text around it
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
 from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json, write_text
-from scaletrain.run.environment import environment
+from scaletrain.run.environment import Environment, environment
 
 BEGIN, END = "<!-- generated: replaced by the next run -->", "<!-- end of what is generated -->"
 
@@ -38,7 +37,7 @@ def write(page: Path, generated: str) -> None:
     write_text(page, f"{before}{BEGIN}\n{generated.strip()}\n{END}{after}")
 
 
-def measured_on(header: Mapping[str, Any]) -> str:
+def measured_on(header: Environment) -> str:
     """Return hardware, versions and commit in a sentence.
 
     Args:
@@ -87,17 +86,20 @@ def options(name: str, pages: str) -> Callable[[Command], Command]:
     return decorate
 
 
-def noted(header: Path) -> dict[str, Any]:
+def noted(header: Path) -> Environment:
     """Return the environment in which measuring began, and keep it in a file.
 
     Args:
         header: the file. If it exists, its facts and its load average stay, and the commit at
             which measuring goes on is added to its commits.
     """
-    now = environment() | {"load_average": os.getloadavg()[1]}
-    first = json.loads(header.read_text(encoding="utf-8")) if header.exists() else now
-    commits = dict.fromkeys([*str(first["commit"]).split(", "), str(now["commit"])])
-    facts = first | {"commit": ", ".join(commits)}
+    now = environment()
+    now["load_average"] = os.getloadavg()[1]
+    facts = now
+    if header.exists():
+        facts = json.loads(header.read_text(encoding="utf-8"))
+    commits = dict.fromkeys([*str(facts["commit"]).split(", "), str(now["commit"])])
+    facts["commit"] = ", ".join(commits)
     write_json(header, facts)
     return facts
 
