@@ -67,9 +67,9 @@ class Ranks(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """The measured seconds of each candidate, one for each of the first sizes of ``SIZES``."""
+    """The measured seconds of the candidates."""
 
-    seconds: dict[Choice, tuple[float, ...]]
+    seconds: dict[Choice, tuple[float, ...]]  # at each of the first sizes of ``SIZES``
     probe_s: float  # of the probe, by which the wire is recognised
 
     def predict(self, choice: Choice, num_bytes: int) -> float:
@@ -84,9 +84,9 @@ class Tuning(NamedTuple):
             return times[0]
         upper = min(bisect(sizes, num_bytes), len(sizes) - 1)
         lower = upper - 1
-        rise = times[upper] - times[lower]
-        width = sizes[upper] - sizes[lower]
-        return times[lower] + rise * (num_bytes - sizes[lower]) / width
+        extra_s = times[upper] - times[lower]
+        extra_bytes = sizes[upper] - sizes[lower]
+        return times[lower] + extra_s * (num_bytes - sizes[lower]) / extra_bytes
 
     def choose(self, num_bytes: int) -> Choice:
         """Return the candidate that should be the fastest for a message of this size."""
@@ -110,14 +110,15 @@ def tune(ranks: Ranks, candidates: list[Choice]) -> Tuning:
     """
     store = ranks.group.store
     is_first = ranks.group.rank == 0
-    [probe_s] = _slowest(ranks, [_time(ranks, PROBE, torch.zeros(_PROBE_BYTES // _FLOAT_BYTES))])
+    own_probe_s = _time(ranks, PROBE, _message(_PROBE_BYTES))
+    [probe_s] = _slowest(ranks, [own_probe_s])
     path = _path(ranks, candidates)
     if is_first:
         kept = _read(path)
-        if kept is not None and 1 / _SAME_WIRE < probe_s / kept.probe_s < _SAME_WIRE:
+        if kept is not None and _is_same_wire(kept, probe_s):
             store.set("tuning", _dump(kept))
         else:
-            store.set("tuning", "")
+            store.set("tuning", "")  # the other ranks wait for an answer
     text = store.get("tuning").decode()
     if text:
         return _load(text)
@@ -127,25 +128,42 @@ def tune(ranks: Ranks, candidates: list[Choice]) -> Tuning:
     return tuning
 
 
+def _is_same_wire(kept: Tuning, probe_s: float) -> bool:
+    """Return True if the probe takes about as long as when a calibration was measured."""
+    return 1 / _SAME_WIRE < probe_s / kept.probe_s < _SAME_WIRE
+
+
 def _measure(ranks: Ranks, candidates: list[Choice]) -> dict[Choice, tuple[float, ...]]:
     """Return the seconds of each candidate at each size. Collective."""
     network = _network(ranks)
-    times: dict[Choice, list[float]] = {choice: [] for choice in candidates}
+    times: dict[Choice, tuple[float, ...]] = dict.fromkeys(candidates, ())
     for num_bytes in SIZES:
         expected = _expected_seconds(candidates, ranks.group.size, num_bytes, network)
-        limit = _FAR_BEHIND * min(expected.values())
-        # The model knows nothing of the wire's own allreduce, which is always in the race.
-        racing = [choice for choice in candidates if expected.get(choice, 0.0) <= limit]
+        racing = _not_far_behind(candidates, expected)
         raced = _race(ranks, racing, num_bytes)
         for choice in candidates:
             # A candidate that cannot win is not timed: a pessimistic figure stands in its place.
             if choice in raced:
-                times[choice].append(raced[choice])
+                seconds = raced[choice]
             else:
-                times[choice].append(_FAR_BEHIND * expected[choice])
-        if min(times_of_choice[-1] for times_of_choice in times.values()) > _LONG_S:
+                seconds = _FAR_BEHIND * expected[choice]
+            times[choice] += (seconds,)
+        fastest_s = min(times_of_choice[-1] for times_of_choice in times.values())
+        if fastest_s > _LONG_S:
             break
-    return {choice: tuple(times_of_choice) for choice, times_of_choice in times.items()}
+    return times
+
+
+def _not_far_behind(candidates: list[Choice], expected: dict[Choice, float]) -> list[Choice]:
+    """Return the candidates that are worth a race.
+
+    Args:
+        candidates: all of them.
+        expected: the seconds that the network model expects. It knows nothing of the wire's own
+            allreduce, which is always in the race.
+    """
+    limit_s = _FAR_BEHIND * min(expected.values())
+    return [choice for choice in candidates if expected.get(choice, 0.0) <= limit_s]
 
 
 def _expected_seconds(
@@ -166,13 +184,13 @@ def _network(ranks: Ranks) -> Network:
     rounds. A long one over the ring gives the bandwidth.
     """
     size = ranks.group.size
-    short = torch.zeros(SIZES[0] // _FLOAT_BYTES)
-    long = torch.zeros(_FITTED_BYTES // _FLOAT_BYTES)
-    times = [_time(ranks, PROBE, short), _time(ranks, _FITTED, long)]
-    short_s, long_s = _slowest(ranks, times)
-    # Predictions with a latency of one second and no bytes count the messages one after another,
-    # those with no latency and a byte a second count the bytes.
-    latency_s = short_s / predict(PROBE.collective, size, 0, Network(1.0, 1.0))
+    own_short_s = _time(ranks, PROBE, _message(SIZES[0]))
+    own_long_s = _time(ranks, _FITTED, _message(_FITTED_BYTES))
+    short_s, long_s = _slowest(ranks, [own_short_s, own_long_s])
+    # Predictions with a latency of one second and no bytes count the messages one after another.
+    # Predictions with no latency and a byte a second count the bytes.
+    messages = predict(PROBE.collective, size, 0, Network(1.0, 1.0))
+    latency_s = short_s / messages
     all_latencies_s = predict(_FITTED.collective, size, 0, Network(latency_s, 1.0))
     wire_s = max(long_s - all_latencies_s, long_s / 10)
     wire_bytes = predict(_FITTED.collective, size, _FITTED_BYTES, Network(0.0, 1.0))
@@ -184,23 +202,28 @@ def _race(ranks: Ranks, racing: list[Choice], num_bytes: int) -> dict[Choice, fl
 
     They run in turn, so that a slow moment of the machine hits all alike.
     """
-    tensor = torch.zeros(num_bytes // _FLOAT_BYTES)
+    tensor = _message(num_bytes)
     times: dict[Choice, list[float]] = {choice: [] for choice in racing}
     for _ in range(_ROUNDS):
-        round_times = _slowest(ranks, [_time(ranks, choice, tensor) for choice in racing])
-        for choice, seconds in zip(racing, round_times, strict=True):
+        own_times = [_time(ranks, choice, tensor) for choice in racing]
+        for choice, seconds in zip(racing, _slowest(ranks, own_times), strict=True):
             times[choice].append(seconds)
-        fastest = min(median(times_of_choice) for times_of_choice in times.values())
-        racing = [choice for choice in racing if min(times[choice]) <= _BEHIND * fastest]
+        limit_s = _BEHIND * min(map(median, times.values()))
+        racing = [choice for choice in racing if min(times[choice]) <= limit_s]
     return {choice: median(times_of_choice) for choice, times_of_choice in times.items()}
+
+
+def _message(num_bytes: int) -> Tensor:
+    """Return a float32 tensor of this size."""
+    return torch.zeros(num_bytes // _FLOAT_BYTES)
 
 
 def _time(ranks: Ranks, choice: Choice, tensor: Tensor) -> float:
     """Return this rank's seconds for an allreduce. Collective.
 
-    The first run makes connections and buffers, and does not count. Of a short message, the least
-    of several runs counts: on a busy host, most runs only show how long the system lets a rank
-    wait, which differs from run to run by more than the algorithms do.
+    The first of several runs makes connections and buffers, and does not count. Of a short message,
+    the least of several runs counts: on a busy host, most runs only show how long the system lets a
+    rank wait, which differs from run to run by more than the algorithms do.
     """
     if tensor.nbytes <= SIZES[1]:
         num_runs = 6
@@ -213,11 +236,16 @@ def _time(ranks: Ranks, choice: Choice, tensor: Tensor) -> float:
         began = time.perf_counter()
         ranks.run(choice, tensor)
         times.append(time.perf_counter() - began)
-    return min(times[1:] or times)
+    if num_runs > 1:
+        del times[0]
+    return min(times)
 
 
 def _slowest(ranks: Ranks, seconds: list[float]) -> list[float]:
-    """Return the slowest rank's figures, equal on all ranks: so is the choice. Collective."""
+    """Return the slowest rank's figures. Collective.
+
+    They are equal on all ranks, and so all ranks choose the same.
+    """
     tensor = torch.tensor(seconds, dtype=torch.float64)
     ranks.run(PROBE, tensor, torch.maximum)
     return tensor.tolist()
@@ -233,6 +261,7 @@ def _path(ranks: Ranks, candidates: list[Choice]) -> Path:
     """
     cache = os.environ.get("XDG_CACHE_HOME")
     folder = Path(cache) if cache else Path.home() / ".cache"
+    # Ranks on one host have the same number, whatever the hosts are called in this job.
     layout = [ranks.hosts.index(host) for host in ranks.hosts]
     facts = json.dumps([__version__, platform.node(), candidates, ranks.transport, layout])
     digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -240,16 +269,18 @@ def _path(ranks: Ranks, candidates: list[Choice]) -> Path:
 
 
 def _dump(tuning: Tuning) -> str:
+    """Return a calibration as JSON, in which a candidate is one row with its times."""
     rows = [[*choice, *times] for choice, times in tuning.seconds.items()]
     return json.dumps({"probe_s": tuning.probe_s, "seconds": rows})
 
 
 def _load(text: str) -> Tuning:
+    """Return the calibration that ``_dump`` wrote."""
     tree = json.loads(text)
     seconds = {}
     for collective, segments, *times in tree["seconds"]:
         choice = Choice(str(collective), int(segments))
-        seconds[choice] = tuple(float(value) for value in times)
+        seconds[choice] = tuple(map(float, times))
     return Tuning(seconds, float(tree["probe_s"]))
 
 
@@ -259,11 +290,17 @@ def _read(path: Path) -> Tuning | None:
         tuning = _load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    lengths = {len(times) for times in tuning.seconds.values()}
-    if len(lengths) != 1 or tuning.probe_s <= 0:
-        return None
-    [length] = lengths
-    return tuning if 2 <= length <= len(SIZES) else None
+    return tuning if _is_sound(tuning) else None
+
+
+def _is_sound(tuning: Tuning) -> bool:
+    """Return True if all candidates were timed at the same sizes, at two or more."""
+    if tuning.probe_s <= 0:
+        return False
+    num_sizes = set(map(len, tuning.seconds.values()))
+    if len(num_sizes) != 1:
+        return False
+    return 2 <= num_sizes.pop() <= len(SIZES)
 
 
 def _write(path: Path, tuning: Tuning) -> None:

@@ -6,8 +6,9 @@ loss that all of them reach.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from scaletrain.scaling.model import Row, Run, ServerCounts, ServerStatistics
 from scaletrain.units import plural
 
 SMOOTHED_STEPS = 10
+_Value = TypeVar("_Value")
 
 
 def read(run_dir: Path) -> ServerCounts | None:
@@ -29,32 +31,46 @@ def read(run_dir: Path) -> ServerCounts | None:
 
 
 def _together(each: Sequence[ServerStatistics]) -> ServerCounts:
-    """Add up the counts of several servers."""
+    """Return the counts of several servers, added up."""
     staleness: Counter[int] = Counter()
     cores: set[int] = set()
     lost: dict[int, str] = {}
+    restored: list[int] = []
     for server in each:
         staleness.update(server.staleness)
         cores.update(server.cores)
         lost.update(server.lost)
-    late = sum(updates * gradients for updates, gradients in staleness.items())
+        if server.restored_at_update is not None:
+            restored.append(server.restored_at_update)
     pushed = sum(server.pushes for server in each)
     dropped = sum(server.dropped for server in each)
-    restored = [s.restored_at_update for s in each if s.restored_at_update is not None]
     return ServerCounts(
         servers=len(each),
         cores=tuple(sorted(cores)),
         mode=each[0].mode,
-        staleness={str(updates): staleness[updates] for updates in sorted(staleness)},
-        staleness_mean=late / max(1, staleness.total()),
+        staleness=_by_text(staleness),
+        staleness_mean=_mean_staleness(staleness),
         dropped=dropped / max(1, pushed),
         pace_s=each[0].pace_s,
-        lost={str(rank): lost[rank] for rank in sorted(lost)},
+        lost=_by_text(lost),
         refused=sum(server.refused for server in each),
         restored_at_update=min(restored, default=None),
         cpu_s_per_worker=sum(server.cpu_s_per_worker for server in each),
         memory_bytes=max(server.memory_bytes for server in each),
     )
+
+
+def _by_text(values: Mapping[int, _Value]) -> dict[str, _Value]:
+    """Return a mapping in the order of its keys, which become text as in a JSON file."""
+    return {str(key): values[key] for key in sorted(values)}
+
+
+def _mean_staleness(staleness: Counter[int]) -> float:
+    """Return the updates that a gradient came late by, in the mean."""
+    late = 0
+    for updates, gradients in staleness.items():
+        late += updates * gradients
+    return late / max(1, staleness.total())
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
@@ -92,10 +108,11 @@ def common_loss(rows: Sequence[Row], runs_of_rows: Sequence[Sequence[Run]]) -> f
         return None
     if len({row.config for row in rows}) > 1:
         return None
-    lowest = []
+    lowest_losses = []
     for runs in runs_of_rows:
-        lowest += [float(smoothed(run.losses).min()) for run in runs]
-    return max(lowest, default=None)
+        for run in runs:
+            lowest_losses.append(float(smoothed(run.losses).min()))
+    return max(lowest_losses, default=None)
 
 
 def mean_time_to_loss(runs: Sequence[Run], loss: float) -> float | None:
@@ -112,14 +129,15 @@ def text(counts: ServerCounts | None) -> str:
     """Return one line about a row's servers; empty if it had none."""
     if counts is None:
         return ""
-    paces = [_pace(pace_s) for pace_s in counts.pace_s]
+    paces = ", ".join(map(_pace, counts.pace_s))
     parts = [
         f"{plural(counts.servers, 'server')}, {counts.mode}",
         f"staleness {_histogram(counts)}",
         f"{100 * counts.dropped:.1f} % dropped",
-        f"pace {', '.join(paces)} ms",
+        f"pace {paces} ms",
     ]
-    parts += [f"lost rank {rank}: {reason}" for rank, reason in counts.lost.items()]
+    for rank, reason in counts.lost.items():
+        parts.append(f"lost rank {rank}: {reason}")
     if counts.restored_at_update is not None:
         parts.append(f"restored at update {counts.restored_at_update}: later ones were lost")
     if counts.refused:
@@ -128,10 +146,12 @@ def text(counts: ServerCounts | None) -> str:
 
 
 def _pace(pace_s: float | None) -> str:
+    """Return a worker's milliseconds a step; a dash if it is not known."""
     return "-" if pace_s is None else f"{1000 * pace_s:.1f}"
 
 
 def _histogram(counts: ServerCounts) -> str:
+    """Return the share of the gradients at each staleness."""
     total = sum(counts.staleness.values())
     if total == 0:
         return "none"
