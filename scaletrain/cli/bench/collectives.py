@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import click
+import pydantic
 
 from scaletrain import config, plugins
+from scaletrain.config.grammar import split_spec
 from scaletrain.errors import UserError, unknown
 from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json
@@ -22,7 +25,6 @@ from scaletrain.run.environment import environment
 from scaletrain.scaling.show import results as pages
 
 PEERS = {"cpu": ("gloo", "mpi", "horovod"), "cuda": ("gloo", "nccl")}  # by where the tensors are
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _TORCH_LIMIT_S = 900  # for one world in one round
 _MPI_LIMIT_S = 600
 # Open MPI and its launcher PRRTE refuse to run as root, as in a container, without these.
@@ -131,21 +133,20 @@ class Options:
 def _sizes(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
     try:
         return tuple(_size_bytes(word) for word in text.split(","))
-    except (ValueError, KeyError):
+    except ValueError:
         raise click.BadParameter(
             f"{text!r}: expected sizes with commas, such as 4K,1M,25M"
         ) from None
 
 
 def _size_bytes(word: str) -> int:
-    """Return a size in bytes: 4096, 4K, 4KB or 4KiB.
+    """Return a size in bytes: 4096, 4K, 4KB or 4KiB. All prefixes are powers of 1,024.
 
     Raises:
-        ValueError, KeyError: it is not a size.
+        ValueError: it is not a size.
     """
-    number = word.rstrip("KMGiB")
-    prefix = word.rstrip("iB")[-1:].strip("0123456789.")
-    return int(float(number) * _UNITS[prefix])
+    binary = re.sub(r"([KMG])i?B?$", r"\1iB", word)
+    return int(pydantic.TypeAdapter(pydantic.ByteSize).validate_python(binary))
 
 
 def _list(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
@@ -571,7 +572,7 @@ def _bound_on_links(contender: str, size: int, workers: int, bandwidth: str) -> 
     from scaletrain.units import bits_per_s
 
     links = Network(0.0, bits_per_s(bandwidth) / 8)
-    algorithm = contender.partition(":")[2]
+    algorithm = split_spec(contender).rest
     if algorithm in ("", "auto", "native"):
         # A contender without a schedule of its own, such as gloo, is held to the least that any
         # allreduce moves through a port: the ring's.
