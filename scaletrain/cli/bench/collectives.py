@@ -21,7 +21,7 @@ from scaletrain.config.grammar import split_spec
 from scaletrain.errors import UserError, unknown
 from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json
-from scaletrain.run.environment import environment
+from scaletrain.run.environment import Environment, environment
 from scaletrain.scaling.show import results as pages
 
 PEERS = {"cpu": ("gloo", "mpi", "horovod"), "cuda": ("gloo", "nccl")}  # by where the tensors are
@@ -90,7 +90,7 @@ class Task:
 class Header:
     """The facts behind a page of results."""
 
-    machine: dict[str, Any]  # see ``environment``
+    machine: Environment  # see ``environment``
     time: str  # UTC, when the measurement began
     repeats: int
     network: str
