@@ -1,4 +1,7 @@
-"""The commands as people type them: what they print, what they leave, and their exit status."""
+"""Tests of cli/.
+
+The commands as people type them: what they print, what they leave, and their exit status.
+"""
 
 import json
 import os

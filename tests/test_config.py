@@ -1,4 +1,6 @@
-"""A person's mistake ends in one line that names the key, the value, what is allowed and the
+"""Tests of config/.
+
+A person's mistake ends in one line that names the key, the value, what is allowed and the
 nearest match.
 """
 

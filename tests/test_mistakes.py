@@ -1,4 +1,6 @@
-"""A person's mistake is one line that says what would be right, with status 2; nothing is started
+"""Tests of cli/ and config/.
+
+A person's mistake is one line that says what would be right, with status 2; nothing is started
 and nothing is left behind.
 """
 

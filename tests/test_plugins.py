@@ -1,4 +1,6 @@
-"""Plugins are files: every one has a menu line and readable options; a person's own module is found
+"""Tests of plugins.py.
+
+Plugins are files: every one has a menu line and readable options; a person's own module is found
 beside the config.
 """
 

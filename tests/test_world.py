@@ -1,4 +1,6 @@
-"""World.from_env, with the variables as each launcher really sets them (copied from running
+"""Tests of world.py.
+
+World.from_env, with the variables as each launcher really sets them (copied from running
 ones).
 """
 

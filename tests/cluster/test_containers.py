@@ -1,4 +1,6 @@
-"""The container files are sound; the CPU image is built and run for real, as an ordinary user; two
+"""Tests of docker/.
+
+The container files are sound; the CPU image is built and run for real, as an ordinary user; two
 containers train together.
 
 No registry is needed: where mmdebstrap is, the base image is made from Debian's packages under its

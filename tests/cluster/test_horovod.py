@@ -1,4 +1,7 @@
-"""Horovod: its exchange against a single process, its three traps, and horovodrun."""
+"""Tests of training/exchange/horovod.py and launchers/horovodrun.py.
+
+Horovod: its exchange against a single process, its three traps, and horovodrun.
+"""
 
 import os
 import shutil

@@ -1,4 +1,6 @@
-"""Parameter servers on hosts in namespaces: a cut cable and a slow one, between hosts that
+"""Tests of parameter_server/.
+
+Parameter servers on hosts in namespaces: a cut cable and a slow one, between hosts that
 encrypt.
 """
 

@@ -1,4 +1,6 @@
-"""NCCL: every algorithm between CUDA devices, one process a rank. Skipped without a device.
+"""Tests of engine/transport/nccl.py.
+
+NCCL: every algorithm between CUDA devices, one process a rank. Skipped without a device.
 
 Where there are fewer devices than ranks, each rank claims to be a host of its own (NCCL_HOSTID):
 NCCL then lets ranks share a device and connects them by sockets. The schedules, messages and

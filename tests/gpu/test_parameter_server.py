@@ -1,4 +1,6 @@
-"""The parameter server with models on a CUDA device: gradients and weights through page-locked
+"""Tests of parameter_server/worker/staging.py.
+
+The parameter server with models on a CUDA device: gradients and weights through page-locked
 memory. Skipped without a device.
 """
 

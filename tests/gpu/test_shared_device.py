@@ -1,4 +1,6 @@
-"""Several workers on one GPU, which NCCL refuses: allreduces through page-locked and shared memory.
+"""Tests of engine/accelerator.py.
+
+Several workers on one GPU, which NCCL refuses: allreduces through page-locked and shared memory.
 Skipped without a device.
 """
 

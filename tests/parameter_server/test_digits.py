@@ -1,4 +1,7 @@
-"""Tests the whole command, on real digits, in every mode of the parameter server."""
+"""Tests of parameter_server/.
+
+Tests the whole command, on real digits, in every mode of the parameter server.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,7 @@
-"""The commands as people type them: real trainings, and a model timed layer by layer."""
+"""Tests of cli/bench/ and benchmarks/lab/.
+
+The commands as people type them: real trainings, and a model timed layer by layer.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The order of samples does not depend on the number of workers. Bugs it catches: a sample seen
+"""Tests of training/batches.py.
+
+The order of samples does not depend on the number of workers. Bugs it catches: a sample seen
 twice, a rank-dependent shuffle.
 """
 

@@ -1,4 +1,6 @@
-"""Checkpoints give back weights and optimizer state bit for bit; damaged and foreign files are
+"""Tests of training/checkpoint.py.
+
+Checkpoints give back weights and optimizer state bit for bit; damaged and foreign files are
 refused in one line.
 """
 

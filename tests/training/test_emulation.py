@@ -1,4 +1,7 @@
-"""Emulated accelerators wait as long as they are told, and move real gradients while they do."""
+"""Tests of training/emulation.py.
+
+Emulated accelerators wait as long as they are told, and move real gradients while they do.
+"""
 
 import itertools
 import time

@@ -1,4 +1,7 @@
-"""Schedules against Caffe's formulas (caffe.proto, lr_policy), worked by hand."""
+"""Tests of training/learning_rate.py.
+
+Schedules against Caffe's formulas (caffe.proto, lr_policy), worked by hand.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""N workers train as one worker does on the same global batch, for every synchronous exchange.
+"""Tests of training/trainer.py.
+
+N workers train as one worker does on the same global batch, for every synchronous exchange.
 
 Bugs it catches: a gradient averaged with the wrong weight when shares are uneven, an accumulation
 that exchanges too often or too early, an exchange that loses or doubles a contribution (every

@@ -1,4 +1,6 @@
-"""Which device a worker takes (no GPU is needed: what CUDA says of the machine is put in its
+"""Tests of programs/worker.py.
+
+Which device a worker takes (no GPU is needed: what CUDA says of the machine is put in its
 place), what it says, what it refuses.
 """
 

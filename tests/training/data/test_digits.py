@@ -1,4 +1,6 @@
-"""The digits are read from scikit-learn's wheel without importing it; they must be what it would
+"""Tests of training/data/digits.py.
+
+The digits are read from scikit-learn's wheel without importing it; they must be what it would
 have read.
 """
 

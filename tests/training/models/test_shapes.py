@@ -1,4 +1,7 @@
-"""The shapes are those of the published networks: exact totals."""
+"""Tests of training/models/shapes.py.
+
+The shapes are those of the published networks: exact totals.
+"""
 
 import pytest
 import torch
