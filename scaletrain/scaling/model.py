@@ -13,11 +13,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
-
-_Value = TypeVar("_Value")
 
 Scalar = str | int | float | bool | None
 """A value of ``--vary`` or ``--set``: a number or a word."""
@@ -27,6 +25,26 @@ Variant = Mapping[str, Scalar]
 
 PARTS = ("input_s", "forward_s", "backward_s", "update_s")
 """The parts of a step that every rank measures."""
+
+
+class _Fields:
+    """A dataclass whose JSON has its fields by name, in their order."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Make a value of the entries that there are fields for."""
+        return cls(**cls._known(value))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is one
+        return {field.name: _plain(getattr(self, field.name)) for field in fields}
+
+    @classmethod
+    def _known(cls, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the entries of ``value`` that there are fields for."""
+        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        return {name: value[name] for name in names if name in value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +85,15 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Source(_Fields):
     """One config file of a sweep."""
 
     path: str
     text: str
 
-    def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
-
 
 @dataclasses.dataclass(frozen=True)
-class SweepPlan:
+class SweepPlan(_Fields):
     """Everything that decides the cells of a sweep, in ``sweep.json``."""
 
     configs: Mapping[str, Source]  # by the file's stem
@@ -96,18 +111,15 @@ class SweepPlan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        facts = _fields_in(cls, value)
+        facts = cls._known(value)
         facts["configs"] = {stem: Source(**source) for stem, source in value["configs"].items()}
         for name in ("workers", "exchanges", "settings"):
             facts[name] = tuple(facts[name])
         return cls(**facts)
 
-    def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
-
 
 @dataclasses.dataclass(frozen=True)
-class EmulatedNetwork:
+class EmulatedNetwork(_Fields):
     """Links between emulated hosts."""
 
     bandwidth: str | None = None  # such as 1Gbit; None: not limited
@@ -115,7 +127,7 @@ class EmulatedNetwork:
 
 
 @dataclasses.dataclass(frozen=True)
-class EmulatedCompute:
+class EmulatedCompute(_Fields):
     """An accelerator that waits in place of computing."""
 
     step_s: float  # seconds a step
@@ -123,7 +135,7 @@ class EmulatedCompute:
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(_Fields):
     """The facts of a run in ``summary.json`` that reports use."""
 
     workers: int
@@ -146,17 +158,17 @@ class Summary:
         emulation = value.get("emulation") or {}
         network = emulation.get("network")
         if network:
-            network = _known(EmulatedNetwork, network.get("cluster", network))
+            network = EmulatedNetwork.from_json(network.get("cluster", network))
         compute = emulation.get("compute")
         if compute:
-            compute = _known(EmulatedCompute, compute)
-        facts = _fields_in(cls, value) | {"network": network or None, "compute": compute or None}
+            compute = EmulatedCompute.from_json(compute)
+        facts = cls._known(value) | {"network": network or None, "compute": compute or None}
         facts["workers"] = int(facts["workers"])
         return cls(**facts)
 
 
 @dataclasses.dataclass(frozen=True)
-class WorkerFacts:
+class WorkerFacts(_Fields):
     """The facts that a worker records about itself at its start, in ``rank-<r>.json``."""
 
     node: int = 0  # number of its host
@@ -169,14 +181,14 @@ class WorkerFacts:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        facts = _fields_in(cls, value)
+        facts = cls._known(value)
         facts["cores"] = tuple(facts.get("cores", ()))
         facts["commit"] = (value.get("environment") or {}).get("commit")
         return cls(**facts)
 
 
 @dataclasses.dataclass(frozen=True)
-class ServerCounts:
+class ServerCounts(_Fields):
     """The counts of the parameter servers of one run, together."""
 
     servers: int  # how many there were
@@ -194,13 +206,10 @@ class ServerCounts:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        facts = _fields_in(cls, value)
+        facts = cls._known(value)
         facts["cores"] = tuple(facts.get("cores", ()))
         facts["pace_s"] = tuple(facts["pace_s"])
         return cls(**facts)
-
-    def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +328,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Repeat:
+class Repeat(_Fields):
     """One finished run in a row of a report."""
 
     samples_per_s: float
@@ -331,12 +340,9 @@ class Repeat:
         samples_per_s = value.get("samples_per_s", math.nan)
         return cls(samples_per_s, value.get("step_s", math.nan), value.get("wall_s"))
 
-    def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
-
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Row(_Fields):
     """A cell in a report, with its figures over all finished repeats.
 
     All figures are None where no repeat has finished. ``..._ci95`` is half the width of the 95 %
@@ -397,19 +403,16 @@ class Row:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        facts = _fields_in(cls, value)
+        facts = cls._known(value)
         facts["failures"] = tuple(facts.get("failures", ()))
         facts["runs"] = tuple(Repeat.from_json(run) for run in facts["runs"])
         if facts.get("servers"):
             facts["servers"] = ServerCounts.from_json(facts["servers"])
         return cls(**facts)
 
-    def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
-
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
+class Loss(_Fields):
     """The time that a cell of several workers loses in a step, split by cause."""
 
     config: str
@@ -432,16 +435,9 @@ class Loss:
         """Exchange and workers in two words, such as ``ring on 4``."""
         return f"{self.exchange} on {self.workers}"
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return _known(cls, value)
-
-    def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
-
 
 @dataclasses.dataclass(frozen=True)
-class BatchPoint:
+class BatchPoint(_Fields):
     """How long one worker computes on a sample at one batch size."""
 
     config: str
@@ -450,16 +446,9 @@ class BatchPoint:
     sample_s: float  # seconds of forward and backward a sample
     efficiency: float  # sample_s of the largest batch size over this one's
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return _known(cls, value)
-
-    def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
-
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class Prediction(_Fields):
     """Measured and predicted seconds of a step of one row."""
 
     exchange: str
@@ -473,16 +462,9 @@ class Prediction:
         """By which part the prediction is too long (positive) or too short (negative)."""
         return self.predicted_s / self.measured_s - 1
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return _known(cls, value)
-
-    def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
-
 
 @dataclasses.dataclass(frozen=True)
-class ReportHeader:
+class ReportHeader(_Fields):
     """Where, how and of what a report was measured. Fields that are None are left out of its JSON.
 
     The fields up to ``commit`` are those of ``run.environment``. ``sweep`` adds those up to
@@ -521,7 +503,7 @@ class ReportHeader:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        facts = _fields_in(cls, value)
+        facts = cls._known(value)
         for name in ("settings", "emulation", "devices"):
             if facts.get(name) is not None:
                 facts[name] = tuple(facts[name])
@@ -531,12 +513,12 @@ class ReportHeader:
         always = ["commit"]
         if self.used_by_others is not None:
             always.append("busy")  # null: it is known that the machine was quiet
-        items = _to_json(self).items()
+        items = super().to_json().items()
         return {key: value for key, value in items if value is not None or key in always}
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Report(_Fields):
     """Everything that ``report.json`` holds."""
 
     version: int  # of the format
@@ -572,9 +554,6 @@ class Report:
             predictions=tuple(Prediction.from_json(p) for p in value.get("predictions", ())),
             loss_reached=value.get("loss_reached"),
         )
-
-    def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -643,26 +622,9 @@ def _name_event(kind: str, name: str, pid: int, tid: int | None = None) -> dict[
     return {"name": kind, "ph": "M", "pid": pid, **thread, "args": {"name": name}}
 
 
-def _fields_in(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of ``value`` that the dataclass ``cls`` has fields for."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    return {name: value[name] for name in names if name in value}
-
-
-def _known(cls: type[_Value], value: Mapping[str, Any]) -> _Value:
-    """Make a dataclass of the entries of ``value`` that it has fields for."""
-    return cls(**_fields_in(cls, value))
-
-
-def _to_json(value: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass by name, in their order."""
-    names = [field.name for field in dataclasses.fields(value)]
-    return {name: _plain(getattr(value, name)) for name in names}
-
-
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return value.to_json()  # type: ignore[union-attr]
+    if isinstance(value, _Fields):
+        return value.to_json()
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
