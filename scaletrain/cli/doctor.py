@@ -16,6 +16,7 @@ import click
 
 from scaletrain.host import cores as host_cores
 from scaletrain.launching.job import Program
+from scaletrain.launching.launchers.mpirun import ALLOW_ROOT
 
 OK = "ok"
 ABSENT = "absent"  # optional, and not here
@@ -206,13 +207,7 @@ def mpi() -> Check:
         "from mpi4py import MPI; c = MPI.COMM_WORLD;"
         "print(c.allreduce(c.rank + 1), MPI.Get_library_version().split(',')[0])"
     )
-    allowances = {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PRTE_ALLOW_RUN_AS_ROOT": "1",
-        "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    }
+    allowances = ALLOW_ROOT | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
     status, output = _run([launcher, "-n", "2", sys.executable, "-c", code], allowances)
     lines = output.splitlines()
     if status or not all(line.startswith("3 ") for line in lines):

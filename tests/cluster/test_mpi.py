@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scaletrain import config
+from scaletrain.launching.launchers.mpirun import ALLOW_ROOT
 from scaletrain.rehearsal import Cluster
 from tests.cluster.commands import (
     DIGITS,
@@ -26,11 +27,6 @@ from tests.engine.mpi import KINDS, mpirun
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(150)]
 SLOW = str(Path(__file__).with_name("slow_digits.yaml"))
-AS_ROOT = {
-    f"{name}_ALLOW_RUN_AS_ROOT{suffix}": "1"
-    for name in ("OMPI", "PRTE")
-    for suffix in ("", "_CONFIRM")
-}
 
 
 def by(kind: str) -> tuple[str, ...]:
@@ -57,7 +53,7 @@ def test_by_hand(kind: str, alone: dict, tmp_path: Path):
     )
     argv = [str(mpirun(kind)), "-n", "2", *command("worker", str(tmp_path))]
     done = subprocess.run(
-        argv, env=clean(AS_ROOT), cwd=ROOT, capture_output=True, text=True, timeout=90
+        argv, env=clean(ALLOW_ROOT), cwd=ROOT, capture_output=True, text=True, timeout=90
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary(tmp_path)["workers"] == 2
@@ -162,7 +158,7 @@ def test_four_hosts_and_a_launch_agent(kind: str, alone: dict, tmp_path: Path):
         )
         before = network.counters()
         argv += ["--set", f"launcher.command={command_of}", *options]
-        argv = [*network.command(0, argv, {**AS_ROOT, "GLOO_SOCKET_IFNAME": ""})]
+        argv = [*network.command(0, argv, {**ALLOW_ROOT, "GLOO_SOCKET_IFNAME": ""})]
         done = subprocess.run(argv, env=clean(), capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stdout + done.stderr
         moved = [

@@ -6,15 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scaletrain.launching.launchers.mpirun import ALLOW_ROOT
 from tests.conftest import require
 
 ROOT = Path(__file__).parents[2]
 KINDS = ["openmpi4", "openmpi5", "mpich"]
-_AS_ROOT = {
-    f"{name}_ALLOW_RUN_AS_ROOT{suffix}": "1"
-    for name in ("OMPI", "PRTE")
-    for suffix in ("", "_CONFIRM")
-}
 
 
 def mpirun(kind: str) -> Path:
@@ -48,7 +44,7 @@ def run_mpi(kind: str, size: int, *arguments: str, timeout_s: float = 90.0) -> s
     libraries = {"openmpi5": "libmpi.so.40", "mpich": "libmpi.so.12"}
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PMI_"))
-    } | _AS_ROOT
+    } | ALLOW_ROOT
     environment |= {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",

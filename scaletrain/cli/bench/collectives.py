@@ -20,6 +20,7 @@ from scaletrain import config, plugins
 from scaletrain.config.grammar import split_spec
 from scaletrain.errors import UserError, unknown
 from scaletrain.launching.job import Program
+from scaletrain.launching.launchers.mpirun import ALLOW_ROOT
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import Environment, environment
 from scaletrain.scaling.show import results as pages
@@ -27,13 +28,6 @@ from scaletrain.scaling.show import results as pages
 PEERS = {"cpu": ("gloo", "mpi", "horovod"), "cuda": ("gloo", "nccl")}  # by where the tensors are
 _TORCH_LIMIT_S = 900  # for one world in one round
 _MPI_LIMIT_S = 600
-# Open MPI and its launcher PRRTE refuse to run as root, as in a container, without these.
-_ALLOW_ROOT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_ALLOW_RUN_AS_ROOT": "1",
-    "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,7 +432,7 @@ class _MpiWorld:
             argv = [*_mpirun(self.python), "-n", str(count), self.python, str(path), str(folder)]
             done = subprocess.run(
                 argv,
-                env=os.environ | _ALLOW_ROOT,
+                env=os.environ | ALLOW_ROOT,
                 capture_output=True,
                 text=True,
                 timeout=_MPI_LIMIT_S,

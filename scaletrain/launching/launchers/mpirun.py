@@ -13,6 +13,13 @@ from scaletrain.launching.job import Job
 from scaletrain.launching.plan import Command, LaunchPlan, threads_each
 from scaletrain.units import plural
 
+# Open MPI and its launcher PRRTE refuse to run as root, as in a container, without these variables.
+ALLOW_ROOT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_ALLOW_RUN_AS_ROOT": "1",
+    "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+}
 _VERSION_S = 20.0  # how long ``mpirun --version`` may take
 
 
