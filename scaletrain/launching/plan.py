@@ -36,8 +36,7 @@ class LaunchPlan(NamedTuple):
     # If set: the supervisor binds a free port here and hands the socket to the process that serves
     # the store. All workers get the address as MASTER_ADDR and MASTER_PORT.
     store_address: str = ""
-    # In place of the job's companions, where the launcher starts them its own way.
-    companions: tuple[Companion, ...] | None = None
+    companions: tuple[Companion, ...] = ()  # the job's, as this launcher starts them
     # If set: the error that says what this host lacks to carry the plan out.
     missing: str = ""
 
@@ -46,7 +45,7 @@ class LaunchPlan(NamedTuple):
         lines = [f"# {line}" for line in self.explain]
         for path, text in self.files:
             lines.append(f"# file {path}\n{text.rstrip()}")
-        for companion in self.companions or ():
+        for companion in self.companions:
             lines.append(_shell_line(companion.env, companion.argv) + " &")
         store = ""
         if self.store_address:

@@ -58,7 +58,6 @@ def test_plan_is_pure_and_places_workers_and_servers_on_hosts(tmp_path):
         ("2", "0", "1", on_h0),
         ("3", "1", "1", on_h0),
     ]
-    assert plan.companions is not None
     assert [companion.name for companion in plan.companions] == ["rehearsal", "server 0"]
     assert plan.companions[1].argv[-3:] == ("2", "serve", "0") and plan.companions[1].restarts == 2
     settings = json.loads(dict(plan.files)[tmp_path / "rehearsal" / "settings.json"])
@@ -68,7 +67,6 @@ def test_plan_is_pure_and_places_workers_and_servers_on_hosts(tmp_path):
     assert (
         dict(outlives.commands[0].env)["MASTER_ADDR"] == "10.77.0.3"
     )  # the server's host, as h0 may be lost
-    assert outlives.companions is not None
     assert [companion.name for companion in outlives.companions] == [
         "rehearsal",
         "store",

@@ -204,7 +204,7 @@ def test_the_job_goes_on_while_enough_workers_live(tmp_path: Path):
 def test_a_companion_is_started_again_as_often_as_allowed(tmp_path: Path):
     plan, job = job_of(tmp_path, "time.sleep(60)", workers=1)
     server = Companion("server 0", (sys.executable, "-c", "import sys; sys.exit(3)"), restarts=2)
-    status, output = carry_out(plan, job._replace(companions=(server,)))
+    status, output = carry_out(plan._replace(companions=(server,)), job)
     assert status == 3
     assert "started again (2 of 2)" in output and "(3 of" not in output
     assert "server 0 ended with status 3" in output
@@ -214,7 +214,7 @@ def test_companions_end_after_the_workers(tmp_path: Path):
     serve = "import signal, sys, time; signal.signal(15, lambda *a: (print('served', flush=True), sys.exit())); time.sleep(60)"
     plan, job = job_of(tmp_path, "time.sleep(1); print('worked')", workers=1)
     status, output = carry_out(
-        plan, job._replace(companions=(Companion("server 0", (sys.executable, "-c", serve)),))
+        plan._replace(companions=(Companion("server 0", (sys.executable, "-c", serve)),)), job
     )
     assert status == 0
     assert output.splitlines() == ["[rank 0] worked", "[server 0] served"]
@@ -224,7 +224,7 @@ def test_a_companions_mistake_is_told_once_and_alone(tmp_path: Path):
     plan, job = job_of(tmp_path, "time.sleep(60)")
     serve = "import sys; print('scaletrain: error: launcher.latency: no netem', file=sys.stderr); sys.exit(2)"
     status, output = carry_out(
-        plan, job._replace(companions=(Companion("rehearsal", (sys.executable, "-c", serve)),))
+        plan._replace(companions=(Companion("rehearsal", (sys.executable, "-c", serve)),)), job
     )
     assert (status, output) == (2, "[rehearsal] scaletrain: error: launcher.latency: no netem")
     assert cause(job)["message"] == "launcher.latency: no netem"

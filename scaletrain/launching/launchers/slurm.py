@@ -215,7 +215,7 @@ def _plan_inside(
     argv = (*_srun(allocation, options), f"--ntasks={job.workers}", *job.argv)
     srun = Command("srun", argv, environment(job.variables(threads)), stop_s=15.0)
     explain = (_explain(job, threads), f"inside allocation {inside}: srun, no new job")
-    return LaunchPlan((srun,), explain=explain, companions=())
+    return LaunchPlan((srun,), explain=explain)
 
 
 def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> LaunchPlan:
@@ -232,7 +232,7 @@ def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> Laun
         submit = Command("slurm", argv, restarts_workers=True, stop_s=15.0)
     else:
         submit = Command("sbatch", ("sbatch", str(path)))
-    return LaunchPlan((submit,), files, tuple(explain), companions=())
+    return LaunchPlan((submit,), files, tuple(explain))
 
 
 def _threads(options: SlurmOptions, job: Job) -> int:

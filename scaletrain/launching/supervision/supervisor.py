@@ -54,10 +54,7 @@ class Supervisor:
         # The environment of all processes. ``_start`` adds the store's address.
         self._environ = dict(os.environ)
         self._run_dir = RunDir(job.run_dir)
-        self._companions = job.companions
-        if plan.companions is not None:  # the launcher starts them its own way
-            self._companions = plan.companions
-        several = len(plan.commands) + len(self._companions) > 1
+        several = len(plan.commands) + len(plan.companions) > 1
         self._processes = Processes(prefixed=several)
         self._evidence = Evidence(job, self._processes)
         starting_s = max(job.timeout_s, _STARTING_S)
@@ -104,7 +101,7 @@ class Supervisor:
         if listening and not self.job.serves_store:
             store = Companion("store", Program.STORE.command())
             self._processes.start(_command(store), serving_environ, store, store_fd)
-        for companion in self._companions:
+        for companion in self.plan.companions:
             self._processes.start(_command(companion), self._environ, companion)
         for command in self.plan.commands:
             if listening and command.rank == 0 and self.job.serves_store:
