@@ -172,17 +172,9 @@ def bare(
 
 def _bare_socket(is_server: bool, encrypted: bool, run_dir: Path) -> zmq.Socket:
     socket = zmq.Context().socket(zmq.DEALER)
-    if not encrypted:
-        return socket
-    keys = security.job_keys(run_dir)
-    if is_server:
-        socket.curve_server = True
-        socket.curve_publickey = keys.server_public.encode()
-        socket.curve_secretkey = keys.server_secret.encode()
-    else:
-        socket.curve_serverkey = keys.server_public.encode()
-        socket.curve_publickey = keys.worker_public.encode()
-        socket.curve_secretkey = keys.worker_secret.encode()
+    if encrypted:
+        encrypt = security.encrypt_server if is_server else security.encrypt_worker
+        encrypt(socket, security.job_keys(run_dir))
     return socket
 
 

@@ -6,7 +6,6 @@ Reads the scenario (``settings.json``) there and writes ``cluster.json``, for ``
 As long as it lives it keeps ``RUN_DIR/emulation.json`` up to date, for summaries and reports.
 """
 
-import json
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from scaletrain.errors import UserError
 from scaletrain.rehearsal.cluster import Cluster
 from scaletrain.rehearsal.faults import Fault
 from scaletrain.rehearsal.scenario import Entrances, Scenario
+from scaletrain.run import progress
 from scaletrain.run.atomic import write_json, write_text
 from scaletrain.run.layout import RunDir
 
@@ -110,12 +110,10 @@ def main(folder: Path) -> int:
 def _steps_done(run_dir: RunDir) -> int:
     """Return how many steps the worker that is furthest has done."""
     furthest = 0
-    for _, path in run_dir.all_progress():
-        try:
-            steps = json.loads(path.read_text(encoding="utf-8"))["step"]
-        except (OSError, ValueError, KeyError):  # it is being written
-            continue
-        furthest = max(furthest, steps or 0)
+    for rank, _ in run_dir.all_progress():
+        worker = progress.read(run_dir, rank)
+        if worker is not None:
+            furthest = max(furthest, worker.num_steps)
     return furthest
 
 

@@ -133,8 +133,7 @@ def _lost_peer(error: BaseException) -> bool:
 def _traceback(error: BaseException, runner_files: Collection[str]) -> str:
     """Return the traceback as text, without the frames that run a person's program."""
     frames = error.__traceback__
-    hidden = {*runner_files, __file__}
-    while frames and frames.tb_frame.f_code.co_filename in hidden:
+    while frames and frames.tb_frame.f_code.co_filename in runner_files:
         frames = frames.tb_next
     shown = frames or error.__traceback__  # an error of the runner itself has no other frames
     return "".join(traceback.format_exception(type(error), error, shown))

@@ -9,7 +9,7 @@ from scaletrain.launching.job import Job
 from scaletrain.launching.supervision import first_cause
 from scaletrain.launching.supervision.processes import Process, Processes
 from scaletrain.run import progress
-from scaletrain.run.failure import Failure, FailureKind
+from scaletrain.run.failure import Failure, FailureKind, read_failure
 from scaletrain.run.layout import RunDir
 from scaletrain.run.progress import Progress
 
@@ -65,8 +65,9 @@ class Evidence:
         rank = process.rank
         status = process.status or 0
         ended_at = process.ended_at or time.time()
-        for report in self.reports():
-            if report.rank is not None and report.rank == rank:
+        if rank is not None:
+            report = read_failure(self._run_dir.failure(rank))
+            if report is not None and report.time >= self._started_at:
                 return report
         if process.mistake and status == 2:
             return Failure(

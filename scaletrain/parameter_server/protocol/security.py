@@ -71,6 +71,20 @@ def job_keys(run_dir: Path) -> Keys:
         raise UserError(f"{path}: damaged; delete it to have new keys made") from None
 
 
+def encrypt_server(socket: zmq.Socket, keys: Keys) -> None:
+    """Let a socket, before it is bound, encrypt as one of the job's servers."""
+    socket.curve_server = True
+    socket.curve_publickey = keys.server_public.encode()
+    socket.curve_secretkey = keys.server_secret.encode()
+
+
+def encrypt_worker(socket: zmq.Socket, keys: Keys) -> None:
+    """Let a socket, before it connects, encrypt as one of the job's workers."""
+    socket.curve_serverkey = keys.server_public.encode()
+    socket.curve_publickey = keys.worker_public.encode()
+    socket.curve_secretkey = keys.worker_secret.encode()
+
+
 def forget(run_dir: Path) -> None:
     """Remove the job's keys: the next job in this directory makes its own."""
     RunDir(run_dir).server_keys.unlink(missing_ok=True)

@@ -125,9 +125,7 @@ class Endpoint:
             self._authenticator.configure_curve_callback(
                 domain="*", credentials_provider=_JobKey(self._keys.worker_public)
             )
-            self._socket.curve_server = True
-            self._socket.curve_publickey = self._keys.server_public.encode()
-            self._socket.curve_secretkey = self._keys.server_secret.encode()
+            security.encrypt_server(self._socket, self._keys)
         self._endpoints = self._bind(self._socket)
         address = {
             "endpoints": self._endpoints,

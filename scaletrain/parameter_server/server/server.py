@@ -16,7 +16,7 @@ from scaletrain.errors import UserError
 from scaletrain.host import cores
 from scaletrain.parameter_server.protocol import wire
 from scaletrain.parameter_server.protocol.consistency import AbortJob
-from scaletrain.parameter_server.protocol.memory import SUPPORTED, Slab
+from scaletrain.parameter_server.protocol.memory import Slab
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, Message, MessageKind, Refused
 from scaletrain.parameter_server.server import blocks
@@ -195,7 +195,7 @@ class Server:
         """
         owned.slabs.pop(rank, None)
         shard = owned.shard
-        if handle is None or shard.slab is None or not SUPPORTED:
+        if handle is None or shard.slab is None:
             return
         try:
             slab = Slab.open(handle, shard.dense_elements, len(shard.blocks))

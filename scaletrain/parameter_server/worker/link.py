@@ -214,9 +214,7 @@ class ServerLink:
         settings = self._identity.settings
         socket = self._identity.context.socket(zmq.DEALER)
         if settings.encrypted:
-            socket.curve_serverkey = keys.server_public.encode()
-            socket.curve_publickey = keys.worker_public.encode()
-            socket.curve_secretkey = keys.worker_secret.encode()
+            security.encrypt_worker(socket, keys)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDBUF, settings.send_buffer_bytes)
         # Little room in ZeroMQ: a request that still waits here can be overtaken by a later one.
