@@ -147,7 +147,7 @@ def plugin_options(
     Raises:
         UserError: there is no such plugin, an option is unknown, or a value is not allowed.
     """
-    if not is_users_own(name) and name not in plugins.names(kind):
+    if not is_users_own(name) and not plugins.exists(kind, name):
         raise unknown(f"{where}: {kind}", name, plugins.names(kind))
     schema = plugins.options(kind, name, search_path)
     if schema is None:
@@ -177,7 +177,7 @@ def plugin_spec(
         UserError: the name, an option or a value is not allowed.
     """
     spec = split_spec(text)
-    if spec.name not in plugins.names(kind):
+    if not plugins.exists(kind, spec.name):
         raise unknown(where, spec.name, [*also, *plugins.names(kind)])
     chosen: dict[str, Any] = {}
     if spec.settings:

@@ -170,11 +170,11 @@ def _expected_seconds(
     candidates: list[Choice], size: int, num_bytes: int, network: Network
 ) -> dict[Choice, float]:
     """Return the seconds that the network model expects of each candidate that it knows."""
-    expected = {}
-    for choice in candidates:
-        if choice.collective != NATIVE:
-            expected[choice] = predict(choice.collective, size, num_bytes, network)
-    return expected
+    names = {choice.collective for choice in candidates} - {NATIVE}
+    seconds = {name: predict(name, size, num_bytes, network) for name in names}
+    return {
+        choice: seconds[choice.collective] for choice in candidates if choice.collective in names
+    }
 
 
 def _network(ranks: Ranks) -> Network:

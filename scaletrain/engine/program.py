@@ -59,20 +59,14 @@ class RankProgram:
         self.parts = functools.lru_cache(maxsize=128)(self._parts)
 
     @classmethod
-    def all_of(cls, schedule: Schedule) -> list["RankProgram"]:
-        """Return the programs of all ranks, in their order."""
-        rounds_of_ranks = schedule.per_rank()
-        turns = in_turn(rounds_of_ranks)
-        programs = []
-        for rounds in rounds_of_ranks:
-            merged = [_merge(number, rank_round, turns) for number, rank_round in enumerate(rounds)]
-            programs.append(cls(schedule.num_chunks, merged))
-        return programs
-
-    @classmethod
     def of(cls, schedule: Schedule, rank: int) -> "RankProgram":
         """Return the program of one rank."""
-        return cls.all_of(schedule)[rank]
+        rounds_of_ranks = schedule.per_rank()
+        turns = in_turn(rounds_of_ranks)
+        rounds = []
+        for number, rank_round in enumerate(rounds_of_ranks[rank]):
+            rounds.append(_merge(number, rank_round, turns))
+        return cls(schedule.num_chunks, rounds)
 
     def _parts(
         self, count: int, segments: int, receipts_from: float

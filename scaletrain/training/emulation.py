@@ -18,9 +18,7 @@ FORWARD_SHARE = 1 / 3
 SLOWDOWN = "SCALETRAIN_SLOWDOWN"
 
 
-def emulate(
-    model: nn.Module, step_s: float = 0.0, sample_s: float = 0.0, slowdown: float = 1.0
-) -> nn.Module:
+def emulate(model: nn.Module, step_s: float = 0.0, sample_s: float = 0.0) -> nn.Module:
     """Return a model's parameters on an emulated accelerator.
 
     The result keeps the model as ``inner``, with the same parameter tensors. Its outputs are
@@ -32,20 +30,18 @@ def emulate(
         model: the network whose parameters are used.
         step_s: seconds of a pass, whatever its batch. With gradient accumulation every part is one.
         sample_s: seconds of each sample in a pass.
-        slowdown: a factor on both.
     """
-    return Emulated(model, step_s, sample_s, slowdown)
+    return Emulated(model, step_s, sample_s)
 
 
 class Emulated(nn.Module):
     """See ``emulate``."""
 
-    def __init__(self, model: nn.Module, step_s: float, sample_s: float, slowdown: float):
+    def __init__(self, model: nn.Module, step_s: float, sample_s: float):
         super().__init__()
         self.inner = model
         self.step_s = step_s
         self.sample_s = sample_s
-        self.slowdown = slowdown
         self._layers = _layers_of(model)
         self._num_weights = 0
         for layer in self._layers:
@@ -57,7 +53,7 @@ class Emulated(nn.Module):
         began = time.monotonic()
         if self._output_shape is None:
             self._output_shape = self._output_shape_for(inputs)
-        seconds = (self.step_s + self.sample_s * len(inputs)) * self.slowdown * _host_slowdown()
+        seconds = (self.step_s + self.sample_s * len(inputs)) * _host_slowdown()
         timer = _BackwardTimer(seconds * (1 - FORWARD_SHARE))
         outputs = torch.zeros(
             len(inputs),

@@ -69,7 +69,8 @@ def on_threads(size: int, work) -> list:
 @settings(max_examples=150, deadline=None)
 def test_any_size_on_threads(name: str, size: int, numel: int, segments: int, dtype: torch.dtype):
     """Also fewer elements than ranks, and odd numbers of both."""
-    programs = RankProgram.all_of(plugins.load("collective", name)(size))
+    schedule = plugins.load("collective", name)(size)
+    programs = [RankProgram.of(schedule, rank) for rank in range(size)]
 
     def work(rank, wire):
         tensor = contribution(rank, numel, dtype)
@@ -84,7 +85,8 @@ def test_any_size_on_threads(name: str, size: int, numel: int, segments: int, dt
 def test_replicas_are_bitwise_equal(name: str):
     """With numbers whose sum depends on the order of additions."""
     size, numel = 5, 1003
-    programs = RankProgram.all_of(plugins.load("collective", name)(size))
+    schedule = plugins.load("collective", name)(size)
+    programs = [RankProgram.of(schedule, rank) for rank in range(size)]
 
     def work(rank, wire):
         tensor = torch.randn(numel, generator=torch.Generator().manual_seed(rank)) * 10.0 ** (

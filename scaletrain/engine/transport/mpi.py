@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scaletrain.engine.meeting import values_of_all
 from scaletrain.engine.transport import (
     Group,
     Receive,
@@ -65,8 +66,7 @@ def communicator(group: Group) -> Any:
         UserError: the ranks are not processes of one MPI job.
     """
     MPI = start_mpi()
-    group.store.set(f"mpi/{group.rank}", str(MPI.COMM_WORLD.rank))
-    world_ranks = [int(group.store.get(f"mpi/{rank}")) for rank in range(group.size)]
+    world_ranks = [int(rank) for rank in values_of_all(group, "mpi", str(MPI.COMM_WORLD.rank))]
     if len(set(world_ranks)) < group.size:
         raise UserError(
             f"transport 'mpi': the {group.size} ranks are not one MPI job;"

@@ -185,21 +185,13 @@ def _rendezvous_variables(world: World, setup: Setup) -> dict[str, str]:
         port = _serve_rendezvous(hosts)
         setup.store.set("horovod/rendezvous", f"{address} {port}")
     server_address, server_port = setup.store.get("horovod/rendezvous").decode().split()
-    host = hosts[world.rank]
-    nodes = list(dict.fromkeys(hosts))
-    return {
+    slot = {f"HOROVOD_{name.upper()}": str(fact) for name, fact in _slot(hosts, world.rank).items()}
+    return slot | {
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": server_address,
         "HOROVOD_GLOO_RENDEZVOUS_PORT": server_port,
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
         "HOROVOD_GLOO_IFACE": interface,
-        "HOROVOD_HOSTNAME": host,
-        "HOROVOD_RANK": str(world.rank),
-        "HOROVOD_SIZE": str(world.size),
-        "HOROVOD_LOCAL_RANK": str(_local_rank(hosts, world.rank)),
-        "HOROVOD_LOCAL_SIZE": str(hosts.count(host)),
-        "HOROVOD_CROSS_RANK": str(nodes.index(host)),
-        "HOROVOD_CROSS_SIZE": str(len(nodes)),
     }
 
 
@@ -209,27 +201,26 @@ def _serve_rendezvous(hosts: list[str]) -> int:
     from horovod.runner.common.util.hosts import SlotInfo
     from horovod.runner.http.http_server import RendezvousServer
 
-    nodes = list(dict.fromkeys(hosts))
-    slots = []
-    for rank, host in enumerate(hosts):
-        slot = SlotInfo(
-            hostname=host,
-            rank=rank,
-            local_rank=_local_rank(hosts, rank),
-            cross_rank=nodes.index(host),
-            size=len(hosts),
-            local_size=hosts.count(host),
-            cross_size=len(nodes),
-        )
-        slots.append(slot)
+    slots = [SlotInfo(**_slot(hosts, rank)) for rank in range(len(hosts))]
     _rendezvous_server = RendezvousServer()
     port: int = _rendezvous_server.start()
     _rendezvous_server.init(slots)
     return port
 
 
-def _local_rank(hosts: list[str], rank: int) -> int:
-    return hosts[:rank].count(hosts[rank])
+def _slot(hosts: list[str], rank: int) -> dict[str, Any]:
+    """Return a rank's place by Horovod's names: fields of ``SlotInfo``, ends of its variables."""
+    host = hosts[rank]
+    nodes = list(dict.fromkeys(hosts))
+    return {
+        "hostname": host,
+        "rank": rank,
+        "size": len(hosts),
+        "local_rank": hosts[:rank].count(host),
+        "local_size": hosts.count(host),
+        "cross_rank": nodes.index(host),
+        "cross_size": len(nodes),
+    }
 
 
 def _ipv4_of(interface: str) -> str:
