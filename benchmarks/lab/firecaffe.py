@@ -111,10 +111,9 @@ def _sweep(
     )
     plan = sweep.plan(request)
     sweep.claim(out, plan)
-    header = out / "header.json"
-    if not header.exists():
-        noted = dataclasses.replace(plan.header(), load_average=os.getloadavg()[1])
-        write_json(header, noted.to_json())
+    if sweep.read_header(out) is None:
+        header = dataclasses.replace(plan.header(), load_average=os.getloadavg()[1])
+        sweep.write_header(out, header)
     sweep.run(plan, out, click.echo)
 
 

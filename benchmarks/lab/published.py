@@ -151,7 +151,6 @@ WORKERS = 50
 PUBLISHED_STEPS = {0: 2.25, 4: 1.93}  # b -> seconds a step
 BEST_BACKUPS = 3  # b with the best step time per machine, and its gain over b = 0
 BEST_GAIN = 0.095
-SHORTEST_BACKUPS = 4  # b with the shortest step
 # A worker's load on the servers. The paper's null steps take 147 ms with 1 worker and 613 ms with
 # 100, for 100 MB on 16 servers; Inception-v3 has 95 MB.
 LOAD_S = (0.613 - 0.147) / 99 * 0.95

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import click
 
 from scaletrain.host import cores as host_cores
+from scaletrain.host.processes import telling_line
 from scaletrain.launching.job import Program
 from scaletrain.launching.launchers.mpirun import ALLOW_ROOT
 
@@ -296,11 +297,8 @@ def _run(argv: list[str], env: dict[str, str] | None = None, timeout_s: float = 
         return Outcome(127, f"{argv[0]}: {error.strerror}")
     if done.returncode == 0:
         return Outcome(0, done.stdout.strip())
-    lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines()]
-    lines = [line for line in lines if line]
-    errors = [line for line in lines if "error" in line.lower()]
-    candidates = errors or lines or [f"exit status {done.returncode}"]
-    return Outcome(done.returncode, candidates[-1])
+    output = f"{done.stdout}\n{done.stderr}"
+    return Outcome(done.returncode, telling_line(output, f"exit status {done.returncode}"))
 
 
 def _beside_python(program: str) -> str | None:

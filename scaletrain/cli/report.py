@@ -114,10 +114,7 @@ def command(
     console = publish.terminal()
     target = out or directories[0]
     for directory in sources.sweeps:
-        target = out or directory
-        publish.publish(reports.of_sweep(directory), target, formats=wanted, console=console)
-        if trace:
-            publish.write_traces(directory)
+        publish.publish_sweep(directory, out, trace=trace, formats=wanted, console=console)
     for directory in sources.reports:
         target = out or directory
         report = publish.read_report(directory / "report.json")

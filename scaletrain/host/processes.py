@@ -52,6 +52,18 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def telling_line(output: str, otherwise: str) -> str:
+    """Return the line that tells most about a command that has failed.
+
+    Args:
+        output: what it printed. The last line with the word "error" is the one, else the last.
+        otherwise: returned if it printed nothing.
+    """
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or [otherwise])[-1]
+
+
 def oom_kills() -> int | None:
     """Return how many processes this host's kernel has killed for lack of memory.
 

@@ -7,6 +7,7 @@ cell that fails loses nothing but itself.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 from scaletrain import config as configuration
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
-from scaletrain.host.processes import dies_with_parent
+from scaletrain.host.processes import dies_with_parent, telling_line
 from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
@@ -63,6 +64,11 @@ class Sweep(SweepPlan):
 
     def cells(self) -> list[Cell]:
         """Return the cells that were asked for, then the references of the split."""
+        return list(self._cells)
+
+    @functools.cached_property
+    def _cells(self) -> tuple[Cell, ...]:
+        """The cells. Finding them resolves a configuration for each variant and worker count."""
         cells: list[Cell] = []
         for stem, source in self.configs.items():
             for variant in variants(self.vary):
@@ -74,7 +80,7 @@ class Sweep(SweepPlan):
                     ]
         if self.split:
             cells += self._references(cells)
-        return cells
+        return tuple(cells)
 
     def _references(self, cells: Sequence[Cell]) -> list[Cell]:
         """Return the short cells that the split of lost time needs beside those asked for.
@@ -444,8 +450,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _reason(directory: Path, log: Path, status: int) -> str:
     """Return the first cause of a failed run.
 
-    That is the earliest failure that is not the loss of a peer, else the last line of an error that
-    the command printed, else its last line.
+    That is the earliest failure that is not the loss of a peer, else what the command printed.
     """
     failures = [read_failure_file(path) for _, path in RunDir(directory).all_failures()]
     readable = [failure for failure in failures if failure is not None]
@@ -454,7 +459,4 @@ def _reason(directory: Path, log: Path, status: int) -> str:
         step = "" if first.step is None else f" at step {first.step}"
         return f"rank {first.rank}{step}: {first.message}"
     text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
-    last = (errors or lines or ["it printed nothing"])[-1]
-    return f"exit status {status}: {last[:300]}"
+    return f"exit status {status}: {telling_line(text, 'it printed nothing')[:300]}"

@@ -179,14 +179,6 @@ def simulate(job: SimulatedJob, workers: Sequence[int], names: Sequence[str]) ->
     return points
 
 
-def best(points: Sequence[Point]) -> dict[int, Point]:
-    """Return the fastest strategy of each number of workers, with the fewest machines."""
-    cheapest = {}
-    for workers, equal in fastest(points).items():
-        cheapest[workers] = min(equal, key=lambda point: point.machines)
-    return cheapest
-
-
 def fastest(points: Sequence[Point]) -> dict[int, list[Point]]:
     """Return the strategies of each number of workers that no other strategy beats."""
     by_workers: dict[int, list[Point]] = {}

@@ -37,18 +37,17 @@ def terminal() -> Console:
 
 
 def publish_sweep(
-    out: Path,
+    directory: Path,
+    out: Path | None = None,
     *,
     trace: bool = False,
     formats: Sequence[str] = ("html",),
     console: Console | None = None,
-) -> Report:
-    """Read a sweep's directory and write its report beside it."""
-    finished = report.of_sweep(out)
-    publish(finished, out, formats=formats, console=console)
+) -> None:
+    """Read a sweep's directory and write its report to ``out``, or beside it."""
+    publish(report.of_sweep(directory), out or directory, formats=formats, console=console)
     if trace:
-        write_traces(out)
-    return finished
+        write_traces(directory)
 
 
 def publish(
@@ -102,20 +101,16 @@ def _flat(value: object) -> object:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def write_traces(out: Path) -> list[Path]:
+def write_traces(out: Path) -> None:
     """Write a Chrome trace of the first finished repeat of every cell: OUT/traces/<cell>.json."""
     plan = sweep.read(out)
     (out / "traces").mkdir(exist_ok=True)
-    written = []
     for cell in plan.cells():
         for repeat in range(plan.repeats):
             directory = sweep.run_dir(out, cell, repeat)
             if RunDir(directory).has_finished():
-                path = out / "traces" / f"{cell.name}.json"
-                traces.write(directory, path)
-                written.append(path)
+                traces.write(directory, out / "traces" / f"{cell.name}.json")
                 break
-    return written
 
 
 def read_report(path: Path) -> Report:

@@ -1,6 +1,6 @@
 """Write a simulation: the terminal's table, simulation.json, .csv and images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -28,16 +28,22 @@ def show_simulation(
         asked: the numbers of workers that were asked for.
     """
     counts = sorted({point.workers for point in points})
-    console.print(_table(job, points, counts))
+    fastest = simulate.fastest(points)
+    console.print(_table(job, points, counts, fastest))
     left_out = sorted(set(asked) - set(counts))
     lines = _remarks(job, points, left_out)
     for workers in counts:
-        lines.append(_best_line(points, workers))
+        lines.append(_best_line(points, workers, fastest[workers]))
     for line in lines:
         console.print(line, highlight=False, markup=False)
 
 
-def _table(job: SimulatedJob, points: Sequence[Point], counts: Sequence[int]) -> Table:
+def _table(
+    job: SimulatedJob,
+    points: Sequence[Point],
+    counts: Sequence[int],
+    fastest: Mapping[int, Sequence[Point]],
+) -> Table:
     """Return the speed-ups: a row a strategy, a column a number of workers."""
     table = Table(
         title=f"predicted speed-up, {job.mode} scaling, {job.num_bytes / 1e6:,.1f} MB a step,"
@@ -46,7 +52,6 @@ def _table(job: SimulatedJob, points: Sequence[Point], counts: Sequence[int]) ->
     table.add_column("strategy")
     for workers in counts:
         table.add_column(str(workers), justify="right")
-    fastest = simulate.fastest(points)
     at = {(point.strategy, point.workers): point for point in points}
     strategies = list(dict.fromkeys(point.strategy for point in points))
     for strategy in strategies:
@@ -85,10 +90,9 @@ def _remarks(job: SimulatedJob, points: Sequence[Point], left_out: Sequence[int]
     return remarks
 
 
-def _best_line(points: Sequence[Point], workers: int) -> str:
-    """Return one line about the fastest strategies at a number of workers."""
-    best = simulate.best(points)[workers]
-    equal = simulate.fastest(points)[workers]
+def _best_line(points: Sequence[Point], workers: int, equal: Sequence[Point]) -> str:
+    """Return one line about the fastest strategies, ``equal``, at a number of workers."""
+    best = min(equal, key=lambda point: point.machines)
     strategies = {point.strategy for point in points}
     if workers == 1:
         names = "nothing to exchange"
