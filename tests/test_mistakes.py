@@ -62,6 +62,9 @@ def mistake(folder: Path, *arguments: str | Path) -> str:
             ["bench", "scaling", DIGITS, "--out", f"{DIGITS}/sweep"],
             f"--out {DIGITS}/sweep: Not a directory",
         ),
+        (["bench", "scaling", DIGITS, "--workers", "1,two"], "expected numbers with commas"),
+        (["bench", "parameter-server", "--workers", "1,two"], "expected numbers with commas"),
+        (["bench", "parameter-server", "--hosts", "0"], "'0': numbers start at 1"),
         (["bench", "scaling", DIGITS, "--baseline", DIGITS], f"--baseline {DIGITS}: not JSON"),
         (
             ["train", DIGITS, "--dry-run", "--set", "optimizer.lr=fast"],

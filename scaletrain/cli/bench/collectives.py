@@ -17,6 +17,7 @@ import click
 import pydantic
 
 from scaletrain import config, plugins
+from scaletrain.cli.options import names
 from scaletrain.config.grammar import split_spec
 from scaletrain.errors import UserError, unknown
 from scaletrain.launching.job import Program
@@ -143,24 +144,19 @@ def _size_bytes(word: str) -> int:
     return int(pydantic.TypeAdapter(pydantic.ByteSize).validate_python(binary))
 
 
-def _list(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
-    words = [word.strip() for word in text.split(",")]
-    return tuple(dict.fromkeys(filter(None, words)))  # each once, in the order they were typed
-
-
 @click.command("collectives")
 @click.option(
-    "--workers", default="2", show_default=True, callback=_list, help="Worker counts, such as 2,4."
+    "--workers", default="2", show_default=True, callback=names, help="Worker counts, such as 2,4."
 )
 @click.option(
     "--algorithms",
     default="auto",
     show_default=True,
-    callback=_list,
+    callback=names,
     help="auto, native, all, or names (`scaletrain list`), with options if need be: pipelined_tree:segments=8.",
 )
 @click.option(
-    "--transports", default="auto", show_default=True, callback=_list, help="auto, or names."
+    "--transports", default="auto", show_default=True, callback=names, help="auto, or names."
 )
 @click.option(
     "--sizes",
@@ -173,7 +169,7 @@ def _list(context: click.Context, parameter: click.Parameter, text: str) -> tupl
     "--peers",
     default="gloo",
     show_default=True,
-    callback=_list,
+    callback=names,
     help="gloo, mpi, horovod; gloo, nccl with --device cuda; empty for none.",
 )
 @click.option(

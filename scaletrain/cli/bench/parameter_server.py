@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from scaletrain.cli.options import numbers
 from scaletrain.launching.job import Program
 
 if TYPE_CHECKING:
@@ -66,19 +67,15 @@ TITLES = {
 class Options:
     """The parts and sizes to measure."""
 
-    workers: list[int]
-    servers: list[int]
-    hosts: list[int]
+    workers: tuple[int, ...]
+    servers: tuple[int, ...]
+    hosts: tuple[int, ...]
     steps: int
     memory_gb: float
 
 
 Row = Mapping[str, Any]
 """A row of the page as JSON: rows of other commits stay as they were written."""
-
-
-def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
 
 
 @click.command()
@@ -92,21 +89,21 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> l
     "--workers",
     default="1,2,4,8",
     show_default=True,
-    callback=_numbers,
+    callback=numbers,
     help="Numbers of workers of the null steps.",
 )
 @click.option(
     "--servers",
     default="1,2",
     show_default=True,
-    callback=_numbers,
+    callback=numbers,
     help="Numbers of servers of the null steps.",
 )
 @click.option(
     "--hosts",
     default="2,4,8,16",
     show_default=True,
-    callback=_numbers,
+    callback=numbers,
     help="Numbers of emulated hosts of the comparison of server and tree.",
 )
 @click.option(

@@ -9,26 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from scaletrain.cli.options import names, numbers
 from scaletrain.cli.report import baseline_option
 from scaletrain.units import plural
 
 if TYPE_CHECKING:
     from scaletrain.scaling.measure.sweep import Sweep
     from scaletrain.scaling.model import Report
-
-
-def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
-    try:
-        values = tuple(dict.fromkeys(int(word) for word in text.split(",")))
-    except ValueError:
-        raise click.BadParameter(f"{text!r}: expected numbers with commas, such as 1,2,4") from None
-    if min(values) < 1:
-        raise click.BadParameter(f"{text!r}: worker counts start at 1")
-    return values
-
-
-def _names(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def _varied(
@@ -52,14 +39,14 @@ def _varied(
     "configs", metavar="CONFIG...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
 @click.option(
-    "--workers", default="1,2", show_default=True, callback=_numbers, help="Worker counts."
+    "--workers", default="1,2", show_default=True, callback=numbers, help="Worker counts."
 )
 @click.option(
     "--exchange",
     "exchanges",
     default="native",
     show_default=True,
-    callback=_names,
+    callback=names,
     help="Exchanges, such as native,ring,none.",
 )
 @click.option(
