@@ -5,13 +5,11 @@ Links are token buckets, and hosts share the machine's cores. The cost model of
 known, and this model has them:
 
 - A token bucket lets a burst pass after a pause, at both ends of a link (``rehearsal/links.py``: 2
-  ms
-  of its rate, at least 72 KiB). The ports of trees pause between rounds and are faster for it. The
-  ports of a ring never pause.
+  ms of its rate, at least 72 KiB). The ports of trees pause between rounds and are faster for it.
+  The ports of a ring never pause.
 - Adding what has arrived uses a core, and the hosts share the cores. Algorithms that the engine
-  runs
-  in parts side by side add one part while the next one arrives. A rank that only receives adds one
-  piece of a message (``cutting.PIECE_BYTES``) while the next one arrives.
+  runs in parts side by side add one part while the next one arrives. A rank that only receives adds
+  one piece of a message (``cutting.PIECE_BYTES``) while the next one arrives.
 - Where every host sends to several and receives from several at once, messages leave in any order.
   Ports then wait for messages that are still behind others elsewhere, and later have several at
   once. The order is drawn.

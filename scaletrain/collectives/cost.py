@@ -71,6 +71,7 @@ def _load_of(transfers: Round, num_chunks: int) -> Load:
     num_received = Counter(transfer.dst for transfer in transfers)
     num_added = Counter(transfer.dst for transfer in transfers if transfer.add)
     busiest = max(*num_sent.values(), *num_received.values())
+    # Without duplex, the two directions of a port share its bandwidth.
     busiest_of_both = max((num_sent + num_received).values())
     most_added = max(num_added.values(), default=0)
     pairs = {(transfer.src, transfer.dst) for transfer in transfers}
@@ -135,6 +136,7 @@ def predict(
         network: the network between the ranks.
         options: of the algorithm.
     """
+    # ``loads`` takes neither options nor hosts into account.
     if size >= LOADS_FROM_RANKS and network.ranks_per_host == 1 and not options:
         loads = plugins.companion("collective", collective, "loads")
         if loads is not None:
@@ -171,6 +173,8 @@ class _PortTraffic:
         slowest = 0.0
         for end in {*self._sent, *self._received}:
             slowest = max(slowest, _wire_s(link, self._sent[end], self._received[end]))
+        # Latency by rank, since each process handles its own messages; bytes by end, since ranks
+        # of a host share its port.
         return _most_messages(self.pairs) * link.latency_s + slowest
 
 
@@ -188,6 +192,7 @@ def _round_on_hosts(transfers: Round, chunk_bytes: float, network: Network) -> f
             between.add((src, dst), source, target, chunk_bytes)
         if add:
             added[dst] += chunk_bytes
+    # Ports and memory work side by side: the slower of the two counts.
     longest = 0.0
     if between.pairs:
         port = Link(network.latency_s, network.bandwidth_bytes_per_s, network.duplex)

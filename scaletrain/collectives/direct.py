@@ -26,6 +26,7 @@ def loads(size: int) -> list[Load]:
     """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
     if size == 1:
         return []
+    # p - 1 slices of 1/p each.
     share = (size - 1) / size
     return [
         Load(repeats=1, messages=size - 1, one_way=share, both_ways=2 * share, added=share),

@@ -23,12 +23,14 @@ def schedule(size: int, *, segments: Annotated[int, Ge(1)] = 16) -> Schedule:
         segments: parts into which the half of each tree is cut.
     """
     first = _parents(size)
+    # For odd sizes, mirroring maps even ranks to even ones: the leaves would be the same.
     if size % 2 == 0:
         second = _mirrored(first)
     else:
         second = _shifted(first)
     transfers = []
     for tree, parents in enumerate((first, second)):
+        # Chunk 0 is the half of the first tree, chunk 1 that of the second.
         up = []
         for rank in _leaves_first(parents):
             parent = parents[rank]
@@ -49,6 +51,8 @@ def _parents(size: int) -> list[int | None]:
         """Make a tree of the ranks from ``low`` to ``high`` (exclusive) below a parent."""
         if low >= high:
             return
+        # The part on the left is a full tree of 2^height - 1 ranks, so the part on the right begins
+        # at an even rank again, and the leaves stay even.
         height = (high - low).bit_length() - 1
         root = low + (1 << height) - 1
         parents[root] = parent
@@ -90,4 +94,5 @@ def _leaves_first(parents: list[int | None]) -> list[int]:
             parent = parents[parent]
         return steps
 
+    # A rank passes on what it has added, so its children send before it does.
     return sorted(range(len(parents)), key=lambda rank: (-depth(rank), rank))

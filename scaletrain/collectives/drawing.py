@@ -108,6 +108,7 @@ def _drawn(arrow: _Arrow, x: int, *, labelled: bool) -> list[str]:
     color = _ADD_COLOR if arrow.add else _REPLACE_COLOR
     y1 = _line_of(arrow.src)
     y2 = _line_of(arrow.dst)
+    # It ends 10 pixels before the arrows of the next round begin.
     elements = [
         f'<line x1="{x}" y1="{y1}" x2="{x + _COLUMN - 18}" y2="{y2}" stroke="{color}"'
         f' stroke-width="1.4" marker-end="url(#{name})"/>'

@@ -32,6 +32,7 @@ def schedule(size: int) -> Schedule:
                 transfers.append(Transfer(core[sender], core[receiver], chunk, True))
         halving.append(tuple(transfers))
         distance //= 2
+    # The same pairs backwards: each sends the sums that it holds to the one that lacks them.
     doubling = [sent_back(transfers) for transfers in reversed(halving)]
     rounds = [*halving, *doubling]
     if extra:
@@ -51,6 +52,7 @@ def loads(size: int) -> list[Load]:
     doubling: list[Load] = []
     distance = largest // 2
     while distance:
+        # Each rank sends ``distance`` of its ``largest`` chunks, and receives as many.
         share = distance / largest
         both_ways = 2 * share
         halving.append(Load(1, messages=1, one_way=share, both_ways=both_ways, added=share))
@@ -59,6 +61,7 @@ def loads(size: int) -> list[Load]:
     rounds = [*halving, *reversed(doubling)]
     if size == largest:
         return rounds
+    # A rank outside the core hands over its whole message, and gets the whole sum at the end.
     before = Load(1, messages=1, one_way=1, both_ways=1, added=1)
     after = Load(1, messages=1, one_way=1, both_ways=1)
     return [before, *rounds, after]

@@ -23,5 +23,6 @@ def schedule(
         segments: parts into which the message is cut.
         fan_out: children of a node; 1 is the chain, which moves the fewest bytes through a port.
     """
+    # Numbered as a heap. From the last rank down, every rank comes before its parent.
     up = [Transfer(rank, (rank - 1) // fan_out, 0, True) for rank in range(size - 1, 0, -1)]
     return pipeline([*up, *sent_back(reversed(up))], size, segments)

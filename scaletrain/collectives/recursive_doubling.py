@@ -18,6 +18,7 @@ def schedule(size: int) -> Schedule:
     distance = 1
     while distance < len(core):
         transfers = []
+        # Both ranks of a pair add the other's value: addition commutes, so they stay bitwise equal.
         for sender in range(len(core)):
             transfers.append(Transfer(core[sender], core[sender ^ distance], 0, True))
         rounds.append(tuple(transfers))

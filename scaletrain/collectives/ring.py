@@ -14,6 +14,8 @@ def schedule(size: int) -> Schedule:
         size: number of ranks.
     """
     rounds = []
+    # A rank sends the chunk that it has added to in the round before. At the end, rank r holds
+    # the whole sum of chunk r + 1, which is the first that the second half sends on.
     for index in range(size - 1):
         rounds.append(_round(size, -index, add=True))
     for index in range(size - 1):

@@ -148,6 +148,7 @@ def verify(schedule: Schedule) -> None:
     everyone = (1 << schedule.size) - 1
     first_rank = end.held[0]
     for rank, chunks in enumerate(end.held):
+        # Missing contributions first: that message says more than one about orders.
         for chunk in range(schedule.num_chunks):
             end.require(rank, chunk, everyone)
         for chunk in range(schedule.num_chunks):
@@ -194,6 +195,8 @@ def verify_distribution(schedule: Schedule, owners: Sequence[int]) -> None:
         ScheduleError: as ``verify``.
     """
     end = _follow(schedule)
+    # A rank's own bit stands for the value that it begins with, so a chunk with just the owner's
+    # bit is the owner's chunk.
     for rank in range(schedule.size):
         for chunk, owner in enumerate(owners):
             end.require(rank, chunk, 1 << owner)
@@ -230,10 +233,12 @@ class _Follower:
 
     def run(self, index: int, transfers: Round) -> None:
         """Run round ``index``."""
+        # Read before anything is written: the transfers of a round happen at once.
         sent = [self.held[transfer.src][transfer.chunk] for transfer in transfers]
         written: dict[tuple[int, int], bool] = {}  # (rank, chunk): whether something was added
         for transfer, value in zip(transfers, sent, strict=True):
             target = (transfer.dst, transfer.chunk)
+            # Additions may come together, but beside a replacement the order would matter.
             if target in written and not (transfer.add and written[target]):
                 raise ScheduleError(
                     f"round {index}: rank {transfer.dst} gets chunk {transfer.chunk} twice,"
@@ -258,11 +263,13 @@ class _Follower:
             min(old.expression, value.expression),
             max(old.expression, value.expression),
         )
+        # The numbers below ``size`` are the contributions of the ranks.
         number = self._sums.setdefault(key, len(self.held) + len(self._sums))
         contributors = old.contributors | value.contributors
         self.held[transfer.dst][transfer.chunk] = _Held(contributors, number)
 
     def _replace(self, index: int, transfer: Transfer, value: _Held) -> None:
+        # Not a fault yet: a later round may bring the contributions back.
         lost = self.held[transfer.dst][transfer.chunk].contributors & ~value.contributors
         if lost:
             self._lost.append(_Lost(index, transfer, lost))
@@ -357,6 +364,7 @@ class _Replay:
     def start(self, rank: int) -> None:
         """Start a rank, and let every rank go as far as it can."""
         self._post_until_blocked(rank)
+        # A list instead of recursion: ranks wake each other in chains of any length.
         while self._ready:
             woken = self._ready.pop()
             is_at_end = self.num_done[woken] == len(self._rounds_of_ranks[woken])
@@ -369,6 +377,7 @@ class _Replay:
         while self.num_done[rank] < len(rounds):
             rank_round = rounds[self.num_done[rank]]
             self._num_open[rank] = len(rank_round.sends) + len(rank_round.receives)
+            # Both directions are posted before the rank blocks, so two ranks can swap in one round.
             for transfer in rank_round.sends:
                 self._post(rank, transfer.dst, transfer, self._sent, self._awaited)
             for transfer in rank_round.receives:
@@ -457,6 +466,8 @@ def pipeline(transfers: Sequence[Transfer], size: int, segments: int) -> Schedul
     num_sends = Counter(transfer.src for transfer in transfers)
     num_receives = Counter(transfer.dst for transfer in transfers)
     period = max(*num_sends.values(), *num_receives.values())
+    # The earliest rounds make the shortest pipeline, but may run out of free ports. With a
+    # coloring of the ports, each transfer's place in the period is free for certain.
     starts = _starts(transfers, period, None)
     if starts is None:
         starts = _starts(transfers, period, _colors(transfers, period))
@@ -494,9 +505,11 @@ def _starts(
     for index, (src, dst, chunk, _) in enumerate(transfers):
         source = (src, chunk)
         target = (dst, chunk)
+        # A write may share a round with the last read before it: that still sees the old value.
         earliest = max(
             visible_from.get(source, 0), visible_from.get(target, 0), read_until.get(target, 0)
         )
+        # Ports are busy in every period alike, so one period holds all choices.
         for start in range(earliest, earliest + period):
             color = start % period
             if (src, color) in sending or (dst, color) in receiving:
@@ -569,6 +582,7 @@ class _Coloring:
     def swap_from(self, port: Port, color: int, other: int) -> None:
         """Swap two colors along the path that starts at a port with ``color``."""
         path = self._path(port, color, other)
+        # All out before any goes in: neighbours on the path swap places at the port between them.
         for index in path:
             for end in self.ports[index]:
                 del self.taken[end][self.colors[index]]

@@ -27,6 +27,7 @@ def schedule(
     to_servers = []
     for segment in range(segments):
         transfers = []
+        # Each server owns ``segments`` chunks in a row.
         for server in range(servers):
             for rank in range(size):
                 if rank != server:

@@ -15,6 +15,7 @@ def schedule(size: int) -> Schedule:
     distance = 1
     while distance < size:
         transfers = []
+        # The multiples of ``distance`` hold partial sums. Every second one hands its sum down.
         for rank in range(0, size - distance, 2 * distance):
             transfers.append(Transfer(rank + distance, rank, 0, True))
         up.append(tuple(transfers))

@@ -48,6 +48,7 @@ def schedule(
     gather = _gather(hosts, num_slices, outer.num_chunks)
     rounds = []
     for transfers in outer.rounds:
+        # All slices cross at once: the k-th ranks of all hosts run the outer schedule on slice k.
         across = []
         for owner in range(num_slices):
             for src, dst, chunk, add in transfers:

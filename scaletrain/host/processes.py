@@ -25,6 +25,7 @@ def start_ticks(pid: int) -> int | None:
     fields = _stat(pid)
     if not fields or fields[0] in ("Z", "X"):
         return None
+    # Field 22 in proc(5): the list begins with field 3, the state.
     return int(fields[19])
 
 
@@ -39,6 +40,7 @@ def handles_signal(pid: int, number: int) -> bool:
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("SigCgt:"):
+                # Bit n - 1 stands for signal n.
                 caught = int(line.split()[1], 16)
                 return bool(caught >> (number - 1) & 1)
     return False
@@ -95,6 +97,7 @@ def marked(variable: str, mark: str) -> list[int]:
 
 def kill_marked(variable: str, mark: str) -> None:
     """Send SIGKILL to every marked process except this one, until none is left."""
+    # About a second. A marked process may fork between the look and its end, so look again.
     for _ in range(50):
         left = [pid for pid in marked(variable, mark) if pid != os.getpid()]
         if not left:
@@ -111,10 +114,12 @@ def dies_with_parent(number: int) -> Callable[[], None]:
     It holds however the parent ends. A child whose parent is gone already ends at once.
     """
     parent = os.getpid()
+    # Looked up here: between fork and exec, loading a library may block for ever.
     prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def before_exec() -> None:
         prctl(_PR_SET_PDEATHSIG, number)
+        # If the parent ended before the call above, no signal will come.
         if os.getppid() != parent:
             os._exit(1)
 

@@ -49,6 +49,7 @@ def create(num_bytes: int, *, reserve: bool) -> Handle:
             os.posix_fallocate(descriptor, 0, num_bytes)
         else:
             os.ftruncate(descriptor, num_bytes)
+        # The last one keeps others from adding seals, such as one against writing.
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     except OSError:
@@ -89,6 +90,7 @@ def map_opened(handle: Handle, *, write: bool) -> mmap.mmap:
 
 def _check(descriptor: int, num_bytes: int) -> None:
     """Raise ValueError unless the file is sealed, of this size, and belongs to this user."""
+    # Of the open file, since the path may lead to another one by now.
     status = os.fstat(descriptor)
     is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
     is_sealed = bool(fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)

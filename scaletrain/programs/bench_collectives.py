@@ -40,16 +40,20 @@ def main(folder: Path) -> None:
     if task["bind"] and len(usable) >= size:
         # Before any thread is started: threads inherit it.
         os.sched_setaffinity(0, {usable[rank]})
+    # A file, since all ranks see the folder: also those on emulated hosts, which share the files.
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     device = _device(task, rank, size)
+    # Collective: all ranks make the groups in the order of the task.
     groups = {name: _group(name) for name in task["contenders"]}
     results = []
+    # Contenders at one size run right after one another, so that a slow minute hits all alike.
     for num_bytes in task["sizes"]:
         for name, group in groups.items():
             tensor = torch.empty(max(1, num_bytes // 4), device=device)
             results.append(_measure_contender(name, group, tensor, num_bytes, task["seconds"]))
     folder.joinpath(f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
+    # A rank that left early would close connections that others still use.
     dist.barrier()
     dist.destroy_process_group()
 
@@ -87,16 +91,19 @@ def _measure_contender(
 
     # The checks also open connections, and let `auto` calibrate.
     wrong = _wrong_elements(tensor, allreduce) + _wrong_elements(tensor, allreduce)
+    # Each allreduce sums into the tensor. Zeros stay zeros; other values would overflow.
     tensor.zero_()
     times = measure(allreduce, dist.barrier, seconds, _largest)
     algorithm = ""
     copy_bytes_per_s = None
     if name not in _REFERENCES:
+        # Of a single size there is a single choice.
         [choice] = group.record(tensor.nbytes)["chosen"].values()
         algorithm = choice["collective"]
         if choice["segments"] > 1:
             algorithm += f" in {choice['segments']} parts"
         copy = functools.partial(_copy, tensor, torch.empty_like(tensor))
+        # All ranks copy at once, as they do in an allreduce: they share the memory's bandwidth.
         copies = measure(copy, dist.barrier, _COPY_S, _largest)
         copy_bytes_per_s = num_bytes / sorted(copies)[len(copies) // 2]
     return {
@@ -113,6 +120,8 @@ def _measure_contender(
 def _wrong_elements(tensor: torch.Tensor, allreduce: Callable[[], None]) -> int:
     """Sum values that differ between the ranks, and return how many elements came out wrong."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    # 251 is prime: chunks whose lengths are powers of two begin with different values, so one that
+    # lands in a wrong place shows. The sums are small enough to be exact in float32.
     pattern = torch.arange(tensor.numel()) % 251
     tensor.copy_((pattern + rank).float())
     allreduce()
@@ -155,9 +164,12 @@ def measure(
     barrier()
     began = time.perf_counter()
     run()
+    # All ranks must agree on the number of runs, or some would wait for ever. It follows from the
+    # slowest rank's first run.
     first_s = largest(time.perf_counter() - began)
     times = []
     barrier()
+    # No barrier between runs: in training, exchanges follow one another as well.
     for _ in range(max(3, min(400, int(seconds / first_s)))):
         began = time.perf_counter()
         run()

@@ -20,9 +20,11 @@ _POLL_S = 0.02
 
 def main(folder: Path, host: int, argv: list[str]) -> None:
     """Replace this process by ``argv`` on a host. Exits with a message if there is no cluster."""
+    # The launch that this process belongs to; the cluster's file names the one that made it.
     launch = os.environ.get("SCALETRAIN_LAUNCH", "")
     commands = _wait_for_cluster(RehearsalDir(folder).cluster, launch).commands
     words = [*commands[host], *argv]
+    # Not a child: the supervisor's signals must reach the command, and its status come back.
     os.execvp(words[0], words)
 
 

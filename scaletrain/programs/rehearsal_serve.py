@@ -43,9 +43,11 @@ class Player:
 
     def tick(self) -> None:
         """Cause every fault that is due, and count the traffic now and then."""
+        # Several faults may be due at once. They happen in the order of the script.
         while self.left and self._is_due(self.left[0]):
             self._play(self.left.pop(0))
             self._played_at = time.monotonic()
+        # Counting runs commands at the switch, which is too slow for every tick.
         if time.monotonic() - self._counted_at > _COUNT_S:
             self.record()
             self._counted_at = time.monotonic()
@@ -60,6 +62,7 @@ class Player:
         write_json(self.run_dir.emulation, document)
 
     def _is_due(self, fault: Fault) -> bool:
+        # The script's first fault always has a step: there is none before it to count from.
         if fault.after_s is not None:
             return time.monotonic() - self._played_at >= fault.after_s
         return _steps_done(self.run_dir) >= fault.at_step
@@ -72,11 +75,13 @@ class Player:
                 self.cluster.heal(fault.host)
             case "kill":
                 self.cluster.kill(fault.host)
+            # A slow link is shaped at the switch. A slow accelerator reads its factor from a file.
             case "slow" if fault.bandwidth:
                 self.cluster.shape(fault.host, fault.bandwidth)
             case "slow":
                 slowdown = self.run_dir.rehearsal.slowdown(fault.host)
                 write_text(slowdown, f"{fault.factor:g}\n")
+        # By the wall clock, like the records of the steps, so that a reader can line them up.
         self._happened.append({"time": time.time(), **fault._asdict()})
         print(f"scaletrain: emulated fault {fault}", file=sys.stderr, flush=True)
 
@@ -89,19 +94,25 @@ def main(folder: Path) -> int:
     ended: list[int] = []  # signals that were received; the handler writes it, the loop reads it
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers end first
+    # Before the cluster is built, which takes a moment and would have to be taken down again.
     if scenario.slows_accelerators():
         _check_accelerators_are_emulated(run_dir)
     with scenario.cluster() as cluster:
+        # Now the hosts can be entered: the workers have been waiting for this file.
         Entrances.of(cluster, os.environ.get("SCALETRAIN_LAUNCH", "")).write(files.cluster)
         player = Player(scenario, cluster, run_dir)
         while not ended:
             player.tick()
             time.sleep(_TICK_S)
+        # Parameter servers get their SIGTERM together with this process. The cluster's end would
+        # kill them while they write their last figures.
         deadline = time.monotonic() + _LEAVE_S
         while time.monotonic() < deadline and not cluster.is_idle():
             time.sleep(_TICK_S)
+        # After the last program, so that all traffic is counted.
         player.record()
     files.cluster.unlink(missing_ok=True)
+    # A fault that did not happen makes the rehearsal prove less than its script says.
     for fault in player.left:
         print(f"scaletrain: the job ended before this fault: {fault}", file=sys.stderr)
     return 0
@@ -137,6 +148,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1])))
     except UserError as error:
+        # The cluster knows its options by their bare names; a person typed them below `launcher`.
         key = str(error).partition(":")[0]
         prefix = "launcher." if key in _CLUSTER_OPTIONS else ""
         print(f"scaletrain: error: {prefix}{error}", file=sys.stderr)

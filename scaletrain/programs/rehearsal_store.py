@@ -16,6 +16,7 @@ from scaletrain.launching.job import STORE_FD, Program
 def main(port: int) -> None:
     """Bind the port and become the program that serves the store on it."""
     listening = socket.create_server(("0.0.0.0", port), backlog=128)
+    # Python closes its sockets on exec unless told otherwise.
     listening.set_inheritable(True)
     os.environ[STORE_FD] = str(listening.fileno())
     argv = Program.STORE.command()

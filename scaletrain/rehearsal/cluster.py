@@ -24,6 +24,7 @@ from scaletrain.rehearsal.links import INTERFACE, Traffic
 from scaletrain.rehearsal.machine import Namespace
 from scaletrain.units import bits_per_s, seconds
 
+# All addresses lie in one /24 network and differ in the last byte.
 MAX_HOSTS = 250
 
 # Libraries need these to use the link between processes, and nothing else.
@@ -37,6 +38,7 @@ _ENVIRONMENT = {
     "UCX_TLS": "tcp,self",  # MPICH would copy between the processes' memories
     "UCX_NET_DEVICES": INTERFACE,
     "OMPI_MCA_btl": "tcp,self",
+    # Of the pml components, ob1 is the one that obeys the btl lines.
     "OMPI_MCA_pml": "ob1",
     "OMPI_MCA_btl_tcp_if_include": INTERFACE,
 }
@@ -89,11 +91,13 @@ class Cluster:
         machine.check()
         machine.remove_leftovers()
         self._write_hosts_file()
+        # Before the first process exists: whatever kills this one, the next start finds the record.
         machine.write_record(self.id)
         try:
             self._start_keeper()
             self._wire()
         except BaseException:
+            # Python calls no ``__exit__`` if ``__enter__`` fails, even by Ctrl-C.
             self.close()
             raise
         return self
@@ -105,6 +109,7 @@ class Cluster:
         """End every process on the hosts, then the hosts."""
         if self._keeper:
             assert self._keeper.stdin and self._keeper.stdout and self._keeper.stderr
+            # The keeper ends the hosts when its standard input closes.
             self._keeper.stdin.close()
             try:
                 self._keeper.wait(machine.SETUP_S)
@@ -132,6 +137,7 @@ class Cluster:
         variables = self.environment(host) | dict(env or {})
         assignments = [f"{key}={value}" for key, value in variables.items()]
         namespace = self._hosts[host]
+        # Whoever enters a mount namespace lands in its root directory.
         become = [*keeper.ENTERED, str(namespace.holder), "env", f"--chdir={os.getcwd()}"]
         return tuple(namespace.enter_host(*become, *assignments, *argv))
 
@@ -176,6 +182,7 @@ class Cluster:
             How many processes there were.
         """
         namespace = self._hosts[host]
+        # The holder stays: the host itself would vanish with it.
         return keeper.kill_within({namespace.network_id()}, spare=frozenset({namespace.holder}))
 
     # Links.
@@ -234,6 +241,7 @@ class Cluster:
             "hosts_file": str(machine.hosts_file(self.id)),
             "user": self._has_user_namespace,
         }
+        # A session of its own: signals of the terminal, such as Ctrl-C, are for this process alone.
         self._keeper = subprocess.Popen(
             [sys.executable, "-I", keeper.__file__, json.dumps(request)],
             stdin=subprocess.PIPE,

@@ -121,6 +121,7 @@ def _check_slowness(where: str, factor: Any, bandwidth: Any) -> None:
             )
         return
     try:
+        # Only for its errors: a mistake shows before the run, not at the fault's step.
         bits_per_s(bandwidth)
     except UserError as error:
         raise UserError(f"{where}.{error}") from None

@@ -49,9 +49,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def main(names: Sequence[str], hosts_file: str, needs_user_namespace: bool) -> None:
     """Make the namespaces, print the ids of their holders, and wait for the end."""
+    # Noted first: when the parent has died, this returns somebody else's id.
     owner = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # Before the forks, so that all holders lie in it.
     if needs_user_namespace:
         _enter_user_namespace()
     switch = _fork_holder("switch", hosts_file)
@@ -64,6 +66,7 @@ def main(names: Sequence[str], hosts_file: str, needs_user_namespace: bool) -> N
         print(json.dumps({"switch": switch, "hosts": hosts}), flush=True)
         _wait_for_end(owner)
     finally:
+        # A second SIGTERM must not interrupt the cleaning up.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for pid in holders:
             os.kill(pid, signal.SIGKILL)
@@ -114,6 +117,7 @@ def processes_within(namespaces: set[str]) -> list[int]:
 
 def _wait_for_end(owner: int) -> None:
     """Return when standard input closes or the parent is no longer ``owner``."""
+    # Standard input alone is not enough: a fork of the parent may keep the pipe open.
     while os.getppid() == owner:
         readable, _, _ = select.select([0], [], [], _LOOK_S)
         if readable and not os.read(0, 1):
@@ -130,6 +134,7 @@ def _fork_holder(name: str, hosts_file: str) -> int:
     pid = os.fork()
     if pid == 0:
         _hold(name, hosts_file, report)
+    # While this process holds the writing end, too, a child that dies would leave it reading.
     os.close(report)
     message = os.read(ready, 4096).decode()
     os.close(ready)
@@ -141,16 +146,19 @@ def _fork_holder(name: str, hosts_file: str) -> int:
 def _hold(name: str, hosts_file: str, report: int) -> NoReturn:
     """Be the child: move into fresh namespaces, report "ready" or an error, and wait."""
     try:
+        # First of all: from here on, the keeper's death takes this process along.
         _checked(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
         _libc.prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
         _checked(_libc.unshare(CLONE_NEWNET | CLONE_NEWUTS | CLONE_NEWNS | CLONE_NEWIPC), "unshare")
         socket.sethostname(name)
+        # Private, or the mounts below would spread to the machine itself.
         _mount(None, "/", None, MS_REC | MS_PRIVATE)
         _mount(hosts_file, "/etc/hosts", None, MS_BIND)
         # Hosts share no memory. Each has a /dev/shm of its own, so that no library can get around
         # the links that way.
         _mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV)
         _disable_ipv6()
+        # The keeper's own handler came along with the fork.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.write(report, b"ready")
         os.close(report)
@@ -178,6 +186,7 @@ def _enter_user_namespace() -> None:
     uid = os.getuid()
     gid = os.getgid()
     _checked(_libc.unshare(CLONE_NEWUSER), "unshare --user")
+    # The kernel lets an ordinary user map a group only after this.
     _write_own("setgroups", "deny")
     _write_own("uid_map", f"0 {uid} 1")
     _write_own("gid_map", f"0 {gid} 1")

@@ -86,6 +86,7 @@ def transferred_bytes(switch: Namespace, num_hosts: int) -> list[tuple[int, int]
             counters[interface.strip()] = counts.split()
     transferred = []
     for host in range(num_hosts):
+        # Field 0 is the bytes received, field 8 the bytes sent (proc(5)).
         fields = counters[_port(host)]
         # The switch receives what the host sends.
         transferred.append((int(fields[0]), int(fields[8])))
@@ -136,6 +137,7 @@ def dropped_packets(namespace: Namespace) -> int:
     options = ["--list", "INPUT", "--verbose", "--exact", "--numeric"]
     text = machine.output(namespace.enter_network(machine.tool("iptables"), *options))
     for line in text.splitlines():
+        # The columns are packets, bytes, target, ...
         fields = line.split()
         if "DROP" in fields[2:3]:
             return int(fields[0])
@@ -151,6 +153,7 @@ def _shape_end(namespace: Namespace, device: str, rate: float | None, delay_s: f
     tc = machine.tool("tc")
     commands = []
     if rate:
+        # Half a second of the rate, in bytes.
         limit = max(round(rate / 8 * 0.5), _QUEUE_BYTES)
         bucket = f"rate {rate:.0f}bit burst {burst_bytes(rate)} limit {limit}"
         commands.append(f"qdisc replace dev {device} root handle 1: tbf {bucket}")
@@ -158,7 +161,9 @@ def _shape_end(namespace: Namespace, device: str, rate: float | None, delay_s: f
         # It fails where the link was never shaped, which is just as good.
         machine.run_tool(namespace.enter_network(tc, "qdisc", "del", "dev", device, "root"))
     if delay_s:
+        # With a rate, the delay goes inside the token bucket, in place of its queue.
         parent = "parent 1:1" if rate else "root"
+        # netem's own limit of 1000 packets would drop some at high rates.
         delay = f"delay {delay_s * 1e6:.0f}us limit 100000"
         commands.append(f"qdisc replace dev {device} {parent} netem {delay}")
     if commands:

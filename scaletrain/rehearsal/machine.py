@@ -45,6 +45,7 @@ class Namespace(NamedTuple):
     def _nsenter(self) -> list[str]:
         argv = [tool("nsenter"), f"--target={self.holder}"]
         if self.has_user_namespace:
+            # nsenter would set the groups anew, which a user namespace of an ordinary user forbids.
             argv += ["--user", "--preserve-credentials"]
         return argv
 
@@ -60,6 +61,7 @@ def check() -> None:
     for name, package in _PACKAGES.items():
         if not shutil.which(name, path=PATH):
             raise UserError(f"a rehearsal cluster needs {name} (apt install {package})")
+    # Tried for real: systems forbid namespaces in too many ways to look them all up.
     probe = ["unshare", "--net", "--uts", "--mount", "--ipc"]
     if not is_privileged():
         probe += ["--user", "--map-root-user"]
@@ -121,6 +123,7 @@ def remove_leftovers() -> list[str]:
             owner = json.loads(record.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # another start is removing or writing it right now
             continue
+        # The id alone may belong to a newer process by now.
         if start_ticks(owner["owner"]) != owner["started"]:
             dead.append(record.stem)
     for cluster in dead:
@@ -137,6 +140,7 @@ def _records() -> Path:
     """Return this user's own directory for the records of clusters; make it if it is missing."""
     folder = Path("/tmp") / f"scaletrain-rehearsal-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    # Anybody may create names in /tmp, this one as well.
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise UserError(
             f"{folder}: belongs to somebody else; a rehearsal keeps its owner records there"

@@ -48,6 +48,7 @@ class Scenario:
 
     def to_json(self) -> str:
         """Return the text of ``settings.json``."""
+        # JSON has strings as keys only.
         straggler = {}
         for host, factor in self.straggler.items():
             straggler[str(host)] = factor

@@ -35,8 +35,7 @@ def attach(
         exchange: as on the command line: ``native``, ``ring``, ``scheduled:tree@gloo``, ...
         timeout_s: seconds that a collective or message may take.
         run_dir: where rank 0 publishes its address if the launcher serves no store (mpirun or srun
-        by
-            hand): a directory that all hosts share.
+            by hand): a directory that all hosts share.
         options: further options of the exchange.
 
     Returns:
@@ -58,6 +57,7 @@ def attach(
     """
     chosen = config.expand_exchange(exchange) | options
     name = chosen.pop("name")
+    # Before anything meets other ranks: a wrong option is an error here, not a hang elsewhere.
     checked = config.plugin_options("exchange", name, chosen, "attach")
     timeout = timedelta(seconds=timeout_s)
     world = World.from_env()

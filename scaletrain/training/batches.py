@@ -42,6 +42,7 @@ class GlobalBatches:
         """Return the samples of a step's global batch: (batch_size,) int64."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
+            # 20 bits for the epoch, so that seed 1 does not repeat the orders of seed 0.
             generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
             self._order = torch.randperm(self._num_samples, generator=generator)
             self._epoch = epoch
@@ -50,6 +51,7 @@ class GlobalBatches:
 
     def share(self, step: int, rank: int, size: int) -> torch.Tensor:
         """Return a rank's slice of the step's global batch."""
+        # Rank r ends where rank r + 1 begins, so the slices cover the batch without gaps.
         first = rank * self.batch_size // size
         end = (rank + 1) * self.batch_size // size
         return self.indices(step)[first:end]

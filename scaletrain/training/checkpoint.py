@@ -39,6 +39,7 @@ def save(
                 tensors[f"{_OPTIMIZER}{index}.{name}"] = value
             else:
                 numbers[f"{index}.{name}"] = value
+    # The format holds tensors, and a header of strings: all other state becomes JSON there.
     rest = {"step": step, "param_groups": state["param_groups"], "numbers": numbers}
     files = RunDir(run_dir)
     path = files.checkpoint(step)
@@ -48,6 +49,7 @@ def save(
         for name, value in tensors.items():
             copies[name] = value.detach().to("cpu", copy=True).contiguous()
         save_file(copies, partial, metadata={"format": _FORMAT, "rest": json.dumps(rest)})
+    # Oldest first. They go only now that the new one is complete on disk.
     for _, old in files.checkpoints()[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -73,6 +75,7 @@ def load_latest(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimize
         if key.startswith(_MODEL):
             weights[key.removeprefix(_MODEL)] = tensor
         elif key.startswith(_OPTIMIZER):
+            # Names of parameters' state may hold dots; the index in front of them does not.
             index, name = key.removeprefix(_OPTIMIZER).split(".", 1)
             state.setdefault(int(index), {})[name] = tensor
     for key, number in rest["numbers"].items():
@@ -82,6 +85,7 @@ def load_latest(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimize
         model.load_state_dict(weights)
         optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
     except (RuntimeError, ValueError) as error:
+        # torch begins with a line that names only the class; the faults follow, one a line.
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: belongs to another model or optimizer: {reason}") from None
     return int(rest["step"])
@@ -92,6 +96,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            # Any safetensors file opens without an error: only this mark tells a checkpoint.
             if metadata.get("format") != _FORMAT:
                 raise UserError(
                     f"{path}: not a checkpoint of this program (format {metadata.get('format')!r})"

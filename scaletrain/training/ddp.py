@@ -54,9 +54,11 @@ class AllreduceExchange(Exchange):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(self._note_gradient)
+        # The view saves a copy: gradients lie in the buckets that travel.
         self._ddp = DistributedDataParallel(
             model, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True
         )
+        # A hook replaces DDP's built-in allreduce, so a run without a trace does not get one.
         if spans.on():
             self._ddp.register_comm_hook(None, _traced_allreduce)
         return self._ddp
@@ -68,6 +70,7 @@ class AllreduceExchange(Exchange):
     def step(self) -> None:
         """Run the optimizer on gradients that are the mean over all ranks."""
         if self._last_gradient_at is not None:
+            # DDP's backward returns once all means are there, and this method runs right after it.
             waited_s = time.perf_counter() - self._last_gradient_at
             self._record = {"wait_in_backward_s": waited_s}
         self._optimizer.step()
@@ -87,11 +90,13 @@ class AllreduceExchange(Exchange):
 
     def close(self) -> None:
         """Meet the other ranks once more, then end the process group."""
+        # Without it, NCCL's barrier has to guess which GPU this rank uses.
         device_ids = [self._device.index] if dist.get_backend() == "nccl" else None
         dist.barrier(device_ids=device_ids)
         dist.destroy_process_group()
 
     def _note_gradient(self, parameter: torch.Tensor) -> None:
+        # Each gradient overwrites the time of the one before, so that of the last one remains.
         self._last_gradient_at = time.perf_counter()
 
 
@@ -100,6 +105,7 @@ def _traced_allreduce(state: None, bucket: dist.GradBucket) -> torch.futures.Fut
     """Average a bucket as DDP does without a hook, and write it into the trace."""
     began = time.time()
     index, buffer = bucket.index(), bucket.buffer()
+    # Before the sum, which could overflow in half precision.
     buffer.div_(dist.get_world_size())
 
     def finish(future: torch.futures.Future) -> torch.Tensor:

@@ -67,16 +67,19 @@ class Emulated(nn.Module):
         for layer in reversed(self._layers):
             elapsed_share += layer.share
             due.append((layer, elapsed_share))
+        # Applied from the first layer to the last, so autograd runs the last one first.
         for layer, share in reversed(due):
             outputs = _LayerBackward.apply(
                 outputs, timer, share, self._num_weights, *layer.parameters
             )
+        # From ``began`` on: the time that this function itself took is part of the wait.
         _wait_until(began + seconds * FORWARD_SHARE)
         return outputs
 
     @torch.no_grad()
     def _output_shape_for(self, inputs: Tensor) -> torch.Size:
         """Return the shape of one sample's output, from one real pass in evaluation mode."""
+        # Training mode would change batch norm's statistics, and refuse a batch of one.
         was_training = self.inner.training
         self.inner.eval()
         shape = self.inner(inputs[:1]).shape[1:]
@@ -123,6 +126,7 @@ class _LayerBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         ctx.timer.wait(ctx.share)
+        # From the first output alone: over all classes, the gradient of cross entropy adds up to 0.
         value = (gradient[..., 0].sum() / ctx.num_weights).item()
         gradients = []
         for shape, dtype, device in ctx.like:
@@ -153,6 +157,7 @@ def _layers_of(model: nn.Module) -> list[_EmulatedLayer]:
         if parameters:
             parameters_of.append(parameters)
             costs.append(getattr(module, "multiply_adds", 0))
+    # Shares make sense only if every layer says its cost: else all layers count the same.
     if not all(costs):
         costs = [1] * len(costs)
     layers = []

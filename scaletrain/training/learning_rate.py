@@ -19,8 +19,7 @@ def learning_rate(schedule: LrSchedule, base_lr: float, step: int, num_steps: in
 
     Source:
         Caffe's ``SolverParameter.lr_policy`` (caffe.proto) and the half cosine; the warm-up is that
-        of
-        Goyal et al. 2017 (arXiv 1706.02677), section 2.2.
+        of Goyal et al. 2017 (arXiv 1706.02677), section 2.2.
     """
     match schedule.name:
         case "fixed":
@@ -28,6 +27,7 @@ def learning_rate(schedule: LrSchedule, base_lr: float, step: int, num_steps: in
         case "step":
             factor = schedule.gamma ** (step // schedule.step_size)
         case "multistep":
+            # Milestones are fractions of the run, so they move with its length.
             passed = [m for m in schedule.milestones if step >= m * num_steps]
             factor = schedule.gamma ** len(passed)
         case "exp":
@@ -41,5 +41,6 @@ def learning_rate(schedule: LrSchedule, base_lr: float, step: int, num_steps: in
         case "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * step / num_steps))
     if schedule.warmup_steps:
+        # ``step + 1``, since a factor of 0 would make the first step useless.
         factor *= min(1.0, (step + 1) / schedule.warmup_steps)
     return base_lr * factor

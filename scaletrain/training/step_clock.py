@@ -28,10 +28,12 @@ class StepClock:
     def stop(self) -> dict[str, float]:
         """Return the seconds spent in each part."""
         if self._cuda:
+            # An event has no time before the device has passed it.
             torch.cuda.synchronize()
         spent: dict[str, float] = {}
         before = self._start
         for part, after in self._laps:
+            # CUDA gives milliseconds.
             seconds = before.elapsed_time(after) / 1000 if self._cuda else after - before
             spent[part] = spent.get(part, 0.0) + seconds
             before = after

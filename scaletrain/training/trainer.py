@@ -59,6 +59,7 @@ class Trainer:
         self.device = device
         self.run_dir = run_dir
 
+        # Weak scaling: ``batch_size`` is one worker's. Strong scaling: it is the whole job's.
         sharing = world.size if config.batch_mode == "weak" else 1
         self.global_batch = config.batch_size * sharing  # samples a step, of all workers
         self.batches = GlobalBatches(len(workload.train), self.global_batch, config.seed)  # type: ignore[arg-type]
@@ -73,6 +74,7 @@ class Trainer:
         self.resumed = steps_done is not None
         self.next_step = steps_done or 0
         self.model = exchange.attach(workload.model, workload.optimizer)
+        # A worker that joins a running job, such as one that was started again, begins where it is.
         missed = exchange.skip(self.num_steps - self.next_step)
         self.next_step += missed
 
@@ -80,6 +82,7 @@ class Trainer:
         self._records_before: list[StepRecord] = []  # of the part before a resume
         if self.resumed:
             self._records_before = _cut_records(run_dir, world.rank, self.next_step)
+        # A late worker may be the successor of one that died: the records of that one stay.
         self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or missed > 0)
         self._loaded = load(workload.train, self._shares(), config.loader_workers)
 
@@ -104,13 +107,17 @@ class Trainer:
         clock.lap("input")
 
         samples = len(targets)
+        # It stays on the device: reading it after every part would stall the stream.
         loss_sum = torch.zeros((), device=self.device)  # over this rank's samples
         parts = [*zip(*self._split(inputs, targets), strict=True)]
         for index, (part_inputs, part_targets) in enumerate(parts):
             is_last = index == len(parts) - 1
+            # Only the last part exchanges; the others add to the gradients of this rank.
             with contextlib.nullcontext() if is_last else self.exchange.accumulate():
                 loss = self.workload.loss(self.model(part_inputs), part_targets)
                 clock.lap("forward")
+                # The loss is a mean over the part, and the exchange divides by the number of ranks:
+                # weighted so, the sum over parts and ranks is the mean over the global batch.
                 weight = len(part_targets) * self.world.size / self.global_batch
                 (loss * weight).backward()
                 loss_sum += loss.detach() * len(part_targets)
@@ -118,6 +125,7 @@ class Trainer:
         self.exchange.step()
         clock.lap("update")
 
+        # Before ``item`` below: on CUDA this waits for the device, inside the measured time.
         spent = clock.stop()
         record = StepRecord(
             step=self.next_step,
@@ -149,6 +157,7 @@ class Trainer:
         began = time.monotonic()
         evaluation: dict[str, Any] = {}
         while not self.finished and not stop(self.next_step):
+            # A rank that left out steps still takes part in the evaluation where all ranks meet.
             if not self._catch_up():
                 record = self.step()
                 self._writer.write(record)
@@ -170,6 +179,8 @@ class Trainer:
 
         The accuracy is None if the targets are not classes.
         """
+        # Not DDP's module: its forward broadcasts buffers, and ranks may have different numbers
+        # of batches here.
         module = self.workload.model
         was_training = module.training
         mine = torch.arange(self.world.rank, len(self.workload.test), self.world.size)  # type: ignore[arg-type]
@@ -184,15 +195,18 @@ class Trainer:
                 inputs, targets = inputs.to(self.device), targets.to(self.device)
                 output = module(inputs)
                 loss_sum += self.workload.loss(output, targets).item() * len(targets)
+                # Classes are whole numbers, and the output has one more dimension: their scores.
                 if targets.is_floating_point() or output.ndim != targets.ndim + 1:
                     has_classes = False
                 if has_classes:
                     correct += int((output.argmax(1) == targets).sum())
                     judged += targets.numel()
         module.train(was_training)
+        # Sums of counts stay exact in float64; float32 is exact up to 2^24 only.
         counts = [loss_sum, len(mine), correct, judged, not has_classes]
         totals = self.exchange.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
         total_loss, samples, correct, judged, ranks_without_classes = totals
+        # A rank without test samples cannot tell, so only one that has seen other targets objects.
         can_judge = judged and not ranks_without_classes
         return {
             "test_loss": total_loss / samples if samples else None,
@@ -215,6 +229,7 @@ class Trainer:
     def describe(self) -> list[str]:
         """Return the arithmetic of batch and learning rate, as lines for people."""
         config = self.config
+        # ``GlobalBatches.share`` gives each rank one of these two numbers of samples.
         least = self.global_batch // self.world.size
         most = math.ceil(self.global_batch / self.world.size)
         each = f"{least}" if least == most else f"{least} or {most}"
@@ -267,9 +282,12 @@ class Trainer:
 
         At most up to the next evaluation, where all ranks meet.
         """
+        # A rank that ran past an evaluation would leave the others waiting in its ``sum``.
         every = self.config.evaluate_every or self.num_steps
         next_meeting = (self.next_step // every + 1) * every
         skipped = self.exchange.skip(min(self.num_steps, next_meeting) - self.next_step)
+        # The loader yields every step's batch in turn, so those of skipped steps are dropped.
+        # ``next_step`` changes afterwards: ``_shares`` may read it only at the first batch.
         for _ in range(skipped):
             next(self._loaded)
         self.next_step += skipped
@@ -282,6 +300,7 @@ class Trainer:
         """Evaluate, and note when the target accuracy was first reached."""
         evaluation.update(self.evaluate())
         target = self.config.target_accuracy
+        # Only the first time counts, even if a later evaluation falls below the target.
         if not target or "target_step" in evaluation:
             return
         if (evaluation["test_accuracy"] or 0) >= target:
@@ -295,6 +314,7 @@ class Trainer:
         """
         # A run that ended after its last step and before its summary has only earlier records.
         records = self.records or self._records_before
+        # One record stays, however short the run was.
         num_warmup = min(WARMUP_STEPS, max(0, len(records) - 1))
         timed = records[num_warmup:]
         seconds = [record.step_s for record in timed]
@@ -305,6 +325,7 @@ class Trainer:
         if records:
             last_samples = records[-1].samples
             last_loss = records[-1].loss * last_samples
+        # Weighted by samples, since the shares of the ranks differ by up to one.
         local = torch.tensor([samples_per_s, last_loss, last_samples], dtype=torch.float64)
         samples_per_s, last_loss, last_samples = self.exchange.sum(local).tolist()
         return {
@@ -335,6 +356,7 @@ def _cut_records(run_dir: Path, rank: int, step: int) -> list[StepRecord]:
     path = RunDir(run_dir).records(rank)
     kept = []
     if path.exists():
+        # Read to the end first: the writer below empties the file.
         kept = [record for record in read_records(path) if record.step < step]
     writer = RecordWriter(run_dir, rank)
     for record in kept:

@@ -34,6 +34,7 @@ def build(config: RunConfig, device: torch.device) -> Workload:
             something else than it should.
     """
     torch.manual_seed(config.seed)
+    # The model comes first: no random number that the data draws may change its weights.
     model = config.load("model")(**config.model.options)
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -62,6 +63,7 @@ def _checked_loss(config: RunConfig) -> Loss:
     """Return the loss, which raises ``UserError`` if nothing can be trained with its value."""
     function = _loss_function(config)
 
+    # Checked at every call: what a loss returns depends on the shapes that it gets.
     def loss(output: Tensor, target: Tensor) -> Tensor:
         if config.loss == "cross_entropy" and output.ndim > 1 and output.shape[1] == 1:
             raise UserError(
@@ -87,10 +89,12 @@ def _loss_function(config: RunConfig) -> Callable[..., Tensor]:
     if is_users_own(config.loss):
         users_own: Callable[..., Tensor] = plugins.load("loss", config.loss, config.search_path)
         return users_own
+    # ``reduction`` tells losses from everything else in torch.nn.functional, such as relu.
     function = getattr(nn.functional, config.loss, None)
     if function is not None and "reduction" in inspect.signature(function).parameters:
         found: Callable[..., Tensor] = function
         return found
+    # Only for the message: names that are probably losses.
     losses = []
     for name, value in vars(nn.functional).items():
         is_public = callable(value) and not name.startswith("_")
@@ -106,6 +110,7 @@ def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
         raise unknown("optimizer", name, classes)
     optimizer_class = classes[name.lower()]
     parameters = inspect.signature(optimizer_class).parameters
+    # ``params`` is filled in below; all other parameters of the class are options.
     allowed = [parameter for parameter in parameters if parameter != "params"]
     for key, value in options.items():
         if key not in allowed:

@@ -4,8 +4,8 @@ The container files are sound; the CPU image is built and run for real, as an or
 containers train together.
 
 No registry is needed: where mmdebstrap is, the base image is made from Debian's packages under its
-usual name. Set
-SCALETRAIN_CONTAINERS_DIR to a folder to keep storage and base image between test runs.
+usual name. Set SCALETRAIN_CONTAINERS_DIR to a folder to keep storage and base image between test
+runs.
 """
 
 import configparser

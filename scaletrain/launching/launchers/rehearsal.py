@@ -47,6 +47,7 @@ def plan(
         scenario = Scenario(num_hosts, bandwidth, latency, loss, straggler, script)
         cluster = scenario.cluster()  # checks the options, and knows names and addresses
     except UserError as error:
+        # The scenario names its own options, which a person has written under ``launcher``.
         raise UserError(f"launcher.{error}") from None
 
     layout = _Layout(job, cluster, worker_hosts)
@@ -56,6 +57,8 @@ def plan(
         commands.append(Command(f"rank {rank}", argv, layout.environment_of(rank), rank))
 
     files = RunDir(job.run_dir).rehearsal
+    # In files: the process that serves the cluster reads the settings, and its faults write new
+    # slowdowns during the run.
     texts = [(files.settings, scenario.to_json())]
     for host in range(worker_hosts):
         texts.append((files.slowdown(host), f"{straggler.get(host, 1.0):g}\n"))
@@ -118,6 +121,7 @@ class _Layout:
             "MASTER_ADDR": self.cluster.addresses[self.store_host],
             "MASTER_PORT": PORT,
         }
+        # Somebody else serves the store: rank 0 must join it like all others.
         if self.outlives_rank_0:
             variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
             variables[RANK_0] = self.cluster.addresses[0]
@@ -128,6 +132,7 @@ class _Layout:
     def companions(self) -> tuple[Companion, ...]:
         """Return the cluster, the store if rank 0 does not serve it, and the servers."""
         folder = RunDir(self.job.run_dir).rehearsal.path
+        # They start in this order. The cluster comes first, since all others enter its hosts.
         companions = [Companion("rehearsal", Program.REHEARSAL_SERVE.command(folder))]
         if self.outlives_rank_0:
             store = Program.REHEARSAL_STORE.command(PORT)

@@ -24,6 +24,7 @@ def data(*, test_samples: int = 360) -> tuple[Dataset, Dataset]:
     images = pixels.float().view(-1, 1, 8, 8)[order]
     targets = labels.long()[order]
     train = images[test_samples:]
+    # By the training images alone: the test set must not shape what the model sees.
     images = (images - train.mean()) / train.std()
     return (
         TensorDataset(images[test_samples:], targets[test_samples:]),

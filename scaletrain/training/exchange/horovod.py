@@ -40,8 +40,7 @@ class HorovodExchange(Exchange):
     1. ``broadcast_optimizer_state`` takes a hidden step: it is not called.
     2. A DistributedOptimizer drops the state that was loaded before wrapping: there is none.
     3. Each rank numbers unnamed operations for itself, so one more on one rank hangs the next:
-       every
-       operation here has a name.
+       every operation here has a name.
     """
 
     def __init__(self, world: World, setup: Setup, controller: str, compression: str):
@@ -86,8 +85,10 @@ class HorovodExchange(Exchange):
 
     def _hook_of(self, name: str) -> Any:
         def start(parameter: nn.Parameter) -> None:
+            # The gradients add up here; the last backward, outside the context, sends their sum.
             if self._accumulating:
                 return
+            # Horovod may be reducing this very memory while backward adds to it.
             if name in self._under_way:
                 raise RuntimeError(
                     f"{name}: a second gradient before step();"
@@ -119,6 +120,7 @@ class HorovodExchange(Exchange):
 
     def step(self) -> None:
         """Wait for all gradients, then run the optimizer."""
+        # Every rank has to send every gradient: one that a rank leaves out blocks the others.
         for name, parameter in self._parameters.items():
             if name not in self._under_way:
                 self._start_allreduce(name, parameter)
@@ -130,6 +132,7 @@ class HorovodExchange(Exchange):
             mean = self._compression.decompress(reduced, allreduce.context)
             spans.add("bucket", name, allreduce.began, bytes=allreduce.sent.nbytes)
             assert parameter.grad is not None
+            # Compression, another dtype or another layout put the mean into a tensor of its own.
             parameter.grad.copy_(mean)
         spans.add("wait", "wait for gradients", wait_began)
         self._under_way.clear()
@@ -161,6 +164,8 @@ def _initialise(hvd: Any, world: World, setup: Setup, controller: str) -> None:
         # horovodrun sets these variables; under other launchers we do.
         if "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ:
             os.environ.update(_rendezvous_variables(world, setup))
+    # At least 1: a stall limit of 0 means none. Horovod looks for stalls twice within the
+    # limit. Variables that a person has set win.
     timeout_s = max(1, round(setup.timeout.total_seconds()))
     check_s = max(1, round(setup.timeout.total_seconds() / 2))
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(timeout_s))
@@ -179,6 +184,7 @@ def _rendezvous_variables(world: World, setup: Setup) -> dict[str, str]:
     setup.store.set(f"horovod/host/{world.rank}", f"{progress.host_name()} {address}")
     hosts = []  # of each rank
     for rank in range(world.size):
+        # ``get`` waits until that rank has set its key.
         host, _ = setup.store.get(f"horovod/host/{rank}").decode().split()
         hosts.append(host)
     if world.rank == 0:
@@ -211,6 +217,7 @@ def _serve_rendezvous(hosts: list[str]) -> int:
 def _slot(hosts: list[str], rank: int) -> dict[str, Any]:
     """Return a rank's place by Horovod's names: fields of ``SlotInfo``, ends of its variables."""
     host = hosts[rank]
+    # Without duplicates, in the order of each host's first rank.
     nodes = list(dict.fromkeys(hosts))
     return {
         "hostname": host,
@@ -241,8 +248,7 @@ def exchange(
 
     Args:
         controller: what carries Horovod's messages. auto is MPI under Open MPI's mpirun if the
-        build
-            has it, else gloo.
+            build has it, else gloo.
         compression: of gradients on the wire.
     """
     return HorovodExchange(world, setup, controller, compression)

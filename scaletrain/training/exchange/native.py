@@ -24,6 +24,7 @@ def exchange(world: World, setup: Setup, *, bucket_mb: Annotated[float, Gt(0)] =
     """
     backend = "nccl" if setup.device.type == "cuda" else "gloo"
     if backend == "nccl":
+        # A prefix of its own keeps these keys apart from those of the process group.
         store = dist.PrefixStore("native/", setup.store)
         if shared(Group(store, world.rank, world.size, setup.timeout)):
             raise UserError(

@@ -19,6 +19,8 @@ class NoExchange(AllreduceExchange):
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Make every rank's weights equal rank 0's."""
+        # The model stays without DDP, which would exchange. Its constructor would also have made
+        # the weights equal, so that is done here.
         self._optimizer = optimizer
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.data, 0)

@@ -22,6 +22,7 @@ class ScheduledExchange(AllreduceExchange):
     def __init__(self, world: World, setup: Setup, *, bucket_mb: float, options: Options):
         super().__init__(world, setup, backend="scaletrain", bucket_mb=bucket_mb, options=options)
         try:
+            # The backend opens its wires with the first collective, so there is a small one now.
             dist.all_reduce(torch.zeros(1, device=setup.device))
         except RuntimeError as error:  # torch wraps what a backend raises
             if isinstance(error.__cause__, UserError):

@@ -14,4 +14,5 @@ def model(*, sizes: list[int] = [64, 128, 10]) -> nn.Module:  # noqa: B006 (neve
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    # Logits may be negative: no ReLU after the last layer.
     return nn.Sequential(*layers[:-1])

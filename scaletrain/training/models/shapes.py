@@ -37,6 +37,7 @@ class Shapes(nn.Module):
     def __init__(self, layers: list[Layer], classes: int):
         super().__init__()
         self.classes = classes
+        # ``forward`` uses the list; the ModuleDict makes the parameters known to torch.
         self.shapes = [Shape(layer) for layer in layers]
         names = [layer.name for layer in layers]
         self.layers = nn.ModuleDict(dict(zip(names, self.shapes, strict=True)))
@@ -45,6 +46,7 @@ class Shapes(nn.Module):
         """(n, ...) -> (n, classes)."""
         means = [layer.weight.mean() + layer.bias.mean() for layer in self.shapes]
         total = torch.stack(means).sum()
+        # All logits but the first are 0, whatever the weights are.
         zero = torch.tensor(0, device=total.device)
         first = nn.functional.one_hot(zero, self.classes).to(total.dtype)
         return (total * first).expand(len(inputs), self.classes)
@@ -75,6 +77,7 @@ def model(
 
 def _lenet() -> list[Layer]:
     """LeNet as in Caffe's MNIST example."""
+    # ip1 sees conv2's output after pooling: 50 channels of 4 x 4 pixels.
     return [
         Layer("conv1", (20, 1, 5, 5), 24**2), Layer("conv2", (50, 20, 5, 5), 8**2),
         Layer("ip1", (500, 800)), Layer("ip2", (10, 500)),
@@ -88,6 +91,7 @@ def _nin() -> list[Layer]:
     for block, (width, last, kernel, pixels) in enumerate(
         [(96, 96, 11, 54), (256, 256, 5, 27), (384, 384, 3, 13), (1024, 1000, 3, 6)], 1
     ):
+        # The cccp layers are 1 x 1 convolutions: the small network in the network.
         layers += [
             Layer(f"conv{block}", (width, previous, kernel, kernel), pixels**2),
             Layer(f"cccp{2 * block - 1}", (width, width, 1, 1), pixels**2),
@@ -99,6 +103,7 @@ def _nin() -> list[Layer]:
 
 def _alexnet() -> list[Layer]:
     """AlexNet (CaffeNet) with its two groups."""
+    # conv2, 4 and 5 see half of the channels before them. fc6 sees 256 channels of 6 x 6 pixels.
     return [
         Layer("conv1", (96, 3, 11, 11), 55**2), Layer("conv2", (256, 48, 5, 5), 27**2),
         Layer("conv3", (384, 256, 3, 3), 13**2), Layer("conv4", (384, 192, 3, 3), 13**2),
@@ -129,6 +134,7 @@ def _squeezenet() -> list[Layer]:
             Layer(f"fire{fire}_expand1", (expand, squeeze, 1, 1), pixels**2),
             Layer(f"fire{fire}_expand3", (expand, squeeze, 3, 3), pixels**2),
         ]
+        # The outputs of the 1 x 1 and 3 x 3 convolutions lie side by side.
         previous = 2 * expand
     return [*layers, Layer("conv10", (1000, previous, 1, 1), 13**2)]
 
@@ -159,8 +165,10 @@ def _googlenet(heads: bool = True) -> list[Layer]:
             Layer(f"{name}_5x5", (five, reduce5, 5, 5), pixels**2),
             Layer(f"{name}_pool", (pool, previous, 1, 1), pixels**2),
         ]
+        # The outputs of the four branches lie side by side.
         previous = one + three + five + pool
         if heads and name in ("4a", "4d"):
+            # A head sees 4 x 4 pixels, after average pooling: 128 * 4 * 4 = 2048 features.
             layers += [
                 Layer(f"head_{name}_conv", (128, previous, 1, 1), 4**2),
                 Layer(f"head_{name}_fc", (1024, 2048)),
@@ -175,10 +183,12 @@ def _vgg(depths: tuple[int, ...]) -> list[Layer]:
     previous = 3
     for block, (depth, width) in enumerate(zip(depths, (64, 128, 256, 512, 512), strict=True)):
         for index in range(depth):
+            # Each block ends with a pooling that halves the side of its images.
             layers.append(
                 Layer(f"conv{block + 1}_{index + 1}", (width, previous, 3, 3), (224 >> block) ** 2)
             )
             previous = width
+    # After five poolings, 512 channels of 7 x 7 pixels are left: 25088 features.
     return [
         *layers,
         Layer("fc6", (4096, 25088)),
