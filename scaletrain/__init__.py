@@ -37,5 +37,7 @@ def _register_backends() -> None:
     backend.register()
 
 
+# torch looks at entry points while it is imported. This is for a torch that was imported before,
+# where this package is only on Python's path and has no entry point.
 if "torch" in sys.modules and hasattr(sys.modules["torch"], "distributed"):
     _register_backends()

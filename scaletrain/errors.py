@@ -26,5 +26,6 @@ def unknown(what: str, value: str, allowed: Iterable[str]) -> UserError:
 
 def did_you_mean(value: str, choices: Sequence[str]) -> str:
     """Return the nearest match as part of a sentence; empty if none is near."""
+    # 0.5 forgives two wrong letters in a name of four; difflib's own 0.6 forgives one.
     near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -71,6 +71,7 @@ def names(kind: str) -> list[str]:
 def exists(kind: str, name: str) -> bool:
     """Return True if a kind has a plugin of this name. Reads no other file of the folder."""
     path = _ROOT / KINDS[kind].folder / f"{name}.py"
+    # An identifier has no slashes and dots: a name cannot lead out of the folder.
     return name.isidentifier() and path.is_file() and _factory(kind, path) is not None
 
 
@@ -107,6 +108,7 @@ def options(
     if ":" in name:
         return _users_options(kind, name, search_path)
     path = _path(kind, name)
+    # Where there is such a class, the factory's signature says only **options.
     declared = _declared_options(path)
     if declared is not None:
         return _class_fields(declared)
@@ -151,6 +153,7 @@ def load(kind: str, name: str, search_path: Path | None = None) -> Any:
 
 def _load_users(kind: str, name: str, search_path: Path | None) -> Any:
     module_name, _, factory_name = name.partition(":")
+    # In front: a module beside the YAML file is meant, even if one of its name is installed.
     if search_path and str(search_path) not in sys.path:
         sys.path.insert(0, str(search_path))
     try:
@@ -206,6 +209,7 @@ def _factory(kind: str, path: Path) -> ast.FunctionDef | None:
 
 
 def _function(path: Path, name: str) -> ast.FunctionDef | None:
+    # Top level only: a method or an inner function of this name is something else.
     for node in _parse(path).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return node
@@ -216,6 +220,7 @@ def _bound_names(path: Path) -> set[str]:
     """Return the names that a module may define; ``*`` if only importing it would tell."""
     bound: set[str] = set()
     nodes: list[ast.AST] = [*_parse(path).body]
+    # Down into `if`, `try` and `with`, whose names are the module's as well.
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -238,14 +243,17 @@ def signature(function: ast.FunctionDef, provided: int) -> type[pydantic.BaseMod
     """
     arguments = function.args
     positional = arguments.posonlyargs + arguments.args
+    # ast lists the defaults of the last parameters only; keyword-only ones have an entry each.
     num_without_default = len(positional) - len(arguments.defaults)
     defaults: list[ast.expr | None] = [None] * num_without_default + [*arguments.defaults]
     parameters = [*zip(positional, defaults, strict=True)][provided:]
     parameters += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     fields: dict[str, Any] = {}
     for parameter, default in parameters:
+        # An ellipsis makes pydantic require the option.
         value = ... if default is None else _literal(default)
         fields[parameter.arg] = (_annotation(parameter.annotation), value)
+    # No protected names: pydantic would warn about an option like model_size.
     config = pydantic.ConfigDict(
         extra="allow" if arguments.kwarg else "forbid", protected_namespaces=()
     )
@@ -265,6 +273,7 @@ def _declared_options(path: Path) -> ast.ClassDef | None:
             targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
             if targets == ["OPTIONS"]:
                 name = node.value.id
+    # An imported class: go on in the file that defines it.
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
             source = _ROOT.parent.joinpath(*str(node.module).split("."))
@@ -292,6 +301,7 @@ def _annotation(node: ast.expr | None) -> Any:
     if node is None:
         return Any
     for part in ast.walk(node):
+        # So what is evaluated below consists of names from _TYPES alone.
         if isinstance(part, ast.Name) and part.id not in _TYPES:
             return Any
     code = compile(ast.Expression(node), "<annotation>", "eval")
@@ -300,6 +310,7 @@ def _annotation(node: ast.expr | None) -> Any:
 
 def _literal(node: ast.expr) -> Any:
     try:
+        # An expression, such as a constant of the module, stays unknown: nothing is imported.
         return ast.literal_eval(node)
     except ValueError:
         return COMPUTED

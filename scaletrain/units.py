@@ -24,6 +24,7 @@ def bits_per_s(bandwidth: str) -> float:
         UserError: the text is not a rate.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)bit(?:/s)?", bandwidth.strip(), re.IGNORECASE)
+    # A link with a rate of 0 would never deliver anything.
     if not match or float(match[1]) == 0:
         raise UserError(
             f"bandwidth: {bandwidth!r} is not a rate (allowed: 1Gbit, 100Mbit, 2.5Gbit, ...)"
@@ -41,6 +42,7 @@ def seconds(latency: str) -> float:
     Raises:
         UserError: the text is not a duration.
     """
+    # YAML reads a bare 0 as a number, and zero needs no unit.
     if str(latency) == "0":
         return 0.0
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s)", str(latency).strip())

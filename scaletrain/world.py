@@ -49,6 +49,7 @@ class World(NamedTuple):
         chosen = env.get("SCALETRAIN_LAUNCHER", "")
         if chosen == "python":
             return cls()
+        # A person's own word ends the search: variables of other launchers are not even read.
         if chosen and chosen not in ("local", "rehearsal"):
             return _world_of(chosen, env)
         worlds = []
@@ -67,6 +68,7 @@ class World(NamedTuple):
                     " variables that leaked from elsewhere, or set SCALETRAIN_LAUNCHER to the one"
                     " to believe"
                 )
+            # Only a launcher that sees the very same workers can fill in the unknown fields.
             if (other.rank, other.size) == (world.rank, world.size):
                 world = _completed(world, other)
         return world
@@ -91,6 +93,7 @@ class Launcher(NamedTuple):
             return None
         if self.rank not in env and self.size not in env:
             return None
+        # To guess the other half would make every worker a rank 0, or a world of its own.
         if self.rank not in env or self.size not in env:
             missing = self.size if self.rank in env else self.rank
             raise UserError(
@@ -112,10 +115,12 @@ class Launcher(NamedTuple):
             num_nodes=self._number_or_unknown(env, self.num_nodes),
             launcher=_name(self, env),
         )
+        # What the launcher did not say can follow from the sizes, without asking other ranks.
         if size == 1:
             world = world._replace(local_rank=0, local_size=1, node=0, num_nodes=1)
         elif world.local_size == size:
             world = world._replace(node=0, num_nodes=1)
+        # Variables of two launches, mixed up: such a local rank would choose another worker's GPU.
         if world.local_size != UNKNOWN and world.local_rank >= world.local_size:
             set_here = [name for name in (self.local_rank, self.local_size) if name in env]
             shown = ", ".join(f"{name}={env[name]}" for name in set_here)
@@ -147,6 +152,7 @@ class Launcher(NamedTuple):
         return self._number(env, name) if name in env else UNKNOWN
 
     def _number(self, env: Mapping[str, str], name: str) -> int:
+        # int() would also take "+1", " 1" and "1_0".
         if not re.fullmatch(r"\d{1,9}", env[name]):
             raise UserError(
                 f"{name}={env[name]!r} ({self.name}): expected a whole number, 0 or more"
@@ -199,6 +205,7 @@ def _in_step(env: Mapping[str, str]) -> bool:
 def _name(launcher: Launcher, env: Mapping[str, str]) -> str:
     if launcher.name != "torchrun":
         return launcher.name
+    # Several launchers set torchrun's variables. Only a real torchrun sets its run's id.
     if env.get("SCALETRAIN_LAUNCHER"):
         return env["SCALETRAIN_LAUNCHER"]
     return "torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment"
@@ -224,6 +231,7 @@ def _agrees(world: World, outer: World) -> bool:
     """
     if outer.size == 1 or (outer.rank, outer.size) == (world.rank, world.size):
         return True
+    # torchrun says how many agents there are: the outer launcher started exactly these.
     if world.num_nodes != UNKNOWN and world.launcher == "torchrun":
         return outer.size == world.num_nodes
     return outer.size < world.size

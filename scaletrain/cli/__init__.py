@@ -38,6 +38,7 @@ class PluginGroup(click.Group):
         built_in = super().get_command(ctx, name)
         if built_in is not None:
             return built_in
+        # Commands are typed with dashes, and files are modules, whose names have none.
         file_name = name.replace("-", "_")
         # Only this file is read, so that a broken file of another verb does not matter.
         if not plugins.exists(self._kind, file_name):
@@ -88,11 +89,15 @@ def main() -> None:
     A person's mistake ends in one line and status 2. SIGTERM and SIGHUP end in the same clean-up as
     Ctrl-C.
     """
+    # sys.exit raises in the main thread, so that every `finally` and `with` on the way out runs.
+    # By default these signals would end the process on the spot.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # under nohup, SIGHUP stays ignored
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
+        # Not standalone: click would print errors in a form of its own, and exit by itself.
         status = cli(prog_name="scaletrain", standalone_mode=False)
+    # A subclass of ClickException, so it comes before it: help is shown as it is, not as a mistake.
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         status = error.exit_code
@@ -102,6 +107,7 @@ def main() -> None:
         status = _report_mistake(str(error))
     except OSError as error:
         message = _about_a_named_path(error)
+        # An error about a path that nobody typed is a bug of ours: its traceback is wanted.
         if not message:
             raise
         status = _report_mistake(message)
@@ -121,6 +127,7 @@ def _about_a_named_path(error: OSError) -> str:
     Paths below ``runs``, the default directory, count as named. The line is empty if the error is
     about another path: then it is not the person's mistake.
     """
+    # A failed write to an open file carries no name. If the disk is full, that says enough.
     if not isinstance(error.filename, str):
         disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return str(error.strerror) if disk_is_full else ""
@@ -131,10 +138,13 @@ def _about_a_named_path(error: OSError) -> str:
     best_match = ""
     longest = 0
     for before, word in zip(["", *words], words, strict=False):
+        # Related in either direction: the failed path is often a file below the named directory,
+        # and sometimes a parent of it that cannot be made.
         named = Path(word).resolve()
         is_related = failed.is_relative_to(named) or named.is_relative_to(failed)
         if not word or not is_related or len(named.parts) < longest:
             continue
+        # The longest related word names the path best: a folder such as "." is related to much.
         longest = len(named.parts)
         best_match = f"{before} {word}" if before.startswith("-") else word
     return f"{best_match}: {error.strerror}" if best_match else ""

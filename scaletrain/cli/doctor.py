@@ -55,10 +55,12 @@ def command(as_json: bool) -> None:
     Example:
       scaletrain doctor
     """
+    # The progress line overwrites itself, which only a terminal shows well.
     is_watched = sys.stderr.isatty() and not as_json
 
     def show_progress(name: str) -> None:
         if is_watched:
+            # ESC [K clears the rest of a longer name that was there before.
             click.echo(f"\rtrying {name} ...\033[K", nl=False, err=True)
 
     checks = run_checks(show_progress)
@@ -106,15 +108,19 @@ def python() -> Check:
 def torch_version() -> Check:
     """Check that torch imports, and has torch.distributed."""
     fix = "pip install torch==2.13.0 (tested: 2.11 to 2.13)"
+    # In a process of its own: a broken torch may crash the interpreter that imports it, and the
+    # other trials should still run.
     code = "import torch; print(torch.__version__, torch.distributed.is_available())"
     status, output = _run_python(code)
     if status:
+        # find_spec imports nothing: it tells a torch that is absent from one that does not load.
         is_installed = importlib.util.find_spec("torch") is not None
         return Check("torch", BROKEN if is_installed else ABSENT, output, fix, needed=True)
     version, is_available = output.split()
     if is_available != "True":
         detail = f"{version} was built without torch.distributed"
         return Check("torch", BROKEN, detail, fix, needed=True)
+    # A build's suffix, such as +cpu or +cu130, follows the version.
     major, minor = version.split("+")[0].split(".")[:2]
     is_tested = (2, 11) <= (int(major), int(minor)) <= (2, 13)
     note = "" if is_tested else ": outside the tested range 2.11 to 2.13"
@@ -123,6 +129,7 @@ def torch_version() -> Check:
 
 def digits() -> Check:
     """Check that the data of the example is there."""
+    # scikit-learn brings these images with it, so nothing is downloaded here.
     code = "from sklearn.datasets import load_digits as d; print(len(d().target), 'images')"
     status, output = _run_python(code)
     fix = "pip install scikit-learn"
@@ -143,6 +150,7 @@ def shared_memory() -> Check:
     fix = "mount a larger one: mount -o remount,size=2G /dev/shm (docker run --shm-size=2g)"
     try:
         free_bytes = shutil.disk_usage("/dev/shm").free
+        # Room alone is not enough: the folder may be mounted read-only.
         with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
             file.write(b"x")
     except OSError as error:
@@ -186,9 +194,11 @@ def cuda() -> Check:
     count, version = output.split()
     if int(count) > 0:
         fix = "see the message; NCCL_DEBUG=INFO tells more"
+        # NCCL refuses two workers on one GPU.
         return _allreduce("CUDA and NCCL", "nccl", fix, workers=min(2, int(count)))
     built = "torch is a CPU build" if version == "None" else f"torch is built for CUDA {version}"
     detail = f"no usable GPU; {built}"
+    # A GPU that torch cannot use is broken. A machine without one only lacks something optional.
     has_gpu = shutil.which("nvidia-smi") is not None and _run(["nvidia-smi", "-L"]).status == 0
     if has_gpu:
         fix = "install a CUDA build of torch that the driver supports"
@@ -208,8 +218,10 @@ def mpi() -> Check:
         "from mpi4py import MPI; c = MPI.COMM_WORLD;"
         "print(c.allreduce(c.rank + 1), MPI.Get_library_version().split(',')[0])"
     )
+    # Two ranks must also run on a machine with a single core.
     allowances = ALLOW_ROOT | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
     status, output = _run([launcher, "-n", "2", sys.executable, "-c", code], allowances)
+    # Each rank prints 1 + 2 = 3, and the library that it has loaded.
     lines = output.splitlines()
     if status or not all(line.startswith("3 ") for line in lines):
         return Check("MPI", BROKEN, output, fix)
@@ -226,6 +238,7 @@ def horovod() -> Check:
         "print(h.allreduce(torch.ones(3), name='x').sum().item(), h.size())"
     )
     status, output = _run_python(code)
+    # A sum of three ones over one rank, and the size of the world.
     if status or output != "3.0 1":
         return Check("Horovod", BROKEN, output, fix)
     return Check("Horovod", OK, "allreduce works", fix)
@@ -249,11 +262,13 @@ def namespaces() -> Check:
         "needs iproute2 and root, or unprivileged user namespaces"
         " (sysctl kernel.unprivileged_userns_clone=1)"
     )
+    # `ip` and `tc` often lie where only root's PATH leads.
     search_path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     tools = ("ip", "tc", "unshare")
     missing = [tool for tool in tools if not shutil.which(tool, path=search_path)]
     if missing:
         return Check("network namespaces", ABSENT, f"no {', '.join(missing)}", fix)
+    # Without root, a network namespace can only be made inside a user namespace of one's own.
     as_user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     status, output = _run(["unshare", *as_user, "--net", "true"])
     detail = output or "the launcher `rehearsal` can emulate hosts"
@@ -262,16 +277,19 @@ def namespaces() -> Check:
 
 def _allreduce(name: str, backend: str, fix: str, workers: int = 2, needed: bool = False) -> Check:
     """Run a real job on the local launcher, whose sums are checked element by element."""
+    # 90 s is the last resort: the probe's own time-outs (30 s) come first, and say more.
     with tempfile.TemporaryDirectory() as run_dir:
         launch = Program.COMMAND_LINE.command(
             "launch", "-n", workers, "--run-dir", run_dir, "--timeout", 30, "--"
         )
         probe = Program.PROBE.command(backend, run_dir)
         status, output = _run([*launch, *probe], timeout_s=90)
+    # With several workers, each line of output begins with the name of its rank.
     reports = [line[line.index("{") :] for line in output.splitlines() if '"backend"' in line]
     if status or not reports:
         return Check(name, BROKEN, output, fix, needed)
     seconds = json.loads(reports[0])["seconds"]
+    # The probe's messages of 1,000 and 2^20 float32, by their bytes.
     small_ms, large_ms = seconds["4000"] * 1e3, seconds["4194304"] * 1e3
     detail = f"{workers}-worker allreduce checked: 4 KB {small_ms:.2f} ms, 4 MiB {large_ms:.1f} ms"
     return Check(name, OK, detail, fix, needed)
@@ -289,9 +307,11 @@ def _run(argv: list[str], env: dict[str, str] | None = None, timeout_s: float = 
             text=True,
             timeout=timeout_s,
             env=os.environ | (env or {}),
+            # mpirun would pass the person's own input on to rank 0.
             stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
+        # 124 and 127 are the statuses of `timeout` and of a shell that finds no such program.
         return Outcome(124, f"no answer within {timeout_s:.0f} s")
     except OSError as error:
         return Outcome(127, f"{argv[0]}: {error.strerror}")
@@ -303,5 +323,6 @@ def _run(argv: list[str], env: dict[str, str] | None = None, timeout_s: float = 
 
 def _beside_python(program: str) -> str | None:
     """Return a program of this Python's environment, or else of PATH."""
+    # A Python that is run by its full path has its environment's programs beside it, not on PATH.
     beside = Path(sys.executable).parent / program
     return str(beside) if beside.exists() else shutil.which(program)

@@ -35,6 +35,8 @@ def command(collective: str, workers: int, svg: Path | None) -> None:
     click.echo(drawing.as_text(proved))
     if svg:
         svg.write_text(drawing.as_svg(proved, f"{name}, {workers} ranks"), encoding="utf-8")
+    # Beyond that size `proved` returns the schedule without a proof. On standard error, so that the
+    # drawing can be sent to a file.
     if workers <= schedule.PROVED:
         click.echo(
             "proved: every rank ends with the same sum, each contribution in it once,"

@@ -48,6 +48,7 @@ def command(
     if path.is_dir():
         path = path / "report.json"
     report = publish.read_report(path)
+    # A cell whose repeats all failed stands in the report as well, without figures.
     rows = [row for row in report.rows if row.runs]
     if not rows:
         raise UserError(f"{path}: nothing in it was measured")
@@ -66,6 +67,7 @@ def command(
         )
     fitted = fits.fit_report(report, num_bytes, overlap=not no_overlap, max_workers=max_workers)
     out = out or path.with_name("fit.json")
+    # The job's size and batch go along: `simulate --fit` then needs no --model and no --batch.
     fits.Calibration(fitted, num_bytes, rows[0].batch_size).write(out)
     _show(fitted)
     click.echo(f"written: {out}")
@@ -86,6 +88,7 @@ def _show(fitted: "Fit") -> None:
 
 
 def _in_words(estimate: "Estimate", unit: str, scale: float) -> str:
+    # A fit returns a number in any case. One that no measurement depends on must not be shown.
     if not estimate.is_identified or estimate.low is None or estimate.high is None:
         return (
             "not told by these measurements (more worker counts, exchanges or repeats may tell it)"

@@ -10,6 +10,7 @@ from scaletrain import plugins
 from scaletrain.errors import UserError
 
 
+# Options that are not ours belong to the script, also without `--` in front of it.
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
     "-n",
@@ -71,10 +72,12 @@ def command(
 
     if run_dir is None:
         run_dir = Path("runs") / f"launch-{time.strftime('%Y%m%d-%H%M%S')}"
+    # Absolute: workers may start in another directory, and other hosts do not know ours.
     job = script_job(argv, workers, run_dir.resolve(), timeout_s)
     chosen = dict(config.parse_setting(text) for text in settings)
     options = config.plugin_options("launcher", launcher, chosen)
     plan = plugins.load("launcher", launcher)(job, **options)
+    # Before the checks below: a plan can be read on a machine that lacks the launcher.
     if dry_run:
         click.echo(str(plan))
         return

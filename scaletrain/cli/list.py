@@ -43,6 +43,7 @@ def command(as_json: bool) -> None:
 
 
 def _entry(kind: str, name: str) -> Entry:
+    # The options of a benchmark are click's, not its factory's parameters: see its --help.
     options = [] if kind == "bench" else _options(kind, name)
     return Entry(plugins.typed_name(kind, name), plugins.describe(kind, name), options)
 

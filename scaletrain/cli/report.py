@@ -36,6 +36,8 @@ class Sources:
         sources = cls([], [], [])
         for directory in directories:
             summary = RunDir(directory).summary
+            # Measurements come before the reports that were made from them: a sweep also holds its
+            # report.json, and so may a run that was reported on before.
             if (directory / "sweep.json").exists():
                 sources.sweeps.append(directory)
             elif summary.exists():
@@ -105,6 +107,7 @@ def command(
     from scaletrain.scaling.show import trace as traces
 
     sources = Sources.of(directories)
+    # Each report would overwrite the one before.
     if out and sources.count > 1:
         raise UserError(
             f"--out {out}: these directories make several reports"
@@ -125,5 +128,6 @@ def command(
         if trace:
             for directory in sources.runs:
                 traces.write(directory, directory / "trace.json")
+    # Last, since it ends the process with status 2 if something got slower.
     if baseline:
         publish.compare_and_exit(target / "report.json", baseline)

@@ -175,12 +175,15 @@ def _simulate(options: Options) -> None:
     from scaletrain.scaling.show import publish, simulation
 
     counts = _worker_counts(options.workers)
+    # Also with --fit, which takes from it the figures that were not measured.
     fabric = fabric_named(options.network)
     calibration = None
     if options.fit:
         calibration = Calibration.read(options.fit)
+        # The counts are sorted: the last is the farthest from what was measured.
         calibration.fit.check_reach(counts[-1], options.far)
         fabric = _fitted_fabric(options, calibration, assumed=fabric)
+    # After the fit: --bandwidth and --half-duplex are a person's word, and come before any other.
     fabric = _adjusted(fabric, options)
     layers = ModelTimes.read(options.layers) if options.layers else None
     job = _job(options, fabric, calibration, layers)
@@ -189,6 +192,7 @@ def _simulate(options: Options) -> None:
     else:
         names = simulate.strategies()
     points = simulate.simulate(job, counts, names)
+    # The counts as they were asked for: those that the batch is too small for are listed.
     simulation.show_simulation(job, points, publish.terminal(), counts)
     if options.out:
         measured_workers = calibration.fit.max_workers if calibration else None
@@ -217,10 +221,13 @@ def _fitted_fabric(options: Options, calibration: "Calibration", assumed: "Fabri
     """
     missing = []
     for figure in calibration.fit.unidentified:
+        # `_adjusted` puts that one in.
         if figure == "bandwidth" and options.bandwidth:
             continue
         missing.append(figure)
     figures = " and ".join(missing)
+    # The default network is a guess of ours. Only one that a person names may stand in for a
+    # measurement.
     source = click.get_current_context().get_parameter_source("network")
     if missing and source is ParameterSource.DEFAULT:
         raise UserError(
@@ -229,6 +236,7 @@ def _fitted_fabric(options: Options, calibration: "Calibration", assumed: "Fabri
         )
     fabric = calibration.fit.fabric_or(assumed.network)
     if missing:
+        # Tables and files show it, so that nobody takes an assumption for a measurement.
         note = (
             f"fitted, but its {figures} assumed: that of {options.network};"
             " the measurements do not tell it"
@@ -280,10 +288,14 @@ def _job(
         num_bytes = calibration.num_bytes
         compute = calibration.fit.compute
         batch = batch or calibration.batch_size
+        # A fit without overlap has put all communication into the step. Its figures only predict
+        # steps of the same kind.
         overlap = overlap and calibration.fit.overlap
     if layers:
         num_bytes = float(layers.weight_bytes)
         profile = PassProfile.of_layers(layers)
+        # A fit comes from whole training steps, so it knows input, update and fixed costs as well.
+        # Layers are timed at one batch size, where all of it counts as seconds a sample.
         if compute is None:
             compute = ComputeCost(layers.pass_s / layers.batch)
     if options.model:
@@ -325,10 +337,12 @@ def model_bytes(text: str) -> float:
     from scaletrain.errors import unknown
     from scaletrain.scaling.predict.simulate import MODEL_BYTES
 
+    # Presets first: none of them reads as a size.
     if text.lower() in MODEL_BYTES:
         return MODEL_BYTES[text.lower()]
     with contextlib.suppress(pydantic.ValidationError):
         size = pydantic.TypeAdapter(pydantic.ByteSize).validate_python(text)
+        # A size of 0 falls through to the same message as one that does not parse.
         if size > 0:
             return float(size)
     raise unknown("--model", text, [*MODEL_BYTES, "bytes such as 30.4MB"])

@@ -53,12 +53,15 @@ def command(
       scaletrain train examples/digits.yaml --run-dir runs/mine --resume
     """
     run = _configure(path, overrides, settings)
+    # Before a name is made up: a new directory would be resumed from nothing, without a word.
     if resume:
         _check_resumable(run_dir)
     if run_dir is None:
         run_dir = Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # Absolute: workers may start in another directory, or on another host.
     job = _job(run, run_dir.resolve(), resume)
     plan: LaunchPlan = plugins.load("launcher", run.launcher.name)(job, **run.launcher.options)
+    # Up to here nothing is written, so that --dry-run and a missing launcher leave no directory.
     if dry_run:
         click.echo(str(plan))
         return
@@ -69,6 +72,7 @@ def command(
     for line in plan.explain:
         click.echo(line)
     status = _carry_out(plan, job, run_dir)
+    # Also after a failure: the servers' counters may explain it.
     if run.exchange.name == "parameter_server":
         _show_server_statistics(run_dir)
     sys.exit(status)
@@ -78,6 +82,7 @@ def _configure(path: Path, overrides: dict[str, Any], settings: tuple[str, ...])
     """Read the file and apply the command line: options first, then ``--set`` in its order."""
     from scaletrain import config
 
+    # None is an option that was not given: the file's value holds.
     changes = {key: value for key, value in overrides.items() if value is not None}
     for text in settings:
         key, value = config.parse_setting(text)
@@ -128,8 +133,11 @@ def _claim(run_dir: Path, resume: bool, config: str) -> None:
 
     files = RunDir(run_dir)
     is_configured = files.config.exists()
+    # Two hosts that start one job with the same command write the same configuration.
     is_same = is_configured and files.config.read_text(encoding="utf-8") == config
     has_records = bool(files.all_records())
+    # Workers report progress before they have records. If the supervisor has written a first
+    # cause, that start is over.
     is_starting = bool(files.all_progress()) and not files.first_cause.exists()
     holds_a_run = has_records or (is_starting and not is_same)
     if is_configured and holds_a_run and not resume:
@@ -139,6 +147,7 @@ def _claim(run_dir: Path, resume: bool, config: str) -> None:
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        # The other host's workers may be reading the file at this moment.
         if not is_same:
             files.config.write_text(config, encoding="utf-8")
     except OSError as error:
@@ -149,6 +158,7 @@ def _carry_out(plan: "LaunchPlan", job: "Job", run_dir: Path) -> int:
     from scaletrain.cli import progress_bar
     from scaletrain.launching.supervision import supervise
 
+    # The bar comes first: it sets a variable that the workers have to inherit.
     with progress_bar.shown(run_dir):
         return supervise.run(plan, job)
 

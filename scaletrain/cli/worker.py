@@ -18,6 +18,7 @@ def command(run_dir: Path, resume: bool) -> None:
     Example:
       mpirun -n 2 scaletrain worker runs/digits
     """
+    # Imported here, since it imports torch, which `--help` does not need.
     from scaletrain.programs.worker import main
 
     sys.exit(main(run_dir, resume))

@@ -36,6 +36,8 @@ def load(path: Path, settings: dict[str, Any] | None = None) -> RunConfig:
         UserError: the first thing that is wrong, in one line.
     """
     tree = yaml.read(path)
+    # Defaults, not values: workers load RUN_DIR/config.yaml, which holds the name and the source of
+    # the person's own file. Modules are still looked for beside that one.
     tree.setdefault("name", path.stem)
     tree.setdefault("source", str(path.resolve()))
     for key, value in (settings or {}).items():
@@ -53,8 +55,11 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
     Raises:
         UserError: the first thing that is wrong, in one line.
     """
+    # First: the schema would take "ring@gloo" for the name of an exchange.
     tree = _with_exchange_expanded(tree, where)
     config = _validate(RunConfig, tree, where)
+    # With all defaults filled in, the written configuration says what ran, even if a later version
+    # has other defaults.
     for kind in ("model", "data", "exchange", "launcher"):
         named: Named = getattr(config, kind)
         options = plugin_options(kind, named.name, named.options, where, config.search_path)
@@ -71,6 +76,7 @@ def _with_exchange_expanded(tree: dict[str, Any], where: str) -> dict[str, Any]:
     exchange = tree.get("exchange")
     if isinstance(exchange, str):
         return {**tree, "exchange": expand_exchange(exchange, f"{where}: ")}
+    # The long form of the same shorthand: {name: ring, transport: gloo}.
     if isinstance(exchange, dict) and exchange.get("name") in plugins.names("collective"):
         scheduled = {**exchange, "name": "scheduled", "collective": exchange["name"]}
         return {**tree, "exchange": scheduled}
@@ -78,6 +84,7 @@ def _with_exchange_expanded(tree: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_length(config: RunConfig, where: str) -> None:
+    # True if both are given, and if neither is.
     if (config.epochs is None) == (config.steps is None):
         raise UserError(
             f"{where}: give exactly one of epochs and steps"
@@ -92,7 +99,9 @@ def _check_batch(config: RunConfig, where: str) -> None:
             f" {config.batch_size} (allowed: 1 to {config.batch_size} workers,"
             " a larger batch_size, or batch_mode: weak)"
         )
+    # In weak mode each worker has a whole batch_size to itself.
     sharing = config.workers if config.batch_mode == "strong" else 1
+    # Rounded down: where the batch does not divide evenly, some workers have a sample less.
     smallest_share = config.batch_size // sharing
     if config.accumulate > smallest_share:
         raise UserError(
@@ -106,6 +115,7 @@ def _check_loss(config: RunConfig, where: str) -> None:
     if is_users_own(config.loss):
         plugins.options("loss", config.loss, config.search_path)  # raises if it does not exist
         return
+    # None without an installed torch. The worker then finds the mistake.
     losses = torch_names.losses()
     if losses and config.loss not in losses:
         raise unknown(f"{where}: loss", config.loss, losses)
@@ -122,6 +132,7 @@ def _optimizer_options(optimizer: Named, where: str) -> dict[str, Any]:
     if schema is None:
         return optimizer.options
     checked = _validate(schema, optimizer.options, where, "optimizer.").model_dump()
+    # Only those that were set: the worker's torch fills in its own defaults.
     return {key: checked[key] for key in optimizer.options}
 
 
@@ -154,8 +165,10 @@ def plugin_options(
         return chosen
     options = _validate(schema, chosen, where, f"{kind}.").model_dump()
     for key, value in options.items():
+        # A plugin inside a plugin, such as the collective of `scheduled`.
         if key in plugins.KINDS and value != "auto":
             plugin_spec(key, value, f"{where}: {kind}.{key}", also=("auto",))
+    # Where only the module knows the default, the factory must be called without the option.
     return {key: value for key, value in options.items() if value != plugins.COMPUTED}
 
 
@@ -181,6 +194,7 @@ def plugin_spec(
         raise unknown(where, spec.name, [*also, *plugins.names(kind)])
     chosen: dict[str, Any] = {}
     if spec.settings:
+        # A message with a setting of this very plugin is worth more than a general one.
         example = _example_setting(kind, spec.name)
         if not example:
             raise UserError(
@@ -190,6 +204,7 @@ def plugin_spec(
         for setting in spec.settings:
             key, value = parse_setting(setting, f"{where}: {spec.name}", example)
             chosen[key] = value
+    # Checking also fills in the defaults, and only what was typed is wanted.
     checked = plugin_options(kind, spec.name, chosen, where)
     return spec.name, {key: checked[key] for key in chosen}
 
@@ -222,10 +237,12 @@ def _mistake(error: ErrorDetails, schema: type[BaseModel], where: str, prefix: s
     location = error["loc"]
     key = prefix + ".".join(part for part in map(str, location) if _is_key_or_index(part))
     if error["type"] == "extra_forbidden":
+        # The keys that are allowed are those of the mapping in which the key stands.
         inner = _schema_at(schema, location[:-1])
         return unknown(f"{where}: key {key}", str(location[-1]), inner.model_fields)
     if error["type"] == "missing":
         return UserError(f"{where}: {key}: is missing")
+    # What is left of pydantic's sentence reads on after "allowed:".
     allowed = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     allowed = allowed.partition(", unable to parse")[0]
     hint = ""
@@ -246,8 +263,10 @@ def _schema_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> type
     """Return the model that holds the key at a location."""
     for part in location:
         field = schema.model_fields.get(str(part))
+        # An index of a list, or the name of a union's branch: the model stays the same.
         if field is None:
             continue
+        # The model may be wrapped, as in `Compute | None`.
         for candidate in (field.annotation, *typing.get_args(field.annotation)):
             if isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 schema = candidate

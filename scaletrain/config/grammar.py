@@ -91,6 +91,8 @@ def expand_exchange(text: str, where: str = "") -> dict[str, Any]:
     """
     head, _, transport = text.partition("@")
     name, _, value = head.partition(":")
+    # The collective keeps its own options: "pipelined_tree:segments=8" is one value of the option
+    # `collective`.
     if name in plugins.names("collective"):
         name, value = "scheduled", head
     if name not in plugins.names("exchange"):
@@ -101,6 +103,7 @@ def expand_exchange(text: str, where: str = "") -> dict[str, Any]:
         options = _option_names(name)
         if not options:
             raise UserError(f"exchange: {text!r}: {name} has no options")
+        # Not checked here: `checks` does it, with the plugin's own types.
         tree[options[0]] = value
     if transport:
         tree["transport"] = transport
@@ -117,7 +120,9 @@ def exchange_label(exchange: Named) -> str:
     options = _option_names(exchange.name)
     if schema and options:
         value = exchange.options.get(options[0])
+        # A value that is the default is left out, so that one exchange has one label.
         if value not in (None, schema.model_fields[options[0]].default):
+            # The name of a collective says by itself that it is scheduled.
             label = str(value) if exchange.name == "scheduled" else f"{exchange.name}:{value}"
     transport = exchange.options.get("transport", "auto")
     return label if transport == "auto" else f"{label}@{transport}"
@@ -132,18 +137,22 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
         value: replaces the key's value. The name of a plugin replaces the plugin with its options,
             unless it is the same plugin: then the options that the file gives are kept.
     """
+    # Without a dot the value names the plugin itself; with one it is an option of the plugin.
     is_name = "." not in dotted and isinstance(value, str)
     before = tree.get(dotted)
     if is_name and isinstance(before, dict):
         named = _as_mapping(dotted, value)
         is_same_plugin = before.get("name") == named["name"]
+        # Options of another plugin would be unknown to the new one.
         tree[dotted] = before | named if is_same_plugin else named
         return
     *parents, last = dotted.split(".")
     for parent in parents:
         below = tree.get(parent)
+        # "exchange: ring" has to become a mapping before exchange.transport can be set.
         if isinstance(below, str):
             below = _as_mapping(parent, below)
+        # A copy: with YAML's anchors, several keys may hold the same mapping.
         tree[parent] = dict(below or {})
         tree = tree[parent]
     tree[last] = value

@@ -16,6 +16,7 @@ from scaletrain import plugins
 class Named(BaseModel):
     """A plugin's name and its options, checked against its signature (``plugins.options``)."""
 
+    # Which options there are depends on the plugin: `checks.plugin_options` looks at them later.
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
     name: str
@@ -65,6 +66,7 @@ class LrSchedule(Strict):
     step_size: Annotated[int, Field(ge=1)] = 1000
     """Steps between two changes (step), or the step in the middle (sigmoid)."""
 
+    # Fractions and not steps, so that they stay right when the length of the run changes.
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = []
     """Fractions of the run at which multistep changes."""
 
@@ -180,6 +182,7 @@ class RunConfig(Strict):
     @property
     def search_path(self) -> Path | None:
         """Where the modules of ``package.module:factory`` are looked for first."""
+        # None is a configuration that was made in code: modules come from the working directory.
         return Path(self.source).parent if self.source else None
 
     def load(self, kind: Literal["model", "data", "exchange", "launcher"]) -> Any:

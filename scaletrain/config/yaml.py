@@ -21,6 +21,7 @@ def parse(text: str) -> Any:
         ValueError: the text is not YAML.
     """
     try:
+        # pure: the C parser of ruamel.yaml reads YAML 1.1.
         return YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
         raise ValueError(_describe(error)) from error
@@ -41,9 +42,11 @@ def read(path: Path) -> dict[str, Any]:
     try:
         tree = parse(text)
     except ValueError as error:
+        # `parse` also serves --set, which has no lines. Here the file's line is known.
         cause = error.__cause__
         where = str(path)
         if isinstance(cause, MarkedYAMLError) and cause.problem_mark:
+            # Marks count lines from 0.
             where = f"{path}:{cause.problem_mark.line + 1}"
         raise UserError(f"{where}: not YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -55,6 +58,7 @@ def read(path: Path) -> dict[str, Any]:
 def _describe(error: YAMLError) -> str:
     problem = getattr(error, "problem", None) or str(error)
     if isinstance(error, DuplicateKeyError):
+        # The library's sentence goes on with both values, which may be long.
         named = re.match(r'found duplicate key "([^"]*)"', problem)
         if named:
             return f"{named[1]} is given twice"

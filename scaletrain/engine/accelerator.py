@@ -71,6 +71,7 @@ class AcceleratorLane(Lane):
         self, future: torch.futures.Future, tensors: list[Tensor], operation: Operation, number: int
     ) -> Callable[[], None]:
         """Return the task for the lane's thread, which runs after the caller's present stream."""
+        # Recorded now, on the caller's thread: the lane's thread has a present stream of its own.
         computed = self._present_stream().record_event()
 
         def task() -> None:
@@ -98,12 +99,14 @@ class AcceleratorLane(Lane):
         3. Start to copy each part back, without waiting.
         """
         assert self._engine
+        # The last message may still be on its way back from the host's memory, which is used again.
         self._uploaded.synchronize()
         if self._host.memory.nbytes < flat.nbytes:
             self._host = Landing(flat.nbytes, pinned=self._accelerated)
         host = self._host.like(flat)
         cuts = _cuts(flat)
         arrived = [self._module.Event() for _ in cuts]
+        # The copies must not overtake the kernels that compute the message.
         self._download_stream.wait_stream(self._present_stream())
         with self._module.stream(self._download_stream):
             for cut, event in zip(cuts, arrived, strict=True):

@@ -192,6 +192,7 @@ def _network(ranks: Ranks) -> Network:
     messages = predict(PROBE.collective, size, 0, Network(1.0, 1.0))
     latency_s = short_s / messages
     all_latencies_s = predict(_FITTED.collective, size, 0, Network(latency_s, 1.0))
+    # Timings are noisy: the difference can be close to 0 or below it, which is no bandwidth.
     wire_s = max(long_s - all_latencies_s, long_s / 10)
     wire_bytes = predict(_FITTED.collective, size, _FITTED_BYTES, Network(0.0, 1.0))
     return Network(latency_s, wire_bytes / wire_s)

@@ -15,6 +15,7 @@ def register() -> None:
     """
     for name, create in (("scaletrain", _create), ("mpi4py", _create_over_mpi)):
         if name not in dist.Backend.backend_list:
+            # The extended API hands over ``pg_options``, and the plain one does not.
             dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu", "cuda"])
 
 
@@ -25,6 +26,7 @@ def _create(group_options: Any, backend_options: Any) -> dist.ProcessGroup:
         group_options: the ranks of the group and their store, from torch.
         backend_options: ``pg_options`` of ``init_process_group``, or None.
     """
+    # Not at the top: every process that imports torch runs this module.
     from scaletrain.engine.process_group import Options, ProcessGroup
 
     return ProcessGroup(

@@ -19,6 +19,7 @@ from scaletrain.engine.transport import Group, Reduce, Transport
 from scaletrain.errors import unknown
 from scaletrain.host import shared_memory
 
+# Messages in the run's header. 25 MiB is the size of DDP's buckets by default.
 _RECORDED_BYTES = (4 << 10, 64 << 10, 1 << 20, 25 << 20, 100 << 20)
 
 
@@ -40,6 +41,7 @@ class Engine:
     """
 
     def __init__(self, group: Group, collective: str = AUTO, transport: str = AUTO):
+        # Both names are checked before the ranks meet: a slip of the keyboard is reported at once.
         self._collective, self._options = check(collective, "collective")
         transport_name, transport_options = check(transport, "transport")
         self._group = group
@@ -126,6 +128,7 @@ class Engine:
             record["options"] = self._options
         must_measure = self._collective == AUTO and self.transport_name != "shared_memory"
         chosen: dict[str, Any] = {}
+        # Otherwise choose() would measure, which is collective. A record is for one rank alone.
         if self._tuning is not None or not must_measure:
             for num_bytes in sizes or _RECORDED_BYTES:
                 chosen[str(num_bytes)] = self.choose(num_bytes)._asdict()
@@ -139,6 +142,7 @@ class Engine:
     def _fitting_transport(self) -> str:
         """Return the wire for where the ranks are."""
         num_hosts = len(set(self._hosts))
+        # One rank a host: there is nobody to share memory with.
         if not shared_memory.SUPPORTED or num_hosts == self._group.size:
             return "gloo"
         return "shared_memory" if num_hosts == 1 else "mixed"
@@ -151,6 +155,7 @@ class Engine:
 
     def _options_of(self, collective: str) -> dict[str, Any]:
         """Return the options that a person set, and those that follow from where the ranks are."""
+        # ``run`` may be asked for another algorithm, which the person's options are not meant for.
         options = self._options if collective == self._collective else {}
         factory = plugins.load("collective", collective)
         wants_hosts = "ranks_per_host" in inspect.signature(factory).parameters

@@ -36,6 +36,7 @@ def execute(
         TimeoutError: a peer is late; names it.
         ConnectionError: a peer is gone; names it.
     """
+    # From bytes to elements. Transports without the attribute need no receipts, whatever the size.
     receipts_from = getattr(transport, "receipts_from_bytes", math.inf) / tensor.element_size()
     slices, parts = program.parts(tensor.numel(), segments, receipts_from)
     # A view of the tensor for each slice, made when it is first needed. The last one is for
@@ -79,6 +80,7 @@ def _traced(wait: Wait, part: RoundPart) -> Wait:
         wait()
         sends_to = [peer for peer, _ in part.sends]
         receives_from = [peer for peer, _, _ in part.receives]
+        # A part that receives waits for its senders, a part that only sends for its receivers.
         peers = ", ".join(str(peer) for peer in receives_from or sends_to)
         spans.add("wait", f"wait for {peers}", waited, segment=part.segment)
         spans.add(

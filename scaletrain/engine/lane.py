@@ -103,8 +103,10 @@ class Lane:
             with self._engine_lock:
                 return Done(self._run(tensors, operation, number))
         future = future_of(tensors)
+        # Counted before it is queued: otherwise a caller could read 0 with this task on its way.
         with self._counting:
             self._num_unfinished += 1
+        # Started on demand: a script that waits for each result needs no thread.
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._run_tasks, name="scaletrain-lane", daemon=True

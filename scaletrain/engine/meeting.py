@@ -47,6 +47,7 @@ def wait_for_keys(group: Group, keys: list[str], owners: Sequence[int]) -> None:
     try:
         group.store.wait(keys, max(group.timeout, _LEAST_WAIT))
     except RuntimeError as error:
+        # Both a time-out and a store that is gone end up here. Asking once more tells them apart.
         missing = _ranks_of_missing_keys(group, keys, owners, error)
         raise TimeoutError(
             f"{ranks_in_words(missing)} did not join the group:"
@@ -86,6 +87,7 @@ def host_of_each_rank(group: Group) -> list[str]:
     Raises:
         TimeoutError, ConnectionError: as ``values_of_all``.
     """
+    # Machines may share a host name, but every boot of a kernel has an id of its own.
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     namespaces = [str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in _NAMESPACES]
     return values_of_all(group, "host", "/".join([boot, *namespaces]))

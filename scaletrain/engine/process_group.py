@@ -88,6 +88,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._store = store
         self._timeout = timeout
         self._options = options
+        # All of them meet in one store: prefixes keep the keys of gloo, NCCL and our wires apart.
         self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo/", store), rank, size, timeout)
         self._register_backend(torch.device("cpu"), BackendType.GLOO, self._gloo)
         self._set_default_backend(BackendType.GLOO)
@@ -122,6 +123,7 @@ class ProcessGroup(dist.ProcessGroup):
         if operation is None or lane is None:
             return self._forward("allreduce", tensors, options)
         at_once = not options.asyncOp
+        # A named range costs time, so it is opened only if somebody profiles.
         if torch.autograd._profiler_enabled():
             with torch.profiler.record_function("scaletrain:all_reduce"):
                 return lane.allreduce(tensors, operation, at_once)
@@ -195,9 +197,12 @@ class ProcessGroup(dist.ProcessGroup):
         over_nccl = not on_cpu and self._nccl is not None and not self._shares_device()
         backend = self._nccl if over_nccl else self._gloo
         work = getattr(backend, method)(*arguments, **options)
+        # Only two ranks take part in a message: counting it would make the ranks' numbers differ.
+        # NCCL's failures do not surface in wait() but in its watchdog.
         if over_nccl or method in ("recv", "recv_anysource", "send"):
             return work
         number = self._roll_call.next()
+        # As a person knows it: ``_allgather_base`` is an allgather.
         name = method.removeprefix("_").removesuffix("_base")
         return Forwarded(work, lambda error: self._roll_call.explain(name, number, error))
 
@@ -306,6 +311,7 @@ class ProcessGroup(dist.ProcessGroup):
         Returns:
             As ``Engine.record``; empty before the first allreduce.
         """
+        # With a GPU, the gradients are there: its lane is the one to report.
         for kind in ("cuda", "cpu"):
             lane = self._lanes.get(kind)
             if lane:

@@ -85,6 +85,7 @@ class RankProgram:
         slices = _Slices(self.num_chunks)
         parts = []
         for messages in self.rounds:
+            # Segment by segment within a round: one is on the wire while another one is added.
             for segment in range(segments):
                 start = segment * count // segments
                 stop = (segment + 1) * count // segments
@@ -119,6 +120,7 @@ class _Slices:
 
     def place(self, message: ChunkMessage) -> int:
         """Return the place of a message that is not empty."""
+        # Messages with equal edges share a place, and so the view that ``execute`` makes of it.
         return self._places.setdefault(self._edges(message), len(self._places))
 
     def all(self) -> list[slice]:
@@ -149,6 +151,8 @@ def _part_of_receipts(
 ) -> RoundPart:
     """Return the receipts of a round: those that this rank sends, and those that it waits for."""
     sends = []
+    # A receipt travels against its message. Both ends see the same length, so they agree on
+    # whether there is one.
     for message in messages.receives:
         if message.in_turn and slices.length(message) >= receipts_from:
             sends.append((message.peer, RECEIPT))
@@ -170,6 +174,7 @@ def _merge(number: int, rank_round: RankRound, turns: set[tuple[int, int]]) -> M
     sends = _Messages()
     for transfer in rank_round.sends:
         sends.add(transfer.dst, transfer, (rank_round.round, transfer.src) in turns)
+    # Receipts depend on whether the sender turns to another rank, at this end, too.
     receives = _Messages()
     for transfer in rank_round.receives:
         receives.add(transfer.src, transfer, (rank_round.round, transfer.src) in turns)

@@ -27,6 +27,7 @@ class FutureWork(dist.Work):
         Raises:
             RuntimeError: the collective failed, or ``timeout`` is over.
         """
+        # A future's own wait takes no time limit.
         if timeout > _NO_LIMIT:
             self._wait_until_done(timeout.total_seconds())
         self._future.wait()
@@ -102,6 +103,7 @@ class Done(dist.Work):
         failed = isinstance(self._outcome, BaseException)
         future = future_of([] if failed else self._outcome)  # type: ignore[arg-type]
         future.set_result(self._outcome)
+        # Through a callback, as in ``Lane.allreduce``: C++ sees only its exceptions as errors.
         return future.then(result_of)
 
     def is_completed(self) -> bool:
@@ -210,6 +212,7 @@ def future_of(tensors: list[Tensor]) -> torch.futures.Future:
 
     A thread that waits for it also makes its streams wait for those that compute the tensors.
     """
+    # The CPU has no streams, so it is no device to wait for.
     devices = {tensor.device for tensor in tensors if not tensor.is_cpu}
     return torch.futures.Future(devices=list(devices)) if devices else torch.futures.Future()
 

@@ -48,6 +48,7 @@ def expand(text: str) -> list[str]:
 
 def _split_outside_brackets(text: str) -> list[str]:
     """Split at the commas that separate entries; those in brackets separate numbers."""
+    # A comma is within brackets if the next bracket after it is a closing one.
     return re.split(r",(?![^\[]*\])", text)
 
 
@@ -55,11 +56,13 @@ def _expand_entry(entry: str, text: str) -> list[str]:
     """Return the hosts of one entry, such as ``r[1-2]n[0-1]``; ``text`` is for errors."""
     parts = re.split(r"\[([^\[\]]*)\]", entry)
     literals = parts[::2]  # text stands at even places, the content of brackets at odd ones
+    # A bracket that is left outside the pairs has no partner.
     if not entry or re.search(r"[\[\] \t]", "".join(literals)):
         raise _not_a_list(text)
     hosts = [""]
     for place, part in enumerate(parts):
         choices = [part] if place % 2 == 0 else _numbers(part, text)
+        # Before the product is made: two brackets of 0-65535 would fill the memory.
         if len(hosts) * len(choices) > _MAX_HOSTS:
             raise _too_many(text)
         hosts = [host + choice for host in hosts for choice in choices]
@@ -76,6 +79,7 @@ def _numbers(ranges: str, text: str) -> list[str]:
         width = len(match[1])
         first = int(match[1])
         last = int(match[2] or match[1])
+        # The upper limit keeps a slip such as 1-9999999999 from filling the memory below.
         if not first <= last < first + _MAX_HOSTS:
             raise _not_a_list(text)
         for number in range(first, last + 1):

@@ -24,5 +24,6 @@ def done() -> None:
     The collector leaves everything alone that has been loaded.
     """
     if not gc.isenabled():
+        # Without it, the first full collection would search all of torch once more.
         gc.freeze()
         gc.enable()

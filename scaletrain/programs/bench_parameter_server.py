@@ -61,6 +61,7 @@ def null_steps(
     parameter = sharding.ParameterSpec(shape, sparse=is_sparse)
     blocks = sharding.plan([parameter], settings.servers, settings.block_bytes)
     momentum = 0.9 if mode == "momentum" else 0.0
+    # A rate of 0 still does the whole update, and the weights stay finite for any number of steps.
     optimizer = {"name": "SGD", "groups": [{"lr": 0.0, "momentum": momentum}]}
     client = Client(settings, Path(run_dir), int(rank), blocks, optimizer)
     if int(rank) == 0:
@@ -80,6 +81,7 @@ def null_steps(
         exchange(step)
         ends.append(time.perf_counter())
     cpu_s = _servers_cpu_s(Path(run_dir), settings.servers) - cpu_s_before
+    # No worker leaves while another still exchanges.
     client.sum(np.zeros(1))
     client.close()
     return {"step_s": _median_gap(ends[_WARMUP_STEPS:]), "server_cpu_s": cpu_s / int(steps)}
@@ -99,10 +101,12 @@ class _DenseStep:
 
     def __call__(self, step: int) -> None:
         for block in self._order:
+            # A placed gradient is written once, and sent from its place again and again.
             if not self._is_placed or step == 0:
                 target = torch.from_numpy(self._client.gradient(block.key))
                 target.copy_(self._gradient[: block.numel])
             self._client.push(block.key, step, 0.0)
+        # All pushes come first: servers work on early blocks while later ones are on their way.
         for block in self._order:
             self._client.take(block.key, _copy_into(self._weights[: block.numel]))
 
@@ -113,10 +117,12 @@ class _SparseStep:
     def __init__(self, client: Client, blocks: Sequence[sharding.Block], servers: int):
         self._client = client
         self._blocks = blocks
+        # Each server holds a block of the table, so all blocks together give _TABLE_ROWS rows.
         self._rows = torch.arange(_TABLE_ROWS // servers)
         self._values = torch.ones(len(self._rows), _TABLE_WIDTH)
 
     def __call__(self, step: int) -> None:
+        # All servers are asked before the first answer is awaited: they work at the same time.
         for block in self._blocks:
             self._client.ask_rows(block.key, self._rows)
         for block in self._blocks:
@@ -157,6 +163,7 @@ def bare(
         _echo(socket, Path(address_file))
         return {}
     socket.connect(_wait_for_text(Path(address_file)))
+    # Made only for its block size, which depends on the encryption.
     settings = Settings(workers=1, link="tcp", security="curve" if encrypted else "trusted_network")
     data = np.ones(int(total_bytes), np.uint8)
     target = np.empty(int(total_bytes), np.uint8)
@@ -165,12 +172,14 @@ def bare(
         began = time.perf_counter()
         _there_and_back(socket, data, target, settings.block_bytes)
         times.append(time.perf_counter() - began)
+    # One byte ends the echo. The linger gives it a second (1,000 ms) to leave.
     socket.send(b"x")
     socket.close(linger=1000)
     return {"step_s": statistics.median(times[_WARMUP_STEPS:])}
 
 
 def _bare_socket(is_server: bool, encrypted: bool, run_dir: Path) -> zmq.Socket:
+    # A DEALER may send again before an answer comes; a REQ socket may not.
     socket = zmq.Context().socket(zmq.DEALER)
     if encrypted:
         encrypt = security.encrypt_server if is_server else security.encrypt_worker
@@ -190,6 +199,7 @@ def _echo(socket: zmq.Socket, address_file: Path) -> None:
 
 
 def _wait_for_text(path: Path) -> str:
+    # The other side does not write atomically: an empty file is one that is being written.
     while not path.exists() or not path.read_text():
         time.sleep(0.01)
     return path.read_text()
@@ -202,15 +212,18 @@ def _there_and_back(
     num_sent = num_received = 0  # bytes
     while num_received < len(data):
         all_sent = num_sent == len(data)
+        # Some chunks ahead keep both directions busy.
         if not all_sent and num_sent - num_received < _CHUNKS_AHEAD * chunk_bytes:
             socket.send(data[num_sent : num_sent + chunk_bytes].data, copy=False)
             num_sent = min(len(data), num_sent + chunk_bytes)
         elif all_sent or socket.poll(0):
             frame = socket.recv(copy=False)
             end = num_received + len(frame)
+            # The parameter server's client copies what arrives, too: the comparison stays fair.
             target[num_received:end] = np.frombuffer(frame.buffer, np.uint8)
             num_received = end
         else:
+            # Enough is on its way: wait up to 1 ms for a chunk to come back.
             socket.poll(1)
 
 
@@ -233,6 +246,7 @@ def gloo_pair(rank: str, store: str, total_bytes: str, steps: str) -> dict[str, 
     times = []
     for _ in range(int(steps) + _WARMUP_STEPS):
         began = time.perf_counter()
+        # In opposite order: two ranks that both send first would wait for each other.
         if rank == "0":
             dist.send(data, 1)
             dist.recv(data, 1)
@@ -255,6 +269,7 @@ def tree(
     for _ in range(int(steps) + _WARMUP_STEPS):
         dist.all_reduce(data, group=group)
         ends.append(time.perf_counter())
+    # A gap needs the end before it, here that of the second and last warm-up step.
     return {"step_s": _median_gap(ends[1:])}
 
 
@@ -275,6 +290,7 @@ def _median_gap(ends: list[float]) -> float:
 
 if __name__ == "__main__":
     programs.done()
+    # Workers and servers share this machine's cores.
     torch.set_num_threads(1)
     parts: dict[str, Callable[..., Any]] = {
         "null": null_steps,

@@ -22,6 +22,7 @@ def main(run_dir: Path, output: Path | None) -> int:
     # files of this one. The clocks of several hosts may differ.
     first_started = min((path.stat().st_ctime for path in progress_files), default=0.0)
     failures = first_cause.reported(files, len(progress_files), first_started - _DAY_S)
+    # A rank that a signal ended could not report it. Its launcher may have named it.
     if output and output.exists():
         text = output.read_text(encoding="utf-8", errors="replace")
         by_launcher = first_cause.reported_by_launcher(text, files, time.time())

@@ -46,6 +46,7 @@ _STATES = {
     "SIGNALING": _GOES_ON,
     "STOPPED": _GOES_ON,
     "COMPLETED": SlurmState(has_ended=True),
+    # The statuses that a shell shows for Ctrl-C (130), `timeout` (124) and SIGKILL (137).
     "CANCELLED": SlurmState(has_ended=True, status=130),
     "TIMEOUT": SlurmState(has_ended=True, looks=_EXTRA_LOOKS, status=124),
     "DEADLINE": SlurmState(has_ended=True, looks=_EXTRA_LOOKS, status=124),
@@ -72,8 +73,10 @@ class JobRecord(NamedTuple):
             name, equals, value = word.partition("=")
             if equals:
                 fields[name] = value
+        # An error's text, or an empty line.
         if "JobState" not in fields:
             return None
+        # SLURM writes STATUS:SIGNAL.
         code, _, number = fields.get("ExitCode", "1:0").partition(":")
         return cls(
             state=fields["JobState"],
@@ -103,6 +106,7 @@ class JobRecord(NamedTuple):
         status = self.exit_code
         if status == 0 and self.exit_signal:
             status = 128 + self.exit_signal
+        # A node that failed leaves 0:0 behind, and that is no success.
         if status == 0 and self.meaning is _BAD_END:
             return 1
         return status
@@ -141,6 +145,7 @@ class FollowedTask:
             if record.reason:
                 line += f" ({record.reason})"
             print(line, flush=True)
+        # Requeued: the attempt's workers report afresh, and old failures must not be blamed.
         if record.restarts > self._restarts:
             self._restarts = record.restarts
             self._remove_reports()
@@ -153,9 +158,11 @@ class FollowedTask:
         Args:
             whole_lines: leave an unfinished line for later, if lines get a prefix.
         """
+        # The file is there once the job has started. Bytes: a look may cut a character in two.
         with contextlib.suppress(OSError), open(self._output, "rb") as file:
             file.seek(self._shown_bytes)
             data = file.read()
+            # Tasks of an array take turns on the screen: half a line would get two prefixes.
             if self._prefix and whole_lines:
                 data = data[: data.rfind(b"\n") + 1]
             self._shown_bytes += len(data)
@@ -167,6 +174,7 @@ class FollowedTask:
         """Remove reports of an earlier attempt's workers, which would mislead about this one."""
         reports = [path for _, path in self._run_dir.all_progress()]
         reports += [path for _, path in self._run_dir.all_failures()]
+        # The meeting point, too: rank 0 of the new attempt is somewhere else.
         for path in [*reports, self._run_dir.rendezvous]:
             path.unlink(missing_ok=True)
 
@@ -186,6 +194,8 @@ class SlurmFollower:
 
     def run(self) -> int:
         """Submit the script, follow the job to its end, and return the exit status."""
+        # Before sbatch runs: a signal that comes meanwhile waits until the job has a number.
+        # Handlers only append. The loop calls scancel, which takes time.
         for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(caught, lambda number, frame: self.signals.append(number))
         self.job = self._submit()
@@ -196,13 +206,17 @@ class SlurmFollower:
             records = self._records()
             if records:
                 answered_at = time.monotonic()
+            # Waiting tasks of an array share one record. They become tasks of ours when they start.
             for record in records:
                 if not record.stands_for_many:
                     self._task(record.task).see(record)
             for task in self.tasks.values():
                 task.show_output(whole_lines=True)
+            # Without records there may be no tasks yet, and `all` of nothing is true.
             if records and self._all_have_ended(records):
                 return self._finish()
+            # The controller is away, or has forgotten the job. The job is not cancelled: it may be
+            # doing well.
             if time.monotonic() - answered_at > _SILENT_S:
                 _print_error(
                     f"job {self.job}: SLURM has not answered for {_SILENT_S:.0f} s;"
@@ -235,6 +249,7 @@ class SlurmFollower:
         for task in self.tasks.values():
             task.show_output(whole_lines=False)
         failed = [task for task in self.tasks.values() if task.status]
+        # Only for arrays: the single task of a job without one has the number "".
         if all(number.isdigit() for number in self.tasks):
             ended_well = len(self.tasks) - len(failed)
             print(f"job {self.job}: {ended_well} of {len(self.tasks)} tasks ended well", flush=True)
@@ -272,6 +287,7 @@ class SlurmFollower:
         show = ["scontrol", "show", "job", "-o", self.job]
         try:
             done = subprocess.run(show, capture_output=True, text=True, timeout=_ANSWER_S)
+        # A busy controller. `run` counts how long it stays silent.
         except subprocess.TimeoutExpired:
             return []
         records = [JobRecord.parse(line) for line in done.stdout.splitlines()]
@@ -280,6 +296,7 @@ class SlurmFollower:
     def _answer_signals(self) -> None:
         for number in self.signals:
             argv = ["scancel", self.job]
+            # Passed on as it is: training then writes a checkpoint and stops.
             if number == signal.SIGUSR1:
                 argv.insert(1, "--signal=USR1")
             with contextlib.suppress(subprocess.TimeoutExpired):

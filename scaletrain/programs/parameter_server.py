@@ -28,12 +28,15 @@ def main(run_dir: Path, index: int, settings: Settings, until_left: bool = False
     """Be server ``index`` of the run in ``run_dir`` (see ``Server.serve`` for ``until_left``)."""
     die_with_parent(signal.SIGTERM)  # no orphans
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # Gradients come in messages of megabytes: their memory is used again and again.
     memory.keep_freed()
     torch.set_num_threads(1)
     # For its first optimizer torch imports more modules. Do it before workers wait for an answer.
     torch.optim.SGD([torch.zeros(1)])
     server = Server(settings, run_dir, index)
     programs.done()
+    # Once the server is there to be stopped. A signal before that ends the process, which has
+    # nothing to save yet.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     try:

@@ -44,6 +44,7 @@ def main(backend: str, run_dir: Path) -> None:
     programs.done()
     world = World.from_env()
     store = rendezvous.join(world, run_dir, _TIMEOUT)
+    # Some launchers do not say the local rank, which chooses the GPU.
     world = rendezvous.place(world, store)
     device = torch.device("cpu")
     if backend == "nccl":
@@ -56,6 +57,7 @@ def main(backend: str, run_dir: Path) -> None:
     for count in _COUNTS:
         times = [_timed_allreduce(count, device, world, backend) for _ in range(_REPEATS)]
         seconds[count * _FLOAT_BYTES] = statistics.median(times)
+    # The doctor looks for this line among the job's output, by its key "backend".
     if world.rank == 0:
         evidence = {
             "backend": backend,
@@ -65,6 +67,7 @@ def main(backend: str, run_dir: Path) -> None:
             "pid": os.getpid(),
         }
         print(json.dumps(evidence), flush=True)
+    # Rank 0 may serve the store, which the others need up to here.
     dist.barrier()
     dist.destroy_process_group()
 
@@ -75,14 +78,18 @@ def _timed_allreduce(count: int, device: torch.device, world: World, backend: st
     Raises:
         ArithmeticError: the sum is wrong.
     """
+    # Whole numbers below 2^24, so that float32 sums are exact in any order and can be compared for
+    # equality. The factor differs from rank to rank: a doubled or lost contribution shows.
     index = torch.arange(count, dtype=torch.float32, device=device) % 1000
     values = index * (world.rank + 1) + 1
     sum_of_factors = sum(rank + 1 for rank in range(world.size))
     expected = index * sum_of_factors + world.size
+    # Ranks begin together: otherwise the wait for the last one would count.
     dist.barrier()
     began = time.perf_counter()
     dist.all_reduce(values)
     if device.type == "cuda":
+        # On a GPU the call returns before the sum is there.
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     if not torch.equal(values, expected):

@@ -30,10 +30,14 @@ def main(run_dir: Path, script: str, arguments: list[str]) -> None:
     """Run the script as ``__main__``, and report how it ended."""
     world = World.from_env()
     with progress.reporting(run_dir, world, _RUNNER_FILES):
+        # Inside `reporting`, so that the mistake is shown once and not by every rank.
         if not Path(script).is_file():
             raise UserError(f"{script}: there is no such file")
         os.environ.update(variables(world, run_dir))
+        # From here on the script promises no signs of life, and silence is not taken for a hang.
         progress.alive(progress.SCRIPT)
+        # As `python script.py` sets them: the script may read its arguments, and import its
+        # neighbours.
         sys.argv = [script, *arguments]
         sys.path[0] = str(Path(script).resolve().parent)
         programs.done()
@@ -45,8 +49,10 @@ def variables(world: World, run_dir: Path) -> dict[str, str]:
 
     Where rank 0 must be found, every rank has to call this.
     """
+    # Our launcher chose this process to serve the store: the other ranks already try to join it.
     if rendezvous.STORE_FD in os.environ:
         rendezvous.serve()
+    # The launcher has said everything: nothing of it is overruled.
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ and "RANK" in os.environ:
         return {}
     store = rendezvous.connect(world, run_dir, _MEET)
@@ -59,6 +65,8 @@ def variables(world: World, run_dir: Path) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(world.local_size),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
+        # torch's env:// then joins the store that runs there, on every rank. Without it, rank 0
+        # would try to serve another one at the same port.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
 

@@ -16,9 +16,11 @@ from scaletrain.engine import rendezvous
 
 def main() -> None:
     """Serve until SIGTERM."""
+    # Status 0: the launcher's SIGTERM is this program's usual end, not a failure.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     rendezvous.serve()
     while True:
+        # The store answers on a thread of torch. `pause` returns after every signal.
         signal.pause()
 
 

@@ -20,6 +20,7 @@ def main() -> int:
     plan, job = ORDER.validate_json(_first_line(sys.stdin.fileno()))
     supervisor = Supervisor(plan, job)
     heed_signals(lambda number, frame: supervisor.signals.append(number))
+    # If the reader of our output is gone, a write fails and we go on to end the workers.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     return supervisor.run()
 
@@ -28,7 +29,9 @@ def _first_line(fd: int) -> bytes:
     """Read a line and not a byte more: the selector must see what comes after it."""
     line = b""
     while not line.endswith(b"\n"):
+        # Unbuffered. Later the end of this input says that nobody listens any more.
         byte = os.read(fd, 1)
+        # The starter ended before it wrote its order: an incomplete line does not validate.
         if not byte:
             break
         line += byte

@@ -53,6 +53,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
         config = configuration.load(files.config)
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             resume = True  # torchrun has started all workers once more
+        # Rank 0 alone, and before the ranks meet: nothing has been written by then.
         if world.rank == 0 and not resume:
             _check_unused(files)
         timeout = timedelta(seconds=config.timeout_s)
@@ -63,7 +64,9 @@ def main(run_dir: Path, resume: bool = False) -> int:
         # 2. Build what is trained.
         setup = Setup(store, choose_device(config, world), timeout, run_dir)
         trainer = _build(config, world, setup, resume)
+        # Until here a signal ends the process in the usual way: nothing is worth a checkpoint yet.
         stop = StopTogether(store, config.log_every)
+        # A batch job that is started once too often must not evaluate and write everything again.
         if trainer.resumed and trainer.finished and files.has_finished():
             if world.rank == 0:
                 print(
@@ -75,8 +78,10 @@ def main(run_dir: Path, resume: bool = False) -> int:
 
         # 3. Say what begins.
         header = _HeaderFile(files.header(world.rank), world, trainer)
+        # Collective, and over the store: each rank's clock is compared with that of rank 0.
         if config.trace:
             header.add("clock_offset_s", spans.clock_offset_s(store, world.rank, world.size))
+        # Before the first step: the progress bar waits for it.
         header.write()
         narrator = None
         if world.rank == 0:
@@ -100,6 +105,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
         if narrator:
             write_json(files.summary, summary | _emulation(files, config))
             narrator.end(summary)
+        # Still inside `reporting`: an exchange that cannot close is a failure of this worker.
         trainer.exchange.close()
     # At its end the interpreter would search all of torch for garbage, for more than a second.
     gc.freeze()
@@ -122,6 +128,7 @@ def _check_unused(files: RunDir) -> None:
 
 def _build(config: RunConfig, world: World, setup: Setup, resume: bool) -> Trainer:
     """Build model, data and exchange, and the trainer that uses them (collective)."""
+    # Before the model is built: its initialisation already computes.
     torch.set_num_threads(threads(config, world))
     parts = workload.build(config, setup.device)
     exchange = config.load("exchange")(world, setup, **config.exchange.options)
@@ -160,6 +167,7 @@ def threads(config: RunConfig, world: World) -> int:
     if config.threads != "auto":
         return config.threads
     from_launcher = os.environ.get("OMP_NUM_THREADS", "")
+    # OpenMP also allows a list, with a number for each nesting level, which says nothing here.
     if from_launcher.isdigit():
         return max(1, int(from_launcher))
     return max(1, len(cores.usable()) // world.local_size)
@@ -186,17 +194,21 @@ class StopTogether:
         self._stop_at: int | None = None  # once it is known
         self._is_announced = False  # whether this rank has written it
         self.signal = 0  # that this rank got; written by the handler
+        # The handler interrupts this thread anywhere, perhaps between two calls of the store. So it
+        # only sets a number, and the store is written to before the next step.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
     def __call__(self, step: int) -> bool:
         """Return True if the job stops before this step."""
         if self.signal and not self._is_announced:
+            # The next look may be over for a rank that is a step ahead; the one after it is not.
             stop_at = (step // self._every + 2) * self._every
             # The first rank to write decides.
             self._store.compare_set(_STOP_AT, "", str(stop_at))
             self._is_announced = True
         is_time_to_look = self._stop_at is None and step % self._every == 0
+        # `get` alone would wait for the key.
         if is_time_to_look and self._store.check([_STOP_AT]):
             self._stop_at = int(self._store.get(_STOP_AT))
         return self._stop_at is not None and step >= self._stop_at
@@ -210,6 +222,7 @@ class StopTogether:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.signal = number
+        # Not SIGUSR1: a batch system may send its warning more than once, and a checkpoint is due.
         for second in (signal.SIGINT, signal.SIGTERM):
             signal.signal(second, signal.SIG_DFL)
 
@@ -288,6 +301,7 @@ class _HeaderFile:
             "global_batch": trainer.global_batch,
             "threads": torch.get_num_threads(),
             "cores": cores.usable(),
+            # The same for all workers of a host, so one of them writes it.
             "environment": environment() if world.local_rank == 0 else None,
         }
 

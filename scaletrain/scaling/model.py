@@ -68,9 +68,11 @@ class Cell:
         words = [self.config, self.exchange, f"w{self.workers}", f"b{self.batch_size}"]
         for key, value in self.variant:
             if key != "batch_size":
+                # The last part of a dotted key keeps paths short; the batch has its ``b`` already.
                 words.append(f"{key.rpartition('.')[2]}{value}")
         if self.reference:
             words.append("ref")
+        # The name becomes a directory: any other run of characters turns into one ``_``.
         return "-".join(re.sub(r"[^\w.@]+", "_", word).strip("_") for word in words)
 
     @property
@@ -113,6 +115,7 @@ class SweepPlan(_Fields):
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         facts = cls._known(value)
         facts["configs"] = {stem: Source(**source) for stem, source in value["configs"].items()}
+        # JSON turned these tuples into lists.
         for name in ("workers", "exchanges", "settings"):
             facts[name] = tuple(facts[name])
         return cls(**facts)
@@ -183,6 +186,7 @@ class WorkerFacts(_Fields):
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         facts = cls._known(value)
         facts["cores"] = tuple(facts.get("cores", ()))
+        # Only the first worker of a host notes its environment: the others have no commit.
         facts["commit"] = (value.get("environment") or {}).get("commit")
         return cls(**facts)
 
@@ -230,10 +234,12 @@ class ServerStatistics:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
+        # Keys are ranks as text. Sorted as text, rank 10 would come before rank 2.
         pace_s = value["step_s"]
         return cls(
             mode=value["mode"],
             staleness={int(updates): count for updates, count in value["staleness"].items()},
+            # The server counts by worker; a report has all workers together.
             pushes=sum(value["pushes"].values()),
             dropped=sum(value["dropped"].values()),
             pace_s=tuple(pace_s[rank] for rank in sorted(pace_s, key=int)),
@@ -297,11 +303,13 @@ class Run:
         threads: Counter[int] = Counter()
         cores: dict[int, set[int]] = {}
         for facts in self.worker_facts:
+            # A worker on a GPU computes there: its threads do not compete for the cores.
             if facts.device == "cpu":
                 machine = 0 if emulated else facts.node
                 threads[machine] += facts.threads
                 cores.setdefault(machine, set()).update(facts.cores)
         if self.servers and self.summary.launcher in ("local", "rehearsal"):
+            # Both launchers start the servers on the workers' machine, which is number 0.
             threads[0] += self.servers.servers
             # Workers may be bound, each to its own cores, and servers to the rest.
             cores.setdefault(0, set()).update(self.servers.cores)
@@ -310,6 +318,7 @@ class Run:
     @property
     def samples_per_s(self) -> float:
         """The sum over ranks of each one's samples over its own time."""
+        # Each rank by its own clock: asynchronous ranks do not end together.
         return float((self.samples.sum(axis=0) / self.steps.sum(axis=0)).sum())
 
     @property
@@ -337,6 +346,7 @@ class Repeat(_Fields):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
+        # NaN, since these fields are plain numbers: a figure made of it is visibly unknown.
         samples_per_s = value.get("samples_per_s", math.nan)
         return cls(samples_per_s, value.get("step_s", math.nan), value.get("wall_s"))
 
@@ -405,6 +415,7 @@ class Row(_Fields):
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         facts = cls._known(value)
         facts["failures"] = tuple(facts.get("failures", ()))
+        # Without runs this is no row: the KeyError tells ``read_report`` so.
         facts["runs"] = tuple(Repeat.from_json(run) for run in facts["runs"])
         if facts.get("servers"):
             facts["servers"] = ServerCounts.from_json(facts["servers"])
@@ -510,6 +521,7 @@ class ReportHeader(_Fields):
         return cls(**facts)
 
     def to_json(self) -> dict[str, Any]:
+        # A null commit stays: it says that the measured code cannot be traced.
         always = ["commit"]
         if self.used_by_others is not None:
             always.append("busy")  # null: it is known that the machine was quiet
@@ -607,6 +619,7 @@ class Trace:
         events: list[dict[str, Any]] = []
         threads: Counter[int] = Counter()
         for row in self.rows:
+            # The first row of a rank also names its process.
             if row.rank not in threads:
                 events.append(_name_event("process_name", f"rank {row.rank}", row.rank))
             place = {"pid": row.rank, "tid": threads[row.rank]}

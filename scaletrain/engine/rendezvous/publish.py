@@ -75,12 +75,14 @@ def publish(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
     store = serve_on_free_port(timeout)
     nonce = secrets.token_hex(16)
     store.set(_NONCE, nonce)
+    # The file comes last: whoever reads it finds a store that holds the nonce.
     write_json(path, _MeetingPoint(_job_name(world), offered, store.port, nonce)._asdict())
     reached = _wait_for_reached(store, world, timeout)
     for address in offered:
         if all(address in reached_by_rank for reached_by_rank in reached.values()):
             break
     else:
+        # The others wait for an answer: without this one they would run into their time-out.
         store.set(_ADDRESS, "")
         findings = []
         for rank, reached_addresses in reached.items():
@@ -169,6 +171,7 @@ def store_with_nonce(
     address: str, port: int, nonce: str, timeout: timedelta
 ) -> dist.TCPStore | None:
     """Return the store at an address if it holds the nonce; None: it is not our job's."""
+    # A plain connection shows quickly that nobody listens. torch's store would try for long.
     if not addresses.source_address(address, port):
         return None
     try:

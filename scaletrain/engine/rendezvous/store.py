@@ -48,6 +48,7 @@ def connect(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
 
     Args, Raises: as ``join``.
     """
+    # First: rank 0 connects below to the store that it serves itself.
     if STORE_FD in os.environ:
         serve()
     address = os.environ.get("MASTER_ADDR", "")
@@ -74,6 +75,7 @@ def _connect_to(address: str, port: int, world: World, timeout: timedelta) -> di
     Rank 0 serves it there, unless the launcher or an agent does.
     """
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # Not waiting for workers here: ``_wait_for_all`` does, and names those that are missing.
     store = dist.TCPStore(
         address,
         port,
@@ -83,6 +85,7 @@ def _connect_to(address: str, port: int, world: World, timeout: timedelta) -> di
         wait_for_workers=False,
     )
     publish.use_interface_of(addresses.source_address(address, port))
+    # Under an agent's store, keys of a failed attempt outlive it. They must not be taken for new.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"scaletrain/{attempt}", store)
 
@@ -119,6 +122,7 @@ def place(world: World, store: dist.Store) -> World:
     They are ``local_rank``, ``local_size``, ``node`` and ``num_nodes``. Facts from the launcher
     stay. Nodes are numbered in the order of their lowest rank.
     """
+    # The launcher tells all ranks alike: either all of them exchange their hosts, or none does.
     if UNKNOWN not in world:
         return world
     store.set(f"scaletrain/host/{world.rank}", _host())

@@ -77,6 +77,7 @@ class Gloo:
                 outgoing.append((peer, self._begin(self._gloo.send, piece, peer)))
 
         def wait() -> None:
+            # Reducing writes to elements that gloo may still be sending.
             if sends_first:
                 self._wait_for_sends(outgoing)
             self._wait_for_receives(incoming)
@@ -130,6 +131,7 @@ class Gloo:
         The first one connects, and raises already here if the peer is known to be gone.
         """
         try:
+            # Tag 0 for all messages: they match in order (see ``Transport.start``).
             return start([tensor], peer, 0)
         except RuntimeError as error:
             raise self._failure(error, peer) from error
@@ -143,6 +145,7 @@ class Gloo:
     def _failure(self, error: RuntimeError, peer: int | None) -> Exception:
         """Return our error for gloo's. ``peer`` is None if it may be any of them."""
         name = "a peer" if peer is None else f"peer rank {peer}"
+        # Both are RuntimeErrors: only the text tells a late peer from a lost one.
         text = str(error).lower()
         if "timed out" in text or "timeout" in text:
             return TimeoutError(f"{name} did not answer: timed out after {self._timeout_s:g} s")
@@ -156,6 +159,7 @@ class Gloo:
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     """Return the pieces in which a message travels: one is added while the next arrives."""
+    # Both ends cut alike, since a message has the same size on both.
     num_pieces = -(-tensor.nbytes // cutting.PIECE_BYTES)
     if num_pieces == 1:
         return (tensor,)

@@ -27,6 +27,7 @@ class Landing:
         view = self._views.get(key)
         if view is None:
             if len(self._views) == _MOST_VIEWS:
+                # Starting over is simpler than finding the view that is needed least.
                 self._views.clear()
             view = self.memory[: tensor.nbytes].view(tensor.dtype)
             self._views[key] = view

@@ -29,17 +29,21 @@ class Mixed:
         my_host = hosts[group.rank]
         neighbours = [rank for rank, host in enumerate(hosts) if host == my_host]
         store = dist.PrefixStore("between/", group.store)
+        # It connects all ranks, which keep their numbers. Only messages between hosts use it.
         self._between: Transport = plugins.load("transport", between)(group._replace(store=store))
         self.receipts_from_bytes = getattr(self._between, "receipts_from_bytes", math.inf)
         self._local_ranks: dict[int, int] = {}  # the number on this host of each rank on it
         self._within: Transport | None = None
+        # A rank alone on its host is near to nobody: all its messages take the other wire.
         if len(neighbours) > 1:
             self._local_ranks = {rank: number for number, rank in enumerate(neighbours)}
             local_group = Group(
+                # Each host meets under keys of its own, named after its lowest rank.
                 store=dist.PrefixStore(f"within/{neighbours[0]}/", group.store),
                 rank=self._local_ranks[group.rank],
                 size=len(neighbours),
                 timeout=group.timeout,
+                # Errors name the ranks by their numbers in the whole group.
                 names=tuple(group.name(rank) for rank in neighbours),
             )
             self._within = plugins.load("transport", "shared_memory")(local_group)

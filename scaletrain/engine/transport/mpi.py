@@ -67,6 +67,7 @@ def communicator(group: Group) -> Any:
     """
     MPI = start_mpi()
     world_ranks = [int(rank) for rank in values_of_all(group, "mpi", str(MPI.COMM_WORLD.rank))]
+    # Without mpirun, each process is rank 0 of an MPI world of its own.
     if len(set(world_ranks)) < group.size:
         raise UserError(
             f"transport 'mpi': the {group.size} ranks are not one MPI job;"
@@ -162,6 +163,7 @@ class Mpi:
         incoming = [self._receive(receive) for receive in receives]
         outgoing = []
         for peer, tensor in sends:
+            # As bytes: MPI then moves every dtype, half precision too.
             buffer = self._types.buffer(tensor.view(torch.uint8))
             outgoing.append((peer, self._communicator.Isend(buffer, peer)))
 

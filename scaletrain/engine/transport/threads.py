@@ -31,6 +31,7 @@ class Threads:
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Wait:
         """Start to send and receive at once. See ``Transport.start``."""
         for peer, tensor in sends:
+            # A copy: ``wait`` may end before the receiver reads it, and then the tensor may change.
             self._box(self.rank, peer).put(tensor.clone())
 
         def finish() -> None:

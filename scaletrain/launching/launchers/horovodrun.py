@@ -46,6 +46,7 @@ def plan(
         str(job.workers),
         f"--{controller}",
         "--start-timeout",
+        # 30 s is horovodrun's own default: less would be too short for ssh and imports.
         str(max(30, round(job.timeout_s))),
     ]
     if listed:
@@ -56,6 +57,7 @@ def plan(
         argv += ["-H", f"localhost:{job.workers}"]
     if interfaces:
         argv += ["--network-interfaces", interfaces]
+    # Open MPI refuses to run as root, as in a container, unless it is told to.
     if controller == "mpi" and os.geteuid() == 0:
         argv.append("--mpi-args=--allow-run-as-root")
     argv += [*map(str, arguments), *job.argv]

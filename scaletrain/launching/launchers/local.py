@@ -28,6 +28,7 @@ def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
         )
     commands = []
     for rank in range(job.workers):
+        # All but the first are torchrun's names: torch's env:// and most scripts read them.
         variables = {
             "SCALETRAIN_LAUNCHER": "local",
             "RANK": rank,
@@ -41,11 +42,13 @@ def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
         argv = job.argv
         if bind:
             cpu_list = ",".join(map(str, cores.cores_of(rank, threads)))
+            # taskset turns into the worker, so that the process that we watch is the worker itself.
             argv = ("taskset", "--cpu-list", cpu_list, *argv)
         commands.append(Command(f"rank {rank}", argv, environment(variables), rank))
     return LaunchPlan(
         tuple(commands),
         explain=tuple(explain),
+        # All workers are on this host: the store need not be open to a network.
         store_address="127.0.0.1",
         companions=job.companions,
     )

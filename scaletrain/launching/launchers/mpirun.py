@@ -68,10 +68,12 @@ def plan(
     argv = [command, "-n", str(job.workers)]
     if kind == "openmpi":
         if oversubscribe is None:
+            # mpirun refuses more workers than slots. Elsewhere, the number of cores is not known.
             oversubscribe = not elsewhere and job.workers > len(os.sched_getaffinity(0))
         argv += _openmpi_options(placement, oversubscribe)
     else:
         argv += _mpich_options(placement)
+    # Each variable is named: workers on other hosts do not inherit this environment.
     for name, value in job.variables(threads).items():
         if kind == "openmpi":
             argv += ["-x", f"{name}={value}"]
@@ -87,6 +89,7 @@ def plan(
         )
     if elsewhere:
         explain.append(SHARE_RUN_DIR)
+    # On SIGINT, mpirun kills its workers. It passes SIGUSR1 on, and they write a checkpoint.
     mpirun = Command("mpirun", tuple(argv), interrupt=signal.SIGUSR1, stop_s=10.0)
     return LaunchPlan(
         (mpirun,),
@@ -121,6 +124,7 @@ def _openmpi_options(placement: _Placement, oversubscribe: bool) -> list[str]:
         options += ["--host", _slots(placement)]
     elif placement.hostfile:
         options += ["--hostfile", placement.hostfile]
+    # ppr is "processes per resource", here a node.
     by = f"ppr:{placement.per_host}:node" if placement.per_host else "slot"
     if placement.bind:
         options += ["--map-by", f"{by}:PE={placement.threads}", "--bind-to", "core"]
@@ -174,6 +178,7 @@ def _kind_of(command: str) -> str:
         ) from None
     if "Open MPI" in done.stdout or "open-mpi" in done.stdout:
         return "openmpi"
+    # MPICH's mpirun is a program called Hydra, and may name only that.
     if "HYDRA" in done.stdout or "mpich" in done.stdout.lower():
         return "mpich"
     raise UserError(

@@ -192,7 +192,9 @@ class Allocation:
             qos=options.qos,
             constraint=options.constraint,
             output=str(RunDir(job.run_dir).slurm_output(number)),
+            # The log of an attempt must survive the next one, after a requeue.
             open_mode="append",
+            # Without "B:" before it, SLURM signals the tasks instead of the batch shell.
             signal=f"USR1@{options.warn_s}",
         )
 
@@ -229,6 +231,7 @@ def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> Laun
             " and cancels it when interrupted"
         )
         argv = Program.FOLLOW_SLURM.command(path, f"{options.poll_s:g}")
+        # A requeued job starts its workers again: only the follower's end is the end of the job.
         submit = Command("slurm", argv, restarts_workers=True, stop_s=15.0)
     else:
         submit = Command("sbatch", ("sbatch", str(path)))
@@ -246,6 +249,8 @@ def _explain(job: Job, threads: int) -> str:
 
 
 def _srun(allocation: Allocation, options: SlurmOptions) -> list[str]:
+    # By default srun lets the other tasks run on when one has failed. And since SLURM 22.05 it no
+    # longer takes --cpus-per-task from the allocation.
     argv = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={allocation.cpus_per_task}"]
     if options.mpi:
         argv.append(f"--mpi={options.mpi}")
@@ -308,6 +313,7 @@ def _batch_script(allocation: Allocation, options: SlurmOptions, job: Job) -> st
         exports.append(f"{name}={shlex.quote(value)}")
     step = _shell(*_step(options, job))
     if starts_afresh:
+        # SLURM sets this variable from the first requeue on.
         step += " ${SLURM_RESTART_COUNT:+--resume}"
     output = shared.slurm_output(job_id)
     template = jinja2.Environment(
@@ -359,6 +365,7 @@ def _shell(*argv: str | Path) -> str:
     for argument in argv:
         word = str(argument)
         is_variable = "$SLURM" in word or "${SLURM" in word
+        # Double quotes let the shell expand the variable, and keep spaces together all the same.
         words.append(f'"{word}"' if is_variable else shlex.quote(word))
     return " ".join(words)
 

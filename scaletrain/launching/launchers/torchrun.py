@@ -59,6 +59,7 @@ def plan(
     agent = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={workers_here}"]
     agent.append(f"--max-restarts={max_restarts}")
     if most == 1:
+        # Alone, the agent serves its own meeting point at a free port: no endpoint is needed.
         agent.append("--standalone")
     else:
         settings = [f"join_timeout={join_timeout_s}"]

@@ -47,6 +47,7 @@ class Evidence:
             if process.ended_at is not None and process.status:
                 failures.append(self.of_process(process))
         for process in self._processes.companions:
+            # A companion has to outlive the workers, so that even status 0 comes too early.
             if process.ended_at is not None:
                 failures.append(self.of_process(process))
         failures += self.reports()
@@ -69,6 +70,7 @@ class Evidence:
             report = read_failure(self._run_dir.failure(rank))
             if report is not None and report.time >= self._started_at:
                 return report
+        # The process has told the person itself what to change. Its exit status would say less.
         if process.mistake and status == 2:
             return Failure(
                 rank, process.host, None, ended_at, FailureKind.USER, process.mistake, exit_code=2
@@ -119,6 +121,7 @@ class Evidence:
             if worker.ended or worker.host != host_name() or worker.pid in self._watched_pids:
                 continue
 
+            # The default holds this turn's worker: the loop has moved on by the time of the call.
             def on_end(worker: Progress = worker) -> None:
                 self._worker_ended(worker)
 
@@ -128,6 +131,7 @@ class Evidence:
     def _worker_ended(self, watched: Progress) -> None:
         """Note the end of a worker that did not report it."""
         latest = progress.read(self._run_dir, watched.rank) or watched
+        # Another attempt has taken the rank over, or the worker has reported its end by now.
         if latest.pid != watched.pid or latest.ended:
             return
         self._silent_ends[watched.rank, watched.pid] = Failure(
@@ -138,6 +142,7 @@ class Evidence:
             kind=FailureKind.SIGNAL,
             message=f"was killed (it ended without a report; {self._explain_sigkill()})",
             collective=latest.collective,
+            # Only the launcher knows the true status. A worker that can still act leaves a report.
             exit_code=128 + signal.SIGKILL,
         )
 

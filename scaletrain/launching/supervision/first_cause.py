@@ -85,6 +85,7 @@ def reported_by_launcher(output: str, run_dir: RunDir, now: float) -> Failure | 
 def _ended_by_signal(match: re.Match[str], run_dir: RunDir, now: float) -> Failure:
     rank = int(match["rank"])
     name = match["signal"]
+    # srun writes a signal in words, and Open MPI its number.
     number = int(_SRUN_SIGNALS.get(name) or name)
     message = f"was ended by {signal_name(number)}"
     if name == _OUT_OF_MEMORY:
@@ -120,6 +121,7 @@ def choose(failures: Iterable[Failure]) -> Failure:
     cut = [failure for failure in known if failure.kind is FailureKind.CUT]
     reach_rank_0 = [f for f in known if f.kind is FailureKind.PEER and f.rank != 0]
     hosts = {failure.host for failure in cut}
+    # One host alone is itself cut off. If other ranks still reach rank 0, its host is not.
     if len(hosts) < 2 or reach_rank_0:
         return cause
     host_of_rank_0 = next((failure.host for failure in known if failure.rank == 0), "")

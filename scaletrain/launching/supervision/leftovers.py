@@ -31,6 +31,7 @@ def state_when_stopped(job: Job) -> str:
     if checkpoint:
         return f"; {checkpoint}"
     workers = progress.read_all(run_dir, job.workers)
+    # Reports come at different times: the farthest one tells how far the job got.
     steps = max((worker.step or 0 for worker in workers), default=0)
     if not steps:
         return " before the first step was done"

@@ -67,6 +67,7 @@ class Process:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            # A group of its own: a signal then reaches everything that the process has started.
             process_group=0,
             preexec_fn=dies_with_parent(death_signal),
             pass_fds=() if fd < 0 else (fd,),
@@ -131,6 +132,7 @@ class Processes:
         prefix = f"[{process.name}] ".encode() if self._prefixed else b""
         for pipe, stream in ((process.popen.stdout, b"1"), (process.popen.stderr, b"2")):
             assert pipe
+            # One thread reads all pipes: no read may wait for a writer.
             os.set_blocking(pipe.fileno(), False)
             self._selector.register(pipe, selectors.EVENT_READ, _Lines(process, prefix, stream))
         group = self.companions if companion else self.workers
@@ -185,6 +187,7 @@ class Processes:
         """End everything: first SIGTERM, then SIGKILL for the rest. Companions end last."""
         for group in (self.workers, self.companions):
             self._stop_group(group)
+        # Processes that have left their group still carry the mark in their environment.
         kill_marked(LAUNCH_MARK, os.environ[LAUNCH_MARK])
         self.read(0)
         for process in self.all:
@@ -200,6 +203,7 @@ class Processes:
         while time.monotonic() < until and _any_left(running):
             self.read(0.05)
         for process in running:
+            # To those that have ended in time, too: their group may hold children that have not.
             process.signal(signal.SIGKILL)
 
     def _read_rest(self) -> None:

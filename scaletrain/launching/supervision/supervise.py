@@ -50,6 +50,8 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     job.run_dir.mkdir(parents=True, exist_ok=True)
+    # A launch inside a launch, as in a sweep: the outer one finds these processes, too, since its
+    # mark comes first.
     outer_mark = os.environ.get(LAUNCH_MARK, "")
     mark = f"{outer_mark}/{os.getpid()}-{time.monotonic_ns()}".lstrip("/")
     supervisor = subprocess.Popen(
@@ -64,6 +66,7 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
     try:
         with _forwarding(supervisor):
             with contextlib.suppress(BrokenPipeError):
+                # The files are written: their texts need not travel.
                 order = ORDER.dump_json((plan._replace(files=()), job))
                 supervisor.stdin.write(order + b"\n")
                 supervisor.stdin.flush()
@@ -73,6 +76,7 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
                 show(text, line[:1] == b"2")
             status = supervisor.wait()
     finally:
+        # This tells a supervisor that still runs to end everything (``Processes.orphaned``).
         supervisor.stdin.close()
         if supervisor.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -168,6 +168,7 @@ class Supervisor:
 
     def _find_failure(self) -> Failure | None:
         """Return the first cause, if a process has failed that the job cannot do without."""
+        # A copy of the list, since ``_restart`` changes it.
         for process in [*self._processes.companions]:
             if process.ended_at is not None and not self._restart(process):
                 return self._choose_cause()
@@ -317,6 +318,7 @@ class Supervisor:
             if num_ending > 1 or self._processes.orphaned:
                 break
             self._processes.read(_TICK_S)
+            # A checkpoint takes its time. The limit counts only from a signal that ends the job.
             if number == signal.SIGUSR1 and num_ending == 0:
                 until = time.monotonic() + _INTERRUPT_S
         self._processes.stop()

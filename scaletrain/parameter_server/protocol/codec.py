@@ -36,6 +36,7 @@ def encode(values: Tensor, dtype: Dtype) -> np.ndarray:
     if dtype == Dtype.FLOAT32:
         return values.numpy()
     if dtype == Dtype.TRUNC16:
+        # Sign, exponent and the upper 7 bits of the fraction: a bf16 that was cut, not rounded.
         upper_half = values.view(torch.int32) >> 16
         return upper_half.to(torch.int16).numpy()
     rounded = values.to(torch.bfloat16 if dtype == Dtype.BF16 else torch.float16)

@@ -106,6 +106,7 @@ class Slab:
         if not numbers or not all(_is_number(number) for number in numbers):
             raise ValueError("malformed handle of shared memory")
         created = shared_memory.Handle(*numbers)
+        # Each end works out the size by itself: another size means another plan of the blocks.
         if created.num_bytes != _size(floats, blocks):
             raise ValueError("shared memory has a wrong size")
         mapping = shared_memory.map_opened(created, write=write)

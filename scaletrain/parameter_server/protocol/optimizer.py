@@ -39,6 +39,7 @@ def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """
     kind = type(optimizer)
     name = kind.__name__
+    # By identity: a class of the same name from elsewhere may take other steps.
     if getattr(torch.optim, name, None) is not kind:
         raise UserError(
             f"optimizer: {name} is not of torch.optim: a parameter server makes its own from name"
@@ -100,6 +101,7 @@ def build(description: Any, group: int, parameter: nn.Parameter) -> torch.optim.
     except (TypeError, KeyError, IndexError):
         raise ValueError("malformed optimizer") from None
     kind: Any = None
+    # Only in torch.optim: a name from the wire must not lead to any other code.
     if isinstance(name, str):
         kind = getattr(torch.optim, name, None)
     if not _is_subclass(kind, torch.optim.Optimizer) or kind is torch.optim.Optimizer:

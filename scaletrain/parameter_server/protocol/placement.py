@@ -103,5 +103,6 @@ def socket_path(run_dir: Path, index: int) -> Path:
     if len(str(directory)) > _MAX_DIRECTORY:
         directory = Path(tempfile.mkdtemp(prefix="scaletrain-"))
     directory.mkdir(mode=0o700, exist_ok=True)
+    # mkdir leaves the mode of a directory that exists as it is.
     os.chmod(directory, 0o700)
     return directory / f"server-{index}"

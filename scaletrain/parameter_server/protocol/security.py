@@ -59,6 +59,7 @@ def job_keys(run_dir: Path) -> Keys:
     if not path.exists():
         _make(path)
     status = path.stat()
+    # Any right of the group or of others is too much.
     others_may_read = stat.S_IMODE(status.st_mode) & 0o077
     if status.st_uid != os.getuid() or others_may_read:
         raise UserError(
@@ -113,6 +114,7 @@ def _make(path: Path) -> None:
         with contextlib.suppress(FileExistsError):  # the keys of the faster process are the job's
             os.link(partial, path)
     finally:
+        # If the link was made, the keys live on under their true name.
         partial.unlink()
 
 

@@ -123,6 +123,7 @@ class Settings(ParameterServerOptions):
         changed = {}
         for field in _FIELDS:
             value = getattr(self, field.name)
+            # ``workers`` has no default, and so is always there.
             if value != field.default:
                 changed[field.name] = value
         return json.dumps(changed)
@@ -217,11 +218,13 @@ class Settings(ParameterServerOptions):
     @property
     def heartbeat_ms(self) -> int:
         """ZeroMQ cuts a connection that was silent for so many milliseconds."""
+        # The interval of heartbeats is a fourth of it, and an interval of 0 would switch them off.
         return max(4, int(min(SILENCE_S, self.timeout_s) * 1000))
 
     @property
     def fewest_workers(self) -> int | None:
         """The job goes on while this many workers live; None: all of them are needed."""
+        # No update waits for anybody here, so a single worker can go on.
         if self.is_asynchronous:
             return self.min_workers or 1
         if self.backup_workers or self.min_workers:

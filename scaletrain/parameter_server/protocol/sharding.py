@@ -160,6 +160,7 @@ class _Drafts:
             group=parameter.group,
             numel=parameter.numel,
             pieces=(Piece(index, 0, parameter.numel),),
+            # A scalar's own shape, (), would say that the block is a flat vector.
             shape=parameter.shape or (1,),
         )
         self.blocks.append(block)
@@ -197,6 +198,7 @@ def _balance(blocks: list[Block], servers: int) -> list[Block]:
     """
     load = [(0, server) for server in range(servers)]  # a heap of (elements, server)
     balanced = list(blocks)
+    # The key breaks ties: all workers must make the same plan.
     for block in sorted(blocks, key=lambda block: (-block.numel, block.key)):
         if block.sparse:
             continue
@@ -253,6 +255,7 @@ def from_json(value: Any, server: int) -> Block:
     if type(sparse) is not bool or not isinstance(shape, list):
         raise ValueError("a block's fields are out of bounds")
     for number in [key, group, numel, *shape]:
+        # Not isinstance, which takes JSON's true for 1.
         if type(number) is not int or not 0 <= number < _MAX_NUMBER:
             raise ValueError("a block's fields are out of bounds")
     shape_differs = bool(shape) and math.prod(shape) != numel

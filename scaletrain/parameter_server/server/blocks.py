@@ -75,6 +75,7 @@ class Blocks:
         self._abort = abort
         keys = list(shard.blocks)
         self.rule = _rule(settings, keys)
+        # A server without blocks has no weights to wait for.
         self.ready = not keys
         # Written by the server as workers join and are lost, read by _dense_gradient and _answer.
         self.slabs: dict[int, Slab] = {}
@@ -120,6 +121,7 @@ class Blocks:
                 self._set_state(peer, block, message)
             case MessageKind.PULL:
                 self._pull(peer, message.header)
+            # All cases from here on need weights.
             case _ if not self.ready:
                 raise Refused("weights are not there yet")
             case MessageKind.STATE:
@@ -189,6 +191,7 @@ class Blocks:
             count=header.count,
             version=self.rule.version[header.key],
         )
+        # A copy: ZeroMQ sends it later, and an update may change the weights before.
         self._endpoint.answer(peer, answer, part.to(torch.float32, copy=True).numpy())
 
     def _part(self, header: Header) -> torch.Tensor:
@@ -258,6 +261,7 @@ class Blocks:
         """
         size = wire.MAX_TENSOR_BYTES // 4
         end = header.offset + header.count
+        # Workers cut a gradient at multiples of this size only (``Client.push``).
         if header.offset % size or header.count != min(size, block.numel - header.offset):
             raise Refused("gradient does not have the block's shape")
         if header.offset == 0:
@@ -293,6 +297,7 @@ class Blocks:
     def _contribute(self, rank: int, header: Header, add: Callable[[], None]) -> None:
         """Let the rule decide on a gradient; ``add`` puts it into the block's sum."""
         self._tally.pushed(rank, header.key == self._first_key)
+        # The rule may drop a gradient that comes too late: then ``add`` is never called.
         for action in self.rule.push(header.key, rank, header.step, header.version):
             if isinstance(action, AddGradient):
                 self._learning_rate[header.key] = header.lr

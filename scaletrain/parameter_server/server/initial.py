@@ -50,6 +50,7 @@ class InitialValues:
         header = message.header
         if header.dtype != Dtype.FLOAT32 or header.flags:
             raise Refused("bad part of a block")
+        # ``rows`` numbers the tensors of the optimizer's state from 1 on; 0 stands for the weights.
         if header.rows:
             state = self._states.get(block.key, OptimizerState())
             part = state_part(state, header)
@@ -124,6 +125,7 @@ def _parse_state(value: dict[str, Any], block: Block) -> OptimizerState:
 
 def _is_number(value: Any) -> bool:
     """Return True for a finite number of a sensible size."""
+    # Not isinstance, which takes True for a number.
     return type(value) in (int, float) and math.isfinite(value) and abs(value) < _MAX_NUMBER
 
 
@@ -134,4 +136,5 @@ def _is_shape(value: Any, most_elements: int) -> bool:
     for extent in value:
         if type(extent) is not int or extent < 1:
             return False
+    # The tensor is made from this shape: a bad message must not exhaust the server's memory.
     return math.prod(value) <= most_elements

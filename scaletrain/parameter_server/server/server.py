@@ -71,6 +71,7 @@ class Server:
             UserError: the job's keys can be read by others.
         """
         try:
+            # Weights come before the socket: a worker that connects finds them restored.
             self._restore()
             self._endpoint.open()
             next_tick = next_statistics = 0.0
@@ -193,6 +194,7 @@ class Server:
             handle: ``Slab.handle`` of the worker's memory, from the wire; None without shared
                 memory.
         """
+        # A worker that was started again brings new memory, or none.
         owned.slabs.pop(rank, None)
         shard = owned.shard
         if handle is None or shard.slab is None:
@@ -275,6 +277,7 @@ class Server:
         """Tell all workers that training cannot go on."""
         owned = self._blocks
         assert owned is not None  # its rule decides on this
+        # The rule aborts only on a loss, which ``_lose`` has just noted.
         reason = self._tally.lost[-1].reason
         self._aborted = (
             f"worker rank {action.rank} was lost ({reason});"
@@ -318,6 +321,7 @@ class Server:
         rule = owned.rule
         missing = set(range(self.settings.workers)) - rule.live - rule.lost - rule.left
         for rank in sorted(missing):
+            # The rule can lose only a worker that has joined.
             rule.join(rank)
             self._lose(rank, f"did not come within {limit_s:g} s")
 

@@ -249,6 +249,7 @@ class Shard:
             if name == _SCHEDULED:
                 _advance(owned.schedule, number)
             else:
+                # torch keeps counters such as ``step`` as tensors without dimensions.
                 loaded[name] = torch.tensor(float(number))
         if loaded:
             owned.optimizer.state[owned.parameter] = loaded
@@ -296,6 +297,7 @@ def _mean(owned: _OwnedBlock, num_gradients: int) -> Tensor:
         return _mean_of_rows(owned, num_gradients)
     owned.num_gradients = 0
     if owned.first is not None:
+        # A single gradient is its own mean: no copy and no division.
         gradient, owned.first = owned.first, None
     else:
         assert owned.sum is not None
@@ -308,6 +310,7 @@ def _mean_of_rows(owned: _OwnedBlock, num_gradients: int) -> Tensor:
     rows = torch.cat([gradient.rows for gradient in owned.sparse])
     values = torch.cat([gradient.values for gradient in owned.sparse]) / num_gradients
     owned.sparse = []
+    # Workers touch the same rows. coalesce() adds up what they have for a row.
     return torch.sparse_coo_tensor(
         rows[None], values, owned.block.shape, check_invariants=False
     ).coalesce()

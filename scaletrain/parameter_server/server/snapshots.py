@@ -99,6 +99,7 @@ class Snapshots:
         """Return True if a snapshot is due when the least updated block has so many updates."""
         settings = self._settings
         new_updates = updates - self.saved_at
+        # The file on the disk is up to date, however old it is.
         if new_updates == 0:
             return False
         if settings.snapshot_updates and new_updates >= settings.snapshot_updates:
@@ -147,6 +148,7 @@ def _load(path: Path, shard: Shard) -> SnapshotHeader:
                 shard.weights(key).copy_(file.get_tensor(f"weights.{key}"))
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name.startswith("state."):
+                    # Split twice only: the optimizer's name for the tensor may hold dots itself.
                     _, key_text, entry = name.split(".", 2)
                     states[int(key_text)].tensors[entry] = file.get_tensor(name)
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
@@ -154,6 +156,7 @@ def _load(path: Path, shard: Shard) -> SnapshotHeader:
     for key, state in states.items():
         state.numbers = rest["numbers"].get(str(key), {})
         shard.load_state(key, state)
+        # After ``load_state``, which only steps a fresh schedule forward: this sets it as it was.
         if str(key) in rest["schedules"]:
             shard.load_schedule_state(key, rest["schedules"][str(key)])
     return SnapshotHeader.from_json(rest["header"])
@@ -176,5 +179,6 @@ def _launch_mark() -> str:
 
     It is made of the parent, which stays the same when it starts a server again.
     """
+    # A process id is used again in time. Together with the start it is not.
     parent = psutil.Process(os.getppid())
     return f"{parent.pid} {parent.create_time()}"

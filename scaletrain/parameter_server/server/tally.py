@@ -46,6 +46,7 @@ class Tally:
     def __init__(self) -> None:
         self._paces: dict[int, _Pace] = {}  # by rank
         self._staleness: Counter[int] = Counter()  # gradients by their staleness in updates
+        # Before there are any weights: what Python and torch take by themselves.
         self._at_start = _resident_bytes()
         self.lost: list[LostWorker] = []
 
@@ -77,6 +78,7 @@ class Tally:
     def as_json(self) -> dict[str, Any]:
         """Return the counts for the statistics file; numbers of ranks and updates become text."""
         paces = {str(rank): pace for rank, pace in sorted(self._paces.items())}
+        # Of all threads: ZeroMQ's are in it, which encrypt.
         cpu_s = time.process_time()
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {

@@ -35,6 +35,7 @@ class ServerBeside:
         """Start the server, and start it again when it dies."""
         for _ in range(1 + self._restarts):
             self._process = subprocess.Popen(self._argv)
+            # Status 0: all workers have left (``--until-left``).
             if self._process.wait() == 0 or self._closing:
                 return
 

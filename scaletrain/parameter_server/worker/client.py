@@ -105,6 +105,7 @@ class Client:
             # Servers that this worker reaches later may have let the others do more steps.
             self._position.step = max(self._position.step, ready.step)
             self.initialised = self.initialised and ready.initialised
+            # Server 0 alone adds up sums (``IoThread._route``).
             if link.index == 0:
                 self._sum_number = ready.next_sum
 
@@ -180,6 +181,7 @@ class Client:
             tensors: float32, by name, as ``state`` returns them.
             numbers: by name, as ``state`` returns them.
         """
+        # The server numbers the tensors by their sorted names (``OptimizerState.flat_tensors``).
         by_name = sorted(tensors.items())
         shapes = [[name, list(tensor.shape)] for name, tensor in by_name]
         description = wire.to_json({"tensors": shapes, "numbers": numbers})
@@ -224,11 +226,13 @@ class Client:
             self._dtype,
             key=key,
             step=step,
+            # Of the weights that the gradient comes from: the server finds its staleness by it.
             version=self._position.versions[key],
             count=len(values),
             lr=lr,
         )
         if self._link(key).shared:
+            # Only the header travels: the server reads the gradient where it lies.
             header = header._replace(flags=wire.SHARED, dtype=Dtype.FLOAT32)
             self._requests.ask(Token(Topic.UPDATE, key), header, [b""])
             return
@@ -285,6 +289,7 @@ class Client:
         message = answered.message
         parts = [codec.decode(message.payloads[0], message.header.dtype)]
         size = _elements_of_a_message()
+        # ``push`` has opened a request for each part, so each part of the answer has its own.
         for offset in range(size, self._blocks[key].numel, size):
             message = self._requests.wait(Token(Topic.UPDATE, key, offset)).message
             parts.append(codec.decode(message.payloads[0], message.header.dtype))

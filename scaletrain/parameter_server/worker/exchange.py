@@ -104,6 +104,7 @@ class ParameterServerExchange:
             self._job.join(client.step)
             self._steps = GradientSteps(settings, replica, model, optimizer)
         self._steps.begin(self._job.done)
+        # The first weights are not the traffic of a step.
         self._sent = client.bytes_sent
         self._received = client.bytes_received
         return model
@@ -125,7 +126,9 @@ class ParameterServerExchange:
         began = time.perf_counter()
         results = steps.finish()
         self._job.done += 1
+        # A server's successor is told this step (``io_thread.Position``).
         client.step = self._job.done
+        # Only in this mode is each update one step of the job.
         if self._settings.mode == "sync":
             self._job.notice_lag(client.updates(), client.reconnects)
         steps.begin(self._job.done)
@@ -146,11 +149,13 @@ class ParameterServerExchange:
         """Return the sum of a small CPU tensor over the ranks that live."""
         assert self._client
         total = self._client.sum(values.double().numpy())
+        # A copy: the array lies in the received message, and is read-only.
         return torch.from_numpy(total.copy()).to(values.dtype)
 
     def live_workers(self) -> int:
         """Return how many workers train, as far as this rank has heard."""
         heard = self._client.live_workers() if self._client else 0
+        # 0: the servers have not said anything yet.
         return heard or self.world.size
 
     def record(self) -> dict[str, float]:
@@ -163,6 +168,8 @@ class ParameterServerExchange:
 
     def close(self) -> None:
         """Leave the servers in good order, and end the one beside this worker."""
+        # Staged gradients leave over the client, and the server ends when this worker has left it:
+        # the one that depends on another is closed first.
         if self._steps:
             self._steps.close()
         if self._replica:

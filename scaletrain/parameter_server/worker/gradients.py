@@ -115,6 +115,7 @@ class GradientSteps:
 
     def _check_rates(self) -> None:
         """Raise ``ValueError`` if a rate is not the one that its gradients have left with."""
+        # The servers have a schedule of their own, and ignore the rates of workers.
         if self._settings.server_lr is not None:
             return
         for index, pushed in self._pushed_rates.items():

@@ -125,6 +125,7 @@ class IoThread:
         finally:
             for link in self._links:
                 link.disconnect()
+            # This waits until every socket of the context is closed.
             self._identity.context.term()
 
     def _take_turn(self) -> None:
@@ -185,10 +186,12 @@ class IoThread:
         if token.topic is Topic.UPDATE and not link.may_push(token):
             return False
         socket = link.sockets[number]
+        # As late as this: a new connection has another session.
         header = header._replace(rank=self._identity.rank, session=link.sessions[number])
         try:
             socket.send_multipart([header.pack(), *payloads], zmq.NOBLOCK, copy=False)
         except zmq.Again:
+            # POLLOUT only while the queue is full: otherwise each poll would return at once.
             link.blocked.add(number)
             self._poller.register(socket, zmq.POLLIN | zmq.POLLOUT)
             return False
@@ -258,6 +261,7 @@ class IoThread:
             left = Message(Header(MessageKind.LEFT), ())
             self._requests.answer(goodbye, Answered(left, link.epoch, None))
             link.disconnect()
+            # From now on its silence means nothing.
             link.heard_at = float("inf")
             self._watch_sockets()
             return

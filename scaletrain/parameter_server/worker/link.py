@@ -261,6 +261,7 @@ class ServerLink:
         if self.shared:
             self.weights = self._map_weights(ready.weights)
         is_successor = self.epoch > 0
+        # Pushes that are to be sent again say in their header where the gradient lies.
         if is_successor and was_shared != self.shared:
             raise ServerError(f"{self} came back without shared memory")
         if is_successor and not ready.initialised:

@@ -61,6 +61,7 @@ class LocalSteps:
         self._replica = replica
         self._optimizer = optimizer
         self._rounds = Rounds.of(settings)
+        # Averaging is a plain step of rate 1 (``replica._outer_optimizer``).
         self._outer_lr = settings.outer_lr if settings.outer == "nesterov" else 1.0
         self._step = 0  # of the job, done next
         # The weights at the begin of the round, for each parameter.
@@ -91,6 +92,7 @@ class LocalSteps:
             for index, parameter in enumerate(replica.parameters):
                 way = self._anchors[index] - parameter
                 replica.push(index, way, rounds, self._outer_lr)
+            # All pushes are on their way before the first answer is waited for.
             results = [replica.take(block) for block in reversed(replica.blocks)]
             for anchor, parameter in zip(self._anchors, replica.parameters, strict=True):
                 anchor.copy_(parameter)

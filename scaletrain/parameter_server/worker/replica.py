@@ -52,6 +52,7 @@ class Replica:
         self.parameters: list[nn.Parameter] = []
         for parameter in model.parameters():
             if parameter.requires_grad:
+                # ``_flat`` looks at the same memory as one dimension.
                 parameter.data = parameter.data.contiguous()
                 self.parameters.append(parameter)
         if settings.local:
@@ -192,6 +193,7 @@ class Replica:
             rows = gradient.indices()[0].cpu()
             values = gradient.values().float().cpu()
         for block in self.tables[index]:
+            # Rows are sorted: those of a block lie side by side.
             bounds = torch.tensor([block.first_row, block.first_row + block.shape[0]])
             first, last = torch.searchsorted(rows, bounds).tolist()
             rows_in_block = rows[first:last] - block.first_row
@@ -230,6 +232,7 @@ class Replica:
             index: the table's parameter.
             rows: row numbers within the table, int64, (n,), sorted, each once.
         """
+        # All questions leave before the first answer is waited for: the servers work at once.
         asked = []  # (block, rows of the table that lie in it)
         for block in self.tables[index]:
             is_in_block = (rows >= block.first_row) & (rows < block.first_row + block.shape[0])
@@ -255,6 +258,7 @@ class Replica:
             tensors: dict[str, Tensor] = {}
             numbers: dict[str, float] = {}
             for name, value in states[0].items():
+                # A block may hold several parameters: it gets only what all of them have.
                 if value is None or not all(name in state for state in states):
                     continue
                 if self._is_tensor_state(name, value, block.pieces[0]):
@@ -283,6 +287,7 @@ class Replica:
                 parameter = self.parameters[piece.parameter]
                 state = optimizer.state[parameter]
                 for name, number in numbers.items():
+                    # torch keeps counters such as ``step`` as tensors without dimensions.
                     state[name] = torch.tensor(float(number))
                 for name, tensor in tensors.items():
                     if tensor.numel() != block.numel:  # of an optimizer that looks at whole tensors

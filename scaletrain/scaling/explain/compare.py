@@ -33,6 +33,7 @@ class CellChange:
         if self.failed:
             return True
         change = self.change
+        # Certain (the interval lies below 1) and large enough to matter.
         return change is not None and change.is_lower and change.ratio < 1 - WORTH
 
     @property
@@ -50,6 +51,7 @@ class CellChange:
             return "REGRESSION"
         if self.improved:
             return "faster"
+        # So wide an interval would hide a real change: it does not show that there is none.
         if self.change.low < 1 - KNOWN or self.change.high > 1 + KNOWN:
             return "cannot tell (the interval is wide: more repeats, on a quiet machine)"
         return "no real change"
@@ -69,6 +71,7 @@ def compare(new: Report, old: Report) -> list[CellChange]:
         raise UserError(
             f"--baseline: is of {old.header.mode} scaling, the report of {new.header.mode} scaling"
         )
+    # A cell without figures before is nothing to compare with; that it failed is no news.
     measured_before = {_identity(row): row for row in old.rows if row.runs}
     pairs = []
     for row in new.rows:
@@ -89,6 +92,7 @@ def _change_of(row: Row, before: Row, together: int) -> CellChange:
 
 def _identity(row: Row) -> tuple[str, str, int, int, str]:
     """Return everything that makes two rows the same cell."""
+    # Sorted: the order of --vary does not make another cell.
     variant = str(sorted(row.variant.items()))
     return row.config, row.exchange, row.workers, row.batch_size, variant
 
@@ -114,6 +118,7 @@ def differences(new: Report, old: Report) -> str | None:
     """
     before, now = _settings(old.header), _settings(new.header)
     changes = []
+    # Ordered, unlike a set, so that the line reads the same each time.
     for config in dict.fromkeys([*now, *before]):
         if config not in now or config not in before:
             continue  # a config that only one of them has: its cells are not compared
@@ -124,6 +129,7 @@ def differences(new: Report, old: Report) -> str | None:
                 changes.append(f"{key} {value_before} -> {value_now}")
     if not changes:
         return None
+    # Several configs often differ in the same key: it is named once.
     return f"measured with different settings: {', '.join(dict.fromkeys(changes))}"
 
 
@@ -135,7 +141,9 @@ def _settings(header: ReportHeader) -> dict[str, dict[str, object]]:
     overrides = dict(parse_setting(text) for text in header.settings or ())
     settings: dict[str, dict[str, object]] = {}
     for stem, text in header.config.items():
+        # Settings of the sweep win over the file, as they do in the run itself.
         dotted = _dotted(yaml.safe_load(text) or {}) | overrides
+        # The first part decides: ``exchange.transport`` belongs to ``exchange``.
         settings[stem] = {
             key: value for key, value in dotted.items() if key.partition(".")[0] not in ASIDE
         }
@@ -147,6 +155,7 @@ def _dotted(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     """Return the leaves of nested mappings by their dotted keys."""
     keys: dict[str, object] = {}
     for key, inner in value.items():
+        # An empty mapping is a leaf. It would vanish otherwise.
         if isinstance(inner, dict) and inner:
             keys |= _dotted(inner, f"{prefix}{key}.")
         else:

@@ -19,8 +19,10 @@ def of(report: Report) -> str:
     They name the best that was reached, the most workers where they are no faster, the limiter and
     the failures.
     """
+    # Doubts come first: no figure should be read before them.
     sentences = [*_cautions(report.header)]
     with_speedup = [row for row in report.rows if row.speedup is not None]
+    # Workers with ``none`` train apart. Their speed-up counts only if there is no other.
     exchanging = [row for row in with_speedup if row.exchange != "none"]
     if with_speedup:
         sentences += _speedups(exchanging or with_speedup, report.losses)
@@ -43,6 +45,7 @@ def _cautions(header: ReportHeader) -> list[str]:
 def _speedups(rows: Sequence[Row], losses: Sequence[Loss]) -> list[str]:
     """Return sentences about the best row, the most workers beside it, and the limiter."""
     best = max(rows, key=_speedup)
+    # Other configs and variants are other jobs: their worker counts say nothing here.
     comparable = [row for row in rows if _is_same_job(row, best)]
     most = max(row.workers for row in comparable)
     largest = max((row for row in comparable if row.workers == most), key=_speedup)
@@ -57,6 +60,7 @@ def _speedups(rows: Sequence[Row], losses: Sequence[Loss]) -> list[str]:
             f"{' and '.join(equals)} may be as fast:"
             f" {plural(len(best.runs), 'repeat')} cannot tell them apart."
         )
+    # Scaling has turned: the most workers are slower than some number below.
     if _speedup(largest) < _speedup(best):
         crowded = f", {largest.oversubscribed}" if largest.oversubscribed else ""
         sentences.append(
@@ -73,6 +77,7 @@ def _speed_alone(rows: Sequence[Row]) -> list[str]:
     """Return sentences about the fastest row, where there is nothing to be faster than."""
     if not rows:
         return []
+    # An exchange goes before ``none``, which is faster only because it trains apart.
     best = max(rows, key=lambda row: (row.exchange != "none", row.samples_per_s))
     return [
         f"Fastest is {_name(best)}: {_rate(best)}.",

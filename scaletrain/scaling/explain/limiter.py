@@ -110,6 +110,8 @@ class Evidence:
     @property
     def wanted_ci95(self) -> float:
         """The interval of the efficiency beyond which no cause is named."""
+        # Half of the lost part: with a wider interval, most of the loss may be noise.
+        # Near efficiency 1, that would ask for more repeats than anybody runs.
         return (1 - self.efficiency) / 2 if self.efficiency < WELL else LITTLE
 
     @property
@@ -146,6 +148,7 @@ def split(steps: Steps, loss_s: float | None = None) -> list[Cause]:
             difference between the real step and the ideal one.
     """
     real, alone, small, single = steps.real, steps.alone, steps.small, steps.single
+    # The single worker did the work of all in strong scaling, of one in weak scaling.
     share = 1 / steps.workers if steps.strong else 1.0
     added_s = real.step_s - alone.step_s
     stolen_s = 0.0
@@ -153,7 +156,10 @@ def split(steps: Steps, loss_s: float | None = None) -> list[Cause]:
         stolen_s = real.compute_s - real.waited_s - alone.compute_s
     straggling_s = 0.0
     if steps.waits:
+        # Noise can make the exchange seem to shorten a step. Then nobody was waited for.
         straggling_s = max(0.0, min(alone.slowest_s - alone.step_s, added_s - stolen_s))
+    # The references cancel: where parts add up to steps, the sum of the causes is
+    # ``real.step_s - single.step_s * share``.
     causes = [
         Cause("communication", added_s - stolen_s - straggling_s),
         Cause("stragglers", straggling_s),
@@ -180,6 +186,8 @@ def unidentified(evidence: Evidence) -> str | None:
     None if one can be called so, or if nothing is lost.
     """
     costs = evidence.costs
+    # From the coarsest doubt to the finest: whether anything is lost, whether gains cancel
+    # the losses, whether one cause leads.
     if not evidence.is_efficiency_known:
         return _too_noisy(evidence)
     if not costs or evidence.efficiency >= WELL:
@@ -191,6 +199,7 @@ def unidentified(evidence: Evidence) -> str | None:
             f"No cause can be named: losses of {_ms(evidence.loss_s + gained_s)} and gains of"
             f" {_ms(gained_s)} a step nearly cancel. More repeats may help."
         )
+    # A single cause has no rival that it could be mistaken for.
     if len(costs) < 2:
         return None
     lead_s = costs[0].seconds - costs[1].seconds
@@ -213,6 +222,7 @@ def _too_noisy(evidence: Evidence) -> str:
         f" after {evidence.repeats} repeats"
     )
     needed = _repeats_needed(evidence, evidence.ci95, evidence.wanted_ci95)
+    # The interval reaches efficiency 1, at which nothing is lost.
     if evidence.ci95 >= 1 - evidence.efficiency:
         return f"Too noisy to say whether anything is lost: {efficiency}. {needed}"
     largest = f"As measured, {_largest_two(evidence.costs)} cost most."
@@ -243,13 +253,14 @@ def _verdict(evidence: Evidence, alternative: str | None) -> str:
         return f"Next to nothing is lost {on_workers}: efficiency {evidence.efficiency:.2f}."
     wording = WORDINGS[worst.name]
     loss_s = evidence.loss_s
+    # A cause can cost more than is lost, if others gain time. A share above 100 % would
+    # puzzle the reader, so this one is told in milliseconds.
     if worst.seconds <= loss_s:
         share = f"{_percent(worst.seconds / loss_s)} of the lost time."
     else:
         share = f"{_ms(worst.seconds)} a step. Other parts gain some back: {_ms(loss_s)} are lost."
     sentences = [f"{wording.verdict} {on_workers}: {share}", alternative or wording.advice]
-    unexplained_s = sum(c.seconds for c in evidence.causes if c.name == "unexplained")
-    rest = unexplained_s / loss_s
+    rest = dict(evidence.causes).get("unexplained", 0.0) / loss_s
     if abs(rest) > WHOLE and worst.name != "unexplained":
         sentences.append(f"The causes add up to {_percent(1 - rest)} of the lost time.")
     return " ".join(sentences)

@@ -8,7 +8,7 @@ import numpy as np
 from scaletrain import plugins
 from scaletrain.scaling.explain import limiter
 from scaletrain.scaling.explain.limiter import Cause, Evidence, MeanStep, Steps
-from scaletrain.scaling.explain.measurements import Measurements, mean_part_s
+from scaletrain.scaling.explain.measurements import Measurements, mean_part_s, rates
 from scaletrain.scaling.measure.intervals import mean
 from scaletrain.scaling.model import Cell, Loss, Row, Run
 from scaletrain.scaling.predict.fit import Fit, strategy_of
@@ -69,6 +69,7 @@ def loss_of(cell: Cell, row: Row, measurements: Measurements) -> Loss | None:
     evidence = Evidence(
         causes=causes,
         efficiency=row.efficiency,
+        # Efficiency is speed-up over workers, and so is its interval.
         ci95=None if row.speedup_ci95 is None else row.speedup_ci95 / cell.workers,
         lead_ci95=_lead_ci95(causes, steps, runs),
         repeats=runs.repeats,
@@ -87,7 +88,7 @@ def loss_of(cell: Cell, row: Row, measurements: Measurements) -> Loss | None:
         loss_s=real_s - ideal_s,
         efficiency=evidence.efficiency,
         efficiency_ci95=evidence.ci95,
-        causes={cause.name: cause.seconds for cause in causes},
+        causes=dict(causes),
         lead_ci95=evidence.lead_ci95,
         limiter=largest.name if largest and is_identified else None,
         sentence=limiter.sentence(evidence),
@@ -100,9 +101,10 @@ def _step_and_ideal_s(cell: Cell, runs: _Runs, *, strong: bool) -> tuple[float, 
     Throughput is samples over time, each rank by its own clock. The causes come from the parts of
     steps instead; ``limiter.split`` calls the difference unexplained.
     """
+    # In weak scaling, a cell's batch size is that of one worker.
     batch = cell.batch_size if strong else cell.batch_size * cell.workers
-    real_s = float(np.mean([batch / run.samples_per_s for run in runs.real]))
-    single_s = float(np.mean([cell.batch_size / run.samples_per_s for run in runs.single]))
+    real_s = float(np.mean(batch / np.array(rates(runs.real))))
+    single_s = float(np.mean(cell.batch_size / np.array(rates(runs.single))))
     ideal_s = single_s / cell.workers if strong else single_s
     return real_s, ideal_s
 
@@ -112,8 +114,10 @@ def _lead_ci95(causes: Sequence[Cause], steps: Steps, runs: _Runs) -> float | No
 
     Repeats at the same position ran close together, so the lead is taken repeat by repeat.
     """
+    # The order over all repeats: a single repeat may put another cause first.
     largest, second, *_ = sorted(causes, key=lambda cause: -cause.seconds)
     leads = []
+    # Not strict: a reference may have fewer repeats. Those without a partner are left out.
     repeats = zip(runs.real, runs.alone, runs.small, runs.single, strict=False)
     for real, alone, small, single in repeats:
         repeat_causes = limiter.split(
@@ -125,7 +129,7 @@ def _lead_ci95(causes: Sequence[Cause], steps: Steps, runs: _Runs) -> float | No
                 single=mean_step([single]),
             )
         )
-        seconds = {cause.name: cause.seconds for cause in repeat_causes}
+        seconds = dict(repeat_causes)
         leads.append(seconds[largest.name] - seconds[second.name])
     return mean(leads).ci95
 
@@ -134,6 +138,7 @@ def mean_step(runs: Sequence[Run]) -> MeanStep:
     """Return the mean step of some runs and its parts."""
     waits = [run.waited_s for run in runs if run.waited_s is not None]
     compute_s = [run.part_s("forward_s") + run.part_s("backward_s") for run in runs]
+    # A mean wait over only some of the runs would not fit the other figures.
     return MeanStep(
         step_s=float(np.mean([run.step_s for run in runs])),
         slowest_s=float(np.mean([run.slowest_s for run in runs])),
@@ -162,6 +167,7 @@ def _with_alternative(loss: Loss, rows: Sequence[Row], fitted: Fit | None) -> Lo
     row = next((row for row in comparable if row.exchange == loss.exchange), None)
     if row is None:
         return loss
+    # ``none`` does not train one model, and so is no alternative.
     others = [other for other in comparable if other.exchange not in (loss.exchange, "none")]
     best = max(others, key=lambda other: other.efficiency or 0.0, default=None)
     alternative = None
@@ -203,6 +209,7 @@ def _predicted_alternative(row: Row, fitted: Fit) -> str | None:
     gradient_bytes = row.gradient_bytes
     if strategy is None or gradient_bytes is None or row.efficiency is None:
         return None
+    # A row has the batch of all workers; the model takes the samples of one.
     share = row.batch_size / row.workers
 
     model = StepModel(gradient_bytes, fitted.compute, fitted.fabric, fitted.overlap)
@@ -210,11 +217,13 @@ def _predicted_alternative(row: Row, fitted: Fit) -> str | None:
     def predicted_s(name: str) -> float:
         return model.step_s(name, row.workers, share)
 
+    # ``two_level`` needs to know which workers share a host, which a row does not say.
     collectives = [name for name in plugins.names("collective") if name != "two_level"]
     best = min(collectives, key=predicted_s)
     gain = predicted_s(strategy) / predicted_s(best)
     if best == strategy or gain < WORTH:
         return None
+    # Only the ratio is the model's: an error that both predictions share cancels.
     efficiency = row.efficiency * gain
     return (
         f"{_capitalized(best)} instead of {row.exchange} should raise efficiency"

@@ -33,6 +33,7 @@ class Measurements:
 
     def runs(self, cell: Cell) -> list[Run]:
         """Return the finished repeats of a cell; none if the cell is not known."""
+        # Not by ``results``: a question must not add the cell.
         return self._results[cell].runs if cell in self._results else []
 
     def cells(self, *, reference: bool) -> list[Cell]:
@@ -85,6 +86,7 @@ class Measurements:
         same_job = [other for other in self._results if self._is_same_job(other, cell)]
         plain = [other for other in same_job if other.exchange == "none" and other.workers == 1]
         if plain:
+            # False sorts first: the run in full length, then the short reference.
             return min(plain, key=lambda other: other.reference)
         asked_for = [other for other in same_job if not other.reference]
         counts = {other.workers for other in asked_for}
@@ -104,6 +106,7 @@ class Measurements:
 
     def _long_or_short(self, cell: Cell) -> list[Run]:
         """Return the runs of a cell in full length, else those of its short reference."""
+        # The long run rests on more steps, so it is taken where both exist.
         for reference in (False, True):
             runs = self.runs(dataclasses.replace(cell, reference=reference))
             if runs:

@@ -32,15 +32,15 @@ def of_sweep(*outs: Path) -> Report:
     plans = [sweep.read(out) for out in outs]
     measurements = Measurements(strong=plans[0].mode == "strong")
     progress = _Progress()
+    headers = []
     for out, plan in zip(outs, plans, strict=True):
         for cell in plan.cells():
             _read_cell(out, plan, cell, measurements.results(cell), progress)
-    headers = [
-        sweep.read_header(out) or plan.header() for out, plan in zip(outs, plans, strict=True)
-    ]
+        headers.append(sweep.read_header(out) or plan.header())
     configs: dict[str, str] = {}
     for header in headers:
         configs.update(header.config)
+    # Host and time are those of the first sweep.
     header = dataclasses.replace(
         headers[0],
         config=configs,
@@ -108,6 +108,7 @@ def of_runs(directories: Sequence[Path]) -> Report:
     for run in runs:
         batch_size = run.summary.batch_size or 0
         if mode == "weak":
+            # A summary has the batch of all workers; a cell of weak scaling has one worker's.
             batch_size //= run.workers
         cell = Cell(run.summary.name, run.summary.exchange, run.workers, batch_size)
         measurements.results(cell).runs.append(run)
@@ -135,15 +136,17 @@ def _report(measurements: Measurements, header: ReportHeader) -> Report:
     references = tuple(row_of(cell, measurements) for cell in measurements.cells(reference=True))
     rows, loss_reached = _with_time_to_loss(rows, cells, measurements)
     # 2. Its lost time.
-    maybe_losses = [
-        losses.loss_of(cell, row, measurements) for cell, row in zip(cells, rows, strict=True)
-    ]
+    split_losses = []
+    for cell, row in zip(cells, rows, strict=True):
+        loss = losses.loss_of(cell, row, measurements)
+        if loss is not None:
+            split_losses.append(loss)
     report = Report(
         version=VERSION,
         header=_with_findings(header, rows, measurements),
         summary="",
         rows=rows,
-        losses=tuple(loss for loss in maybe_losses if loss is not None),
+        losses=tuple(split_losses),
         references=references,
         batches=_batches([*rows, *references]),
         loss_reached=loss_reached,
@@ -219,6 +222,7 @@ def _batches(rows: Iterable[Row]) -> tuple[BatchPoint, ...]:
         variant = {key: value for key, value in row.variant.items() if key != "batch_size"}
         sample_s = (row.forward_s + row.backward_s) / row.batch_size
         point = BatchPoint(row.config, variant, row.batch_size, sample_s, efficiency=1.0)
+        # Rows come before references: the long measurement of a batch size wins.
         points.setdefault((row.config, str(variant), row.batch_size), point)
     in_order = [points[key] for key in sorted(points)]
     # The last one of a job has its largest batch.
@@ -246,14 +250,13 @@ def _fitted(report: Report) -> Fit | None:
     counts = sorted({row.workers for row in rows if row.workers > 1})
     fitted_to = counts[-2] if len(counts) > 2 else None
     try:
-        fits = [
-            fit_report(report, gradient_bytes, overlap, max_workers=fitted_to)
-            for overlap in (True, False)
-        ]
+        # Once as if communication hid behind backward, once as if it did not.
+        hidden = fit_report(report, gradient_bytes, overlap=True, max_workers=fitted_to)
+        exposed = fit_report(report, gradient_bytes, overlap=False, max_workers=fitted_to)
     except UserError:
         return None
     # The measurements tell whether communication hides behind backward.
-    return min(fits, key=lambda fit: fit.error)
+    return min(hidden, exposed, key=lambda fit: fit.error)
 
 
 def _with_predictions(report: Report, fitted: Fit) -> Report:

@@ -48,6 +48,8 @@ def row_of(cell: Cell, measurements: Measurements) -> Row:
 
 def _with_speed(row: Row, runs: Sequence[Run]) -> Row:
     """Add samples per second and the distribution of steps over all ranks and repeats."""
+    # Intervals are over repeats, which are independent; the steps of a run are not.
+    # Percentiles are over all single steps.
     rate = mean(rates(runs))
     step = mean([run.step_s for run in runs])
     steps = np.concatenate([run.steps.ravel() for run in runs])
@@ -84,8 +86,10 @@ def _with_traffic(row: Row, runs: Sequence[Run]) -> Row:
     bytes_sent = _mean_of(run.sent_bytes for run in runs)
     bytes_sent_is = None if bytes_sent is None else "counted"
     strategy = strategy_of(row.exchange)
+    # Servers run no schedule. That of two_level depends on which workers share a host.
     has_schedule = strategy not in (None, "server", "two_level")
     if bytes_sent is None and gradient_bytes and strategy and has_schedule:
+        # ``bytes_moved`` counts all workers together.
         bytes_sent = bytes_moved(strategy, row.workers, gradient_bytes) / row.workers
         bytes_sent_is = "the schedule's"
     return dataclasses.replace(
@@ -116,6 +120,8 @@ def _with_speedup(row: Row, cell: Cell, measurements: Measurements) -> Row:
     baseline = measurements.baseline(cell)
     if baseline is None or cell.reference:
         return row
+    # The baseline's ratio to itself is 1 whatever the noise. Its interval of 0 would claim a
+    # precision that nobody measured, and is left out below.
     speedup = _speedup(measurements.runs(cell), measurements.runs(baseline), baseline.workers)
     return dataclasses.replace(
         row,

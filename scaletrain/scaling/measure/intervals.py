@@ -67,6 +67,7 @@ def enough(n: int, ci95: float, wanted: float) -> int | None:
     Returns:
         The number of repeats; None if it is more than ``MANY``.
     """
+    # The interval was the deviation times this factor: dividing gives the deviation back.
     deviation = ci95 / _half_width(n)
     for repeats in range(n + 1, MANY + 1):
         if deviation * _half_width(repeats) <= wanted:
@@ -84,9 +85,12 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Mean:
     our_mean, their_mean = mean(ours), mean(theirs)
     value = our_mean.value / their_mean.value
     if len(ours) == len(theirs):
-        pairs = zip(ours, theirs, strict=True)
-        errors = mean([(our - value * their) / their_mean.value for our, their in pairs])
+        # To first order, the error of a / b is (da - a / b * db) / b. Each pair of repeats gives
+        # one such error; drifts that both share cancel in it.
+        residuals = np.array(ours) - value * np.array(theirs)
+        errors = mean((residuals / their_mean.value).tolist())
         return Mean(value, errors.ci95, errors.n)
+    # Unpaired: the side with fewer repeats limits what the ratio can be trusted with.
     n = min(our_mean.n, their_mean.n)
     if our_mean.ci95 is None or their_mean.ci95 is None:
         return Mean(value, None, n)
@@ -144,14 +148,19 @@ def change(new: Mean, old: Mean, together: int = 1) -> Change | None:
     old_variance = _relative_error(old) ** 2
     variance = new_variance + old_variance
     ratio = new.value / old.value
+    # Repeats without any scatter: the formula below would divide 0 by 0.
     if variance == 0:
         return Change(ratio, ratio, ratio)
+    # Welch and Satterthwaite: the side with the larger error decides the degrees of freedom.
     freedom = variance**2 / (new_variance**2 / (new.n - 1) + old_variance**2 / (old.n - 1))
+    # 2.5 % on each side, divided by the number of changes (Bonferroni).
     half_width = _t(1 - 0.025 / together, freedom) * math.sqrt(variance)
+    # Back from logarithms, in which half as fast and twice as fast are equally far from 1.
     return Change(ratio, ratio * math.exp(-half_width), ratio * math.exp(half_width))
 
 
 def _relative_error(mean: Mean) -> float:
     """Return the standard error of a mean as a fraction of it."""
     assert mean.ci95 is not None
+    # This undoes the factor by which ``mean`` widens a standard error to an interval.
     return mean.ci95 / _t(0.975, mean.n - 1) / mean.value

@@ -38,6 +38,7 @@ class Watch:
             return None
         cores_s = (time.monotonic() - self._began_s) * len(os.sched_getaffinity(0))
         others_s = busy_s - self._busy_s - (_own_s() - self._own_s)
+        # The kernel counts in ticks of some milliseconds: a short watch may leave 0 to 1.
         return min(1.0, max(0.0, others_s) / cores_s)
 
 
@@ -53,6 +54,7 @@ def _busy_s() -> float | None:
         return None
     busy_s = 0.0
     for times in usable:
+        # Stolen time went to other guests of the host. Only Linux counts it.
         busy_s += times.user + times.nice + times.system + getattr(times, "steal", 0.0)
     return busy_s or None  # some sandboxes show zeros
 

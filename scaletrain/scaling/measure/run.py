@@ -30,6 +30,7 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
     if shortest < 1:
         raise UserError(f"{run_dir}: a rank has no records")
     first = min(warmup_steps, shortest - 1)
+    # Arrays need equally many steps of each rank; asynchronous ranks may differ.
     kept = [records[first:shortest] for records in ranks]
     # Times count from the rank's first step, warm-up included.
     began = np.array([records[0].time for records in ranks])
@@ -40,6 +41,7 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
         parts={part: _array(kept, part) for part in PARTS},
         samples=_array(kept, "samples"),
         losses=_array(kept, "loss"),
+        # A record's time is the step's beginning.
         ended_s=_array(kept, "time") + steps - began,
         sent_bytes=_mean_of_exchange(kept, "bytes_sent"),
         waited_s=_mean_of_exchange(kept, "wait_in_backward_s"),
@@ -102,6 +104,7 @@ def _gradient_bytes(run_dir: Path) -> int | None:
     checkpoints = RunDir(run_dir).checkpoints()
     if not checkpoints:
         return None
+    # Any one will do: the model has the same tensors in all of them.
     _, path = checkpoints[0]
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -110,6 +113,7 @@ def _gradient_bytes(run_dir: Path) -> int | None:
         header = json.loads(file.read(length))
     num_bytes = 0
     for name, tensor in header.items():
+        # The other tensors are the optimizer's state, which is not exchanged.
         if name.startswith("model."):
             begin, end = tensor["data_offsets"]
             num_bytes += end - begin

@@ -16,6 +16,7 @@ from scaletrain.run.layout import RunDir
 from scaletrain.scaling.model import Row, Run, ServerCounts, ServerStatistics
 from scaletrain.units import plural
 
+# Losses of single steps are noisy: one lucky batch must not count as progress.
 SMOOTHED_STEPS = 10
 _Value = TypeVar("_Value")
 
@@ -39,6 +40,7 @@ def _together(each: Sequence[ServerStatistics]) -> ServerCounts:
     for server in each:
         staleness.update(server.staleness)
         cores.update(server.cores)
+        # Every server notices a lost worker by itself; one reason is enough.
         lost.update(server.lost)
         if server.restored_at_update is not None:
             restored.append(server.restored_at_update)
@@ -54,7 +56,9 @@ def _together(each: Sequence[ServerStatistics]) -> ServerCounts:
         pace_s=each[0].pace_s,
         lost=_by_text(lost),
         refused=sum(server.refused for server in each),
+        # The oldest snapshot says how far weights went back at most.
         restored_at_update=min(restored, default=None),
+        # Every server works for every worker: the cost of one is the sum.
         cpu_s_per_worker=sum(server.cpu_s_per_worker for server in each),
         memory_bytes=max(server.memory_bytes for server in each),
     )
@@ -79,6 +83,8 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
     Args:
         losses: shape (steps, ranks). The result has shape (steps - SMOOTHED_STEPS + 1).
     """
+    # A run of fewer steps has one window.
+    # ``valid`` keeps full windows only, so the first losses are not averaged with zeros.
     width = min(SMOOTHED_STEPS, len(losses))
     return np.convolve(losses.mean(axis=1), np.ones(width) / width, mode="valid")
 
@@ -95,6 +101,7 @@ def time_to_loss(losses: np.ndarray, ended_s: np.ndarray, target: float) -> floa
     reached = np.nonzero(curve <= target)[0]
     if len(reached) == 0:
         return None
+    # Point i of the curve is a window that ends ``len(losses) - len(curve)`` steps later.
     last_of_window = reached[0] + len(losses) - len(curve)
     return float(ended_s[last_of_window].mean())
 
@@ -112,6 +119,7 @@ def common_loss(rows: Sequence[Row], runs_of_rows: Sequence[Sequence[Run]]) -> f
     for runs in runs_of_rows:
         for run in runs:
             lowest_losses.append(float(smoothed(run.losses).min()))
+    # The worst of the runs' best losses is the lowest that all of them have seen.
     return max(lowest_losses, default=None)
 
 

@@ -73,6 +73,7 @@ class Sweep(SweepPlan):
         for stem, source in self.configs.items():
             for variant in variants(self.vary):
                 for workers in self.workers:
+                    # Resolved without an exchange, which does not decide the batch size.
                     batch_size = self._resolve(source, variant, workers).batch_size
                     cells += [
                         Cell(stem, exchange, workers, batch_size, variant)
@@ -92,10 +93,12 @@ class Sweep(SweepPlan):
         for cell in cells:
             same_workers = dataclasses.replace(cell, exchange="none", reference=True)
             wanted.append(same_workers)
+            # The single worker with the cell's own batch, which the ideal step is made of.
             wanted.append(dataclasses.replace(same_workers, workers=1))
             if self.mode == "strong" and cell.workers > 1:
                 variant = cell.variant_but_batch
                 wanted.append(Cell(cell.config, "none", 1, cell.share, variant, reference=True))
+        # A cell that is measured in full length is its own reference.
         measured = {dataclasses.replace(cell, reference=True) for cell in cells}
         return [cell for cell in dict.fromkeys(wanted) if cell not in measured]
 
@@ -107,6 +110,7 @@ class Sweep(SweepPlan):
         Raises:
             UserError: it has a mistake, which shows before anything has run.
         """
+        # Later ones win: what the sweep decides comes last.
         settings: dict[str, Scalar] = {"launcher": self.launcher}
         settings |= dict(configuration.parse_setting(text) for text in self.settings)
         settings |= dict(variant)
@@ -139,13 +143,16 @@ class Sweep(SweepPlan):
         ]
         for key, value in cell.variant_but_batch:
             if _has_host(key, cell.workers):
+                # --set reads YAML, of which JSON is a part: null and true arrive as such.
                 settings.append(f"{key}={json.dumps(value)}")
         if self.bind:
             settings.append("launcher.bind=true")
         if cell.reference:
+            # A config that ends sooner keeps its own end. A run may have steps or epochs, not both.
             run = self._resolve(self.configs[cell.config], cell.variant, 1)
             if run.steps is None or run.steps > REFERENCE_STEPS:
                 settings += [f"steps={REFERENCE_STEPS}", "epochs=null"]
+            # The split needs the mean step alone: evaluations would only take time.
             settings += ["evaluate_every=null", "target_accuracy=null"]
         if trace:
             settings.append("trace=true")
@@ -214,6 +221,7 @@ def plan(request: Request) -> Sweep:
                 f"--vary {key}: {values!r} is not allowed"
                 f" (allowed: numbers and words, such as {key}=1,2)"
             )
+    # Every cell has the same launcher, so that one config has to decide it.
     last = configuration.load(request.configs[-1], {"workers": 1})
     launcher = request.launcher or last.launcher.name
     cores = len(os.sched_getaffinity(0))
@@ -221,6 +229,7 @@ def plan(request: Request) -> Sweep:
     threads = request.threads or max(1, cores // most_workers)
     bind = request.bind
     if bind is None:
+        # The largest cell decides for all: cells that are bound differently do not compare.
         bind = launcher == "local" and threads * most_workers <= cores
     if bind and launcher != "local":
         raise UserError(f"--bind: only the launcher local binds workers to cores, not {launcher}")
@@ -271,6 +280,7 @@ def claim(out: Path, sweep: Sweep) -> None:
         UserError: OUT holds cells that were measured in another way.
     """
     path = _plan_path(out)
+    # Before anything is written: a refused sweep leaves OUT as it was.
     if path.exists():
         _check_same(out, read(out), sweep)
     out.mkdir(parents=True, exist_ok=True)
@@ -282,6 +292,7 @@ def _check_same(out: Path, before: Sweep, now: Sweep) -> None:
     for stem, source in now.configs.items():
         if stem in before.configs and before.configs[stem].text != source.text:
             raise _differs(out, "configs differs")
+    # Workers, exchanges, repeats and --vary may grow: they add cells and change none.
     for name in ("mode", "settings", "launcher", "threads", "bind"):
         value_before, value_now = before.to_json()[name], now.to_json()[name]
         if value_before != value_now:
@@ -368,6 +379,7 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         tell: is called with one line about each repeat.
         trace: whether first repeats also record the events of a trace.
     """
+    # Finished repeats stay, so a stopped sweep goes on. Failed ones run once more.
     missing = []
     for cell, repeat in order(sweep.cells(), sweep.repeats):
         if not RunDir(run_dir(out, cell, repeat)).has_finished():
@@ -378,6 +390,7 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         command = sweep.command(cell, directory, trace and repeat == 0)
         try:
             outcome = _run_repeat(sweep, command, directory)
+        # Ctrl-C, too. The exception itself goes on.
         except BaseException:
             tell(
                 f"stopped: {len(missing) - number + 1} runs are missing;"
@@ -400,10 +413,12 @@ def _run_repeat(sweep: Sweep, command: Sequence[str], directory: Path) -> str:
     began, watch = time.monotonic(), machine.Watch()
     reason = _run_command(command, directory, sweep.cell_timeout_s)
     if reason:
+        # A training that failed at once has not made its directory.
         directory.mkdir(exist_ok=True)
         write_json(directory / FAILED, {"reason": reason})
         return f"FAILED: {reason}"
     duration_s = time.monotonic() - began
+    # Other launchers' workers are no descendants: their work would count as that of others.
     if sweep.launcher in machine.CHILDREN:
         others = watch.others()
         if others is not None:
@@ -413,6 +428,7 @@ def _run_repeat(sweep: Sweep, command: Sequence[str], directory: Path) -> str:
 
 def _run_command(command: Sequence[str], directory: Path, timeout_s: float) -> str | None:
     """Run one training. Return why it failed; None if it did not."""
+    # Beside the run's directory, which the training makes itself.
     log = directory.with_name(f"{directory.name}.log")
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
@@ -420,7 +436,9 @@ def _run_command(command: Sequence[str], directory: Path, timeout_s: float) -> s
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            # Ctrl-C in the terminal then reaches the sweep alone, which stops the run in order.
             start_new_session=True,
+            # If the sweep is killed, its training ends as well.
             preexec_fn=dies_with_parent(signal.SIGTERM),
         )
         try:
@@ -431,6 +449,7 @@ def _run_command(command: Sequence[str], directory: Path, timeout_s: float) -> s
         except BaseException:
             _stop(process)
             raise
+    # Status 0 is not enough: the summary says whether all steps were done.
     if status == 0 and RunDir(directory).has_finished():
         return None
     return _reason(directory, log, status)
@@ -443,6 +462,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait(10)
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):
+            # The launcher leads its session, so its id is the group's. It may just have ended.
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -455,8 +475,10 @@ def _reason(directory: Path, log: Path, status: int) -> str:
     failures = [read_failure_file(path) for _, path in RunDir(directory).all_failures()]
     readable = [failure for failure in failures if failure is not None]
     if readable:
+        # False sorts first: causes before consequences, then by time.
         first = min(readable, key=lambda failure: (failure.kind in CONSEQUENCES, failure.time))
         step = "" if first.step is None else f" at step {first.step}"
         return f"rank {first.rank}{step}: {first.message}"
     text = log.read_text(encoding="utf-8", errors="replace")
+    # Cut, since the reason becomes a cell of a table.
     return f"exit status {status}: {telling_line(text, 'it printed nothing')[:300]}"

@@ -49,6 +49,7 @@ class Estimate(NamedTuple):
     @property
     def is_identified(self) -> bool:
         """True if the measurements tell the value, at least to a factor of ten each way."""
+        # A factor of ten each way is a factor of 100 from end to end.
         return self.low is not None and self.high is not None and self.high <= 100 * self.low
 
 
@@ -199,6 +200,7 @@ def fit_exchanges(timings: Sequence[Timing]) -> FittedNetwork:
         fabric = Fabric(network, "")
         errors = []
         for timing in timings:
+            # One worker exchanges nothing: its predicted 0 s has no logarithm.
             if timing.workers > 1:
                 predicted_s = step_time.exchange_s(
                     timing.strategy, timing.workers, timing.num_bytes, fabric
@@ -223,6 +225,7 @@ def _least_squares(residuals: Callable[[Network], list[float]]) -> FittedNetwork
 
     lowest = [math.log(_LATENCY_BOUNDS_S[0]), math.log(_BANDWIDTH_BOUNDS[0])]
     highest = [math.log(_LATENCY_BOUNDS_S[1]), math.log(_BANDWIDTH_BOUNDS[1])]
+    # A search may end in a local minimum: it begins at several bandwidths, the best counts.
     results = []
     for start in _STARTS:
         results.append(
@@ -238,6 +241,7 @@ def _least_squares(residuals: Callable[[Network], list[float]]) -> FittedNetwork
     estimates = estimates_of(best.x, best.jac, vector(best.x))
     to_nearest_bound = np.minimum(best.x - lowest, highest - best.x)
     for index, distance in enumerate(to_nearest_bound):
+        # In logarithms, so within 1 % of a bound: the bound has decided, not the measurements.
         if distance < 0.01:
             estimates[index] = Estimate(estimates[index].value, None, None)
     return FittedNetwork(*estimates)
@@ -264,15 +268,19 @@ def _half_widths(jacobian: np.ndarray, errors: np.ndarray) -> list[float | None]
     """Return half of each logarithm's interval; None: the measurements do not tell the value."""
     measurements, values = jacobian.shape
     freedom = measurements - values
+    # As many unknowns as measurements: the fit is exact and leaves no error to judge by.
     if freedom <= 0:
         return [None] * values
     variance = float(errors @ errors) / freedom
     with np.errstate(all="ignore"):
+        # Not ``inv``: the matrix is singular where nothing depends on a value.
         covariance = np.linalg.pinv(jacobian.T @ jacobian) * variance
     quantile = float(stats.t.ppf(0.975, freedom))
     sensitivity = np.abs(jacobian).max(axis=0)
     widths: list[float | None] = []
     for index in range(values):
+        # Where nothing depends on a value, ``pinv`` gives a variance of 0, as if it were certain.
+        # Rounding may leave a variance just below 0.
         if sensitivity[index] > 1e-6:
             widths.append(quantile * math.sqrt(max(0.0, covariance[index, index])))
         else:
@@ -301,7 +309,8 @@ def fit_compute(rows: Sequence[Row]) -> ComputeCost:
     update_s = float(np.mean([_figure(row.update_s) for row in rows]))
     if len(set(batch_sizes)) == 1:
         return ComputeCost(passes_s[0] / batch_sizes[0], 0.0, update_s)
-    lines = np.array([[batch_size, 1.0] for batch_size in batch_sizes])
+    # Least squares of passes_s = sample_s * batch_size + fixed_s.
+    lines = np.column_stack([batch_sizes, np.ones(len(batch_sizes))])
     (sample_s, fixed_s), _ = optimize.nnls(lines, np.array(passes_s))  # neither is negative
     return ComputeCost(float(sample_s), float(fixed_s), update_s)
 
@@ -355,6 +364,7 @@ def _exchange_steps(rows: Sequence[Row], measured: Sequence[Row]) -> list[_Excha
     for row in measured:
         if row.exchange == "none":
             update_s = _figure(row.update_s)
+            # All of it fixed: the key has the batch, so it is used for this batch only.
             alone[_job(row)] = ComputeCost(0.0, _figure(row.step_s_mean) - update_s, update_s)
     steps = []
     for row in rows:
@@ -388,6 +398,7 @@ def fit_report(
     Raises:
         UserError: the report holds nothing to calibrate from.
     """
+    # References first: in ``_exchange_steps``, the long row of a job replaces the short one.
     used = _with_runs([*report.references, *report.rows])
     if max_workers is not None:
         used = [row for row in used if row.workers <= max_workers]
@@ -401,6 +412,7 @@ def fit_report(
 
     def residuals(network: Network) -> list[float]:
         model = StepModel(num_bytes, compute, Fabric(network, ""), overlap)
+        # Logarithms of ratios: short steps weigh as much as long ones.
         return [math.log(step.predicted_s(model) / step.measured_s) for step in steps]
 
     network = _least_squares(residuals)
@@ -412,6 +424,7 @@ def fit_report(
         residuals=[],
         max_workers=max(row.workers for row in used),
     )
+    # Residuals are the finished fit's own predictions, so they come last.
     return fitted._replace(residuals=_predicted(fitted, steps, num_bytes))
 
 

@@ -70,6 +70,7 @@ class ModelTimes:
                 "backward_s": self.backward_s,
                 "weight_bytes": self.weight_bytes,
                 "activation_bytes": self.activation_bytes,
+                # For people: ``read`` does not need it, since it follows from the two above.
                 "data_to_weight_ratio": self.data_to_weight_ratio,
             },
         )

@@ -142,12 +142,14 @@ def _inside_host_s(workers: int, num_bytes: float, fabric: Fabric) -> float:
     port = Link(fabric.network.latency_s, fabric.network.bandwidth_bytes_per_s)
     link = fabric.local or port
     piece_s = num_bytes / workers / link.bandwidth_bytes_per_s
+    # 2 (n - 1) rounds of a ring, in each of which a worker sends one n-th.
     return 2 * (workers - 1) * (link.latency_s + piece_s)
 
 
 def _between_hosts(hosts: int, fabric: Fabric) -> Network:
     """Return the network as a collective between so many hosts finds it."""
     network = fabric.network
+    # Hosts below one leaf reach each other without an uplink.
     if fabric.oversubscription <= 1 or hosts <= fabric.hosts_per_leaf:
         return network
     bandwidth = network.bandwidth_bytes_per_s / fabric.oversubscription
@@ -189,10 +191,12 @@ def server_s(
     worker_port = _port_bytes_per_s(hosts, all_hosts, fabric)
     at_server_s = workers * num_bytes / servers / server_port
     at_worker_s = workers_inside * num_bytes / worker_port
+    # Both ends stream at once: the busier port decides.
     port_s = max(at_server_s, at_worker_s)
     if not network.duplex:
         port_s *= 2
     messages = -(-workers // servers)
+    # Sending hides behind receiving, but for the last segment's answer.
     return port_s * (1 + 1 / segments) + 2 * network.latency_s * messages
 
 

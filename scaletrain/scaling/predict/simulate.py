@@ -110,6 +110,7 @@ def check(names: Sequence[str]) -> None:
         if kind not in [*collectives, "none"] or servers:
             raise unknown("--strategy", name, [*collectives, "none", "server", "server:4"])
         if kind in collectives:
+            # The smallest size, an odd one and a power of two: algorithms treat them differently.
             for size in (2, 5, 8):
                 proved(kind, size)
 
@@ -132,6 +133,8 @@ def simulate_one(job: SimulatedJob, strategy: str, workers: int) -> Point:
     quiet_s = StepModel(job.num_bytes, compute, job.network).step_s("none", 1, share)
     alone = StepModel(job.num_bytes, job.compute, job.network)
     alone_s = alone.step_s("none", 1, job.batch_size)
+    # By throughput, which compares strong and weak scaling with one worker alike.
+    # The gradients of backup workers that come late do not count.
     samples_per_s = share * workers / step_s
     speedup = samples_per_s / (job.batch_size / alone_s)
     machines = workers + parsed.backups

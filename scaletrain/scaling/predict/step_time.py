@@ -102,6 +102,7 @@ def buckets(num_bytes: float, bucket_bytes: float = BUCKET_BYTES) -> list[float]
     if rest <= 0:
         return [first]
     count = math.ceil(rest / bucket_bytes)
+    # Equal, since the borders between parameters, where DDP cuts, are not known here.
     return [first, *[rest / count] * count]
 
 
@@ -128,10 +129,12 @@ def exposed_s(
         return sum(costs)
     forward_s = pass_s * profile.forward
     backward_s = pass_s - forward_s
+    # A model without parameters has one bucket of 0 bytes.
     total = sum(sizes) or 1.0
     exchanged_s = 0.0  # when the exchanges so far have ended
     bytes_so_far = 0.0
     for cost, size in zip(costs, sizes, strict=True):
+        # A bucket waits for its own gradients and for the exchange of the bucket before.
         bytes_so_far += size
         complete_s = forward_s + backward_s * profile.complete(bytes_so_far / total)
         exchanged_s = max(exchanged_s, complete_s) + cost
@@ -206,6 +209,7 @@ class StepModel:
         """Return the seconds of a step of ``workers``, each on ``share`` samples."""
         pass_s = self.compute.pass_s(share)
         overlap = self.overlap and not Strategy.parse(strategy).has_servers
+        # Without overlap, all gradients leave as one message after backward.
         sizes = buckets(self.num_bytes) if overlap else [self.num_bytes]
         costs = [exchange_s(strategy, workers, size, self.fabric) for size in sizes]
         exposed = exposed_s(pass_s, costs, sizes, self.profile, overlap=overlap)
@@ -234,6 +238,7 @@ def slowest_factor(
     if total == 1:  # the mean is known; drawn steps would only be near it
         return 1 + stragglers.slow_probability * (stragglers.slow_factor - 1) + stragglers.tail
     random = np.random.default_rng(seed)
+    # At most four million numbers at once, which is 32 MB an array.
     draws = max(50, min(draws, 4_000_000 // total))
     # A lognormal with mean 1 and this coefficient of variation.
     sigma = math.sqrt(math.log(1 + stragglers.variation**2))
@@ -243,4 +248,5 @@ def slowest_factor(
     if stragglers.tail:
         times = times + random.exponential(stragglers.tail, size=times.shape)
     last = workers - 1  # the index of the last gradient that is waited for
+    # Only the element at ``last`` has to be in its place: no need to sort.
     return float(np.partition(times, last, axis=1)[:, last].mean())

@@ -78,6 +78,7 @@ def image(
         if watermark:
             axes.set_title(watermark, loc="right", fontsize=8.5, style="italic")
         buffer = io.BytesIO()
+        # Without a date, equal figures make equal files.
         metadata: dict[str, Any] = {"Date": None} if form == "svg" else {}
         figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
         return buffer.getvalue()
@@ -93,6 +94,7 @@ def inline(svg: bytes, label: str) -> str:
     text = text[text.index("<svg") :]
     prefix = re.sub(r"\W+", "-", label)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Definitions and all references to them change together.
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)
     text = re.sub(r'xlink:href="#', f'xlink:href="#{prefix}-', text)
@@ -114,6 +116,7 @@ def _legend(axes: Axes) -> None:
     figure = axes.figure
     assert isinstance(figure, Figure)
     longest = max(len(label) for label in labels)
+    # About 88 characters fit in a line; an entry's handle is as wide as 7.
     columns = max(1, min(4, 88 // (longest + 7)))
     lines = math.ceil(len(labels) / columns)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5)
@@ -136,21 +139,24 @@ def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Dra
         workers = sorted({row.workers for row in measured})
         most = max(workers, default=1)
         if workers:
+            # A single worker count would make the ideal a mere point.
             ends = [1, max(2, most) if len(workers) == 1 else most]
             ideal = ends if figure == "speedup" else [1, 1]
             axes.plot(ends, ideal, "--", color=PALE, label="ideal", zorder=1)
-        names = list(dict.fromkeys(_line_name(row, rows) for row in measured))
+        lines: dict[str, list[Row]] = {}
+        for row in measured:
+            lines.setdefault(_line_name(row, rows), []).append(row)
         length = max(workers[-1] - workers[0], 1) if workers else 1
-        for index, name in enumerate(names):
-            aside = DODGE * length * (index - (len(names) - 1) / 2)
-            line = [row for row in measured if _line_name(row, rows) == name]
+        for index, line in enumerate(lines.values()):
+            aside = DODGE * length * (index - (len(lines) - 1) / 2)
             line.sort(key=lambda row: row.workers)
             _curve(axes, line, value, aside=aside, colour=SERIES[index % len(SERIES)])
         if any(row.oversubscribed for row in measured):
+            # No points, only an entry of the legend.
             _ring(axes, [], [], INK, label="oversubscribed")
         axes.set_xlabel("workers")
         axes.set_ylabel("times the baseline" if figure == "speedup" else "speed-up / workers")
-        axes.set_xticks(workers, [str(count) for count in workers])
+        axes.set_xticks(workers, list(map(str, workers)))
         # The height follows the values alone: a wide interval must not flatten the curves.
         least_top = most if figure == "speedup" else 1.0
         axes.set_ylim(0, 1.12 * max([least_top, *(value(row) for row in measured)]))
@@ -162,6 +168,7 @@ def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Dra
         """Draw the line of one exchange, ``aside`` of those of the others."""
         errors = []
         for row in line:
+            # Efficiency is speed-up over workers, and so is its interval.
             speedup_ci95 = row.speedup_ci95 or 0.0
             errors.append(speedup_ci95 if figure == "speedup" else speedup_ci95 / row.workers)
         axes.errorbar(
@@ -215,6 +222,7 @@ def anatomy(losses: Sequence[Loss]) -> Drawing:
         for name, heights in _layers(losses).items():
             if max(abs(height) for height in heights) < THIN * max(ideals):
                 continue
+            # A layer begins where the last one of its sign ended; gains grow downwards.
             starts = list(top)
             for place, height in enumerate(heights):
                 if height < 0:
@@ -251,12 +259,15 @@ def predicted(points: Sequence[Prediction]) -> Drawing:
     """Draw predicted against measured step time, with the line on which they agree."""
 
     def draw(axes: Axes) -> None:
-        times = [point.measured_s for point in points] + [point.predicted_s for point in points]
+        times: list[float] = []
+        for point in points:
+            times += [point.measured_s, point.predicted_s]
         ends = [1000 * min(times) * 0.8, 1000 * max(times) * 1.25]
         axes.plot(ends, ends, "--", color=PALE, label="predicted = measured")
         exchanges = list(dict.fromkeys(point.exchange for point in points))
         for index, exchange in enumerate(exchanges):
             colour = SERIES[index % len(SERIES)]
+            # The legend shows each colour once, whether its points are hollow or not.
             axes.plot([], [], "o", color=colour, label=exchange)
             for in_fit in (False, True):
                 some = [p for p in points if p.exchange == exchange and p.in_fit is in_fit]
@@ -293,6 +304,7 @@ def traffic(rows: Sequence[Row]) -> Drawing:
     def draw(axes: Axes) -> None:
         bars = [row for row in rows if row.bytes_sent]
         bars.reverse()  # the first row on top
+        # Hatched bars are computed from the schedule, not counted.
         looks: dict[str, Any] = {"counted": {}, "the schedule's": {"hatch": "//", "alpha": 0.6}}
         for kind, look in looks.items():
             places = [place for place, row in enumerate(bars) if row.bytes_sent_is == kind]
@@ -319,25 +331,28 @@ def simulation(points: Sequence[Point], reach: int | None) -> Drawing:
     def draw(axes: Axes) -> None:
         counts = sorted({point.workers for point in points})
         axes.plot(counts, counts, ":", color=PALE, label="ideal")
-        strategies = list(dict.fromkeys(point.strategy for point in points))
-        for index, strategy in enumerate(strategies):
-            line = [point for point in points if point.strategy == strategy]
+        lines: dict[str, list[Point]] = {}
+        for point in points:
+            lines.setdefault(point.strategy, []).append(point)
+        for index, (strategy, line) in enumerate(lines.items()):
             style: Any = {
                 "color": SERIES[index % len(SERIES)],
                 "lw": 1.6,
                 "marker": MARKERS[index // len(SERIES) % len(MARKERS)],
                 "ms": 3.5,
             }
+            # Points come in the order of their workers, so the near ones are the first.
             near = [point for point in line if reach is None or point.workers <= reach]
             far = line[len(near) :]
             _stroke(axes, near, "-", label=strategy + _extra_machines(line), **style)
             if far:
+                # From the last near point on, so that the two strokes meet.
                 _stroke(axes, near[-1:] + far, "--", **style)
         if reach is not None and counts[-1] > reach:
             axes.plot([], [], "--", color=INK, lw=1.6, label=f"far: beyond {reach}")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set_xticks(counts, [str(count) for count in counts], fontsize=8)
+        axes.set_xticks(counts, list(map(str, counts)), fontsize=8)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         has_extra = any(point.machines > point.workers for point in points)
         axes.set_xlabel("workers; (+N): N machines beside them" if has_extra else "workers")

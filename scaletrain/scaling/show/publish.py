@@ -62,6 +62,7 @@ def publish(
     Raises:
         UserError: a format does not exist.
     """
+    # Before anything is written.
     for form in formats:
         if form not in FORMATS:
             raise unknown("--format", form, FORMATS)

@@ -52,10 +52,12 @@ def markdown(report: Report) -> str:
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        # Markdown would show the escapes.
         autoescape=name.endswith(".html"),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        # A misspelt field is an error, not an empty cell.
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {

@@ -30,6 +30,7 @@ def write(page: Path, generated: str) -> None:
     old = page.read_text(encoding="utf-8") if page.exists() else ""
     before, begin, rest = old.partition(BEGIN)
     _, end, after = rest.partition(END)
+    # One mark alone bounds nothing: the page stays whole, and both marks go to its end.
     if not (begin and end):
         before = old.rstrip("\n") + "\n\n" if old else ""
         after = "\n"
@@ -116,6 +117,7 @@ def once(path: Path, *argv: str | Path, header: Path | None = None) -> None:
     """
     if path.exists():
         return
+    # Before measuring, so that the load average is not the measurement's own.
     if header:
         noted(header)
     click.echo(f"measuring {path}", err=True)

@@ -72,7 +72,7 @@ def _remarks(job: SimulatedJob, points: Sequence[Point], left_out: Sequence[int]
     """Return lines about the assumptions of the table."""
     remarks = []
     if left_out:
-        counts = ", ".join(str(workers) for workers in left_out)
+        counts = ", ".join(map(str, left_out))
         remarks.append(
             f"left out: {counts} workers cannot share a batch of {job.batch_size}"
             " (a larger --batch, or --mode weak)"
@@ -137,6 +137,7 @@ def write_simulation(
     out.mkdir(parents=True, exist_ok=True)
     rows = simulate.as_rows(points)
     network = {"network": job.network.network._asdict(), "source": job.network.source}
+    # JSON has no form for a ``Fabric``: its figures and their source stand for it.
     header = {**environment(), "job": job._asdict() | {"network": network}}
     write_json(out / "simulation.json", {"header": header, "rows": rows})
     write_csv(out / "simulation.csv", rows)

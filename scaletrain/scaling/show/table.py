@@ -21,6 +21,7 @@ def show(report: Report, console: Console) -> None:
         console.print(_losses(report))
     for row in report.rows:
         if row.servers:
+            # Without highlight and markup: rich would colour numbers and swallow brackets.
             line = f"{row.label}: {servers.text(row.servers)}"
             console.print(line, highlight=False, markup=False)
     for row in report.rows:
@@ -42,6 +43,7 @@ def _cells(report: Report) -> Table:
         table.add_column(column.title_in("terminal"), justify=justify)  # type: ignore[arg-type]
     for row in report.rows:
         if row.runs:
+            # A hyphen: not every terminal shows the dash.
             cells = [column.text(row).replace(UNKNOWN, "-") for column in columns]
         else:
             cells = [column.text(row) for column in columns if column.is_name]
@@ -51,6 +53,7 @@ def _cells(report: Report) -> Table:
 
 
 def _losses(report: Report) -> Table:
+    # ``limiter.split`` gives every loss the same causes.
     names = list(report.losses[0].causes)
     table = Table(title="lost time, ms a step")
     table.add_column("exchange", justify="left")

@@ -38,6 +38,7 @@ def of_run(run_dir: Path) -> Trace:
     origin = min(begins, default=0.0)
     rows: list[TraceRow] = []
     for rank, records in ranks.items():
+        # The origin by the rank's own clock, which stamps its records and spans.
         rows += _rows(rank, records, files.spans(rank), origin=origin + offsets[rank])
     return Trace(tuple(rows))
 
@@ -85,6 +86,7 @@ def _parts(record: StepRecord, began_s: float) -> Iterator[Span]:
         seconds = getattr(record, part)
         if seconds > 0:
             yield Span(part.removesuffix("_s"), began_s, seconds)
+        # Records have durations alone: each part begins where the one before ended.
         began_s += seconds
 
 
@@ -92,6 +94,7 @@ def _recorded(path: Path, origin: float) -> dict[str, list[Span]]:
     """Return the spans of a file by kind, in the order in which they began."""
     if not path.exists():
         return {}
+    # All kinds in advance: they fix the order of the rows.
     by_kind: dict[str, list[Span]] = {kind: [] for kind in KINDS}
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):  # else it was cut: the worker was killed
@@ -109,6 +112,7 @@ def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
     """
     lanes: list[list[Span]] = []
     for span in spans:
+        # Spans come in the order of their beginnings, so any free row is as good as another.
         free = next((lane for lane in lanes if lane[-1].ended_s <= span.began_s), None)
         if free is None:
             lanes.append([span])
