@@ -215,7 +215,7 @@ class Cluster:
             "emulated": True,
             "kind": "hosts in network namespaces of one machine",
             "hosts": len(self.names),
-            "bandwidth": self.bandwidth or "unshaped",
+            "bandwidth": self.bandwidth,
             "bandwidth_bytes_per_s": self._bits_per_s / 8 if self._bits_per_s else None,
             "latency_s": self.latency_s,
             "loss": self.loss,

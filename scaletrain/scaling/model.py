@@ -123,10 +123,11 @@ class SweepPlan(_Fields):
 
 @dataclasses.dataclass(frozen=True)
 class EmulatedNetwork(_Fields):
-    """Links between emulated hosts."""
+    """Links between emulated hosts, by the names of ``rehearsal.Cluster.describe``."""
 
     bandwidth: str | None = None  # such as 1Gbit; None: not limited
-    latency: str | int | None = None  # such as 100us; None or 0: none is added
+    latency_s: float = 0.0  # seconds that are added to each message
+    loss: float = 0.0  # the part of the packets that is dropped, 0 to 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Summary(_Fields):
         emulation = value.get("emulation") or {}
         network = emulation.get("network")
         if network:
-            network = EmulatedNetwork.from_json(network.get("cluster", network))
+            network = EmulatedNetwork.from_json(network)
         compute = emulation.get("compute")
         if compute:
             compute = EmulatedCompute.from_json(compute)

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from scaletrain.cli import cli
 from scaletrain.errors import UserError
+from scaletrain.rehearsal import Cluster
 from scaletrain.scaling.explain import headline, losses, report
 from scaletrain.scaling.measure import sweep
 from scaletrain.scaling.measure.run import read_run
@@ -304,18 +305,17 @@ def test_tables_in_markdown_are_tables(measured, timed: bool, several: bool):
 
 
 def test_emulated_runs_are_labelled(tmp_path):
-    emulation = {"network": {"bandwidth": "1Gbit"}, "compute": {"step_s": 0.1, "sample_s": 0.0}}
+    cluster = Cluster(2, bandwidth="1Gbit", latency="100us", loss=0.01)  # described, not started
+    emulation = {"network": cluster.describe(), "compute": {"step_s": 0.1, "sample_s": 0.0}}
     for workers in (1, 2):
         write_run(
             tmp_path / str(workers), steps=[[0.1] * 6] * workers, emulated=True, emulation=emulation
         )
     made = report.of_runs([tmp_path / "1", tmp_path / "2"])
     assert made.header.emulated and made.summary.startswith("EMULATED")
-    assert (
-        "1Gbit" in made.summary
-        and "Emulated" in render.html(made)
-        and "EMULATED" in render.markdown(made)
-    )
+    for part in ("links of 1Gbit", "0.1 ms of latency", "0.01 of the packets lost"):
+        assert part in made.summary
+    assert "Emulated" in render.html(made) and "EMULATED" in render.markdown(made)
 
 
 def test_weak_scaling_counts_samples_not_steps(tmp_path):

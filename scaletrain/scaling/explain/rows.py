@@ -178,8 +178,10 @@ def _emulation(summary: Summary) -> str | None:
     if summary.network:
         bandwidth = summary.network.bandwidth or "any bandwidth"
         parts.append(f"hosts are network namespaces of one machine, links of {bandwidth}")
-        if summary.network.latency not in (None, 0, "0"):
-            parts.append(f"{summary.network.latency} latency")
+        if summary.network.latency_s:
+            parts.append(f"{summary.network.latency_s * 1e3:g} ms of latency")
+        if summary.network.loss:
+            parts.append(f"{summary.network.loss:.3g} of the packets lost")
     if summary.compute:
         step_s, sample_s = summary.compute.step_s, summary.compute.sample_s
         parts.append(f"accelerators that wait {step_s:g} s a step and {sample_s:g} s a sample")

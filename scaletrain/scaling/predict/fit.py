@@ -136,7 +136,7 @@ class Fit(NamedTuple):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fit":
-        """Return the fit that ``as_json`` wrote.
+        """Return the fit that ``to_json`` wrote.
 
         Raises:
             KeyError, TypeError: the value is no fit.
