@@ -14,9 +14,23 @@ _EXPORTS = {
     "World": "scaletrain.world",
     "Schedule": "scaletrain.collectives.schedule",
     "Trainer": "scaletrain.training.trainer",
+    "Workload": "scaletrain.training.workload",
+    "Data": "scaletrain.training.workload",
+    "Loss": "scaletrain.training.workload",
+    "Mean": "scaletrain.training.workload",
     "attach": "scaletrain.training.attach",
 }
-__all__ = ["Schedule", "Trainer", "World", "__version__", "attach"]
+__all__ = [
+    "Data",
+    "Loss",
+    "Mean",
+    "Schedule",
+    "Trainer",
+    "Workload",
+    "World",
+    "__version__",
+    "attach",
+]
 
 
 def __getattr__(name: str) -> Any:

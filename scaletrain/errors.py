@@ -8,8 +8,16 @@ class UserError(Exception):
     """A person's mistake: a key, a value, a missing file.
 
     Its text is one line: the mistake, and its correction. Commands print it as
-    ``scaletrain: error: ...`` and exit with status 2.
+    ``scaletrain: error: ...`` and exit with its status.
     """
+
+    exit_code = 2
+
+
+class TrainingError(UserError):
+    """Training that cannot go on, though nobody made a mistake: a loss that is not finite."""
+
+    exit_code = 1
 
 
 def unknown(what: str, value: str, allowed: Iterable[str]) -> UserError:

@@ -127,7 +127,10 @@ def _users_options(
     factory = _function(path, factory_name)
     if factory is not None:
         return signature(factory, 0)
-    # The name may also be a class, an import or an assignment: those are left to Python.
+    initialiser = _initialiser(path, factory_name)
+    if initialiser is not None:
+        return signature(initialiser, 1)
+    # The name may also be a class without __init__, an import or an assignment: left to Python.
     if not _bound_names(path) & {factory_name, "*", "__getattr__"}:
         functions = [node.name for node in _parse(path).body if isinstance(node, ast.FunctionDef)]
         raise unknown(f"{kind}: {name!r}: no such function in {path}", factory_name, functions)
@@ -213,6 +216,15 @@ def _function(path: Path, name: str) -> ast.FunctionDef | None:
     for node in _parse(path).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return node
+    return None
+
+
+def _initialiser(path: Path, name: str) -> ast.FunctionDef | None:
+    """Return ``__init__`` of a class of a module, whose parameters are the class's options."""
+    for node in _parse(path).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            return next((method for method in methods if method.name == "__init__"), None)
     return None
 
 

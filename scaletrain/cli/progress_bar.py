@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -81,7 +82,8 @@ def _follow(files: RunDir, over: threading.Event) -> None:
             if task is None:
                 task = bar.add_task("training", total=header["num_steps"], loss=0.0, rate=0.0)
             newest = recent[-1]
-            bar.update(task, completed=newest["step"] + 1, loss=newest["loss"], rate=rate)
+            loss = math.nan if newest["loss"] is None else newest["loss"]
+            bar.update(task, completed=newest["step"] + 1, loss=loss, rate=rate)
 
 
 class _NewRecords:

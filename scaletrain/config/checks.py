@@ -60,11 +60,14 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
     config = _validate(RunConfig, tree, where)
     # With all defaults filled in, the written configuration says what ran, even if a later version
     # has other defaults.
-    for kind in ("model", "data", "exchange", "launcher"):
-        named: Named = getattr(config, kind)
-        options = plugin_options(kind, named.name, named.options, where, config.search_path)
-        setattr(config, kind, Named(name=named.name, **options))
+    _check_workload(config, where)
+    for kind in ("model", "data", "workload", "exchange", "launcher"):
+        named: Named | None = getattr(config, kind)
+        if named is not None:
+            options = plugin_options(kind, named.name, named.options, where, config.search_path)
+            setattr(config, kind, Named(name=named.name, **options))
     _check_loss(config, where)
+    _check_nonfinite(config, where)
     optimizer_options = _optimizer_options(config.optimizer, where)
     config.optimizer = Named(name=config.optimizer.name, **optimizer_options)
     _check_length(config, where)
@@ -81,6 +84,34 @@ def _with_exchange_expanded(tree: dict[str, Any], where: str) -> dict[str, Any]:
         scheduled = {**exchange, "name": "scheduled", "collective": exchange["name"]}
         return {**tree, "exchange": scheduled}
     return tree
+
+
+def _check_workload(config: RunConfig, where: str) -> None:
+    """Raise ``UserError`` unless it is clear what is trained: a workload, or a model and data."""
+    if config.workload is None:
+        for key in ("model", "data"):
+            if getattr(config, key) is None:
+                raise UserError(f"{where}: {key}: is missing")
+        return
+    if not is_users_own(config.workload.name):
+        raise UserError(
+            f"{where}: workload: {config.workload.name!r} is not allowed"
+            " (allowed: package.module:Class)"
+        )
+    replaced = {"model", "data", "loss"} & config.model_fields_set
+    if replaced:
+        raise UserError(
+            f"{where}: {min(replaced)}: the workload {config.workload.name} has its own"
+            f" (remove {min(replaced)}, or remove workload)"
+        )
+
+
+def _check_nonfinite(config: RunConfig, where: str) -> None:
+    if config.nonfinite == "skip" and config.exchange.name == "parameter_server":
+        raise UserError(
+            f"{where}: nonfinite: 'skip' is not allowed under parameter_server, whose servers make"
+            " the step before a worker can see it (allowed: stop)"
+        )
 
 
 def _check_length(config: RunConfig, where: str) -> None:

@@ -104,11 +104,14 @@ class RunConfig(Strict):
     name: str = "run"
     """Names the run directory; default: the file's name."""
 
-    model: NameOrOptions
+    model: NameOrOptions | None = None
     """The model and its options."""
 
-    data: NameOrOptions
+    data: NameOrOptions | None = None
     """The data set and its options."""
+
+    workload: NameOrOptions | None = None
+    """`package.module:Class`, in place of model, data and loss: a `scaletrain.Workload`."""
 
     loss: str = "cross_entropy"
     """A loss of `torch.nn.functional` that has a `reduction`, or `package.module:function`."""
@@ -161,6 +164,9 @@ class RunConfig(Strict):
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     """The summary says when this accuracy was first reached."""
 
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop and say where, or leave the step out."""
+
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are written."""
 
@@ -185,7 +191,7 @@ class RunConfig(Strict):
         # None is a configuration that was made in code: modules come from the working directory.
         return Path(self.source).parent if self.source else None
 
-    def load(self, kind: Literal["model", "data", "exchange", "launcher"]) -> Any:
+    def load(self, kind: Literal["model", "data", "workload", "exchange", "launcher"]) -> Any:
         """Import the plugin that this configuration names for a kind; return its factory."""
         return plugins.load(kind, getattr(self, kind).name, self.search_path)
 

@@ -263,8 +263,9 @@ class _Narrator:
         # This rank's own steps: each is its share of the batch, whether or not the others live.
         share = self._trainer.global_batch / self._trainer.world.size
         left_s = (total - done) * share / samples_per_s
+        loss = "not finite" if record.loss is None else f"{record.loss:.4f}"
         print(
-            f"step {done}/{total}  loss {record.loss:.4f}  {rate:,.0f} samples/s  {left_s:.0f} s left",
+            f"step {done}/{total}  loss {loss}  {rate:,.0f} samples/s  {left_s:.0f} s left",
             flush=True,
         )
         self._printed_at = now
@@ -275,10 +276,13 @@ class _Narrator:
         accuracy = ""
         if summary["test_accuracy"] is not None:
             accuracy = f", test accuracy {summary['test_accuracy']:.4f}"
+        loss = "not finite"
+        if summary["final_loss"] is not None:
+            loss = f"{summary['final_loss']:.6g}"
         outcome = "done" if summary["finished"] else "stopped early"
         print(
             f"{outcome}: {summary['steps']} steps,"
-            f" loss of the last global batch {summary['final_loss']:.6g}{accuracy},"
+            f" loss of the last global batch {loss}{accuracy},"
             f" {summary['samples_per_s']:,.0f} samples/s, {summary['wall_s']:.1f} s",
             flush=True,
         )

@@ -83,7 +83,9 @@ def failure_from_exception(
     """
     failure = Failure(world.rank, host_name(), None, time.time(), FailureKind.EXCEPTION, "")
     if isinstance(error, UserError):
-        return failure._replace(kind=FailureKind.USER, message=_one_line(str(error)), exit_code=2)
+        return failure._replace(
+            kind=FailureKind.USER, message=_one_line(str(error)), exit_code=error.exit_code
+        )
     failure = failure._replace(
         message=_one_line(f"{type(error).__name__}: {error}"),
         traceback=_traceback(error, runner_files),

@@ -31,7 +31,7 @@ class StepRecord:
     step: int  # optimizer steps done before this one
     rank: int
     time: float  # unix time at which the step began
-    loss: float  # mean over the samples this rank processed
+    loss: float | None  # mean over what this rank processed; None: it is not finite
     samples: int  # processed by this rank in this step
     lr: float
     step_s: float
@@ -41,6 +41,9 @@ class StepRecord:
     update_s: float  # the optimizer, or waiting for the server's weights
     # The exchange's own numbers, such as bytes or staleness.
     exchange: dict[str, float] = dataclasses.field(default_factory=dict)
+    count: float = 0.0  # what the loss is a mean over: samples, tokens, ...
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)  # means over the same count
+    skipped: bool = False  # the weights stayed: a gradient was not finite
 
 
 class RecordWriter:

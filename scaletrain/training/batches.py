@@ -1,6 +1,6 @@
 """Which samples make up a step: a fixed order that does not depend on the number of workers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,9 +58,12 @@ class GlobalBatches:
 
 
 def load(
-    dataset: Dataset, shares: Iterator[torch.Tensor], num_loaders: int
-) -> Iterator[tuple[Any, Any]]:
-    """Return the (input, target) batches of the samples that ``shares`` names.
+    dataset: Dataset,
+    shares: Iterator[torch.Tensor],
+    num_loaders: int,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> Iterator[Any]:
+    """Return the batches of the samples that ``shares`` names.
 
     A TensorDataset is indexed at once; any other map-style data set is read sample by sample and
     collated.
@@ -69,10 +72,14 @@ def load(
         dataset: of (input, target) samples.
         shares: indices of each batch, int64.
         num_loaders: processes that read ahead; 0: read in line.
+        collate: samples -> batch; None: torch's default.
     """
-    if isinstance(dataset, TensorDataset) and num_loaders == 0:
+    if isinstance(dataset, TensorDataset) and num_loaders == 0 and collate is None:
         return (dataset[share] for share in shares)
-    return iter(DataLoader(dataset, batch_sampler=_Lists(shares), num_workers=num_loaders))
+    loader = DataLoader(
+        dataset, batch_sampler=_Lists(shares), num_workers=num_loaders, collate_fn=collate
+    )
+    return iter(loader)
 
 
 class _Lists:

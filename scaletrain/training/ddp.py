@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,11 +83,20 @@ class AllreduceExchange(Exchange):
         """
         return self._record
 
+    def begin_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin a sum that runs beside forward."""
+        total = values.to(self._device)
+        work = dist.all_reduce(total, async_op=True)
+
+        def finish() -> torch.Tensor:
+            work.wait()
+            return total.cpu()
+
+        return finish
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks of a small CPU tensor."""
-        total = values.to(self._device)
-        dist.all_reduce(total)
-        return total.cpu()
+        return self.begin_sum(values)()
 
     def close(self) -> None:
         """Meet the other ranks once more, then end the process group."""

@@ -9,21 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset
 
 from scaletrain.config import RunConfig, exchange_label
+from scaletrain.errors import TrainingError
 from scaletrain.run import progress
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, read_records
-from scaletrain.training import checkpoint
+from scaletrain.training import checkpoint, finite, statistics
 from scaletrain.training.batches import GlobalBatches, load
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.learning_rate import learning_rate
+from scaletrain.training.losses import GlobalMean, StepLoss
 from scaletrain.training.step_clock import StepClock
 from scaletrain.training.workload import Workload
 from scaletrain.units import plural
 from scaletrain.world import World
 
 _TEST_BATCH = 256  # samples of one forward pass in evaluation
+_MOST_LEFT_OUT = 20  # steps in a row
 
 
 class Trainer:
@@ -55,6 +60,7 @@ class Trainer:
         self.config = config
         self.world = world
         self.workload = workload
+        self.module = workload.model  # without the exchange's wrapper
         self.exchange = exchange
         self.device = device
         self.run_dir = run_dir
@@ -62,18 +68,21 @@ class Trainer:
         # Weak scaling: ``batch_size`` is one worker's. Strong scaling: it is the whole job's.
         sharing = world.size if config.batch_mode == "weak" else 1
         self.global_batch = config.batch_size * sharing  # samples a step, of all workers
-        self.batches = GlobalBatches(len(workload.train), self.global_batch, config.seed)  # type: ignore[arg-type]
+        num_samples = len(workload.data.train)  # type: ignore[arg-type]
+        self.batches = GlobalBatches(num_samples, self.global_batch, config.seed)
         self.num_steps = config.steps or self._steps_of(config.epochs or 0)
-        self.base_lr = float(workload.optimizer.param_groups[0]["lr"])
+        self._base_lrs = [float(group["lr"]) for group in workload.optimizer.param_groups]
+        self._left_out = 0  # steps in a row whose gradient was not finite
 
         # The checkpoint is loaded before ``attach``, which makes every rank's weights those of rank
         # 0.
         steps_done = None
         if resume:
-            steps_done = checkpoint.load_latest(run_dir, workload.model, workload.optimizer)
+            steps_done = checkpoint.load_latest(run_dir, self.module, workload.optimizer)
         self.resumed = steps_done is not None
         self.next_step = steps_done or 0
-        self.model = exchange.attach(workload.model, workload.optimizer)
+        self.model = exchange.attach(self.module, workload.optimizer)
+        workload.model = self.model
         # A worker that joins a running job, such as one that was started again, begins where it is.
         missed = exchange.skip(self.num_steps - self.next_step)
         self.next_step += missed
@@ -84,7 +93,7 @@ class Trainer:
             self._records_before = _cut_records(run_dir, world.rank, self.next_step)
         # A late worker may be the successor of one that died: the records of that one stay.
         self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or missed > 0)
-        self._loaded = load(workload.train, self._shares(), config.loader_workers)
+        self._loaded = self._load(workload.data.train, self._shares(), config.loader_workers)
 
     @property
     def finished(self) -> bool:
@@ -92,54 +101,58 @@ class Trainer:
         return self.next_step >= self.num_steps
 
     def step(self) -> StepRecord:
-        """Do one optimizer step: input, forward and backward (in parts), exchange, update."""
+        """Do one optimizer step: input, forward and backward (in passes), exchange, update.
+
+        Raises:
+            TrainingError: a loss is not finite, or gradients have not been for many steps.
+        """
         began = time.time()
         clock = StepClock(self.device)
-        # The rate is set before backward: a parameter server gets gradients while backward runs.
-        lr = learning_rate(self.config.lr_schedule, self.base_lr, self.next_step, self.num_steps)
-        for group in self.workload.optimizer.param_groups:
-            group["lr"] = lr
+        # The rates are set before backward: a parameter server gets gradients while backward runs.
+        self._set_rates()
         self.model.train()
         self.model.zero_grad()
-        inputs, targets = next(self._loaded)
-        inputs = inputs.to(self.device, non_blocking=True)
-        targets = targets.to(self.device, non_blocking=True)
+        passes = [to_device(next(self._loaded), self.device) for _ in range(self.config.accumulate)]
         clock.lap("input")
 
-        samples = len(targets)
-        # It stays on the device: reading it after every part would stall the stream.
-        loss_sum = torch.zeros((), device=self.device)  # over this rank's samples
-        parts = [*zip(*self._split(inputs, targets), strict=True)]
-        for index, (part_inputs, part_targets) in enumerate(parts):
-            is_last = index == len(parts) - 1
-            # Only the last part exchanges; the others add to the gradients of this rank.
+        num_samples = len(self._share(self.next_step))
+        step_loss = StepLoss()
+        # Made before forward: what the mean is over travels to the other ranks while that runs.
+        mean = GlobalMean(self.workload, self.exchange, passes, num_samples, self.global_batch)
+        for index, batch in enumerate(passes):
+            is_last = index == len(passes) - 1
+            # Only the last pass exchanges; the others add to the gradients of this rank.
             with contextlib.nullcontext() if is_last else self.exchange.accumulate():
-                loss = self.workload.loss(self.model(part_inputs), part_targets)
+                loss = self.workload.forward(batch)
                 clock.lap("forward")
-                # The loss is a mean over the part, and the exchange divides by the number of ranks:
-                # weighted so, the sum over parts and ranks is the mean over the global batch.
-                weight = len(part_targets) * self.world.size / self.global_batch
-                (loss * weight).backward()
-                loss_sum += loss.detach() * len(part_targets)
+                step_loss.add(loss)
+                if self.device.type == "cpu" or is_last:  # reading it stalls a GPU's stream
+                    self._check_finite(step_loss, passes)
+                (loss.total * mean.weight()).backward()
                 clock.lap("backward")
-        self.exchange.step()
+        is_skipped = self._leaves_step_out()
+        if not is_skipped:
+            self.exchange.step()
         clock.lap("update")
 
-        # Before ``item`` below: on CUDA this waits for the device, inside the measured time.
         spent = clock.stop()
+        mean.check(step_loss.count)
         record = StepRecord(
             step=self.next_step,
             rank=self.world.rank,
             time=began,
-            loss=loss_sum.item() / samples,
-            samples=samples,
-            lr=lr,
+            loss=finite_or_none(step_loss.mean),
+            samples=num_samples,
+            lr=self.workload.optimizer.param_groups[0]["lr"],
             step_s=sum(spent.values()),
             input_s=spent["input"],
             forward_s=spent["forward"],
             backward_s=spent["backward"],
             update_s=spent["update"],
             exchange=self.exchange.record(),
+            count=step_loss.count,
+            parts=step_loss.parts(),
+            skipped=is_skipped,
         )
         self.next_step += 1
         return record
@@ -169,59 +182,61 @@ class Trainer:
                 self._evaluate_into(evaluation, began)
             if self._is_due(self.config.checkpoint.every_steps):
                 self.save()
+        statistics.average(self.module, self.exchange)
         self.save()
         self._evaluate_into(evaluation, began)
         self._writer.close()
         return self._summary(evaluation, time.monotonic() - began)
 
     def evaluate(self) -> dict[str, float | None]:
-        """Return mean loss and accuracy over the test set, which all ranks share out (collective).
+        """Return the means over the test set, which all ranks share out (collective).
 
-        The accuracy is None if the targets are not classes.
+        Returns:
+            ``test_<name>`` of each figure of ``Workload.evaluate``, and always ``test_loss`` and
+            ``test_accuracy``; None where there is no such figure, or it is not finite.
         """
-        # Not DDP's module: its forward broadcasts buffers, and ranks may have different numbers
-        # of batches here.
-        module = self.workload.model
-        was_training = module.training
-        mine = torch.arange(self.world.rank, len(self.workload.test), self.world.size)  # type: ignore[arg-type]
-        loss_sum = 0.0
-        correct = 0  # right predictions
-        judged = 0  # predictions that can be right or wrong
-        has_classes = True
-        module.eval()
-        with torch.inference_mode():
-            for inputs, targets in load(self.workload.test, iter(mine.split(_TEST_BATCH)), 0):
+        statistics.average(self.module, self.exchange)
+        test = self.workload.data.test
+        num_samples = len(test)  # type: ignore[arg-type]
+        mine = torch.arange(num_samples)[self.world.rank :: self.world.size]
+        # A rank without samples reads the first one, to learn which figures there are.
+        reads_for_names = num_samples > 0 and len(mine) == 0
+        if reads_for_names:
+            mine = torch.zeros(1, dtype=torch.int64)
+        figures: dict[str, list[float]] = {}  # total and count, of this rank
+        was_training = self.module.training
+        self.module.eval()
+        with self._alone(), torch.inference_mode():
+            for batch in self._load(test, iter(mine.split(_TEST_BATCH)), 0):
                 progress.alive("evaluating")
-                inputs, targets = inputs.to(self.device), targets.to(self.device)
-                output = module(inputs)
-                loss_sum += self.workload.loss(output, targets).item() * len(targets)
-                # Classes are whole numbers, and the output has one more dimension: their scores.
-                if targets.is_floating_point() or output.ndim != targets.ndim + 1:
-                    has_classes = False
-                if has_classes:
-                    correct += int((output.argmax(1) == targets).sum())
-                    judged += targets.numel()
-        module.train(was_training)
-        # Sums of counts stay exact in float64; float32 is exact up to 2^24 only.
-        counts = [loss_sum, len(mine), correct, judged, not has_classes]
-        totals = self.exchange.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
-        total_loss, samples, correct, judged, ranks_without_classes = totals
-        # A rank without test samples cannot tell, so only one that has seen other targets objects.
-        can_judge = judged and not ranks_without_classes
-        return {
-            "test_loss": total_loss / samples if samples else None,
-            "test_accuracy": correct / judged if can_judge else None,
-        }
+                means = self.workload.evaluate(to_device(batch, self.device))
+                for name, mean in means.items():
+                    sums = figures.setdefault(name, [0.0, 0.0])
+                    sums[0] += float(mean.total)
+                    sums[1] += float(mean.count)
+        self.module.train(was_training)
+
+        evaluation: dict[str, float | None] = {"test_loss": None, "test_accuracy": None}
+        if figures:
+            own = torch.tensor([*figures.values()], dtype=torch.float64)  # shape (figures, 2)
+            own *= not reads_for_names
+            totals = self.exchange.sum(own.flatten()).view(-1, 2).tolist()
+            for name, (total, count) in zip(figures, totals, strict=True):
+                evaluation[f"test_{name}"] = finite_or_none(total / count) if count else None
+        return evaluation
 
     def save(self) -> None:
-        """Write a checkpoint of the steps done so far, on rank 0."""
+        """Write a checkpoint of the steps done so far, on rank 0 (collective)."""
+        # Where ranks may be at different steps they cannot meet here: rank 0's statistics count.
+        if self.exchange.averages:
+            statistics.average(self.module, self.exchange)
         if self.world.rank != 0:
             return
         progress.alive("writing a checkpoint")
         checkpoint.save(
             self.run_dir,
             self.next_step,
-            self.workload.model,
+            self.module,
             self.workload.optimizer,
             self.config.checkpoint.keep,
         )
@@ -237,7 +252,7 @@ class Trainer:
         mode = f"{config.batch_size} a worker"
         if config.batch_mode == "strong":
             mode = "fixed global batch"
-        samples = len(self.workload.train)  # type: ignore[arg-type]
+        samples = len(self.workload.data.train)  # type: ignore[arg-type]
         epochs = self.num_steps / self.batches.steps_per_epoch
         num_epochs = f"{epochs:.4g} epoch" if epochs == 1 else f"{epochs:.4g} epochs"
         left_out = samples - self.batches.steps_per_epoch * self.global_batch
@@ -245,13 +260,17 @@ class Trainer:
         return [
             f"batch: {self.global_batch} samples a step = {plural(self.world.size, 'worker')} x"
             f" {each}{split} ({mode}, {config.batch_mode} scaling)",
-            f"learning rate: {self.base_lr:g} for {self.global_batch} samples"
-            f" ({self.base_lr * 256 / self.global_batch:.4g} per 256),"
+            f"learning rate: {self._rates()} for {self.global_batch} samples"
+            f" ({self._base_lrs[0] * 256 / self.global_batch:.4g} per 256),"
             f" {config.lr_schedule.name}{self._describe_warmup()};"
             " it does not change with the number of workers",
             f"steps: {self.num_steps} = {num_epochs} of {self.batches.steps_per_epoch} steps"
             f" ({samples} samples{uneven})",
         ]
+
+    def _rates(self) -> str:
+        """Return the rates of the parameter groups in words."""
+        return ", ".join(f"{rate:g}" for rate in dict.fromkeys(self._base_lrs))
 
     def _describe_warmup(self) -> str:
         steps = self.config.lr_schedule.warmup_steps
@@ -259,23 +278,76 @@ class Trainer:
             return ""
         text = f", {steps} steps of warm-up"
         if steps > self.num_steps:
-            text += f" (longer than the run: the rate never reaches {self.base_lr:g})"
+            text += f" (longer than the run: the rate never reaches {self._rates()})"
         return text
 
     def _steps_of(self, epochs: float) -> int:
         return max(1, round(epochs * self.batches.steps_per_epoch))
 
-    def _shares(self) -> Iterator[torch.Tensor]:
-        """Yield the indices of this rank's samples, step by step."""
-        for step in range(self.next_step, self.num_steps):
-            yield self.batches.share(step, self.world.rank, self.world.size)
+    def _load(
+        self, dataset: Dataset, shares: Iterator[torch.Tensor], num_loaders: int
+    ) -> Iterator[Any]:
+        return load(dataset, shares, num_loaders, self.workload.data.collate)
 
-    def _split(
-        self, inputs: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Return the batch in as many parts as there are backward passes."""
-        passes = self.config.accumulate
-        return inputs.tensor_split(passes), targets.tensor_split(passes)
+    def _share(self, step: int) -> torch.Tensor:
+        """Return the indices of this rank's samples of a step."""
+        return self.batches.share(step, self.world.rank, self.world.size)
+
+    def _shares(self) -> Iterator[torch.Tensor]:
+        """Yield the indices of each backward pass of this rank, step by step."""
+        for step in range(self.next_step, self.num_steps):
+            yield from self._share(step).tensor_split(self.config.accumulate)
+
+    def _set_rates(self) -> None:
+        """Set the learning rate of each parameter group: its own, by the schedule."""
+        schedule, groups = self.config.lr_schedule, self.workload.optimizer.param_groups
+        for group, base in zip(groups, self._base_lrs, strict=True):
+            group["lr"] = learning_rate(schedule, base, self.next_step, self.num_steps)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let the workload's forward run on this rank alone: without the exchange's module."""
+        self.workload.model = self.module
+        try:
+            yield
+        finally:
+            self.workload.model = self.model
+
+    def _check_finite(self, loss: StepLoss, passes: list[Any]) -> None:
+        """Raise ``TrainingError`` if the loss so far is not finite, and that ends the run."""
+        if self.config.nonfinite == "skip" or math.isfinite(loss.total):
+            return
+        shares = self._share(self.next_step).tensor_split(self.config.accumulate)
+        reasons = []
+        with self._alone():
+            for batch, share in zip(passes, shares, strict=True):
+                reasons.append(finite.explain(self.workload, batch, share.tolist()))
+        found = next(filter(None, reasons), "every layer is finite, the loss alone is not")
+        raise TrainingError(
+            f"step {self.next_step}, rank {self.world.rank}: the loss is {loss.total:g}: {found}"
+            " (checkpoints are from before it; nonfinite: skip leaves such steps out)"
+        )
+
+    def _leaves_step_out(self) -> bool:
+        """Return True if this step's gradient is not finite, and such steps are left out.
+
+        The gradient is the mean over all ranks, so all of them decide alike.
+
+        Raises:
+            TrainingError: too many steps in a row were left out: the weights will not recover.
+        """
+        if self.config.nonfinite != "skip":
+            return False
+        if finite.all_finite(parameter.grad for parameter in self.module.parameters()):
+            self._left_out = 0
+            return False
+        self._left_out += 1
+        if self._left_out == _MOST_LEFT_OUT:
+            raise TrainingError(
+                f"step {self.next_step}: the gradients of {_MOST_LEFT_OUT} steps in a row are not"
+                " finite (a smaller learning rate may help; nonfinite: stop says where it begins)"
+            )
+        return True
 
     def _catch_up(self) -> bool:
         """Leave out steps that the job has done without this rank; return True if there were any.
@@ -288,7 +360,7 @@ class Trainer:
         skipped = self.exchange.skip(min(self.num_steps, next_meeting) - self.next_step)
         # The loader yields every step's batch in turn, so those of skipped steps are dropped.
         # ``next_step`` changes afterwards: ``_shares`` may read it only at the first batch.
-        for _ in range(skipped):
+        for _ in range(skipped * self.config.accumulate):
             next(self._loaded)
         self.next_step += skipped
         return skipped > 0
@@ -321,13 +393,14 @@ class Trainer:
         samples_per_s = 0.0
         if seconds:
             samples_per_s = sum(record.samples for record in timed) / sum(seconds)
-        last_loss, last_samples = 0.0, 0
+        last_total, last_count = 0.0, 0.0
         if records:
-            last_samples = records[-1].samples
-            last_loss = records[-1].loss * last_samples
-        # Weighted by samples, since the shares of the ranks differ by up to one.
-        local = torch.tensor([samples_per_s, last_loss, last_samples], dtype=torch.float64)
-        samples_per_s, last_loss, last_samples = self.exchange.sum(local).tolist()
+            last = records[-1]
+            last_count = last.count
+            last_total = math.nan if last.loss is None else last.loss * last_count
+        # Weighted by what the losses are over: the shares of the ranks differ.
+        local = torch.tensor([samples_per_s, last_total, last_count], dtype=torch.float64)
+        samples_per_s, last_total, last_count = self.exchange.sum(local).tolist()
         return {
             "name": self.config.name,
             "workers": self.world.size,
@@ -342,10 +415,25 @@ class Trainer:
             "samples_per_s": samples_per_s,
             "step_s_p50": float(np.percentile(seconds, 50)) if seconds else None,
             "step_s_p95": float(np.percentile(seconds, 95)) if seconds else None,
-            "final_loss": last_loss / last_samples if last_samples else None,
+            "final_loss": finite_or_none(last_total / last_count) if last_count else None,
+            "skipped_steps": sum(record.skipped for record in records),
             **evaluation,
             "wall_s": wall_s,
         }
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a tree of tensors with every tensor on the device."""
+
+    def move(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(move, batch)
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return the value; None if it is not finite, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
 
 
 def _cut_records(run_dir: Path, rank: int, step: int) -> list[StepRecord]:

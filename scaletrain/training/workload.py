@@ -1,29 +1,184 @@
-"""Model, loss, optimizer and data, built from a configuration, the same on every rank."""
+"""The parts of a training job that do not know about workers, the same on every rank.
 
+``workload: package.module:Class`` in the YAML names a person's own ``Workload``. Without it the
+job is ``Supervised``: ``model``, ``data``, ``loss`` and ``optimizer`` of the YAML.
+"""
+
+import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.nn.parameter import UninitializedParameter
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from scaletrain import plugins
 from scaletrain.config import RunConfig
 from scaletrain.config.grammar import is_users_own
 from scaletrain.errors import UserError, unknown
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+IGNORED = -100  # torch's default for ``ignore_index``: a target that counts for nothing
 
 
-class Workload(NamedTuple):
-    """The parts of a training job that do not know about workers."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean as a total and what it is over, so that means over batches and ranks are exact."""
 
-    model: nn.Module  # on the device, initialised from the seed
-    loss: Loss  # (output, target) -> mean over the batch, scalar
+    total: Tensor | float
+    count: Tensor | float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loss:
+    """The loss of a batch as a total and what its mean is over.
+
+    The gradient of a step is that of the sum of all totals over the sum of all counts: over the
+    ranks and over the backward passes, whatever share of the tokens or boxes each of them has.
+    """
+
+    total: Tensor  # scalar, with a gradient
+    count: Tensor | float  # samples, tokens, boxes, ...
+    parts: Mapping[str, Tensor] = dataclasses.field(
+        default_factory=dict
+    )  # totals over the same count, for records
+
+
+class Data(NamedTuple):
+    """The data of a job, the same on every rank."""
+
+    train: Dataset  # map-style
+    test: Dataset  # map-style
+    collate: Callable[[list[Any]], Any] | None = None  # samples -> batch; None: torch's default
+
+
+class Workload:
+    """What is trained: derive from it, set the attributes in ``__init__``, write ``forward``.
+
+    A batch is any tree of tensors: a tensor, or tuples, lists and dicts of trees. The trainer moves
+    it to the device.
+
+    Attributes:
+        model: on the CPU at first; the trainer moves it. While it trains, the trainer puts the
+            exchange's module here, so that backward exchanges gradients.
+        data: training and test set.
+        optimizer: over the model's parameters. Left out: the YAML's ``optimizer``.
+
+    Example:
+        .. code-block:: python
+
+            class Translate(Workload):
+                def __init__(self, *, width: int = 64):
+                    self.model = Translator(width)
+                    self.data = Data(*sentences(), collate=pad)
+
+                def count(self, batch):
+                    return (batch["target"] != PAD).sum()
+
+                def forward(self, batch):
+                    output = self.model(batch["source"])
+                    losses = cross_entropy(output, batch["target"], reduction="none")
+                    total = losses[batch["target"] != PAD].sum()
+                    return Loss(total, self.count(batch))
+    """
+
+    model: nn.Module
+    data: Data
     optimizer: torch.optim.Optimizer
-    train: Dataset
-    test: Dataset
+
+    def forward(self, batch: Any) -> Loss:
+        """Return the loss of a batch, in training and in evaluation."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward(batch) -> Loss")
+
+    def count(self, batch: Any) -> Tensor | float:
+        """Return what the loss of a batch is a mean over, if it is not over samples.
+
+        It is asked before ``forward``: counts travel to the other ranks while that runs. It must be
+        the count that ``forward`` returns for this batch.
+        """
+        raise NotImplementedError("the mean is over samples")
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether the mean is over samples: every rank knows the count of all ranks beforehand."""
+        return type(self).count is Workload.count
+
+    def evaluate(self, batch: Any) -> dict[str, Mean]:
+        """Return the figures of a test batch by name; the same names for every batch.
+
+        Override it for more than the loss and its parts. It runs without gradients.
+        """
+        loss = self.forward(batch)
+        figures = {"loss": Mean(loss.total, loss.count)}
+        for name, total in loss.parts.items():
+            figures[name] = Mean(total, loss.count)
+        return figures
+
+
+class Supervised(Workload):
+    """The simple job: batches are (input, target), and a function compares output and target.
+
+    Args:
+        model: a sample's output must not depend on its neighbours, or N workers differ from one.
+        loss: (output, target) -> scalar, the mean over the batch.
+        data: of (input, target) samples.
+        sums: the loss as (output, target) -> sum over the targets that are not ``IGNORED``, if it
+            is one of torch's that ignores targets.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        data: Data,
+        sums: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        self.model = model
+        self.loss = loss
+        self.data = data
+        self._sums = sums
+        self._counts_samples = sums is None or _has_one_class_a_sample(data.train)
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether no target is ignored, as far as that is known without reading all data."""
+        return self._counts_samples
+
+    def count(self, batch: Any) -> Tensor | float:
+        """Return the number of targets that are not ignored."""
+        _, targets = _pair(batch)
+        return self._count(targets)
+
+    def forward(self, batch: Any) -> Loss:
+        """Return the loss of a batch of (input, target)."""
+        inputs, targets = _pair(batch)
+        return self._loss_of(self.model(inputs), targets)
+
+    def evaluate(self, batch: Any) -> dict[str, Mean]:
+        """Return ``loss``, and ``accuracy`` if the targets are classes."""
+        inputs, targets = _pair(batch)
+        output = self.model(inputs)
+        loss = self._loss_of(output, targets)
+        figures = {"loss": Mean(loss.total, loss.count)}
+        are_classes = isinstance(output, Tensor) and not targets.is_floating_point()
+        if are_classes and output.ndim == targets.ndim + 1:
+            judged = targets != IGNORED
+            right = (output.argmax(1) == targets) & judged
+            figures["accuracy"] = Mean(right.sum(), judged.sum())
+        return figures
+
+    def _loss_of(self, output: Any, targets: Tensor) -> Loss:
+        if self._sums is None or targets.is_floating_point():
+            # A mean over elements is one over samples: they have as many elements each.
+            mean = self.loss(output, targets).reshape(())
+            return Loss(mean * len(targets), len(targets))
+        return Loss(self._sums(output, targets), self._count(targets))
+
+    def _count(self, targets: Tensor) -> Tensor | float:
+        if targets.is_floating_point():  # class probabilities: none is ignored
+            return len(targets)
+        return (targets != IGNORED).sum()
 
 
 def build(config: RunConfig, device: torch.device) -> Workload:
@@ -33,44 +188,107 @@ def build(config: RunConfig, device: torch.device) -> Workload:
         UserError: a name does not exist, the optimizer has no such option, or a factory returns
             something else than it should.
     """
-    torch.manual_seed(config.seed)
-    # The model comes first: no random number that the data draws may change its weights.
+    torch.manual_seed(config.seed % 2**64)  # torch takes no larger one
+    workload = _users_own(config) if config.workload else _supervised(config)
+    _check_data(workload.data)
+    workload.model.to(device)
+    if config.compute:
+        from scaletrain.training.emulation import emulate
+
+        workload.model = emulate(workload.model, config.compute.step_s, config.compute.sample_s)
+    if getattr(workload, "optimizer", None) is None:
+        workload.optimizer = _optimizer(config, workload.model)
+    _check_trainable(workload)
+    return workload
+
+
+def _users_own(config: RunConfig) -> Workload:
+    assert config.workload is not None
+    made = config.load("workload")(**config.workload.options)
+    name = config.workload.name
+    if not isinstance(made, Workload):
+        raise UserError(
+            f"workload: {name} is a {type(made).__name__} (allowed: a class that derives from"
+            " scaletrain.Workload)"
+        )
+    if not isinstance(getattr(made, "model", None), nn.Module):
+        raise UserError(f"workload: {name} sets no self.model in __init__ (a torch.nn.Module)")
+    if not isinstance(getattr(made, "data", None), Data):
+        raise UserError(f"workload: {name} sets no self.data in __init__ (a scaletrain.Data)")
+    return made
+
+
+def _supervised(config: RunConfig) -> Supervised:
+    assert config.model is not None and config.data is not None
     model = config.load("model")(**config.model.options)
     if not isinstance(model, nn.Module):
         raise UserError(
             f"model: {config.model.name} returned a {type(model).__name__}, not a torch.nn.Module"
         )
     datasets = config.load("data")(**config.data.options)
-    if not _is_train_and_test(datasets):
+    if not isinstance(datasets, Data):
+        is_pair = isinstance(datasets, tuple) and len(datasets) == 2
+        if not is_pair or not all(hasattr(dataset, "__getitem__") for dataset in datasets):
+            raise UserError(
+                f"data: {config.data.name} must return two datasets with [index] and len():"
+                " (train, test)"
+            )
+        datasets = Data(*datasets)
+    return Supervised(model, _checked_loss(config), datasets, _ignoring_sum(config.loss))
+
+
+def _check_data(data: Data) -> None:
+    for name, dataset in (("training", data.train), ("test", data.test)):
+        # torch's base class has [index] and no len(), also where nothing can be indexed.
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise UserError(
+                f"data: the {name} set, a {type(dataset).__name__}, is not map-style"
+                " (allowed: a data set with [index] and len())"
+            )
+
+
+def _check_trainable(workload: Workload) -> None:
+    parameters = [*workload.model.parameters()]
+    if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
         raise UserError(
-            f"data: {config.data.name} must return two datasets with [index] and len(): (train, test)"
+            "model: a lazy module does not know its shapes yet; let the factory call the model once"
+            " with an input before it returns it"
         )
-    train, test = datasets
-    model = model.to(device)
-    if config.compute:
-        from scaletrain.training.emulation import emulate
-
-        model = emulate(model, config.compute.step_s, config.compute.sample_s)
-    return Workload(model, _checked_loss(config), _optimizer(config, model), train, test)
-
-
-def _is_train_and_test(value: Any) -> bool:
-    is_pair = isinstance(value, tuple) and len(value) == 2
-    return is_pair and all(hasattr(dataset, "__getitem__") for dataset in value)
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise UserError("model: no parameter is trained: none has requires_grad")
+    if isinstance(workload.optimizer, torch.optim.LBFGS):
+        raise UserError(
+            "optimizer: lbfgs calls the model several times a step, which an exchange cannot follow"
+            " (allowed: an optimizer whose step() takes no closure)"
+        )
 
 
-def _checked_loss(config: RunConfig) -> Loss:
+def _pair(batch: Any) -> tuple[Any, Tensor]:
+    """Return the input and the target of a batch."""
+    is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+    if is_pair and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    raise UserError(
+        f"data: a batch is a {type(batch).__name__}, not (input, target)"
+        " (workload: package.module:Class trains on batches of any form)"
+    )
+
+
+def _has_one_class_a_sample(dataset: Dataset) -> bool:
+    """Return True if it is known that each sample has one target, and that none is ignored."""
+    if not isinstance(dataset, TensorDataset):
+        return False
+    targets = dataset.tensors[-1]
+    return targets.is_floating_point() or (targets.ndim == 1 and not (targets == IGNORED).any())
+
+
+def _checked_loss(config: RunConfig) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss, which raises ``UserError`` if nothing can be trained with its value."""
     function = _loss_function(config)
 
     # Checked at every call: what a loss returns depends on the shapes that it gets.
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        if config.loss == "cross_entropy" and output.ndim > 1 and output.shape[1] == 1:
-            raise UserError(
-                "loss: cross_entropy over one class is always 0, and the model has one output"
-                " (allowed: an output for each class, or another loss, such as"
-                " binary_cross_entropy_with_logits or mse_loss)"
-            )
+        _check_classes(config.loss, output)
         value = function(output, target)
         if isinstance(value, Tensor) and value.numel() == 1:
             return value
@@ -85,12 +303,37 @@ def _checked_loss(config: RunConfig) -> Loss:
     return loss
 
 
+def _ignoring_sum(name: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return torch's loss as a sum, if it is one that leaves ignored targets out of its mean."""
+    if is_users_own(name):
+        return None
+    function = getattr(nn.functional, name)
+    if "ignore_index" not in inspect.signature(function).parameters:
+        return None
+
+    def sums(output: Tensor, target: Tensor) -> Tensor:
+        _check_classes(name, output)
+        total: Tensor = function(output, target, reduction="sum")
+        return total
+
+    return sums
+
+
+def _check_classes(loss: str, output: Tensor) -> None:
+    if loss == "cross_entropy" and output.ndim > 1 and output.shape[1] == 1:
+        raise UserError(
+            "loss: cross_entropy over one class is always 0, and the model has one output"
+            " (allowed: an output for each class, or another loss, such as"
+            " binary_cross_entropy_with_logits or mse_loss)"
+        )
+
+
 def _loss_function(config: RunConfig) -> Callable[..., Tensor]:
     if is_users_own(config.loss):
         users_own: Callable[..., Tensor] = plugins.load("loss", config.loss, config.search_path)
         return users_own
-    # ``reduction`` tells losses from everything else in torch.nn.functional, such as relu.
     function = getattr(nn.functional, config.loss, None)
+    # ``reduction`` tells losses from everything else in torch.nn.functional, such as relu.
     if function is not None and "reduction" in inspect.signature(function).parameters:
         found: Callable[..., Tensor] = function
         return found

@@ -26,10 +26,17 @@ from scaletrain.scaling.measure import sweep
 from .runs import write_run
 
 
+def timed(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, passes: int):
+    def loss() -> torch.Tensor:
+        return nn.functional.cross_entropy(model(inputs), targets)
+
+    return time_layers(model, loss, len(inputs), passes)
+
+
 def test_every_layer_is_timed_and_counted():
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
     inputs, targets = torch.randn(32, 64), torch.randint(0, 10, (32,))
-    made = time_layers(model, nn.functional.cross_entropy, inputs, targets, passes=5)
+    made = timed(model, inputs, targets, passes=5)
     by = {layer.name: layer for layer in made.layers}
     assert list(by) == ["0", "1", "2"]
     assert [by[name].parameters for name in by] == [64 * 256 + 256, 0, 256 * 10 + 10]
@@ -49,9 +56,8 @@ def test_a_slow_layer_is_found():
             return (x.unsqueeze(-1) * torch.ones(2000)).mean(-1)
 
     model = nn.Sequential(nn.Linear(64, 64), Slow(), nn.Linear(64, 10))
-    made = time_layers(
+    made = timed(
         model,
-        nn.functional.cross_entropy,
         torch.randn(64, 64),
         torch.randint(0, 10, (64,)),
         passes=3,
@@ -78,9 +84,8 @@ def test_layers_of_any_shape_are_timed():
             return self.head(self.act(self.act(self.lstm(x * self.scale)[0][:, -1])))
 
     model = Net()
-    made = time_layers(
+    made = timed(
         model,
-        nn.functional.cross_entropy,
         torch.randn(4, 5, 8),
         torch.randint(0, 3, (4,)),
         passes=2,
@@ -93,9 +98,8 @@ def test_layers_of_any_shape_are_timed():
     words = nn.Sequential(
         nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3)
     )  # integers go in, four bytes a number come out
-    made = time_layers(
+    made = timed(
         words,
-        nn.functional.cross_entropy,
         torch.randint(0, 10, (2, 3)),
         torch.tensor([0, 1]),
         passes=1,

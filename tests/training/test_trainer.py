@@ -136,11 +136,14 @@ def _one_is_late(rank: int, size: int, exchange: str, run_dir: Path) -> None:
             False
         )  # frozen ones make no gradients to wait for
 
-        def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.2 * rank)
-            return made.loss(output, target)
+        forward = made.forward
 
-        return made._replace(loss=loss)
+        def slow_forward(batch: Any) -> workload.Loss:
+            time.sleep(0.2 * rank)
+            return forward(batch)
+
+        made.forward = slow_forward
+        return made
 
     workload.build = late
     train(rank, size, JOB | {"exchange": exchange}, run_dir)

@@ -114,9 +114,9 @@ def test_a_loss_that_nothing_can_be_trained_with_is_refused(
     parts = workload.build(
         config.check(job | {"source": str(tmp_path / "job.yaml")}), torch.device("cpu")
     )
-    inputs, targets = parts.train[:8]
+    batch = parts.data.train[:8]
     if told:
         with pytest.raises(UserError, match=told):
-            parts.loss(parts.model(inputs), targets)
+            parts.forward(batch)
     else:
-        parts.loss(parts.model(inputs), targets).backward()
+        parts.forward(batch).total.backward()

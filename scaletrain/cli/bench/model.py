@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,8 @@ def command(
     from scaletrain import config as configuration
     from scaletrain.errors import UserError
     from scaletrain.run.environment import environment
+    from scaletrain.training.batches import load
+    from scaletrain.training.trainer import to_device
     from scaletrain.training.workload import build
 
     run = configuration.load(path, dict(configuration.parse_setting(text) for text in settings))
@@ -74,10 +76,16 @@ def command(
     device = _device(run)
     workload = build(run, device)
     batch = batch or run.batch_size
-    samples = [workload.train[i % len(workload.train)] for i in range(batch)]  # type: ignore[arg-type]
-    inputs = torch.stack([torch.as_tensor(sample[0]) for sample in samples]).to(device)
-    targets = torch.stack([torch.as_tensor(sample[1]) for sample in samples]).to(device)
-    times = time_layers(workload.model, workload.loss, inputs, targets, passes)
+    train = workload.data.train
+    indices = torch.arange(batch) % len(train)  # type: ignore[arg-type]
+    made = next(load(train, iter([indices]), 0, workload.data.collate))
+    inputs = to_device(made, device)
+
+    def mean_loss() -> "Tensor":
+        loss = workload.forward(inputs)
+        return loss.total / loss.count
+
+    times = time_layers(workload.model, mean_loss, batch, passes)
     _show(times, passes, str(device))
     if out:
         measured = {"config": path.read_text("utf-8"), "batch": batch, "passes": passes}
@@ -191,7 +199,7 @@ def _weights(module: "Module") -> list[Any]:
 
 
 def time_layers(
-    model: "Module", loss: Any, inputs: "Tensor", targets: "Tensor", passes: int
+    model: "Module", loss: Callable[[], "Tensor"], batch: int, passes: int
 ) -> "ModelTimes":
     """Return the mean seconds of forward and backward, of every layer and of whole passes.
 
@@ -201,14 +209,13 @@ def time_layers(
 
     Args:
         model: layers are its modules without children, or with weights of their own beside them.
-        loss: a function of outputs and targets.
-        inputs: of one pass, shape (batch, ...).
-        targets: shape (batch, ...).
+        loss: calls the model with the same batch each time, and returns the mean loss.
+        batch: samples of one pass.
         passes: how many are timed.
     """
     from scaletrain.scaling.predict.layers import ModelTimes
 
-    watch = _Watch(model, inputs.is_cuda)
+    watch = _Watch(model, next(model.parameters()).is_cuda)
     forward_s = 0.0
     backward_s = 0.0
     model.train()
@@ -220,7 +227,7 @@ def time_layers(
             for layer in watch.layers.values():
                 layer.begin_pass()
             began = watch.now()
-            value = loss(model(inputs), targets)
+            value = loss()
             middle = watch.now()
             value.backward()
             ended = watch.now()
@@ -234,7 +241,7 @@ def time_layers(
                 layer.backward_s += layer.latest_backward_s
     layers = [_times(name, layer, passes) for name, layer in watch.layers.items()]
     return ModelTimes(
-        batch=len(inputs),
+        batch=batch,
         layers=layers,
         forward_s=forward_s / passes,
         backward_s=backward_s / passes,

@@ -5,6 +5,7 @@ It has the methods of ``training.exchange.Exchange``, which describes them.
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ class ParameterServerExchange:
         run_dir: the job's directory.
         store: the job's key-value store, joined by all ranks.
     """
+
+    # Servers may go on without a worker, and apply a gradient before others have theirs.
+    averages = False
 
     def __init__(
         self,
@@ -151,6 +155,11 @@ class ParameterServerExchange:
         total = self._client.sum(values.double().numpy())
         # A copy: the array lies in the received message, and is read-only.
         return torch.from_numpy(total.copy()).to(values.dtype)
+
+    def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """Return the sum at once: workers of this exchange do not meet in every step."""
+        total = self.sum(values)
+        return lambda: total
 
     def live_workers(self) -> int:
         """Return how many workers train, as far as this rank has heard."""

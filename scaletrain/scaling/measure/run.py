@@ -75,7 +75,8 @@ def _array(ranks: list[list[StepRecord]], field: str) -> np.ndarray:
 
 
 def _column(records: list[StepRecord], field: str) -> list[float]:
-    return [getattr(record, field) for record in records]
+    values = [getattr(record, field) for record in records]
+    return [np.nan if value is None else value for value in values]  # a loss that is not finite
 
 
 def _mean_of_exchange(ranks: list[list[StepRecord]], key: str) -> float | None:

@@ -6,6 +6,7 @@ Exchange``, called once by every rank (collective).
 
 import abc
 import contextlib
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,9 +33,15 @@ class Exchange(Protocol):
     A protocol: an exchange may derive from it, for its defaults, or simply have its methods.
 
     All ranks call all methods in the same order, unless a method says otherwise.
+
+    Attributes:
+        world: this worker's place.
+        averages: whether every step's gradient is the mean over all ranks. Then a rank may weigh
+            its loss by what all ranks have, and all see the same gradient before the update.
     """
 
     world: World
+    averages: bool = True
 
     @abc.abstractmethod
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -60,6 +67,14 @@ class Exchange(Protocol):
     @abc.abstractmethod
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks of a small CPU tensor, such as evaluation counts."""
+
+    def begin_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin a sum, and return the function that waits for it. Not where ``averages`` is False.
+
+        Between the two this rank may run forward, and nothing else that communicates.
+        """
+        total = self.sum(values)
+        return lambda: total
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which backward only adds to the gradients, and exchanges nothing."""

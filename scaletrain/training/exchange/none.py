@@ -17,6 +17,8 @@ class NoExchange(AllreduceExchange):
     Exposed communication is a step with an exchange minus a step with this one.
     """
 
+    averages = False
+
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Make every rank's weights equal rank 0's."""
         # The model stays without DDP, which would exchange. Its constructor would also have made

@@ -1,0 +1,114 @@
+"""The loss of a step over all ranks: how this rank's part is weighed, and what is recorded."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from scaletrain.errors import UserError
+from scaletrain.training.exchange import Exchange
+from scaletrain.training.workload import Loss, Workload
+
+
+class GlobalMean:
+    """Weighs this rank's totals, so that the exchanged gradient is that of the global mean.
+
+    The gradient that is wanted is that of (sum of all totals) / (sum of all counts), over ranks and
+    backward passes. An exchange averages over ranks, so each total is multiplied by
+    ``size / (sum of all counts)``.
+
+    Where the mean is over samples, everybody knows that sum. Otherwise this rank's count leaves for
+    the others when the object is made, and ``weight`` waits for theirs: make it before forward. An
+    exchange that does not average all ranks (``Exchange.averages``) gets each rank's own mean.
+
+    Args:
+        workload: says what a batch's loss is a mean over.
+        exchange: carries the counts.
+        batches: of this rank's backward passes, on the device.
+        num_samples: in them.
+        global_batch: samples of all ranks.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        exchange: Exchange,
+        batches: Sequence[Any],
+        num_samples: int,
+        global_batch: int,
+    ):
+        self._size = exchange.world.size
+        self._weight: float | None = None  # once it is known
+        self._finish: Callable[[], torch.Tensor] | None = None
+        self._own: float = num_samples
+        if workload.counts_samples:
+            self._weight = self._size / global_batch
+            return
+        self._own = float(sum(float(workload.count(batch)) for batch in batches))
+        if exchange.averages:
+            self._finish = exchange.begin_sum(torch.tensor([self._own], dtype=torch.float64))
+        else:
+            self._weight = 1 / self._own if self._own else 0.0
+
+    def weight(self) -> float:
+        """Return what a total is multiplied by; wait for the other ranks' counts at first."""
+        if self._weight is None:
+            assert self._finish is not None
+            count = self._finish().item()
+            self._weight = self._size / count if count else 0.0  # no rank has anything to learn
+        return self._weight
+
+    def check(self, count: float) -> None:
+        """Raise ``UserError`` if forward counted something else than was announced.
+
+        The gradient would be scaled wrongly, and nobody would notice.
+        """
+        if not math.isclose(count, self._own, rel_tol=1e-6):
+            raise UserError(
+                f"workload: forward counted {count:g} where count(batch) and the number of samples"
+                f" say {self._own:g}: let count(batch) return what the loss is a mean over"
+            )
+
+
+class StepLoss:
+    """This rank's loss of one step: the sum over its backward passes.
+
+    Totals stay on the device. Reading one after each pass would stall the stream.
+    """
+
+    def __init__(self) -> None:
+        self._total: torch.Tensor | float = 0.0
+        self._count: torch.Tensor | float = 0.0
+        self._parts: dict[str, torch.Tensor | float] = {}
+
+    def add(self, loss: Loss) -> None:
+        """Add the loss of one backward pass."""
+        self._total = self._total + loss.total.detach()
+        self._count = self._count + loss.count
+        for name, total in loss.parts.items():
+            self._parts[name] = self._parts.get(name, 0.0) + total.detach()
+
+    @property
+    def total(self) -> float:
+        """The sum so far. Waits for the device."""
+        return float(self._total)
+
+    @property
+    def count(self) -> float:
+        """What the loss is a mean over. Waits for the device."""
+        return float(self._count)
+
+    @property
+    def mean(self) -> float:
+        """The mean over this rank's samples, tokens or whatever it counts; 0 without any."""
+        return self.total / self.count if self.count else 0.0
+
+    def parts(self) -> dict[str, float]:
+        """Return the means of the loss's parts, those that are finite."""
+        means = {}
+        for name, total in self._parts.items():
+            mean = float(total) / self.count if self.count else 0.0
+            if math.isfinite(mean):
+                means[name] = mean
+        return means

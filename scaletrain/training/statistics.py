@@ -1,0 +1,35 @@
+"""Running statistics, such as those of batch normalisation: what all ranks together have seen."""
+
+import torch
+from torch import nn
+
+from scaletrain.training.exchange import Exchange
+
+
+@torch.no_grad()
+def average(module: nn.Module, exchange: Exchange) -> None:
+    """Make the module's running statistics the mean of all ranks' (collective).
+
+    Each rank updates them with its own samples. What is evaluated and saved is the mean. They are
+    the floating-point buffers that a checkpoint holds.
+
+    Args:
+        module: on the device, without the exchange's wrapper.
+        exchange: sums them.
+    """
+    parameters = {name for name, _ in module.named_parameters()}
+    buffers = []
+    for name, tensor in module.state_dict().items():
+        if name in parameters or not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.is_floating_point():
+            buffers.append(tensor)
+    if not buffers:
+        return
+    flat = [buffer.detach().double().flatten().cpu() for buffer in buffers]
+    # A one at the end counts the ranks: some exchanges go on without a dead one.
+    own = torch.cat([*flat, torch.ones(1, dtype=torch.float64)])
+    total = exchange.sum(own)
+    means = (total[:-1] / total[-1]).split([buffer.numel() for buffer in buffers])
+    for buffer, mean in zip(buffers, means, strict=True):
+        buffer.copy_(mean.view(buffer.shape))

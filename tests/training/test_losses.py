@@ -1,0 +1,146 @@
+"""Tests of training/losses.py: a step's gradient is the global mean's, whatever it is over.
+
+Bugs it catches: a mean of the ranks' means, a mean of the passes' means, ignored targets that
+count, a count that forward and ``count`` disagree about, a figure of evaluation weighed by samples.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scaletrain import config
+from scaletrain.training import workload
+from scaletrain.training.batches import GlobalBatches
+from tests.ranks import run_ranks
+from tests.training import jobs
+
+TOKENS = {
+    "workload": "tests.training.jobs:Tokens",
+    "batch_size": 20,
+    "steps": 5,
+    "optimizer": {"name": "sgd", "lr": 0.5, "momentum": 0.9},
+}
+IGNORING = {
+    "model": "tests.training.jobs:Places",
+    "data": "tests.training.jobs:ignoring",
+    "batch_size": 16,
+    "steps": 5,
+    "optimizer": {"name": "sgd", "lr": 0.3},
+}
+
+
+def by_torch_alone(tree: dict[str, Any]) -> dict[str, Any]:
+    """The weights after a loop of torch alone: the sum over the whole batch by the whole count."""
+    run = config.check(tree)
+    parts = workload.build(run, torch.device("cpu"))
+    train = parts.data.train
+    batches = GlobalBatches(len(train), run.batch_size, run.seed)
+    collate = parts.data.collate or torch.utils.data.default_collate
+    for step in range(run.steps):
+        batch = collate([train[index] for index in batches.indices(step).tolist()])
+        parts.optimizer.zero_grad()
+        if run.workload:
+            total, targets = jobs.token_loss(parts.model, batch), batch["target"]
+        else:
+            inputs, targets = batch
+            total = torch.nn.functional.cross_entropy(
+                parts.model(inputs), targets, reduction="sum", ignore_index=jobs.PAD
+            )
+        (total / (targets != jobs.PAD).sum()).backward()
+        parts.optimizer.step()
+    return {name: value.detach() for name, value in parts.model.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("exchange", ["native", "scheduled"])
+@pytest.mark.parametrize("tree", [TOKENS, IGNORING], ids=["tokens", "ignored"])
+def test_the_mean_is_over_all_that_counts_on_all_ranks(
+    tree: dict[str, Any], exchange: str, accumulate: int, size: int, tmp_path: Path
+):
+    job = tree | {"exchange": exchange, "accumulate": accumulate}
+    results = run_ranks(jobs.train_rank, size, job, tmp_path)
+    expected = by_torch_alone(tree)
+    for result in results:
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                torch.from_numpy(result["state"][name]), value, rtol=1e-4, atol=1e-6
+            )
+
+
+def test_the_references_weights_differ_from_those_of_a_mean_of_means(tmp_path: Path):
+    """The test above would notice a mean over samples: the counts of the ranks differ enough."""
+    run = config.check(IGNORING)
+    parts = workload.build(run, torch.device("cpu"))
+    batches = GlobalBatches(len(parts.data.train), run.batch_size, run.seed)
+    shares = [parts.data.train[batches.share(0, rank, 2)] for rank in (0, 1)]
+    counts = [float(parts.count(share)) for share in shares]
+    assert max(counts) > 1.1 * min(counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_figures_of_evaluation_are_over_what_counts(size: int, tmp_path: Path):
+    job = TOKENS | {"exchange": "native", "steps": 1}
+    job = job | {"workload": {"name": job["workload"], "test_samples": 3}}
+    summaries = [result["summary"] for result in run_ranks(jobs.train_rank, size, job, tmp_path)]
+    made = jobs.pad([jobs.Sentences(3)[index] for index in range(3)])
+    targets = made["target"]
+    counted = targets[targets != jobs.PAD]
+    for summary in summaries:  # with five workers two of them have no sample
+        assert summary["test_odd"] == pytest.approx((counted % 2 == 1).double().mean().item())
+        assert summary["test_twice"] == pytest.approx(2 * summary["test_loss"])
+
+
+@pytest.mark.slow
+def test_an_ignored_target_is_neither_right_nor_wrong(tmp_path: Path):
+    [result] = run_ranks(jobs.train_rank, 1, IGNORING | {"exchange": "none"}, tmp_path)
+    model = jobs.Places()
+    model.load_state_dict({name: torch.from_numpy(v) for name, v in result["state"].items()})
+    _, test = jobs.ignoring()
+    inputs, targets = test[:]
+    right = model(inputs).argmax(1)[targets != jobs.PAD] == targets[targets != jobs.PAD]
+    assert result["summary"]["test_accuracy"] == pytest.approx(right.double().mean().item())
+
+
+@pytest.mark.slow
+def test_a_forward_that_counts_otherwise_than_count_is_told(tmp_path: Path):
+    job = TOKENS | {"exchange": "none"}
+    job = job | {"workload": {"name": job["workload"], "lies": True}}
+    with pytest.raises(AssertionError, match=r"forward counted \d+ where count\(batch\)"):
+        run_ranks(jobs.train_rank, 1, job, tmp_path)
+
+
+@pytest.mark.slow
+def test_parts_and_counts_are_recorded(tmp_path: Path):
+    results = run_ranks(jobs.train_rank, 2, TOKENS | {"exchange": "native"}, tmp_path)
+    for result in results:
+        for record in result["records"]:
+            assert record.parts["twice"] == pytest.approx(2 * record.loss, rel=1e-5)
+            assert record.count > record.samples  # tokens
+    last = [result["records"][-1] for result in results]
+    mean = sum(record.loss * record.count for record in last) / sum(r.count for r in last)
+    assert results[0]["summary"]["final_loss"] == pytest.approx(mean)
+
+
+@pytest.mark.slow
+def test_each_group_keeps_its_own_rate(tmp_path: Path):
+    job = {"workload": "tests.training.jobs:Groups", "batch_size": 16, "steps": 4}
+    job |= {"lr_schedule": {"name": "cosine"}, "exchange": "native"}
+    [result] = run_ranks(jobs.train_rank, 1, job, tmp_path)
+    parts = jobs.Groups()
+    torch.manual_seed(0)
+    parts.model.reset_parameters()
+    batches = GlobalBatches(64, 16, 0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(parts.optimizer, 4)
+    for step in range(4):
+        parts.optimizer.zero_grad()
+        loss = parts.forward(parts.data.train[batches.indices(step)])
+        (loss.total / loss.count).backward()
+        parts.optimizer.step()
+        schedule.step()
+    for name, value in parts.model.state_dict().items():
+        torch.testing.assert_close(torch.from_numpy(result["state"][name]), value)

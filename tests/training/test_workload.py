@@ -1,0 +1,123 @@
+"""Tests of training/workload.py: what cannot be trained ends in one line, before training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scaletrain import config
+from scaletrain.errors import UserError
+from scaletrain.training import workload
+
+PARTS = """
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from scaletrain import Data, Loss, Workload
+
+class Stream(IterableDataset):
+    def __iter__(self): return iter([])
+
+class Dicts(Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, index): return {"x": torch.zeros(3), "y": 1}
+
+def stream(): return Stream(), Stream()
+def dicts(): return Dicts(), Dicts()
+def pairs(): return (TensorDataset(torch.zeros(8, 3), torch.ones(8).long()),) * 2
+def linear(): return nn.Linear(3, 2)
+def lazy(): return nn.LazyLinear(2)
+def frozen(): return nn.Linear(3, 2).requires_grad_(False)
+def tied():
+    class Tuple(nn.Linear):
+        def forward(self, x): return super().forward(x), x
+    return Tuple(3, 2)
+def first(output, target): return nn.functional.cross_entropy(output[0], target)
+
+class NoModel(Workload):
+    def __init__(self): self.data = Data(*pairs())
+
+class NoData(Workload):
+    def __init__(self): self.model = linear()
+
+class NotOne:
+    pass
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path):
+    (tmp_path / "parts_of_a_job.py").write_text(PARTS)
+
+    def build(**keys) -> workload.Workload:
+        tree = {"batch_size": 4, "steps": 1, "source": str(tmp_path / "job.yaml")}
+        if "workload" not in keys:
+            tree |= {"model": "parts_of_a_job:linear", "data": "parts_of_a_job:pairs"}
+        return workload.build(config.check(tree | keys), torch.device("cpu"))
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"data": "parts_of_a_job:stream"}, "the training set, a Stream, is not map-style"),
+        ({"model": "parts_of_a_job:lazy"}, "a lazy module does not know its shapes yet"),
+        ({"model": "parts_of_a_job:frozen"}, "no parameter is trained"),
+        ({"optimizer": {"name": "lbfgs"}}, "lbfgs calls the model several times a step"),
+        ({"workload": "parts_of_a_job:NoModel"}, "sets no self.model in __init__"),
+        ({"workload": "parts_of_a_job:NoData"}, "sets no self.data in __init__"),
+        ({"workload": "parts_of_a_job:NotOne"}, "allowed: a class that derives from"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_in_one_line(job, keys: dict, told: str):
+    with pytest.raises(UserError, match=told):
+        job(**keys)
+
+
+def test_a_batch_of_another_form_is_told(job):
+    parts = job(data="parts_of_a_job:dicts")
+    batch = torch.utils.data.default_collate([parts.data.train[0], parts.data.train[1]])
+    with pytest.raises(UserError, match=r"a batch is a dict, not \(input, target\)"):
+        parts.forward(batch)
+
+
+def test_outputs_of_any_form_are_evaluated_without_an_accuracy(job):
+    parts = job(model="parts_of_a_job:tied", loss="parts_of_a_job:first")
+    assert list(parts.evaluate(parts.data.test[:4])) == ["loss"]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 + 5, 10**40])
+def test_any_whole_number_is_a_seed(job, seed: int):
+    first, again = (job(seed=seed).model.weight for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, job(seed=seed + 1).model.weight)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"workload": "plain"}, "workload: 'plain' is not allowed"),
+        ({"workload": "a:B", "model": "mlp"}, "model: the workload a:B has its own"),
+        ({}, "model: is missing"),
+        (
+            {"model": "mlp", "data": "digits", "nonfinite": "skip", "exchange": "parameter_server"},
+            "nonfinite: 'skip' is not allowed under parameter_server",
+        ),
+    ],
+)
+def test_it_is_clear_what_is_trained(keys: dict, told: str):
+    with pytest.raises(UserError, match=told):
+        config.check(keys | {"batch_size": 4, "steps": 1})
+
+
+def test_options_of_a_workload_are_checked(tmp_path: Path):
+    (tmp_path / "own.py").write_text(
+        "from scaletrain import Workload\n"
+        "class Own(Workload):\n    def __init__(self, *, width: int = 4): pass\n"
+    )
+    tree = {"batch_size": 4, "steps": 1, "source": str(tmp_path / "job.yaml")}
+    with pytest.raises(UserError, match="did you mean 'width'"):
+        config.check(tree | {"workload": {"name": "own:Own", "widht": 3}})
+    checked = config.check(tree | {"workload": {"name": "own:Own", "width": "8"}})
+    assert checked.workload is not None and checked.workload.options == {"width": 8}
