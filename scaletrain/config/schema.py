@@ -171,7 +171,7 @@ class RunConfig(Strict):
     """When checkpoints are written."""
 
     log_every: Annotated[int, Field(ge=1)] = 10
-    """Steps between progress lines, and between looks for a signal to stop."""
+    """Steps between progress lines, and between looks for a signal: one a second at least."""
 
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """A rank without progress for this many seconds is taken as hung."""

@@ -8,7 +8,6 @@ import contextlib
 import gc
 import json
 import os
-import signal
 import sys
 import time
 from datetime import timedelta
@@ -20,7 +19,6 @@ from scaletrain import programs
 programs.begin(__name__)  # before torch is imported
 
 import torch
-import torch.distributed as dist
 
 from scaletrain import config as configuration
 from scaletrain.config import RunConfig
@@ -34,11 +32,10 @@ from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord
 from scaletrain.training import workload
 from scaletrain.training.exchange import Setup
+from scaletrain.training.stopping import StopTogether
 from scaletrain.training.trainer import Trainer
 from scaletrain.units import plural
 from scaletrain.world import World
-
-_STOP_AT = "scaletrain/stop_at"  # in the job's store: the step before which all ranks stop
 
 
 def main(run_dir: Path, resume: bool = False) -> int:
@@ -171,60 +168,6 @@ def threads(config: RunConfig, world: World) -> int:
     if from_launcher.isdigit():
         return max(1, int(from_launcher))
     return max(1, len(cores.usable()) // world.local_size)
-
-
-class StopTogether:
-    """Stops all ranks before the same step, on SIGINT, SIGTERM or SIGUSR1.
-
-    1. The rank that gets a signal before step s writes the step to stop at into the job's store. It
-       is the second multiple of ``every`` after s.
-    2. Every rank looks into the store at each multiple of ``every``. In synchronous training ranks
-       are less than two steps apart, so each of them looks before it gets there.
-
-    A second signal ends the process at once.
-
-    Args:
-        store: the job's store, joined by all ranks.
-        every: steps between two looks.
-    """
-
-    def __init__(self, store: dist.Store, every: int):
-        self._store = store
-        self._every = every
-        self._stop_at: int | None = None  # once it is known
-        self._is_announced = False  # whether this rank has written it
-        self.signal = 0  # that this rank got; written by the handler
-        # The handler interrupts this thread anywhere, perhaps between two calls of the store. So it
-        # only sets a number, and the store is written to before the next step.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-
-    def __call__(self, step: int) -> bool:
-        """Return True if the job stops before this step."""
-        if self.signal and not self._is_announced:
-            # The next look may be over for a rank that is a step ahead; the one after it is not.
-            stop_at = (step // self._every + 2) * self._every
-            # The first rank to write decides.
-            self._store.compare_set(_STOP_AT, "", str(stop_at))
-            self._is_announced = True
-        is_time_to_look = self._stop_at is None and step % self._every == 0
-        # `get` alone would wait for the key.
-        if is_time_to_look and self._store.check([_STOP_AT]):
-            self._stop_at = int(self._store.get(_STOP_AT))
-        return self._stop_at is not None and step >= self._stop_at
-
-    def over(self) -> None:
-        """Ignore a batch system's warning from now on: nothing is left to stop.
-
-        By default SIGUSR1 would end the process in its last moments.
-        """
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self.signal = number
-        # Not SIGUSR1: a batch system may send its warning more than once, and a checkpoint is due.
-        for second in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(second, signal.SIG_DFL)
 
 
 class _Narrator:

@@ -146,7 +146,7 @@ def test_a_warning_in_a_workers_last_moments_does_not_end_it(tmp_path: Path):
     """A batch system's SIGUSR1 may come when Python has given its own handlers back already."""
     program = (
         "import os, signal, sys, torch.distributed as dist\n"
-        "from scaletrain.programs.worker import StopTogether\n"
+        "from scaletrain.training.stopping import StopTogether\n"
         "class Last:\n"
         "    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1): kill(pid, number)\n"
         "last = Last()\n"
