@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from scaletrain.run import progress
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, read_records
 from scaletrain.training import checkpoint
-from scaletrain.training.batches import GlobalBatches, load
+from scaletrain.training.batches import GlobalBatches, Share, load
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.learning_rate import learning_rate
+from scaletrain.training.randomness import seed_forward
 from scaletrain.training.step_clock import StepClock
 from scaletrain.training.workload import Workload
 from scaletrain.units import plural
@@ -84,7 +85,8 @@ class Trainer:
             self._records_before = _cut_records(run_dir, world.rank, self.next_step)
         # A late worker may be the successor of one that died: the records of that one stay.
         self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or missed > 0)
-        self._loaded = load(workload.train, self._shares(), config.loader_workers)
+        shares = self.batches.shares(self.next_step, self.num_steps, world.rank, world.size)
+        self._loaded = load(workload.train, shares, config.loader_workers, config.seed)
 
     @property
     def finished(self) -> bool:
@@ -106,6 +108,8 @@ class Trainer:
         targets = targets.to(self.device, non_blocking=True)
         clock.lap("input")
 
+        # After the input: reading samples in line seeds the same generators.
+        seed_forward(self.device, self.config.seed, self.next_step, self.world.rank)
         samples = len(targets)
         # It stays on the device: reading it after every part would stall the stream.
         loss_sum = torch.zeros((), device=self.device)  # over this rank's samples
@@ -184,13 +188,14 @@ class Trainer:
         module = self.workload.model
         was_training = module.training
         mine = torch.arange(self.world.rank, len(self.workload.test), self.world.size)  # type: ignore[arg-type]
+        shares = (Share("test", part) for part in mine.split(_TEST_BATCH))
         loss_sum = 0.0
         correct = 0  # right predictions
         judged = 0  # predictions that can be right or wrong
         has_classes = True
         module.eval()
         with torch.inference_mode():
-            for inputs, targets in load(self.workload.test, iter(mine.split(_TEST_BATCH)), 0):
+            for inputs, targets in load(self.workload.test, shares, 0, self.config.seed):
                 progress.alive("evaluating")
                 inputs, targets = inputs.to(self.device), targets.to(self.device)
                 output = module(inputs)
@@ -265,11 +270,6 @@ class Trainer:
     def _steps_of(self, epochs: float) -> int:
         return max(1, round(epochs * self.batches.steps_per_epoch))
 
-    def _shares(self) -> Iterator[torch.Tensor]:
-        """Yield the indices of this rank's samples, step by step."""
-        for step in range(self.next_step, self.num_steps):
-            yield self.batches.share(step, self.world.rank, self.world.size)
-
     def _split(
         self, inputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -287,7 +287,6 @@ class Trainer:
         next_meeting = (self.next_step // every + 1) * every
         skipped = self.exchange.skip(min(self.num_steps, next_meeting) - self.next_step)
         # The loader yields every step's batch in turn, so those of skipped steps are dropped.
-        # ``next_step`` changes afterwards: ``_shares`` may read it only at the first batch.
         for _ in range(skipped):
             next(self._loaded)
         self.next_step += skipped
