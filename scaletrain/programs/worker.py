@@ -19,6 +19,7 @@ from scaletrain import programs
 programs.begin(__name__)  # before torch is imported
 
 import torch
+import torch.distributed as dist
 
 from scaletrain import config as configuration
 from scaletrain.config import RunConfig
@@ -32,10 +33,13 @@ from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord
 from scaletrain.training import workload
 from scaletrain.training.exchange import Setup
+from scaletrain.training.fingerprint import fingerprint
 from scaletrain.training.stopping import StopTogether
 from scaletrain.training.trainer import Trainer
 from scaletrain.units import plural
 from scaletrain.world import World
+
+_DATA = "scaletrain/data"  # in the job's store: the fingerprint of rank 0's data sets
 
 
 def main(run_dir: Path, resume: bool = False) -> int:
@@ -128,8 +132,26 @@ def _build(config: RunConfig, world: World, setup: Setup, resume: bool) -> Train
     # Before the model is built: its initialisation already computes.
     torch.set_num_threads(threads(config, world))
     parts = workload.build(config, setup.device)
+    _check_same_data(parts, world, setup.store)
     exchange = config.load("exchange")(world, setup, **config.exchange.options)
     return Trainer(config, world, parts, exchange, setup.device, setup.run_dir, resume)
+
+
+def _check_same_data(parts: workload.Workload, world: World, store: dist.Store) -> None:
+    """Raise ``UserError`` if this rank's data sets are not rank 0's.
+
+    Ranks that share out different data would train on, with some samples twice and some never. A
+    worker that was started again compares with what rank 0 wrote at first.
+    """
+    own = f"{fingerprint(parts.data.train)} {fingerprint(parts.data.test)}"
+    if world.rank == 0:
+        store.set(_DATA, own)
+    elif store.get(_DATA).decode() != own:
+        raise UserError(
+            f"data: rank {world.rank}'s data set differs from rank 0's in its length or samples"
+            " (let the factory read and draw the same on every rank: the same files in the same"
+            " order, a fixed seed)"
+        )
 
 
 def choose_device(config: RunConfig, world: World) -> torch.device:

@@ -1,12 +1,27 @@
 """Which samples make up a step: a fixed order that does not depend on the number of workers."""
 
+import pickle
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from scaletrain.errors import UserError
+from scaletrain.training.permutation import Permutation
+from scaletrain.training.randomness import Placed
+
+# Makes a batch, any tree of tensors, from the list of its samples.
+Collate = Callable[[list[Any]], Any]
+
+
+class Share(NamedTuple):
+    """The samples that a rank reads for one batch."""
+
+    epoch: int | str  # or the name of a pass outside of training, such as "test"
+    indices: torch.Tensor  # (n,) int64
 
 
 class GlobalBatches:
@@ -16,10 +31,12 @@ class GlobalBatches:
     consecutive slices; the samples left over at its end are dropped. N workers split the batch
     that one worker would take: rank r gets slice r of N, and sizes differ by at most one.
 
+    Time and memory of a step are those of the share, however large the training set.
+
     Args:
         num_samples: in the training set.
         batch_size: samples a step, of all workers.
-        seed: of the run.
+        seed: of the run; of any size.
 
     Raises:
         UserError: the batch is larger than the training set.
@@ -35,59 +52,190 @@ class GlobalBatches:
         self.steps_per_epoch = num_samples // batch_size
         self._num_samples = num_samples
         self._seed = seed
-        self._epoch = -1  # whose order is kept
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._epoch = 0  # whose order is kept
+        self._order = self._order_of(0)
+
+    def epoch(self, step: int) -> int:
+        """Return the epoch that a step belongs to, from 0."""
+        return step // self.steps_per_epoch
 
     def indices(self, step: int) -> torch.Tensor:
         """Return the samples of a step's global batch: (batch_size,) int64."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            # 20 bits for the epoch, so that seed 1 does not repeat the orders of seed 0.
-            generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
-            self._order = torch.randperm(self._num_samples, generator=generator)
-            self._epoch = epoch
-        first = batch * self.batch_size
-        return self._order[first : first + self.batch_size]
+        return self.share(step, 0, 1)
 
     def share(self, step: int, rank: int, size: int) -> torch.Tensor:
-        """Return a rank's slice of the step's global batch."""
+        """Return a rank's slice of the step's global batch: int64."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = self._order_of(epoch)
+            self._epoch = epoch
         # Rank r ends where rank r + 1 begins, so the slices cover the batch without gaps.
-        first = rank * self.batch_size // size
-        end = (rank + 1) * self.batch_size // size
-        return self.indices(step)[first:end]
+        before = batch * self.batch_size
+        first = before + rank * self.batch_size // size
+        end = before + (rank + 1) * self.batch_size // size
+        return torch.from_numpy(self._order(np.arange(first, end)))
+
+    def shares(
+        self, first_step: int, num_steps: int, rank: int, size: int, passes: int = 1
+    ) -> Iterator[Share]:
+        """Yield a rank's shares of the steps from ``first_step`` to before ``num_steps``.
+
+        Args:
+            first_step: from 0.
+            num_steps: of the run.
+            rank: of the worker.
+            size: number of workers.
+            passes: backward passes of a step; each has a share of its own.
+        """
+        for step in range(first_step, num_steps):
+            for part in self.share(step, rank, size).tensor_split(passes):
+                yield Share(self.epoch(step), part)
+
+    def _order_of(self, epoch: int) -> Permutation:
+        return Permutation(self._num_samples, self._seed, "order", epoch)
 
 
 def load(
     dataset: Dataset,
-    shares: Iterator[torch.Tensor],
+    shares: Iterator[Share],
     num_loaders: int,
-    collate: Callable[[list[Any]], Any] | None = None,
+    seed: int,
+    collate: Collate | None = None,
 ) -> Iterator[Any]:
-    """Return the batches of the samples that ``shares`` names.
+    """Return the batches of the samples that ``shares`` names; an empty share has none.
 
-    A TensorDataset is indexed at once; any other map-style data set is read sample by sample and
-    collated.
+    Each sample is read under the seed of its place (``randomness.Placed``), and collated with the
+    others. A TensorDataset is indexed at once if nothing else is asked for, since reading it draws
+    no random numbers.
 
     Args:
-        dataset: of (input, target) samples.
-        shares: indices of each batch, int64.
+        dataset: map-style. A sample is any tree of tensors and numbers that ``collate`` takes.
+        shares: of each batch. Loader processes read ahead: two shares each are taken at once.
         num_loaders: processes that read ahead; 0: read in line.
-        collate: samples -> batch; None: torch's default.
+        seed: of the run.
+        collate: makes a batch of samples; None: torch's ``default_collate``. It goes on drawing
+            random numbers where the batch's last sample stopped.
+
+    Raises:
+        UnreadableSample: from the iterator: reading a sample raised.
     """
-    if isinstance(dataset, TensorDataset) and num_loaders == 0 and collate is None:
-        return (dataset[share] for share in shares)
+    # A subclass may have a ``__getitem__`` that augments.
+    if type(dataset) is TensorDataset and num_loaders == 0 and collate is None:
+        return (dataset[share.indices] for share in shares if len(share.indices))
+    batches = _Batches(dataset, seed, collate or default_collate)
+    if num_loaders == 0:
+        return (batches[place] for place in _places(shares))
     loader = DataLoader(
-        dataset, batch_sampler=_Lists(shares), num_workers=num_loaders, collate_fn=collate
+        _BatchesOrErrors(batches),
+        sampler=_places(shares),
+        batch_size=None,
+        num_workers=num_loaders,
+        collate_fn=_as_it_is,
     )
-    return iter(loader)
+    # The processes start now, before the first batch is wanted.
+    return _raising(iter(loader))
 
 
-class _Lists:
-    """The shares as lists of int, as DataLoader wants them."""
+class UnreadableSample(UserError):
+    """A sample that raised when it was read; its cause is what it raised.
 
-    def __init__(self, shares: Iterator[torch.Tensor]):
-        self._shares = shares
+    It is an error in one line, since most often a file of the data set is missing or broken. And a
+    data set that loses its connection is not taken for a worker that does.
+    """
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for share in self._shares:
-            yield share.tolist()
+    def __init__(self, index: int, error: Exception):
+        description = type(error).__name__
+        # The first line: some messages are a page.
+        lines = str(error).strip().splitlines()
+        if lines:
+            description += f": {lines[0]}"
+        super().__init__(f"data: sample {index} cannot be read: {description}")
+        self.index = index
+        self.__cause__ = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep the cause, which exceptions lose on their way to another process."""
+        return _unreadable, (self.index, str(self), _pickled(self.__cause__))
+
+
+class _Batches(Dataset):
+    """Batches by (epoch, indices), read in whichever process indexes it."""
+
+    def __init__(self, dataset: Dataset, seed: int, collate: Collate):
+        self._samples = Placed(dataset, seed)
+        self._collate = collate
+
+    def __getitem__(self, place: tuple[int | str, list[int]]) -> Any:
+        epoch, indices = place
+        samples = [read_sample(self._samples, epoch, index) for index in indices]
+        return self._collate(samples)
+
+
+def read_sample(samples: Placed, epoch: int | str, index: int) -> Any:
+    """Return a sample, read under the seed of its place.
+
+    Raises:
+        UnreadableSample: the data set raised.
+    """
+    try:
+        return samples[epoch, index]
+    except Exception as error:
+        raise UnreadableSample(index, error) from error
+
+
+class _BatchesOrErrors(Dataset):
+    """Batches for a loader process: an unreadable sample is a value in place of its batch.
+
+    DataLoader would raise another exception, whose message is the whole traceback.
+    """
+
+    def __init__(self, batches: _Batches):
+        self._batches = batches
+
+    def __getitem__(self, place: tuple[int | str, list[int]]) -> Any:
+        try:
+            return self._batches[place]
+        except UnreadableSample as error:
+            return error
+
+
+def _places(shares: Iterator[Share]) -> Iterator[tuple[int | str, list[int]]]:
+    """Yield what the batches are indexed by: a loader process gets lists faster than tensors."""
+    for share in shares:
+        if len(share.indices):
+            yield share.epoch, share.indices.tolist()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _raising(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield batches, and raise the error that stands in place of one."""
+    for batch in batches:
+        if isinstance(batch, UnreadableSample):
+            raise batch
+        yield batch
+
+
+def _pickled(error: BaseException | None) -> bytes:
+    """Return an exception for another process, with its traceback as a note.
+
+    One that cannot travel is replaced by a RuntimeError with its text.
+    """
+    note = "".join(traceback.format_exception(error)).rstrip()
+    try:
+        pickled = pickle.dumps(error)
+        # Some exceptions can be pickled and not be read again, which the reader could not mend.
+        travelled = pickle.loads(pickled)
+    except Exception:
+        travelled = RuntimeError(f"{type(error).__name__}: {error}")
+    travelled.add_note(f"In the loader process:\n{note}")
+    return pickle.dumps(travelled)
+
+
+def _unreadable(index: int, message: str, cause: bytes) -> UnreadableSample:
+    """Return the error that was pickled, with its own message."""
+    error = UnreadableSample(index, pickle.loads(cause))
+    error.args = (message,)
+    return error

@@ -18,10 +18,11 @@ from scaletrain.run import progress
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, read_records
 from scaletrain.training import checkpoint, finite, statistics
-from scaletrain.training.batches import GlobalBatches, load
+from scaletrain.training.batches import GlobalBatches, Share, load
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.learning_rate import learning_rate
 from scaletrain.training.losses import GlobalMean, StepLoss
+from scaletrain.training.randomness import seed_forward
 from scaletrain.training.step_clock import StepClock
 from scaletrain.training.workload import Workload
 from scaletrain.units import plural
@@ -93,7 +94,10 @@ class Trainer:
             self._records_before = _cut_records(run_dir, world.rank, self.next_step)
         # A late worker may be the successor of one that died: the records of that one stay.
         self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or missed > 0)
-        self._loaded = self._load(workload.data.train, self._shares(), config.loader_workers)
+        shares = self.batches.shares(
+            self.next_step, self.num_steps, world.rank, world.size, config.accumulate
+        )
+        self._loaded = self._load(workload.data.train, shares, config.loader_workers)
 
     @property
     def finished(self) -> bool:
@@ -117,6 +121,8 @@ class Trainer:
 
         num_samples = len(self._share(self.next_step))
         step_loss = StepLoss()
+        # After the input: reading samples in line seeds the same generators.
+        seed_forward(self.device, self.config.seed, self.next_step, self.world.rank)
         # Made before forward: what the mean is over travels to the other ranks while that runs.
         mean = GlobalMean(self.workload, self.exchange, passes, num_samples, self.global_batch)
         for index, batch in enumerate(passes):
@@ -206,8 +212,11 @@ class Trainer:
         figures: dict[str, list[float]] = {}  # total and count, of this rank
         was_training = self.module.training
         self.module.eval()
+        shares = (Share("test", part) for part in mine.split(_TEST_BATCH))
+        # Without the exchange's module: DDP's forward broadcasts buffers, and ranks may have
+        # different numbers of batches here.
         with self._alone(), torch.inference_mode():
-            for batch in self._load(test, iter(mine.split(_TEST_BATCH)), 0):
+            for batch in self._load(test, shares, 0):
                 progress.alive("evaluating")
                 means = self.workload.evaluate(to_device(batch, self.device))
                 for name, mean in means.items():
@@ -284,19 +293,13 @@ class Trainer:
     def _steps_of(self, epochs: float) -> int:
         return max(1, round(epochs * self.batches.steps_per_epoch))
 
-    def _load(
-        self, dataset: Dataset, shares: Iterator[torch.Tensor], num_loaders: int
-    ) -> Iterator[Any]:
-        return load(dataset, shares, num_loaders, self.workload.data.collate)
+    def _load(self, dataset: Dataset, shares: Iterator[Share], num_loaders: int) -> Iterator[Any]:
+        """Return the batches of these shares."""
+        return load(dataset, shares, num_loaders, self.config.seed, self.workload.data.collate)
 
     def _share(self, step: int) -> torch.Tensor:
         """Return the indices of this rank's samples of a step."""
         return self.batches.share(step, self.world.rank, self.world.size)
-
-    def _shares(self) -> Iterator[torch.Tensor]:
-        """Yield the indices of each backward pass of this rank, step by step."""
-        for step in range(self.next_step, self.num_steps):
-            yield from self._share(step).tensor_split(self.config.accumulate)
 
     def _set_rates(self) -> None:
         """Set the learning rate of each parameter group: its own, by the schedule."""
@@ -320,6 +323,7 @@ class Trainer:
         shares = self._share(self.next_step).tensor_split(self.config.accumulate)
         reasons = []
         with self._alone():
+            seed_forward(self.device, self.config.seed, self.next_step, self.world.rank)
             for batch, share in zip(passes, shares, strict=True):
                 reasons.append(finite.explain(self.workload, batch, share.tolist()))
         found = next(filter(None, reasons), "every layer is finite, the loss alone is not")
@@ -359,7 +363,6 @@ class Trainer:
         next_meeting = (self.next_step // every + 1) * every
         skipped = self.exchange.skip(min(self.num_steps, next_meeting) - self.next_step)
         # The loader yields every step's batch in turn, so those of skipped steps are dropped.
-        # ``next_step`` changes afterwards: ``_shares`` may read it only at the first batch.
         for _ in range(skipped * self.config.accumulate):
             next(self._loaded)
         self.next_step += skipped

@@ -18,6 +18,7 @@ from scaletrain import plugins
 from scaletrain.config import RunConfig
 from scaletrain.config.grammar import is_users_own
 from scaletrain.errors import UserError, unknown
+from scaletrain.training.randomness import seed_generators
 
 IGNORED = -100  # torch's default for ``ignore_index``: a target that counts for nothing
 
@@ -182,13 +183,18 @@ class Supervised(Workload):
 
 
 def build(config: RunConfig, device: torch.device) -> Workload:
-    """Build the job's parts. Seeds torch first, so every rank starts from the same weights.
+    """Build the job's parts. Seeds come first, so every rank starts from the same weights.
+
+    A data set that is drawn at random is the same on every rank, too.
 
     Raises:
         UserError: a name does not exist, the optimizer has no such option, or a factory returns
             something else than it should.
     """
-    torch.manual_seed(config.seed % 2**64)  # torch takes no larger one
+    # torch takes 64 bits; for a seed that fits, the weights are those of ``torch.manual_seed``.
+    seed = config.seed % 2**64
+    torch.manual_seed(seed)  # of all devices
+    seed_generators(seed)  # also those of ``random`` and numpy
     workload = _users_own(config) if config.workload else _supervised(config)
     _check_data(workload.data)
     workload.model.to(device)
@@ -220,6 +226,7 @@ def _users_own(config: RunConfig) -> Workload:
 
 def _supervised(config: RunConfig) -> Supervised:
     assert config.model is not None and config.data is not None
+    # The model comes first: no random number that the data draws may change its weights.
     model = config.load("model")(**config.model.options)
     if not isinstance(model, nn.Module):
         raise UserError(

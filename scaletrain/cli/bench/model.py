@@ -61,7 +61,7 @@ def command(
     from scaletrain import config as configuration
     from scaletrain.errors import UserError
     from scaletrain.run.environment import environment
-    from scaletrain.training.batches import load
+    from scaletrain.training.batches import Share, load
     from scaletrain.training.trainer import to_device
     from scaletrain.training.workload import build
 
@@ -78,7 +78,7 @@ def command(
     batch = batch or run.batch_size
     train = workload.data.train
     indices = torch.arange(batch) % len(train)  # type: ignore[arg-type]
-    made = next(load(train, iter([indices]), 0, workload.data.collate))
+    made = next(load(train, iter([Share(0, indices)]), 0, run.seed, workload.data.collate))
     inputs = to_device(made, device)
 
     def mean_loss() -> "Tensor":
