@@ -16,8 +16,10 @@ from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, read_records
 from scaletrain.training import checkpoint
 from scaletrain.training.batches import GlobalBatches, load
+from scaletrain.training.checkpoint_writer import CheckpointWriter
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.learning_rate import learning_rate
+from scaletrain.training.resume import resume_lines, training_facts
 from scaletrain.training.step_clock import StepClock
 from scaletrain.training.workload import Workload
 from scaletrain.units import plural
@@ -66,13 +68,27 @@ class Trainer:
         self.num_steps = config.steps or self._steps_of(config.epochs or 0)
         self.base_lr = float(workload.optimizer.param_groups[0]["lr"])
 
+        # A fault in the first save would come after hours: try it now.
+        checkpoint.check_saveable(workload.model, workload.optimizer)
+        self._facts = training_facts(
+            config,
+            workload.optimizer,
+            len(workload.train),  # type: ignore[arg-type]
+            self.global_batch,
+        )
         # The checkpoint is loaded before ``attach``, which makes every rank's weights those of rank
         # 0.
-        steps_done = None
+        loaded = None
         if resume:
-            steps_done = checkpoint.load_latest(run_dir, workload.model, workload.optimizer)
-        self.resumed = steps_done is not None
-        self.next_step = steps_done or 0
+            loaded = checkpoint.load_latest(run_dir, workload.model, workload.optimizer)
+        self.resumed = loaded is not None
+        self.next_step = loaded.step if loaded else 0
+        # Lines for people: damaged checkpoints, and what differs from the run before.
+        self.resume_lines = resume_lines(loaded, self._facts) if loaded else []
+        self._checkpoints: CheckpointWriter | None = None
+        if world.rank == 0:
+            self._checkpoints = CheckpointWriter(run_dir, config.checkpoint.keep, progress.alive)
+        self._save_put_off = False  # on rank 0, while the checkpoint before is being written
         self.model = exchange.attach(workload.model, workload.optimizer)
         # A worker that joins a running job, such as one that was started again, begins where it is.
         missed = exchange.skip(self.num_steps - self.next_step)
@@ -167,12 +183,14 @@ class Trainer:
                 break  # the last step's evaluation and checkpoint come below
             if self._is_due(self.config.evaluate_every):
                 self._evaluate_into(evaluation, began)
-            if self._is_due(self.config.checkpoint.every_steps):
+            if self._save_put_off or self._is_due(self.config.checkpoint.every_steps):
                 self.save()
         self.save()
         self._evaluate_into(evaluation, began)
         self._writer.close()
-        return self._summary(evaluation, time.monotonic() - began)
+        summary = self._summary(evaluation, time.monotonic() - began)
+        self._finish_checkpoints()
+        return summary
 
     def evaluate(self) -> dict[str, float | None]:
         """Return mean loss and accuracy over the test set, which all ranks share out (collective).
@@ -214,17 +232,35 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Write a checkpoint of the steps done so far, on rank 0."""
-        if self.world.rank != 0:
+        """Write a checkpoint of the steps done so far, on rank 0, while training goes on.
+
+        While the one before is still being written, it is put off: waiting here for a slow disk
+        would let the other ranks' collectives time out.
+        """
+        if not self._checkpoints:
             return
-        progress.alive("writing a checkpoint")
-        checkpoint.save(
-            self.run_dir,
-            self.next_step,
-            self.workload.model,
-            self.workload.optimizer,
-            self.config.checkpoint.keep,
-        )
+        self._save_put_off = self._checkpoints.is_writing()
+        if not self._save_put_off:
+            self._checkpoints.save(
+                self.next_step, self.workload.model, self.workload.optimizer, self._facts
+            )
+
+    def _finish_checkpoints(self) -> None:
+        """Wait until the last checkpoint is durable (collective).
+
+        All ranks wait together, and meet once a second: no collective times out, and each gives
+        signs of life, however long the disk takes.
+        """
+        while True:
+            is_writing = False
+            if self._checkpoints:
+                is_writing = self._checkpoints.is_writing(patience_s=1.0)
+                if self._save_put_off and not is_writing:
+                    self.save()
+                    is_writing = True
+            progress.alive("writing a checkpoint")
+            if not self.exchange.sum(torch.tensor([float(is_writing)])).item():
+                return
 
     def describe(self) -> list[str]:
         """Return the arithmetic of batch and learning rate, as lines for people."""
