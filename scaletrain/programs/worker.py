@@ -128,13 +128,20 @@ def _check_unused(files: RunDir) -> None:
 
 
 def _build(config: RunConfig, world: World, setup: Setup, resume: bool) -> Trainer:
-    """Build model, data and exchange, and the trainer that uses them (collective)."""
+    """Build model, data and exchange, and the trainer that uses them (collective).
+
+    Rank 0 prints what a person should know about a run that goes on.
+    """
     # Before the model is built: its initialisation already computes.
     torch.set_num_threads(threads(config, world))
     parts = workload.build(config, setup.device)
     _check_same_data(parts, world, setup.store)
     exchange = config.load("exchange")(world, setup, **config.exchange.options)
-    return Trainer(config, world, parts, exchange, setup.device, setup.run_dir, resume)
+    trainer = Trainer(config, world, parts, exchange, setup.device, setup.run_dir, resume)
+    if world.rank == 0:
+        for line in trainer.resume_lines:
+            print(line, flush=True)
+    return trainer
 
 
 def _check_same_data(parts: workload.Workload, world: World, store: dist.Store) -> None:

@@ -13,6 +13,8 @@ import json
 import re
 from pathlib import Path
 
+from scaletrain.run.atomic import partial_name
+
 
 class RunDir:
     """The paths of one run directory. Making one touches no file.
@@ -61,6 +63,13 @@ class RunDir:
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Return (step, path) of every checkpoint that exists, the oldest step first."""
         return self._numbered("step-*.safetensors")
+
+    def partial_checkpoints(self) -> list[Path]:
+        """Return the checkpoints that a kill cut short. Only a worker that writes them looks."""
+        partial = re.escape(partial_name("STEP", "PID"))
+        partial = partial.replace("STEP", r"step-\d+\.safetensors").replace("PID", r"\d+")
+        pattern = partial_name("step-*.safetensors", "*")
+        return sorted(path for path in self.path.glob(pattern) if re.fullmatch(partial, path.name))
 
     def progress(self, rank: int) -> Path:
         """How far one worker is, overwritten in place. Read by the supervisor."""

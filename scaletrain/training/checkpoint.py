@@ -1,110 +1,354 @@
-"""Checkpoints: safetensors (no pickle) for tensors, JSON in its header for the rest.
+"""Checkpoints: the model's and the optimizer's state, and the facts that decided the training.
 
-They are written atomically: a crash or a full disk leaves the older ones as they were.
+They hold no pickle: tensors and JSON, each with a hash (``tensor_file``). They are written
+atomically: a crash or a full disk leaves the older ones as they were. ``CheckpointWriter`` writes
+them while training goes on.
+
+Names of parameters are those of the plain model: ``torch.compile`` changes nothing in a file.
 """
 
-import json
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scaletrain.errors import UserError
+from scaletrain.run import progress
 from scaletrain.run.atomic import replacing
 from scaletrain.run.layout import RunDir
+from scaletrain.training import state_tree, tensor_file
+from scaletrain.training.tensor_file import Content
 
-_FORMAT = "scaletrain-checkpoint-1"
-_MODEL, _OPTIMIZER = "model.", "optimizer."  # the first part of a tensor's name
+_FORMAT = "scaletrain-checkpoint-2"
+_EARLIER_FORMATS = ("scaletrain-checkpoint-1",)
+_MODEL = "model."  # begins the names of the model's tensors; reports add up their sizes
+_EXTRA, _OPTIMIZER = "extra", "optimizer"  # begin those of other state
+_COMPILED = "_orig_mod"  # the name under which a compiled module holds the plain one
+_EXTRA_STATE = "_extra_state"  # ends the key of a module's ``get_extra_state``
+# Options that choose how an optimizer computes, not what.
+IMPLEMENTATION_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that has been loaded."""
+
+    step: int  # steps that it had done
+    path: Path
+    facts: dict[str, Any]  # as they were given to ``save``
+    damaged: list[str]  # one line for each newer checkpoint that is damaged
+
+
+def collect(
+    step: int, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+) -> Content:
+    """Return all that a checkpoint holds. Its tensors are those of the model, not copies.
+
+    Raises:
+        UserError: an entry cannot be saved.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        extra = {}
+        for key, value in model.state_dict().items():
+            name = _plain_name(key)
+            if name.rpartition(".")[2] == _EXTRA_STATE:
+                extra[name] = state_tree.flatten(value, f"{_EXTRA}.{name}", tensors)
+            else:
+                tensors[f"{_MODEL}{name}"] = value
+        state = optimizer.state_dict()
+        optimizer_state = {
+            "class": type(optimizer).__name__,
+            "group_sizes": _group_sizes(optimizer),
+            "state": state_tree.flatten(state["state"], _OPTIMIZER, tensors),
+        }
+    except state_tree.Unsaveable as error:
+        raise UserError(
+            f"checkpoint: cannot hold {error}"
+            " (allowed: tensors, numbers, text, and lists and dicts of them)"
+        ) from None
+    for name, tensor in tensors.items():
+        reason = _why_unsaveable(tensor)
+        if reason:
+            raise UserError(f"checkpoint: cannot hold {name}, {reason}")
+    rest = {"step": step, "facts": facts, "extra": extra, "optimizer": optimizer_state}
+    return Content(tensors, rest)
+
+
+def check_saveable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ``UserError`` if a checkpoint of these could not be written. Copies nothing.
+
+    It is the trial before the first step: a fault in the first save would come after hours.
+    """
+    content = collect(0, model, optimizer, {})
+    try:
+        tensor_file.check_header(_FORMAT, content)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint: cannot be written: {error}") from None
+
+
+def check_finite(step: int, model: nn.Module, run_dir: Path) -> None:
+    """Raise ``UserError`` that names the first parameter which holds nan or inf.
+
+    Parameters that are not trained and buffers may hold inf, as masks do.
+    """
+    totals = []
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for _, tensor in named:
+        totals.append(_total(tensor.detach()))
+    if not totals:
+        return
+    # A sum is cheap, and nan and inf pass through it. Finite values may add up to inf as well, so
+    # only those that look bad are read once more. One transfer from the device tells them.
+    suspicious = ~torch.stack(totals).isfinite().cpu()
+    for index in suspicious.nonzero().flatten().tolist():
+        name, tensor = named[index]
+        values = tensor.detach()
+        is_bad = values.isnan().any() if _may_hold_inf(tensor) else ~values.isfinite().all()
+        if is_bad:
+            raise UserError(
+                f"model: {_plain_name(name)} holds nan or inf after step {step}: no checkpoint of"
+                f" it is written{_newest(run_dir)} (a lower optimizer.lr or a longer"
+                " lr_schedule.warmup_steps may help)"
+            )
+
+
+def copy_to_cpu(content: Content, buffers: dict[str, Tensor]) -> Content:
+    """Return the content with tensors of its own, which training does not change.
+
+    Tied weights, which share memory, become one tensor each.
+
+    Args:
+        content: of a checkpoint.
+        buffers: the tensors of an earlier copy. They are used again where they fit, which is
+            several times as fast as new memory; new ones are added.
+    """
+    copies = {}
+    for name, tensor in content.tensors.items():
+        buffer = buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
+            buffers[name] = buffer
+        copies[name] = buffer.copy_(tensor.detach())
+    return Content(copies, content.state)
+
+
+def write(run_dir: Path, content: Content, keep: int) -> Path:
+    """Write a checkpoint durably, then delete older ones.
+
+    Args:
+        run_dir: where to.
+        content: its tensors are contiguous and on the CPU.
+        keep: how many of the newest stay, with this one.
+
+    Returns:
+        The checkpoint's path.
+    """
+    files = RunDir(run_dir)
+    step = content.state["step"]
+    path = files.checkpoint(step)
+    with replacing(path) as partial:
+        tensor_file.write(partial, _FORMAT, content)
+    # Only now that the new one is safe. One of a later step may only be there if it is damaged and
+    # training began at an earlier one: it does not count.
+    up_to_this = [old for old_step, old in files.checkpoints() if old_step <= step]
+    for old in up_to_this[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
 
 
 def save(
     run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
 ) -> Path:
-    """Write the weights and the optimizer's state after ``step`` steps; rank 0 calls it.
-
-    Only the newest ``keep`` checkpoints stay.
-
-    Returns:
-        The checkpoint's path.
-    """
-    tensors = {f"{_MODEL}{name}": value for name, value in model.state_dict().items()}
-    state = optimizer.state_dict()
-    numbers: dict[str, Any] = {}  # state that is not a tensor
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{_OPTIMIZER}{index}.{name}"] = value
-            else:
-                numbers[f"{index}.{name}"] = value
-    # The format holds tensors, and a header of strings: all other state becomes JSON there.
-    rest = {"step": step, "param_groups": state["param_groups"], "numbers": numbers}
-    files = RunDir(run_dir)
-    path = files.checkpoint(step)
-    with replacing(path) as partial:
-        # Tied weights share memory, which the format refuses: every tensor gets its own.
-        copies = {}
-        for name, value in tensors.items():
-            copies[name] = value.detach().to("cpu", copy=True).contiguous()
-        save_file(copies, partial, metadata={"format": _FORMAT, "rest": json.dumps(rest)})
-    # Oldest first. They go only now that the new one is complete on disk.
-    for _, old in files.checkpoints()[:-keep]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def load_latest(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
-    """Load the newest checkpoint into a model and its optimizer.
-
-    Returns:
-        The number of steps that it had done; None if there is no checkpoint.
+    """Write a checkpoint after ``step`` steps at once, without facts; return its path.
 
     Raises:
-        UserError: the file is damaged, or belongs to another model or optimizer.
+        UserError: weights are not finite, or an entry cannot be saved.
+        OSError: it cannot be written.
+    """
+    check_finite(step, model, run_dir)
+    content = copy_to_cpu(collect(step, model, optimizer, {}), {})
+    return write(run_dir, content, keep)
+
+
+def load_latest(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Loaded | None:
+    """Load the newest checkpoint that is whole into a model and its optimizer.
+
+    The optimizer takes its state; the options of its groups stay as they are.
+
+    Returns:
+        What was loaded, and which newer ones are damaged; None if there is no checkpoint.
+
+    Raises:
+        UserError: no checkpoint is whole, or the newest whole one belongs to another model or
+            optimizer, or was written by an earlier version.
     """
     checkpoints = RunDir(run_dir).checkpoints()
-    if not checkpoints:
+    damaged: list[str] = []
+    for step, path in reversed(checkpoints):
+        try:
+            content = tensor_file.read(
+                path, _FORMAT, lambda: progress.alive("loading a checkpoint")
+            )
+        except tensor_file.DamagedFile as error:
+            damaged.append(f"{path}: damaged checkpoint ({error})")
+            continue
+        except tensor_file.OtherFormat as error:
+            if str(error) in _EARLIER_FORMATS:
+                raise UserError(
+                    f"{path}: was written by an earlier version of this program"
+                    " (allowed: that version, or a new run directory)"
+                ) from None
+            damaged.append(f"{path}: not a checkpoint of this program (format {str(error)!r})")
+            continue
+        _put_into(model, optimizer, content, path)
+        return Loaded(step, path, content.state["facts"], damaged)
+    if not damaged:
         return None
-    _, path = checkpoints[-1]
-    tensors, rest = _read(path)
-    weights = {}
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith(_MODEL):
-            weights[key.removeprefix(_MODEL)] = tensor
-        elif key.startswith(_OPTIMIZER):
-            # Names of parameters' state may hold dots; the index in front of them does not.
-            index, name = key.removeprefix(_OPTIMIZER).split(".", 1)
-            state.setdefault(int(index), {})[name] = tensor
-    for key, number in rest["numbers"].items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = number
+    raise UserError(
+        f"{'; '.join(damaged)}; no other checkpoint is there (allowed: a new run directory)"
+    )
+
+
+def _put_into(
+    model: nn.Module, optimizer: torch.optim.Optimizer, content: Content, path: Path
+) -> None:
+    """Put a checkpoint's state into a model and an optimizer, if it fits."""
+    saved = content.state["optimizer"]
+    now = type(optimizer).__name__
+    if saved["class"] != now:
+        raise UserError(
+            f"{path}: optimizer: {now} cannot go on with the state of {saved['class']}"
+            f" (allowed: the same optimizer, {saved['class']}, or a new run directory)"
+        )
+    # A compiled model has longer names for the same entries.
+    key_of = {_plain_name(key): key for key in model.state_dict()}
+    entries: dict[str, Any] = {}
+    for name, tensor in content.tensors.items():
+        if name.startswith(_MODEL):
+            plain = name.removeprefix(_MODEL)
+            entries[key_of.get(plain, plain)] = tensor
+    for plain, value in content.state["extra"].items():
+        entries[key_of.get(plain, plain)] = state_tree.rebuild(value, content.tensors)
     try:
-        model.load_state_dict(weights)
-        optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+        model.load_state_dict(entries)
     except (RuntimeError, ValueError) as error:
         # torch begins with a line that names only the class; the faults follow, one a line.
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: belongs to another model or optimizer: {reason}") from None
-    return int(rest["step"])
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the tensors of a checkpoint, and the rest of its state."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Any safetensors file opens without an error: only this mark tells a checkpoint.
-            if metadata.get("format") != _FORMAT:
-                raise UserError(
-                    f"{path}: not a checkpoint of this program (format {metadata.get('format')!r})"
-                )
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-            return tensors, json.loads(metadata["rest"])
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    state = state_tree.rebuild(saved["state"], content.tensors)
+    if saved["group_sizes"] != _group_sizes(optimizer):
         raise UserError(
-            f"{path}: damaged checkpoint ({error}); delete it to resume from the one before"
-        ) from None
+            f"{path}: optimizer: it held groups of {saved['group_sizes']} parameters, and has"
+            f" groups of {_group_sizes(optimizer)} now"
+            " (allowed: the same groups, or a new run directory)"
+        )
+    missing = _missing_state(optimizer, state)
+    if missing:
+        raise UserError(
+            f"{path}: optimizer: {now} with these options needs {', '.join(sorted(missing))}, which the"
+            " checkpoint does not hold"
+            " (allowed: the same options of the optimizer, or a new run directory)"
+        )
+    # The groups are the optimizer's own: options of the configuration count, not the file's.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _missing_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> set[str]:
+    """Return the names of state without which the optimizer cannot step.
+
+    Only a step tells: many options add state, and some optimizers make good for what is missing. A
+    small optimizer of the same options tries it, with a parameter of the same number of dimensions.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    missing: set[str] = set()
+    tried = set()
+    for index, entries in state.items():
+        case = (parameters[index].dim(), *sorted(entries))
+        # Without any state, the optimizer begins anew.
+        if entries and case not in tried:
+            tried.add(case)
+            missing |= _missing_for(optimizer, parameters[index].dim(), set(entries))
+    return missing
+
+
+def _missing_for(optimizer: torch.optim.Optimizer, dimensions: int, names: set[str]) -> set[str]:
+    """Return what a parameter lacks in order to step, if its state has these names."""
+    allowed = set(inspect.signature(type(optimizer)).parameters) - set(IMPLEMENTATION_OPTIONS)
+    options = {key: value for key, value in optimizer.defaults.items() if key in allowed}
+    weights = nn.Parameter(torch.zeros([2] * dimensions))
+    weights.grad = torch.zeros([2] * dimensions)
+    try:
+        trial = type(optimizer)([weights], **options)
+        trial.step()
+    except Exception:
+        return set()  # it cannot be tried so, as with sparse gradients
+    missing = set(trial.state[weights]) - names
+    for name in missing:
+        del trial.state[weights][name]
+    try:
+        trial.step()
+    except Exception:
+        return missing
+    return set()
+
+
+def _group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]
+
+
+def _plain_name(key: str) -> str:
+    """Return the name that an entry has in the model that is not compiled."""
+    return ".".join(part for part in key.split(".") if part != _COMPILED)
+
+
+def _why_unsaveable(tensor: Tensor) -> str:
+    """Return why a tensor cannot be saved, with the fix; empty if it can."""
+    if nn.parameter.is_lazy(tensor):
+        return (
+            "which has no shape yet: a lazy module takes it from its first input"
+            " (allowed: call the model once in its factory)"
+        )
+    if not isinstance(tensor, Tensor):
+        return f"of type {type(tensor).__name__} (allowed: tensors)"
+    kind = ""
+    if tensor.layout != torch.strided:
+        kind = "a sparse tensor"
+    elif tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
+        kind = "a quantized tensor or one of another library's kinds"
+    elif tensor.is_meta:
+        kind = "which is on the device meta and has no values"
+    elif tensor.dtype not in tensor_file.DTYPES.values():
+        kind = f"of type {tensor.dtype}"
+    if not kind:
+        return ""
+    return f"{kind} (allowed: dense tensors of {', '.join(tensor_file.DTYPES)})"
+
+
+def _total(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's values, float64: nan or inf if any value is."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point():
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # torch cannot add numbers of 8 bits
+    widened = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.sum(dtype=widened).double()
+
+
+def _may_hold_inf(tensor: Tensor) -> bool:
+    return not (isinstance(tensor, nn.Parameter) and tensor.requires_grad)
+
+
+def _newest(run_dir: Path) -> str:
+    checkpoints = RunDir(run_dir).checkpoints()
+    if not checkpoints:
+        return ""
+    step, _ = checkpoints[-1]
+    return f", and the one after step {step} stays"

@@ -19,10 +19,12 @@ from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, read_records
 from scaletrain.training import checkpoint, finite, statistics
 from scaletrain.training.batches import GlobalBatches, Share, load
+from scaletrain.training.checkpoint_writer import CheckpointWriter
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.learning_rate import learning_rate
 from scaletrain.training.losses import GlobalMean, StepLoss
 from scaletrain.training.randomness import seed_forward
+from scaletrain.training.resume import resume_lines, training_facts
 from scaletrain.training.step_clock import StepClock
 from scaletrain.training.workload import Workload
 from scaletrain.units import plural
@@ -75,13 +77,22 @@ class Trainer:
         self._base_lrs = [float(group["lr"]) for group in workload.optimizer.param_groups]
         self._left_out = 0  # steps in a row whose gradient was not finite
 
+        # A fault in the first save would come after hours: try it now.
+        checkpoint.check_saveable(self.module, workload.optimizer)
+        self._facts = training_facts(config, workload.optimizer, num_samples, self.global_batch)
         # The checkpoint is loaded before ``attach``, which makes every rank's weights those of rank
         # 0.
-        steps_done = None
+        loaded = None
         if resume:
-            steps_done = checkpoint.load_latest(run_dir, self.module, workload.optimizer)
-        self.resumed = steps_done is not None
-        self.next_step = steps_done or 0
+            loaded = checkpoint.load_latest(run_dir, self.module, workload.optimizer)
+        self.resumed = loaded is not None
+        self.next_step = loaded.step if loaded else 0
+        # Lines for people: damaged checkpoints, and what differs from the run before.
+        self.resume_lines = resume_lines(loaded, self._facts) if loaded else []
+        self._checkpoints: CheckpointWriter | None = None
+        if world.rank == 0:
+            self._checkpoints = CheckpointWriter(run_dir, config.checkpoint.keep, progress.alive)
+        self._save_put_off = False  # on rank 0, while the checkpoint before is being written
         self.model = exchange.attach(self.module, workload.optimizer)
         workload.model = self.model
         # A worker that joins a running job, such as one that was started again, begins where it is.
@@ -187,12 +198,19 @@ class Trainer:
             if self._is_due(self.config.evaluate_every):
                 self._evaluate_into(evaluation, began)
             if self._is_due(self.config.checkpoint.every_steps):
+                # Where ranks may be at different steps they cannot meet: rank 0's statistics count.
+                if self.exchange.averages:
+                    statistics.average(self.module, self.exchange)
+                self.save()
+            elif self._save_put_off:  # on rank 0 alone
                 self.save()
         statistics.average(self.module, self.exchange)
         self.save()
         self._evaluate_into(evaluation, began)
         self._writer.close()
-        return self._summary(evaluation, time.monotonic() - began)
+        summary = self._summary(evaluation, time.monotonic() - began)
+        self._finish_checkpoints()
+        return summary
 
     def evaluate(self) -> dict[str, float | None]:
         """Return the means over the test set, which all ranks share out (collective).
@@ -235,20 +253,35 @@ class Trainer:
         return evaluation
 
     def save(self) -> None:
-        """Write a checkpoint of the steps done so far, on rank 0 (collective)."""
-        # Where ranks may be at different steps they cannot meet here: rank 0's statistics count.
-        if self.exchange.averages:
-            statistics.average(self.module, self.exchange)
-        if self.world.rank != 0:
+        """Write a checkpoint of the steps done so far, on rank 0, while training goes on.
+
+        While the one before is still being written, it is put off: waiting here for a slow disk
+        would let the other ranks' collectives time out.
+        """
+        if not self._checkpoints:
             return
-        progress.alive("writing a checkpoint")
-        checkpoint.save(
-            self.run_dir,
-            self.next_step,
-            self.module,
-            self.workload.optimizer,
-            self.config.checkpoint.keep,
-        )
+        self._save_put_off = self._checkpoints.is_writing()
+        if not self._save_put_off:
+            self._checkpoints.save(
+                self.next_step, self.module, self.workload.optimizer, self._facts
+            )
+
+    def _finish_checkpoints(self) -> None:
+        """Wait until the last checkpoint is durable (collective).
+
+        All ranks wait together, and meet once a second: no collective times out, and each gives
+        signs of life, however long the disk takes.
+        """
+        while True:
+            is_writing = False
+            if self._checkpoints:
+                is_writing = self._checkpoints.is_writing(patience_s=1.0)
+                if self._save_put_off and not is_writing:
+                    self.save()
+                    is_writing = True
+            progress.alive("writing a checkpoint")
+            if not self.exchange.sum(torch.tensor([float(is_writing)])).item():
+                return
 
     def describe(self) -> list[str]:
         """Return the arithmetic of batch and learning rate, as lines for people."""

@@ -1,0 +1,120 @@
+"""Writes checkpoints in a thread: a step pays for a copy in memory, not for the disk."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaletrain.errors import UserError
+from scaletrain.run.layout import RunDir
+from scaletrain.training import checkpoint
+from scaletrain.training.tensor_file import Content
+
+_ALIVE_S = 1.0  # between signs of life
+
+
+class CheckpointWriter:
+    """The checkpoints of one run, written one after the other. Rank 0 has it.
+
+    All methods are called from one thread. Only it gives signs of life, and only while it waits: in
+    a thread of their own they would hide that training hangs.
+
+    Partial files that earlier processes left are removed at the start.
+
+    Args:
+        run_dir: where checkpoints go.
+        keep: how many of the newest stay.
+        alive: called about once a second while a method waits, with what it waits for.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, alive: Callable[[str], None]):
+        self._run_dir = run_dir
+        self._keep = keep
+        self._alive = alive
+        self._buffers: dict[str, Tensor] = {}  # copies; the thread reads them until it has ended
+        # Started by ``save``. It is no daemon: the interpreter waits for it at its exit.
+        self._thread: threading.Thread | None = None
+        # Set by the thread, read when it has ended, and then cleared.
+        self._error: Exception | None = None
+        for partial in RunDir(run_dir).partial_checkpoints():
+            partial.unlink(missing_ok=True)
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        facts: dict[str, Any],
+    ) -> None:
+        """Copy the state after ``step`` steps, and write it while the caller goes on.
+
+        Waits for the checkpoint before.
+
+        Args:
+            step: steps done.
+            model: may change afterwards.
+            optimizer: may change afterwards.
+            facts: JSON that ``load_latest`` gives back.
+
+        Raises:
+            UserError: weights are not finite, an entry cannot be saved, or the checkpoint before
+                could not be written. Those that are there stay.
+        """
+        self.wait()
+        self._alive("copying a checkpoint")
+        checkpoint.check_finite(step, model, self._run_dir)
+        content = checkpoint.collect(step, model, optimizer, facts)
+        content = checkpoint.copy_to_cpu(content, self._buffers)
+        self._thread = threading.Thread(
+            target=self._write, args=(content,), name="checkpoint writer"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is durable.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        while self.is_writing(_ALIVE_S):
+            pass
+
+    def is_writing(self, patience_s: float = 0.0) -> bool:
+        """Wait at most ``patience_s`` seconds; return True if a checkpoint is being written then.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._thread:
+            if patience_s:
+                self._alive("writing a checkpoint")
+            self._thread.join(patience_s)
+            if self._thread.is_alive():
+                return True
+            self._thread = None
+        error, self._error = self._error, None
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{error.filename}: the checkpoint cannot be written: {error.strerror}"
+                f"{self._still_there()}"
+            ) from None
+        if error:
+            raise error
+        return False
+
+    def _write(self, content: Content) -> None:
+        """Write a checkpoint, in the thread."""
+        try:
+            checkpoint.write(self._run_dir, content, self._keep)
+        except Exception as error:
+            self._error = error
+
+    def _still_there(self) -> str:
+        checkpoints = RunDir(self._run_dir).checkpoints()
+        if not checkpoints:
+            return ""
+        step, _ = checkpoints[-1]
+        return f" (the one after step {step} is whole: mend the disk, then --resume)"
