@@ -58,6 +58,8 @@ class Process:
         self.is_launcher = self.rank is None and companion is None
         self.host = dict(command.env).get("SCALETRAIN_HOST") or host_name()
         self.ended_at: float | None = None  # unix seconds, set by ``Processes.read``
+        # The status that its worker had reported when we ended it because it ran on; see ``ends``.
+        self.reported_status: int | None = None
         self.mistake = ""  # a person's mistake that it told, which is on the screen already
         # A launcher gets the chance to end its own workers. A worker is of no use without us.
         death_signal = signal.SIGTERM if self.is_launcher else signal.SIGKILL
@@ -76,6 +78,8 @@ class Process:
     @property
     def status(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
+        if self.popen.returncode is not None and self.reported_status is not None:
+            return self.reported_status
         return self.popen.returncode
 
     @property

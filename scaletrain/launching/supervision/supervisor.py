@@ -20,6 +20,7 @@ from scaletrain.host.processes import signal_name
 from scaletrain.launching.job import STORE_FD, Companion, Job, Program
 from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.launching.supervision import first_cause, hangs, leftovers
+from scaletrain.launching.supervision.ends import LateEnds
 from scaletrain.launching.supervision.evidence import Evidence
 from scaletrain.launching.supervision.processes import Process, Processes
 from scaletrain.run import progress
@@ -57,6 +58,7 @@ class Supervisor:
         several = len(plan.commands) + len(plan.companions) > 1
         self._processes = Processes(prefixed=several)
         self._evidence = Evidence(job, self._processes)
+        self._late_ends = LateEnds(job, self._processes)
         starting_s = max(job.timeout_s, _STARTING_S)
         self._hang_watch = hangs.HangWatch(self._run_dir, job.workers, job.timeout_s, starting_s)
         # Ranks that ended badly while the job goes on without them. Added to by ``_lose``.
@@ -140,6 +142,7 @@ class Supervisor:
             if self.signals:
                 return self._end_interrupted(self.signals[0])
             self._say_how_start_goes()
+            self._late_ends.look()
             failure = self._find_failure() or self._find_hang()
             if failure:
                 return self._end_failed(failure)
