@@ -24,6 +24,7 @@ from scaletrain.run.progress import LAUNCH_MARK
 
 # A line in which a process tells a person of their mistake, marked with its stream and its name.
 _MISTAKE = re.compile(rb"^\d(?:\[[^\]\n]*\] )?scaletrain: error: (.*)$", re.MULTILINE)
+STATUS_MARK = b"0"  # begins the supervisor's last line, its exit status
 _KEPT_OUTPUT = 20_000  # characters kept of the output of launchers
 _LONGEST_LINE = 1 << 16  # bytes; longer lines are cut
 
@@ -186,6 +187,10 @@ class Processes:
         """Show lines of our own, on standard error."""
         lines = [f"2{line}\n" for line in text.splitlines()]
         _emit("".join(lines).encode())
+
+    def report_status(self, status: int) -> None:
+        """Tell the exit status to the process that listens, as the last line."""
+        _emit(STATUS_MARK + b"%d\n" % status)
 
     def stop(self) -> None:
         """End everything: first SIGTERM, then SIGKILL for the rest. Companions end last."""

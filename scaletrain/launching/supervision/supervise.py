@@ -18,14 +18,16 @@ from typing import Any
 
 import pydantic
 
-from scaletrain.host.processes import kill_marked, signal_name
+from scaletrain.host.processes import kill_marked, reset_signals, signal_name
 from scaletrain.launching.job import Job, Program
 from scaletrain.launching.plan import LaunchPlan
+from scaletrain.launching.supervision.processes import STATUS_MARK
 from scaletrain.run.progress import LAUNCH_MARK
 
 # The supervisor reads its order from standard input, as one line of JSON.
 ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job])
-# Signals that are passed on. So is SIGHUP, as a SIGTERM, unless it is ignored (nohup).
+# Signals that are passed on, SIGINT unless it is ignored. So is SIGHUP, as a SIGTERM, unless it is
+# ignored (nohup).
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _END_S = 6.0  # within this time the supervisor ends once nobody listens to it
 
@@ -63,6 +65,7 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
         preexec_fn=_hold_signals,
     )
     assert supervisor.stdin and supervisor.stdout
+    reported: int | None = None  # the exit status, by the supervisor's last line
     try:
         with _forwarding(supervisor):
             with contextlib.suppress(BrokenPipeError):
@@ -73,6 +76,9 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
             for line in supervisor.stdout:
                 # The first character says which stream the line belongs on.
                 text = line[1:].decode(errors="replace").rstrip("\r\n")
+                if line[:1] == STATUS_MARK:
+                    reported = int(text)
+                    continue
                 show(text, line[:1] == b"2")
             status = supervisor.wait()
     finally:
@@ -84,8 +90,12 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
         kill_marked(LAUNCH_MARK, mark)
         supervisor.wait()
         supervisor.stdout.close()
+    # The kernel's word is lost if this process ignores SIGCHLD, or if other code in it waits for
+    # all children: it is 0 then.
+    if reported is not None:
+        return reported
     if status >= 0:
-        return status
+        return status or 1  # it ended without its last line
     ended = f"the supervisor was ended by {signal_name(-status)}"
     show(f"scaletrain: {ended}; its workers were stopped", True)
     return 128 - status
@@ -96,7 +106,7 @@ def _hold_signals() -> None:
 
     Python takes a moment to start. A signal that comes in the meantime waits instead of ending it.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    reset_signals(blocked=FORWARDED)
 
 
 def heed_signals(handler: Callable[[int, Any], None]) -> None:
@@ -124,9 +134,12 @@ def _forwarding(supervisor: subprocess.Popen[bytes]) -> Iterator[None]:
     def forward(number: int, frame: Any) -> None:
         supervisor.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    numbers = [*FORWARDED]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    # A shell script starts its background jobs with SIGINT ignored: the terminal's Ctrl-C is not
+    # meant for them. nohup does the same with SIGHUP.
+    numbers = [signal.SIGTERM, signal.SIGUSR1]
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            numbers.append(number)
     before = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield

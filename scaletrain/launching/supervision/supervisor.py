@@ -86,6 +86,10 @@ class Supervisor:
             return 2
         return self._watch()
 
+    def report_status(self, status: int) -> None:
+        """Tell the process that started this one the exit status (``supervise.run``)."""
+        self._processes.report_status(status)
+
     # 1. and 2. Starting
 
     def _forget_earlier_job(self) -> None:
@@ -139,7 +143,8 @@ class Supervisor:
             if self._processes.orphaned:
                 self._processes.stop()
                 return 1
-            if self.signals:
+            # A signal that comes when all have ended has nothing left to stop.
+            if self.signals and self._processes.any_running():
                 return self._end_interrupted(self.signals[0])
             self._say_how_start_goes()
             self._late_ends.look()
@@ -305,7 +310,8 @@ class Supervisor:
             number: the signal that came first.
 
         Returns:
-            The exit status: 0 if all workers ended well, else 128 + ``number``.
+            128 + ``number``, whatever the workers say: the job has not done all of its work. 0 if a
+            training run had finished, or if all workers answered SIGUSR1 with 0.
         """
         if self.job.trains and number != signal.SIGUSR1 and self._processes.any_running():
             self._processes.say(
@@ -327,9 +333,12 @@ class Supervisor:
         self._processes.stop()
         left = leftovers.state_when_stopped(self.job)
         self._processes.say(f"scaletrain: stopped by {signal_name(number)}{left}")
-        if all(process.status == 0 for process in self._processes.workers):
+        all_ended_well = all(process.status == 0 for process in self._processes.workers)
+        ending = [heard for heard in self.signals if heard in _ENDING]
+        has_finished = self.job.trains and self._run_dir.has_finished()
+        if all_ended_well and (has_finished or not ending):
             return 0
-        return 128 + number
+        return 128 + (ending or [number])[0]
 
     def _pass_on(self, number: int) -> None:
         """Pass a signal on to all workers."""
