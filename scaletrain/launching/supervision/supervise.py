@@ -32,7 +32,12 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _END_S = 6.0  # within this time the supervisor ends once nobody listens to it
 
 
-def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = None) -> int:
+def run(
+    plan: LaunchPlan,
+    job: Job,
+    show: Callable[[str, bool], None] | None = None,
+    claim: int = -1,
+) -> int:
     """Carry out a plan and return the exit status.
 
     It is 0, or that of the first cause, or 124 for a hang, or 128 + the number of a signal. The
@@ -46,6 +51,8 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
         job: the workers, and the limits that the supervisor holds them to.
         show: called with each line of output, and True if it belongs on standard error. By default
             lines are printed there.
+        claim: the descriptor of a claim on the run directory (``run.claim``), which then holds
+            until the supervisor has ended, too; -1: none.
     """
     show = show or _print
     for path, text in plan.files:
@@ -63,6 +70,7 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
         env={**os.environ, LAUNCH_MARK: mark, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,  # Ctrl-C at a terminal comes to us alone, and we pass it on
         preexec_fn=_hold_signals,
+        pass_fds=() if claim < 0 else (claim,),
     )
     assert supervisor.stdin and supervisor.stdout
     reported: int | None = None  # the exit status, by the supervisor's last line
