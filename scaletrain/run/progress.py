@@ -199,7 +199,9 @@ def reporting(
             failure = failure_from_exception(error, world, run_dir, hidden)
             reporter.end(FAILED, failure.exit_code)
             failure = failure._replace(
-                step=reporter.progress.step, collective=reporter.progress.collective
+                step=reporter.progress.step,
+                collective=reporter.progress.collective,
+                launch=os.environ.get(LAUNCH_MARK, ""),
             )
             write_json(files.failure(world.rank), failure._asdict())
             if LAUNCH_MARK not in os.environ and SUPERVISED not in os.environ:

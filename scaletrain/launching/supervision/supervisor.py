@@ -27,6 +27,7 @@ from scaletrain.run import progress
 from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import Failure, FailureKind
 from scaletrain.run.layout import RunDir
+from scaletrain.run.progress import LAUNCH_MARK
 from scaletrain.units import plural
 
 _TICK_S = 0.1
@@ -51,13 +52,15 @@ class Supervisor:
         self.plan = plan
         self.job = job
         self.signals: list[int] = []  # appended to by signal handlers, read by ``run``
-        self._started_at = time.time()
+        self._started_at = time.monotonic()
         # The environment of all processes. ``_start`` adds the store's address.
         self._environ = dict(os.environ)
         self._run_dir = RunDir(job.run_dir)
         several = len(plan.commands) + len(plan.companions) > 1
         self._processes = Processes(prefixed=several)
-        self._evidence = Evidence(job, self._processes)
+        # The supervisors of other hosts have launch ids of their own.
+        launch = None if plan.is_part else os.environ[LAUNCH_MARK]
+        self._evidence = Evidence(job, self._processes, launch)
         self._late_ends = LateEnds(job, self._processes)
         starting_s = max(job.timeout_s, _STARTING_S)
         self._hang_watch = hangs.HangWatch(self._run_dir, job.workers, job.timeout_s, starting_s)
@@ -157,7 +160,7 @@ class Supervisor:
 
     def _say_how_start_goes(self) -> None:
         """Say now and then how many workers have joined, until the first step is done."""
-        since_start_s = time.time() - self._started_at
+        since_start_s = time.monotonic() - self._started_at
         if not self._say_start_after_s or since_start_s < self._say_start_after_s[0]:
             return
         workers = progress.read_all(self._run_dir, self.job.workers)
@@ -258,7 +261,13 @@ class Supervisor:
 
     def _find_culprit(self) -> Failure | None:
         restarting = self._processes.restart_workers()
-        return hangs.find_culprit(self._run_dir, self.job.workers, self._lost, restarting)
+        return hangs.find_culprit(
+            self._run_dir,
+            self.job.workers,
+            self._lost,
+            self._hang_watch.silent_s(),
+            restarting,
+        )
 
     # 4. Choosing the first cause
 
