@@ -74,6 +74,7 @@ def command(
     from scaletrain import config
     from scaletrain.launching.job import script_job
     from scaletrain.launching.supervision import supervise
+    from scaletrain.launching.supervision.screen import Screen
     from scaletrain.run import claim
 
     chosen = dict(config.parse_setting(text) for text in settings)
@@ -99,5 +100,5 @@ def command(
         job, plan = planned(directory)
     with claim.in_use(directory, "--run-dir", shared=plan.is_part) as descriptor:
         for line in plan.explain:
-            click.echo(line, err=True)  # standard output belongs to the script
+            Screen().say(line, error=True)  # standard output belongs to the script
         sys.exit(supervise.run(plan, job, claim=descriptor))

@@ -70,6 +70,7 @@ def command(
         return
     if plan.missing:
         raise UserError(plan.missing)
+    from scaletrain.launching.supervision.screen import Screen
     from scaletrain.run import claim
 
     if run_dir is None:
@@ -77,9 +78,10 @@ def command(
         job, plan = planned(directory)
     with claim.in_use(directory, "--run-dir", shared=plan.is_part) as descriptor:
         _claim(directory, resume, run.to_yaml())
-        click.echo(f"run directory: {directory}")
+        screen = Screen()
+        screen.say(f"run directory: {directory}")
         for line in plan.explain:
-            click.echo(line)
+            screen.say(line)
         status = _carry_out(plan, job, descriptor)
     # Also after a failure: the servers' counters may explain it.
     if run.exchange.name == "parameter_server":

@@ -143,10 +143,12 @@ class _Reporter:
         self.progress.time = time.time()
         self.progress.waiting_for = ", ".join(self.waits) or self.entered
         text = json.dumps(self.progress.to_json()).ljust(_WIDTH - 1) + "\n"
-        os.pwrite(self._file, text.encode(), 0)
-        if time.monotonic() - self._synced_at > self._sync_s:
-            os.fdatasync(self._file)
-            self._synced_at = time.monotonic()
+        # A report is not worth a step: on a full disk the worker trains on.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._file, text.encode(), 0)
+            if time.monotonic() - self._synced_at > self._sync_s:
+                os.fdatasync(self._file)
+                self._synced_at = time.monotonic()
 
     def end(self, doing: str, status: int) -> None:
         """Note how this worker has ended. ``close`` reports it."""
@@ -156,7 +158,8 @@ class _Reporter:
     def close(self) -> None:
         self.progress.kept_by = _kept_by()
         self.write()
-        os.fdatasync(self._file)
+        with contextlib.suppress(OSError):
+            os.fdatasync(self._file)
         os.close(self._file)
 
 
@@ -203,8 +206,12 @@ def reporting(
                 collective=reporter.progress.collective,
                 launch=os.environ.get(LAUNCH_MARK, ""),
             )
-            write_json(files.failure(world.rank), failure._asdict())
-            if LAUNCH_MARK not in os.environ and SUPERVISED not in os.environ:
+            is_shown_by_supervisor = LAUNCH_MARK in os.environ or SUPERVISED in os.environ
+            try:
+                write_json(files.failure(world.rank), failure._asdict())
+            except OSError:
+                is_shown_by_supervisor = False  # it cannot read what could not be written
+            if not is_shown_by_supervisor:
                 headline = f"scaletrain: rank {world.rank} failed: {failure.message}"
                 print(f"{headline}\n{failure.traceback}", file=sys.stderr)
             raise SystemExit(failure.exit_code) from error

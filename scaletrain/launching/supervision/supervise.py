@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import pydantic
 from scaletrain.host.processes import kill_marked, reset_signals, signal_name
 from scaletrain.launching.job import Job, Program
 from scaletrain.launching.plan import LaunchPlan
-from scaletrain.launching.supervision.processes import STATUS_MARK
+from scaletrain.launching.supervision import screen
 from scaletrain.run.progress import LAUNCH_MARK
 
 # The supervisor reads its order from standard input, as one line of JSON.
@@ -50,11 +49,12 @@ def run(
         plan: the files to write and the commands to start.
         job: the workers, and the limits that the supervisor holds them to.
         show: called with each line of output, and True if it belongs on standard error. By default
-            lines are printed there.
+            the output is shown there, byte for byte.
         claim: the descriptor of a claim on the run directory (``run.claim``), which then holds
             until the supervisor has ended, too; -1: none.
     """
-    show = show or _print
+    lines = screen.LineReader(show) if show else None
+    write = lines.write if lines else screen.Screen().write
     for path, text in plan.files:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -73,7 +73,7 @@ def run(
         pass_fds=() if claim < 0 else (claim,),
     )
     assert supervisor.stdin and supervisor.stdout
-    reported: int | None = None  # the exit status, by the supervisor's last line
+    reported: int | None = None  # the exit status, by the supervisor's last frame
     try:
         with _forwarding(supervisor):
             with contextlib.suppress(BrokenPipeError):
@@ -81,13 +81,13 @@ def run(
                 order = ORDER.dump_json((plan._replace(files=()), job))
                 supervisor.stdin.write(order + b"\n")
                 supervisor.stdin.flush()
-            for line in supervisor.stdout:
-                # The first character says which stream the line belongs on.
-                text = line[1:].decode(errors="replace").rstrip("\r\n")
-                if line[:1] == STATUS_MARK:
-                    reported = int(text)
-                    continue
-                show(text, line[:1] == b"2")
+            for kind, payload in screen.frames(supervisor.stdout):  # type: ignore[arg-type]
+                if kind == screen.STATUS:
+                    reported = int(payload)
+                else:
+                    write(kind, payload)
+            if lines:
+                lines.end()
             status = supervisor.wait()
     finally:
         # This tells a supervisor that still runs to end everything (``Processes.orphaned``).
@@ -103,9 +103,9 @@ def run(
     if reported is not None:
         return reported
     if status >= 0:
-        return status or 1  # it ended without its last line
+        return status or 1  # it ended without its last frame
     ended = f"the supervisor was ended by {signal_name(-status)}"
-    show(f"scaletrain: {ended}; its workers were stopped", True)
+    write(screen.ERROR, f"scaletrain: {ended}; its workers were stopped\n".encode())
     return 128 - status
 
 
@@ -122,11 +122,6 @@ def heed_signals(handler: Callable[[int, Any], None]) -> None:
     for number in FORWARDED:
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-
-
-def _print(line: str, error: bool) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        print(line, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 @contextlib.contextmanager

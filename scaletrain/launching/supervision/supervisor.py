@@ -293,12 +293,13 @@ class Supervisor:
 
     def _end_failed(self, failure: Failure) -> int:
         """End everything after a failure, and show its cause; return the exit status."""
-        write_json(self._run_dir.first_cause, failure._asdict())
         stopped = []
         for process in self._processes.workers:
             if process.is_running and process.rank != failure.rank:
                 stopped.append(process.name)
+        # A full disk, or a directory that is gone, must neither keep the processes nor the cause.
         self._processes.stop()
+        self._write_first_cause(failure)
         if any(failure.message == p.mistake for p in self._processes.all if p.mistake):
             return failure.exit_code  # the process itself has shown it
         shown_by_batch_script = f"scaletrain: rank {failure.rank} on "
@@ -308,6 +309,13 @@ class Supervisor:
             if checkpoint:
                 self._processes.say(f"scaletrain: {checkpoint}")
         return failure.exit_code or 1
+
+    def _write_first_cause(self, failure: Failure) -> None:
+        path = self._run_dir.first_cause
+        try:
+            write_json(path, failure._asdict())
+        except OSError as error:
+            self._processes.say(f"scaletrain: {path} cannot be written: {error.strerror}")
 
     def _end_interrupted(self, number: int) -> int:
         """Pass signals on, and give the workers time to end in good order.
