@@ -6,6 +6,7 @@ need no torch.
 """
 
 import errno
+import io
 import signal
 import sys
 from pathlib import Path
@@ -89,6 +90,14 @@ def main() -> None:
     A person's mistake ends in one line and status 2. SIGTERM and SIGHUP end in the same clean-up as
     Ctrl-C.
     """
+    # A shell or a scheduler may ignore SIGCHLD and block signals, and programs inherit both: the
+    # status of a child would be lost.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    # A name that a terminal cannot show must not end a command.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # sys.exit raises in the main thread, so that every `finally` and `with` on the way out runs.
     # By default these signals would end the process on the spot.
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -3,11 +3,16 @@
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from scaletrain import plugins
 from scaletrain.errors import UserError
+
+if TYPE_CHECKING:
+    from scaletrain.launching.job import Job
+    from scaletrain.launching.plan import LaunchPlan
 
 
 # Options that are not ours belong to the script, also without `--` in front of it.
@@ -69,14 +74,19 @@ def command(
     from scaletrain import config
     from scaletrain.launching.job import script_job
     from scaletrain.launching.supervision import supervise
+    from scaletrain.launching.supervision.screen import Screen
+    from scaletrain.run import claim
 
-    if run_dir is None:
-        run_dir = Path("runs") / f"launch-{time.strftime('%Y%m%d-%H%M%S')}"
-    # Absolute: workers may start in another directory, and other hosts do not know ours.
-    job = script_job(argv, workers, run_dir.resolve(), timeout_s)
     chosen = dict(config.parse_setting(text) for text in settings)
     options = config.plugin_options("launcher", launcher, chosen)
-    plan = plugins.load("launcher", launcher)(job, **options)
+
+    def planned(directory: Path) -> "tuple[Job, LaunchPlan]":
+        # Absolute: workers may start in another directory, and other hosts do not know ours.
+        job = script_job(argv, workers, directory.resolve(), timeout_s)
+        return job, plugins.load("launcher", launcher)(job, **options)
+
+    directory = run_dir or Path("runs") / f"launch-{time.strftime('%Y%m%d-%H%M%S')}"
+    job, plan = planned(directory)
     # Before the checks below: a plan can be read on a machine that lacks the launcher.
     if dry_run:
         click.echo(str(plan))
@@ -85,7 +95,10 @@ def command(
         raise UserError(plan.missing)
     if argv[0].endswith(".py") and not Path(argv[0]).is_file():
         raise UserError(f"{argv[0]}: there is no such file")
-    job.run_dir.mkdir(parents=True, exist_ok=True)
-    for line in plan.explain:
-        click.echo(line, err=True)  # standard output belongs to the script
-    sys.exit(supervise.run(plan, job))
+    if run_dir is None:
+        directory = claim.new_directory(directory)
+        job, plan = planned(directory)
+    with claim.in_use(directory, "--run-dir", shared=plan.is_part) as descriptor:
+        for line in plan.explain:
+            Screen().say(line, error=True)  # standard output belongs to the script
+        sys.exit(supervise.run(plan, job, claim=descriptor))

@@ -56,25 +56,36 @@ def command(
     # Before a name is made up: a new directory would be resumed from nothing, without a word.
     if resume:
         _check_resumable(run_dir)
-    if run_dir is None:
-        run_dir = Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    # Absolute: workers may start in another directory, or on another host.
-    job = _job(run, run_dir.resolve(), resume)
-    plan: LaunchPlan = plugins.load("launcher", run.launcher.name)(job, **run.launcher.options)
+
+    def planned(directory: Path) -> "tuple[Job, LaunchPlan]":
+        # Absolute: workers may start in another directory, or on another host.
+        job = _job(run, directory.resolve(), resume)
+        return job, plugins.load("launcher", run.launcher.name)(job, **run.launcher.options)
+
+    directory = run_dir or Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    job, plan = planned(directory)
     # Up to here nothing is written, so that --dry-run and a missing launcher leave no directory.
     if dry_run:
         click.echo(str(plan))
         return
     if plan.missing:
         raise UserError(plan.missing)
-    _claim(run_dir, resume, run.to_yaml())
-    click.echo(f"run directory: {run_dir}")
-    for line in plan.explain:
-        click.echo(line)
-    status = _carry_out(plan, job, run_dir)
+    from scaletrain.launching.supervision.screen import Screen
+    from scaletrain.run import claim
+
+    if run_dir is None:
+        directory = claim.new_directory(directory)
+        job, plan = planned(directory)
+    with claim.in_use(directory, "--run-dir", shared=plan.is_part) as descriptor:
+        _claim(directory, resume, run.to_yaml())
+        screen = Screen()
+        screen.say(f"run directory: {directory}")
+        for line in plan.explain:
+            screen.say(line)
+        status = _carry_out(plan, job, descriptor)
     # Also after a failure: the servers' counters may explain it.
     if run.exchange.name == "parameter_server":
-        _show_server_statistics(run_dir)
+        _show_server_statistics(directory)
     sys.exit(status)
 
 
@@ -124,11 +135,12 @@ def _job(run: "RunConfig", run_dir: Path, resume: bool) -> "Job":
 
 
 def _claim(run_dir: Path, resume: bool, config: str) -> None:
-    """Make the run directory and write its configuration; never write over another run's records.
+    """Write the configuration into the run directory; never write over another run's records.
 
     A directory without records belongs to a start that failed, or to another host that starts its
     part of the same run.
     """
+    from scaletrain.run.atomic import write_text
     from scaletrain.run.layout import RunDir
 
     files = RunDir(run_dir)
@@ -146,21 +158,20 @@ def _claim(run_dir: Path, resume: bool, config: str) -> None:
             " (allowed: another directory, --resume to go on with it)"
         )
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         # The other host's workers may be reading the file at this moment.
         if not is_same:
-            files.config.write_text(config, encoding="utf-8")
+            write_text(files.config, config)
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: {error.strerror}") from None
 
 
-def _carry_out(plan: "LaunchPlan", job: "Job", run_dir: Path) -> int:
+def _carry_out(plan: "LaunchPlan", job: "Job", claim: int) -> int:
     from scaletrain.cli import progress_bar
     from scaletrain.launching.supervision import supervise
 
     # The bar comes first: it sets a variable that the workers have to inherit.
-    with progress_bar.shown(run_dir):
-        return supervise.run(plan, job)
+    with progress_bar.shown(job.run_dir):
+        return supervise.run(plan, job, claim=claim)
 
 
 def _show_server_statistics(run_dir: Path) -> None:

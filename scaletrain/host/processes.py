@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -108,16 +108,35 @@ def kill_marked(variable: str, mark: str) -> None:
         time.sleep(0.02)
 
 
+def reset_signals(blocked: Collection[int] = ()) -> None:
+    """Give this process the signals that a program expects at its start.
+
+    Whoever started it may ignore or block some, and programs inherit both. With SIGCHLD ignored, a
+    failed child has status 0; with SIGTERM blocked, nothing is stopped in good order.
+
+    SIGHUP stays ignored if it is, for nohup.
+
+    Args:
+        blocked: signals that stay blocked.
+    """
+    for number in signal.valid_signals():
+        if number != signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def dies_with_parent(number: int) -> Callable[[], None]:
     """Return a ``preexec_fn``: the child gets signal ``number`` when its parent thread ends.
 
-    It holds however the parent ends. A child whose parent is gone already ends at once.
+    The child starts with the usual signals (``reset_signals``). The signal comes however the parent
+    ends. A child whose parent is gone already ends at once.
     """
     parent = os.getpid()
     # Looked up here: between fork and exec, loading a library may block for ever.
     prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def before_exec() -> None:
+        reset_signals()
         prctl(_PR_SET_PDEATHSIG, number)
         # If the parent ended before the call above, no signal will come.
         if os.getppid() != parent:

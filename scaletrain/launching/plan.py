@@ -37,6 +37,8 @@ class LaunchPlan(NamedTuple):
     # the store. All workers get the address as MASTER_ADDR and MASTER_PORT.
     store_address: str = ""
     companions: tuple[Companion, ...] = ()  # the job's, as this launcher starts them
+    # Other hosts start their parts of the same job, in the same run directory.
+    is_part: bool = False
     # If set: the error that says what this host lacks to carry the plan out.
     missing: str = ""
 

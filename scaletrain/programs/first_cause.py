@@ -21,7 +21,8 @@ def main(run_dir: Path, output: Path | None) -> int:
     # Failures of an earlier job in this directory are left out: they are older than the progress
     # files of this one. The clocks of several hosts may differ.
     first_started = min((path.stat().st_ctime for path in progress_files), default=0.0)
-    failures = first_cause.reported(files, len(progress_files), first_started - _DAY_S)
+    reports = first_cause.reported(files, len(progress_files), launch=None)
+    failures = [report for report in reports if report.time >= first_started - _DAY_S]
     # A rank that a signal ended could not report it. Its launcher may have named it.
     if output and output.exists():
         text = output.read_text(encoding="utf-8", errors="replace")

@@ -22,7 +22,9 @@ def main() -> int:
     heed_signals(lambda number, frame: supervisor.signals.append(number))
     # If the reader of our output is gone, a write fails and we go on to end the workers.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    return supervisor.run()
+    status = supervisor.run()
+    supervisor.report_status(status)
+    return status
 
 
 def _first_line(fd: int) -> bytes:

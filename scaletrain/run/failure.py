@@ -53,6 +53,15 @@ class Failure(NamedTuple):
     traceback: str = ""
     collective: str = ""  # the last collective that this rank entered; empty: unknown
     exit_code: int = 1
+    # The launch that the worker belongs to (LAUNCH_MARK); empty: its launcher did not pass it on.
+    launch: str = ""
+
+    def belongs_to(self, launch: str | None) -> bool:
+        """Return True if this may be a failure of a launch; None stands for any launch.
+
+        Times would not tell: the clock of the worker's host may differ from that of the supervisor.
+        """
+        return launch is None or self.launch in ("", launch)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Failure":

@@ -33,6 +33,11 @@ class RunDir:
         """The resolved configuration. Every worker reads it, and so does every report."""
         return self.path / "config.yaml"
 
+    @property
+    def in_use(self) -> Path:
+        """Locked while a job runs here (``run.claim``). It names the process that runs it."""
+        return self.path / ".in_use"
+
     # Written by workers.
 
     def header(self, rank: int) -> Path:

@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ FAILED = "failed"
 # A wait on a hot path reports itself once it has lasted this long. Shorter waits cost nothing.
 LONG_WAIT_S = 1.0
 
-_WIDTH = 512  # bytes of a progress file, so that each report overwrites the whole one before
+_WIDTH = 768  # bytes of a progress file, so that each report overwrites the whole one before
 _SYNC_S = 2.0  # how often the file is brought to a folder that several hosts share
 
 
@@ -64,6 +65,10 @@ class Progress:
     # The others that it waits for; empty if it does not wait. It may still name a collective that
     # the worker has left, because leaving one is not reported.
     waiting_for: str = ""
+    status: int | None = (
+        None  # the exit status that its process is about to have, once it has ended
+    )
+    kept_by: str = ""  # what may keep the process from ending; empty: nothing that is known
 
     @property
     def ended(self) -> bool:
@@ -96,6 +101,8 @@ class Progress:
             "collective": self.collective[:80],
             "num_collectives": self.num_collectives,
             "waiting_for": self.waiting_for[:80],
+            "status": self.status,
+            "kept_by": self.kept_by[:120],
         }
 
 
@@ -136,14 +143,23 @@ class _Reporter:
         self.progress.time = time.time()
         self.progress.waiting_for = ", ".join(self.waits) or self.entered
         text = json.dumps(self.progress.to_json()).ljust(_WIDTH - 1) + "\n"
-        os.pwrite(self._file, text.encode(), 0)
-        if time.monotonic() - self._synced_at > self._sync_s:
-            os.fdatasync(self._file)
-            self._synced_at = time.monotonic()
+        # A report is not worth a step: on a full disk the worker trains on.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._file, text.encode(), 0)
+            if time.monotonic() - self._synced_at > self._sync_s:
+                os.fdatasync(self._file)
+                self._synced_at = time.monotonic()
+
+    def end(self, doing: str, status: int) -> None:
+        """Note how this worker has ended. ``close`` reports it."""
+        self.progress.doing = doing
+        self.progress.status = status
 
     def close(self) -> None:
+        self.progress.kept_by = _kept_by()
         self.write()
-        os.fdatasync(self._file)
+        with contextlib.suppress(OSError):
+            os.fdatasync(self._file)
         os.close(self._file)
 
 
@@ -180,29 +196,61 @@ def reporting(
         faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
         try:
             yield step
-            reporter.progress.doing = FINISHED
+            reporter.end(FINISHED, 0)
         except Exception as error:
-            reporter.progress.doing = FAILED
             hidden = {*runner_files, __file__}
             failure = failure_from_exception(error, world, run_dir, hidden)
+            reporter.end(FAILED, failure.exit_code)
             failure = failure._replace(
-                step=reporter.progress.step, collective=reporter.progress.collective
+                step=reporter.progress.step,
+                collective=reporter.progress.collective,
+                launch=os.environ.get(LAUNCH_MARK, ""),
             )
-            write_json(files.failure(world.rank), failure._asdict())
-            if LAUNCH_MARK not in os.environ and SUPERVISED not in os.environ:
+            is_shown_by_supervisor = LAUNCH_MARK in os.environ or SUPERVISED in os.environ
+            try:
+                write_json(files.failure(world.rank), failure._asdict())
+            except OSError:
+                is_shown_by_supervisor = False  # it cannot read what could not be written
+            if not is_shown_by_supervisor:
                 headline = f"scaletrain: rank {world.rank} failed: {failure.message}"
                 print(f"{headline}\n{failure.traceback}", file=sys.stderr)
             raise SystemExit(failure.exit_code) from error
         except KeyboardInterrupt:
-            reporter.progress.doing = FAILED
+            reporter.end(FAILED, 128 + signal.SIGINT)
             raise SystemExit(128 + signal.SIGINT) from None
         except SystemExit as end:
-            reporter.progress.doing = FINISHED if end.code in (None, 0) else FAILED
+            status = _exit_status(end)
+            reporter.end(FAILED if status else FINISHED, status)
             raise
         finally:
             reporter.close()
             _reporter = None
             faulthandler.unregister(STACKS_SIGNAL)
+
+
+def _exit_status(end: SystemExit) -> int:
+    """Return the exit status that Python gives a process for a ``SystemExit``."""
+    if end.code is None:
+        return 0
+    if isinstance(end.code, int):
+        return end.code & 0xFF
+    return 1  # a text, which Python prints
+
+
+def _kept_by() -> str:
+    """Name the threads and child processes that Python waits for before this process ends."""
+    keepers = []
+    for thread in threading.enumerate():
+        if thread.name.startswith("QueueFeederThread"):
+            keepers.append("a multiprocessing queue that nobody reads")
+        elif not thread.daemon and thread is not threading.main_thread():
+            keepers.append(f"thread {thread.name!r}")
+    # Children of multiprocessing can only be there if it is loaded.
+    if "multiprocessing" in sys.modules:
+        for child in sys.modules["multiprocessing"].active_children():
+            if not child.daemon:
+                keepers.append(f"child process {child.name!r}")
+    return ", ".join(dict.fromkeys(keepers))
 
 
 def _forget_ranks_beyond(run_dir: RunDir, size: int) -> None:

@@ -52,8 +52,10 @@ def write(run_dir: RunDir, rank: int, **fields) -> None:
     run_dir.progress(rank).write_text(json.dumps({**value, **fields}))
 
 
-def culprit(run_dir: RunDir, workers: int, **options):
-    failure = hangs.find_culprit(run_dir, workers, lost=(), **options)
+def culprit(run_dir: RunDir, workers: int, **silent_s: float):
+    """The rank that is named; ``r0=99`` says that rank 0 has been silent for 99 s."""
+    silent = {rank: silent_s.get(f"r{rank}", 0.0) for rank in range(workers)}
+    failure = hangs.find_culprit(run_dir, workers, lost=(), silent_s=silent)
     assert failure is not None
     return failure
 
@@ -78,20 +80,20 @@ def test_the_rank_that_missed_a_collective_is_named(tmp_path: Path):
 
 def test_a_rank_that_reports_what_it_waits_for_is_a_victim(tmp_path: Path):
     run_dir = RunDir(tmp_path)
-    write(run_dir, 0, waiting_for="the parameter servers", time=time.time() - 99)
+    write(run_dir, 0, waiting_for="the parameter servers")
     write(run_dir, 1)
-    failure = culprit(run_dir, 2)
+    failure = culprit(run_dir, 2, r0=99)
     assert failure.rank == 1 and "rank 0 waited for it" in failure.message
 
 
 def test_ranks_that_are_equally_far_are_not_told_apart(tmp_path: Path):
     run_dir = RunDir(tmp_path)
-    write(run_dir, 0, waiting_for="allreduce", time=time.time() - 99)
+    write(run_dir, 0, waiting_for="allreduce")
     write(run_dir, 1, waiting_for="allreduce")
     write(run_dir, 2, doing="finished")
-    failure = culprit(run_dir, 3)
-    assert failure.rank == 0
-    assert "rank 1 is no further: the cause may be any of them" in failure.message
+    failure = culprit(run_dir, 3, r1=99)
+    assert failure.rank == 1 and "no progress for 99 s" in failure.message
+    assert "rank 0 is no further: the cause may be any of them" in failure.message
     assert "rank 2 had finished already" in failure.message
 
 
@@ -99,9 +101,9 @@ def test_nobody_hangs_where_all_have_ended(tmp_path: Path):
     run_dir = RunDir(tmp_path)
     write(run_dir, 0, doing="finished")
     write(run_dir, 1, doing="failed")
-    assert hangs.find_culprit(run_dir, 2, lost=()) is None
+    assert hangs.find_culprit(run_dir, 2, (), {}) is None
     write(run_dir, 1)
-    assert hangs.find_culprit(run_dir, 2, lost={1}) is None
+    assert hangs.find_culprit(run_dir, 2, {1}, {}) is None
 
 
 def test_the_slowest_rank_alone_can_hang(tmp_path: Path):
@@ -117,6 +119,63 @@ def test_the_slowest_rank_alone_can_hang(tmp_path: Path):
     assert watch.is_hanging()
     time.sleep(0.6)
     assert not watch.is_hanging(lost={0, 1})
+
+
+class Clock:
+    """A clock of the test's own, in place of the monotonic one."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def watched(run_dir: RunDir, workers: int) -> tuple[hangs.HangWatch, Clock]:
+    clock = Clock()
+    return hangs.HangWatch(run_dir, workers, 10.0, 10.0, clock), clock
+
+
+def hangs_within(watch: hangs.HangWatch, clock: Clock, seconds: int) -> bool:
+    """Return True if the watch, which looks every second, sees a hang."""
+    for _ in range(seconds):
+        clock.now += 1
+        if watch.is_hanging():
+            return True
+    return False
+
+
+@pytest.mark.parametrize("ahead_s", [-100.0, 100.0], ids=["behind", "ahead"])
+def test_a_host_whose_clock_differs_is_watched_like_any_other(tmp_path: Path, ahead_s: float):
+    run_dir = RunDir(tmp_path)
+    watch, clock = watched(run_dir, 2)
+    for step in range(30):
+        write(run_dir, 0, step=step, time=step)
+        write(run_dir, 1, step=step, time=step + ahead_s)
+        assert not hangs_within(watch, clock, 1)
+    assert not hangs_within(watch, clock, 9)
+    assert hangs_within(watch, clock, 3), "both are silent"
+
+
+@pytest.mark.parametrize("put_by_s", [-100.0, 100.0], ids=["back", "forward"])
+def test_a_clock_that_is_put_makes_no_hang_and_hides_none(tmp_path: Path, put_by_s: float):
+    run_dir = RunDir(tmp_path)
+    watch, clock = watched(run_dir, 1)
+    for step in range(30):
+        write(run_dir, 0, step=step, time=step + put_by_s * (step > 9))
+        assert not hangs_within(watch, clock, 1)
+    assert hangs_within(watch, clock, 12)
+
+
+def test_a_job_that_was_stopped_as_a_whole_gets_its_time_anew(tmp_path: Path):
+    run_dir = RunDir(tmp_path)
+    watch, clock = watched(run_dir, 2)
+    write(run_dir, 0, step=5)
+    write(run_dir, 1, step=4)
+    assert not hangs_within(watch, clock, 8)
+    clock.now += 3600  # the supervisor did not run either
+    assert not watch.is_hanging() and not hangs_within(watch, clock, 9)
+    assert hangs_within(watch, clock, 3), "it has not moved since"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ no torch.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -160,6 +161,38 @@ def test_a_hang_is_named_with_its_stack(tmp_path: Path, how: str):
     assert ("stuck_in_here" in output) if how == "sleep" else ("SIGSTOP" in output)
 
 
+def test_a_job_that_is_stopped_as_a_whole_and_goes_on_is_no_hang(tmp_path: Path):
+    body = """
+    for i in range(40):
+        report(i)
+        if i == 5:
+            Path(os.environ["RUN_DIR"], f"ready-{rank}").touch()
+        time.sleep(0.2)
+    """
+    launcher, job = started(tmp_path, body, timeout_s=3.0)
+    pids = left(str(job.run_dir))
+    (supervisor,) = psutil.Process(launcher.pid).children()
+    for pid in [supervisor.pid, *pids]:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(6)
+    for pid in [supervisor.pid, *pids]:  # the supervisor looks first
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.3)
+    output, _ = launcher.communicate(timeout=40)
+    assert launcher.returncode == 0, output
+
+
+def test_the_traceback_of_a_host_whose_clock_is_behind_is_shown(tmp_path: Path):
+    body = """
+    now = time.time
+    time.time = lambda: now() - 100
+    report(1)
+    raise ValueError("the cause")
+    """
+    status, output = carry_out(*job_of(tmp_path, body, workers=2))
+    assert status == 1 and "ValueError: the cause" in output, output
+
+
 def test_a_slow_worker_that_reports_is_no_hang(tmp_path: Path):
     body = """
     for i in range(8):
@@ -272,8 +305,8 @@ time.sleep(100)
 """
 
 
-def started(tmp_path: Path, body: str) -> tuple[subprocess.Popen, Job]:
-    plan, job = job_of(tmp_path, body)
+def started(tmp_path: Path, body: str, **fields) -> tuple[subprocess.Popen, Job]:
+    plan, job = job_of(tmp_path, body, **fields)
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, repr((plan, job))],
         stdout=subprocess.PIPE,

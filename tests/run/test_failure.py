@@ -69,3 +69,10 @@ def test_a_failure_survives_its_file(tmp_path: Path):
     assert read_failure(path) == failure
     path.write_text("{")
     assert read_failure(path) is None
+
+
+def test_a_report_belongs_to_a_launch_by_its_id_and_not_by_its_time(tmp_path: Path):
+    of_this_one = failure_of(ValueError("mine"))._replace(launch="1-2", time=0.0)
+    assert of_this_one.belongs_to("1-2") and of_this_one.belongs_to(None)
+    assert not of_this_one.belongs_to("1-3"), "a late report of an earlier launch"
+    assert of_this_one._replace(launch="").belongs_to("1-3"), "its launcher passes nothing on"

@@ -128,6 +128,7 @@ def command(
     Example:
       scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,none
     """
+    from scaletrain.run import claim
     from scaletrain.scaling.measure import sweep
     from scaletrain.scaling.show import publish
 
@@ -135,18 +136,20 @@ def command(
     plan = sweep.plan(sweep.Request(**request))
     if baseline:
         _check_baseline(baseline, plan)
-    out = out or Path("runs") / f"scaling-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = out or Path("runs") / f"scaling-{time.strftime('%Y%m%d-%H%M%S')}"
     if dry_run:
         for cell in plan.cells():
-            click.echo(shlex.join(plan.command(cell, sweep.run_dir(out, cell, 0))))
+            click.echo(shlex.join(plan.command(cell, sweep.run_dir(directory, cell, 0))))
         return
-    sweep.claim(out, plan)
-    header = dataclasses.replace(plan.header(), argv=shlex.join(["scaletrain", *sys.argv[1:]]))
-    sweep.write_header(out, header)
-    click.echo(f"{_cells(plan)}, {plural(plan.repeats, 'repeat')} each -> {out}")
-    click.echo(f"{plural(plan.threads, 'thread')} a worker{_cores(plan)}")
-    sweep.run(plan, out, click.echo, trace=trace)
-    publish.publish_sweep(out, trace=trace, console=publish.terminal())
+    out = out or claim.new_directory(directory)
+    with claim.in_use(out, "--out"):
+        sweep.claim(out, plan)
+        header = dataclasses.replace(plan.header(), argv=shlex.join(["scaletrain", *sys.argv[1:]]))
+        sweep.write_header(out, header)
+        click.echo(f"{_cells(plan)}, {plural(plan.repeats, 'repeat')} each -> {out}")
+        click.echo(f"{plural(plan.threads, 'thread')} a worker{_cores(plan)}")
+        sweep.run(plan, out, click.echo, trace=trace)
+        publish.publish_sweep(out, trace=trace, console=publish.terminal())
     if baseline:
         publish.compare_and_exit(out / "report.json", baseline)
 

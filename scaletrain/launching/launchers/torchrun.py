@@ -86,7 +86,9 @@ def plan(
         restarts_workers=max_restarts > 0 or node_range.is_elastic,
         stop_s=15.0,  # torchrun ends its workers within 30 s of a SIGTERM; ours leave sooner
     )
-    return LaunchPlan((torchrun,), explain=tuple(explain), companions=job.companions)
+    return LaunchPlan(
+        (torchrun,), explain=tuple(explain), companions=job.companions, is_part=most > 1
+    )
 
 
 class _NodeRange(NamedTuple):

@@ -22,13 +22,15 @@ class Evidence:
     Args:
         job: the job that is launched.
         processes: all processes that were started for it.
+        launch: the id of this launch (LAUNCH_MARK), which tells its reports from those of an
+            earlier one; None: other hosts take part, whose ids are not known.
     """
 
-    def __init__(self, job: Job, processes: Processes):
+    def __init__(self, job: Job, processes: Processes, launch: str | None):
         self._workers = job.workers
         self._run_dir = RunDir(job.run_dir)
         self._processes = processes
-        self._started_at = time.time()  # older reports belong to an earlier launch
+        self._launch = launch
         self._oom_kills = oom_kills()  # of this host, before the launch
         # Workers that another launcher started on this host: their process ids are watched, since
         # that launcher does not say in which order they ended.
@@ -38,7 +40,7 @@ class Evidence:
 
     def reports(self) -> list[Failure]:
         """Return the failures that workers have reported."""
-        return first_cause.reported(self._run_dir, self._workers, self._started_at)
+        return first_cause.reported(self._run_dir, self._workers, self._launch)
 
     def all(self) -> list[Failure]:
         """Return every failure that is known."""
@@ -68,7 +70,7 @@ class Evidence:
         ended_at = process.ended_at or time.time()
         if rank is not None:
             report = read_failure(self._run_dir.failure(rank))
-            if report is not None and report.time >= self._started_at:
+            if report is not None and report.belongs_to(self._launch):
                 return report
         # The process has told the person itself what to change. Its exit status would say less.
         if process.mistake and status == 2:

@@ -33,12 +33,12 @@ _STRENGTH = {
 # Failures that are known
 
 
-def reported(run_dir: RunDir, workers: int, since: float) -> list[Failure]:
-    """Return the failures that workers reported after ``since`` (unix seconds), by rank."""
+def reported(run_dir: RunDir, workers: int, launch: str | None) -> list[Failure]:
+    """Return the failures that workers of a launch (None: of any) reported, by rank."""
     reports = []
     for rank in range(workers):
         failure = read_failure(run_dir.failure(rank))
-        if failure is not None and failure.time >= since:
+        if failure is not None and failure.belongs_to(launch):
             reports.append(failure)
     return reports
 

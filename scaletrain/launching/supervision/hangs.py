@@ -8,7 +8,7 @@ The culprit (``find_culprit``) is the rank that is furthest behind and does not 
    their waits (``progress.entering``, ``progress.waiting``). A person's own script under
    torch.distributed reports nothing, so the workers of this host are asked for their Python stacks
    as well, and a main thread inside torch's own waiting functions waits.
-3. Among those that are still equal, take the one whose last sign of life is the oldest.
+3. Among those that are still equal, take the one that has been silent for the longest time.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import os
 import re
 import runpy
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,9 @@ from scaletrain.run.progress import STACKS_SIGNAL, Progress
 HUNG_STATUS = 124  # the exit status of a job that hangs, as timeout(1) has it
 
 _LOOK_EVERY_S = 0.5  # reading the progress of many workers takes time
+# After a gap this long between two looks the supervisor itself was stopped: with its workers, if a
+# batch system or a person stopped the job, or a lid was closed.
+_ABSENT_S = 3.0
 _STACKS_S = 1.0  # within this time a worker writes its stacks
 _GONE = ("", "Z", "X")  # states of a process that has ended
 _STOPPED = ("T", "t")  # states of a process that was stopped, by SIGSTOP or a debugger
@@ -53,20 +56,34 @@ _TORCH_WAITS = (
 class HangWatch:
     """Notices that a job makes no progress.
 
+    Silence is the time since a report has changed, on the supervisor's own monotonic clock. The
+    times in the reports take no part: clocks of hosts differ, and may be put forward or back.
+
     Args:
         run_dir: where the workers report.
         workers: how many there are.
         limit_s: how long a worker may be silent between steps.
         starting_s: how long it may be silent before its first step.
+        clock: returns monotonic seconds.
     """
 
-    def __init__(self, run_dir: RunDir, workers: int, limit_s: float, starting_s: float):
+    def __init__(
+        self,
+        run_dir: RunDir,
+        workers: int,
+        limit_s: float,
+        starting_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._run_dir = run_dir
         self._workers = workers
         self._limit_s = limit_s
         self._starting_s = starting_s
-        self._looked_at = 0.0  # monotonic
-        self._slowest_since: dict[int, float] = {}  # the slowest ranks; since when, unix seconds
+        self._clock = clock
+        self._looked_at: float | None = None  # by the clock; None: not yet
+        self._last_reports: dict[int, Progress] = {}  # by rank, of those that could be read
+        self._changed_at: dict[int, float] = {}  # when a rank's report was first seen, by the clock
+        self._slowest_since: dict[int, float] = {}  # the slowest ranks; since when, by the clock
 
     def is_hanging(self, lost: Collection[int] = ()) -> bool:
         """Return True if a slowest rank has been silent longer than its limit.
@@ -78,19 +95,37 @@ class HangWatch:
         Args:
             lost: ranks that have ended badly while the job goes on without them.
         """
-        if time.monotonic() - self._looked_at < _LOOK_EVERY_S:
+        now = self._clock()
+        since_look_s = 0.0 if self._looked_at is None else now - self._looked_at
+        if self._looked_at is not None and since_look_s < _LOOK_EVERY_S:
             return False
-        self._looked_at = time.monotonic()
-        now = time.time()
-        slowest = self._slowest(lost)
+        self._looked_at = now
+        if since_look_s > _ABSENT_S:
+            # Nobody has watched: every rank's limit starts anew.
+            self._last_reports.clear()
+            self._slowest_since.clear()
+        reports = progress.read_all(self._run_dir, self._workers)
+        self._note_changes(reports, now)
+        slowest = self._slowest(reports, lost)
         # A rank's silence counts from when it became one of the slowest.
         before = self._slowest_since
         self._slowest_since = {worker.rank: before.get(worker.rank, now) for worker in slowest}
         for worker in slowest:
-            silent_since = max(worker.time, self._slowest_since[worker.rank])
+            silent_since = max(self._changed_at[worker.rank], self._slowest_since[worker.rank])
             if now - silent_since > self._limit_of(worker):
                 return True
         return False
+
+    def silent_s(self) -> dict[int, float]:
+        """Return for how long each rank had been silent at the last look, in seconds."""
+        looked_at = self._looked_at or 0.0
+        return {rank: looked_at - changed_at for rank, changed_at in self._changed_at.items()}
+
+    def _note_changes(self, reports: list[Progress], now: float) -> None:
+        for report in reports:
+            if self._last_reports.get(report.rank) != report:
+                self._last_reports[report.rank] = report
+                self._changed_at[report.rank] = now
 
     def _limit_of(self, worker: Progress) -> float:
         """Return how long a worker may be silent, in seconds."""
@@ -98,10 +133,10 @@ class HangWatch:
             return self._starting_s
         return self._limit_s
 
-    def _slowest(self, lost: Collection[int]) -> list[Progress]:
+    def _slowest(self, reports: list[Progress], lost: Collection[int]) -> list[Progress]:
         """Return the workers that have done the fewest steps, of those that report steps."""
         workers = []
-        for worker in progress.read_all(self._run_dir, self._workers):
+        for worker in reports:
             if worker.reports_steps and worker.rank not in lost:
                 workers.append(worker)
         fewest = min((worker.num_steps for worker in workers), default=0)
@@ -126,7 +161,11 @@ class _Place:
 
 
 def find_culprit(
-    run_dir: RunDir, workers: int, lost: Collection[int], restarting: bool = False
+    run_dir: RunDir,
+    workers: int,
+    lost: Collection[int],
+    silent_s: Mapping[int, float],
+    restarting: bool = False,
 ) -> Failure | None:
     """Return the failure of the rank that holds up the others, with its stack.
 
@@ -134,6 +173,7 @@ def find_culprit(
         run_dir: where the workers report.
         workers: how many there are.
         lost: ranks that have ended badly while the job goes on without them.
+        silent_s: for how long each rank has been silent, in seconds (``HangWatch.silent_s``).
         restarting: the launcher starts workers again. Then the answer is None also while no worker
             runs on this host: it is between two attempts, and the reports of other hosts belong to
             the earlier one.
@@ -149,7 +189,9 @@ def find_culprit(
         return None
     stacks = _ask_for_stacks(run_dir, living)
     places = {worker.rank: _place(worker, stacks) for worker in living}
-    ordered = sorted(living, key=lambda worker: (places[worker.rank], worker.time))
+    ordered = sorted(
+        living, key=lambda worker: (places[worker.rank], -silent_s.get(worker.rank, 0.0))
+    )
     culprit = ordered[0]
     others = ordered[1:]
     ahead = [worker for worker in others if places[worker.rank] > places[culprit.rank]]
@@ -158,9 +200,9 @@ def find_culprit(
         rank=culprit.rank,
         host=culprit.host,
         step=culprit.step,
-        time=culprit.time,
+        time=time.time() - silent_s.get(culprit.rank, 0.0),
         kind=FailureKind.HANG,
-        message=_message(culprit, others, ahead, finished),
+        message=_message(culprit, silent_s.get(culprit.rank, 0.0), others, ahead, finished),
         traceback=stacks.get(culprit.rank, Stack("")).text,
         collective=culprit.collective,
         exit_code=HUNG_STATUS,
@@ -198,17 +240,21 @@ def _waiting(worker: Progress, stacks: dict[int, "Stack"]) -> Waiting:
 
 
 def _message(
-    culprit: Progress, others: list[Progress], ahead: list[Progress], finished: list[Progress]
+    culprit: Progress,
+    silent_s: float,
+    others: list[Progress],
+    ahead: list[Progress],
+    finished: list[Progress],
 ) -> str:
     """Describe the culprit's state, the ranks that wait for it, and those that had finished.
 
     Args:
         culprit: the rank that holds up the others.
+        silent_s: for how long it has been silent, in seconds.
         others: all other ranks that live, the furthest behind first.
         ahead: those of them that are further than the culprit, or wait while it does not.
         finished: ranks that have ended well.
     """
-    silent_s = time.time() - culprit.time
     parts = [f"no progress for {silent_s:.0f} s ({culprit.doing})"]
     if _is_here(culprit) and state(culprit.pid) in _STOPPED:
         parts.append("the process is stopped (SIGSTOP)")

@@ -1,8 +1,7 @@
 """Started processes: their output is shown, their ends are noted, none of them outlives us.
 
 Only the supervisor uses this. Its standard input closes when nobody listens to it any more. Its
-standard output carries every line of every process, marked with ``1`` or ``2`` for the stream that
-the line belongs on.
+standard output carries the output of every process, in frames (``screen``).
 """
 
 import contextlib
@@ -20,12 +19,16 @@ from scaletrain.host.names import host_name
 from scaletrain.host.processes import dies_with_parent, kill_marked
 from scaletrain.launching.job import Companion
 from scaletrain.launching.plan import Command
+from scaletrain.launching.supervision import screen
 from scaletrain.run.progress import LAUNCH_MARK
 
-# A line in which a process tells a person of their mistake, marked with its stream and its name.
-_MISTAKE = re.compile(rb"^\d(?:\[[^\]\n]*\] )?scaletrain: error: (.*)$", re.MULTILINE)
+# A line in which a process tells a person of their mistake, perhaps with the name of a task.
+_MISTAKE = re.compile(rb"^(?:\[[^\]\n]*\] )?scaletrain: error: (.*)$", re.MULTILINE)
+# Behind the end of a line, or behind a carriage return that draws a progress bar anew.
+_LINE_ENDS = re.compile(rb"(?<=\n)|(?<=\r)(?!\n|\Z)")
 _KEPT_OUTPUT = 20_000  # characters kept of the output of launchers
-_LONGEST_LINE = 1 << 16  # bytes; longer lines are cut
+_LONGEST_LINE = 1 << 20  # bytes; of longer lines, other processes may write in the middle
+_PROMPT_S = 0.3  # a line that is not finished for this long is shown
 
 
 class Process:
@@ -58,6 +61,8 @@ class Process:
         self.is_launcher = self.rank is None and companion is None
         self.host = dict(command.env).get("SCALETRAIN_HOST") or host_name()
         self.ended_at: float | None = None  # unix seconds, set by ``Processes.read``
+        # The status that its worker had reported when we ended it because it ran on; see ``ends``.
+        self.reported_status: int | None = None
         self.mistake = ""  # a person's mistake that it told, which is on the screen already
         # A launcher gets the chance to end its own workers. A worker is of no use without us.
         death_signal = signal.SIGTERM if self.is_launcher else signal.SIGKILL
@@ -76,6 +81,8 @@ class Process:
     @property
     def status(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
+        if self.popen.returncode is not None and self.reported_status is not None:
+            return self.reported_status
         return self.popen.returncode
 
     @property
@@ -110,7 +117,9 @@ class Processes:
         self.orphaned = False  # nobody listens any more; set by ``read``
         self.launcher_output = ""  # the last characters that launchers wrote; set by ``read``
         self._prefixed = prefixed
-        # Everything that ``read`` waits for. A key's data is ``_Lines`` for a pipe, a function to
+        self._merger = screen.Merger()
+        self._outputs: list[_Output] = []  # whose pipes are open
+        # Everything that ``read`` waits for. A key's data is ``_Output`` for a pipe, a function to
         # call for the end of a process that somebody else started, None for standard input.
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin.buffer, selectors.EVENT_READ, None)
@@ -130,11 +139,16 @@ class Processes:
         """Start a worker, a launcher or a companion (see ``Process``)."""
         process = Process(command, environ, companion, fd)
         prefix = f"[{process.name}] ".encode() if self._prefixed else b""
-        for pipe, stream in ((process.popen.stdout, b"1"), (process.popen.stderr, b"2")):
+        for pipe, kind in (
+            (process.popen.stdout, screen.OUTPUT),
+            (process.popen.stderr, screen.ERROR),
+        ):
             assert pipe
             # One thread reads all pipes: no read may wait for a writer.
             os.set_blocking(pipe.fileno(), False)
-            self._selector.register(pipe, selectors.EVENT_READ, _Lines(process, prefix, stream))
+            output = _Output(process, prefix, kind)
+            self._outputs.append(output)
+            self._selector.register(pipe, selectors.EVENT_READ, output)
         group = self.companions if companion else self.workers
         group.append(process)
         return process
@@ -164,8 +178,8 @@ class Processes:
     def read(self, timeout_s: float) -> None:
         """Show new output, and note the processes that have ended. Wait up to ``timeout_s``."""
         for key, _ in self._selector.select(timeout_s):
-            if isinstance(key.data, _Lines):
-                self._read_lines(key.fileobj, key.data)  # type: ignore[arg-type]
+            if isinstance(key.data, _Output):
+                self._read_output(key.fileobj, key.data)  # type: ignore[arg-type]
             elif key.data is None:
                 if not os.read(sys.stdin.fileno(), 4096):
                     self.orphaned = True
@@ -174,14 +188,19 @@ class Processes:
                 key.data()
                 self._selector.unregister(key.fileobj)
                 os.close(key.fd)
+        self._show_prompts()
         for process in self.all:
             if process.ended_at is None and process.popen.poll() is not None:
                 process.ended_at = time.time()
 
     def say(self, text: str) -> None:
         """Show lines of our own, on standard error."""
-        lines = [f"2{line}\n" for line in text.splitlines()]
-        _emit("".join(lines).encode())
+        line = f"{text}\n".encode(errors="backslashreplace")
+        _emit(screen.ERROR, self._merger.place(screen.ERROR, "", b"", line))
+
+    def report_status(self, status: int) -> None:
+        """Tell the exit status to the process that listens, as the last frame."""
+        _emit(screen.STATUS, b"%d" % status)
 
     def stop(self) -> None:
         """End everything: first SIGTERM, then SIGKILL for the rest. Companions end last."""
@@ -210,54 +229,99 @@ class Processes:
         """Show the last output. All writers have ended, so that the pipes run dry."""
         for _ in range(1000):
             ready = [key for key, _ in self._selector.select(0)]
-            if not any(isinstance(key.data, _Lines) for key in ready):
+            if not any(isinstance(key.data, _Output) for key in ready):
                 return
             self.read(0)
 
-    def _read_lines(self, pipe: BinaryIO, lines: "_Lines") -> None:
+    def _read_output(self, pipe: BinaryIO, output: "_Output") -> None:
         try:
             data = os.read(pipe.fileno(), 65536)
         except BlockingIOError:
             return
-        whole = lines.feed(data)
+        whole = output.note(data)
         mistake = _MISTAKE.search(whole)
         if mistake:
-            lines.process.mistake = mistake[1].decode(errors="replace")
-        if lines.process.is_launcher:
-            output = self.launcher_output + whole.decode(errors="replace")
-            self.launcher_output = output[-_KEPT_OUTPUT:]
-        _emit(whole)
+            output.process.mistake = mistake[1].decode(errors="replace")
+        if output.process.is_launcher:
+            text = self.launcher_output + whole.decode(errors="replace")
+            self.launcher_output = text[-_KEPT_OUTPUT:]
+        for piece in output.pieces(data):
+            self._show(output, piece)
         if not data:
+            self._outputs.remove(output)
             self._selector.unregister(pipe)
             pipe.close()
+
+    def _show_prompts(self) -> None:
+        """Show unfinished lines whose processes have paused."""
+        for output in self._outputs:
+            piece = output.paused()
+            if piece:
+                self._show(output, piece)
+
+    def _show(self, output: "_Output", piece: bytes) -> None:
+        shown = self._merger.place(output.kind, output.process.name, output.prefix, piece)
+        _emit(output.kind, shown)
 
 
 def _any_left(processes: list[Process]) -> bool:
     return any(process.popen.poll() is None for process in processes)
 
 
-class _Lines:
-    """Cuts a stream into lines, each marked with its stream and prefixed with its process."""
+class _Output:
+    """One stream of a process.
 
-    def __init__(self, process: Process, prefix: bytes, stream: bytes):
+    Args:
+        process: the process that writes.
+        prefix: stands before each of its lines; empty: bytes are shown as they come.
+        kind: the stream that they are shown on.
+    """
+
+    def __init__(self, process: Process, prefix: bytes, kind: bytes):
         self.process = process
-        self._start = stream + prefix
-        self._rest = b""  # the beginning of a line that is not complete
+        self.prefix = prefix
+        self.kind = kind
+        self._noted = b""  # the beginning of a line, for ``note``
+        self._held = b""  # the beginning of a line that is not shown yet
+        self._held_since = 0.0  # monotonic
 
-    def feed(self, data: bytes) -> bytes:
+    def note(self, data: bytes) -> bytes:
         """Return the lines that ``data`` completes; without data, at the end, the rest."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if self._rest and (not data or len(self._rest) > _LONGEST_LINE):
-            lines.append(self._rest)
-            self._rest = b""
-        return b"".join(self._start + line + b"\n" for line in lines)
+        text = self._noted + data
+        end = text.rfind(b"\n") + 1 if data else len(text)
+        self._noted = text[end:][-_KEPT_OUTPUT:]
+        return text[:end]
+
+    def pieces(self, data: bytes) -> list[bytes]:
+        """Return the pieces of lines to show now; without data, at the end, all that is held."""
+        if not self.prefix:
+            return [data] if data else []
+        self._held_since = time.monotonic()
+        pieces = _LINE_ENDS.split(self._held + data)
+        self._held = pieces.pop()
+        if not data and self._held:
+            pieces.append(self._held + b"\n")
+            self._held = b""
+        elif len(self._held) > _LONGEST_LINE:
+            pieces.append(self._held)
+            self._held = b""
+        return pieces
+
+    def paused(self) -> bytes:
+        """Return the beginning of a line that is held for so long that it may be a prompt."""
+        if not self._held or time.monotonic() - self._held_since < _PROMPT_S:
+            return b""
+        held = self._held
+        self._held = b""
+        return held
 
 
-def _emit(lines: bytes) -> None:
-    """Write to standard output, whole."""
-    while lines:
+def _emit(kind: bytes, payload: bytes) -> None:
+    """Write a frame to standard output, whole."""
+    data = screen.frame(kind, payload)
+    while data:
         try:
-            written = os.write(sys.stdout.fileno(), lines)
+            written = os.write(sys.stdout.fileno(), data)
         except OSError:  # nobody listens any more; the next read of standard input says so
             return
-        lines = lines[written:]
+        data = data[written:]

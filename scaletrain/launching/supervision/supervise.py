@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,19 +17,26 @@ from typing import Any
 
 import pydantic
 
-from scaletrain.host.processes import kill_marked, signal_name
+from scaletrain.host.processes import kill_marked, reset_signals, signal_name
 from scaletrain.launching.job import Job, Program
 from scaletrain.launching.plan import LaunchPlan
+from scaletrain.launching.supervision import screen
 from scaletrain.run.progress import LAUNCH_MARK
 
 # The supervisor reads its order from standard input, as one line of JSON.
 ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job])
-# Signals that are passed on. So is SIGHUP, as a SIGTERM, unless it is ignored (nohup).
+# Signals that are passed on, SIGINT unless it is ignored. So is SIGHUP, as a SIGTERM, unless it is
+# ignored (nohup).
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _END_S = 6.0  # within this time the supervisor ends once nobody listens to it
 
 
-def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = None) -> int:
+def run(
+    plan: LaunchPlan,
+    job: Job,
+    show: Callable[[str, bool], None] | None = None,
+    claim: int = -1,
+) -> int:
     """Carry out a plan and return the exit status.
 
     It is 0, or that of the first cause, or 124 for a hang, or 128 + the number of a signal. The
@@ -43,9 +49,12 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
         plan: the files to write and the commands to start.
         job: the workers, and the limits that the supervisor holds them to.
         show: called with each line of output, and True if it belongs on standard error. By default
-            lines are printed there.
+            the output is shown there, byte for byte.
+        claim: the descriptor of a claim on the run directory (``run.claim``), which then holds
+            until the supervisor has ended, too; -1: none.
     """
-    show = show or _print
+    lines = screen.LineReader(show) if show else None
+    write = lines.write if lines else screen.Screen().write
     for path, text in plan.files:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -61,8 +70,10 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
         env={**os.environ, LAUNCH_MARK: mark, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,  # Ctrl-C at a terminal comes to us alone, and we pass it on
         preexec_fn=_hold_signals,
+        pass_fds=() if claim < 0 else (claim,),
     )
     assert supervisor.stdin and supervisor.stdout
+    reported: int | None = None  # the exit status, by the supervisor's last frame
     try:
         with _forwarding(supervisor):
             with contextlib.suppress(BrokenPipeError):
@@ -70,10 +81,13 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
                 order = ORDER.dump_json((plan._replace(files=()), job))
                 supervisor.stdin.write(order + b"\n")
                 supervisor.stdin.flush()
-            for line in supervisor.stdout:
-                # The first character says which stream the line belongs on.
-                text = line[1:].decode(errors="replace").rstrip("\r\n")
-                show(text, line[:1] == b"2")
+            for kind, payload in screen.frames(supervisor.stdout):  # type: ignore[arg-type]
+                if kind == screen.STATUS:
+                    reported = int(payload)
+                else:
+                    write(kind, payload)
+            if lines:
+                lines.end()
             status = supervisor.wait()
     finally:
         # This tells a supervisor that still runs to end everything (``Processes.orphaned``).
@@ -84,10 +98,14 @@ def run(plan: LaunchPlan, job: Job, show: Callable[[str, bool], None] | None = N
         kill_marked(LAUNCH_MARK, mark)
         supervisor.wait()
         supervisor.stdout.close()
+    # The kernel's word is lost if this process ignores SIGCHLD, or if other code in it waits for
+    # all children: it is 0 then.
+    if reported is not None:
+        return reported
     if status >= 0:
-        return status
+        return status or 1  # it ended without its last frame
     ended = f"the supervisor was ended by {signal_name(-status)}"
-    show(f"scaletrain: {ended}; its workers were stopped", True)
+    write(screen.ERROR, f"scaletrain: {ended}; its workers were stopped\n".encode())
     return 128 - status
 
 
@@ -96,7 +114,7 @@ def _hold_signals() -> None:
 
     Python takes a moment to start. A signal that comes in the meantime waits instead of ending it.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    reset_signals(blocked=FORWARDED)
 
 
 def heed_signals(handler: Callable[[int, Any], None]) -> None:
@@ -104,11 +122,6 @@ def heed_signals(handler: Callable[[int, Any], None]) -> None:
     for number in FORWARDED:
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-
-
-def _print(line: str, error: bool) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        print(line, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 @contextlib.contextmanager
@@ -124,9 +137,12 @@ def _forwarding(supervisor: subprocess.Popen[bytes]) -> Iterator[None]:
     def forward(number: int, frame: Any) -> None:
         supervisor.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    numbers = [*FORWARDED]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    # A shell script starts its background jobs with SIGINT ignored: the terminal's Ctrl-C is not
+    # meant for them. nohup does the same with SIGHUP.
+    numbers = [signal.SIGTERM, signal.SIGUSR1]
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            numbers.append(number)
     before = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield

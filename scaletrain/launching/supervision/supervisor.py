@@ -20,12 +20,14 @@ from scaletrain.host.processes import signal_name
 from scaletrain.launching.job import STORE_FD, Companion, Job, Program
 from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.launching.supervision import first_cause, hangs, leftovers
+from scaletrain.launching.supervision.ends import LateEnds
 from scaletrain.launching.supervision.evidence import Evidence
 from scaletrain.launching.supervision.processes import Process, Processes
 from scaletrain.run import progress
 from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import Failure, FailureKind
 from scaletrain.run.layout import RunDir
+from scaletrain.run.progress import LAUNCH_MARK
 from scaletrain.units import plural
 
 _TICK_S = 0.1
@@ -50,13 +52,16 @@ class Supervisor:
         self.plan = plan
         self.job = job
         self.signals: list[int] = []  # appended to by signal handlers, read by ``run``
-        self._started_at = time.time()
+        self._started_at = time.monotonic()
         # The environment of all processes. ``_start`` adds the store's address.
         self._environ = dict(os.environ)
         self._run_dir = RunDir(job.run_dir)
         several = len(plan.commands) + len(plan.companions) > 1
         self._processes = Processes(prefixed=several)
-        self._evidence = Evidence(job, self._processes)
+        # The supervisors of other hosts have launch ids of their own.
+        launch = None if plan.is_part else os.environ[LAUNCH_MARK]
+        self._evidence = Evidence(job, self._processes, launch)
+        self._late_ends = LateEnds(job, self._processes)
         starting_s = max(job.timeout_s, _STARTING_S)
         self._hang_watch = hangs.HangWatch(self._run_dir, job.workers, job.timeout_s, starting_s)
         # Ranks that ended badly while the job goes on without them. Added to by ``_lose``.
@@ -83,6 +88,10 @@ class Supervisor:
             )
             return 2
         return self._watch()
+
+    def report_status(self, status: int) -> None:
+        """Tell the process that started this one the exit status (``supervise.run``)."""
+        self._processes.report_status(status)
 
     # 1. and 2. Starting
 
@@ -137,9 +146,11 @@ class Supervisor:
             if self._processes.orphaned:
                 self._processes.stop()
                 return 1
-            if self.signals:
+            # A signal that comes when all have ended has nothing left to stop.
+            if self.signals and self._processes.any_running():
                 return self._end_interrupted(self.signals[0])
             self._say_how_start_goes()
+            self._late_ends.look()
             failure = self._find_failure() or self._find_hang()
             if failure:
                 return self._end_failed(failure)
@@ -149,7 +160,7 @@ class Supervisor:
 
     def _say_how_start_goes(self) -> None:
         """Say now and then how many workers have joined, until the first step is done."""
-        since_start_s = time.time() - self._started_at
+        since_start_s = time.monotonic() - self._started_at
         if not self._say_start_after_s or since_start_s < self._say_start_after_s[0]:
             return
         workers = progress.read_all(self._run_dir, self.job.workers)
@@ -250,7 +261,13 @@ class Supervisor:
 
     def _find_culprit(self) -> Failure | None:
         restarting = self._processes.restart_workers()
-        return hangs.find_culprit(self._run_dir, self.job.workers, self._lost, restarting)
+        return hangs.find_culprit(
+            self._run_dir,
+            self.job.workers,
+            self._lost,
+            self._hang_watch.silent_s(),
+            restarting,
+        )
 
     # 4. Choosing the first cause
 
@@ -276,12 +293,13 @@ class Supervisor:
 
     def _end_failed(self, failure: Failure) -> int:
         """End everything after a failure, and show its cause; return the exit status."""
-        write_json(self._run_dir.first_cause, failure._asdict())
         stopped = []
         for process in self._processes.workers:
             if process.is_running and process.rank != failure.rank:
                 stopped.append(process.name)
+        # A full disk, or a directory that is gone, must neither keep the processes nor the cause.
         self._processes.stop()
+        self._write_first_cause(failure)
         if any(failure.message == p.mistake for p in self._processes.all if p.mistake):
             return failure.exit_code  # the process itself has shown it
         shown_by_batch_script = f"scaletrain: rank {failure.rank} on "
@@ -291,6 +309,13 @@ class Supervisor:
             if checkpoint:
                 self._processes.say(f"scaletrain: {checkpoint}")
         return failure.exit_code or 1
+
+    def _write_first_cause(self, failure: Failure) -> None:
+        path = self._run_dir.first_cause
+        try:
+            write_json(path, failure._asdict())
+        except OSError as error:
+            self._processes.say(f"scaletrain: {path} cannot be written: {error.strerror}")
 
     def _end_interrupted(self, number: int) -> int:
         """Pass signals on, and give the workers time to end in good order.
@@ -302,7 +327,8 @@ class Supervisor:
             number: the signal that came first.
 
         Returns:
-            The exit status: 0 if all workers ended well, else 128 + ``number``.
+            128 + ``number``, whatever the workers say: the job has not done all of its work. 0 if a
+            training run had finished, or if all workers answered SIGUSR1 with 0.
         """
         if self.job.trains and number != signal.SIGUSR1 and self._processes.any_running():
             self._processes.say(
@@ -324,9 +350,12 @@ class Supervisor:
         self._processes.stop()
         left = leftovers.state_when_stopped(self.job)
         self._processes.say(f"scaletrain: stopped by {signal_name(number)}{left}")
-        if all(process.status == 0 for process in self._processes.workers):
+        all_ended_well = all(process.status == 0 for process in self._processes.workers)
+        ending = [heard for heard in self.signals if heard in _ENDING]
+        has_finished = self.job.trains and self._run_dir.has_finished()
+        if all_ended_well and (has_finished or not ending):
             return 0
-        return 128 + number
+        return 128 + (ending or [number])[0]
 
     def _pass_on(self, number: int) -> None:
         """Pass a signal on to all workers."""
