@@ -102,6 +102,22 @@ def test_a_persons_own_model_and_data(tmp_path: Path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] >= 0.97
 
 
+@pytest.mark.slow
+def test_lines_of_different_lengths_are_learned_as_by_one_worker(tmp_path: Path):
+    """The example whose mean is over characters: three workers end where one does."""
+    losses = []
+    for workers in ("1", "3"):
+        run_dir = tmp_path / workers
+        done = scaletrain(
+            "train", "examples/characters/job.yaml", "--workers", workers, "--run-dir", run_dir,
+            "--set", "steps=30",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        losses.append(json.loads((run_dir / "summary.json").read_text())["test_loss"])
+    assert losses[0] < 3.1  # guessing by the frequency of characters alone gives 3.23
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 def test_a_mistake_that_only_a_worker_can_see_is_one_line(tmp_path: Path):
     done = scaletrain(
         "train", DIGITS, "--workers", "2", "--set", "optimizer.lr=-1", "--run-dir", tmp_path / "run"

@@ -98,12 +98,12 @@ def _check_workload(config: RunConfig, where: str) -> None:
             f"{where}: workload: {config.workload.name!r} is not allowed"
             " (allowed: package.module:Class)"
         )
-    replaced = {"model", "data", "loss"} & config.model_fields_set
-    if replaced:
-        raise UserError(
-            f"{where}: {min(replaced)}: the workload {config.workload.name} has its own"
-            f" (remove {min(replaced)}, or remove workload)"
-        )
+    for key in ("model", "data"):
+        if getattr(config, key) is not None:
+            raise UserError(
+                f"{where}: {key}: the workload {config.workload.name} has its own"
+                f" (remove {key}, or remove workload)"
+            )
 
 
 def _check_nonfinite(config: RunConfig, where: str) -> None:
