@@ -156,7 +156,7 @@ class RunConfig(Strict):
     """Processes that read samples ahead, for each worker."""
 
     seed: int = 0
-    """Of the weights, the order of samples, dropout and augmentation."""
+    """Of the weights, the order of samples, dropout and augmentation; of any size."""
 
     evaluate_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations; null: only after the last step."""

@@ -69,11 +69,14 @@ class GlobalBatches:
         if epoch != self._epoch:
             self._order = self._order_of(epoch)
             self._epoch = epoch
-        # Rank r ends where rank r + 1 begins, so the slices cover the batch without gaps.
+        first, end = self._slice(rank, size)
         before = batch * self.batch_size
-        first = before + rank * self.batch_size // size
-        end = before + (rank + 1) * self.batch_size // size
-        return torch.from_numpy(self._order(np.arange(first, end)))
+        return torch.from_numpy(self._order(np.arange(before + first, before + end)))
+
+    def share_size(self, rank: int, size: int) -> int:
+        """Return how many samples a rank has of every step."""
+        first, end = self._slice(rank, size)
+        return end - first
 
     def shares(
         self, first_step: int, num_steps: int, rank: int, size: int, passes: int = 1
@@ -90,6 +93,11 @@ class GlobalBatches:
         for step in range(first_step, num_steps):
             for part in self.share(step, rank, size).tensor_split(passes):
                 yield Share(self.epoch(step), part)
+
+    def _slice(self, rank: int, size: int) -> tuple[int, int]:
+        """Return where a rank's share begins and ends in each global batch."""
+        # Rank r ends where rank r + 1 begins, so the slices cover the batch without gaps.
+        return rank * self.batch_size // size, (rank + 1) * self.batch_size // size
 
     def _order_of(self, epoch: int) -> Permutation:
         return Permutation(self._num_samples, self._seed, "order", epoch)
@@ -212,10 +220,17 @@ def _as_it_is(batch: Any) -> Any:
 
 def _raising(batches: Iterator[Any]) -> Iterator[Any]:
     """Yield batches, and raise the error that stands in place of one."""
+    unreadable = None
     for batch in batches:
         if isinstance(batch, UnreadableSample):
-            raise batch
+            unreadable = batch
+            break
         yield batch
+    # The loader processes end here. A traceback would keep the loader for the garbage collector,
+    # which takes its queues apart first, and then waits 5 s for each process.
+    del batches
+    if unreadable is not None:
+        raise unreadable
 
 
 def _pickled(error: BaseException | None) -> bytes:

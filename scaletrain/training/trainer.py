@@ -130,7 +130,7 @@ class Trainer:
         passes = [to_device(next(self._loaded), self.device) for _ in range(self.config.accumulate)]
         clock.lap("input")
 
-        num_samples = len(self._share(self.next_step))
+        num_samples = self.batches.share_size(self.world.rank, self.world.size)
         step_loss = StepLoss()
         # After the input: reading samples in line seeds the same generators.
         seed_forward(self.device, self.config.seed, self.next_step, self.world.rank)

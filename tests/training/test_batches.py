@@ -5,6 +5,7 @@ twice, a rank-dependent shuffle, a batch that depends on which process reads it,
 sample that is not named.
 """
 
+import multiprocessing
 import random
 import time
 import tracemalloc
@@ -34,6 +35,7 @@ def test_shares_are_the_global_batch(samples: int, batch: int, size: int, step: 
     shares = [batches.share(step, rank, size) for rank in range(size)]
     assert torch.equal(torch.cat(shares), GlobalBatches(samples, batch, seed=3).indices(step))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert [batches.share_size(rank, size) for rank in range(size)] == list(map(len, shares))
 
 
 def test_an_epoch_sees_each_sample_at_most_once_and_epochs_differ():
@@ -268,3 +270,4 @@ def test_an_unreadable_sample_is_named_in_one_line(
         assert isinstance(cause, kind)
     if workers:
         assert fail.__name__ in cause.__notes__[0], "where it happened"
+    assert multiprocessing.active_children() == [], "the loader processes have ended"

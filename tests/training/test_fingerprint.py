@@ -122,5 +122,5 @@ def test_images_take_milliseconds():
         fingerprint(images)
         return time.perf_counter() - began
 
-    # 6 ms on an idle machine. The least of some tries: other processes run beside this one.
+    # 8 ms. The least of some tries: other processes run beside this one.
     assert min(seconds() for _ in range(5)) < 0.05

@@ -95,6 +95,9 @@ def train(
 ) -> Run:
     # A daemon may not start loader processes. They end by themselves when their parent is gone.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    # As in a worker's process. A rank of ``run_ranks`` has "forkserver", whose server would load
+    # torch once more for every rank, and outlive a rank that is killed.
+    multiprocessing.set_start_method("fork", force=True)
     seed_generators(100 * resume + rank)  # what was drawn before must not matter
     run = config.check(JOB | {"workers": size, "exchange": "native"} | options)
     world = World(rank, size, rank, size)
