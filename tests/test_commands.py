@@ -110,11 +110,11 @@ def test_lines_of_different_lengths_are_learned_as_by_one_worker(tmp_path: Path)
         run_dir = tmp_path / workers
         done = scaletrain(
             "train", "examples/characters/job.yaml", "--workers", workers, "--run-dir", run_dir,
-            "--set", "steps=30",
+            "--set", "steps=60",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         losses.append(json.loads((run_dir / "summary.json").read_text())["test_loss"])
-    assert losses[0] < 3.1  # guessing by the frequency of characters alone gives 3.23
+    assert losses[0] < 3.0  # guessing by the frequency of characters alone gives 3.23
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 

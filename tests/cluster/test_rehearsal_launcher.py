@@ -119,7 +119,8 @@ def train(config: Path, run_dir: Path, *arguments: str) -> subprocess.CompletedP
         str(run_dir),
         *arguments,
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110)
+    # 16 workers that import torch on two busy cores start for more than a minute.
+    return subprocess.run(command, capture_output=True, text=True, timeout=220)
 
 
 def read(path: Path) -> dict:
