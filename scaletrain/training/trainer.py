@@ -246,7 +246,8 @@ class Trainer:
         evaluation: dict[str, float | None] = {"test_loss": None, "test_accuracy": None}
         if figures:
             own = torch.tensor([*figures.values()], dtype=torch.float64)  # shape (figures, 2)
-            own *= not reads_for_names
+            if reads_for_names:
+                own.zero_()
             totals = self.exchange.sum(own.flatten()).view(-1, 2).tolist()
             for name, (total, count) in zip(figures, totals, strict=True):
                 evaluation[f"test_{name}"] = finite_or_none(total / count) if count else None
