@@ -145,7 +145,7 @@ def load(
 
 
 class UnreadableSample(UserError):
-    """A sample that raised when it was read; its cause is what it raised.
+    """A sample that raised an exception, its cause, when it was read.
 
     It is an error in one line, since most often a file of the data set is missing or broken. And a
     data set that loses its connection is not taken for a worker that does.
@@ -208,7 +208,7 @@ class _BatchesOrErrors(Dataset):
 
 
 def _places(shares: Iterator[Share]) -> Iterator[tuple[int | str, list[int]]]:
-    """Yield what the batches are indexed by: a loader process gets lists faster than tensors."""
+    """Yield the keys of the batches: a loader process gets lists faster than tensors."""
     for share in shares:
         if len(share.indices):
             yield share.epoch, share.indices.tolist()

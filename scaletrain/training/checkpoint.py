@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from scaletrain.errors import UserError
+from scaletrain.errors import TrainingError, UserError
 from scaletrain.run import progress
 from scaletrain.run.atomic import replacing
 from scaletrain.run.layout import RunDir
@@ -92,7 +92,7 @@ def check_saveable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_finite(step: int, model: nn.Module, run_dir: Path) -> None:
-    """Raise ``UserError`` that names the first parameter which holds nan or inf.
+    """Raise ``TrainingError`` that names the first parameter which holds nan or inf.
 
     Parameters that are not trained and buffers may hold inf, as masks do.
     """
@@ -110,7 +110,7 @@ def check_finite(step: int, model: nn.Module, run_dir: Path) -> None:
         values = tensor.detach()
         is_bad = values.isnan().any() if _may_hold_inf(tensor) else ~values.isfinite().all()
         if is_bad:
-            raise UserError(
+            raise TrainingError(
                 f"model: {_plain_name(name)} holds nan or inf after step {step}: no checkpoint of"
                 f" it is written{_newest(run_dir)} (a lower optimizer.lr or a longer"
                 " lr_schedule.warmup_steps may help)"
@@ -278,7 +278,7 @@ def _missing_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, 
 
 
 def _missing_for(optimizer: torch.optim.Optimizer, dimensions: int, names: set[str]) -> set[str]:
-    """Return what a parameter lacks in order to step, if its state has these names."""
+    """Return the state that a parameter lacks in order to step, if its state has these names."""
     allowed = set(inspect.signature(type(optimizer)).parameters) - set(IMPLEMENTATION_OPTIONS)
     options = {key: value for key, value in optimizer.defaults.items() if key in allowed}
     weights = nn.Parameter(torch.zeros([2] * dimensions))

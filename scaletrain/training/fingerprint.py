@@ -48,7 +48,7 @@ def _spread(length: int) -> list[int]:
 
 
 def _parts(tree: Any) -> Iterator[bytes | memoryview]:
-    """Yield what a sample consists of, leaf by leaf, and its structure."""
+    """Yield the parts of a sample, leaf by leaf, and its structure."""
     if isinstance(tree, Mapping):
         yield b"mapping of %d" % len(tree)
         for key, value in tree.items():

@@ -1,4 +1,4 @@
-"""The loss of a step over all ranks: how this rank's part is weighed, and what is recorded."""
+"""The loss of a step over all ranks: the weight of this rank's part, and its record."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class GlobalMean:
     exchange that does not average all ranks (``Exchange.averages``) gets each rank's own mean.
 
     Args:
-        workload: says what a batch's loss is a mean over.
+        workload: counts the samples or tokens of a batch.
         exchange: carries the counts.
         batches: of this rank's backward passes, on the device.
         num_samples: in them.
@@ -52,7 +52,7 @@ class GlobalMean:
             self._weight = 1 / self._own if self._own else 0.0
 
     def weight(self) -> float:
-        """Return what a total is multiplied by; wait for the other ranks' counts at first."""
+        """Return the factor of a total; wait for the other ranks' counts at first."""
         if self._weight is None:
             assert self._finish is not None
             count = self._finish().item()
@@ -96,7 +96,7 @@ class StepLoss:
 
     @property
     def count(self) -> float:
-        """What the loss is a mean over. Waits for the device."""
+        """Number of samples, tokens, ... of the mean. Waits for the device."""
         return float(self._count)
 
     @property

@@ -44,7 +44,7 @@ class Permutation:
         self._functions = functions.astype(np.int64)
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return what stands at these places.
+        """Return the numbers at these places.
 
         Args:
             places: (n,) int64, each in 0..size-1.

@@ -59,7 +59,7 @@ def training_facts(
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for every difference: which value counts, and what that changes.
+    """Return a line for every difference: which value counts, and the effect.
 
     Args:
         before: the facts in the checkpoint.

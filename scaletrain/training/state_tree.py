@@ -27,7 +27,7 @@ def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
     Args:
         value: the state.
-        name: what it is called in errors, and the beginning of its tensors' names.
+        name: its name in errors, and the beginning of its tensors' names.
         tensors: the value's tensors are added to it.
 
     Raises:

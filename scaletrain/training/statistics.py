@@ -1,4 +1,4 @@
-"""Running statistics, such as those of batch normalisation: what all ranks together have seen."""
+"""Running statistics, such as those of batch normalisation, averaged over the ranks."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from scaletrain.training.exchange import Exchange
 def average(module: nn.Module, exchange: Exchange) -> None:
     """Make the module's running statistics the mean of all ranks' (collective).
 
-    Each rank updates them with its own samples. What is evaluated and saved is the mean. They are
+    Each rank updates them with its own samples; their mean is evaluated and saved. They are
     the floating-point buffers that a checkpoint holds.
 
     Args:

@@ -1,4 +1,4 @@
-"""Files of tensors that prove what they hold: safetensors, with a hash of every tensor.
+"""Files of tensors that prove their content: safetensors, with a hash of every tensor.
 
 The files are written here instead of by the safetensors library. It would hold Python's lock while
 it writes, and training would stand still. The library reads them like any others.

@@ -25,7 +25,7 @@ IGNORED = -100  # torch's default for ``ignore_index``: a target that counts for
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mean:
-    """A mean as a total and what it is over, so that means over batches and ranks are exact."""
+    """A mean as a total and a count, so that means over batches and ranks are exact."""
 
     total: Tensor | float
     count: Tensor | float
@@ -33,7 +33,7 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loss:
-    """The loss of a batch as a total and what its mean is over.
+    """The loss of a batch as a total and a count.
 
     The gradient of a step is that of the sum of all totals over the sum of all counts: over the
     ranks and over the backward passes, whatever share of the tokens or boxes each of them has.
@@ -55,7 +55,7 @@ class Data(NamedTuple):
 
 
 class Workload:
-    """What is trained: derive from it, set the attributes in ``__init__``, write ``forward``.
+    """A training job: derive from it, set the attributes in ``__init__``, write ``forward``.
 
     A batch is any tree of tensors: a tensor, or tuples, lists and dicts of trees. The trainer moves
     it to the device.
@@ -93,7 +93,7 @@ class Workload:
         raise NotImplementedError(f"{type(self).__name__} has no forward(batch) -> Loss")
 
     def count(self, batch: Any) -> Tensor | float:
-        """Return what the loss of a batch is a mean over, if it is not over samples.
+        """Return the count of a batch's loss, if its mean is not over samples.
 
         It is asked before ``forward``: counts travel to the other ranks while that runs. It must be
         the count that ``forward`` returns for this batch.

@@ -1,4 +1,4 @@
-"""The screen: shows what processes write, byte for byte, and never ends a job.
+"""The screen: shows the output of processes, byte for byte, and never ends a job.
 
 The supervisor sends the output to the process that started it in frames: one byte for the kind,
 four for the length, then the payload.
