@@ -13,6 +13,8 @@ from scaletrain.errors import UserError
 from scaletrain.training.permutation import Permutation
 from scaletrain.training.randomness import Placed
 
+_DRAWN_AHEAD = 2048  # samples; a single call costs as much as some 400 of them
+
 # Makes a batch, any tree of tensors, from the list of its samples.
 Collate = Callable[[list[Any]], Any]
 
@@ -54,6 +56,9 @@ class GlobalBatches:
         self._seed = seed
         self._epoch = 0  # whose order is kept
         self._order = self._order_of(0)
+        # A part of the order, from one place on: small steps share the cost of computing it.
+        self._drawn_from = 0
+        self._drawn = np.empty(0, dtype=np.int64)
 
     def epoch(self, step: int) -> int:
         """Return the epoch that a step belongs to, from 0."""
@@ -69,14 +74,22 @@ class GlobalBatches:
         if epoch != self._epoch:
             self._order = self._order_of(epoch)
             self._epoch = epoch
-        first, end = self._slice(rank, size)
-        before = batch * self.batch_size
-        return torch.from_numpy(self._order(np.arange(before + first, before + end)))
+            self._drawn = self._drawn[:0]
+        offset, length = self._slice(rank, size)
+        first = batch * self.batch_size + offset
+        begin = first - self._drawn_from
+        if begin < 0 or begin + length > len(self._drawn):
+            # Small batches are drawn ahead, for all ranks; of a large one this rank's share only.
+            count = _DRAWN_AHEAD if self.batch_size < _DRAWN_AHEAD else length
+            end = min(first + count, self._num_samples)
+            self._drawn_from, begin = first, 0
+            self._drawn = self._order(np.arange(first, end))
+        return torch.from_numpy(self._drawn[begin : begin + length])
 
     def share_size(self, rank: int, size: int) -> int:
         """Return how many samples a rank has of every step."""
-        first, end = self._slice(rank, size)
-        return end - first
+        _, length = self._slice(rank, size)
+        return length
 
     def shares(
         self, first_step: int, num_steps: int, rank: int, size: int, passes: int = 1
@@ -95,9 +108,10 @@ class GlobalBatches:
                 yield Share(self.epoch(step), part)
 
     def _slice(self, rank: int, size: int) -> tuple[int, int]:
-        """Return where a rank's share begins and ends in each global batch."""
+        """Return where a rank's share begins in each global batch, and its length."""
         # Rank r ends where rank r + 1 begins, so the slices cover the batch without gaps.
-        return rank * self.batch_size // size, (rank + 1) * self.batch_size // size
+        begin = rank * self.batch_size // size
+        return begin, (rank + 1) * self.batch_size // size - begin
 
     def _order_of(self, epoch: int) -> Permutation:
         return Permutation(self._num_samples, self._seed, "order", epoch)

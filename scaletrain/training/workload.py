@@ -177,7 +177,7 @@ class Supervised(Workload):
         return Loss(self._sums(output, targets), self._count(targets))
 
     def _count(self, targets: Tensor) -> Tensor | float:
-        if targets.is_floating_point():  # class probabilities: none is ignored
+        if self._counts_samples or targets.is_floating_point():  # none is ignored
             return len(targets)
         return (targets != IGNORED).sum()
 

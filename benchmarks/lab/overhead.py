@@ -1,0 +1,119 @@
+"""What our training step costs beside a bare DDP loop: ``benchmarks/results/overhead.md``."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import yaml
+
+from benchmarks.lab import pages
+from scaletrain.errors import UserError
+from scaletrain.run.environment import environment
+from scaletrain.scaling.measure import intervals
+from scaletrain.scaling.show import results
+
+RANK = "benchmarks/suites/overhead_rank.py"
+BLOCK = 20  # steps, as in RANK
+TARGET = 0.005  # of a step of 25 ms
+# Everything on that costs something in each step: records, a schedule with warm-up, a check for
+# values that are not finite, progress, and looks for a signal.
+JOBS = {
+    "mlp": {"model": {"name": "mlp", "sizes": [64, 128, 10]}, "batch_size": 64},
+    "cnn": {"model": {"name": "digits_cnn", "width": 64}, "batch_size": 96},
+}
+COMMON = {
+    "data": "digits",
+    "optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9},
+    "lr_schedule": {"name": "cosine", "warmup_steps": 10},
+    "exchange": "native",
+}
+
+
+class Row(NamedTuple):
+    """One job on a number of workers; rank 0's blocks, paired."""
+
+    job: str
+    workers: int
+    blocks: int
+    bare_ms: float
+    ours_ms: float
+    extra_ms: float
+    extra_ci95_ms: float
+
+    @property
+    def share(self) -> float:
+        """The extra time as a part of a bare step."""
+        return self.extra_ms / self.bare_ms
+
+    @property
+    def of_25_ms(self) -> float:
+        """The extra time as a part of a step of 25 ms."""
+        return self.extra_ms / 25
+
+
+@click.command("overhead")
+@click.option("--blocks", default=40, show_default=True, help="Pairs of blocks of 20 steps.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("benchmarks/results"),
+    show_default=True,
+    help="Where overhead.md and overhead.json go.",
+)
+def command(blocks: int, out: Path) -> None:
+    """Time our step beside a bare DDP loop, in turns, on 1 and 2 workers.
+
+    \b
+    Example:
+      python -m benchmarks.lab overhead --blocks 10
+    """
+    header = environment()
+    header["load_average"] = os.getloadavg()[1]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for job, keys in JOBS.items():
+            config = Path(folder) / f"{job}.yaml"
+            steps = (blocks + 2) * BLOCK
+            config.write_text(yaml.safe_dump(COMMON | keys | {"steps": steps}), encoding="utf-8")
+            for workers in (1, 2):
+                row = _measure(job, config, Path(folder) / f"{job}-{workers}", workers)
+                click.echo(f"{job}, {workers}: {row.extra_ms:.3f} ± {row.extra_ci95_ms:.3f} ms")
+                rows.append(row)
+    out.mkdir(parents=True, exist_ok=True)
+    measured = {"environment": header, "rows": [row._asdict() for row in rows]}
+    (out / "overhead.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    page = pages.markdown(
+        "overhead.md",
+        rows=rows,
+        target=TARGET,
+        block=BLOCK,
+        where=results.measured_on(header),
+    )
+    (out / "overhead.md").write_text(page, encoding="utf-8")
+
+
+def _measure(job: str, config: Path, out: Path, workers: int) -> Row:
+    launch = [sys.executable, "-m", "scaletrain.cli", "launch", "-n", str(workers), "--"]
+    done = subprocess.run(
+        [*launch, RANK, str(config), str(out)], capture_output=True, text=True, timeout=900
+    )
+    if done.returncode != 0:
+        raise UserError(f"{RANK}: {done.stderr.strip().splitlines()[-1]}")
+    measured = json.loads((out / "0.json").read_text(encoding="utf-8"))
+    pairs = [*zip(measured["ours_s"], measured["bare_s"], strict=True)]
+    extra = intervals.mean([1e3 * (ours - bare) for ours, bare in pairs])
+    assert extra.ci95 is not None
+    return Row(
+        job=job,
+        workers=workers,
+        blocks=len(pairs),
+        bare_ms=1e3 * intervals.mean(measured["bare_s"]).value,
+        ours_ms=1e3 * intervals.mean(measured["ours_s"]).value,
+        extra_ms=extra.value,
+        extra_ci95_ms=extra.ci95,
+    )
