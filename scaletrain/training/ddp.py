@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from scaletrain.errors import UserError
 from scaletrain.run import spans
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
@@ -27,11 +28,19 @@ class AllreduceExchange(Exchange):
         backend: of torch.distributed: gloo, nccl or scaletrain.
         bucket_mb: size of DDP's gradient buckets in MiB.
         options: of the backend.
+
+    Raises:
+        UserError: there is a default process group already.
     """
 
     def __init__(
         self, world: World, setup: Setup, *, backend: str, bucket_mb: float, options: Any = None
     ):
+        if dist.is_initialized():
+            raise UserError(
+                "exchange: this process has a default process group already (allowed: one exchange a"
+                " process, and no init_process_group beside it; close() ends an exchange)"
+            )
         dist.init_process_group(
             backend,
             store=setup.store,
