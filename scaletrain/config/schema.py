@@ -149,6 +149,9 @@ class RunConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if it is available."""
 
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: forward computes in bfloat16 where that is safe (autocast); weights stay float32."""
+
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Compute threads of a worker; auto: its share of the host's cores."""
 

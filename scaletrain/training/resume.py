@@ -43,6 +43,7 @@ def training_facts(
     values["batch_mode"] = config.batch_mode
     values[_GLOBAL_BATCH] = global_batch
     values["accumulate"] = config.accumulate
+    values["precision"] = config.precision
     values["optimizer"] = type(optimizer).__name__
     values |= _dotted("optimizer", optimizer.defaults)
     for key in IMPLEMENTATION_OPTIONS:

@@ -140,7 +140,8 @@ class Trainer:
             is_last = index == len(passes) - 1
             # Only the last pass exchanges; the others add to the gradients of this rank.
             with contextlib.nullcontext() if is_last else self.exchange.accumulate():
-                loss = self.workload.forward(batch)
+                with self._autocast():
+                    loss = self.workload.forward(batch)
                 clock.lap("forward")
                 step_loss.add(loss)
                 if self.device.type == "cpu" or is_last:  # reading it stalls a GPU's stream
@@ -233,7 +234,7 @@ class Trainer:
         shares = (Share("test", part) for part in mine.split(_TEST_BATCH))
         # Without the exchange's module: DDP's forward broadcasts buffers, and ranks may have
         # different numbers of batches here.
-        with self._alone(), torch.inference_mode():
+        with self._alone(), self._autocast(), torch.inference_mode():
             for batch in self._load(test, shares, 0):
                 progress.alive("evaluating")
                 means = self.workload.evaluate(to_device(batch, self.device))
@@ -350,13 +351,19 @@ class Trainer:
         finally:
             self.workload.model = self.model
 
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which forward runs. Backward takes each layer's own precision."""
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
     def _check_finite(self, loss: StepLoss, passes: list[Any]) -> None:
         """Raise ``TrainingError`` if the loss so far is not finite, and that ends the run."""
         if self.config.nonfinite == "skip" or math.isfinite(loss.total):
             return
         shares = self._share(self.next_step).tensor_split(self.config.accumulate)
         reasons = []
-        with self._alone():
+        with self._alone(), self._autocast():
             seed_forward(self.device, self.config.seed, self.next_step, self.world.rank)
             for batch, share in zip(passes, shares, strict=True):
                 reasons.append(finite.explain(self.workload, batch, share.tolist()))

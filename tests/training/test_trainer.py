@@ -179,3 +179,20 @@ def test_records_add_up(tmp_path: Path):
     assert len(list(read_records(RunDir(tmp_path).records(0)))) == 6, (
         "a line that was cut is left out"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(
+    size: int, alone: dict[str, Any], tmp_path: Path
+):
+    tree = JOB | {"exchange": "native", "precision": "bf16"}
+    results = run_ranks(train, size, tree, tmp_path)
+    for result in results:
+        assert result["weights"].dtype == alone["weights"].dtype
+        assert (result["weights"] == results[0]["weights"]).all()
+        off = abs(result["weights"] - alone["weights"]).max()
+        assert 1e-6 < off < 1e-2  # bfloat16 has 8 bits
+        assert result["summary"]["final_loss"] == pytest.approx(
+            alone["summary"]["final_loss"], rel=0.01
+        )
