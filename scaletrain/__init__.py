@@ -14,6 +14,7 @@ _EXPORTS = {
     "World": "scaletrain.world",
     "Schedule": "scaletrain.collectives.schedule",
     "Trainer": "scaletrain.training.trainer",
+    "Callback": "scaletrain.training.callbacks",
     "Workload": "scaletrain.training.workload",
     "Data": "scaletrain.training.workload",
     "Loss": "scaletrain.training.workload",
@@ -21,6 +22,7 @@ _EXPORTS = {
     "attach": "scaletrain.training.attach",
 }
 __all__ = [
+    "Callback",
     "Data",
     "Loss",
     "Mean",

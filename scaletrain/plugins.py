@@ -42,6 +42,7 @@ KINDS = {
     "launcher": Kind("launching/launchers", "plan", 1),  # plan(job, *, ...)
     "model": Kind("training/models", "model", 0),  # model(*, ...)
     "data": Kind("training/data", "data", 0),  # data(*, ...)
+    "callback": Kind("training/callbacks", "callback", 1),  # callback(trainer, *, ...)
     "bench": Kind("cli/bench", "command", 0),  # a click command
     "verb": Kind("cli", "command", 0),  # a click command
 }
@@ -126,7 +127,8 @@ def _users_options(
         return None
     factory = _function(path, factory_name)
     if factory is not None:
-        return signature(factory, 0)
+        # A workload and a loss are no plugins: the framework passes them nothing here.
+        return signature(factory, KINDS[kind].provided if kind in KINDS else 0)
     initialiser = _initialiser(path, factory_name)
     if initialiser is not None:
         return signature(initialiser, 1)

@@ -7,7 +7,7 @@ import click
 
 from scaletrain import plugins
 
-KINDS = ("exchange", "collective", "transport", "launcher", "model", "data", "bench")
+KINDS = ("exchange", "collective", "transport", "launcher", "model", "data", "callback", "bench")
 
 
 class Entry(NamedTuple):
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def command(as_json: bool) -> None:
-    """Show every exchange, collective, transport, launcher, model, data set and benchmark.
+    """Show all plugins: exchanges, collectives, wires, launchers, models, data, callbacks, ...
 
     Each comes with its options and their defaults.
 

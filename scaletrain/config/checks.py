@@ -66,6 +66,9 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
         if named is not None:
             options = plugin_options(kind, named.name, named.options, where, config.search_path)
             setattr(config, kind, Named(name=named.name, **options))
+    for index, named in enumerate(config.callbacks):
+        options = plugin_options("callback", named.name, named.options, where, config.search_path)
+        config.callbacks[index] = Named(name=named.name, **options)
     _check_loss(config, where)
     _check_nonfinite(config, where)
     optimizer_options = _optimizer_options(config.optimizer, where)

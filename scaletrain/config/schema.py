@@ -167,6 +167,9 @@ class RunConfig(Strict):
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     """The summary says when this accuracy was first reached."""
 
+    callbacks: list[NameOrOptions] = []
+    """What is done between the parts of each step, in this order: names and their options."""
+
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop and say where, or leave the step out."""
 
@@ -193,6 +196,14 @@ class RunConfig(Strict):
         """Where the modules of ``package.module:factory`` are looked for first."""
         # None is a configuration that was made in code: modules come from the working directory.
         return Path(self.source).parent if self.source else None
+
+    def load_callbacks(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Import the callbacks; return the factory and the options of each."""
+        loaded = []
+        for named in self.callbacks:
+            factory = plugins.load("callback", named.name, self.search_path)
+            loaded.append((factory, named.options))
+        return loaded
 
     def load(self, kind: Literal["model", "data", "workload", "exchange", "launcher"]) -> Any:
         """Import the plugin that this configuration names for a kind; return its factory."""

@@ -49,6 +49,7 @@ def training_facts(
     for key in IMPLEMENTATION_OPTIONS:
         values.pop(f"optimizer.{key}", None)
     values |= _dotted("lr_schedule", config.lr_schedule.model_dump())
+    values["callbacks"] = [named.model_dump() for named in config.callbacks]
     values["seed"] = config.seed
     values["steps"] = config.steps
     values["epochs"] = config.epochs

@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from scaletrain.config import RunConfig, exchange_label
-from scaletrain.errors import TrainingError
+from scaletrain.errors import TrainingError, UserError
 from scaletrain.run import progress
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, read_records
 from scaletrain.training import checkpoint, finite, statistics
 from scaletrain.training.batches import GlobalBatches, Share, load
+from scaletrain.training.callbacks import Callback
 from scaletrain.training.checkpoint_writer import CheckpointWriter
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.learning_rate import learning_rate
@@ -109,6 +110,7 @@ class Trainer:
             self.next_step, self.num_steps, world.rank, world.size, config.accumulate
         )
         self._loaded = self._load(workload.data.train, shares, config.loader_workers)
+        self._callbacks = [self._callback(*loaded) for loaded in config.load_callbacks()]
 
     @property
     def finished(self) -> bool:
@@ -150,6 +152,8 @@ class Trainer:
                 clock.lap("backward")
         is_skipped = self._leaves_step_out()
         if not is_skipped:
+            for callback in self._callbacks:
+                callback.after_backward()
             self.exchange.step()
         clock.lap("update")
 
@@ -173,6 +177,8 @@ class Trainer:
             skipped=is_skipped,
         )
         self.next_step += 1
+        for callback in self._callbacks:
+            callback.after_step(record)
         return record
 
     def fit(
@@ -335,6 +341,21 @@ class Trainer:
     def _share(self, step: int) -> torch.Tensor:
         """Return the indices of this rank's samples of a step."""
         return self.batches.share(step, self.world.rank, self.world.size)
+
+    def _callback(self, factory: Callable[..., Callback], options: dict[str, Any]) -> Callback:
+        """Make a callback.
+
+        Raises:
+            UserError: it changes gradients, which have left for the servers when it is called.
+        """
+        made = factory(self, **options)
+        if made.changes_gradients and not self.exchange.updates_locally:
+            name = self.config.exchange.name
+            raise UserError(
+                f"callbacks: {type(made).__name__.lower()} changes gradients, and under {name} they"
+                " have left for the servers by then (allowed: an exchange whose workers update)"
+            )
+        return made
 
     def _set_rates(self) -> None:
         """Set the learning rate of each parameter group: its own, by the schedule."""

@@ -40,6 +40,7 @@ class ParameterServerExchange:
 
     # Servers may go on without a worker, and apply a gradient before others have theirs.
     averages = False
+    updates_locally = False
 
     def __init__(
         self,

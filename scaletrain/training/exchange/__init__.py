@@ -38,10 +38,12 @@ class Exchange(Protocol):
         world: this worker's place.
         averages: whether every step's gradient is the mean over all ranks. Then a rank may weigh
             its loss by what all ranks have, and all see the same gradient before the update.
+        updates_locally: whether ``step`` runs the worker's own optimizer on gradients in ``.grad``.
     """
 
     world: World
     averages: bool = True
+    updates_locally: bool = True
 
     @abc.abstractmethod
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:

@@ -1,0 +1,50 @@
+"""Clips gradients: by their global norm, or each value. Both are over all ranks."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Gt
+from torch import nn
+
+from scaletrain.errors import UserError
+from scaletrain.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from scaletrain.training.trainer import Trainer
+
+
+class Clip(Callback):
+    """Clips what the exchange has averaged, so every rank clips alike and none communicates."""
+
+    changes_gradients = True
+
+    def __init__(self, module: nn.Module, norm: float | None, value: float | None):
+        self._parameters = [*module.parameters()]
+        self._norm = norm
+        self._value = value
+
+    def after_backward(self) -> None:
+        """Scale all gradients to the norm at most, then cut each value."""
+        if self._norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._norm)
+        if self._value is not None:
+            nn.utils.clip_grad_value_(self._parameters, self._value)
+
+
+def callback(
+    trainer: "Trainer",
+    *,
+    norm: Annotated[float, Gt(0)] | None = None,
+    value: Annotated[float, Gt(0)] | None = None,
+) -> Callback:
+    """Return the callback.
+
+    Args:
+        norm: the largest Euclidean norm of all gradients together.
+        value: the largest absolute value of a gradient's element.
+
+    Raises:
+        UserError: neither is given.
+    """
+    if norm is None and value is None:
+        raise UserError("callbacks: clip needs a norm or a value, such as {name: clip, norm: 1.0}")
+    return Clip(trainer.module, norm, value)

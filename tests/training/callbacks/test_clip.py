@@ -1,0 +1,106 @@
+"""Tests of training/callbacks/clip.py: N workers clip as one worker of torch alone does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from scaletrain import config
+from scaletrain.errors import UserError
+from scaletrain.training import workload
+from scaletrain.training.batches import GlobalBatches
+from tests.ranks import run_ranks
+from tests.training import jobs
+
+JOB = {
+    "model": {"name": "mlp", "sizes": [8, 16, 4]},
+    "data": "tests.training.jobs:vectors",
+    "batch_size": 16,
+    "steps": 6,
+    "optimizer": {"name": "sgd", "lr": 0.5, "momentum": 0.9},
+}
+
+
+def by_torch_alone(options: dict[str, float]) -> dict[str, torch.Tensor]:
+    parts = workload.build(config.check(JOB), torch.device("cpu"))
+    batches = GlobalBatches(64, 16, 0)
+    for step in range(6):
+        parts.optimizer.zero_grad()
+        inputs, targets = parts.data.train[batches.indices(step)]
+        nn.functional.cross_entropy(parts.model(inputs), targets).backward()
+        if "norm" in options:
+            nn.utils.clip_grad_norm_(parts.model.parameters(), options["norm"])
+        if "value" in options:
+            nn.utils.clip_grad_value_(parts.model.parameters(), options["value"])
+        parts.optimizer.step()
+    return parts.model.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"norm": 0.2}, {"value": 0.01}, {"norm": 0.3, "value": 0.02}])
+@pytest.mark.parametrize(("exchange", "size"), [("native", 3), ("ring@gloo", 2), ("none", 1)])
+def test_gradients_are_clipped_over_all_ranks(
+    exchange: str, size: int, options: dict[str, Any], tmp_path: Path
+):
+    tree = JOB | {"exchange": exchange, "callbacks": [{"name": "clip"} | options]}
+    results = run_ranks(jobs.train_rank, size, tree, tmp_path)
+    expected = by_torch_alone(options)
+    unclipped = by_torch_alone({})
+    for name, value in expected.items():
+        assert not torch.allclose(value, unclipped[name], rtol=1e-3), "clipping must matter"
+        for result in results:
+            torch.testing.assert_close(
+                torch.from_numpy(result["state"][name]), value, rtol=1e-4, atol=1e-6
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"callbacks": ["clip"]}, "clip needs a norm or a value"),
+        (
+            {"callbacks": [{"name": "clip", "norm": 1.0}], "exchange": "parameter_server"},
+            "clip changes gradients, and under parameter_server they have left",
+        ),
+    ],
+)
+def test_what_cannot_be_clipped_is_told(keys: dict[str, Any], told: str, tmp_path: Path):
+    with pytest.raises(AssertionError, match=told):
+        run_ranks(jobs.train_rank, 1, JOB | {"exchange": "none"} | keys, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_callback_of_ones_own(tmp_path: Path):
+    (tmp_path / "own_callback.py").write_text(
+        "from scaletrain import Callback\n"
+        "class Zero(Callback):\n"
+        "    changes_gradients = True\n"
+        "    def __init__(self, module): self.module = module\n"
+        "    def after_backward(self):\n"
+        "        for parameter in self.module.parameters(): parameter.grad.zero_()\n"
+        "def zero(trainer, *, unused: int = 3): return Zero(trainer.module)\n"
+    )
+    own = {"callbacks": [{"name": "own_callback:zero", "unused": 4}]}
+    tree = JOB | {"exchange": "native", "source": str(tmp_path / "job.yaml")} | own
+    [result] = run_ranks(jobs.train_rank, 1, tree, tmp_path)
+    untrained = workload.build(config.check(JOB), torch.device("cpu")).model.state_dict()
+    for name, value in untrained.items():
+        assert torch.equal(torch.from_numpy(result["state"][name]), value)
+    with pytest.raises(UserError, match="did you mean 'unused'"):
+        config.check(tree | {"callbacks": [{"name": "own_callback:zero", "unsued": 4}]})
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "told"),
+    [
+        (["clop"], "callback: 'clop' is not known; did you mean 'clip'"),
+        ([{"name": "clip", "norm": 0}], "callback.norm: 0 is not allowed"),
+        ([{"name": "clip", "nrom": 1}], "did you mean 'norm'"),
+    ],
+)
+def test_names_and_options_are_checked(callbacks: list[Any], told: str):
+    with pytest.raises(UserError, match=told):
+        config.check(JOB | {"callbacks": callbacks})
