@@ -110,10 +110,16 @@ def test_lines_of_different_lengths_are_learned_as_by_one_worker(tmp_path: Path)
         run_dir = tmp_path / workers
         done = scaletrain(
             "train", "examples/characters/job.yaml", "--workers", workers, "--run-dir", run_dir,
-            "--set", "steps=60",
+            "--set", "steps=60", "--set", "evaluate_every=20",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        losses.append(json.loads((run_dir / "summary.json").read_text())["test_loss"])
+        summary = json.loads((run_dir / "summary.json").read_text())
+        losses.append(summary["test_loss"])
+        lines = (run_dir / "evaluations.jsonl").read_text().splitlines()
+        evaluations = [json.loads(line) for line in lines]
+        assert [evaluation["step"] for evaluation in evaluations] == [20, 40, 60]
+        assert evaluations[-1]["test_loss"] == summary["test_loss"]
+        assert f"step 20/60  test_loss {evaluations[0]['test_loss']:.4g}" in done.stdout
     assert losses[0] < 3.0  # guessing by the frequency of characters alone gives 3.23
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 

@@ -71,8 +71,11 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
         config.callbacks[index] = Named(name=named.name, **options)
     _check_loss(config, where)
     _check_nonfinite(config, where)
-    optimizer_options = _optimizer_options(config.optimizer, where)
-    config.optimizer = Named(name=config.optimizer.name, **optimizer_options)
+    if config.optimizer is None and config.workload is None:
+        config.optimizer = Named(name="sgd", lr=0.1)  # type: ignore[call-arg]
+    if config.optimizer is not None:  # else the workload's own
+        optimizer_options = _optimizer_options(config.optimizer, where)
+        config.optimizer = Named(name=config.optimizer.name, **optimizer_options)
     _check_length(config, where)
     _check_batch(config, where)
     return config

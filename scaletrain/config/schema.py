@@ -131,8 +131,8 @@ class RunConfig(Strict):
     steps: Annotated[int, Field(ge=1)] | None = None
     """Length of the run in optimizer steps."""
 
-    optimizer: NameOrOptions = Named(name="sgd", lr=0.1)  # type: ignore[call-arg]
-    """A class of `torch.optim`, in any case, and its arguments."""
+    optimizer: NameOrOptions | None = None
+    """A class of `torch.optim`, in any case, and its arguments; default: sgd with lr 0.1."""
 
     lr_schedule: ScheduleOrName = LrSchedule()
     """How the learning rate changes in the course of the run."""

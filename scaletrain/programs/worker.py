@@ -27,7 +27,7 @@ from scaletrain.engine import rendezvous
 from scaletrain.errors import UserError
 from scaletrain.host import cores
 from scaletrain.run import progress, spans
-from scaletrain.run.atomic import write_json
+from scaletrain.run.atomic import write_json, write_text
 from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord
@@ -90,6 +90,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
             if resume and not trainer.resumed:
                 print(f"no checkpoint in {run_dir}: training begins anew", flush=True)
             narrator = _Narrator(config, world, trainer)
+            _cut_evaluations(files, trainer.next_step if trainer.resumed else 0)
 
         # 4. Train.
         def on_step(record: StepRecord) -> None:
@@ -99,7 +100,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
                 narrator.step(record)
 
         programs.done()
-        summary = trainer.fit(on_step, stop)
+        summary = trainer.fit(on_step, stop, narrator.evaluated if narrator else None)
         stop.over()
 
         # 5. Say what was reached.
@@ -243,11 +244,24 @@ class _Narrator:
         self._printed_at = now
         self._samples, self._seconds = 0, 0.0
 
+    def evaluated(self, step: int, figures: dict[str, float | None]) -> None:
+        """Record an evaluation, and print it unless it is the last: the end says that one."""
+        known = {name: value for name, value in figures.items() if value is not None}
+        with open(RunDir(self._trainer.run_dir).evaluations, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | known) + "\n")
+        if step < self._trainer.num_steps:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in known.items())
+            print(f"step {step}/{self._trainer.num_steps}  {shown}", flush=True)
+
     def end(self, summary: dict[str, Any]) -> None:
         """Print the run's last line."""
         accuracy = ""
         if summary["test_accuracy"] is not None:
             accuracy = f", test accuracy {summary['test_accuracy']:.4f}"
+        for name, value in summary.items():
+            is_own = name.startswith("test_") and name not in ("test_loss", "test_accuracy")
+            if is_own and value is not None:
+                accuracy += f", {name} {value:.4g}"
         loss = "not finite"
         if summary["final_loss"] is not None:
             loss = f"{summary['final_loss']:.6g}"
@@ -258,6 +272,18 @@ class _Narrator:
             f" {summary['samples_per_s']:,.0f} samples/s, {summary['wall_s']:.1f} s",
             flush=True,
         )
+
+
+def _cut_evaluations(files: RunDir, step: int) -> None:
+    """Drop the evaluations after a step, which are done again."""
+    path = files.evaluations
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    write_text(path, "".join(kept))
 
 
 class _HeaderFile:

@@ -52,6 +52,11 @@ class RunDir:
         """Return the records files that exist, in the order of their ranks."""
         return [path for _, path in self._numbered("rank-*.jsonl")]
 
+    @property
+    def evaluations(self) -> Path:
+        """One line of JSON an evaluation: ``step`` and its figures. Written by rank 0."""
+        return self.path / "evaluations.jsonl"
+
     def spans(self, rank: int) -> Path:
         """Buckets, rounds and waits of one worker (``run.spans``). Read for Chrome traces."""
         return self.path / f"spans-{rank}.jsonl"

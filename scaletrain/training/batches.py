@@ -159,19 +159,22 @@ def load(
 
 
 class UnreadableSample(UserError):
-    """A sample that raised an exception, its cause, when it was read.
+    """A sample, or several to be collated, that raised an exception, its cause, when read.
 
     It is an error in one line, since most often a file of the data set is missing or broken. And a
     data set that loses its connection is not taken for a worker that does.
     """
 
-    def __init__(self, index: int, error: Exception):
+    def __init__(self, index: int | list[int], error: Exception):
         description = type(error).__name__
         # The first line: some messages are a page.
         lines = str(error).strip().splitlines()
         if lines:
             description += f": {lines[0]}"
-        super().__init__(f"data: sample {index} cannot be read: {description}")
+        done = f"sample {index} cannot be read"
+        if isinstance(index, list):
+            done = f"samples {', '.join(map(str, index))} cannot be collated"
+        super().__init__(f"data: {done}: {description}")
         self.index = index
         self.__cause__ = error
 
@@ -190,7 +193,10 @@ class _Batches(Dataset):
     def __getitem__(self, place: tuple[int | str, list[int]]) -> Any:
         epoch, indices = place
         samples = [read_sample(self._samples, epoch, index) for index in indices]
-        return self._collate(samples)
+        try:
+            return self._collate(samples)
+        except Exception as error:
+            raise UnreadableSample(indices, error) from error
 
 
 def read_sample(samples: Placed, epoch: int | str, index: int) -> Any:

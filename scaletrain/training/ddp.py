@@ -27,6 +27,7 @@ class AllreduceExchange(Exchange):
         setup: the job's store, the device and the time limit.
         backend: of torch.distributed: gloo, nccl or scaletrain.
         bucket_mb: size of DDP's gradient buckets in MiB.
+        find_unused_parameters: let DDP look for parameters without a gradient after each forward.
         options: of the backend.
 
     Raises:
@@ -34,7 +35,14 @@ class AllreduceExchange(Exchange):
     """
 
     def __init__(
-        self, world: World, setup: Setup, *, backend: str, bucket_mb: float, options: Any = None
+        self,
+        world: World,
+        setup: Setup,
+        *,
+        backend: str,
+        bucket_mb: float,
+        find_unused_parameters: bool = False,
+        options: Any = None,
     ):
         if dist.is_initialized():
             raise UserError(
@@ -51,6 +59,7 @@ class AllreduceExchange(Exchange):
         )
         self.world = world
         self._bucket_mb = bucket_mb
+        self._find_unused_parameters = find_unused_parameters
         self._device = setup.device
         # When backward made this step's last gradient; None on CUDA. Written by backward's thread.
         self._last_gradient_at: float | None = None
@@ -66,7 +75,10 @@ class AllreduceExchange(Exchange):
                     parameter.register_post_accumulate_grad_hook(self._note_gradient)
         # The view saves a copy: gradients lie in the buckets that travel.
         self._ddp = DistributedDataParallel(
-            model, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True
+            model,
+            bucket_cap_mb=self._bucket_mb,
+            find_unused_parameters=self._find_unused_parameters,
+            gradient_as_bucket_view=True,
         )
         # A hook replaces DDP's built-in allreduce, so a run without a trace does not get one.
         if spans.on():

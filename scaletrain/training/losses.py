@@ -8,7 +8,58 @@ import torch
 
 from scaletrain.errors import UserError
 from scaletrain.training.exchange import Exchange
-from scaletrain.training.workload import Loss, Workload
+from scaletrain.training.workload import Loss, Mean, Workload
+
+
+def checked(loss: Any) -> Loss:
+    """Return what a workload's ``forward`` returned, if one can train with it.
+
+    Raises:
+        UserError: it is no ``Loss`` of a scalar with a gradient and a number.
+    """
+    if not isinstance(loss, Loss):
+        raise UserError(
+            f"workload: forward returned a {type(loss).__name__} (allowed: scaletrain.Loss(total,"
+            " count))"
+        )
+    total = loss.total
+    if not isinstance(total, torch.Tensor) or total.numel() != 1 or not total.requires_grad:
+        described = f"a {type(total).__name__}"
+        if isinstance(total, torch.Tensor):
+            gradient = "with" if total.requires_grad else "without"
+            described = f"a tensor of shape {tuple(total.shape)} {gradient} a gradient"
+        raise UserError(
+            f"workload: the total of forward's loss is {described} (allowed: a scalar tensor with a"
+            " gradient, the sum over the batch)"
+        )
+    _check_number(loss.count, "the count of forward's loss")
+    return loss
+
+
+def checked_figures(figures: Any) -> dict[str, Mean]:
+    """Return what a workload's ``evaluate`` returned.
+
+    Raises:
+        UserError: it is no dict of ``Mean`` by name.
+    """
+    is_dict = isinstance(figures, dict)
+    if is_dict and all(isinstance(figure, Mean) for figure in figures.values()):
+        return figures
+    raise UserError(
+        'workload: evaluate returned something else than a dict of means, such as {"loss":'
+        " scaletrain.Mean(total, count)}"
+    )
+
+
+def _check_number(count: Any, name: str) -> None:
+    """Raise ``UserError`` if a count is no number. Does not wait for the device."""
+    is_scalar = isinstance(count, torch.Tensor) and count.numel() == 1
+    if is_scalar or isinstance(count, int | float):
+        return
+    described = f"a {type(count).__name__}"
+    if isinstance(count, torch.Tensor):
+        described = f"a tensor of shape {tuple(count.shape)}"
+    raise UserError(f"workload: {name} is {described} (allowed: a number or a scalar tensor)")
 
 
 class GlobalMean:
@@ -45,7 +96,11 @@ class GlobalMean:
         if workload.counts_samples:
             self._weight = self._size / global_batch
             return
-        self._own = float(sum(float(workload.count(batch)) for batch in batches))
+        self._own = 0.0
+        for batch in batches:
+            count = workload.count(batch)
+            _check_number(count, "count(batch)")
+            self._own += float(count)
         if exchange.averages:
             self._finish = exchange.begin_sum(torch.tensor([self._own], dtype=torch.float64))
         else:

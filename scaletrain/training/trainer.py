@@ -23,7 +23,7 @@ from scaletrain.training.callbacks import Callback
 from scaletrain.training.checkpoint_writer import CheckpointWriter
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.learning_rate import learning_rate
-from scaletrain.training.losses import GlobalMean, StepLoss
+from scaletrain.training.losses import GlobalMean, StepLoss, checked, checked_figures
 from scaletrain.training.randomness import seed_forward
 from scaletrain.training.resume import resume_lines, training_facts
 from scaletrain.training.step_clock import StepClock
@@ -65,6 +65,7 @@ class Trainer:
         self.world = world
         self.workload = workload
         self.module = workload.model  # without the exchange's wrapper
+        workload.module = self.module
         self.exchange = exchange
         self.device = device
         self.run_dir = run_dir
@@ -77,6 +78,7 @@ class Trainer:
         self.num_steps = config.steps or self._steps_of(config.epochs or 0)
         self._base_lrs = [float(group["lr"]) for group in workload.optimizer.param_groups]
         self._left_out = 0  # steps in a row whose gradient was not finite
+        self._on_evaluation: Callable[[int, dict[str, float | None]], None] | None = None
 
         # A fault in the first save would come after hours: try it now.
         checkpoint.check_saveable(self.module, workload.optimizer)
@@ -143,7 +145,7 @@ class Trainer:
             # Only the last pass exchanges; the others add to the gradients of this rank.
             with contextlib.nullcontext() if is_last else self.exchange.accumulate():
                 with self._autocast():
-                    loss = self.workload.forward(batch)
+                    loss = checked(self.workload.forward(batch))
                 clock.lap("forward")
                 step_loss.add(loss)
                 if self.device.type == "cpu" or is_last:  # reading it stalls a GPU's stream
@@ -182,7 +184,10 @@ class Trainer:
         return record
 
     def fit(
-        self, on_step: Callable[[StepRecord], None], stop: Callable[[int], bool]
+        self,
+        on_step: Callable[[StepRecord], None],
+        stop: Callable[[int], bool],
+        on_evaluation: Callable[[int, dict[str, float | None]], None] | None = None,
     ) -> dict[str, Any]:
         """Train to the last step, and return the summary. Every rank calls it.
 
@@ -190,7 +195,10 @@ class Trainer:
             on_step: called after each step of this rank.
             stop: called before each step with its number; True ends the training, and must come on
                 all ranks at the same step.
+            on_evaluation: called on every rank after each evaluation, with the number of steps done
+                and the figures of ``evaluate``.
         """
+        self._on_evaluation = on_evaluation
         began = time.monotonic()
         evaluation: dict[str, Any] = {}
         while not self.finished and not stop(self.next_step):
@@ -243,7 +251,7 @@ class Trainer:
         with self._alone(), self._autocast(), torch.inference_mode():
             for batch in self._load(test, shares, 0):
                 progress.alive("evaluating")
-                means = self.workload.evaluate(to_device(batch, self.device))
+                means = checked_figures(self.workload.evaluate(to_device(batch, self.device)))
                 for name, mean in means.items():
                     sums = figures.setdefault(name, [0.0, 0.0])
                     sums[0] += float(mean.total)
@@ -435,7 +443,10 @@ class Trainer:
 
     def _evaluate_into(self, evaluation: dict[str, Any], began: float) -> None:
         """Evaluate, and note when the target accuracy was first reached."""
-        evaluation.update(self.evaluate())
+        figures = self.evaluate()
+        if self._on_evaluation:
+            self._on_evaluation(self.next_step, figures)
+        evaluation.update(figures)
         target = self.config.target_accuracy
         # Only the first time counts, even if a later evaluation falls below the target.
         if not target or "target_step" in evaluation:

@@ -62,9 +62,12 @@ class Workload:
 
     Attributes:
         model: on the CPU at first; the trainer moves it. While it trains, the trainer puts the
-            exchange's module here, so that backward exchanges gradients.
+            exchange's module here, so that backward exchanges gradients. Call it and nothing else.
+        module: the model itself, whatever ``model`` is: for its attributes and methods. The trainer
+            sets it.
         data: training and test set.
-        optimizer: over the model's parameters. Left out: the YAML's ``optimizer``.
+        optimizer: over all of the model's parameters that are trained. Left out: the YAML's
+            ``optimizer``.
 
     Example:
         .. code-block:: python
@@ -85,11 +88,15 @@ class Workload:
     """
 
     model: nn.Module
+    module: nn.Module
     data: Data
     optimizer: torch.optim.Optimizer
 
     def forward(self, batch: Any) -> Loss:
-        """Return the loss of a batch, in training and in evaluation."""
+        """Return the loss of a batch, in training and in evaluation.
+
+        Its total is a sum, never a mean: the trainer divides by the count of all ranks.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no forward(batch) -> Loss")
 
     def count(self, batch: Any) -> Tensor | float:
@@ -108,7 +115,8 @@ class Workload:
     def evaluate(self, batch: Any) -> dict[str, Mean]:
         """Return the figures of a test batch by name; the same names for every batch.
 
-        Override it for more than the loss and its parts. It runs without gradients.
+        Override it for figures of your own, in place of the loss and its parts. It runs without
+        gradients. ``target_accuracy`` looks at the figure ``accuracy``.
         """
         loss = self.forward(batch)
         figures = {"loss": Mean(loss.total, loss.count)}
@@ -199,14 +207,21 @@ def build(config: RunConfig, device: torch.device) -> Workload:
     seed_generators(seed)  # also those of ``random`` and numpy
     workload = _users_own(config) if config.workload else _supervised(config)
     _check_data(workload.data)
+    _check_trainable(workload.model)
     workload.model.to(device)
     if config.compute:
         from scaletrain.training.emulation import emulate
 
         workload.model = emulate(workload.model, config.compute.step_s, config.compute.sample_s)
+    workload.module = workload.model
     if getattr(workload, "optimizer", None) is None:
         workload.optimizer = _optimizer(config, workload.model)
-    _check_trainable(workload)
+    elif config.optimizer is not None:
+        raise UserError(
+            "optimizer: the workload sets self.optimizer, so the configuration's would count for"
+            " nothing (remove one of them)"
+        )
+    _check_optimizer(workload)
     return workload
 
 
@@ -256,8 +271,10 @@ def _check_data(data: Data) -> None:
             )
 
 
-def _check_trainable(workload: Workload) -> None:
-    parameters = [*workload.model.parameters()]
+def _check_trainable(model: nn.Module) -> None:
+    parameters = [*model.parameters()]
+    if not parameters:
+        raise UserError("model: has no parameters, so there is nothing to train")
     if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
         raise UserError(
             "model: a lazy module does not know its shapes yet; let the factory call the model once"
@@ -265,11 +282,42 @@ def _check_trainable(workload: Workload) -> None:
         )
     if not any(parameter.requires_grad for parameter in parameters):
         raise UserError("model: no parameter is trained: none has requires_grad")
+
+
+def _check_optimizer(workload: Workload) -> None:
+    """Raise ``UserError`` unless the optimizer trains the whole model and nothing else."""
+    if not isinstance(workload.optimizer, torch.optim.Optimizer):
+        raise UserError(
+            f"workload: self.optimizer is a {type(workload.optimizer).__name__} (allowed: a"
+            " torch.optim.Optimizer, such as AdamW(groups, lr=0.001))"
+        )
     if isinstance(workload.optimizer, torch.optim.LBFGS):
         raise UserError(
             "optimizer: lbfgs calls the model several times a step, which an exchange cannot follow"
             " (allowed: an optimizer whose step() takes no closure)"
         )
+    names = {id(parameter): name for name, parameter in workload.module.named_parameters()}
+    stepped: set[int] = set()
+    for group in workload.optimizer.param_groups:
+        stepped.update(map(id, group["params"]))
+    if not stepped <= names.keys():
+        raise UserError(
+            "optimizer: steps parameters that are not self.model's, so the model would not be"
+            " trained (build it from self.model.parameters())"
+        )
+    for parameter in workload.module.parameters():
+        if parameter.requires_grad and id(parameter) not in stepped:
+            raise UserError(
+                f"optimizer: {names[id(parameter)]} is in none of its groups (put it into one, or"
+                " freeze it with requires_grad_(False))"
+            )
+    for name, value in vars(workload).items():
+        is_other = isinstance(value, nn.Module) and value is not workload.module
+        if is_other and not {id(p) for p in value.parameters()} <= names.keys():
+            raise UserError(
+                f"workload: self.{name} has parameters outside self.model: they would be neither"
+                " exchanged nor saved (make it a part of self.model)"
+            )
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:
@@ -356,6 +404,11 @@ def _loss_function(config: RunConfig) -> Callable[..., Tensor]:
 
 
 def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    if config.optimizer is None:
+        raise UserError(
+            "optimizer: is missing: name one in the configuration, or set self.optimizer in the"
+            " workload"
+        )
     name, options = config.optimizer.name, config.optimizer.options
     classes = _optimizer_classes()
     if name.lower() not in classes:

@@ -144,6 +144,21 @@ def exponential() -> nn.Module:
     return nn.Sequential(Exp(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
+class Branches(nn.Module):
+    """Two branches, of which every other step uses one: the other gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+        self.calls = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        branch = self.branches[self.calls % 2]
+        if self.training:
+            self.calls += 1
+        return branch(inputs)
+
+
 class Groups(Workload):
     """Two parameter groups with rates of their own."""
 

@@ -271,3 +271,14 @@ def test_an_unreadable_sample_is_named_in_one_line(
     if workers:
         assert fail.__name__ in cause.__notes__[0], "where it happened"
     assert multiprocessing.active_children() == [], "the loader processes have ended"
+
+
+def _never(samples: list[Any]) -> Any:
+    raise ValueError("cannot pad")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_that_cannot_be_collated_are_named(workers: int):
+    loaded = load(Squares(), named([torch.tensor([3, 1])]), workers, 0, collate=_never)
+    with pytest.raises(UserError, match=r"samples 3, 1 cannot be collated: ValueError: cannot pad"):
+        next(loaded)

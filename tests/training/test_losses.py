@@ -4,14 +4,16 @@ Bugs it catches: a mean of the ranks' means, a mean of the passes' means, ignore
 count, a count that forward and ``count`` disagree about, a figure of evaluation weighed by samples.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from scaletrain import config
-from scaletrain.training import workload
+from scaletrain import Loss, config
+from scaletrain.errors import UserError
+from scaletrain.training import losses, workload
 from scaletrain.training.batches import GlobalBatches
 from tests.ranks import run_ranks
 from tests.training import jobs
@@ -115,6 +117,28 @@ def test_a_forward_that_counts_otherwise_than_count_is_told(tmp_path: Path):
     job = job | {"workload": {"name": job["workload"], "lies": True}}
     with pytest.raises(AssertionError, match=r"forward counted \d+ where count\(batch\)"):
         run_ranks(jobs.train_rank, 1, job, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        (torch.ones(()), "forward returned a Tensor (allowed: scaletrain.Loss"),
+        (Loss(3.0, 2), "is a float (allowed: a scalar tensor with a gradient"),
+        (Loss(torch.ones(4, requires_grad=True), 4), "is a tensor of shape (4,) with a gradient"),
+        (Loss(torch.ones(()), 4), "is a tensor of shape () without a gradient"),
+        (Loss(torch.ones((), requires_grad=True), torch.ones(3)), "is a tensor of shape (3,)"),
+        (Loss(torch.ones((), requires_grad=True), "4"), "is a str (allowed: a number"),
+    ],
+)
+def test_a_loss_of_another_form_is_told_in_one_line(returned: Any, told: str):
+    with pytest.raises(UserError, match=re.escape(told)):
+        losses.checked(returned)
+
+
+@pytest.mark.parametrize("figures", [None, {"loss": 1.0}, [("loss", 1.0)]])
+def test_figures_of_another_form_are_told_in_one_line(figures: Any):
+    with pytest.raises(UserError, match="evaluate returned something else than a dict of means"):
+        losses.checked_figures(figures)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from scaletrain import config
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import read_records
 from scaletrain.training import workload
+from scaletrain.training.batches import GlobalBatches
 from scaletrain.training.exchange import Setup
 from scaletrain.training.trainer import Trainer
 from scaletrain.world import World
@@ -196,3 +197,23 @@ def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(
         assert result["summary"]["final_loss"] == pytest.approx(
             alone["summary"]["final_loss"], rel=0.01
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["native", "scheduled"])
+def test_parameters_that_a_step_does_not_use_are_left_alone(exchange: str, tmp_path: Path):
+    tree = {"model": "tests.training.jobs:Branches", "data": "tests.training.jobs:vectors"}
+    tree |= {"batch_size": 16, "steps": 4, "optimizer": {"name": "sgd", "lr": 0.1}}
+    tree["exchange"] = {"name": exchange, "find_unused_parameters": True}
+    results = run_ranks(train, 2, tree, tmp_path)
+
+    parts = workload.build(config.check(tree), torch.device("cpu"))
+    batches = GlobalBatches(64, 16, 0)
+    for step in range(4):
+        parts.optimizer.zero_grad()
+        inputs, targets = parts.data.train[batches.indices(step)]
+        torch.nn.functional.cross_entropy(parts.model(inputs), targets).backward()
+        parts.optimizer.step()
+    weights = torch.cat([p.detach().flatten() for p in parts.model.parameters()])
+    for result in results:
+        torch.testing.assert_close(torch.from_numpy(result["weights"]), weights)

@@ -27,6 +27,7 @@ def dicts(): return Dicts(), Dicts()
 def pairs(): return (TensorDataset(torch.zeros(8, 3), torch.ones(8).long()),) * 2
 def linear(): return nn.Linear(3, 2)
 def lazy(): return nn.LazyLinear(2)
+def empty(): return nn.Flatten()
 def frozen(): return nn.Linear(3, 2).requires_grad_(False)
 def tied():
     class Tuple(nn.Linear):
@@ -42,7 +43,25 @@ class NoData(Workload):
 
 class NotOne:
     pass
+
+class Own(Workload):
+    def __init__(self, *, fault: str = ""):
+        self.model = nn.Linear(3, 2)
+        self.data = Data(*pairs())
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        if fault == "foreign":
+            self.optimizer = torch.optim.SGD(linear().parameters(), lr=0.1)
+        if fault == "partial":
+            self.optimizer = torch.optim.SGD([self.model.weight], lr=0.1)
+        if fault == "list":
+            self.optimizer = [{"params": [self.model.weight]}]
+        if fault == "head":
+            self.head = nn.Linear(2, 2)
 """
+
+
+def own(fault: str) -> dict:
+    return {"workload": {"name": "parts_of_a_job:Own", "fault": fault}}
 
 
 @pytest.fixture
@@ -65,6 +84,12 @@ def job(tmp_path: Path):
         ({"model": "parts_of_a_job:lazy"}, "a lazy module does not know its shapes yet"),
         ({"model": "parts_of_a_job:frozen"}, "no parameter is trained"),
         ({"optimizer": {"name": "lbfgs"}}, "lbfgs calls the model several times a step"),
+        ({"model": "parts_of_a_job:empty"}, "model: has no parameters"),
+        (own("foreign"), "steps parameters that are not self.model's"),
+        (own("partial"), "optimizer: bias is in none of its groups"),
+        (own("list"), "self.optimizer is a list"),
+        (own("head"), "self.head has parameters outside self.model"),
+        (own("") | {"optimizer": {"name": "sgd", "lr": 1}}, "the workload sets self.optimizer"),
         ({"workload": "parts_of_a_job:NoModel"}, "sets no self.model in __init__"),
         ({"workload": "parts_of_a_job:NoData"}, "sets no self.data in __init__"),
         ({"workload": "parts_of_a_job:NotOne"}, "allowed: a class that derives from"),

@@ -13,11 +13,18 @@ from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
 
 
-def exchange(world: World, setup: Setup, *, bucket_mb: Annotated[float, Gt(0)] = 25.0) -> Exchange:
+def exchange(
+    world: World,
+    setup: Setup,
+    *,
+    bucket_mb: Annotated[float, Gt(0)] = 25.0,
+    find_unused_parameters: bool = False,
+) -> Exchange:
     """Return DDP over torch's own backend.
 
     Args:
         bucket_mb: size of a gradient bucket in MiB.
+        find_unused_parameters: for models of which some parameters get no gradient in some steps.
 
     Raises:
         UserError: workers share a GPU.
@@ -31,4 +38,10 @@ def exchange(world: World, setup: Setup, *, bucket_mb: Annotated[float, Gt(0)] =
                 "exchange: 'native' is NCCL on GPUs, which refuses workers that share one; use"
                 " exchange: scheduled, which goes through shared memory then, or one worker a GPU"
             )
-    return AllreduceExchange(world, setup, backend=backend, bucket_mb=bucket_mb)
+    return AllreduceExchange(
+        world,
+        setup,
+        backend=backend,
+        bucket_mb=bucket_mb,
+        find_unused_parameters=find_unused_parameters,
+    )

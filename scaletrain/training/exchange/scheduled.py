@@ -19,8 +19,23 @@ class ScheduledExchange(AllreduceExchange):
     The wires are opened at once: one that is not available here is reported before training begins.
     """
 
-    def __init__(self, world: World, setup: Setup, *, bucket_mb: float, options: Options):
-        super().__init__(world, setup, backend="scaletrain", bucket_mb=bucket_mb, options=options)
+    def __init__(
+        self,
+        world: World,
+        setup: Setup,
+        *,
+        bucket_mb: float,
+        find_unused_parameters: bool,
+        options: Options,
+    ):
+        super().__init__(
+            world,
+            setup,
+            backend="scaletrain",
+            bucket_mb=bucket_mb,
+            find_unused_parameters=find_unused_parameters,
+            options=options,
+        )
         try:
             # The backend opens its wires with the first collective, so there is a small one now.
             dist.all_reduce(torch.zeros(1, device=setup.device))
@@ -41,6 +56,7 @@ def exchange(
     collective: str = "auto",
     transport: str = "auto",
     bucket_mb: Annotated[float, Gt(0)] = 25.0,
+    find_unused_parameters: bool = False,
 ) -> Exchange:
     """Return DDP over our engine.
 
@@ -48,6 +64,13 @@ def exchange(
         collective: the allreduce algorithm, with its options: ``pipelined_tree:segments=8``.
         transport: the wire, with its options.
         bucket_mb: size of a gradient bucket in MiB.
+        find_unused_parameters: for models of which some parameters get no gradient in some steps.
     """
     options = Options(collective=collective, transport=transport)
-    return ScheduledExchange(world, setup, bucket_mb=bucket_mb, options=options)
+    return ScheduledExchange(
+        world,
+        setup,
+        bucket_mb=bucket_mb,
+        find_unused_parameters=find_unused_parameters,
+        options=options,
+    )
