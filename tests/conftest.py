@@ -1,6 +1,7 @@
 """Shared by all tests: parts a machine may lack, and a run directory."""
 
 import os
+import signal
 
 import pytest
 
@@ -15,6 +16,17 @@ def require(part: str, condition: bool, how: str) -> None:
     if part in os.environ.get("SCALETRAIN_REQUIRE", "").split(","):
         pytest.fail(f"{message} (required by SCALETRAIN_REQUIRE)", pytrace=False)
     pytest.skip(message)
+
+
+def pytest_configure() -> None:
+    """Give tests the usual signals: `nohup make test &` in a script ignores two, and all processes
+    that tests start would inherit that.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
