@@ -1,13 +1,13 @@
 """``scaletrain launch``: run a person's own script as workers."""
 
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from scaletrain import plugins
+from scaletrain.cli.options import directory_name, new_directory
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def command(
         job = script_job(argv, workers, directory.resolve(), timeout_s)
         return job, plugins.load("launcher", launcher)(job, **options)
 
-    directory = run_dir or Path("runs") / f"launch-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = run_dir or directory_name("launch")
     job, plan = planned(directory)
     # Before the checks below: a plan can be read on a machine that lacks the launcher.
     if dry_run:
@@ -96,8 +96,7 @@ def command(
     if argv[0].endswith(".py") and not Path(argv[0]).is_file():
         raise UserError(f"{argv[0]}: there is no such file")
     if run_dir is None:
-        directory = claim.new_directory(directory)
-        job, plan = planned(directory)
+        directory, (job, plan) = new_directory(directory, (job, plan), planned)
     with claim.in_use(directory, "--run-dir", shared=plan.is_part) as descriptor:
         for line in plan.explain:
             Screen().say(line, error=True)  # standard output belongs to the script

@@ -1,6 +1,13 @@
-"""Values that options of several commands take: lists with commas."""
+"""Values that options of several commands take: lists with commas, and run directories."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 import click
+
+Plan = TypeVar("Plan")
 
 
 def names(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
@@ -22,3 +29,22 @@ def numbers(context: click.Context, parameter: click.Parameter, text: str) -> tu
     if min(values) < 1:
         raise click.BadParameter(f"{text!r}: numbers start at 1")
     return values
+
+
+def directory_name(stem: str) -> Path:
+    """Return the name of the run directory of a command that begins now and was given none."""
+    return Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def new_directory(name: Path, plan: Plan, planned: Callable[[Path], Plan]) -> tuple[Path, Plan]:
+    """Make a run directory that nobody else has; return it and the plan for it.
+
+    Args:
+        name: the directory, unless another command has taken it.
+        plan: for that name.
+        planned: makes the plan for another one. Planning may start programs, such as mpirun.
+    """
+    from scaletrain.run import claim
+
+    directory = claim.new_directory(name)
+    return directory, plan if directory == name else planned(directory)

@@ -1,13 +1,13 @@
 """``scaletrain train``: train the job that a YAML file describes."""
 
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from scaletrain import plugins
+from scaletrain.cli.options import directory_name, new_directory
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def command(
         job = _job(run, directory.resolve(), resume)
         return job, plugins.load("launcher", run.launcher.name)(job, **run.launcher.options)
 
-    directory = run_dir or Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = run_dir or directory_name(run.name)
     job, plan = planned(directory)
     # Up to here nothing is written, so that --dry-run and a missing launcher leave no directory.
     if dry_run:
@@ -74,8 +74,7 @@ def command(
     from scaletrain.run import claim
 
     if run_dir is None:
-        directory = claim.new_directory(directory)
-        job, plan = planned(directory)
+        directory, (job, plan) = new_directory(directory, (job, plan), planned)
     with claim.in_use(directory, "--run-dir", shared=plan.is_part) as descriptor:
         _claim(directory, resume, run.to_yaml())
         screen = Screen()

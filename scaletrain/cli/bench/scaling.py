@@ -3,13 +3,12 @@
 import dataclasses
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from scaletrain.cli.options import names, numbers
+from scaletrain.cli.options import directory_name, names, numbers
 from scaletrain.cli.report import baseline_option
 from scaletrain.units import plural
 
@@ -136,7 +135,7 @@ def command(
     plan = sweep.plan(sweep.Request(**request))
     if baseline:
         _check_baseline(baseline, plan)
-    directory = out or Path("runs") / f"scaling-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = out or directory_name("scaling")
     if dry_run:
         for cell in plan.cells():
             click.echo(shlex.join(plan.command(cell, sweep.run_dir(directory, cell, 0))))
