@@ -1,5 +1,6 @@
 """Jobs that the tests of training share, and the rank that trains one of them."""
 
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from scaletrain import Data, Loss, Mean, Workload, config
 from scaletrain.training import workload
+from scaletrain.training.batches import GlobalBatches
 from scaletrain.training.exchange import Setup
 from scaletrain.training.trainer import Trainer
 from scaletrain.world import World
@@ -19,9 +21,14 @@ PAD = -100
 
 
 def train_rank(
-    rank: int, size: int, tree: dict[str, Any], run_dir: Path, resume: bool = False
+    rank: int,
+    size: int,
+    tree: dict[str, Any],
+    run_dir: Path,
+    resume: bool = False,
+    stop_at: int | None = None,
 ) -> dict[str, Any]:
-    """Train a job as one rank; return its summary, weights and losses."""
+    """Train a job as one rank; return its summary, weights and records."""
     run = config.check(tree | {"workers": size})
     store = dist.FileStore(str(run_dir / f"store-{resume}-{size}"), size)
     setup = Setup(store, torch.device("cpu"), timedelta(seconds=20), run_dir)
@@ -29,10 +36,45 @@ def train_rank(
     exchange = run.load("exchange")(world, setup, **run.exchange.options)
     parts = workload.build(run, setup.device)
     trainer = Trainer(run, world, parts, exchange, setup.device, run_dir, resume)
-    summary = trainer.fit(lambda record: None, lambda step: False)
+    summary = trainer.fit(lambda record: None, lambda step: step == stop_at)
     exchange.close()
     state = {name: value.detach().numpy() for name, value in trainer.module.state_dict().items()}
     return {"summary": summary, "state": state, "records": trainer.records}
+
+
+def train_alone(
+    tree: dict[str, Any],
+    loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+    before_update: Callable[[nn.Module], None] = lambda model: None,
+    left_out: Collection[int] = (),
+) -> dict[str, torch.Tensor]:
+    """Train a job by a loop of torch alone, on whole global batches; return the weights.
+
+    Args:
+        tree: the job, as a run's configuration.
+        loss: (model, batch) -> the mean over the batch; default: cross entropy.
+        before_update: acts on the gradients.
+        left_out: steps that make no update.
+    """
+    run = config.check(tree)
+    parts = workload.build(run, torch.device("cpu"))
+    train = parts.data.train
+    batches = GlobalBatches(len(train), run.batch_size, run.seed)  # type: ignore[arg-type]
+    collate = parts.data.collate or default_collate
+    for step in range(run.steps or 0):
+        if step in left_out:
+            continue
+        batch = collate([train[index] for index in batches.indices(step).tolist()])
+        parts.optimizer.zero_grad()
+        if loss is not None:
+            mean = loss(parts.model, batch)
+        else:
+            inputs, targets = batch
+            mean = nn.functional.cross_entropy(parts.model(inputs), targets)
+        mean.backward()
+        before_update(parts.model)
+        parts.optimizer.step()
+    return {name: value.detach() for name, value in parts.model.state_dict().items()}
 
 
 class Sentences(Dataset):

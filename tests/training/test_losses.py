@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from scaletrain import Loss, config
 from scaletrain.errors import UserError
@@ -33,39 +34,33 @@ IGNORING = {
 }
 
 
-def by_torch_alone(tree: dict[str, Any]) -> dict[str, Any]:
-    """The weights after a loop of torch alone: the sum over the whole batch by the whole count."""
-    run = config.check(tree)
-    parts = workload.build(run, torch.device("cpu"))
-    train = parts.data.train
-    batches = GlobalBatches(len(train), run.batch_size, run.seed)
-    collate = parts.data.collate or torch.utils.data.default_collate
-    for step in range(run.steps):
-        batch = collate([train[index] for index in batches.indices(step).tolist()])
-        parts.optimizer.zero_grad()
-        if run.workload:
-            total, targets = jobs.token_loss(parts.model, batch), batch["target"]
-        else:
-            inputs, targets = batch
-            total = torch.nn.functional.cross_entropy(
-                parts.model(inputs), targets, reduction="sum", ignore_index=jobs.PAD
-            )
-        (total / (targets != jobs.PAD).sum()).backward()
-        parts.optimizer.step()
-    return {name: value.detach() for name, value in parts.model.state_dict().items()}
+def mean_of_tokens(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return jobs.token_loss(model, batch) / (batch["target"] != jobs.PAD).sum()
+
+
+def mean_of_places(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+    inputs, targets = batch
+    total = nn.functional.cross_entropy(
+        model(inputs), targets, reduction="sum", ignore_index=jobs.PAD
+    )
+    return total / (targets != jobs.PAD).sum()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("exchange", ["native", "scheduled"])
-@pytest.mark.parametrize("tree", [TOKENS, IGNORING], ids=["tokens", "ignored"])
+@pytest.mark.parametrize(
+    ("tree", "loss"),
+    [(TOKENS, mean_of_tokens), (IGNORING, mean_of_places)],
+    ids=["tokens", "ignored"],
+)
 def test_the_mean_is_over_all_that_counts_on_all_ranks(
-    tree: dict[str, Any], exchange: str, accumulate: int, size: int, tmp_path: Path
+    tree: dict[str, Any], loss: Any, exchange: str, accumulate: int, size: int, tmp_path: Path
 ):
     job = tree | {"exchange": exchange, "accumulate": accumulate}
     results = run_ranks(jobs.train_rank, size, job, tmp_path)
-    expected = by_torch_alone(tree)
+    expected = jobs.train_alone(tree, loss)
     for result in results:
         for name, value in expected.items():
             torch.testing.assert_close(

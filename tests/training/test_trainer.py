@@ -9,23 +9,18 @@ rank's share is different), an evaluation that counts a sample twice.
 
 import json
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from scaletrain import config
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import read_records
 from scaletrain.training import workload
-from scaletrain.training.batches import GlobalBatches
-from scaletrain.training.exchange import Setup
-from scaletrain.training.trainer import Trainer
-from scaletrain.world import World
 from tests.ranks import run_ranks
+from tests.training import jobs
 
 JOB = {
     "model": {"name": "digits_cnn", "width": 4},
@@ -46,20 +41,11 @@ def train(
     resume: bool = False,
     stop_at: int | None = None,
 ) -> dict[str, Any]:
-    run = config.check(tree | {"workers": size})
-    world = World(rank, size, rank, size)
-    store = dist.FileStore(str(run_dir / f"store-{resume}-{size}"), size)
-    setup = Setup(store, torch.device("cpu"), timedelta(seconds=20), run_dir)
-    exchange = run.load("exchange")(world, setup, **run.exchange.options)
-    parts = workload.build(run, setup.device)
-    trainer = Trainer(run, world, parts, exchange, setup.device, run_dir, resume)
-    summary = trainer.fit(lambda record: None, lambda step: step == stop_at)
-    exchange.close()
-    weights = torch.cat([p.detach().flatten() for p in parts.model.parameters()])
+    result = jobs.train_rank(rank, size, tree, run_dir, resume, stop_at)
     return {
-        "summary": summary,
-        "weights": weights.numpy(),
-        "losses": [r.loss * r.samples for r in trainer.records],
+        "summary": result["summary"],
+        "weights": np.concatenate([value.ravel() for value in result["state"].values()]),
+        "losses": [record.loss * record.samples for record in result["records"]],
     }
 
 
@@ -207,13 +193,7 @@ def test_parameters_that_a_step_does_not_use_are_left_alone(exchange: str, tmp_p
     tree["exchange"] = {"name": exchange, "find_unused_parameters": True}
     results = run_ranks(train, 2, tree, tmp_path)
 
-    parts = workload.build(config.check(tree), torch.device("cpu"))
-    batches = GlobalBatches(64, 16, 0)
-    for step in range(4):
-        parts.optimizer.zero_grad()
-        inputs, targets = parts.data.train[batches.indices(step)]
-        torch.nn.functional.cross_entropy(parts.model(inputs), targets).backward()
-        parts.optimizer.step()
-    weights = torch.cat([p.detach().flatten() for p in parts.model.parameters()])
+    expected = jobs.train_alone(tree)
+    weights = torch.cat([value.flatten() for value in expected.values()])
     for result in results:
         torch.testing.assert_close(torch.from_numpy(result["weights"]), weights)

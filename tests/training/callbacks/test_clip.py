@@ -10,7 +10,6 @@ from torch import nn
 from scaletrain import config
 from scaletrain.errors import UserError
 from scaletrain.training import workload
-from scaletrain.training.batches import GlobalBatches
 from tests.ranks import run_ranks
 from tests.training import jobs
 
@@ -24,18 +23,13 @@ JOB = {
 
 
 def by_torch_alone(options: dict[str, float]) -> dict[str, torch.Tensor]:
-    parts = workload.build(config.check(JOB), torch.device("cpu"))
-    batches = GlobalBatches(64, 16, 0)
-    for step in range(6):
-        parts.optimizer.zero_grad()
-        inputs, targets = parts.data.train[batches.indices(step)]
-        nn.functional.cross_entropy(parts.model(inputs), targets).backward()
+    def clip(model: nn.Module) -> None:
         if "norm" in options:
-            nn.utils.clip_grad_norm_(parts.model.parameters(), options["norm"])
+            nn.utils.clip_grad_norm_(model.parameters(), options["norm"])
         if "value" in options:
-            nn.utils.clip_grad_value_(parts.model.parameters(), options["value"])
-        parts.optimizer.step()
-    return parts.model.state_dict()
+            nn.utils.clip_grad_value_(model.parameters(), options["value"])
+
+    return jobs.train_alone(JOB, before_update=clip)
 
 
 @pytest.mark.slow
