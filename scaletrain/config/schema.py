@@ -197,14 +197,6 @@ class RunConfig(Strict):
         # None is a configuration that was made in code: modules come from the working directory.
         return Path(self.source).parent if self.source else None
 
-    def load_callbacks(self) -> list[tuple[Any, dict[str, Any]]]:
-        """Import the callbacks; return the factory and the options of each."""
-        loaded = []
-        for named in self.callbacks:
-            factory = plugins.load("callback", named.name, self.search_path)
-            loaded.append((factory, named.options))
-        return loaded
-
     def load(self, kind: Literal["model", "data", "workload", "exchange", "launcher"]) -> Any:
         """Import the plugin that this configuration names for a kind; return its factory."""
         return plugins.load(kind, getattr(self, kind).name, self.search_path)

@@ -27,10 +27,10 @@ from scaletrain.engine import rendezvous
 from scaletrain.errors import UserError
 from scaletrain.host import cores
 from scaletrain.run import progress, spans
-from scaletrain.run.atomic import write_json, write_text
+from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
-from scaletrain.run.records import StepRecord
+from scaletrain.run.records import StepRecord, cut_lines
 from scaletrain.training import workload
 from scaletrain.training.exchange import Setup
 from scaletrain.training.fingerprint import fingerprint
@@ -90,7 +90,8 @@ def main(run_dir: Path, resume: bool = False) -> int:
             if resume and not trainer.resumed:
                 print(f"no checkpoint in {run_dir}: training begins anew", flush=True)
             narrator = _Narrator(config, world, trainer)
-            _cut_evaluations(files, trainer.next_step if trainer.resumed else 0)
+            done = trainer.next_step if trainer.resumed else 0
+            cut_lines(files.evaluations, lambda evaluation: evaluation["step"] <= done)
 
         # 4. Train.
         def on_step(record: StepRecord) -> None:
@@ -272,18 +273,6 @@ class _Narrator:
             f" {summary['samples_per_s']:,.0f} samples/s, {summary['wall_s']:.1f} s",
             flush=True,
         )
-
-
-def _cut_evaluations(files: RunDir, step: int) -> None:
-    """Drop the evaluations after a step, which are done again."""
-    path = files.evaluations
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    write_text(path, "".join(kept))
 
 
 class _HeaderFile:

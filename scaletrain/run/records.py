@@ -7,10 +7,11 @@ measuring never communicates.
 import dataclasses
 import json
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+from scaletrain.run.atomic import write_text
 from scaletrain.run.layout import RunDir
 
 # Left out of every figure of speed: DDP rebuilds its buckets after the first step, and caches and
@@ -78,6 +79,25 @@ class RecordWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def cut_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop lines of a file that holds one JSON object a line, as a run does that goes on.
+
+    A line that was cut by a kill is dropped, too. A file that does not exist stays so.
+
+    Args:
+        path: of the file; replaced atomically.
+        is_kept: returns False for an object that will be written again.
+    """
+    if not path.exists():
+        return
+    kept = []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n") and is_kept(json.loads(line)):
+                kept.append(line)
+    write_text(path, "".join(kept))
 
 
 def read_records(path: Path) -> Iterator[StepRecord]:

@@ -165,22 +165,18 @@ class UnreadableSample(UserError):
     data set that loses its connection is not taken for a worker that does.
     """
 
-    def __init__(self, index: int | list[int], error: Exception):
+    def __init__(self, fault: str, error: BaseException):
         description = type(error).__name__
         # The first line: some messages are a page.
         lines = str(error).strip().splitlines()
         if lines:
             description += f": {lines[0]}"
-        done = f"sample {index} cannot be read"
-        if isinstance(index, list):
-            done = f"samples {', '.join(map(str, index))} cannot be collated"
-        super().__init__(f"data: {done}: {description}")
-        self.index = index
+        super().__init__(f"data: {fault}: {description}")
         self.__cause__ = error
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keep the cause, which exceptions lose on their way to another process."""
-        return _unreadable, (self.index, str(self), _pickled(self.__cause__))
+        return _unreadable, (str(self), _pickled(self.__cause__))
 
 
 class _Batches(Dataset):
@@ -196,7 +192,8 @@ class _Batches(Dataset):
         try:
             return self._collate(samples)
         except Exception as error:
-            raise UnreadableSample(indices, error) from error
+            names = ", ".join(map(str, indices))
+            raise UnreadableSample(f"samples {names} cannot be collated", error) from error
 
 
 def read_sample(samples: Placed, epoch: int | str, index: int) -> Any:
@@ -208,7 +205,7 @@ def read_sample(samples: Placed, epoch: int | str, index: int) -> Any:
     try:
         return samples[epoch, index]
     except Exception as error:
-        raise UnreadableSample(index, error) from error
+        raise UnreadableSample(f"sample {index} cannot be read", error) from error
 
 
 class _BatchesOrErrors(Dataset):
@@ -269,8 +266,8 @@ def _pickled(error: BaseException | None) -> bytes:
     return pickle.dumps(travelled)
 
 
-def _unreadable(index: int, message: str, cause: bytes) -> UnreadableSample:
+def _unreadable(message: str, cause: bytes) -> UnreadableSample:
     """Return the error that was pickled, with its own message."""
-    error = UnreadableSample(index, pickle.loads(cause))
+    error = UnreadableSample("", pickle.loads(cause))
     error.args = (message,)
     return error

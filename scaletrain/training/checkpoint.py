@@ -137,6 +137,32 @@ def copy_to_cpu(content: Content, buffers: dict[str, Tensor]) -> Content:
     return Content(copies, content.state)
 
 
+def snapshot(
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    facts: dict[str, Any],
+    buffers: dict[str, Tensor],
+) -> Content:
+    """Return a copy of all that a checkpoint after ``step`` steps holds.
+
+    Args:
+        run_dir: of the run, for errors.
+        step: steps done.
+        model: its weights must be finite.
+        optimizer: over the model's parameters.
+        facts: JSON that ``load_latest`` gives back.
+        buffers: see ``copy_to_cpu``.
+
+    Raises:
+        TrainingError: weights are not finite.
+        UserError: an entry cannot be saved.
+    """
+    check_finite(step, model, run_dir)
+    return copy_to_cpu(collect(step, model, optimizer, facts), buffers)
+
+
 def write(run_dir: Path, content: Content, keep: int) -> Path:
     """Write a checkpoint durably, then delete older ones.
 
@@ -170,9 +196,7 @@ def save(
         UserError: weights are not finite, or an entry cannot be saved.
         OSError: it cannot be written.
     """
-    check_finite(step, model, run_dir)
-    content = copy_to_cpu(collect(step, model, optimizer, {}), {})
-    return write(run_dir, content, keep)
+    return write(run_dir, snapshot(run_dir, step, model, optimizer, {}, {}), keep)
 
 
 def load_latest(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Loaded | None:

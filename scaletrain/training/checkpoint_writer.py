@@ -65,9 +65,7 @@ class CheckpointWriter:
         """
         self.wait()
         self._alive("copying a checkpoint")
-        checkpoint.check_finite(step, model, self._run_dir)
-        content = checkpoint.collect(step, model, optimizer, facts)
-        content = checkpoint.copy_to_cpu(content, self._buffers)
+        content = checkpoint.snapshot(self._run_dir, step, model, optimizer, facts, self._buffers)
         self._thread = threading.Thread(
             target=self._write, args=(content,), name="checkpoint writer"
         )

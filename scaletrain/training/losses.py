@@ -133,17 +133,14 @@ class StepLoss:
     """
 
     def __init__(self) -> None:
-        self._is_empty = True
         self._total: torch.Tensor | float = 0.0
         self._count: torch.Tensor | float = 0.0
         self._parts: dict[str, torch.Tensor | float] = {}
 
     def add(self, loss: Loss) -> None:
         """Add the loss of one backward pass."""
-        total = loss.total.detach()
-        self._total = total if self._is_empty else self._total + total
-        self._count = loss.count if self._is_empty else self._count + loss.count
-        self._is_empty = False
+        self._total = self._total + loss.total.detach()
+        self._count = self._count + loss.count
         for name, total in loss.parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + total.detach()
 

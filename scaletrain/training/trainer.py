@@ -12,11 +12,13 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
+from scaletrain import plugins
 from scaletrain.config import RunConfig, exchange_label
+from scaletrain.config.schema import Named
 from scaletrain.errors import TrainingError, UserError
 from scaletrain.run import progress
 from scaletrain.run.layout import RunDir
-from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, read_records
+from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, cut_lines, read_records
 from scaletrain.training import checkpoint, finite, statistics
 from scaletrain.training.batches import GlobalBatches, Share, load
 from scaletrain.training.callbacks import Callback
@@ -105,14 +107,18 @@ class Trainer:
         self.records: list[StepRecord] = []
         self._records_before: list[StepRecord] = []  # of the part before a resume
         if self.resumed:
-            self._records_before = _cut_records(run_dir, world.rank, self.next_step)
+            # A rank without records (there are more workers than before) starts afresh.
+            path = RunDir(run_dir).records(world.rank)
+            cut_lines(path, lambda record: record["step"] < self.next_step)
+            if path.exists():
+                self._records_before = [*read_records(path)]
         # A late worker may be the successor of one that died: the records of that one stay.
         self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or missed > 0)
         shares = self.batches.shares(
             self.next_step, self.num_steps, world.rank, world.size, config.accumulate
         )
         self._loaded = self._load(workload.data.train, shares, config.loader_workers)
-        self._callbacks = [self._callback(*loaded) for loaded in config.load_callbacks()]
+        self._callbacks = [self._callback(named) for named in config.callbacks]
 
     @property
     def finished(self) -> bool:
@@ -210,14 +216,15 @@ class Trainer:
                 on_step(record)
             if self.finished:
                 break  # the last step's evaluation and checkpoint come below
-            if self._is_due(self.config.evaluate_every):
+            evaluates = self._is_due(self.config.evaluate_every)
+            saves = self._is_due(self.config.checkpoint.every_steps)
+            # Ranks meet in an evaluation under every exchange. Where they may be at different steps
+            # they cannot meet for a checkpoint: rank 0's statistics count then.
+            if evaluates or (saves and self.exchange.averages):
+                statistics.average(self.module, self.exchange)
+            if evaluates:
                 self._evaluate_into(evaluation, began)
-            if self._is_due(self.config.checkpoint.every_steps):
-                # Where ranks may be at different steps they cannot meet: rank 0's statistics count.
-                if self.exchange.averages:
-                    statistics.average(self.module, self.exchange)
-                self.save()
-            elif self._save_put_off:  # on rank 0 alone
+            if saves or self._save_put_off:  # put off on rank 0 alone
                 self.save()
         statistics.average(self.module, self.exchange)
         self.save()
@@ -235,6 +242,10 @@ class Trainer:
             ``test_accuracy``; None where there is no such figure, or it is not finite.
         """
         statistics.average(self.module, self.exchange)
+        return self._evaluate()
+
+    def _evaluate(self) -> dict[str, float | None]:
+        """Evaluate with this rank's statistics, which are the mean of all ranks' already."""
         test = self.workload.data.test
         num_samples = len(test)  # type: ignore[arg-type]
         mine = torch.arange(num_samples)[self.world.rank :: self.world.size]
@@ -350,18 +361,18 @@ class Trainer:
         """Return the indices of this rank's samples of a step."""
         return self.batches.share(step, self.world.rank, self.world.size)
 
-    def _callback(self, factory: Callable[..., Callback], options: dict[str, Any]) -> Callback:
+    def _callback(self, named: Named) -> Callback:
         """Make a callback.
 
         Raises:
             UserError: it changes gradients, which have left for the servers when it is called.
         """
-        made = factory(self, **options)
+        factory = plugins.load("callback", named.name, self.config.search_path)
+        made: Callback = factory(self, **named.options)
         if made.changes_gradients and not self.exchange.updates_locally:
-            name = self.config.exchange.name
             raise UserError(
-                f"callbacks: {type(made).__name__.lower()} changes gradients, and under {name} they"
-                " have left for the servers by then (allowed: an exchange whose workers update)"
+                f"callbacks: {named.name} changes gradients, and under {self.config.exchange.name}"
+                " they have left for the servers by then (allowed: an exchange whose workers update)"
             )
         return made
 
@@ -443,7 +454,7 @@ class Trainer:
 
     def _evaluate_into(self, evaluation: dict[str, Any], began: float) -> None:
         """Evaluate, and note when the target accuracy was first reached."""
-        figures = self.evaluate()
+        figures = self._evaluate()
         if self._on_evaluation:
             self._on_evaluation(self.next_step, figures)
         evaluation.update(figures)
@@ -510,20 +521,3 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def finite_or_none(value: float) -> float | None:
     """Return the value; None if it is not finite, which JSON cannot hold."""
     return value if math.isfinite(value) else None
-
-
-def _cut_records(run_dir: Path, rank: int, step: int) -> list[StepRecord]:
-    """Drop the records of steps that will be done again, and return the others.
-
-    A rank that has no records (there are more workers than before) starts afresh.
-    """
-    path = RunDir(run_dir).records(rank)
-    kept = []
-    if path.exists():
-        # Read to the end first: the writer below empties the file.
-        kept = [record for record in read_records(path) if record.step < step]
-    writer = RecordWriter(run_dir, rank)
-    for record in kept:
-        writer.write(record)
-    writer.close()
-    return kept

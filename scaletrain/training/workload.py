@@ -213,7 +213,6 @@ def build(config: RunConfig, device: torch.device) -> Workload:
         from scaletrain.training.emulation import emulate
 
         workload.model = emulate(workload.model, config.compute.step_s, config.compute.sample_s)
-    workload.module = workload.model
     if getattr(workload, "optimizer", None) is None:
         workload.optimizer = _optimizer(config, workload.model)
     elif config.optimizer is not None:
@@ -296,7 +295,7 @@ def _check_optimizer(workload: Workload) -> None:
             "optimizer: lbfgs calls the model several times a step, which an exchange cannot follow"
             " (allowed: an optimizer whose step() takes no closure)"
         )
-    names = {id(parameter): name for name, parameter in workload.module.named_parameters()}
+    names = {id(parameter): name for name, parameter in workload.model.named_parameters()}
     stepped: set[int] = set()
     for group in workload.optimizer.param_groups:
         stepped.update(map(id, group["params"]))
@@ -305,14 +304,14 @@ def _check_optimizer(workload: Workload) -> None:
             "optimizer: steps parameters that are not self.model's, so the model would not be"
             " trained (build it from self.model.parameters())"
         )
-    for parameter in workload.module.parameters():
+    for parameter in workload.model.parameters():
         if parameter.requires_grad and id(parameter) not in stepped:
             raise UserError(
                 f"optimizer: {names[id(parameter)]} is in none of its groups (put it into one, or"
                 " freeze it with requires_grad_(False))"
             )
     for name, value in vars(workload).items():
-        is_other = isinstance(value, nn.Module) and value is not workload.module
+        is_other = isinstance(value, nn.Module) and value is not workload.model
         if is_other and not {id(p) for p in value.parameters()} <= names.keys():
             raise UserError(
                 f"workload: self.{name} has parameters outside self.model: they would be neither"
