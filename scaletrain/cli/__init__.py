@@ -7,6 +7,7 @@ need no torch.
 
 import errno
 import io
+import os
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import click
 
 from scaletrain import __version__, plugins
 from scaletrain.errors import UserError, unknown
+from scaletrain.host import init
 
 
 class PluginGroup(click.Group):
@@ -94,6 +96,8 @@ def main() -> None:
     # status of a child would be lost.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    if os.getpid() == 1:
+        init.stay_behind()
     # A name that a terminal cannot show must not end a command.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -22,16 +22,15 @@ def start_ticks(pid: int) -> int | None:
     Together with its id this identifies a process for good: ids are used again, starts are not.
     A zombie has ended.
     """
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     if not fields or fields[0] in ("Z", "X"):
         return None
-    # Field 22 in proc(5): the list begins with field 3, the state.
-    return int(fields[19])
+    return int(fields[19])  # field 22 in proc(5)
 
 
 def state(pid: int) -> str:
     """Return the state letter of a process ("R", "S", "T", "Z", ...); empty if there is none."""
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     return fields[0] if fields else ""
 
 
@@ -83,16 +82,27 @@ def marked(variable: str, mark: str) -> list[int]:
 
     Nested marks are separated by slashes: ``a/b`` lies below ``a``. Zombies have no environment.
     """
-    wanted = f"{variable}={mark}".encode()
     pids = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
-        with contextlib.suppress(OSError):  # it ended, or belongs to another user
-            variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
-            if any(v == wanted or v.startswith(wanted + b"/") for v in variables):
-                pids.append(int(entry))
+        found = variables(int(entry)).get(variable, "")
+        if found == mark or found.startswith(f"{mark}/"):
+            pids.append(int(entry))
     return pids
+
+
+def variables(pid: int) -> dict[str, str]:
+    """Return the environment that a process started with.
+
+    It is empty for a process that has ended or belongs to another user.
+    """
+    try:
+        text = Path(f"/proc/{pid}/environ").read_text("utf-8", errors="surrogateescape")
+    except OSError:
+        return {}
+    pairs = [entry.partition("=") for entry in text.split("\0")]
+    return {name: value for name, _, value in pairs}
 
 
 def kill_marked(variable: str, mark: str) -> None:
@@ -158,8 +168,11 @@ def die_with_parent(number: int) -> None:
         sys.exit(1)
 
 
-def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the command's name; empty without a process."""
+def stat_fields(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat after the command's name; empty without a process.
+
+    The list begins with field 3 of proc(5), the state.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -8,6 +8,7 @@ import signal
 import sys
 
 from scaletrain.errors import UserError
+from scaletrain.host.descendants import adopt_orphans
 from scaletrain.launching.supervision.supervise import ORDER, heed_signals
 from scaletrain.launching.supervision.supervisor import Supervisor
 from scaletrain.run.progress import LAUNCH_MARK
@@ -18,6 +19,7 @@ def main() -> int:
     if LAUNCH_MARK not in os.environ:
         raise UserError("this is started by scaletrain, not by hand")
     plan, job = ORDER.validate_json(_first_line(sys.stdin.fileno()))
+    adopt_orphans()
     supervisor = Supervisor(plan, job)
     heed_signals(lambda number, frame: supervisor.signals.append(number))
     # If the reader of our output is gone, a write fails and we go on to end the workers.

@@ -1,5 +1,8 @@
 """Started processes: their output is shown, their ends are noted, none of them outlives us.
 
+Nor does any process that they have started: the supervisor adopts those that lose their parent
+(``host.descendants``), and so finds them whatever they did with their environment.
+
 Only the supervisor uses this. Its standard input closes when nobody listens to it any more. Its
 standard output carries the output of every process, in frames (``screen``).
 """
@@ -15,6 +18,8 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO
 
+from scaletrain.host import descendants
+from scaletrain.host.descendants import Descendant
 from scaletrain.host.names import host_name
 from scaletrain.host.processes import dies_with_parent, kill_marked
 from scaletrain.launching.job import Companion
@@ -28,6 +33,7 @@ _MISTAKE = re.compile(rb"^(?:\[[^\]\n]*\] )?scaletrain: error: (.*)$", re.MULTIL
 _LINE_ENDS = re.compile(rb"(?<=\n)|(?<=\r)(?!\n|\Z)")
 _KEPT_OUTPUT = 20_000  # characters kept of the output of launchers
 _LONGEST_LINE = 1 << 20  # bytes; of longer lines, other processes may write in the middle
+_MOST_NAMED = 3  # processes that a line names
 _PROMPT_S = 0.3  # a line that is not finished for this long is shown
 
 
@@ -192,6 +198,27 @@ class Processes:
         for process in self.all:
             if process.ended_at is None and process.popen.poll() is not None:
                 process.ended_at = time.time()
+        descendants.reap_adopted([process.popen.pid for process in self.all])
+
+    def left_behind(self) -> list[Descendant]:
+        """Return processes that workers and companions which have ended have left running."""
+        running = [process.popen.pid for process in self.all if process.popen.poll() is None]
+        left = []
+        for process in descendants.descendants(without=running):
+            # A child of a running companion may have lost its parent, and serve the companion.
+            if process.group not in running:
+                left.append(process)
+        return left
+
+    def describe(self, left: list[Descendant]) -> str:
+        """Return words for processes that were left behind, with their worker where it is known."""
+        names = {process.popen.pid: process.name for process in self.all}
+        words = []
+        for process in left:
+            words.append(descendants.describe(process.pid))
+            if process.group in names:
+                words[-1] += f" of {names[process.group]}"
+        return _listed(words)
 
     def say(self, text: str) -> None:
         """Show lines of our own, on standard error."""
@@ -206,7 +233,8 @@ class Processes:
         """End everything: first SIGTERM, then SIGKILL for the rest. Companions end last."""
         for group in (self.workers, self.companions):
             self._stop_group(group)
-        # Processes that have left their group still carry the mark in their environment.
+            self._end_left_behind()
+        # Where orphans cannot be adopted, the mark in their environment shows most of them.
         kill_marked(LAUNCH_MARK, os.environ[LAUNCH_MARK])
         self.read(0)
         for process in self.all:
@@ -222,8 +250,24 @@ class Processes:
         while time.monotonic() < until and _any_left(running):
             self.read(0.05)
         for process in running:
-            # To those that have ended in time, too: their group may hold children that have not.
-            process.signal(signal.SIGKILL)
+            if process.popen.poll() is None:
+                process.signal(signal.SIGKILL)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.popen.wait(1.0)
+
+    def _end_left_behind(self) -> None:
+        """End what processes that have ended have left running, and say what it was."""
+        groups = [process.popen.pid for process in self.all]
+        found = self.left_behind()
+        # Loader processes and the like in a worker's own group are no surprise.
+        escaped = {process.pid for process in found if process.group not in groups}
+        ended = descendants.end(self.left_behind, self.read)
+        words = [text for pid, text in ended.items() if pid in escaped]
+        if words:
+            self.say(f"scaletrain: ended what was left running: {_listed(words)}")
+        left = self.left_behind()
+        if left:
+            self.say(f"scaletrain: cannot be ended, and runs on: {self.describe(left)}")
 
     def _read_rest(self) -> None:
         """Show the last output. All writers have ended, so that the pipes run dry."""
@@ -262,6 +306,14 @@ class Processes:
     def _show(self, output: "_Output", piece: bytes) -> None:
         shown = self._merger.place(output.kind, output.process.name, output.prefix, piece)
         _emit(output.kind, shown)
+
+
+def _listed(words: list[str]) -> str:
+    """Return the first few of many words as a list."""
+    listed = ", ".join(words[:_MOST_NAMED])
+    if len(words) > _MOST_NAMED:
+        listed += f", and {len(words) - _MOST_NAMED} more"
+    return listed
 
 
 def _any_left(processes: list[Process]) -> bool:

@@ -2,8 +2,8 @@
 
 ``run`` starts one more process, the supervisor (``supervisor.py``), which starts everything else.
 If either of the two is killed, the other ends the job. The supervisor sees that its standard input
-closes; ``run`` finds all processes by the mark in their environment. Workers also die with the
-supervisor (PR_SET_PDEATHSIG), so that nothing survives even if both are killed.
+closes; ``run`` adopts all processes that the supervisor had. Workers also die with the supervisor
+(PR_SET_PDEATHSIG), so that they do not survive even if both are killed.
 """
 
 import contextlib
@@ -17,7 +17,14 @@ from typing import Any
 
 import pydantic
 
-from scaletrain.host.processes import kill_marked, reset_signals, signal_name
+from scaletrain.host import descendants
+from scaletrain.host.processes import (
+    kill_marked,
+    reset_signals,
+    signal_name,
+    start_ticks,
+    variables,
+)
 from scaletrain.launching.job import Job, Program
 from scaletrain.launching.plan import LaunchPlan
 from scaletrain.launching.supervision import screen
@@ -63,6 +70,7 @@ def run(
     # mark comes first.
     outer_mark = os.environ.get(LAUNCH_MARK, "")
     mark = f"{outer_mark}/{os.getpid()}-{time.monotonic_ns()}".lstrip("/")
+    adopted_before = descendants.adopt_orphans()
     supervisor = subprocess.Popen(
         Program.SUPERVISOR.command(),
         stdin=subprocess.PIPE,
@@ -73,6 +81,7 @@ def run(
         pass_fds=() if claim < 0 else (claim,),
     )
     assert supervisor.stdin and supervisor.stdout
+    started_at = start_ticks(supervisor.pid) or 0
     reported: int | None = None  # the exit status, by the supervisor's last frame
     try:
         with _forwarding(supervisor):
@@ -97,6 +106,9 @@ def run(
                 supervisor.wait(_END_S)
         kill_marked(LAUNCH_MARK, mark)
         supervisor.wait()
+        if reported is None:
+            _end_adopted(started_at)
+        descendants.adopt_orphans(adopted_before)
         supervisor.stdout.close()
     # The kernel's word is lost if this process ignores SIGCHLD, or if other code in it waits for
     # all children: it is 0 then.
@@ -107,6 +119,27 @@ def run(
     ended = f"the supervisor was ended by {signal_name(-status)}"
     write(screen.ERROR, f"scaletrain: {ended}; its workers were stopped\n".encode())
     return 128 - status
+
+
+def _end_adopted(since_ticks: int) -> None:
+    """End what a supervisor that was killed has left. Other launches of this process stay."""
+    seen: set[int] = set()
+
+    def left() -> list[descendants.Descendant]:
+        found = []
+        for process in descendants.adopted(since_ticks):
+            if LAUNCH_MARK not in variables(process.pid):
+                found.append(process)
+                seen.add(process.pid)
+        return found
+
+    def pause(seconds: float) -> None:
+        time.sleep(seconds)
+        for pid in seen:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+    descendants.end(left, pause, by_themselves_s=0.0)
 
 
 def _hold_signals() -> None:

@@ -37,6 +37,7 @@ _LAUNCHER_S = 8.0  # within this time another launcher ends after one of its wor
 _STARTING_S = 180.0  # time until the first step begins, if ``timeout_s`` is less
 _SAY_START_AFTER_S = (3.0, 10.0, 30.0, 60.0, 120.0)  # since the start, while no step is done
 _INTERRUPT_S = 30.0  # after Ctrl-C or SIGTERM, time for workers to write a checkpoint and end
+_LEFT_BEHIND_SAID_S = 1.0  # after the workers, processes that they left end without a word
 _ENDING = (signal.SIGINT, signal.SIGTERM)  # the second of these ends the job at once
 
 
@@ -155,8 +156,28 @@ class Supervisor:
             if failure:
                 return self._end_failed(failure)
             if not self._processes.any_running():
+                self._wait_for_left_behind()
                 self._processes.stop()
                 return 0
+
+    def _wait_for_left_behind(self) -> None:
+        """Give processes that finished workers have left running time to end, as an upload may."""
+        began = time.monotonic()
+        waited_s = 0.0
+        is_told = False
+        while waited_s < self.job.timeout_s and not self.signals and not self._processes.orphaned:
+            left = self._processes.left_behind()
+            if not left:
+                return
+            # Most end in the next moment, having noticed that their parent has.
+            if waited_s > _LEFT_BEHIND_SAID_S and not is_told:
+                is_told = True
+                self._processes.say(
+                    f"scaletrain: the workers have finished but left running:"
+                    f" {self._processes.describe(left)}: ended after {self.job.timeout_s:g} s"
+                )
+            self._processes.read(_TICK_S if is_told else 0.02)
+            waited_s = time.monotonic() - began
 
     def _say_how_start_goes(self) -> None:
         """Say now and then how many workers have joined, until the first step is done."""
