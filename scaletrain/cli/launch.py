@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from scaletrain.launching.plan import LaunchPlan
 
 
-# Options that are not ours belong to the script, also without `--` in front of it.
-@click.command(context_settings={"ignore_unknown_options": True})
+# Our options end where the command begins: what stands behind it belongs to it, also without `--`.
+@click.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "-n",
     "--workers",
@@ -64,12 +64,14 @@ def command(
 ) -> None:
     """Run your own script as workers.
 
+    Options stand before the script; what stands behind it is the script's own.
+
     The script finds the variables of torch.distributed (RANK, WORLD_SIZE, MASTER_ADDR, ...) in its
     environment.
 
     \b
     Example:
-      scaletrain launch -n 2 -- script.py --its-own-arguments
+      scaletrain launch -n 2 script.py --its-own-arguments
     """
     from scaletrain import config
     from scaletrain.launching.job import script_job

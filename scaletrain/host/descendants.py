@@ -146,9 +146,16 @@ def end(
                 # Each gets SIGTERM once. A process may fork between the look and its end.
                 if number == signal.SIGKILL or process.pid not in signalled:
                     signalled.add(process.pid)
-                    _signal(process.pid, number)
+                    send(process.pid, signal.SIGCONT)  # a stopped one would not see the next
+                    send(process.pid, number)
             pause(0.02)
     return ended
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process, which may be gone by now, or another user's (sudo)."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
 
 
 def describe(pid: int) -> str:
@@ -179,10 +186,3 @@ def _wait(
     until = time.monotonic() + limit_s
     while processes() and time.monotonic() < until:
         pause(0.02)
-
-
-def _signal(pid: int, number: int) -> None:
-    # It is gone by now, or another user's (sudo).
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, signal.SIGCONT)  # a stopped process would not see the next one
-        os.kill(pid, number)

@@ -305,13 +305,16 @@ time.sleep(100)
 """
 
 
-def started(tmp_path: Path, body: str, **fields) -> tuple[subprocess.Popen, Job]:
+def started(
+    tmp_path: Path, body: str, process_group: int = -1, **fields
+) -> tuple[subprocess.Popen, Job]:
     plan, job = job_of(tmp_path, body, **fields)
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, repr((plan, job))],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        process_group=process_group,
     )
     until = time.monotonic() + 20
     while len(list(job.run_dir.glob("ready-*"))) < job.workers:

@@ -26,12 +26,12 @@ def serve() -> int:
     """
     descriptor = int(os.environ.pop(STORE_FD))
     listening = socket.socket(fileno=descriptor)
-    port = listening.getsockname()[1]
+    address, port, *_ = listening.getsockname()
     # libuv's server takes the descriptor over.
     os.set_inheritable(listening.detach(), False)
     _keep(
         dist.TCPStore(
-            "127.0.0.1",
+            "127.0.0.1" if address == "0.0.0.0" else address,
             port,
             None,
             is_master=True,

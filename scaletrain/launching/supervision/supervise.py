@@ -23,6 +23,7 @@ from scaletrain.host.processes import (
     reset_signals,
     signal_name,
     start_ticks,
+    state,
     variables,
 )
 from scaletrain.launching.job import Job, Program
@@ -35,6 +36,7 @@ ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job])
 # Signals that are passed on, SIGINT unless it is ignored. So is SIGHUP, as a SIGTERM, unless it is
 # ignored (nohup).
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SUSPEND_S = 1.0  # Ctrl-Z waits this long for the supervisor to stop everything
 _END_S = 6.0  # within this time the supervisor ends once nobody listens to it
 
 
@@ -147,14 +149,31 @@ def _hold_signals() -> None:
 
     Python takes a moment to start. A signal that comes in the meantime waits instead of ending it.
     """
-    reset_signals(blocked=FORWARDED)
+    reset_signals(blocked=(*FORWARDED, signal.SIGTSTP))
 
 
 def heed_signals(handler: Callable[[int, Any], None]) -> None:
-    """Call ``handler``, in the supervisor, for signals since its start and from now on."""
+    """Call ``handler``, in the supervisor, for signals since its start and from now on.
+
+    Ctrl-Z does not get there: it stops everything on the spot.
+    """
     for number in FORWARDED:
         signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    signal.signal(signal.SIGTSTP, lambda number, frame: _suspend_everything())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*FORWARDED, signal.SIGTSTP))
+
+
+def _suspend_everything() -> None:
+    """Stop all processes of the launch and this one, the supervisor, until it gets SIGCONT."""
+    suspended = []
+    for process in descendants.descendants():
+        # One that a person has stopped stays so.
+        if state(process.pid) != "T":
+            suspended.append(process)
+            descendants.send(process.pid, signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    for process in suspended:
+        descendants.send(process.pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -177,6 +196,21 @@ def _forwarding(supervisor: subprocess.Popen[bytes]) -> Iterator[None]:
         if signal.getsignal(number) != signal.SIG_IGN:
             numbers.append(number)
     before = {number: signal.signal(number, forward) for number in numbers}
+
+    def suspend(number: int, frame: Any) -> None:
+        supervisor.send_signal(signal.SIGTSTP)
+        until = time.monotonic() + _SUSPEND_S
+        while state(supervisor.pid) != "T" and time.monotonic() < until:
+            time.sleep(0.01)
+        # As the terminal meant it: the shell sees that this process has stopped.
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        # Here the process goes on, after `fg` or `bg`.
+        signal.signal(signal.SIGTSTP, suspend)
+        supervisor.send_signal(signal.SIGCONT)
+
+    if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+        before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, suspend)
     try:
         yield
     finally:
