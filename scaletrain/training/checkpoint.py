@@ -63,7 +63,7 @@ def collect(
         state = optimizer.state_dict()
         optimizer_state = {
             "class": type(optimizer).__name__,
-            "group_sizes": _group_sizes(optimizer),
+            "parameters": _optimized_names(model, optimizer),
             "state": state_tree.flatten(state["state"], _OPTIMIZER, tensors),
         }
     except state_tree.Unsaveable as error:
@@ -264,13 +264,17 @@ def _put_into(
         # torch begins with a line that names only the class; the faults follow, one a line.
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: belongs to another model or optimizer: {reason}") from None
-    state = state_tree.rebuild(saved["state"], content.tensors)
-    if saved["group_sizes"] != _group_sizes(optimizer):
+    names_before, names = saved["parameters"], _optimized_names(model, optimizer)
+    differing = sorted(set(names_before).symmetric_difference(names))
+    if differing:
         raise UserError(
-            f"{path}: optimizer: it held groups of {saved['group_sizes']} parameters, and has"
-            f" groups of {_group_sizes(optimizer)} now"
-            " (allowed: the same groups, or a new run directory)"
+            f"{path}: optimizer: it holds {', '.join(differing)} either in the checkpoint or now"
+            " (allowed: the same parameters in its groups, or a new run directory)"
         )
+    # By name: the parameters may have been in other groups, and so in another order.
+    state = {}
+    for index, entries_of_one in state_tree.rebuild(saved["state"], content.tensors).items():
+        state[names.index(names_before[index])] = entries_of_one
     missing = _missing_state(optimizer, state)
     if missing:
         raise UserError(
@@ -322,8 +326,13 @@ def _missing_for(optimizer: torch.optim.Optimizer, dimensions: int, names: set[s
     return set()
 
 
-def _group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:
-    return [len(group["params"]) for group in optimizer.param_groups]
+def _optimized_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the names of an optimizer's parameters, in the order in which its state counts."""
+    names = {id(parameter): _plain_name(key) for key, parameter in model.named_parameters()}
+    ordered = []
+    for group in optimizer.param_groups:
+        ordered += [names[id(parameter)] for parameter in group["params"]]
+    return ordered
 
 
 def _plain_name(key: str) -> str:
