@@ -81,7 +81,7 @@ def mistake(folder: Path, *arguments: str | Path) -> str:
         ([*REHEARSE, "--set", "launcher.loss=2.0"], "launcher.loss: 2.0 is not allowed"),
         (
             [*REHEARSE, "--set", "launcher.faults=[{at_step: 1, slow: 0, bandwidth: x}]"],
-            "launcher.faults.0.bandwidth: 'x'",
+            "launcher.faults[0].bandwidth: 'x'",
         ),
     ],
 )

@@ -49,12 +49,12 @@ def parse(faults: Sequence[Any], hosts: int) -> tuple[Fault, ...]:
         hosts: how many hosts there are.
 
     Raises:
-        UserError: one of them is not a fault; the message names it as ``faults.INDEX``.
+        UserError: one of them is not a fault; the message names it as ``faults[INDEX]``.
     """
     parsed: list[Fault] = []
     for index, fault in enumerate(faults):
         before = parsed[-1] if parsed else None
-        parsed.append(_parse(f"faults.{index}", fault, hosts, before))
+        parsed.append(_parse(f"faults[{index}]", fault, hosts, before))
     # The sort keeps the order of equal steps: one with ``after_s`` stays behind its predecessor.
     return tuple(sorted(parsed, key=lambda fault: fault.at_step))
 
