@@ -42,9 +42,17 @@ KINDS = {
     "launcher": Kind("launching/launchers", "plan", 1),  # plan(job, *, ...)
     "model": Kind("training/models", "model", 0),  # model(*, ...)
     "data": Kind("training/data", "data", 0),  # data(*, ...)
+    "optimizer": Kind("training/optimizers", "optimizer", 1),  # optimizer(groups, *, ...)
     "callback": Kind("training/callbacks", "callback", 1),  # callback(trainer, *, ...)
     "bench": Kind("cli/bench", "command", 0),  # a click command
     "verb": Kind("cli", "command", 0),  # a click command
+}
+
+# What a configuration names as ``package.module:factory`` alone, or from torch: how many leading
+# parameters the framework passes.
+_USERS_ONLY = {
+    "workload": 0,  # workload(*, ...)
+    "loss": 2,  # loss(output, target, *, ...)
 }
 
 # What an option's annotation may use.
@@ -125,16 +133,17 @@ def _users_options(
     path = _users_file(module, search_path)
     if path is None:
         return None
+    provided = KINDS[kind].provided if kind in KINDS else _USERS_ONLY[kind]
     factory = _function(path, factory_name)
     if factory is not None:
-        # A workload and a loss are no plugins: the framework passes them nothing here.
-        return signature(factory, KINDS[kind].provided if kind in KINDS else 0)
+        return signature(factory, provided)
     initialiser = _initialiser(path, factory_name)
     if initialiser is not None:
-        return signature(initialiser, 1)
+        return signature(initialiser, 1 + provided)  # self comes first
     # The name may also be a class without __init__, an import or an assignment: left to Python.
     if not _bound_names(path) & {factory_name, "*", "__getattr__"}:
-        functions = [node.name for node in _parse(path).body if isinstance(node, ast.FunctionDef)]
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        functions = [node.name for node in _parse(path).body if isinstance(node, kinds)]
         raise unknown(f"{kind}: {name!r}: no such function in {path}", factory_name, functions)
     return None
 

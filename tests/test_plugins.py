@@ -68,6 +68,17 @@ def test_a_persons_module_is_found_beside_the_config(tmp_path: Path):
         config.check(tree)
 
 
+def test_what_the_framework_passes_is_no_option_of_a_class(tmp_path: Path):
+    (tmp_path / "mine5.py").write_text(
+        "class Watch:\n    def __init__(self, trainer, *, every: int = 4): ...\n"
+    )
+    tree = {"model": "mlp", "data": "digits", "batch_size": 8, "steps": 1}
+    tree |= {"source": str(tmp_path / "c.yaml"), "callbacks": ["mine5:Watch"]}
+    assert config.check(tree).callbacks[0].options == {"every": 4}
+    with pytest.raises(UserError, match=r"key callbacks\[1\].evry: .*did you mean 'every'"):
+        config.check(tree | {"callbacks": ["mine5:Watch", {"name": "mine5:Watch", "evry": 2}]})
+
+
 def test_a_module_that_is_not_there(tmp_path: Path):
     with pytest.raises(UserError, match="no module 'nowhere'"):
         plugins.load("model", "nowhere:net", tmp_path)

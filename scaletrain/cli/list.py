@@ -7,7 +7,10 @@ import click
 
 from scaletrain import plugins
 
-KINDS = ("exchange", "collective", "transport", "launcher", "model", "data", "callback", "bench")
+KINDS = (
+    "exchange", "collective", "transport", "launcher", "model", "data", "optimizer", "callback",
+    "bench",
+)  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -21,7 +24,7 @@ class Entry(NamedTuple):
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def command(as_json: bool) -> None:
-    """Show all plugins: exchanges, collectives, wires, launchers, models, data, callbacks, ...
+    """Show all plugins: exchanges, collectives, wires, launchers, models, data, optimizers, ...
 
     Each comes with its options and their defaults.
 
