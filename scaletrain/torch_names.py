@@ -20,6 +20,9 @@ from scaletrain import plugins
 # file of torch's takes eight times as long as searching it.
 _FUNCTION = re.compile(r"^def ([a-z]\w*)\(((?:[^()]|\([^()]*\))*)\)", re.MULTILINE)
 
+# Parameters of a loss that say how its values are added up; the first two are torch's old names.
+_REDUCTIONS = ("size_average", "reduce", "reduction")
+
 
 class Definition(NamedTuple):
     """Where a class is defined."""
@@ -37,6 +40,36 @@ def losses() -> frozenset[str] | None:
         if re.search(r"\breduction\b", parameters):
             names.add(name)
     return frozenset(names) or None
+
+
+@cache
+def loss_options(name: str) -> type[pydantic.BaseModel] | None:
+    """Return a pydantic model of a loss's options, from the signature of torch's function.
+
+    Left out are the reduction, which is the framework's own, and tensors: a file holds none.
+
+    Args:
+        name: a function of ``torch.nn.functional``.
+    """
+    parameters = dict(_FUNCTION.findall(_read("nn/functional.py") or "")).get(name)
+    if parameters is None:
+        return None
+    (function,) = ast.parse(f"def {name}({parameters}): ...").body
+    assert isinstance(function, ast.FunctionDef)
+    arguments = function.args
+    # Those with a default are the last ones. The others are output, target and further tensors.
+    first = len(arguments.args) - len(arguments.defaults)
+    having_defaults: list[tuple[ast.arg, ast.expr | None]] = []
+    having_defaults += zip(arguments.args[first:], arguments.defaults, strict=True)
+    having_defaults += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    arguments.args, arguments.defaults = [], []
+    arguments.kwonlyargs, arguments.kw_defaults = [], []
+    for argument, default in having_defaults:
+        annotation = ast.unparse(argument.annotation) if argument.annotation else ""
+        if argument.arg not in _REDUCTIONS and "Tensor" not in annotation:
+            arguments.kwonlyargs.append(argument)
+            arguments.kw_defaults.append(default)
+    return plugins.signature(function, provided=0)
 
 
 @cache

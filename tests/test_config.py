@@ -75,7 +75,7 @@ def message(tree: dict, **settings) -> str:
         ),
         (
             {"optimizer": {"name": "Adam", "betas": [0.9, "x"]}},
-            ["optimizer.betas.1", "'x'", "a valid number"],
+            ["optimizer.betas[1]", "'x'", "a valid number"],
         ),
         ({"loss": "mse_los"}, ["loss", "'mse_los'", "did you mean 'mse_loss'"]),
         ({"model": "digit_cnn"}, ["model", "digit_cnn", "did you mean 'digits_cnn'"]),

@@ -19,10 +19,18 @@ from scaletrain.config.grammar import (
     set_key,
     split_spec,
 )
-from scaletrain.config.schema import Named, RunConfig
+from scaletrain.config.schema import LrSchedule, Named, Optimizer, ParameterGroup, RunConfig
 from scaletrain.errors import UserError, did_you_mean, unknown
 
 Model = TypeVar("Model", bound=BaseModel)
+
+# What options belong to that are set without a name.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "loss": {"name": "cross_entropy"},
+    "optimizer": {"name": "sgd", "lr": 0.1},
+    "exchange": {"name": "native"},
+    "launcher": {"name": "local"},
+}
 
 
 def load(path: Path, settings: dict[str, Any] | None = None) -> RunConfig:
@@ -57,6 +65,7 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
     """
     # First: the schema would take "ring@gloo" for the name of an exchange.
     tree = _with_exchange_expanded(tree, where)
+    tree = _with_defaults_named(tree)
     config = _validate(RunConfig, tree, where)
     # With all defaults filled in, the written configuration says what ran, even if a later version
     # has other defaults.
@@ -67,15 +76,19 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
             options = plugin_options(kind, named.name, named.options, where, config.search_path)
             setattr(config, kind, Named(name=named.name, **options))
     for index, named in enumerate(config.callbacks):
-        options = plugin_options("callback", named.name, named.options, where, config.search_path)
+        key = f"callbacks[{index}]"
+        options = plugin_options(
+            "callback", named.name, named.options, where, config.search_path, key
+        )
         config.callbacks[index] = Named(name=named.name, **options)
-    _check_loss(config, where)
+    config.loss = Named(name=config.loss.name, **_loss_options(config, where))
     _check_nonfinite(config, where)
     if config.optimizer is None and config.workload is None:
-        config.optimizer = Named(name="sgd", lr=0.1)  # type: ignore[call-arg]
+        config.optimizer = Optimizer(**_DEFAULTS["optimizer"])
     if config.optimizer is not None:  # else the workload's own
-        optimizer_options = _optimizer_options(config.optimizer, where)
-        config.optimizer = Named(name=config.optimizer.name, **optimizer_options)
+        config.optimizer = _checked_optimizer(config.optimizer, config, where)
+        _check_servers_can_step(config.optimizer, config, where)
+    _check_one_schedule(config, where)
     _check_length(config, where)
     _check_batch(config, where)
     return config
@@ -90,6 +103,16 @@ def _with_exchange_expanded(tree: dict[str, Any], where: str) -> dict[str, Any]:
         scheduled = {**exchange, "name": "scheduled", "collective": exchange["name"]}
         return {**tree, "exchange": scheduled}
     return tree
+
+
+def _with_defaults_named(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree with the name of the default where options are set without one."""
+    named = dict(tree)
+    for key, default in _DEFAULTS.items():
+        options = tree.get(key)
+        if isinstance(options, dict) and "name" not in options:
+            named[key] = default | options
+    return named
 
 
 def _check_workload(config: RunConfig, where: str) -> None:
@@ -148,29 +171,117 @@ def _check_batch(config: RunConfig, where: str) -> None:
         )
 
 
-def _check_loss(config: RunConfig, where: str) -> None:
-    if is_users_own(config.loss):
-        plugins.options("loss", config.loss, config.search_path)  # raises if it does not exist
-        return
+def _loss_options(config: RunConfig, where: str) -> dict[str, Any]:
+    """Return the options that are set, checked against the function's signature."""
+    loss = config.loss
+    if is_users_own(loss.name):
+        return plugin_options("loss", loss.name, loss.options, where, config.search_path)
     # None without an installed torch. The worker then finds the mistake.
     losses = torch_names.losses()
-    if losses and config.loss not in losses:
-        raise unknown(f"{where}: loss", config.loss, losses)
+    if losses and loss.name not in losses:
+        raise unknown(f"{where}: loss", loss.name, losses)
+    options = _set_options(torch_names.loss_options(loss.name), loss.options, where, "loss.")
+    smoothing = options.get("label_smoothing", 0.0)
+    # The one range that torch looks at, and that only in the first step.
+    if losses and not 0 <= smoothing <= 1:
+        raise UserError(
+            f"{where}: loss.label_smoothing: {smoothing} is not allowed (allowed: 0 to 1)"
+        )
+    return options
 
 
-def _optimizer_options(optimizer: Named, where: str) -> dict[str, Any]:
-    """Return the options that are set, checked against torch's class where torch is installed."""
+def _checked_optimizer(optimizer: Optimizer, config: RunConfig, where: str) -> Optimizer:
+    """Return an optimizer with the options of all its groups checked."""
+    name = optimizer.name
+    if plugins.exists("optimizer", name.lower()):
+        name = name.lower()  # in any case, as the names of torch
+    options = _optimizer_options(name, optimizer.options, config, where, "optimizer")
+    groups = []
+    for index, group in enumerate(optimizer.groups):
+        key = f"optimizer.groups[{index}]"
+        if not group.options:
+            raise UserError(
+                f"{where}: {key}: sets no option for {', '.join(group.match)}"
+                " (such as {match: bias, weight_decay: 0})"
+            )
+        # With the others: a group need not repeat an option that must be given.
+        checked = _optimizer_options(name, options | group.options, config, where, key)
+        own = {option: checked[option] for option in group.options}
+        groups.append(ParameterGroup(match=group.match, **own))
+    lr = options.get("lr")
+    if isinstance(lr, int | float) and config.lr_schedule.scaling is None:
+        check_min_lr(config.lr_schedule, lr, f"{where}: ")
+    return Optimizer(name=name, groups=groups, **options)
+
+
+def _optimizer_options(
+    name: str, chosen: dict[str, Any], config: RunConfig, where: str, key: str
+) -> dict[str, Any]:
+    """Return an optimizer's options, checked against the signature of its class."""
+    if not is_torchs_optimizer(name):
+        return plugin_options("optimizer", name, chosen, where, config.search_path, key)
+    # None without an installed torch. The worker then finds the mistake.
     optimizers = torch_names.optimizers()
-    if optimizers is None:
-        return optimizer.options
-    if optimizer.name.lower() not in optimizers:
-        raise unknown(f"{where}: optimizer", optimizer.name, optimizers)
-    schema = torch_names.optimizer_options(optimizer.name)
+    if optimizers is not None and name.lower() not in optimizers:
+        raise unknown(f"{where}: {key}", name, [*optimizers, *plugins.names("optimizer")])
+    return _set_options(torch_names.optimizer_options(name), chosen, where, f"{key}.")
+
+
+def is_torchs_optimizer(name: str) -> bool:
+    """Return True unless an optimizer's name is that of a file here, or a person's own."""
+    return not is_users_own(name) and not plugins.exists("optimizer", name.lower())
+
+
+def _set_options(
+    schema: type[BaseModel] | None, chosen: dict[str, Any], where: str, prefix: str
+) -> dict[str, Any]:
+    """Return the options that are set, checked; all of them where there is no schema."""
     if schema is None:
-        return optimizer.options
-    checked = _validate(schema, optimizer.options, where, "optimizer.").model_dump()
+        return chosen
+    checked = _validate(schema, chosen, where, prefix).model_dump()
     # Only those that were set: the worker's torch fills in its own defaults.
-    return {key: checked[key] for key in optimizer.options}
+    return {key: checked[key] for key in chosen}
+
+
+def check_min_lr(schedule: LrSchedule, lr: float, where: str = "") -> None:
+    """Raise ``UserError`` if the floor of the rate lies above the rate itself.
+
+    Args:
+        schedule: with the floor.
+        lr: of the optimizer's first group.
+        where: the beginning of an error's line.
+    """
+    if schedule.min_lr > lr:
+        raise UserError(
+            f"{where}lr_schedule.min_lr: {schedule.min_lr:g} is not allowed"
+            f" (allowed: 0 to {lr:g}, the rate of the optimizer's first group)"
+        )
+
+
+def _check_servers_can_step(optimizer: Optimizer, config: RunConfig, where: str) -> None:
+    """Raise ``UserError`` if servers own the update, and cannot make this optimizer."""
+    if config.exchange.name != "parameter_server":
+        return
+    # In the local modes workers run their own optimizer.
+    mode = config.exchange.options["mode"]
+    if is_torchs_optimizer(optimizer.name) or mode in ("local_sgd", "post_local"):
+        return
+    raise UserError(
+        f"{where}: optimizer: {optimizer.name!r} is not allowed under parameter_server, whose"
+        " servers run optimizers of torch.optim alone (allowed: one of those, mode: local_sgd or"
+        " post_local, or another exchange)"
+    )
+
+
+def _check_one_schedule(config: RunConfig, where: str) -> None:
+    """Raise ``UserError`` if both the workers and the servers would change the rate."""
+    server_lr = config.exchange.options.get("server_lr")
+    schedule = config.lr_schedule
+    if server_lr is not None and (schedule.name != "fixed" or schedule.warmup_steps):
+        raise UserError(
+            f"{where}: lr_schedule: would count for nothing: exchange.server_lr sets the servers'"
+            " rates (remove one of them)"
+        )
 
 
 def plugin_options(
@@ -179,6 +290,7 @@ def plugin_options(
     chosen: dict[str, Any],
     where: str = "options",
     search_path: Path | None = None,
+    key: str = "",
 ) -> dict[str, Any]:
     """Return a plugin's options, checked against its signature and completed with its defaults.
 
@@ -191,22 +303,24 @@ def plugin_options(
         chosen: the options that are set.
         where: the beginning of an error's line.
         search_path: where a person's modules are looked for.
+        key: the plugin's place in the configuration; default: its kind.
 
     Raises:
         UserError: there is no such plugin, an option is unknown, or a value is not allowed.
     """
+    place = key or kind
     if not is_users_own(name) and not plugins.exists(kind, name):
-        raise unknown(f"{where}: {kind}", name, plugins.names(kind))
+        raise unknown(f"{where}: {place}", name, plugins.names(kind))
     schema = plugins.options(kind, name, search_path)
     if schema is None:
         return chosen
-    options = _validate(schema, chosen, where, f"{kind}.").model_dump()
-    for key, value in options.items():
+    options = _validate(schema, chosen, where, f"{place}.").model_dump()
+    for option, value in options.items():
         # A plugin inside a plugin, such as the collective of `scheduled`.
-        if key in plugins.KINDS and value != "auto":
-            plugin_spec(key, value, f"{where}: {kind}.{key}", also=("auto",))
+        if option in plugins.KINDS and value != "auto":
+            plugin_spec(option, value, f"{where}: {place}.{option}", also=("auto",))
     # Where only the module knows the default, the factory must be called without the option.
-    return {key: value for key, value in options.items() if value != plugins.COMPUTED}
+    return {option: value for option, value in options.items() if value != plugins.COMPUTED}
 
 
 def plugin_spec(
@@ -272,7 +386,7 @@ def _importance(error: ErrorDetails) -> tuple[bool, bool]:
 def _mistake(error: ErrorDetails, schema: type[BaseModel], where: str, prefix: str) -> UserError:
     """Return pydantic's error in our words."""
     location = error["loc"]
-    key = prefix + ".".join(part for part in map(str, location) if _is_key_or_index(part))
+    key = prefix + _dotted(location)
     if error["type"] == "extra_forbidden":
         # The keys that are allowed are those of the mapping in which the key stands.
         inner = _schema_at(schema, location[:-1])
@@ -291,9 +405,16 @@ def _mistake(error: ErrorDetails, schema: type[BaseModel], where: str, prefix: s
     )
 
 
-def _is_key_or_index(part: str) -> bool:
-    """Return False for the names that pydantic gives to the branches of a union."""
-    return part.replace("_", "").isidentifier() or part.isdigit()
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """Return the key of a location, such as ``callbacks[0].norm``."""
+    key = ""
+    for part in location:
+        if isinstance(part, int):
+            key += f"[{part}]"
+        # pydantic's names for the branches of a union are no identifiers.
+        elif part.replace("_", "").isidentifier():
+            key += f".{part}" if key else part
+    return key
 
 
 def _schema_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

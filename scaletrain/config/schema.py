@@ -13,6 +13,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from scaletrain import plugins
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class Named(BaseModel):
     """A plugin's name and its options, checked against its signature (``plugins.options``)."""
 
@@ -28,14 +32,54 @@ class Named(BaseModel):
         return dict(self.model_extra or {})
 
 
+class ParameterGroup(BaseModel):
+    """Parameters that are stepped with options of their own, by the patterns of their names."""
+
+    # As for `Named`: which options there are depends on the optimizer.
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    match: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]
+    """Patterns of shells (`*`, `?`) for a parameter's name, or for a part of it between dots."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that differ from those of the optimizer."""
+        return dict(self.model_extra or {})
+
+
+class Optimizer(Named):
+    """An optimizer and its arguments, some of which may differ between parameters."""
+
+    groups: list[ParameterGroup] = []
+    """The first group that matches has the parameter. What none matches has the options above."""
+
+
 def _as_mapping(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
+
+
+def _as_rule(value: Any) -> Any:
+    return {"rule": value} if isinstance(value, str) else value
 
 
 class Strict(BaseModel):
     """A mapping in which an unknown key is a mistake."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class LrScaling(Strict):
+    """The optimizer's rate was tuned for another batch: scale it to the batch of this run.
+
+    Sources: linear, Goyal et al. 2017 (arXiv 1706.02677), section 2.1; square root, Krizhevsky 2014
+    (arXiv 1404.5997), section 5.
+    """
+
+    rule: Literal["linear", "sqrt"] = "linear"
+    """linear: times batch / base_batch; sqrt: times the square root of that."""
+
+    base_batch: Annotated[int, Field(ge=1)] = 256
+    """Samples a step, of all workers together, for which the rate was tuned."""
 
 
 class LrSchedule(Strict):
@@ -66,9 +110,19 @@ class LrSchedule(Strict):
     step_size: Annotated[int, Field(ge=1)] = 1000
     """Steps between two changes (step), or the step in the middle (sigmoid)."""
 
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """cosine and poly end at this rate, the other policies fall no lower. It is that of the
+    optimizer's first group; the floors of other groups are in proportion to their rates."""
+
     # Fractions and not steps, so that they stay right when the length of the run changes.
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = []
     """Fractions of the run at which multistep changes."""
+
+    scaling: (
+        Annotated[LrScaling, BeforeValidator(_as_rule, json_schema_input_type=str | LrScaling)]
+        | None
+    ) = None
+    """Scale the optimizer's rate to the batch; null: it counts as it is."""
 
 
 class Checkpoint(Strict):
@@ -93,6 +147,9 @@ class Compute(Strict):
 
 # A name alone is short for a mapping without options.
 NameOrOptions = Annotated[Named, BeforeValidator(_as_mapping, json_schema_input_type=str | Named)]
+OptimizerOrName = Annotated[
+    Optimizer, BeforeValidator(_as_mapping, json_schema_input_type=str | Optimizer)
+]
 ScheduleOrName = Annotated[
     LrSchedule, BeforeValidator(_as_mapping, json_schema_input_type=str | LrSchedule)
 ]
@@ -113,8 +170,9 @@ class RunConfig(Strict):
     workload: NameOrOptions | None = None
     """`package.module:Class`, in place of model, data and loss: a `scaletrain.Workload`."""
 
-    loss: str = "cross_entropy"
-    """A loss of `torch.nn.functional` that has a `reduction`, or `package.module:function`."""
+    loss: NameOrOptions = Named(name="cross_entropy")
+    """A loss of `torch.nn.functional` that has a `reduction`, or `package.module:function`; with
+    its options, such as `{name: cross_entropy, label_smoothing: 0.1}`."""
 
     batch_size: Annotated[int, Field(ge=1)]
     """Samples a step, of all workers together (strong) or of each worker (weak)."""
@@ -131,8 +189,9 @@ class RunConfig(Strict):
     steps: Annotated[int, Field(ge=1)] | None = None
     """Length of the run in optimizer steps."""
 
-    optimizer: NameOrOptions | None = None
-    """A class of `torch.optim`, in any case, and its arguments; default: sgd with lr 0.1."""
+    optimizer: OptimizerOrName | None = None
+    """A class of `torch.optim`, in any case, a name from `scaletrain list`, or
+    `package.module:Class`, and its arguments; default: sgd with lr 0.1."""
 
     lr_schedule: ScheduleOrName = LrSchedule()
     """How the learning rate changes in the course of the run."""

@@ -11,9 +11,12 @@ import torch
 
 from scaletrain.config import RunConfig, exchange_label
 from scaletrain.training.checkpoint import IMPLEMENTATION_OPTIONS, Loaded
+from scaletrain.training.learning_rate import STRETCHED
 
 # Keys of one worker's facts that are no keys of the YAML file.
 _SAMPLES, _GLOBAL_BATCH = "training samples", "global batch"
+_LENGTH = "steps of the run"
+_SCHEDULE = "lr_schedule.name"
 # A change of these is what the person wanted, or decides nothing.
 _SILENT = ("steps", "epochs", "workers")
 _ORDER = ("seed", _SAMPLES)  # decide which samples make up a step
@@ -21,7 +24,11 @@ _SIZE = ("batch_size", "batch_mode", _GLOBAL_BATCH)
 
 
 def training_facts(
-    config: RunConfig, optimizer: torch.optim.Optimizer, num_samples: int, global_batch: int
+    config: RunConfig,
+    optimizer: torch.optim.Optimizer,
+    num_samples: int,
+    global_batch: int,
+    num_steps: int,
 ) -> dict[str, Any]:
     """Return the facts that decide a training, as JSON, by the keys that people type.
 
@@ -30,6 +37,7 @@ def training_facts(
         optimizer: with all its options, also those that the configuration leaves out.
         num_samples: in the training set.
         global_batch: samples a step, of all workers.
+        num_steps: of the whole run.
     """
     values: dict[str, Any] = {}
     for kind in ("model", "data", "workload"):
@@ -38,7 +46,8 @@ def training_facts(
             values[kind] = named.name
             values |= _dotted(kind, named.options)
     values[_SAMPLES] = num_samples
-    values["loss"] = config.loss
+    values["loss"] = config.loss.name
+    values |= _dotted("loss", config.loss.options)
     values["batch_size"] = config.batch_size
     values["batch_mode"] = config.batch_mode
     values[_GLOBAL_BATCH] = global_batch
@@ -48,7 +57,10 @@ def training_facts(
     values |= _dotted("optimizer", optimizer.defaults)
     for key in IMPLEMENTATION_OPTIONS:
         values.pop(f"optimizer.{key}", None)
+    if config.optimizer is not None:
+        values["optimizer.groups"] = [group.model_dump() for group in config.optimizer.groups]
     values |= _dotted("lr_schedule", config.lr_schedule.model_dump())
+    values[_LENGTH] = num_steps
     values["callbacks"] = [named.model_dump() for named in config.callbacks]
     values["seed"] = config.seed
     values["steps"] = config.steps
@@ -76,6 +88,12 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         old, new = _shown(before, key), _shown(now, key)
         if old == new or key in _SILENT:
             continue
+        # The rate of every step follows from the length of the run, under some policies.
+        is_stretched = (
+            before.get(_SCHEDULE) == now.get(_SCHEDULE) and now.get(_SCHEDULE) in STRETCHED
+        )
+        if key == _LENGTH and not (is_stretched and key in before):
+            continue
         owner = key.partition(".")[0]
         if owner != key and before.get(owner) != now.get(owner):
             continue  # options of another model or other data: the line of its name says enough
@@ -94,6 +112,8 @@ def _line(key: str, old: str, new: str) -> str:
         effect = "the order of samples changes from here on"
     elif key == "data" or key.startswith("data."):
         effect = "training goes on with other data"
+    elif key == _LENGTH:
+        effect = "the schedule runs over all of them, so the learning rate jumps here"
     elif key in ("model", "workload"):
         # The weights fit: a factory of another name may make the same model.
         effect = "training goes on with its weights"

@@ -14,17 +14,17 @@ from torch.utils.data import Dataset
 
 from scaletrain import plugins
 from scaletrain.config import RunConfig, exchange_label
+from scaletrain.config.checks import check_min_lr
 from scaletrain.config.schema import Named
 from scaletrain.errors import TrainingError, UserError
 from scaletrain.run import progress
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, cut_lines, read_records
-from scaletrain.training import checkpoint, finite, statistics
+from scaletrain.training import checkpoint, finite, learning_rate, optimizer, statistics
 from scaletrain.training.batches import GlobalBatches, Share, load
 from scaletrain.training.callbacks import Callback
 from scaletrain.training.checkpoint_writer import CheckpointWriter
 from scaletrain.training.exchange import Exchange
-from scaletrain.training.learning_rate import learning_rate
 from scaletrain.training.losses import GlobalMean, StepLoss, checked, checked_figures
 from scaletrain.training.randomness import seed_forward
 from scaletrain.training.resume import resume_lines, training_facts
@@ -78,13 +78,15 @@ class Trainer:
         num_samples = len(workload.data.train)  # type: ignore[arg-type]
         self.batches = GlobalBatches(num_samples, self.global_batch, config.seed)
         self.num_steps = config.steps or self._steps_of(config.epochs or 0)
-        self._base_lrs = [float(group["lr"]) for group in workload.optimizer.param_groups]
+        self._base_lrs = self._scaled_rates()
         self._left_out = 0  # steps in a row whose gradient was not finite
         self._on_evaluation: Callable[[int, dict[str, float | None]], None] | None = None
 
         # A fault in the first save would come after hours: try it now.
         checkpoint.check_saveable(self.module, workload.optimizer)
-        self._facts = training_facts(config, workload.optimizer, num_samples, self.global_batch)
+        self._facts = training_facts(
+            config, workload.optimizer, num_samples, self.global_batch, self.num_steps
+        )
         # The checkpoint is loaded before ``attach``, which makes every rank's weights those of rank
         # 0.
         loaded = None
@@ -329,26 +331,13 @@ class Trainer:
         return [
             f"batch: {self.global_batch} samples a step = {plural(self.world.size, 'worker')} x"
             f" {each}{split} ({mode}, {config.batch_mode} scaling)",
-            f"learning rate: {self._rates()} for {self.global_batch} samples"
-            f" ({self._base_lrs[0] * 256 / self.global_batch:.4g} per 256),"
-            f" {config.lr_schedule.name}{self._describe_warmup()};"
-            " it does not change with the number of workers",
+            *learning_rate.describe(
+                config.lr_schedule, self._base_lrs, self.global_batch, self.num_steps
+            ),
+            *optimizer.describe(config.optimizer, self.workload.optimizer),
             f"steps: {self.num_steps} = {num_epochs} of {self.batches.steps_per_epoch} steps"
             f" ({samples} samples{uneven})",
         ]
-
-    def _rates(self) -> str:
-        """Return the rates of the parameter groups in words."""
-        return ", ".join(f"{rate:g}" for rate in dict.fromkeys(self._base_lrs))
-
-    def _describe_warmup(self) -> str:
-        steps = self.config.lr_schedule.warmup_steps
-        if not steps:
-            return ""
-        text = f", {steps} steps of warm-up"
-        if steps > self.num_steps:
-            text += f" (longer than the run: the rate never reaches {self._rates()})"
-        return text
 
     def _steps_of(self, epochs: float) -> int:
         return max(1, round(epochs * self.batches.steps_per_epoch))
@@ -376,11 +365,30 @@ class Trainer:
             )
         return made
 
+    def _scaled_rates(self) -> list[float]:
+        """Scale the rate of each parameter group to the batch, if that is wanted; return them.
+
+        In the groups, where the servers of an exchange look for the first rates.
+
+        Raises:
+            UserError: the floor of the schedule lies above the rate.
+        """
+        schedule = self.config.lr_schedule
+        rates = []
+        for group in self.workload.optimizer.param_groups:
+            if schedule.scaling is not None:
+                group["lr"] *= learning_rate.scale(schedule.scaling, self.global_batch)
+            rates.append(float(group["lr"]))
+        check_min_lr(schedule, rates[0])
+        return rates
+
     def _set_rates(self) -> None:
         """Set the learning rate of each parameter group: its own, by the schedule."""
-        schedule, groups = self.config.lr_schedule, self.workload.optimizer.param_groups
-        for group, base in zip(groups, self._base_lrs, strict=True):
-            group["lr"] = learning_rate(schedule, base, self.next_step, self.num_steps)
+        rates = learning_rate.learning_rates(
+            self.config.lr_schedule, self._base_lrs, self.next_step, self.num_steps
+        )
+        for group, rate in zip(self.workload.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -5,7 +5,6 @@ job is ``Supervised``: ``model``, ``data``, ``loss`` and ``optimizer`` of the YA
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from scaletrain import plugins
 from scaletrain.config import RunConfig
-from scaletrain.config.grammar import is_users_own
-from scaletrain.errors import UserError, unknown
+from scaletrain.errors import UserError
+from scaletrain.training import loss_function, optimizer
 from scaletrain.training.randomness import seed_generators
 
 IGNORED = -100  # torch's default for ``ignore_index``: a target that counts for nothing
@@ -132,8 +130,9 @@ class Supervised(Workload):
         model: a sample's output must not depend on its neighbours, or N workers differ from one.
         loss: (output, target) -> scalar, the mean over the batch.
         data: of (input, target) samples.
-        sums: the loss as (output, target) -> sum over the targets that are not ``IGNORED``, if it
-            is one of torch's that ignores targets.
+        sums: the loss as (output, target) -> sum over the targets that are not ignored, if it is
+            one of torch's that ignores targets.
+        ignored: a target that counts for nothing.
     """
 
     def __init__(
@@ -142,12 +141,14 @@ class Supervised(Workload):
         loss: Callable[[Tensor, Tensor], Tensor],
         data: Data,
         sums: Callable[[Tensor, Tensor], Tensor] | None = None,
+        ignored: int = IGNORED,
     ):
         self.model = model
         self.loss = loss
         self.data = data
         self._sums = sums
-        self._counts_samples = sums is None or _has_one_class_a_sample(data.train)
+        self._ignored = ignored
+        self._counts_samples = sums is None or _has_one_class_a_sample(data.train, ignored)
 
     @property
     def counts_samples(self) -> bool:
@@ -172,7 +173,7 @@ class Supervised(Workload):
         figures = {"loss": Mean(loss.total, loss.count)}
         are_classes = isinstance(output, Tensor) and not targets.is_floating_point()
         if are_classes and output.ndim == targets.ndim + 1:
-            judged = targets != IGNORED
+            judged = targets != self._ignored
             right = (output.argmax(1) == targets) & judged
             figures["accuracy"] = Mean(right.sum(), judged.sum())
         return figures
@@ -189,7 +190,7 @@ class Supervised(Workload):
     def _count(self, targets: Tensor) -> Tensor | float:
         if self._counts_samples or targets.is_floating_point():  # none is ignored
             return len(targets)
-        return (targets != IGNORED).sum()
+        return (targets != self._ignored).sum()
 
 
 def build(config: RunConfig, device: torch.device) -> Workload:
@@ -208,13 +209,14 @@ def build(config: RunConfig, device: torch.device) -> Workload:
     workload = _users_own(config) if config.workload else _supervised(config)
     _check_data(workload.data)
     _check_trainable(workload.model)
-    workload.model.to(device)
+    model = workload.model.to(device)
     if config.compute:
         from scaletrain.training.emulation import emulate
 
-        workload.model = emulate(workload.model, config.compute.step_s, config.compute.sample_s)
+        workload.model = emulate(model, config.compute.step_s, config.compute.sample_s)
     if getattr(workload, "optimizer", None) is None:
-        workload.optimizer = _optimizer(config, workload.model)
+        # Of the model itself: an emulated one has other names for the same parameters.
+        workload.optimizer = optimizer.build(config, model)
     elif config.optimizer is not None:
         raise UserError(
             "optimizer: the workload sets self.optimizer, so the configuration's would count for"
@@ -257,7 +259,10 @@ def _supervised(config: RunConfig) -> Supervised:
                 " (train, test)"
             )
         datasets = Data(*datasets)
-    return Supervised(model, _checked_loss(config), datasets, _ignoring_sum(config.loss))
+    loss = loss_function.mean_loss(config)
+    sums = loss_function.ignoring_sum(config)
+    ignored = config.loss.options.get("ignore_index", IGNORED)
+    return Supervised(model, loss, datasets, sums, ignored)
 
 
 def _check_data(data: Data) -> None:
@@ -330,112 +335,9 @@ def _pair(batch: Any) -> tuple[Any, Tensor]:
     )
 
 
-def _has_one_class_a_sample(dataset: Dataset) -> bool:
+def _has_one_class_a_sample(dataset: Dataset, ignored: int) -> bool:
     """Return True if it is known that each sample has one target, and that none is ignored."""
     if not isinstance(dataset, TensorDataset):
         return False
     targets = dataset.tensors[-1]
-    return targets.is_floating_point() or (targets.ndim == 1 and not (targets == IGNORED).any())
-
-
-def _checked_loss(config: RunConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the loss, which raises ``UserError`` if nothing can be trained with its value."""
-    function = _loss_function(config)
-
-    # Checked at every call: what a loss returns depends on the shapes that it gets.
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        _check_classes(config.loss, output)
-        value = function(output, target)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            return value
-        returned = f"a {type(value).__name__}"
-        if isinstance(value, Tensor):
-            returned = f"a tensor of shape {tuple(value.shape)}"
-        raise UserError(
-            f"loss: {config.loss} returned {returned}"
-            " (allowed: a scalar tensor, the mean over the batch)"
-        )
-
-    return loss
-
-
-def _ignoring_sum(name: str) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Return torch's loss as a sum, if it is one that leaves ignored targets out of its mean."""
-    if is_users_own(name):
-        return None
-    function = getattr(nn.functional, name)
-    if "ignore_index" not in inspect.signature(function).parameters:
-        return None
-
-    def sums(output: Tensor, target: Tensor) -> Tensor:
-        _check_classes(name, output)
-        total: Tensor = function(output, target, reduction="sum")
-        return total
-
-    return sums
-
-
-def _check_classes(loss: str, output: Tensor) -> None:
-    if loss == "cross_entropy" and output.ndim > 1 and output.shape[1] == 1:
-        raise UserError(
-            "loss: cross_entropy over one class is always 0, and the model has one output"
-            " (allowed: an output for each class, or another loss, such as"
-            " binary_cross_entropy_with_logits or mse_loss)"
-        )
-
-
-def _loss_function(config: RunConfig) -> Callable[..., Tensor]:
-    if is_users_own(config.loss):
-        users_own: Callable[..., Tensor] = plugins.load("loss", config.loss, config.search_path)
-        return users_own
-    function = getattr(nn.functional, config.loss, None)
-    # ``reduction`` tells losses from everything else in torch.nn.functional, such as relu.
-    if function is not None and "reduction" in inspect.signature(function).parameters:
-        found: Callable[..., Tensor] = function
-        return found
-    # Only for the message: names that are probably losses.
-    losses = []
-    for name, value in vars(nn.functional).items():
-        is_public = callable(value) and not name.startswith("_")
-        if is_public and name.endswith(("loss", "entropy", "div", "logits")):
-            losses.append(name)
-    raise unknown("loss", config.loss, losses)
-
-
-def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    if config.optimizer is None:
-        raise UserError(
-            "optimizer: is missing: name one in the configuration, or set self.optimizer in the"
-            " workload"
-        )
-    name, options = config.optimizer.name, config.optimizer.options
-    classes = _optimizer_classes()
-    if name.lower() not in classes:
-        raise unknown("optimizer", name, classes)
-    optimizer_class = classes[name.lower()]
-    parameters = inspect.signature(optimizer_class).parameters
-    # ``params`` is filled in below; all other parameters of the class are options.
-    allowed = [parameter for parameter in parameters if parameter != "params"]
-    for key, value in options.items():
-        if key not in allowed:
-            raise unknown(f"optimizer: option of {name}", key, allowed)
-        # torch compares it with numbers, and says only that it cannot.
-        if isinstance(value, str):
-            raise UserError(
-                f"optimizer.{key}: {value!r} is not allowed"
-                " (allowed: a number, true, false or a list)"
-            )
-    try:
-        return optimizer_class(model.parameters(), **options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer: {name}: {error}") from None
-
-
-def _optimizer_classes() -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """Return the classes of ``torch.optim`` by their names in lower case."""
-    base = torch.optim.Optimizer
-    classes: dict[str, Callable[..., torch.optim.Optimizer]] = {}
-    for name, value in vars(torch.optim).items():
-        if inspect.isclass(value) and issubclass(value, base) and value is not base:
-            classes[name.lower()] = value
-    return classes
+    return targets.is_floating_point() or (targets.ndim == 1 and not (targets == ignored).any())

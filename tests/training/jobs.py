@@ -47,6 +47,8 @@ def train_alone(
     loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     before_update: Callable[[nn.Module], None] = lambda model: None,
     left_out: Collection[int] = (),
+    optimizer: tuple[nn.Module, torch.optim.Optimizer] | None = None,
+    before_step: Callable[[torch.optim.Optimizer, int], None] = lambda optimizer, step: None,
 ) -> dict[str, torch.Tensor]:
     """Train a job by a loop of torch alone, on whole global batches; return the weights.
 
@@ -55,9 +57,13 @@ def train_alone(
         loss: (model, batch) -> the mean over the batch; default: cross entropy.
         before_update: acts on the gradients.
         left_out: steps that make no update.
+        optimizer: a model and its optimizer, in place of those of the configuration.
+        before_step: acts on the optimizer, such as on its rates.
     """
     run = config.check(tree)
     parts = workload.build(run, torch.device("cpu"))
+    if optimizer is not None:
+        parts.model, parts.optimizer = optimizer
     train = parts.data.train
     batches = GlobalBatches(len(train), run.batch_size, run.seed)  # type: ignore[arg-type]
     collate = parts.data.collate or default_collate
@@ -73,6 +79,7 @@ def train_alone(
             mean = nn.functional.cross_entropy(parts.model(inputs), targets)
         mean.backward()
         before_update(parts.model)
+        before_step(parts.optimizer, step)
         parts.optimizer.step()
     return {name: value.detach() for name, value in parts.model.state_dict().items()}
 

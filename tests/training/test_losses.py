@@ -46,6 +46,73 @@ def mean_of_places(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
     return total / (targets != jobs.PAD).sum()
 
 
+def smoothed(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+    inputs, targets = batch
+    return nn.functional.cross_entropy(
+        model(inputs), targets, ignore_index=jobs.PAD, label_smoothing=0.3
+    )
+
+
+def without_class_2(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+    inputs, targets = batch
+    return nn.functional.cross_entropy(model(inputs), targets.clamp(min=0), ignore_index=2)
+
+
+def half_squares(output: torch.Tensor, target: torch.Tensor, *, factor: float = 1.0):
+    return factor * (output - nn.functional.one_hot(target, 4)).square().mean()
+
+
+def tripled(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+    return half_squares(model(batch[0]), batch[1], factor=3.0)
+
+
+VECTORS = IGNORING | {
+    "model": {"name": "mlp", "sizes": [8, 4]},
+    "data": "tests.training.jobs:vectors",
+}
+SMOOTHED = {"name": "cross_entropy", "label_smoothing": 0.3}
+CLASS_2 = {"name": "cross_entropy", "ignore_index": 2}
+TRIPLED = {"name": "tests.training.test_losses:half_squares", "factor": 3.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tree", "options", "loss"),
+    [
+        (IGNORING, SMOOTHED, smoothed),
+        (VECTORS, CLASS_2, without_class_2),
+        (VECTORS, TRIPLED, tripled),
+    ],
+    ids=["smoothed", "ignore_index", "own"],
+)
+def test_a_loss_with_options_is_torchs_over_the_whole_batch(
+    tree: dict[str, Any], options: dict[str, Any], loss: Any, tmp_path: Path
+):
+    expected = jobs.train_alone(tree, loss)
+    job = tree | {"loss": options, "exchange": "native", "accumulate": 2}
+    for result in run_ranks(jobs.train_rank, 3, job, tmp_path):
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                torch.from_numpy(result["state"][name]), value, rtol=1e-4, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"label_smothing": 0.1}, "loss.label_smothing.*did you mean 'label_smoothing'"),
+        ({"label_smoothing": 1.5}, "loss.label_smoothing: 1.5 is not allowed .allowed: 0 to 1"),
+        ({"reduction": "sum"}, "loss.reduction.*allowed: ignore_index, label_smoothing"),
+        ({"name": TRIPLED["name"], "factr": 2}, "loss.factr.*did you mean 'factor'"),
+        ({"name": "huber_loss", "delta": "wide"}, "loss.delta: 'wide' is not allowed"),
+    ],
+)
+def test_options_of_a_loss_are_checked(options: dict[str, Any], told: str):
+    source = str(Path(__file__).parents[2] / "job.yaml")
+    with pytest.raises(UserError, match=told):
+        config.check(IGNORING | {"loss": options, "source": source})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("accumulate", [1, 4])

@@ -14,6 +14,7 @@ from torch import nn
 
 from scaletrain import config
 from scaletrain.training import checkpoint, workload
+from scaletrain.training import optimizer as training_optimizer
 from scaletrain.training.batches import GlobalBatches
 from scaletrain.training.checkpoint import Loaded
 from scaletrain.training.resume import compare, resume_lines, training_facts
@@ -31,9 +32,10 @@ JOB: dict[str, Any] = {
 
 def facts(**changes: Any) -> dict[str, Any]:
     run = config.check(JOB | changes)
-    optimizer = workload._optimizer(run, nn.Linear(2, 2))
+    made = training_optimizer.build(run, nn.Linear(2, 2))
     size = run.workers if run.batch_mode == "weak" else 1
-    return training_facts(run, optimizer, 1437, run.batch_size * size)
+    steps = run.steps or round((run.epochs or 0) * 1437 / run.batch_size)
+    return training_facts(run, made, 1437, run.batch_size * size, steps)
 
 
 def other_data() -> None:
@@ -108,6 +110,35 @@ def optimizer(**options: Any) -> dict[str, Any]:
 def test_every_difference_is_a_line(changes: dict[str, Any], lines: list[str]):
     before = json.loads(json.dumps(facts()))
     assert compare(before, facts(**changes)) == lines
+
+
+@pytest.mark.parametrize(
+    ("schedule", "is_stretched"),
+    [("fixed", False), ("exp", False), ("cosine", True), ("poly", True), ("multistep", True)],
+)
+def test_a_longer_run_is_a_line_where_the_rate_follows_from_its_length(
+    schedule: str, is_stretched: bool
+):
+    line = (
+        "steps of the run: 20 now, 10 in the checkpoint: the schedule runs over all of them, so the"
+        " learning rate jumps here"
+    )
+    before, now = facts(lr_schedule=schedule), facts(lr_schedule=schedule, steps=20)
+    assert compare(before, now) == [line] * is_stretched
+    del before["steps of the run"]  # of an earlier version
+    assert compare(before, now) == []
+
+
+def test_changed_groups_and_options_of_the_loss_are_lines():
+    now = facts(
+        optimizer=optimizer(groups=[{"match": "bias", "lr": 1}]),
+        loss={"name": "cross_entropy", "label_smoothing": 0.1},
+    )
+    assert compare(facts(), now) == [
+        "loss.label_smoothing: 0.1 counts, the checkpoint was written with its default",
+        'optimizer.groups: [{"match": ["bias"], "lr": 1.0}] counts, the checkpoint was written'
+        " with []",
+    ]
 
 
 def test_more_workers_change_a_weak_batch():

@@ -90,8 +90,8 @@ def test_a_callback_of_ones_own(tmp_path: Path):
 @pytest.mark.parametrize(
     ("callbacks", "told"),
     [
-        (["clop"], "callback: 'clop' is not known; did you mean 'clip'"),
-        ([{"name": "clip", "norm": 0}], "callback.norm: 0 is not allowed"),
+        (["clop"], r"callbacks\[0\]: 'clop' is not known; did you mean 'clip'"),
+        ([{"name": "clip", "norm": 0}], r"callbacks\[0\].norm: 0 is not allowed"),
         ([{"name": "clip", "nrom": 1}], "did you mean 'norm'"),
     ],
 )
