@@ -23,8 +23,8 @@ from scaletrain.run.layout import RunDir
 from scaletrain.training import state_tree, tensor_file
 from scaletrain.training.tensor_file import Content
 
-_FORMAT = "scaletrain-checkpoint-2"
-_EARLIER_FORMATS = ("scaletrain-checkpoint-1",)
+_FORMAT = "scaletrain-checkpoint-3"
+_EARLIER_FORMATS = ("scaletrain-checkpoint-1", "scaletrain-checkpoint-2")
 _MODEL = "model."  # begins the names of the model's tensors; reports add up their sizes
 _EXTRA, _OPTIMIZER = "extra", "optimizer"  # begin those of other state
 _COMPILED = "_orig_mod"  # the name under which a compiled module holds the plain one
