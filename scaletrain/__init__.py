@@ -19,6 +19,7 @@ _EXPORTS = {
     "Data": "scaletrain.training.workload",
     "Loss": "scaletrain.training.workload",
     "Mean": "scaletrain.training.workload",
+    "Update": "scaletrain.training.workload",
     "attach": "scaletrain.training.attach",
 }
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Mean",
     "Schedule",
     "Trainer",
+    "Update",
     "Workload",
     "World",
     "__version__",

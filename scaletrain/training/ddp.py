@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain.errors import UserError
 from scaletrain.run import spans
-from scaletrain.training.exchange import Exchange, Setup
+from scaletrain.training.exchange import Exchange, Setup, attached
 from scaletrain.world import World
 
 
@@ -61,20 +61,21 @@ class AllreduceExchange(Exchange):
         self._bucket_mb = bucket_mb
         self._find_unused_parameters = find_unused_parameters
         self._device = setup.device
-        # When backward made this step's last gradient; None on CUDA. Written by backward's thread.
+        # By what ``attach`` returned: models that train together have an optimizer each.
+        self._optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
+        # When backward made its last gradient; None on CUDA. Written by backward's thread.
         self._last_gradient_at: float | None = None
-        self._record: dict[str, float] = {}
+        self._waited_s: float | None = None  # of all models since the last ``record``
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Wrap the model in DDP."""
-        self._optimizer = optimizer
         # On CUDA, hooks run when backward is enqueued, and tell nothing about its time.
         if self._device.type == "cpu":
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(self._note_gradient)
         # The view saves a copy: gradients lie in the buckets that travel.
-        self._ddp = DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             model,
             bucket_cap_mb=self._bucket_mb,
             find_unused_parameters=self._find_unused_parameters,
@@ -82,27 +83,33 @@ class AllreduceExchange(Exchange):
         )
         # A hook replaces DDP's built-in allreduce, so a run without a trace does not get one.
         if spans.on():
-            self._ddp.register_comm_hook(None, _traced_allreduce)
-        return self._ddp
+            wrapped.register_comm_hook(None, _traced_allreduce)
+        self._optimizers[wrapped] = optimizer
+        return wrapped
 
-    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+    def accumulate(self, model: nn.Module | None = None) -> contextlib.AbstractContextManager[None]:
         """Return DDP's ``no_sync``."""
-        return self._ddp.no_sync()
+        wrapped = attached(self._optimizers, model)
+        assert isinstance(wrapped, DistributedDataParallel)
+        return wrapped.no_sync()
 
-    def step(self) -> None:
+    def step(self, model: nn.Module | None = None) -> None:
         """Run the optimizer on gradients that are the mean over all ranks."""
         if self._last_gradient_at is not None:
             # DDP's backward returns once all means are there, and this method runs right after it.
             waited_s = time.perf_counter() - self._last_gradient_at
-            self._record = {"wait_in_backward_s": waited_s}
-        self._optimizer.step()
+            self._waited_s = (self._waited_s or 0.0) + waited_s
+        self._optimizers[attached(self._optimizers, model)].step()
 
     def record(self) -> dict[str, float]:
-        """Return ``wait_in_backward_s``.
+        """Return ``wait_in_backward_s``, over all models, since it was last asked.
 
         It counts from this rank's last gradient to the end of backward, when all means are there.
         """
-        return self._record
+        if self._waited_s is None:
+            return {}
+        waited_s, self._waited_s = self._waited_s, None
+        return {"wait_in_backward_s": waited_s}
 
     def begin_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin a sum that runs beside forward."""

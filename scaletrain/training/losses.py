@@ -1,7 +1,7 @@
 """The loss of a step over all ranks: the weight of this rank's part, and its record."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ class GlobalMean:
 
 
 class StepLoss:
-    """This rank's loss of one step: the sum over its backward passes.
+    """This rank's loss of one update: the sum over its backward passes.
 
     Totals stay on the device. Reading one after each pass would stall the stream.
     """
@@ -136,6 +136,22 @@ class StepLoss:
         self._total: torch.Tensor | float = 0.0
         self._count: torch.Tensor | float = 0.0
         self._parts: dict[str, torch.Tensor | float] = {}
+
+    @classmethod
+    def of_updates(cls, losses: "Mapping[str, StepLoss]") -> "StepLoss":
+        """Return the loss of a step by those of its updates.
+
+        With several it is their sum, and each of them is a part: they are over the same count.
+        """
+        if len(losses) == 1:
+            return next(iter(losses.values()))
+        joined = cls()
+        for name, loss in losses.items():
+            joined._total = joined._total + loss._total
+            joined._count = loss._count
+            joined._parts[name] = loss._total
+            joined._parts |= loss._parts
+        return joined
 
     def add(self, loss: Loss) -> None:
         """Add the loss of one backward pass."""

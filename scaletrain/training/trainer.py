@@ -3,12 +3,14 @@
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
@@ -29,7 +31,7 @@ from scaletrain.training.losses import GlobalMean, StepLoss, checked, checked_fi
 from scaletrain.training.randomness import seed_forward
 from scaletrain.training.resume import resume_lines, training_facts
 from scaletrain.training.step_clock import StepClock
-from scaletrain.training.workload import Workload
+from scaletrain.training.workload import Update, Workload
 from scaletrain.units import plural
 from scaletrain.world import World
 
@@ -79,7 +81,8 @@ class Trainer:
         self.batches = GlobalBatches(num_samples, self.global_batch, config.seed)
         self.num_steps = config.steps or self._steps_of(config.epochs or 0)
         self._base_lrs = self._scaled_rates()
-        self._left_out = 0  # steps in a row whose gradient was not finite
+        # By model: updates in a row whose gradient was not finite.
+        self._left_out: Counter[str] = Counter()
         self._on_evaluation: Callable[[int, dict[str, float | None]], None] | None = None
 
         # A fault in the first save would come after hours: try it now.
@@ -100,8 +103,14 @@ class Trainer:
         if world.rank == 0:
             self._checkpoints = CheckpointWriter(run_dir, config.checkpoint.keep, progress.alive)
         self._save_put_off = False  # on rank 0, while the checkpoint before is being written
-        self.model = exchange.attach(self.module, workload.optimizer)
-        workload.model = self.model
+        self._updates = workload.updates or [Update("model", workload.optimizer, workload.forward)]
+        # By name: what forward calls while training, and on this rank alone.
+        self._attached: dict[str, nn.Module] = {}
+        self._modules: dict[str, nn.Module] = {}
+        for update in self._updates:
+            module = getattr(workload, update.model)
+            self._modules[update.model] = module
+            self._attached[update.model] = exchange.attach(module, update.optimizer)
         # A worker that joins a running job, such as one that was started again, begins where it is.
         missed = exchange.skip(self.num_steps - self.next_step)
         self.next_step += missed
@@ -137,38 +146,32 @@ class Trainer:
         clock = StepClock(self.device)
         # The rates are set before backward: a parameter server gets gradients while backward runs.
         self._set_rates()
-        self.model.train()
-        self.model.zero_grad()
+        self.module.train()
         passes = [to_device(next(self._loaded), self.device) for _ in range(self.config.accumulate)]
         clock.lap("input")
 
         num_samples = self.batches.share_size(self.world.rank, self.world.size)
-        step_loss = StepLoss()
         # After the input: reading samples in line seeds the same generators.
         seed_forward(self.device, self.config.seed, self.next_step, self.world.rank)
         # Made before forward: what the mean is over travels to the other ranks while that runs.
         mean = GlobalMean(self.workload, self.exchange, passes, num_samples, self.global_batch)
-        for index, batch in enumerate(passes):
-            is_last = index == len(passes) - 1
-            # Only the last pass exchanges; the others add to the gradients of this rank.
-            with contextlib.nullcontext() if is_last else self.exchange.accumulate():
-                with self._autocast():
-                    loss = checked(self.workload.forward(batch))
-                clock.lap("forward")
-                step_loss.add(loss)
-                if self.device.type == "cpu" or is_last:  # reading it stalls a GPU's stream
-                    self._check_finite(step_loss, passes)
-                (loss.total * mean.weight()).backward()
-                clock.lap("backward")
-        is_skipped = self._leaves_step_out()
-        if not is_skipped:
-            for callback in self._callbacks:
-                callback.after_backward()
-            self.exchange.step()
-        clock.lap("update")
+        losses: dict[str, StepLoss] = {}
+        is_skipped = False
+        for update in self._updates:  # one, unless several models train together
+            with self._updating(update) as model:
+                losses[update.model] = self._backward(update, model, passes, mean, clock)
+                if self._leaves_out(update):
+                    is_skipped = True
+                else:
+                    for callback in self._callbacks:
+                        callback.after_backward()
+                    self.exchange.step(model)
+            clock.lap("update")
 
         spent = clock.stop()
-        mean.check(step_loss.count)
+        for loss in losses.values():
+            mean.check(loss.count)
+        step_loss = StepLoss.of_updates(losses)
         record = StepRecord(
             step=self.next_step,
             rank=self.world.rank,
@@ -259,9 +262,7 @@ class Trainer:
         was_training = self.module.training
         self.module.eval()
         shares = (Share("test", part) for part in mine.split(_TEST_BATCH))
-        # Without the exchange's module: DDP's forward broadcasts buffers, and ranks may have
-        # different numbers of batches here.
-        with self._alone(), self._autocast(), torch.inference_mode():
+        with self._autocast(), torch.inference_mode():
             for batch in self._load(test, shares, 0):
                 progress.alive("evaluating")
                 means = checked_figures(self.workload.evaluate(to_device(batch, self.device)))
@@ -382,6 +383,54 @@ class Trainer:
         check_min_lr(schedule, rates[0])
         return rates
 
+    def _backward(
+        self,
+        update: Update,
+        model: nn.Module,
+        passes: list[Any],
+        mean: GlobalMean,
+        clock: StepClock,
+    ) -> StepLoss:
+        """Run forward and backward of an update, pass by pass; return this rank's loss."""
+        step_loss = StepLoss()
+        for index, batch in enumerate(passes):
+            is_last = index == len(passes) - 1
+            # Only the last pass exchanges; the others add to the gradients of this rank.
+            with contextlib.nullcontext() if is_last else self.exchange.accumulate(model):
+                with self._autocast():
+                    loss = checked(update.forward(batch))
+                clock.lap("forward")
+                step_loss.add(loss)
+                if self.device.type == "cpu" or is_last:  # reading it stalls a GPU's stream
+                    self._check_finite(update, step_loss, passes)
+                (loss.total * mean.weight()).backward()
+                clock.lap("backward")
+        return step_loss
+
+    @contextlib.contextmanager
+    def _updating(self, update: Update) -> Iterator[nn.Module]:
+        """Put the exchange's module in the place of a model, and freeze the others.
+
+        Gradients flow through frozen models, and none arrives that an exchange would send.
+        """
+        model = self._attached[update.model]
+        frozen = []
+        for name, module in self._modules.items():
+            if name != update.model:
+                frozen += [each for each in module.parameters() if each.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        self.module.zero_grad()
+        setattr(self.workload, update.model, model)
+        try:
+            yield model
+        finally:
+            # Outside, forward runs on this rank alone, as evaluation does: DDP's broadcasts
+            # buffers, and ranks may have different numbers of batches then.
+            setattr(self.workload, update.model, self._modules[update.model])
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
     def _set_rates(self) -> None:
         """Set the learning rate of each parameter group: its own, by the schedule."""
         rates = learning_rate.learning_rates(
@@ -390,28 +439,21 @@ class Trainer:
         for group, rate in zip(self.workload.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let the workload's forward run on this rank alone: without the exchange's module."""
-        self.workload.model = self.module
-        try:
-            yield
-        finally:
-            self.workload.model = self.model
-
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which forward runs. Backward takes each layer's own precision."""
         if self.config.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _check_finite(self, loss: StepLoss, passes: list[Any]) -> None:
+    def _check_finite(self, update: Update, loss: StepLoss, passes: list[Any]) -> None:
         """Raise ``TrainingError`` if the loss so far is not finite, and that ends the run."""
         if self.config.nonfinite == "skip" or math.isfinite(loss.total):
             return
         shares = self._share(self.next_step).tensor_split(self.config.accumulate)
         reasons = []
-        with self._alone(), self._autocast():
+        # The other ranks do not run forward once more.
+        setattr(self.workload, update.model, self._modules[update.model])
+        with self._autocast():
             seed_forward(self.device, self.config.seed, self.next_step, self.world.rank)
             for batch, share in zip(passes, shares, strict=True):
                 reasons.append(finite.explain(self.workload, batch, share.tolist()))
@@ -421,8 +463,8 @@ class Trainer:
             " (checkpoints are from before it; nonfinite: skip leaves such steps out)"
         )
 
-    def _leaves_step_out(self) -> bool:
-        """Return True if this step's gradient is not finite, and such steps are left out.
+    def _leaves_out(self, update: Update) -> bool:
+        """Return True if this update's gradient is not finite, and such updates are left out.
 
         The gradient is the mean over all ranks, so all of them decide alike.
 
@@ -432,10 +474,10 @@ class Trainer:
         if self.config.nonfinite != "skip":
             return False
         if finite.all_finite(parameter.grad for parameter in self.module.parameters()):
-            self._left_out = 0
+            self._left_out[update.model] = 0
             return False
-        self._left_out += 1
-        if self._left_out == _MOST_LEFT_OUT:
+        self._left_out[update.model] += 1
+        if self._left_out[update.model] == _MOST_LEFT_OUT:
             raise TrainingError(
                 f"step {self.next_step}: the gradients of {_MOST_LEFT_OUT} steps in a row are not"
                 " finite (a smaller learning rate may help; nonfinite: stop says where it begins)"

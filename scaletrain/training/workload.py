@@ -5,7 +5,7 @@ job is ``Supervised``: ``model``, ``data``, ``loss`` and ``optimizer`` of the YA
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
 from scaletrain.training import loss_function, optimizer
+from scaletrain.training.joint_optimizer import JointOptimizer
 from scaletrain.training.randomness import seed_generators
 
 IGNORED = -100  # torch's default for ``ignore_index``: a target that counts for nothing
@@ -52,6 +53,15 @@ class Data(NamedTuple):
     collate: Callable[[list[Any]], Any] | None = None  # samples -> batch; None: torch's default
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Update:
+    """One of the updates that make up a step, where several models train together."""
+
+    model: str  # the workload's attribute that holds it
+    optimizer: torch.optim.Optimizer  # over its parameters
+    forward: Callable[[Any], Loss]  # the loss of a batch, whose gradient it follows
+
+
 class Workload:
     """A training job: derive from it, set the attributes in ``__init__``, write ``forward``.
 
@@ -66,6 +76,10 @@ class Workload:
         data: training and test set.
         optimizer: over all of the model's parameters that are trained. Left out: the YAML's
             ``optimizer``.
+        updates: for several models with an optimizer each, such as a GAN: the updates of a step, in
+            their order. ``model``, ``optimizer`` and ``forward`` are then left out; ``model``
+            becomes a ``ModuleDict`` of all, for checkpoints. While one is updated, the others are
+            frozen, and gradients flow through them.
 
     Example:
         .. code-block:: python
@@ -89,13 +103,23 @@ class Workload:
     module: nn.Module
     data: Data
     optimizer: torch.optim.Optimizer
+    updates: Sequence[Update] = ()
 
     def forward(self, batch: Any) -> Loss:
         """Return the loss of a batch, in training and in evaluation.
 
-        Its total is a sum, never a mean: the trainer divides by the count of all ranks.
+        Its total is a sum, never a mean: the trainer divides by the count of all ranks. With
+        ``updates``, it is by default the sum of their losses, and each of them is a part.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no forward(batch) -> Loss")
+        if not self.updates:
+            raise NotImplementedError(f"{type(self).__name__} has no forward(batch) -> Loss")
+        losses = {update.model: update.forward(batch) for update in self.updates}
+        total = torch.stack([loss.total for loss in losses.values()]).sum()
+        parts: dict[str, Tensor] = {}
+        for name, loss in losses.items():
+            parts[name] = loss.total
+            parts |= loss.parts
+        return Loss(total, loss.count, parts)
 
     def count(self, batch: Any) -> Tensor | float:
         """Return the count of a batch's loss, if its mean is not over samples.
@@ -210,6 +234,8 @@ def build(config: RunConfig, device: torch.device) -> Workload:
     _check_data(workload.data)
     _check_trainable(workload.model)
     model = workload.model.to(device)
+    if config.compute and workload.updates:
+        raise UserError("compute: emulates one model (allowed: a workload without updates)")
     if config.compute:
         from scaletrain.training.emulation import emulate
 
@@ -235,11 +261,40 @@ def _users_own(config: RunConfig) -> Workload:
             f"workload: {name} is a {type(made).__name__} (allowed: a class that derives from"
             " scaletrain.Workload)"
         )
+    if made.updates:
+        _join_models(made, name)
     if not isinstance(getattr(made, "model", None), nn.Module):
         raise UserError(f"workload: {name} sets no self.model in __init__ (a torch.nn.Module)")
     if not isinstance(getattr(made, "data", None), Data):
         raise UserError(f"workload: {name} sets no self.data in __init__ (a scaletrain.Data)")
     return made
+
+
+def _join_models(workload: Workload, name: str) -> None:
+    """Give a workload with several models the one model and optimizer that checkpoints hold.
+
+    Raises:
+        UserError: an update names no model, or two name the same, or share a parameter.
+    """
+    models = nn.ModuleDict()
+    owners: dict[int, str] = {}  # of parameters
+    for update in workload.updates:
+        model = getattr(workload, update.model, None)
+        if not isinstance(model, nn.Module) or update.model in models:
+            raise UserError(
+                f"workload: {name}: an update of {update.model!r} (allowed: an attribute of the"
+                " workload that is a torch.nn.Module, in one update)"
+            )
+        for parameter in model.parameters():
+            other = owners.setdefault(id(parameter), update.model)
+            if other != update.model:
+                raise UserError(
+                    f"workload: {name}: {other} and {update.model} share a parameter, which two"
+                    " optimizers would step (allowed: models of their own)"
+                )
+        models[update.model] = model
+    workload.model = models
+    workload.optimizer = JointOptimizer({each.model: each.optimizer for each in workload.updates})
 
 
 def _supervised(config: RunConfig) -> Supervised:

@@ -51,11 +51,11 @@ def exchange_steps(model: nn.Module, attached: nn.Module, steps: range, parts: i
         for index, (inputs, targets) in enumerate(pieces):
             loss = nn.functional.mse_loss(attached(inputs), targets) / parts
             if index < parts - 1:
-                with exchange.accumulate():
+                with exchange.accumulate(attached):
                     loss.backward()
             else:
                 loss.backward()
-        exchange.step()
+        exchange.step(attached)
 
 
 def same(one: nn.Module, other: nn.Module, what: str) -> None:
@@ -144,7 +144,7 @@ def unused_parameters() -> None:
     attached = exchange.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
     x, y = (tensor[world.rank :: world.size] for tensor in batch(0))
     nn.functional.mse_loss(attached(x, world.rank == 1), y).backward()
-    exchange.step()
+    exchange.step(attached)
     grads = []
     for rank in range(2):
         twin = copy.deepcopy(before)
@@ -164,12 +164,12 @@ def odd_gradients() -> None:
     weight = nn.Parameter(torch.ones(6, 4).t())
     narrow = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     model = nn.ParameterDict({"weight": weight, "narrow": narrow})
-    exchange.attach(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    attached = exchange.attach(model, torch.optim.SGD(model.parameters(), lr=1.0))
     factor = (torch.arange(24.0).view(6, 4) * (1 + world.rank)).t()
     (weight * factor).sum().backward()
     (narrow * (2.0 + 2 * world.rank)).sum().backward()
     assert weight.grad is not None and not weight.grad.is_contiguous()
-    exchange.step()
+    exchange.step(attached)
     torch.testing.assert_close(weight.data, 1 - torch.arange(24.0).view(6, 4).t() * 1.5)
     torch.testing.assert_close(narrow.data, torch.full((8,), -2.0, dtype=torch.bfloat16))
 

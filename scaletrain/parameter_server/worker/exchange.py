@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol import placement
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.worker.beside import ServerBeside
@@ -85,9 +86,14 @@ class ParameterServerExchange:
             ``model`` itself.
 
         Raises:
-            UserError: the servers cannot train this model with this optimizer.
+            UserError: the servers cannot train this model with this optimizer, or have one already.
             ServerError: a server cannot be reached or refuses this worker.
         """
+        if self._replica is not None:
+            raise UserError(
+                "exchange: parameter_server trains one model, and has one already (allowed for"
+                " several: native, scheduled)"
+            )
         settings = self._settings
         replica = Replica(model, optimizer, settings)
         self._replica = replica
@@ -114,12 +120,12 @@ class ParameterServerExchange:
         self._received = client.bytes_received
         return model
 
-    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+    def accumulate(self, model: nn.Module | None = None) -> contextlib.AbstractContextManager[None]:
         """Let backward passes inside only add to the gradients."""
         assert self._steps
         return self._steps.accumulate()
 
-    def step(self) -> None:
+    def step(self, model: nn.Module | None = None) -> None:
         """Bring the weights to the next step, after backward.
 
         Raises:

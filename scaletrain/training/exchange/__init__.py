@@ -6,7 +6,7 @@ Exchange``, called once by every rank (collective).
 
 import abc
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 from torch import nn
 
+from scaletrain.errors import UserError
 from scaletrain.world import World
 
 
@@ -25,6 +26,26 @@ class Setup(NamedTuple):
     device: torch.device
     timeout: timedelta  # of every collective and message
     run_dir: Path
+
+
+def attached(models: Mapping[nn.Module, Any], model: nn.Module | None) -> nn.Module:
+    """Return the one of several attached models that is meant.
+
+    Args:
+        models: by what ``attach`` returned.
+        model: one of them; None: the only one.
+
+    Raises:
+        UserError: several are attached, and none of them is named.
+    """
+    if model is None and len(models) == 1:
+        return next(iter(models))
+    if model in models:
+        return model  # type: ignore[return-value]
+    raise UserError(
+        f"exchange: {len(models)} models are attached (allowed: step(model) and accumulate(model),"
+        " with the module that attach returned)"
+    )
 
 
 class Exchange(Protocol):
@@ -49,6 +70,8 @@ class Exchange(Protocol):
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Put the exchange under a model, and make every rank's weights equal rank 0's.
 
+        Some exchanges take several models, each with its optimizer, such as the two of a GAN.
+
         Args:
             model: on this worker's device.
             optimizer: over the model's parameters. ``step`` runs it, or a server does its work with
@@ -56,14 +79,20 @@ class Exchange(Protocol):
 
         Returns:
             The module whose forward and backward exchange gradients.
+
+        Raises:
+            UserError: this exchange trains one model, and has one already.
         """
 
     @abc.abstractmethod
-    def step(self) -> None:
-        """Bring the weights to the next step, after backward.
+    def step(self, model: nn.Module | None = None) -> None:
+        """Bring the weights of a model to the next step, after backward.
 
         Allreduce styles run the local optimizer: the gradients are already the mean over all ranks.
         A parameter server waits for the new weights.
+
+        Args:
+            model: as ``attach`` returned it; None: the only one.
         """
 
     @abc.abstractmethod
@@ -78,8 +107,12 @@ class Exchange(Protocol):
         total = self.sum(values)
         return lambda: total
 
-    def accumulate(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which backward only adds to the gradients, and exchanges nothing."""
+    def accumulate(self, model: nn.Module | None = None) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which backward only adds to the gradients, and exchanges nothing.
+
+        Args:
+            model: as for ``step``.
+        """
         return contextlib.nullcontext()
 
     def skip(self, most: int) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 
 from scaletrain.errors import UserError
 from scaletrain.run import progress, spans
-from scaletrain.training.exchange import Exchange, Setup
+from scaletrain.training.exchange import Exchange, Setup, attached
 from scaletrain.world import World
 
 _MISSING = "exchange: horovod is not there or does not load ({}); build it with `make horovod`"
@@ -27,6 +27,13 @@ class _Allreduce(NamedTuple):
     sent: torch.Tensor  # compressed; must live until the allreduce is done
     context: Any  # what the compression needs to undo itself
     began: float  # unix time
+
+
+class _Attached(NamedTuple):
+    """What trains one model."""
+
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, nn.Parameter]  # that are trained, by names of their allreduces
 
 
 class HorovodExchange(Exchange):
@@ -63,24 +70,27 @@ class HorovodExchange(Exchange):
         # By parameter's name. Written by backward's hooks, emptied by ``step``.
         self._under_way: dict[str, _Allreduce] = {}
         self._accumulating = False
+        self._attached: dict[nn.Module, _Attached] = {}
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Broadcast the weights, and hook the allreduce into backward.
 
         The optimizer's state stays as it is: every rank has loaded the same state, or none.
         """
-        self._optimizer = optimizer
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             # A copy where Horovod would refuse the layout; bytes, so that every dtype passes.
             whole = tensor.data.contiguous()
             self._hvd.broadcast_(whole.view(-1).view(torch.uint8), 0, name=f"weights.{name}")
             if whole.data_ptr() != tensor.data_ptr():
                 tensor.data.copy_(whole)
-        self._parameters = {}
+        number = len(self._attached)  # keeps names apart that several models have
+        parameters = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                self._parameters[name] = parameter
-                parameter.register_post_accumulate_grad_hook(self._hook_of(name))
+                unique = f"{number}.{name}"
+                parameters[unique] = parameter
+                parameter.register_post_accumulate_grad_hook(self._hook_of(unique))
+        self._attached[model] = _Attached(optimizer, parameters)
         return model
 
     def _hook_of(self, name: str) -> Any:
@@ -110,7 +120,7 @@ class HorovodExchange(Exchange):
         self._under_way[name] = _Allreduce(handle, sent, context, began)
 
     @contextlib.contextmanager
-    def accumulate(self) -> Iterator[None]:
+    def accumulate(self, model: nn.Module | None = None) -> Iterator[None]:
         """Only add to the gradients while the body runs."""
         self._accumulating = True
         try:
@@ -118,16 +128,17 @@ class HorovodExchange(Exchange):
         finally:
             self._accumulating = False
 
-    def step(self) -> None:
-        """Wait for all gradients, then run the optimizer."""
+    def step(self, model: nn.Module | None = None) -> None:
+        """Wait for all gradients of a model, then run its optimizer."""
+        optimizer, parameters = self._attached[attached(self._attached, model)]
         # Every rank has to send every gradient: one that a rank leaves out blocks the others.
-        for name, parameter in self._parameters.items():
+        for name, parameter in parameters.items():
             if name not in self._under_way:
                 self._start_allreduce(name, parameter)
         progress.entering("horovod allreduce")
         wait_began = time.time()
-        for name, parameter in self._parameters.items():
-            allreduce = self._under_way[name]
+        for name, parameter in parameters.items():
+            allreduce = self._under_way.pop(name)
             reduced = self._hvd.synchronize(allreduce.handle)
             mean = self._compression.decompress(reduced, allreduce.context)
             spans.add("bucket", name, allreduce.began, bytes=allreduce.sent.nbytes)
@@ -135,8 +146,7 @@ class HorovodExchange(Exchange):
             # Compression, another dtype or another layout put the mean into a tensor of its own.
             parameter.grad.copy_(mean)
         spans.add("wait", "wait for gradients", wait_began)
-        self._under_way.clear()
-        self._optimizer.step()
+        optimizer.step()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks of a small CPU tensor."""

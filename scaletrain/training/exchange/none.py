@@ -23,12 +23,12 @@ class NoExchange(AllreduceExchange):
         """Make every rank's weights equal rank 0's."""
         # The model stays without DDP, which would exchange. Its constructor would also have made
         # the weights equal, so that is done here.
-        self._optimizer = optimizer
+        self._optimizers[model] = optimizer
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.data, 0)
         return model
 
-    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+    def accumulate(self, model: nn.Module | None = None) -> contextlib.AbstractContextManager[None]:
         """Return a context that does nothing: backward never exchanges."""
         return contextlib.nullcontext()
 
