@@ -21,6 +21,7 @@ _EXPORTS = {
     "Mean": "scaletrain.training.workload",
     "Update": "scaletrain.training.workload",
     "attach": "scaletrain.training.attach",
+    "join": "scaletrain.training.attach",
 }
 __all__ = [
     "Callback",
@@ -34,6 +35,7 @@ __all__ = [
     "World",
     "__version__",
     "attach",
+    "join",
 ]
 
 

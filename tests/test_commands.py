@@ -124,6 +124,19 @@ def test_lines_of_different_lengths_are_learned_as_by_one_worker(tmp_path: Path)
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
+@pytest.mark.slow
+def test_two_models_learn_by_turns(tmp_path: Path):
+    """The example of a GAN: what it makes lies on the ring, and all around it."""
+    done = scaletrain(
+        "train", "examples/gan/job.yaml", "--workers", "2", "--run-dir", tmp_path / "run",
+        "--set", "steps=600",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_near"] > 0.4  # noise of the ring's size gives 0.2
+    assert summary["test_reached"] > 0.8
+
+
 def test_a_mistake_that_only_a_worker_can_see_is_one_line(tmp_path: Path):
     done = scaletrain(
         "train", DIGITS, "--workers", "2", "--set", "optimizer.lr=-1", "--run-dir", tmp_path / "run"

@@ -17,13 +17,57 @@ from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
 
 
+def join(
+    exchange: str = "native",
+    *,
+    device: torch.device | str = "cpu",
+    timeout_s: float = 60.0,
+    run_dir: str | Path | None = None,
+    **options: Any,
+) -> Exchange:
+    """Join the other workers, without a model yet (collective, under any launcher).
+
+    The exchange's ``attach`` then takes models: one, or several that have an optimizer each.
+
+    Args:
+        exchange: as on the command line: ``native``, ``ring``, ``scheduled:tree@gloo``, ...
+        device: this worker's, where its models will be.
+        timeout_s: seconds that a collective or message may take.
+        run_dir: where rank 0 publishes its address if the launcher serves no store (mpirun or srun
+            by hand): a directory that all hosts share.
+        options: further options of the exchange.
+
+    Raises:
+        UserError: there is no such exchange or option, or the rank variables contradict each other.
+        TimeoutError: not all ranks arrived; it names those missing.
+
+    Example:
+        .. code-block:: python
+
+            exchange = scaletrain.join("ring")
+            critic = exchange.attach(critic, critic_optimizer)
+            artist = exchange.attach(artist, artist_optimizer)
+            ...
+            exchange.step(critic)  # after the backward of its loss
+    """
+    chosen = config.expand_exchange(exchange) | options
+    name = chosen.pop("name")
+    # Before anything meets other ranks: a wrong option is an error here, not a hang elsewhere.
+    checked = config.plugin_options("exchange", name, chosen, "attach")
+    timeout = timedelta(seconds=timeout_s)
+    world = World.from_env()
+    shared = Path(run_dir or os.environ.get("SCALETRAIN_RUN_DIR") or Path.cwd())
+    store = rendezvous.join(world, shared, timeout)
+    world = rendezvous.place(world, store)
+    setup = Setup(store, torch.device(device), timeout, shared)
+    joined: Exchange = plugins.load("exchange", name)(world, setup, **checked)
+    return joined
+
+
 def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     exchange: str = "native",
-    *,
-    timeout_s: float = 60.0,
-    run_dir: str | Path | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Exchange]:
     """Join the other workers, and put an exchange under a model (collective, under any launcher).
@@ -33,10 +77,7 @@ def attach(
         optimizer: over the model's parameters. ``exchange.step()`` runs it, or the parameter server
             does its work with the learning rate that the optimizer's groups hold.
         exchange: as on the command line: ``native``, ``ring``, ``scheduled:tree@gloo``, ...
-        timeout_s: seconds that a collective or message may take.
-        run_dir: where rank 0 publishes its address if the launcher serves no store (mpirun or srun
-            by hand): a directory that all hosts share.
-        options: further options of the exchange.
+        options: as for ``join``: ``timeout_s``, ``run_dir``, and options of the exchange.
 
     Returns:
         The module to call in forward, and the exchange.
@@ -55,16 +96,5 @@ def attach(
                 exchange.step()
             exchange.close()
     """
-    chosen = config.expand_exchange(exchange) | options
-    name = chosen.pop("name")
-    # Before anything meets other ranks: a wrong option is an error here, not a hang elsewhere.
-    checked = config.plugin_options("exchange", name, chosen, "attach")
-    timeout = timedelta(seconds=timeout_s)
-    world = World.from_env()
-    shared = Path(run_dir or os.environ.get("SCALETRAIN_RUN_DIR") or Path.cwd())
-    store = rendezvous.join(world, shared, timeout)
-    world = rendezvous.place(world, store)
-    device = next(model.parameters()).device
-    setup = Setup(store, device, timeout, shared)
-    joined: Exchange = plugins.load("exchange", name)(world, setup, **checked)
+    joined = join(exchange, device=next(model.parameters()).device, **options)
     return joined.attach(model, optimizer), joined

@@ -337,6 +337,16 @@ def test_accumulated_passes_are_pushed_once(tmp_path):
     )
 
 
+def test_a_second_model_is_refused(tmp_path):
+    settings = Settings(1, 20)
+    net, other = job.model(), job.model()
+    with job.servers(settings, tmp_path):
+        joined = job.exchange(settings, tmp_path, 0)
+        joined.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        with pytest.raises(UserError, match="trains one model, and has one already"):
+            joined.attach(other, torch.optim.SGD(other.parameters(), lr=0.1))
+
+
 def test_workers_with_another_model_are_refused(tmp_path):
     settings = Settings(2, 5)
     with job.servers(settings, tmp_path):

@@ -1,4 +1,7 @@
-"""Tests of training/ddp.py: one exchange a process. What it averages: test_trainer.py."""
+"""Tests of training/ddp.py: one exchange a process, of one model or several.
+
+What it averages: test_trainer.py, test_updates.py.
+"""
 
 from datetime import timedelta
 from pathlib import Path
@@ -29,3 +32,27 @@ def _join_twice(rank: int, size: int, folder: Path) -> int:
 @pytest.mark.slow
 def test_a_second_exchange_is_refused_and_the_first_goes_on(tmp_path: Path):
     assert run_ranks(_join_twice, 2, tmp_path) == [3, 3]
+
+
+def _two_models(rank: int, size: int, folder: Path) -> list[float]:
+    """Step the second of two models alone; return both weights."""
+    store = dist.FileStore(str(folder / "store"), size)
+    setup = Setup(store, torch.device("cpu"), timedelta(seconds=20), folder)
+    joined = plugins.load("exchange", "native")(World(rank, size, rank, size), setup)
+    models = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    attached = []
+    for model in models:
+        model.weight.data.fill_(1.0 + rank)  # rank 0's counts
+        attached.append(joined.attach(model, torch.optim.SGD(model.parameters(), lr=1.0)))
+    attached[1](torch.tensor([[float(rank)]])).sum().backward()
+    with pytest.raises(UserError, match="2 models are attached"):
+        joined.step()
+    joined.step(attached[1])
+    joined.close()
+    return [model.weight.item() for model in models]
+
+
+@pytest.mark.slow
+def test_one_of_several_models_is_stepped_by_name(tmp_path: Path):
+    # The mean gradient over the ranks is (0 + 1) / 2.
+    assert run_ranks(_two_models, 2, tmp_path) == [[1.0, 0.5], [1.0, 0.5]]
