@@ -2,7 +2,7 @@
 
 Verbs are files of this folder: one that defines ``command`` is a verb of its name. Benchmarks, the
 verbs below ``scaletrain bench``, are found in ``bench/`` in the same way. A verb is imported when
-it is called, and imports what it needs when it runs: help is quick, and login nodes need no torch.
+it is called, and does its own imports when it runs: help is quick, and needs no torch.
 """
 
 import errno

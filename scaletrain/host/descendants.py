@@ -1,4 +1,4 @@
-"""Descendants of this process, whatever they did with their environment, group, session or title.
+"""Descendants of this process, also after a change of environment, group, session or title.
 
 A process whose parent ends goes to its nearest ancestor that adopts orphans, else to process 1. So
 one that adopts them can find everything that it has started, by following parents.
@@ -125,7 +125,7 @@ def end(
 
     Args:
         processes: returns those that are left. They may start others while they end.
-        pause: called with the seconds until the next look; it reaps what has ended.
+        pause: called with the seconds until the next look; it reaps ended children.
         by_themselves_s: the time for those that end when they notice that their parent is gone.
         terminated_s: the time from SIGTERM to SIGKILL.
 

@@ -1,4 +1,4 @@
-"""Process 1 of a container: reaps what nobody waits for, and passes signals on."""
+"""Process 1 of a container: reaps orphans that have ended, and passes signals on."""
 
 import os
 import signal

@@ -44,7 +44,7 @@ class JointOptimizer(torch.optim.Optimizer):
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give each of them its part of what ``state_dict`` returned."""
+        """Give each of them its part of a state that ``state_dict`` returned."""
         groups = iter(state_dict["param_groups"])
         first = 0
         for optimizer in self._optimizers.values():

@@ -1,7 +1,7 @@
 """Started processes: their output is shown, their ends are noted, none of them outlives us.
 
 Nor does any process that they have started: the supervisor adopts those that lose their parent
-(``host.descendants``), and so finds them whatever they did with their environment.
+(``host.descendants``), and so finds them without a look at their environment.
 
 Only the supervisor uses this. Its standard input closes when nobody listens to it any more. Its
 standard output carries the output of every process, in frames (``screen``).
@@ -256,7 +256,7 @@ class Processes:
                     process.popen.wait(1.0)
 
     def _end_left_behind(self) -> None:
-        """End what processes that have ended have left running, and say what it was."""
+        """End the helpers that ended processes have left running, and name them."""
         groups = [process.popen.pid for process in self.all]
         found = self.left_behind()
         # Loader processes and the like in a worker's own group are no surprise.

@@ -124,7 +124,7 @@ def run(
 
 
 def _end_adopted(since_ticks: int) -> None:
-    """End what a supervisor that was killed has left. Other launches of this process stay."""
+    """End the descendants that a killed supervisor has left. Other launches stay."""
     seen: set[int] = set()
 
     def left() -> list[descendants.Descendant]:

@@ -357,8 +357,8 @@ class Supervisor:
             number: the signal that came first.
 
         Returns:
-            128 + ``number``, whatever the workers say: the job has not done all of its work. 0 if a
-            training run had finished, or if all workers answered SIGUSR1 with 0.
+            128 + ``number``, also if workers end with 0: the job has not done all of its work. 0 if
+            a training run had finished, or if all workers answered SIGUSR1 with 0.
         """
         if self.job.trains and number != signal.SIGUSR1 and self._processes.any_running():
             self._processes.say(

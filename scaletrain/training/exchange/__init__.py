@@ -32,7 +32,7 @@ def attached(models: Mapping[nn.Module, Any], model: nn.Module | None) -> nn.Mod
     """Return the one of several attached models that is meant.
 
     Args:
-        models: by what ``attach`` returned.
+        models: by the modules that ``attach`` returned.
         model: one of them; None: the only one.
 
     Raises:

@@ -30,7 +30,7 @@ class _Allreduce(NamedTuple):
 
 
 class _Attached(NamedTuple):
-    """What trains one model."""
+    """The optimizer of one model, and the gradients that it waits for."""
 
     optimizer: torch.optim.Optimizer
     parameters: dict[str, nn.Parameter]  # that are trained, by names of their allreduces

@@ -35,7 +35,7 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step; return what the closure returns."""
+        """Take a step; return the value of the closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
