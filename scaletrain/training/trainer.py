@@ -85,8 +85,10 @@ class Trainer:
         self._left_out: Counter[str] = Counter()
         self._on_evaluation: Callable[[int, dict[str, float | None]], None] | None = None
 
-        # A fault in the first save would come after hours: try it now.
+        # A fault in the first save or evaluation would come after hours: try both now.
         checkpoint.check_saveable(self.module, workload.optimizer)
+        if not config.compute:  # an emulated accelerator would take its time
+            self._try_evaluation()
         self._facts = training_facts(
             config, workload.optimizer, num_samples, self.global_batch, self.num_steps
         )
@@ -281,6 +283,25 @@ class Trainer:
             for name, (total, count) in zip(figures, totals, strict=True):
                 evaluation[f"test_{name}"] = finite_or_none(total / count) if count else None
         return evaluation
+
+    def _try_evaluation(self) -> None:
+        """Evaluate as many test samples as a step has, on this rank alone.
+
+        Raises:
+            UserError: evaluation returns no means, or not the one that ``target_accuracy`` is for.
+        """
+        test = self.workload.data.test
+        most = self.batches.share_size(self.world.rank, self.world.size)
+        samples = torch.arange(min(len(test), max(1, most)))  # type: ignore[arg-type]
+        self.module.eval()
+        with self._autocast(), torch.inference_mode():
+            for batch in self._load(test, iter([Share("test", samples)]), 0):
+                figures = checked_figures(self.workload.evaluate(to_device(batch, self.device)))
+                if self.config.target_accuracy and "accuracy" not in figures:
+                    raise UserError(
+                        "target_accuracy: evaluation has no figure accuracy, so it is never"
+                        f" reached (there are: {', '.join(figures)})"
+                    )
 
     def save(self) -> None:
         """Write a checkpoint of the steps done so far, on rank 0, while training goes on.

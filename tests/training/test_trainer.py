@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from scaletrain import Mean
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import read_records
 from scaletrain.training import workload
@@ -197,3 +198,36 @@ def test_parameters_that_a_step_does_not_use_are_left_alone(exchange: str, tmp_p
     weights = torch.cat([value.flatten() for value in expected.values()])
     for result in results:
         torch.testing.assert_close(torch.from_numpy(result["weights"]), weights)
+
+
+class Misjudged(jobs.Tokens):
+    """A job that trains well, and whose evaluation is wrong."""
+
+    def __init__(self, *, fault: str = ""):
+        super().__init__()
+        self._fault = fault
+
+    def evaluate(self, batch: Any) -> dict[str, Mean]:
+        if self._fault:
+            raise RuntimeError(self._fault)
+        return super().evaluate(batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workload": {"name": f"{__name__}:Misjudged", "fault": "no labels"}}, "no labels"),
+        (
+            {"workload": f"{__name__}:Misjudged", "target_accuracy": 0.9},
+            r"evaluation has no figure accuracy, so it is never reached \(there are: loss, twice, odd",
+        ),
+    ],
+)
+def test_a_fault_in_evaluation_shows_before_the_first_step(
+    changes: dict[str, Any], message: str, tmp_path: Path
+):
+    tree = {"batch_size": 16, "steps": 4, "exchange": "native", "optimizer": "sgd"} | changes
+    with pytest.raises(AssertionError, match=message):
+        run_ranks(jobs.train_rank, 2, tree, tmp_path)
+    assert not RunDir(tmp_path).records(0).exists()
