@@ -136,10 +136,23 @@ def _check_workload(config: RunConfig, where: str) -> None:
 
 
 def _check_nonfinite(config: RunConfig, where: str) -> None:
-    if config.nonfinite == "skip" and config.exchange.name == "parameter_server":
+    policy = config.nonfinite
+    if policy != "stop" and config.exchange.name == "parameter_server":
         raise UserError(
-            f"{where}: nonfinite: 'skip' is not allowed under parameter_server, whose servers make"
-            " the step before a worker can see it (allowed: stop)"
+            f"{where}: nonfinite: {policy!r} is not allowed under parameter_server, whose servers"
+            " make the step before a worker can see it (allowed: stop)"
+        )
+    if policy != "roll_back":
+        return
+    if config.exchange.name == "none":
+        raise UserError(
+            f"{where}: nonfinite: 'roll_back' is not allowed under none, whose workers do not go"
+            " back together (allowed: stop, skip)"
+        )
+    if config.checkpoint.every_steps is None:
+        raise UserError(
+            f"{where}: nonfinite: 'roll_back' has no checkpoints to go back to"
+            " (such as checkpoint: {every_steps: 100})"
         )
 
 

@@ -229,8 +229,9 @@ class RunConfig(Strict):
     callbacks: list[NameOrOptions] = []
     """What is done between the parts of each step, in this order: names and their options."""
 
-    nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop and say where, or leave the step out."""
+    nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
+    """A loss or gradient that is not finite: stop and say where, leave the step out, or also bring
+    the weights back to the newest checkpoint."""
 
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are written."""

@@ -225,6 +225,11 @@ class _Narrator:
 
     def step(self, record: StepRecord) -> None:
         """Print a line now and then: at most one a second, and always one at the end."""
+        if record.skipped:
+            back = ""
+            if self._trainer.config.nonfinite == "roll_back":
+                back = "; the weights go back to the newest checkpoint"
+            print(f"step {record.step}: left out, its gradient is not finite{back}", flush=True)
         self._samples += record.samples
         self._seconds += record.step_s
         done, total = record.step + 1, self._trainer.num_steps

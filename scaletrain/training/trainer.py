@@ -83,6 +83,7 @@ class Trainer:
         self._base_lrs = self._scaled_rates()
         # By model: updates in a row whose gradient was not finite.
         self._left_out: Counter[str] = Counter()
+        self._rollbacks = 0
         self._on_evaluation: Callable[[int, dict[str, float | None]], None] | None = None
 
         # A fault in the first save or evaluation would come after hours: try both now.
@@ -221,6 +222,8 @@ class Trainer:
                 self._writer.write(record)
                 self.records.append(record)
                 on_step(record)
+                if record.skipped and self.config.nonfinite == "roll_back":
+                    self._roll_back()
             if self.finished:
                 break  # the last step's evaluation and checkpoint come below
             evaluates = self._is_due(self.config.evaluate_every)
@@ -468,7 +471,7 @@ class Trainer:
 
     def _check_finite(self, update: Update, loss: StepLoss, passes: list[Any]) -> None:
         """Raise ``TrainingError`` if the loss so far is not finite, and that ends the run."""
-        if self.config.nonfinite == "skip" or math.isfinite(loss.total):
+        if self.config.nonfinite != "stop" or math.isfinite(loss.total):
             return
         shares = self._share(self.next_step).tensor_split(self.config.accumulate)
         reasons = []
@@ -492,7 +495,7 @@ class Trainer:
         Raises:
             TrainingError: too many steps in a row were left out: the weights will not recover.
         """
-        if self.config.nonfinite != "skip":
+        if self.config.nonfinite == "stop":
             return False
         if finite.all_finite(parameter.grad for parameter in self.module.parameters()):
             self._left_out[update.model] = 0
@@ -504,6 +507,32 @@ class Trainer:
                 " finite (a smaller learning rate may help; nonfinite: stop says where it begins)"
             )
         return True
+
+    def _roll_back(self) -> None:
+        """Bring weights and optimizer back to the newest checkpoint (collective).
+
+        The data goes on, so the batches since that checkpoint are left out. Before the first one,
+        the weights stay as they are.
+
+        Raises:
+            TrainingError: the ranks do not see the same checkpoint.
+
+        Source:
+            Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), section 5.1.
+        """
+        self._finish_checkpoints()  # all ranks wait for the one under way
+        loaded = checkpoint.load_latest(self.run_dir, self.module, self.workload.optimizer)
+        steps = torch.zeros(self.world.size, dtype=torch.float64)  # each rank's
+        steps[self.world.rank] = loaded.step if loaded else -1
+        steps = self.exchange.sum(steps)
+        if (steps != steps[0]).any():
+            raise TrainingError(
+                "nonfinite: roll_back: the ranks find checkpoints of steps"
+                f" {', '.join(f'{step:.0f}' for step in steps.tolist())}"
+                " (allowed: a run directory that all hosts share)"
+            )
+        if loaded:
+            self._rollbacks += 1
 
     def _catch_up(self) -> bool:
         """Leave out steps that the job has done without this rank; return True if there were any.
@@ -575,6 +604,7 @@ class Trainer:
             "step_s_p95": float(np.percentile(seconds, 95)) if seconds else None,
             "final_loss": finite_or_none(last_total / last_count) if last_count else None,
             "skipped_steps": sum(record.skipped for record in records),
+            "rollbacks": self._rollbacks,
             **evaluation,
             "wall_s": wall_s,
         }

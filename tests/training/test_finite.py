@@ -122,6 +122,25 @@ def test_skip_leaves_the_step_out_on_all_ranks(size: int, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", [3, 100])
+def test_roll_back_goes_on_from_the_newest_checkpoint(every: int, tmp_path: Path):
+    """As if the steps since that checkpoint had not been; without one, as ``skip`` does."""
+    bad = GlobalBatches(64, 8, 0).indices(4)[5].item()  # of step 4, after the checkpoint of step 3
+    job = JOB | {"data": {"name": "tests.training.jobs:vectors", "bad": bad}}
+    checkpoints = {"every_steps": every, "keep": 2}
+    tree = job | {"nonfinite": "roll_back", "exchange": "ring", "checkpoint": checkpoints}
+    results = run_ranks(jobs.train_rank, 2, tree, tmp_path)
+
+    expected = jobs.train_alone(job, left_out=[3, 4] if every == 3 else [4])
+    for result in results:
+        assert result["summary"]["rollbacks"] == (1 if every == 3 else 0)
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                torch.from_numpy(result["state"][name]), value, rtol=1e-4, atol=1e-6
+            )
+
+
+@pytest.mark.slow
 def test_a_run_that_never_recovers_ends(tmp_path: Path):
     tree = JOB | {"nonfinite": "skip", "exchange": "native", "steps": 60, "batch_size": 64}
     with pytest.raises(AssertionError, match="gradients of 20 steps in a row are not finite"):

@@ -129,6 +129,14 @@ def test_any_whole_number_is_a_seed(job, seed: int):
             {"model": "mlp", "data": "digits", "nonfinite": "skip", "exchange": "parameter_server"},
             "nonfinite: 'skip' is not allowed under parameter_server",
         ),
+        (
+            {"model": "mlp", "data": "digits", "nonfinite": "roll_back", "exchange": "none"},
+            "nonfinite: 'roll_back' is not allowed under none",
+        ),
+        (
+            {"model": "mlp", "data": "digits", "nonfinite": "roll_back"},
+            "nonfinite: 'roll_back' has no checkpoints to go back to",
+        ),
     ],
 )
 def test_it_is_clear_what_is_trained(keys: dict, told: str):
