@@ -130,6 +130,7 @@ def test_only_programs_and_jobs_hold_the_name_of_a_module_as_text():
 # Texts of others that have colons: each file is named with the format that it reads.
 FOREIGN_FORMATS = {
     "plugins.py": "package.module:factory, Python's entry points",
+    "host/cores.py": "the kernel's list of control groups",
     "launching/launchers/torchrun.py": "torchrun's --nnodes",
     "programs/follow_slurm.py": "SLURM's exit codes",
     "programs/rehearsal_serve.py": "the key before an error's text",

@@ -141,6 +141,9 @@ def cores() -> Check:
     usable = len(host_cores.usable())
     present = os.cpu_count() or 0
     note = "" if usable == present else f" of {present} (the others are not this process's to use)"
+    limit = host_cores.quota()
+    if limit is not None and limit < usable:
+        note += f", for {limit:g} cores' time by a control group's limit"
     detail = f"{usable}{note}; more workers than that are marked as oversubscribed"
     return Check("cores", OK, detail)
 

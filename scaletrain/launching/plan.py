@@ -63,7 +63,7 @@ def threads_each(job: Job, workers_here: int) -> int:
     Args:
         workers_here: how many workers share this host.
     """
-    return job.threads or max(1, len(cores.usable()) // workers_here)
+    return job.threads or max(1, cores.count() // workers_here)
 
 
 def _shell_line(env: Environment, argv: tuple[str, ...]) -> str:

@@ -198,7 +198,7 @@ def threads(config: RunConfig, world: World) -> int:
     # OpenMP also allows a list, with a number for each nesting level, which says nothing here.
     if from_launcher.isdigit():
         return max(1, int(from_launcher))
-    return max(1, len(cores.usable()) // world.local_size)
+    return max(1, cores.count() // world.local_size)
 
 
 class _Narrator:

@@ -16,10 +16,11 @@ def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
         bind: keep each worker on its own cores (taskset), which steadies measurements.
     """
     threads = threads_each(job, job.workers)
-    num_cores = len(cores.usable())
+    num_cores = cores.count()
     num_threads = job.workers * threads
     explain = [
-        f"{plural(job.workers, 'worker')} on {num_cores} cores, {plural(threads, 'thread')} each"
+        f"{plural(job.workers, 'worker')} on {plural(num_cores, 'core')},"
+        f" {plural(threads, 'thread')} each"
     ]
     if num_threads > num_cores:
         explain.append(

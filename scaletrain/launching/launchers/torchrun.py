@@ -75,7 +75,7 @@ def plan(
 
     explain = [
         f"{workers_here} of {plural(job.workers, 'worker')} on this host"
-        f" ({plural(len(cores.usable()), 'core')}), {plural(threads, 'thread')} each"
+        f" ({plural(cores.count(), 'core')}), {plural(threads, 'thread')} each"
     ]
     if most > 1:
         explain.append("run the same command on every host; --run-dir must be a folder they share")

@@ -20,6 +20,7 @@ from pathlib import Path
 from scaletrain import config as configuration
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
+from scaletrain.host import cores as host_cores
 from scaletrain.host.processes import dies_with_parent, telling_line
 from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json
@@ -224,7 +225,7 @@ def plan(request: Request) -> Sweep:
     # Every cell has the same launcher, so that one config has to decide it.
     last = configuration.load(request.configs[-1], {"workers": 1})
     launcher = request.launcher or last.launcher.name
-    cores = len(os.sched_getaffinity(0))
+    cores = host_cores.count()
     most_workers = max(request.workers)
     threads = request.threads or max(1, cores // most_workers)
     bind = request.bind
