@@ -14,6 +14,25 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def duration(seconds: float) -> str:
+    """Return a duration as people say it, in at most two units.
+
+    >>> duration(95), duration(5400), duration(200_000)
+    ('95 s', '1 h 30 min', '2 d 8 h')
+    """
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h"
+
+
 def bits_per_s(bandwidth: str) -> float:
     """Return a rate in bits per second.
 

@@ -17,10 +17,12 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
 )
 
 from scaletrain.run.layout import RunDir
+from scaletrain.run.records import NewRecords
+from scaletrain.run.time_left import TimeLeft
+from scaletrain.units import duration
 
 _REFRESH_S = 0.2
 _RECENT = 50  # records that the rate is taken from
@@ -40,7 +42,9 @@ def shown(run_dir: Path) -> Iterator[None]:
     # Set by this thread once the job has ended, and read by the follower.
     over = threading.Event()
     # A thread, because the main thread is busy with the job's output. It only reads files.
-    follower = threading.Thread(target=_follow, args=(RunDir(run_dir), over), daemon=True)
+    files = RunDir(run_dir)
+    arguments = (files, _version(files.header(0)), over)
+    follower = threading.Thread(target=_follow, args=arguments, daemon=True)
     follower.start()
     try:
         yield
@@ -50,17 +54,24 @@ def shown(run_dir: Path) -> Iterator[None]:
         follower.join()
 
 
-def _follow(files: RunDir, over: threading.Event) -> None:
-    """Draw the bar until ``over`` is set, and once more after that."""
+def _follow(files: RunDir, before: tuple[int, int] | None, over: threading.Event) -> None:
+    """Draw the bar until ``over`` is set, and once more after that.
+
+    Args:
+        files: of the run.
+        before: the version of rank 0's header before the job was started.
+        over: set once the job has ended.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} samples/s"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]} left", style="progress.remaining"),
     )
     header: dict[str, Any] = {}
-    records = _NewRecords(files.records(0))
+    records = NewRecords(files.records(0))
+    time_left: TimeLeft | None = None
     # On standard error, since the lines of rank 0 go to standard output.
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task: TaskID | None = None
@@ -68,38 +79,38 @@ def _follow(files: RunDir, over: threading.Event) -> None:
         while not is_last:
             # The look after the event still counts: the last records may have come just before it.
             is_last = over.wait(_REFRESH_S)
-            if not header and files.header(0).exists():
+            if time_left is None:
+                # A run that goes on has records and a header of the part before. When its worker
+                # writes the header anew, it has cut the records, and begins its first step.
+                if _version(files.header(0)) == before:
+                    continue
                 header = json.loads(files.header(0).read_text(encoding="utf-8"))
-            if not header:
-                continue
+                time_left = TimeLeft.of_header(header)
+                records.skip()
             # Between two looks a fast job writes many records. A slow one keeps its bar as it is.
-            recent = records.read()[-_RECENT:]
-            if not recent:
+            new = records.read()
+            if not new:
                 continue
-            seconds = sum(record["step_s"] for record in recent)
+            for record in new:
+                time_left.add(record)
+            recent = new[-_RECENT:]
+            seconds = sum(record.step_s for record in recent)
             rate = header["global_batch"] * len(recent) / seconds
             # With the first record: before it there is no loss and no rate to show.
             if task is None:
-                task = bar.add_task("training", total=header["num_steps"], loss=0.0, rate=0.0)
+                task = bar.add_task(
+                    "training", total=header["num_steps"], loss=0.0, rate=0.0, left=""
+                )
             newest = recent[-1]
-            loss = math.nan if newest["loss"] is None else newest["loss"]
-            bar.update(task, completed=newest["step"] + 1, loss=loss, rate=rate)
+            loss = math.nan if newest.loss is None else newest.loss
+            left = duration(time_left.seconds() or 0.0)
+            bar.update(task, completed=newest.step + 1, loss=loss, rate=rate, left=left)
 
 
-class _NewRecords:
-    """The records that were added to a file since the last look."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._offset = 0  # of the first byte not seen
-
-    def read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        with open(self._path, encoding="utf-8") as file:
-            file.seek(self._offset)
-            # The worker may be in the middle of a line: that one is read whole at the next look.
-            lines = [line for line in file.readlines() if line.endswith("\n")]
-        # In bytes, as `seek` counts, not in characters.
-        self._offset += sum(len(line.encode()) for line in lines)
-        return [json.loads(line) for line in lines]
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return what differs once a file has been replaced; None if it is not there."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -7,6 +7,7 @@ mpirun or srun by hand. It reads RUN_DIR/config.yaml and its rank variables, not
 import contextlib
 import gc
 import json
+import math
 import os
 import sys
 import time
@@ -31,12 +32,13 @@ from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord, cut_lines
+from scaletrain.run.time_left import TimeLeft
 from scaletrain.training import workload
 from scaletrain.training.exchange import Setup
 from scaletrain.training.fingerprint import fingerprint
 from scaletrain.training.stopping import StopTogether
 from scaletrain.training.trainer import Trainer
-from scaletrain.units import plural
+from scaletrain.units import duration, plural
 from scaletrain.world import World
 
 _DATA = "scaletrain/data"  # in the job's store: the fingerprint of rank 0's data sets
@@ -89,7 +91,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
             files.summary.unlink(missing_ok=True)  # of the part before: not true any more
             if resume and not trainer.resumed:
                 print(f"no checkpoint in {run_dir}: training begins anew", flush=True)
-            narrator = _Narrator(config, world, trainer)
+            narrator = _Narrator(config, world, trainer, header.facts)
             done = trainer.next_step if trainer.resumed else 0
             cut_lines(files.evaluations, lambda evaluation: evaluation["step"] <= done)
 
@@ -207,11 +209,12 @@ class _Narrator:
     It leaves the steps out if a progress bar follows the records (SCALETRAIN_FOLLOWED).
     """
 
-    def __init__(self, config: RunConfig, world: World, trainer: Trainer):
+    def __init__(self, config: RunConfig, world: World, trainer: Trainer, header: dict[str, Any]):
         self._trainer = trainer
         self._every = config.log_every
         self._is_followed = bool(os.environ.get("SCALETRAIN_FOLLOWED"))
         self._printed_at = time.monotonic()
+        self._time_left = TimeLeft.of_header(header)
         self._samples = 0  # of this rank since the last line
         self._seconds = 0.0  # that they took
         if trainer.resumed:
@@ -230,6 +233,7 @@ class _Narrator:
             if self._trainer.config.nonfinite == "roll_back":
                 back = "; the weights go back to the newest checkpoint"
             print(f"step {record.step}: left out, its gradient is not finite{back}", flush=True)
+        self._time_left.add(record)
         self._samples += record.samples
         self._seconds += record.step_s
         done, total = record.step + 1, self._trainer.num_steps
@@ -237,14 +241,11 @@ class _Narrator:
         is_too_early = now - self._printed_at < 1 and done < total
         if self._is_followed or done % self._every or is_too_early:
             return
-        samples_per_s = self._samples / self._seconds
-        rate = samples_per_s * self._trainer.exchange.live_workers()
-        # This rank's own steps: each is its share of the batch, whether or not the others live.
-        share = self._trainer.global_batch / self._trainer.world.size
-        left_s = (total - done) * share / samples_per_s
+        rate = self._samples / self._seconds * self._trainer.exchange.live_workers()
+        left = duration(self._time_left.seconds() or 0.0)
         loss = "not finite" if record.loss is None else f"{record.loss:.4f}"
         print(
-            f"step {done}/{total}  loss {loss}  {rate:,.0f} samples/s  {left_s:.0f} s left",
+            f"step {done}/{total}  loss {loss}  {rate:,.0f} samples/s  {left} left",
             flush=True,
         )
         self._printed_at = now
@@ -286,15 +287,20 @@ class _HeaderFile:
     def __init__(self, path: Path, world: World, trainer: Trainer):
         device = trainer.device
         is_cuda = device.type == "cuda"
+        num_test_samples: int = len(trainer.workload.data.test)  # type: ignore[arg-type]
         self._path = path
         self._exchange = trainer.exchange
-        self._facts: dict[str, Any] = {
+        self.facts: dict[str, Any] = {
             **world._asdict(),
             "pid": os.getpid(),
             "device": str(device),
             "device_name": torch.cuda.get_device_name(device) if is_cuda else "cpu",
             "num_steps": trainer.num_steps,
             "global_batch": trainer.global_batch,
+            # For the time that is left.
+            "evaluate_every": trainer.config.evaluate_every,
+            "save_every": trainer.config.checkpoint.every_steps,
+            "test_samples": math.ceil(num_test_samples / world.size),
             "threads": torch.get_num_threads(),
             "cores": cores.usable(),
             # The same for all workers of a host, so one of them writes it.
@@ -302,16 +308,16 @@ class _HeaderFile:
         }
 
     def add(self, name: str, value: Any) -> None:
-        self._facts[name] = value
+        self.facts[name] = value
 
     def add_choice(self) -> None:
         """Write the choice of ``auto``, once: it has measured by the end of its first step."""
-        if "chosen" not in self._facts:
+        if "chosen" not in self.facts:
             self.add("chosen", self._exchange.chosen())
             self.write()
 
     def write(self) -> None:
-        write_json(self._path, self._facts)
+        write_json(self._path, self.facts)
 
 
 def _emulation(files: RunDir, config: RunConfig) -> dict[str, Any]:

@@ -4,9 +4,11 @@ A records file (``RunDir.records``) holds one JSON object a line. Each rank writ
 measuring never communicates.
 """
 
+import contextlib
 import dataclasses
 import json
 import operator
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -105,11 +107,60 @@ def read_records(path: Path) -> Iterator[StepRecord]:
 
     A last line that was cut is left out, and so are keys that a later version wrote.
     """
-    known = {field.name for field in dataclasses.fields(StepRecord)}
     with open(path, encoding="utf-8") as lines:
         for line in lines:
-            if not line.endswith("\n"):
-                continue  # cut: the worker was killed
-            value = json.loads(line)
-            fields = {key: value[key] for key in known if key in value}
-            yield StepRecord(**fields)
+            if line.endswith("\n"):  # else cut: the worker was killed
+                yield _record(line)
+
+
+def _record(line: str) -> StepRecord:
+    value = json.loads(line)
+    return StepRecord(**{key: value[key] for key in _FIELDS if key in value})
+
+
+class NewRecords:
+    """The records that are added to a file while a run writes it.
+
+    Args:
+        path: of the file, which may not be there yet.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._offset = 0  # of the first byte not seen
+
+    def skip(self) -> None:
+        """Leave out the records that are there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._offset = self._path.stat().st_size
+
+    def read(self) -> list[StepRecord]:
+        """Return the records that were added since the last look."""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._offset)
+                # The worker may be in the middle of a line: that one is read at the next look.
+                lines = [line for line in file if line.endswith(b"\n")]
+        except FileNotFoundError:
+            return []
+        self._offset += sum(len(line) for line in lines)
+        return [_record(line.decode()) for line in lines]
+
+
+def last_records(path: Path, num_bytes: int = 32_768) -> list[StepRecord]:
+    """Return the records at the end of a file, without reading the whole.
+
+    Args:
+        path: of the file.
+        num_bytes: what is read at most. The record in which it begins is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        begin = max(0, file.seek(0, os.SEEK_END) - num_bytes)
+        file.seek(begin)
+        lines = file.read().splitlines(keepends=True)
+    if begin:
+        del lines[0]  # cut, or taken for it
+    return [_record(line.decode()) for line in lines if line.endswith(b"\n")]

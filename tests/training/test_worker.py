@@ -62,7 +62,7 @@ def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps
         world=world, num_steps=40, global_batch=96, resumed=False, device=torch.device("cpu"), describe=list,
         exchange=SimpleNamespace(live_workers=lambda: 2),
     )  # fmt: skip
-    narrator = worker._Narrator(run, world, trainer)
+    narrator = worker._Narrator(run, world, trainer, {"num_steps": 40})
     narrator._printed_at -= 2
     narrator.step(
         StepRecord(
