@@ -52,6 +52,7 @@ def test_the_guard_guards():
         "fit --help",
         "doctor --help",
         "list",
+        "top tests/golden/sweep/cells/digits-native-w2-b96/0 --once",
         "draw ring",
         "bench --help",
     ],

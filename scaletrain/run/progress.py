@@ -12,6 +12,7 @@ is told apart from those that wait for it (``launching.supervision.hangs``).
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from scaletrain.host.names import host_name
 from scaletrain.run.atomic import write_json
@@ -47,6 +50,7 @@ FAILED = "failed"
 LONG_WAIT_S = 1.0
 
 _WIDTH = 768  # bytes of a progress file, so that each report overwrites the whole one before
+_WEIGH_S = 2.0  # how often memory is asked for
 _SYNC_S = 2.0  # how often the file is brought to a folder that several hosts share
 
 
@@ -69,6 +73,8 @@ class Progress:
         None  # the exit status that its process is about to have, once it has ended
     )
     kept_by: str = ""  # what may keep the process from ending; empty: nothing that is known
+    memory_bytes: int | None = None  # resident, of this process alone
+    device_memory_bytes: int | None = None  # of tensors, at most so far; None: no GPU is in use
 
     @property
     def ended(self) -> bool:
@@ -103,6 +109,8 @@ class Progress:
             "waiting_for": self.waiting_for[:80],
             "status": self.status,
             "kept_by": self.kept_by[:120],
+            "memory_bytes": self.memory_bytes,
+            "device_memory_bytes": self.device_memory_bytes,
         }
 
 
@@ -136,11 +144,14 @@ class _Reporter:
         self._file = os.open(
             run_dir.progress(world.rank), os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644
         )
+        self._process = psutil.Process()
+        self._weighed_at = -math.inf  # when memory was last asked for, on the monotonic clock
         self._sync_s = float("inf") if world.num_nodes == 1 else _SYNC_S
         self._synced_at = time.monotonic()
 
     def write(self) -> None:
         self.progress.time = time.time()
+        self._weigh()
         self.progress.waiting_for = ", ".join(self.waits) or self.entered
         text = json.dumps(self.progress.to_json()).ljust(_WIDTH - 1) + "\n"
         # A report is not worth a step: on a full disk the worker trains on.
@@ -149,6 +160,18 @@ class _Reporter:
             if time.monotonic() - self._synced_at > self._sync_s:
                 os.fdatasync(self._file)
                 self._synced_at = time.monotonic()
+
+    def _weigh(self) -> None:
+        """Note this process's memory, now and then: asking takes longer than a report."""
+        now = time.monotonic()
+        if now - self._weighed_at < _WEIGH_S:
+            return
+        self._weighed_at = now
+        self.progress.memory_bytes = self._process.memory_info().rss
+        # A GPU can only be in use if torch is loaded, which this module does not do.
+        cuda = getattr(sys.modules.get("torch"), "cuda", None)
+        if cuda is not None and cuda.is_initialized():
+            self.progress.device_memory_bytes = cuda.max_memory_allocated()
 
     def end(self, doing: str, status: int) -> None:
         """Note how this worker has ended. ``close`` reports it."""

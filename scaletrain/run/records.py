@@ -49,6 +49,12 @@ class StepRecord:
     parts: dict[str, float] = dataclasses.field(default_factory=dict)  # means over the same count
     skipped: bool = False  # the weights stayed: a gradient was not finite
 
+    @property
+    def wait_s(self) -> float:
+        """Waiting for gradients or weights, as far as the exchange measures it."""
+        in_backward = self.exchange.get("wait_in_backward_s", 0.0)
+        return in_backward + self.exchange.get("wait_s", 0.0)
+
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(StepRecord))
 _values = operator.attrgetter(*_FIELDS)

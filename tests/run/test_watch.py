@@ -1,0 +1,137 @@
+"""Tests of run/watch.py and `scaletrain top`: the ranks of made-up run directories."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from scaletrain import plugins
+from scaletrain.run import progress, watch
+from scaletrain.run.atomic import write_json
+from scaletrain.run.failure import Failure, FailureKind
+from scaletrain.run.layout import RunDir
+from scaletrain.run.progress import Progress
+from scaletrain.run.records import RecordWriter, StepRecord
+from scaletrain.world import World
+
+NOW = 1_700_000_000.0
+
+
+def write_rank(
+    files: RunDir, rank: int, steps: int, own_s: float = 0.06, step_s: float = 0.1, **report: Any
+) -> None:
+    """Write the files of a rank that has done so many steps, the last of which ended at NOW."""
+    writer = RecordWriter(files.path, rank)
+    for step in range(steps):
+        writer.write(
+            StepRecord(
+                step=step,
+                rank=rank,
+                time=NOW - (steps - step) * step_s,
+                loss=float(step),
+                samples=32,
+                lr=0.1,
+                step_s=step_s,
+                input_s=own_s / 6,
+                forward_s=own_s / 3,
+                backward_s=own_s / 2 + step_s - own_s,
+                update_s=0.0,
+                exchange={"wait_in_backward_s": step_s - own_s},
+            )
+        )
+    writer.close()
+    fields = {"time": NOW, "step": steps, "doing": "step"} | report
+    sign = Progress(rank, 100 + rank, f"host{rank}", **fields)
+    files.progress(rank).write_text(json.dumps(sign.to_json()).ljust(767) + "\n")
+
+
+def top(run_dir: Path, *options: str) -> str:
+    result = CliRunner().invoke(plugins.load("verb", "top"), [str(run_dir), *options])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_each_rank_by_its_last_steps(tmp_path: Path):
+    files = RunDir(tmp_path)
+    write_json(files.header(0), {"num_steps": 500})
+    write_rank(files, 0, 300, memory_bytes=512_000_000)
+    write_rank(files, 1, 301, own_s=0.09, device_memory_bytes=2_000_000_000)
+    first, second = watch.ranks(files, NOW + 4)
+    assert first.samples_per_s == pytest.approx(320)
+    assert (first.loss, first.record_age_s) == (299.0, pytest.approx(4))
+    assert first.wait_s == pytest.approx(0.04) and first.input_s == pytest.approx(0.01)
+    # Both are in step; the second computes for longer, so the first one waits for it.
+    assert (first.num_behind, second.num_behind) == (1, 0)
+    assert (first.holds_up, second.holds_up) == (False, True)
+    shown = top(tmp_path, "--once")
+    assert "300/500" in shown and "512 MB" in shown and "2,000 MB" in shown
+    [line] = [line for line in shown.splitlines() if "the others wait for it" in line]
+    assert "host1" in line
+
+
+def test_only_the_ends_of_files_are_read(tmp_path: Path):
+    files = RunDir(tmp_path)
+    write_rank(files, 0, 200)
+    whole = files.records(0).read_bytes()
+    # Neither the middle nor a line that is being written may matter.
+    files.records(0).write_bytes(b"\xff not a record\n" * 100_000 + whole + b'{"step": 200, "ra')
+    [status] = watch.ranks(files, NOW)
+    assert status.loss == 199.0 and status.samples_per_s == pytest.approx(320)
+
+
+def test_a_rank_that_is_behind_in_steps_is_named_whatever_its_speed(tmp_path: Path):
+    files = RunDir(tmp_path)
+    write_rank(files, 0, 100, own_s=0.1)
+    write_rank(files, 1, 90, own_s=0.05, waiting_for="server 0", time=NOW - 30)
+    write_rank(files, 2, 101)
+    statuses = watch.ranks(files, NOW)
+    assert [status.num_behind for status in statuses] == [1, 11, 0]
+    assert [status.holds_up for status in statuses] == [False, True, False]
+    assert "11 steps behind, the others wait for it, waits for server 0" in top(tmp_path, "--once")
+
+
+def test_the_states_of_a_run(tmp_path: Path):
+    files = RunDir(tmp_path)
+
+    def state() -> tuple[bool, str]:
+        return watch.state(files, watch.ranks(files, NOW))
+
+    assert state() == (False, "starting")
+    write_rank(files, 0, 0, step=None, doing="joining")
+    write_rank(files, 1, 0, step=None, doing="joining")
+    assert state() == (False, "starting")
+    write_rank(files, 0, 5)
+    write_rank(files, 1, 5)
+    assert state() == (False, "running")
+    write_rank(files, 0, 5, time=NOW - 90)
+    write_rank(files, 1, 5, time=NOW - 80)
+    assert state() == (False, "no rank has given a sign of life for 80 s")
+    write_rank(files, 1, 5, doing=progress.FAILED)
+    assert state() == (False, "failing: rank 1")
+    failure = Failure(1, "host1", 5, NOW, FailureKind.EXCEPTION, "ValueError: mine")
+    write_json(files.first_cause, failure._asdict())
+    assert state() == (True, "failed: rank 1: ValueError: mine")
+    assert "failed: rank 1: ValueError: mine" in top(tmp_path)  # live: it ends by itself
+    files.first_cause.unlink()
+    for rank in range(2):
+        write_rank(files, rank, 9, doing=progress.FINISHED)
+    assert state() == (True, "ended")
+    write_json(files.summary, {"finished": True})
+    assert state() == (True, "finished")
+
+
+def test_a_directory_without_a_run(tmp_path: Path):
+    result = CliRunner().invoke(plugins.load("verb", "top"), [str(tmp_path), "--once"])
+    assert "holds no run (allowed: the --run-dir of a run)" in str(result.exception)
+
+
+def test_a_worker_reports_its_memory(tmp_path: Path):
+    with progress.reporting(tmp_path, World()):
+        report = progress.read(RunDir(tmp_path), 0)
+        assert report is not None and report.memory_bytes is not None
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        assert report.memory_bytes == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE"), rel=0.3)
+        assert report.device_memory_bytes is None
