@@ -35,6 +35,7 @@ from pathlib import Path
 import pytest
 
 from scaletrain.cli import main
+from scaletrain.host import cores
 
 GOLDEN = Path(__file__).parent / "golden"
 UPDATE = "SCALETRAIN_UPDATE_GOLDEN"
@@ -73,6 +74,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "executable", "/opt/python/bin/python")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(cores, "quota", lambda: None)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)  # root's mpirun gets an option more
     return folder
 

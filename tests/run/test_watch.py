@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from scaletrain import plugins
+from scaletrain.cli import cli
 from scaletrain.run import progress, watch
 from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import Failure, FailureKind
@@ -49,7 +49,7 @@ def write_rank(
 
 
 def top(run_dir: Path, *options: str) -> str:
-    result = CliRunner().invoke(plugins.load("verb", "top"), [str(run_dir), *options])
+    result = CliRunner().invoke(cli, ["top", str(run_dir), *options])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -124,7 +124,7 @@ def test_the_states_of_a_run(tmp_path: Path):
 
 
 def test_a_directory_without_a_run(tmp_path: Path):
-    result = CliRunner().invoke(plugins.load("verb", "top"), [str(tmp_path), "--once"])
+    result = CliRunner().invoke(cli, ["top", str(tmp_path), "--once"])
     assert "holds no run (allowed: the --run-dir of a run)" in str(result.exception)
 
 
