@@ -264,7 +264,8 @@ def check_min_lr(schedule: LrSchedule, lr: float, where: str = "") -> None:
         lr: of the optimizer's first group.
         where: the beginning of an error's line.
     """
-    if schedule.min_lr > lr:
+    # Without a floor a negative rate is left to the optimizer, which refuses it by its name.
+    if schedule.min_lr and schedule.min_lr > lr:
         raise UserError(
             f"{where}lr_schedule.min_lr: {schedule.min_lr:g} is not allowed"
             f" (allowed: 0 to {lr:g}, the rate of the optimizer's first group)"

@@ -272,6 +272,7 @@ def test_a_mistake_is_told_before_anything_starts(options: dict[str, Any], told:
             {"name": OWN, "groups": [{"match": "bias", "decay": 1}]},
             r"optimizer.groups\[0\]: option that .*Signs has for all groups alike: 'decay'",
         ),
+        ({"name": "sgd", "lr": -1}, "optimizer: sgd: Invalid learning rate: -1"),
         ({"name": OWN, "decay": -1}, "optimizer: .*Signs: negative decay -1"),
         ({"name": OWN, "decai": 1}, "option of .*Signs: 'decai' is not known.*'decay'"),
         ({"name": "tests.training.test_optimizer:build", "tree": 1}, "'tree' is not known"),
