@@ -18,7 +18,7 @@ def duration(seconds: float) -> str:
     """Return a duration as people say it, in at most two units.
 
     >>> duration(95), duration(5400), duration(200_000)
-    ('95 s', '1 h 30 min', '2 d 8 h')
+    ('95 s', '1 h 30 min', '2 d 7 h')
     """
     whole = round(seconds)
     if whole < 120:
