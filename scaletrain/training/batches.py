@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from scaletrain.errors import UserError
@@ -156,6 +157,15 @@ def load(
     )
     # The processes start now, before the first batch is wanted.
     return _raising(iter(loader))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a tree of tensors with every tensor on the device."""
+
+    def move(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(move, batch)
 
 
 class UnreadableSample(UserError):

@@ -1,5 +1,6 @@
 """Find out where a value that is not finite comes from, once a loss or a gradient shows one."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,11 @@ from torch.utils import _pytree as pytree
 from scaletrain.training.workload import Workload
 
 _MOST_SAMPLES = 5  # that a message names
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return the value; None if it is not finite, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
 
 
 def all_finite(tensors: Iterable[Tensor | None]) -> bool:

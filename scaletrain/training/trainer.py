@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from scaletrain import plugins
@@ -23,11 +22,13 @@ from scaletrain.run import progress
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, cut_lines, read_records
 from scaletrain.training import checkpoint, finite, learning_rate, optimizer, statistics
-from scaletrain.training.batches import GlobalBatches, Share, load
+from scaletrain.training.batches import GlobalBatches, Share, load, to_device
 from scaletrain.training.callbacks import Callback
 from scaletrain.training.checkpoint_writer import CheckpointWriter
+from scaletrain.training.evaluation import Evaluation
 from scaletrain.training.exchange import Exchange
-from scaletrain.training.losses import GlobalMean, StepLoss, checked, checked_figures
+from scaletrain.training.finite import finite_or_none
+from scaletrain.training.losses import GlobalMean, StepLoss, checked
 from scaletrain.training.randomness import seed_forward
 from scaletrain.training.resume import resume_lines, training_facts
 from scaletrain.training.step_clock import StepClock
@@ -35,7 +36,6 @@ from scaletrain.training.workload import Update, Workload
 from scaletrain.units import plural
 from scaletrain.world import World
 
-_TEST_BATCH = 256  # samples of one forward pass in evaluation
 _MOST_LEFT_OUT = 20  # steps in a row
 
 
@@ -86,10 +86,14 @@ class Trainer:
         self._rollbacks = 0
         self._on_evaluation: Callable[[int, dict[str, float | None]], None] | None = None
 
+        self._evaluation = Evaluation(
+            workload, exchange, world, device, self._autocast, config.seed
+        )
         # A fault in the first save or evaluation would come after hours: try both now.
         checkpoint.check_saveable(self.module, workload.optimizer)
         if not config.compute:  # an emulated accelerator would take its time
-            self._try_evaluation()
+            most = max(1, self.batches.share_size(world.rank, world.size))
+            self._evaluation.rehearse(most, config.target_accuracy is not None)
         self._facts = training_facts(
             config, workload.optimizer, num_samples, self.global_batch, self.num_steps
         )
@@ -119,13 +123,8 @@ class Trainer:
         self.next_step += missed
 
         self.records: list[StepRecord] = []
-        self._records_before: list[StepRecord] = []  # of the part before a resume
-        if self.resumed:
-            # A rank without records (there are more workers than before) starts afresh.
-            path = RunDir(run_dir).records(world.rank)
-            cut_lines(path, lambda record: record["step"] < self.next_step)
-            if path.exists():
-                self._records_before = [*read_records(path)]
+        # Of the part before a resume.
+        self._records_before = self._earlier_records() if self.resumed else []
         # A late worker may be the successor of one that died: the records of that one stay.
         self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or missed > 0)
         shares = self.batches.shares(
@@ -248,63 +247,10 @@ class Trainer:
         """Return the means over the test set, which all ranks share out (collective).
 
         Returns:
-            ``test_<name>`` of each figure of ``Workload.evaluate``, and always ``test_loss`` and
-            ``test_accuracy``; None where there is no such figure, or it is not finite.
+            as ``Evaluation.run``.
         """
         statistics.average(self.module, self.exchange)
-        return self._evaluate()
-
-    def _evaluate(self) -> dict[str, float | None]:
-        """Evaluate with this rank's statistics, which are the mean of all ranks' already."""
-        test = self.workload.data.test
-        num_samples = len(test)  # type: ignore[arg-type]
-        mine = torch.arange(num_samples)[self.world.rank :: self.world.size]
-        # A rank without samples reads the first one, to learn which figures there are.
-        reads_for_names = num_samples > 0 and len(mine) == 0
-        if reads_for_names:
-            mine = torch.zeros(1, dtype=torch.int64)
-        figures: dict[str, list[float]] = {}  # total and count, of this rank
-        was_training = self.module.training
-        self.module.eval()
-        shares = (Share("test", part) for part in mine.split(_TEST_BATCH))
-        with self._autocast(), torch.inference_mode():
-            for batch in self._load(test, shares, 0):
-                progress.alive("evaluating")
-                means = checked_figures(self.workload.evaluate(to_device(batch, self.device)))
-                for name, mean in means.items():
-                    sums = figures.setdefault(name, [0.0, 0.0])
-                    sums[0] += float(mean.total)
-                    sums[1] += float(mean.count)
-        self.module.train(was_training)
-
-        evaluation: dict[str, float | None] = {"test_loss": None, "test_accuracy": None}
-        if figures:
-            own = torch.tensor([*figures.values()], dtype=torch.float64)  # shape (figures, 2)
-            if reads_for_names:
-                own.zero_()
-            totals = self.exchange.sum(own.flatten()).view(-1, 2).tolist()
-            for name, (total, count) in zip(figures, totals, strict=True):
-                evaluation[f"test_{name}"] = finite_or_none(total / count) if count else None
-        return evaluation
-
-    def _try_evaluation(self) -> None:
-        """Evaluate as many test samples as a step has, on this rank alone.
-
-        Raises:
-            UserError: evaluation returns no means, or not the one that ``target_accuracy`` is for.
-        """
-        test = self.workload.data.test
-        most = self.batches.share_size(self.world.rank, self.world.size)
-        samples = torch.arange(min(len(test), max(1, most)))  # type: ignore[arg-type]
-        self.module.eval()
-        with self._autocast(), torch.inference_mode():
-            for batch in self._load(test, iter([Share("test", samples)]), 0):
-                figures = checked_figures(self.workload.evaluate(to_device(batch, self.device)))
-                if self.config.target_accuracy and "accuracy" not in figures:
-                    raise UserError(
-                        "target_accuracy: evaluation has no figure accuracy, so it is never"
-                        f" reached (there are: {', '.join(figures)})"
-                    )
+        return self._evaluation.run()
 
     def save(self) -> None:
         """Write a checkpoint of the steps done so far, on rank 0, while training goes on.
@@ -374,6 +320,15 @@ class Trainer:
     def _share(self, step: int) -> torch.Tensor:
         """Return the indices of this rank's samples of a step."""
         return self.batches.share(step, self.world.rank, self.world.size)
+
+    def _earlier_records(self) -> list[StepRecord]:
+        """Return this rank's records of the part before; cut off those of steps done anew.
+
+        A rank without records (there are more workers than before) starts afresh.
+        """
+        path = RunDir(self.run_dir).records(self.world.rank)
+        cut_lines(path, lambda record: record["step"] < self.next_step)
+        return [*read_records(path)] if path.exists() else []
 
     def _callback(self, named: Named) -> Callback:
         """Make a callback.
@@ -554,7 +509,7 @@ class Trainer:
 
     def _evaluate_into(self, evaluation: dict[str, Any], began: float) -> None:
         """Evaluate, and note when the target accuracy was first reached."""
-        figures = self._evaluate()
+        figures = self._evaluation.run()
         if self._on_evaluation:
             self._on_evaluation(self.next_step, figures)
         evaluation.update(figures)
@@ -608,17 +563,3 @@ class Trainer:
             **evaluation,
             "wall_s": wall_s,
         }
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a tree of tensors with every tensor on the device."""
-
-    def move(leaf: Any) -> Any:
-        return leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
-
-    return pytree.tree_map(move, batch)
-
-
-def finite_or_none(value: float) -> float | None:
-    """Return the value; None if it is not finite, which JSON cannot hold."""
-    return value if math.isfinite(value) else None

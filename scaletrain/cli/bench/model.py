@@ -61,8 +61,7 @@ def command(
     from scaletrain import config as configuration
     from scaletrain.errors import UserError
     from scaletrain.run.environment import environment
-    from scaletrain.training.batches import Share, load
-    from scaletrain.training.trainer import to_device
+    from scaletrain.training.batches import Share, load, to_device
     from scaletrain.training.workload import build
 
     run = configuration.load(path, dict(configuration.parse_setting(text) for text in settings))
