@@ -8,7 +8,7 @@ Names of parameters are those of the plain model: ``torch.compile`` changes noth
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,26 @@ class Loaded:
 
     step: int  # steps that it had done
     path: Path
-    facts: dict[str, Any]  # as they were given to ``save``
+    facts: dict[str, Any]  # of the state that was saved
     damaged: list[str]  # one line for each newer checkpoint that is damaged
 
 
-def collect(
-    step: int, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
-) -> Content:
+@dataclass(frozen=True)
+class State:
+    """The parts of a training that its checkpoints hold."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer  # over the model's parameters
+    facts: dict[str, Any] = field(default_factory=dict)  # JSON that ``load_latest`` gives back
+
+
+def collect(step: int, state: State) -> Content:
     """Return all that a checkpoint holds. Its tensors are those of the model, not copies.
 
     Raises:
         UserError: an entry cannot be saved.
     """
+    model, optimizer = state.model, state.optimizer
     tensors: dict[str, Tensor] = {}
     try:
         extra = {}
@@ -60,11 +68,10 @@ def collect(
                 extra[name] = state_tree.flatten(value, f"{_EXTRA}.{name}", tensors)
             else:
                 tensors[f"{_MODEL}{name}"] = value
-        state = optimizer.state_dict()
         optimizer_state = {
             "class": type(optimizer).__name__,
             "parameters": _optimized_names(model, optimizer),
-            "state": state_tree.flatten(state["state"], _OPTIMIZER, tensors),
+            "state": state_tree.flatten(optimizer.state_dict()["state"], _OPTIMIZER, tensors),
         }
     except state_tree.Unsaveable as error:
         raise UserError(
@@ -75,16 +82,16 @@ def collect(
         reason = _why_unsaveable(tensor)
         if reason:
             raise UserError(f"checkpoint: cannot hold {name}, {reason}")
-    rest = {"step": step, "facts": facts, "extra": extra, "optimizer": optimizer_state}
+    rest = {"step": step, "facts": state.facts, "extra": extra, "optimizer": optimizer_state}
     return Content(tensors, rest)
 
 
-def check_saveable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ``UserError`` if a checkpoint of these could not be written. Copies nothing.
+def check_saveable(state: State) -> None:
+    """Raise ``UserError`` if a checkpoint of this state could not be written. Copies nothing.
 
     It is the trial before the first step: a fault in the first save would come after hours.
     """
-    content = collect(0, model, optimizer, {})
+    content = collect(0, state)
     try:
         tensor_file.check_header(_FORMAT, content)
     except (TypeError, ValueError) as error:
@@ -140,9 +147,7 @@ def copy_to_cpu(content: Content, buffers: dict[str, Tensor]) -> Content:
 def snapshot(
     run_dir: Path,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    facts: dict[str, Any],
+    state: State,
     buffers: dict[str, Tensor],
 ) -> Content:
     """Return a copy of all that a checkpoint after ``step`` steps holds.
@@ -150,17 +155,15 @@ def snapshot(
     Args:
         run_dir: of the run, for errors.
         step: steps done.
-        model: its weights must be finite.
-        optimizer: over the model's parameters.
-        facts: JSON that ``load_latest`` gives back.
+        state: the model's weights must be finite.
         buffers: see ``copy_to_cpu``.
 
     Raises:
         TrainingError: weights are not finite.
         UserError: an entry cannot be saved.
     """
-    check_finite(step, model, run_dir)
-    return copy_to_cpu(collect(step, model, optimizer, facts), buffers)
+    check_finite(step, state.model, run_dir)
+    return copy_to_cpu(collect(step, state), buffers)
 
 
 def write(run_dir: Path, content: Content, keep: int) -> Path:
@@ -187,19 +190,17 @@ def write(run_dir: Path, content: Content, keep: int) -> Path:
     return path
 
 
-def save(
-    run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
-) -> Path:
-    """Write a checkpoint after ``step`` steps at once, without facts; return its path.
+def save(run_dir: Path, step: int, state: State, keep: int) -> Path:
+    """Write a checkpoint after ``step`` steps at once; return its path.
 
     Raises:
         UserError: weights are not finite, or an entry cannot be saved.
         OSError: it cannot be written.
     """
-    return write(run_dir, snapshot(run_dir, step, model, optimizer, {}, {}), keep)
+    return write(run_dir, snapshot(run_dir, step, state, {}), keep)
 
 
-def load_latest(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Loaded | None:
+def load_latest(run_dir: Path, state: State) -> Loaded | None:
     """Load the newest checkpoint that is whole into a model and its optimizer.
 
     The optimizer takes its state; the options of its groups stay as they are.
@@ -229,7 +230,7 @@ def load_latest(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimize
                 ) from None
             damaged.append(f"{path}: not a checkpoint of this program (format {str(error)!r})")
             continue
-        _put_into(model, optimizer, content, path)
+        _put_into(state, content, path)
         return Loaded(step, path, content.state["facts"], damaged)
     if not damaged:
         return None
@@ -238,10 +239,9 @@ def load_latest(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimize
     )
 
 
-def _put_into(
-    model: nn.Module, optimizer: torch.optim.Optimizer, content: Content, path: Path
-) -> None:
+def _put_into(state: State, content: Content, path: Path) -> None:
     """Put a checkpoint's state into a model and an optimizer, if it fits."""
+    model, optimizer = state.model, state.optimizer
     saved = content.state["optimizer"]
     now = type(optimizer).__name__
     if saved["class"] != now:
@@ -272,10 +272,10 @@ def _put_into(
             " (allowed: the same parameters in its groups, or a new run directory)"
         )
     # By name: the parameters may have been in other groups, and so in another order.
-    state = {}
+    by_index = {}
     for index, entries_of_one in state_tree.rebuild(saved["state"], content.tensors).items():
-        state[names.index(names_before[index])] = entries_of_one
-    missing = _missing_state(optimizer, state)
+        by_index[names.index(names_before[index])] = entries_of_one
+    missing = _missing_state(optimizer, by_index)
     if missing:
         raise UserError(
             f"{path}: optimizer: {now} with these options needs {', '.join(sorted(missing))}, which the"
@@ -284,7 +284,7 @@ def _put_into(
         )
     # The groups are the optimizer's own: options of the configuration count, not the file's.
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": by_index, "param_groups": groups})
 
 
 def _missing_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> set[str]:

@@ -3,14 +3,13 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaletrain.errors import UserError
 from scaletrain.run.layout import RunDir
 from scaletrain.training import checkpoint
+from scaletrain.training.checkpoint import State
 from scaletrain.training.tensor_file import Content
 
 _ALIVE_S = 1.0  # between signs of life
@@ -42,22 +41,14 @@ class CheckpointWriter:
         for partial in RunDir(run_dir).partial_checkpoints():
             partial.unlink(missing_ok=True)
 
-    def save(
-        self,
-        step: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        facts: dict[str, Any],
-    ) -> None:
+    def save(self, step: int, state: State) -> None:
         """Copy the state after ``step`` steps, and write it while the caller goes on.
 
         Waits for the checkpoint before.
 
         Args:
             step: steps done.
-            model: may change afterwards.
-            optimizer: may change afterwards.
-            facts: JSON that ``load_latest`` gives back.
+            state: may change afterwards.
 
         Raises:
             UserError: weights are not finite, an entry cannot be saved, or the checkpoint before
@@ -65,7 +56,7 @@ class CheckpointWriter:
         """
         self.wait()
         self._alive("copying a checkpoint")
-        content = checkpoint.snapshot(self._run_dir, step, model, optimizer, facts, self._buffers)
+        content = checkpoint.snapshot(self._run_dir, step, state, self._buffers)
         self._thread = threading.Thread(
             target=self._write, args=(content,), name="checkpoint writer"
         )

@@ -18,19 +18,19 @@ from scaletrain.config import RunConfig, exchange_label
 from scaletrain.config.checks import check_min_lr
 from scaletrain.config.schema import Named
 from scaletrain.errors import TrainingError, UserError
-from scaletrain.run import progress
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, cut_lines, read_records
-from scaletrain.training import checkpoint, finite, learning_rate, optimizer, statistics
+from scaletrain.training import finite, learning_rate, optimizer, statistics
 from scaletrain.training.batches import GlobalBatches, Share, load, to_device
 from scaletrain.training.callbacks import Callback
-from scaletrain.training.checkpoint_writer import CheckpointWriter
+from scaletrain.training.checkpoint import State
 from scaletrain.training.evaluation import Evaluation
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.finite import finite_or_none
 from scaletrain.training.losses import GlobalMean, StepLoss, checked
 from scaletrain.training.randomness import seed_forward
 from scaletrain.training.resume import resume_lines, training_facts
+from scaletrain.training.saving import Saving
 from scaletrain.training.step_clock import StepClock
 from scaletrain.training.workload import Update, Workload
 from scaletrain.units import plural
@@ -89,27 +89,23 @@ class Trainer:
         self._evaluation = Evaluation(
             workload, exchange, world, device, self._autocast, config.seed
         )
-        # A fault in the first save or evaluation would come after hours: try both now.
-        checkpoint.check_saveable(self.module, workload.optimizer)
+        facts = training_facts(
+            config, workload.optimizer, num_samples, self.global_batch, self.num_steps
+        )
+        state = State(self.module, workload.optimizer, facts)
+        self.saving = Saving(config.checkpoint, run_dir, world, exchange, state)
+        # A fault in the first evaluation would come after hours: try it now.
         if not config.compute:  # an emulated accelerator would take its time
             most = max(1, self.batches.share_size(world.rank, world.size))
             self._evaluation.rehearse(most, config.target_accuracy is not None)
-        self._facts = training_facts(
-            config, workload.optimizer, num_samples, self.global_batch, self.num_steps
-        )
         # The checkpoint is loaded before ``attach``, which makes every rank's weights those of rank
         # 0.
-        loaded = None
-        if resume:
-            loaded = checkpoint.load_latest(run_dir, self.module, workload.optimizer)
+        loaded = self.saving.load() if resume else None
         self.resumed = loaded is not None
         self.next_step = loaded.step if loaded else 0
         # Lines for people: damaged checkpoints, and what differs from the run before.
-        self.resume_lines = resume_lines(loaded, self._facts) if loaded else []
-        self._checkpoints: CheckpointWriter | None = None
-        if world.rank == 0:
-            self._checkpoints = CheckpointWriter(run_dir, config.checkpoint.keep, progress.alive)
-        self._save_put_off = False  # on rank 0, while the checkpoint before is being written
+        self.resume_lines = resume_lines(loaded, facts) if loaded else []
+        self.saving.begin()
         self._updates = workload.updates or [Update("model", workload.optimizer, workload.forward)]
         # By name: what forward calls while training, and on this rank alone.
         self._attached: dict[str, nn.Module] = {}
@@ -222,25 +218,27 @@ class Trainer:
                 self.records.append(record)
                 on_step(record)
                 if record.skipped and self.config.nonfinite == "roll_back":
-                    self._roll_back()
+                    self._rollbacks += self.saving.roll_back(self.next_step)
             if self.finished:
                 break  # the last step's evaluation and checkpoint come below
             evaluates = self._is_due(self.config.evaluate_every)
-            saves = self._is_due(self.config.checkpoint.every_steps)
+            saves = self.saving.is_due(self.next_step)
             # Ranks meet in an evaluation under every exchange. Where they may be at different steps
             # they cannot meet for a checkpoint: rank 0's statistics count then.
             if evaluates or (saves and self.exchange.averages):
                 statistics.average(self.module, self.exchange)
             if evaluates:
                 self._evaluate_into(evaluation, began)
-            if saves or self._save_put_off:  # put off on rank 0 alone
-                self.save()
+            if saves:
+                self.saving.save(self.next_step)
+            else:
+                self.saving.save_put_off(self.next_step)
         statistics.average(self.module, self.exchange)
-        self.save()
+        self.saving.save(self.next_step)
         self._evaluate_into(evaluation, began)
         self._writer.close()
         summary = self._summary(evaluation, time.monotonic() - began)
-        self._finish_checkpoints()
+        self.saving.finish(self.next_step)
         return summary
 
     def evaluate(self) -> dict[str, float | None]:
@@ -251,37 +249,6 @@ class Trainer:
         """
         statistics.average(self.module, self.exchange)
         return self._evaluation.run()
-
-    def save(self) -> None:
-        """Write a checkpoint of the steps done so far, on rank 0, while training goes on.
-
-        While the one before is still being written, it is put off: waiting here for a slow disk
-        would let the other ranks' collectives time out.
-        """
-        if not self._checkpoints:
-            return
-        self._save_put_off = self._checkpoints.is_writing()
-        if not self._save_put_off:
-            self._checkpoints.save(
-                self.next_step, self.module, self.workload.optimizer, self._facts
-            )
-
-    def _finish_checkpoints(self) -> None:
-        """Wait until the last checkpoint is durable (collective).
-
-        All ranks wait together, and meet once a second: no collective times out, and each gives
-        signs of life, however long the disk takes.
-        """
-        while True:
-            is_writing = False
-            if self._checkpoints:
-                is_writing = self._checkpoints.is_writing(patience_s=1.0)
-                if self._save_put_off and not is_writing:
-                    self.save()
-                    is_writing = True
-            progress.alive("writing a checkpoint")
-            if not self.exchange.sum(torch.tensor([float(is_writing)])).item():
-                return
 
     def describe(self) -> list[str]:
         """Return the arithmetic of batch and learning rate, as lines for people."""
@@ -462,32 +429,6 @@ class Trainer:
                 " finite (a smaller learning rate may help; nonfinite: stop says where it begins)"
             )
         return True
-
-    def _roll_back(self) -> None:
-        """Bring weights and optimizer back to the newest checkpoint (collective).
-
-        The data goes on, so the batches since that checkpoint are left out. Before the first one,
-        the weights stay as they are.
-
-        Raises:
-            TrainingError: the ranks do not see the same checkpoint.
-
-        Source:
-            Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), section 5.1.
-        """
-        self._finish_checkpoints()  # all ranks wait for the one under way
-        loaded = checkpoint.load_latest(self.run_dir, self.module, self.workload.optimizer)
-        steps = torch.zeros(self.world.size, dtype=torch.float64)  # each rank's
-        steps[self.world.rank] = loaded.step if loaded else -1
-        steps = self.exchange.sum(steps)
-        if (steps != steps[0]).any():
-            raise TrainingError(
-                "nonfinite: roll_back: the ranks find checkpoints of steps"
-                f" {', '.join(f'{step:.0f}' for step in steps.tolist())}"
-                " (allowed: a run directory that all hosts share)"
-            )
-        if loaded:
-            self._rollbacks += 1
 
     def _catch_up(self) -> bool:
         """Leave out steps that the job has done without this rank; return True if there were any.

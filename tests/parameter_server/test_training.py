@@ -19,6 +19,7 @@ from scaletrain.parameter_server.worker import replica
 from scaletrain.parameter_server.worker.link import ServerLink
 from scaletrain.parameter_server.worker.requests import ServerError
 from scaletrain.training import checkpoint
+from scaletrain.training.checkpoint import State
 from tests.parameter_server import job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(90)]
@@ -127,7 +128,7 @@ def test_a_checkpoint_holds_the_servers_optimizer_state(tmp_path, make, options)
             net = job.model()
             optimizer = make(list(net.parameters()))
             if load:
-                loaded = checkpoint.load_latest(tmp_path, net, optimizer)
+                loaded = checkpoint.load_latest(tmp_path, State(net, optimizer))
                 assert loaded and loaded.step == first
             joined = job.exchange(settings, folder, rank)
             joined.attach(net, optimizer)
@@ -136,7 +137,7 @@ def test_a_checkpoint_holds_the_servers_optimizer_state(tmp_path, make, options)
                 job.loss(net, step, rank).backward()
                 joined.step()
             if rank == 0:
-                checkpoint.save(tmp_path, last, net, optimizer, 1)
+                checkpoint.save(tmp_path, last, State(net, optimizer), 1)
             joined.close()
             return [p.detach() for p in net.parameters()]
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from scaletrain.errors import UserError
 from scaletrain.training import checkpoint, tensor_file
+from scaletrain.training.checkpoint import State
 
 
 def job(kind: str = "Adam", width: int = 5) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -39,7 +40,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 
 def loaded_step(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    loaded = checkpoint.load_latest(run_dir, model, optimizer)
+    loaded = checkpoint.load_latest(run_dir, State(model, optimizer))
     assert loaded is not None and loaded.damaged == []
     return loaded.step
 
@@ -61,7 +62,7 @@ def assert_same_state(first: nn.Module, second: nn.Module) -> None:
 def test_resumed_training_equals_uninterrupted_training(kind: str, tmp_path: Path):
     model, optimizer = job(kind)
     train(model, optimizer, range(5))
-    checkpoint.save(tmp_path, 5, model, optimizer, keep=2)
+    checkpoint.save(tmp_path, 5, State(model, optimizer), keep=2)
     train(model, optimizer, range(5, 9))
     again, optimizer_again = job(kind)
     assert loaded_step(tmp_path, again, optimizer_again) == 5
@@ -75,7 +76,7 @@ def test_resumed_training_equals_uninterrupted_training(kind: str, tmp_path: Pat
 def test_only_the_newest_stay_and_numbers_sort_as_numbers(tmp_path: Path):
     model, optimizer = job()
     for step in (8, 9, 10, 100):
-        checkpoint.save(tmp_path, step, model, optimizer, keep=2)
+        checkpoint.save(tmp_path, step, State(model, optimizer), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step-10.safetensors",
         "step-100.safetensors",
@@ -84,7 +85,7 @@ def test_only_the_newest_stay_and_numbers_sort_as_numbers(tmp_path: Path):
 
 
 def test_nothing_to_load(tmp_path: Path):
-    assert checkpoint.load_latest(tmp_path, *job()) is None
+    assert checkpoint.load_latest(tmp_path, State(*job())) is None
 
 
 @pytest.mark.parametrize(
@@ -92,16 +93,16 @@ def test_nothing_to_load(tmp_path: Path):
     [lambda b: b[:100], lambda b: b[: len(b) - 7], lambda b: b"", lambda b: b"\xff" * 64 + b[64:]],
 )
 def test_a_damaged_file_is_refused(damage, tmp_path: Path):
-    path = checkpoint.save(tmp_path, 1, *job(), keep=1)
+    path = checkpoint.save(tmp_path, 1, State(*job()), keep=1)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"step-1\.safetensors: damaged checkpoint"):
-        checkpoint.load_latest(tmp_path, *job())
+        checkpoint.load_latest(tmp_path, State(*job()))
 
 
 def test_another_models_file_is_refused(tmp_path: Path):
-    checkpoint.save(tmp_path, 1, *job(), keep=1)
+    checkpoint.save(tmp_path, 1, State(*job()), keep=1)
     with pytest.raises(UserError, match="another model or optimizer"):
-        checkpoint.load_latest(tmp_path, *job(width=6))
+        checkpoint.load_latest(tmp_path, State(*job(width=6)))
 
 
 def data_begins_at(content: bytes) -> int:
@@ -117,7 +118,7 @@ def flip(path: Path, position: int, bit: int) -> None:
 def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path):
     model, optimizer = job()
     train(model, optimizer, range(2))
-    path = checkpoint.save(tmp_path, 2, model, optimizer, keep=1)
+    path = checkpoint.save(tmp_path, 2, State(model, optimizer), keep=1)
     whole = path.read_bytes()
     begin = data_begins_at(whole)
     draw = random.Random(5)
@@ -125,7 +126,7 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path):
     for position in positions:
         flip(path, position, draw.randrange(8))
         with pytest.raises(UserError) as error:
-            checkpoint.load_latest(tmp_path, *job())
+            checkpoint.load_latest(tmp_path, State(*job()))
         assert str(error.value).startswith(f"{path}: damaged checkpoint (tensor ")
         assert "does not have the hash it was written with)" in str(error.value)
         path.write_bytes(whole)
@@ -135,7 +136,7 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path):
         flip(path, draw.randrange(0, begin), draw.randrange(8))
         again, optimizer_again = job()
         try:
-            checkpoint.load_latest(tmp_path, again, optimizer_again)
+            checkpoint.load_latest(tmp_path, State(again, optimizer_again))
             assert_same_state(model, again)
         except UserError as error:
             assert str(error).startswith(f"{path}: "), error
@@ -146,14 +147,14 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_loaded(tmp_path: Pat
     model, optimizer = job()
     for step in (1, 2, 3):
         train(model, optimizer, range(step - 1, step))
-        checkpoint.save(tmp_path, step, model, optimizer, keep=3)
+        checkpoint.save(tmp_path, step, State(model, optimizer), keep=3)
         if step == 1:
             expected = {name: value.clone() for name, value in model.state_dict().items()}
     second, third = tmp_path / "step-2.safetensors", tmp_path / "step-3.safetensors"
     flip(second, second.stat().st_size - 2, 3)
     third.write_bytes(third.read_bytes()[:-50])
     again, optimizer_again = job()
-    loaded = checkpoint.load_latest(tmp_path, again, optimizer_again)
+    loaded = checkpoint.load_latest(tmp_path, State(again, optimizer_again))
     assert loaded is not None and loaded.step == 1
     assert [line.split(":")[0] for line in loaded.damaged] == [str(third), str(second)]
     assert all("damaged checkpoint" in line for line in loaded.damaged)
@@ -161,32 +162,32 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_loaded(tmp_path: Pat
         assert torch.equal(value, expected[name]), name
     # Training goes on from the first. What it saves counts, not the damaged ones of later steps.
     train(again, optimizer_again, range(1, 2))
-    checkpoint.save(tmp_path, 2, again, optimizer_again, keep=1)
+    checkpoint.save(tmp_path, 2, State(again, optimizer_again), keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [second.name, third.name]
-    loaded = checkpoint.load_latest(tmp_path, *job())
+    loaded = checkpoint.load_latest(tmp_path, State(*job()))
     assert loaded is not None and loaded.step == 2 and len(loaded.damaged) == 1
 
 
 def test_if_none_is_whole_all_are_named(tmp_path: Path):
     for step in (1, 2):
-        path = checkpoint.save(tmp_path, step, *job(), keep=2)
+        path = checkpoint.save(tmp_path, step, State(*job()), keep=2)
         path.write_bytes(b"")
     with pytest.raises(
         UserError, match=r"step-2\.safetensors: damaged.*step-1\.safetensors: damaged"
     ):
-        checkpoint.load_latest(tmp_path, *job())
+        checkpoint.load_latest(tmp_path, State(*job()))
 
 
 def test_another_model_is_no_damage(tmp_path: Path):
-    checkpoint.save(tmp_path, 1, *job(), keep=2)
-    checkpoint.save(tmp_path, 2, *job(width=6), keep=2)
+    checkpoint.save(tmp_path, 1, State(*job()), keep=2)
+    checkpoint.save(tmp_path, 2, State(*job(width=6)), keep=2)
     with pytest.raises(UserError, match=r"step-2\.safetensors: belongs to another model"):
-        checkpoint.load_latest(tmp_path, *job())
+        checkpoint.load_latest(tmp_path, State(*job()))
 
 
 def test_other_libraries_read_the_weights(tmp_path: Path):
     model, optimizer = job()
-    tensors = load_file(checkpoint.save(tmp_path, 1, model, optimizer, keep=1))
+    tensors = load_file(checkpoint.save(tmp_path, 1, State(model, optimizer), keep=1))
     for name, value in model.state_dict().items():
         assert torch.equal(tensors[f"model.{name}"], value)
 
@@ -195,7 +196,7 @@ def test_an_earlier_version_is_refused_in_one_line(tmp_path: Path):
     path = tmp_path / "step-4.safetensors"
     tensor_file.write(path, "scaletrain-checkpoint-1", tensor_file.Content({}, {}))
     with pytest.raises(UserError, match="written by an earlier version of this program") as error:
-        checkpoint.load_latest(tmp_path, *job())
+        checkpoint.load_latest(tmp_path, State(*job()))
     assert "\n" not in str(error.value)
 
 
@@ -216,20 +217,20 @@ def test_an_optimizer_that_does_not_fit_is_refused(
 ):
     model, optimizer = job("Adam")
     train(model, optimizer, range(1))
-    checkpoint.save(tmp_path, 1, model, optimizer, keep=1)
+    checkpoint.save(tmp_path, 1, State(model, optimizer), keep=1)
     other = getattr(torch.optim, kind)(model.parameters(), lr=0.1, **options)
     with pytest.raises(UserError, match=line) as error:
-        checkpoint.load_latest(tmp_path, model, other)
+        checkpoint.load_latest(tmp_path, State(model, other))
     assert "or a new run directory" in str(error.value)
 
 
 def test_state_goes_to_its_parameter_in_other_groups(tmp_path: Path):
     model, optimizer = job("Adam")
     train(model, optimizer, range(2))
-    checkpoint.save(tmp_path, 2, model, optimizer, keep=1)
+    checkpoint.save(tmp_path, 2, State(model, optimizer), keep=1)
     parameters = list(model.parameters())
     other = torch.optim.Adam([{"params": parameters[3:]}, {"params": parameters[:3]}])
-    checkpoint.load_latest(tmp_path, model, other)
+    checkpoint.load_latest(tmp_path, State(model, other))
     for parameter in parameters:
         before, now = optimizer.state[parameter], other.state[parameter]
         assert torch.equal(before["exp_avg"], now["exp_avg"])
@@ -237,11 +238,11 @@ def test_state_goes_to_its_parameter_in_other_groups(tmp_path: Path):
 
 def test_an_optimizer_of_other_parameters_is_refused(tmp_path: Path):
     model, optimizer = job("Adam")
-    checkpoint.save(tmp_path, 1, model, optimizer, keep=1)
+    checkpoint.save(tmp_path, 1, State(model, optimizer), keep=1)
     names = [name for name, _ in model.named_parameters()]
     other = torch.optim.Adam([*model.parameters()][1:])
     with pytest.raises(UserError, match=f"optimizer: it holds {names[0]} either in the checkpoint"):
-        checkpoint.load_latest(tmp_path, model, other)
+        checkpoint.load_latest(tmp_path, State(model, other))
 
 
 def test_momentum_may_begin_later(tmp_path: Path):
@@ -249,7 +250,7 @@ def test_momentum_may_begin_later(tmp_path: Path):
     model, _ = job()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(model, optimizer, range(2))
-    checkpoint.save(tmp_path, 2, model, optimizer, keep=1)
+    checkpoint.save(tmp_path, 2, State(model, optimizer), keep=1)
     again, _ = job()
     other = torch.optim.SGD(again.parameters(), lr=0.1, momentum=0.9)
     assert loaded_step(tmp_path, again, other) == 2
@@ -293,8 +294,8 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 )
 def test_extra_state_comes_back(state: Any, tmp_path: Path):
     model = nn.Sequential(WithState(state), nn.Linear(2, 1))
-    checkpoint.check_saveable(model, sgd(model))
-    checkpoint.save(tmp_path, 1, model, sgd(model), keep=1)
+    checkpoint.check_saveable(State(model, sgd(model)))
+    checkpoint.save(tmp_path, 1, State(model, sgd(model)), keep=1)
     again = nn.Sequential(WithState("other"), nn.Linear(2, 1))
     assert loaded_step(tmp_path, again, sgd(again)) == 1
     restored = again[0].state
@@ -330,23 +331,23 @@ def double_complex() -> nn.Module:
 def test_what_cannot_be_saved_is_named_before_training(make: Any, line: str):
     model = make()
     with pytest.raises(UserError, match=rf"^checkpoint: cannot hold {line}.*\(allowed: "):
-        checkpoint.check_saveable(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        checkpoint.check_saveable(State(model, torch.optim.SGD(model.parameters(), lr=0.1)))
 
 
 def test_a_trial_of_a_good_model_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    checkpoint.check_saveable(*job())
+    checkpoint.check_saveable(State(*job()))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_never_written(bad: float, tmp_path: Path):
     model, optimizer = job()
-    checkpoint.save(tmp_path, 1, model, optimizer, keep=1)
+    checkpoint.save(tmp_path, 1, State(model, optimizer), keep=1)
     with torch.no_grad():
         model[2].weight[1, 2] = bad
     with pytest.raises(UserError, match=r"2\.weight holds nan or inf after step 2.*step 1 stays"):
-        checkpoint.save(tmp_path, 2, model, optimizer, keep=1)
+        checkpoint.save(tmp_path, 2, State(model, optimizer), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1.safetensors"]
     assert loaded_step(tmp_path, *job()) == 1
 
@@ -356,10 +357,10 @@ def test_huge_weights_and_masks_are_finite_enough(tmp_path: Path):
     with torch.no_grad():
         model[2].weight.fill_(torch.finfo(torch.float32).max)  # their sum is inf
     model.register_buffer("mask", torch.full((2, 2), -float("inf")))
-    checkpoint.save(tmp_path, 1, model, optimizer, keep=1)
+    checkpoint.save(tmp_path, 1, State(model, optimizer), keep=1)
     model.mask[0, 0] = float("nan")
     with pytest.raises(UserError, match="mask holds nan"):
-        checkpoint.save(tmp_path, 2, model, optimizer, keep=1)
+        checkpoint.save(tmp_path, 2, State(model, optimizer), keep=1)
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
@@ -380,7 +381,7 @@ def test_bf16_and_other_types_come_back(tmp_path: Path):
     optimizer.step()
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     expected_state = optimizer.state_dict()["state"]
-    checkpoint.save(tmp_path, 1, model, optimizer, keep=1)
+    checkpoint.save(tmp_path, 1, State(model, optimizer), keep=1)
     for value in model.state_dict().values():
         value.zero_()
     other = torch.optim.Adam(model.parameters())
@@ -400,7 +401,7 @@ def test_tied_weights_stay_tied(tmp_path: Path):
         return model
 
     model, again = tied(), tied()
-    checkpoint.save(tmp_path, 1, model, sgd(model), keep=1)
+    checkpoint.save(tmp_path, 1, State(model, sgd(model)), keep=1)
     assert loaded_step(tmp_path, again, sgd(again)) == 1
     assert_same_state(model, again)
     assert again[0].weight is again[1].weight
@@ -417,7 +418,7 @@ def test_compiling_changes_nothing_in_a_file(saved: bool, loaded: bool, tmp_path
         return nn.Sequential(*layers)
 
     model, again = net(saved), net(loaded)
-    path = checkpoint.save(tmp_path, 1, model, sgd(model), keep=1)
+    path = checkpoint.save(tmp_path, 1, State(model, sgd(model)), keep=1)
     assert not [name for name in load_file(path) if "_orig_mod" in name]
     assert loaded_step(tmp_path, again, sgd(again)) == 1
     for first, second in zip(model.parameters(), again.parameters(), strict=True):
@@ -432,7 +433,7 @@ def test_options_of_the_optimizer_count_and_its_state_stays(tmp_path: Path):
     model, _ = job()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.05)
     train(model, optimizer, range(4))
-    checkpoint.save(tmp_path, 4, model, optimizer, keep=1)
+    checkpoint.save(tmp_path, 4, State(model, optimizer), keep=1)
     again, _ = job()
     other = torch.optim.AdamW(again.parameters(), lr=0.02, weight_decay=0.3)
     assert loaded_step(tmp_path, again, other) == 4
@@ -449,12 +450,13 @@ import sys, torch
 from pathlib import Path
 from torch import nn
 from scaletrain.training import checkpoint
+from scaletrain.training.checkpoint import State
 torch.manual_seed(1)
 model = nn.Linear(700, 700)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for step in range(1, 100000):
     torch.nn.init.constant_(model.bias, step)
-    checkpoint.save(Path(sys.argv[1]), step, model, optimizer, keep=2)
+    checkpoint.save(Path(sys.argv[1]), step, State(model, optimizer), keep=2)
     print(step, flush=True)
 """
 
@@ -486,20 +488,22 @@ def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path):
         os.waitpid(child, 0)
         said = int((run_dir / "said").read_text().split()[-1])
         model = nn.Linear(700, 700)
-        loaded = checkpoint.load_latest(run_dir, model, torch.optim.SGD(model.parameters(), lr=0.1))
+        loaded = checkpoint.load_latest(
+            run_dir, State(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        )
         assert loaded is not None and loaded.damaged == []
         assert loaded.step >= said, "a save that has returned is on disk"
         assert (model.bias == loaded.step).all()
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path):
-    path = checkpoint.save(tmp_path, 1, *job(), keep=1)
+    path = checkpoint.save(tmp_path, 1, State(*job()), keep=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, hard))
         with pytest.raises(OSError, match="File too large"):
-            checkpoint.save(tmp_path, 2, *job(), keep=1)
+            checkpoint.save(tmp_path, 2, State(*job()), keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)

@@ -17,6 +17,7 @@ from torch import nn
 from scaletrain.errors import UserError
 from scaletrain.run.layout import RunDir
 from scaletrain.training import checkpoint, tensor_file
+from scaletrain.training.checkpoint import State
 from scaletrain.training.checkpoint_writer import CheckpointWriter
 from tests.cluster.commands import scaletrain, summary
 
@@ -45,7 +46,7 @@ class Disk:
 
 def bias_in(run_dir: Path, step: int) -> torch.Tensor:
     model, optimizer = job()
-    loaded = checkpoint.load_latest(run_dir, model, optimizer)
+    loaded = checkpoint.load_latest(run_dir, State(model, optimizer))
     assert loaded is not None and loaded.step == step
     return model.bias.detach()
 
@@ -55,14 +56,14 @@ def test_training_goes_on_while_it_writes(tmp_path: Path, monkeypatch: pytest.Mo
     model, optimizer = job()
     checkpoints = writer(tmp_path)
     nn.init.constant_(model.bias, 1.0)
-    checkpoints.save(1, model, optimizer, {"seed": 3})
+    checkpoints.save(1, State(model, optimizer, {"seed": 3}))
     assert checkpoints.is_writing() and RunDir(tmp_path).checkpoints() == []
     nn.init.constant_(model.bias, 2.0)  # the file must not see this
     disk.may_write.set()
     checkpoints.wait()
     assert not checkpoints.is_writing()
     assert (bias_in(tmp_path, 1) == 1.0).all()
-    loaded = checkpoint.load_latest(tmp_path, model, optimizer)
+    loaded = checkpoint.load_latest(tmp_path, State(model, optimizer))
     assert loaded is not None and loaded.facts == {"seed": 3}
 
 
@@ -71,7 +72,7 @@ def test_a_second_save_waits_and_buffers_are_used_again(tmp_path: Path):
     checkpoints = writer(tmp_path, keep=50)
     for step in range(1, 30):
         nn.init.constant_(model.bias, step)
-        checkpoints.save(step, model, optimizer, {})
+        checkpoints.save(step, State(model, optimizer))
     checkpoints.wait()
     assert [step for step, _ in RunDir(tmp_path).checkpoints()] == [*range(1, 30)]
     for step in range(29, 0, -1):
@@ -83,7 +84,7 @@ def test_it_gives_signs_of_life_while_it_waits(tmp_path: Path, monkeypatch: pyte
     disk = Disk(monkeypatch)
     signs: list[str] = []
     checkpoints = writer(tmp_path, signs.append)
-    checkpoints.save(1, *job(), {})
+    checkpoints.save(1, State(*job()))
     threading.Timer(2.5, disk.may_write.set).start()
     began = time.monotonic()
     checkpoints.wait()
@@ -93,7 +94,7 @@ def test_it_gives_signs_of_life_while_it_waits(tmp_path: Path, monkeypatch: pyte
 
 def test_a_full_disk_is_said_at_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoints = writer(tmp_path)
-    checkpoints.save(1, *job(), {})
+    checkpoints.save(1, State(*job()))
     checkpoints.wait()
 
     def full(*arguments: Any) -> None:
@@ -101,14 +102,14 @@ def test_a_full_disk_is_said_at_the_next_save(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(tensor_file, "write", full)
-        checkpoints.save(2, *job(), {})
+        checkpoints.save(2, State(*job()))
         with pytest.raises(UserError) as error:
-            checkpoints.save(3, *job(), {})
+            checkpoints.save(3, State(*job()))
     path = RunDir(tmp_path).checkpoint(2)
     assert str(error.value).startswith(f"{path}: the checkpoint cannot be written: No space left")
     assert "after step 1 is whole" in str(error.value) and "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1.safetensors"]
-    checkpoints.save(3, *job(), {})  # the disk has room again
+    checkpoints.save(3, State(*job()))  # the disk has room again
     checkpoints.wait()
     bias_in(tmp_path, 3)
 
@@ -124,7 +125,7 @@ def test_the_interpreter_waits_for_it(tmp_path: Path):
             write(*arguments)
 
         tensor_file.write = slow  # type: ignore[assignment]
-        writer(tmp_path).save(1, *job(), {})
+        writer(tmp_path).save(1, State(*job()))
         threading._shutdown()  # type: ignore[attr-defined]
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0

@@ -16,7 +16,7 @@ from scaletrain import config
 from scaletrain.training import checkpoint, workload
 from scaletrain.training import optimizer as training_optimizer
 from scaletrain.training.batches import GlobalBatches
-from scaletrain.training.checkpoint import Loaded
+from scaletrain.training.checkpoint import Loaded, State
 from scaletrain.training.resume import compare, resume_lines, training_facts
 from tests.cluster.commands import scaletrain, summary
 
@@ -206,7 +206,7 @@ def test_a_run_that_goes_on_with_other_options_is_that_of_torch_alone(tmp_path: 
     assert "steps:" not in done.stdout.split("resumed at step 10")[0]
     expected = trained_by_torch_alone(first, second)
     parts = workload.build(second, torch.device("cpu"))
-    loaded = checkpoint.load_latest(run_dir, parts.model, parts.optimizer)
+    loaded = checkpoint.load_latest(run_dir, State(parts.model, parts.optimizer))
     assert loaded is not None and loaded.step == 20
     for first_value, other in zip(expected.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(first_value, other)
@@ -226,5 +226,5 @@ def test_a_run_that_goes_on_with_other_options_is_that_of_torch_alone(tmp_path: 
     assert done.stdout.count(f"{newest}: damaged checkpoint (tensor ") == 1, done.stdout
     assert "step-10.safetensors is loaded instead" in done.stdout
     assert "resumed at step 10" in done.stdout and summary(run_dir)["steps"] == 20
-    again = checkpoint.load_latest(run_dir, parts.model, parts.optimizer)
+    again = checkpoint.load_latest(run_dir, State(parts.model, parts.optimizer))
     assert again is not None and again.step == 20 and again.damaged == []
