@@ -65,9 +65,13 @@ def test_command_runs_without_torch(arguments: str):
 
 @pytest.mark.parametrize("launcher", plugins.names("launcher"))
 def test_a_plan_is_made_without_torch(launcher: str, tmp_path: Path):
+    needed = []
+    if launcher == "kubernetes":
+        needed = ["--set", "launcher.container=image", "--set", "launcher.run_claim=runs"]
     done = run(
         "train",
         "examples/digits.yaml",
+        *needed,
         "--workers",
         "2",
         "--launcher",

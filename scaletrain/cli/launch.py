@@ -95,7 +95,8 @@ def command(
         return
     if plan.missing:
         raise UserError(plan.missing)
-    if argv[0].endswith(".py") and not Path(argv[0]).is_file():
+    is_here = not plan.in_containers
+    if is_here and argv[0].endswith(".py") and not Path(argv[0]).is_file():
         raise UserError(f"{argv[0]}: there is no such file")
     if run_dir is None:
         directory, (job, plan) = new_directory(directory, (job, plan), planned)

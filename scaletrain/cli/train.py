@@ -121,6 +121,7 @@ def _job(run: "RunConfig", run_dir: Path, resume: bool) -> "Job":
         resume=resume,
         timeout_s=run.timeout_s,
         threads=None if run.threads == "auto" else run.threads,
+        config=run.to_yaml(),
     )
     # The parameter server is the one exchange that brings processes of its own.
     if run.exchange.name == "parameter_server":

@@ -31,6 +31,7 @@ class Program(enum.Enum):
     SUPERVISOR = "scaletrain.programs.supervisor"
     FIRST_CAUSE = "scaletrain.programs.first_cause"
     FOLLOW_SLURM = "scaletrain.programs.follow_slurm"
+    FOLLOW_KUBERNETES = "scaletrain.programs.follow_kubernetes"
     REHEARSAL_ENTER = "scaletrain.programs.rehearsal_enter"
     REHEARSAL_SERVE = "scaletrain.programs.rehearsal_serve"
     REHEARSAL_STORE = "scaletrain.programs.rehearsal_store"
@@ -81,6 +82,8 @@ class Job(NamedTuple):
     threads: int | None = None  # OMP threads of a worker; None: its share of the host's cores
     env: Environment = ()  # added to the environment of every worker
     companions: tuple[Companion, ...] = ()
+    # A training run's configuration as text, for workers that do not see this host's files.
+    config: str = ""
 
     @property
     def argv(self) -> tuple[str, ...]:

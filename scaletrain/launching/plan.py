@@ -41,6 +41,8 @@ class LaunchPlan(NamedTuple):
     is_part: bool = False
     # If set: the error that says what this host lacks to carry the plan out.
     missing: str = ""
+    # Workers run in images of their own: a script need not be a file of this host.
+    in_containers: bool = False
 
     def __str__(self) -> str:
         """Return the plan as shell text, as ``--dry-run`` prints it."""

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from scaletrain.launching.growing import GrowingOutput
 from scaletrain.run.layout import RunDir
 
 _EXTRA_LOOKS = 2  # at a bad end: a job that is being requeued shows one for a moment
@@ -115,13 +116,11 @@ class JobRecord(NamedTuple):
 class FollowedTask:
     """A job, or one task of its array, as its follower has seen it so far."""
 
-    def __init__(self, name: str, run_dir: RunDir, output: Path, prefix: bytes):
+    def __init__(self, name: str, run_dir: RunDir, output: GrowingOutput):
         self.name = name
+        self.output = output
         self.status = 0  # of the latest record
         self._run_dir = run_dir
-        self._output = output
-        self._prefix = prefix  # of each line of output; empty for a job without an array
-        self._shown_bytes = 0  # of the output
         self._state = ""
         self._looks = 0  # how often the present state has been seen again
         self._restarts = 0
@@ -151,24 +150,6 @@ class FollowedTask:
             self._remove_reports()
             print(f"job {self.name}: requeued; it goes on from its last checkpoint", flush=True)
         self.status = record.status
-
-    def show_output(self, whole_lines: bool) -> None:
-        """Print the output since the last call.
-
-        Args:
-            whole_lines: leave an unfinished line for later, if lines get a prefix.
-        """
-        # The file is there once the job has started. Bytes: a look may cut a character in two.
-        with contextlib.suppress(OSError), open(self._output, "rb") as file:
-            file.seek(self._shown_bytes)
-            data = file.read()
-            # Tasks of an array take turns on the screen: half a line would get two prefixes.
-            if self._prefix and whole_lines:
-                data = data[: data.rfind(b"\n") + 1]
-            self._shown_bytes += len(data)
-            for line in data.splitlines(keepends=True):
-                sys.stdout.buffer.write(self._prefix + line)
-            sys.stdout.flush()
 
     def _remove_reports(self) -> None:
         """Remove reports of an earlier attempt's workers, which would mislead about this one."""
@@ -211,7 +192,7 @@ class SlurmFollower:
                 if not record.stands_for_many:
                     self._task(record.task).see(record)
             for task in self.tasks.values():
-                task.show_output(whole_lines=True)
+                task.output.show(whole_lines=True)
             # Without records there may be no tasks yet, and `all` of nothing is true.
             if records and self._all_have_ended(records):
                 return self._finish()
@@ -234,20 +215,20 @@ class SlurmFollower:
         if number not in self.tasks:
             name = self.job
             run_dir = self.run_dir
-            prefix = b""
+            prefix = ""  # of a job without an array
             if number:
                 name = f"{self.job}_{number}"
                 run_dir = RunDir(self.run_dir.array_task(number))
-                prefix = f"[{number}] ".encode()
-            output = self.run_dir.slurm_output(name)
-            self.tasks[number] = FollowedTask(name, run_dir, output, prefix)
+                prefix = f"[{number}] "
+            output = GrowingOutput(self.run_dir.slurm_output(name), prefix)
+            self.tasks[number] = FollowedTask(name, run_dir, output)
         return self.tasks[number]
 
     def _finish(self) -> int:
         """Show the last output, and return the status of the first task that failed."""
         time.sleep(_LAST_OUTPUT_S)
         for task in self.tasks.values():
-            task.show_output(whole_lines=False)
+            task.output.show(whole_lines=False)
         failed = [task for task in self.tasks.values() if task.status]
         # Only for arrays: the single task of a job without one has the number "".
         if all(number.isdigit() for number in self.tasks):

@@ -172,6 +172,17 @@ class RunDir:
         """The file in which torchrun's agents meet."""
         return self.path / f"torchrun-{attempt}"
 
+    # Written for Kubernetes.
+
+    @property
+    def manifest(self) -> Path:
+        """The Job and its Service."""
+        return self.path / "kubernetes.yaml"
+
+    def pod_output(self, pod: str) -> Path:
+        """The output of a pod, by its name. Written by kubectl, for the job's follower."""
+        return self.path / f"pod-{pod}.log"
+
     # Questions about the run as a whole.
 
     def has_finished(self) -> bool:

@@ -28,7 +28,8 @@ def test_a_plan_is_pure_and_complete(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(mpirun, "_kind_of", lambda command: "openmpi")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     plan = plugins.load("launcher", name)
-    first, second = plan(job_of()), plan(job_of())
+    options = {"container": "image", "run_claim": "runs"} if name == "kubernetes" else {}
+    first, second = plan(job_of(), **options), plan(job_of(), **options)
     assert first == second
     text = str(first)
     assert (
