@@ -3,6 +3,7 @@
 Horovod: its exchange against a single process, its three traps, and horovodrun.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,10 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from scaletrain.scaling.show import trace
+from scaletrain.training.batches import GlobalBatches
 from tests.cluster.commands import SHORT, clean, gone, scaletrain, train
 from tests.conftest import require
+from tests.training import jobs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(120)]
 TRAPS = str(Path(__file__).with_name("horovod_traps.py"))
@@ -94,6 +100,33 @@ def test_a_trace_has_every_gradient_and_the_wait_for_them(python: str, tmp_path:
         assert (
             step["ts"] <= wait["ts"] and wait["ts"] + wait["dur"] <= step["ts"] + step["dur"] + 1000
         )
+
+
+def test_clipping_and_skipping_see_the_mean_gradient(python: str, tmp_path: Path):
+    """Gradients are still under way when backward ends; one rank's sample overflows."""
+    bad = GlobalBatches(64, 8, 0).indices(4)[5].item()
+    job = {
+        "model": "tests.training.jobs:exponential",
+        "data": {"name": "tests.training.jobs:vectors", "bad": bad},
+        "batch_size": 8,
+        "steps": 8,
+        "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+        "callbacks": [{"name": "clip", "norm": 0.2}],
+        "nonfinite": "skip",
+    }
+    file, run_dir = tmp_path / "job.json", tmp_path / "run"
+    file.write_text(json.dumps(job))  # JSON is YAML
+    arguments = ("--workers", "2", "--exchange", "horovod")
+    found = train(run_dir, *arguments, config=str(file), python=python)
+    assert found["skipped_steps"] == 1
+
+    def clip(model: nn.Module) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+
+    expected = jobs.train_alone(job, before_update=clip, left_out=[4])
+    saved = load_file(run_dir / "step-8.safetensors")
+    for name, weights in expected.items():
+        torch.testing.assert_close(saved[f"model.{name}"], weights, rtol=1e-4, atol=1e-6)
 
 
 def test_horovodrun(python: str, alone: dict, tmp_path: Path):

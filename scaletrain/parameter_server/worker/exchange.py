@@ -125,6 +125,9 @@ class ParameterServerExchange:
         assert self._steps
         return self._steps.accumulate()
 
+    def synchronise(self, model: nn.Module | None = None) -> None:
+        """Do nothing: gradients have left for the servers by the end of backward."""
+
     def step(self, model: nn.Module | None = None) -> None:
         """Bring the weights to the next step, after backward.
 

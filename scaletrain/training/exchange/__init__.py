@@ -84,6 +84,18 @@ class Exchange(Protocol):
             UserError: this exchange trains one model, and has one already.
         """
 
+    def synchronise(self, model: nn.Module | None = None) -> None:
+        """Wait until a model's gradients are those that ``step`` will use.
+
+        Call it after backward if something looks at gradients before ``step``, as clipping does.
+        Here nothing is left to wait for: they are ready when backward ends, or have left for the
+        servers.
+
+        Args:
+            model: as for ``step``.
+        """
+        return
+
     @abc.abstractmethod
     def step(self, model: nn.Module | None = None) -> None:
         """Bring the weights of a model to the next step, after backward.

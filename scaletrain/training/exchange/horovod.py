@@ -40,7 +40,7 @@ class HorovodExchange(Exchange):
     """Horovod's DistributedOptimizer without its wrapper around the optimizer.
 
     Each gradient's allreduce starts as soon as backward has made it (Horovod fuses those that are
-    ready), and ``step`` waits for all of them before the worker's own optimizer runs.
+    ready), and ``synchronise`` waits for all of them before the worker's own optimizer runs.
 
     Three traps of 0.28.1 are avoided by construction:
 
@@ -67,10 +67,12 @@ class HorovodExchange(Exchange):
         self._compression = hvd.Compression.none
         if compression == "fp16":
             self._compression = hvd.Compression.fp16
-        # By parameter's name. Written by backward's hooks, emptied by ``step``.
+        # By parameter's name. Written by backward's hooks, emptied by ``synchronise``.
         self._under_way: dict[str, _Allreduce] = {}
         self._accumulating = False
         self._attached: dict[nn.Module, _Attached] = {}
+        # Whose gradients are means. Written by ``synchronise``, emptied by ``step``.
+        self._synchronised: set[nn.Module] = set()
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Broadcast the weights, and hook the allreduce into backward.
@@ -128,9 +130,10 @@ class HorovodExchange(Exchange):
         finally:
             self._accumulating = False
 
-    def step(self, model: nn.Module | None = None) -> None:
-        """Wait for all gradients of a model, then run its optimizer."""
-        optimizer, parameters = self._attached[attached(self._attached, model)]
+    def synchronise(self, model: nn.Module | None = None) -> None:
+        """Wait for the mean of all gradients of a model."""
+        module = attached(self._attached, model)
+        parameters = self._attached[module].parameters
         # Every rank has to send every gradient: one that a rank leaves out blocks the others.
         for name, parameter in parameters.items():
             if name not in self._under_way:
@@ -146,7 +149,15 @@ class HorovodExchange(Exchange):
             # Compression, another dtype or another layout put the mean into a tensor of its own.
             parameter.grad.copy_(mean)
         spans.add("wait", "wait for gradients", wait_began)
-        optimizer.step()
+        self._synchronised.add(module)
+
+    def step(self, model: nn.Module | None = None) -> None:
+        """Wait for all gradients of a model unless that is done, then run its optimizer."""
+        module = attached(self._attached, model)
+        if module not in self._synchronised:
+            self.synchronise(module)
+        self._synchronised.discard(module)
+        self._attached[module].optimizer.step()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks of a small CPU tensor."""
