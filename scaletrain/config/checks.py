@@ -83,6 +83,7 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
         config.callbacks[index] = Named(name=named.name, **options)
     config.loss = Named(name=config.loss.name, **_loss_options(config, where))
     _check_nonfinite(config, where)
+    _check_precision(config, where)
     if config.optimizer is None and config.workload is None:
         config.optimizer = Optimizer(**_DEFAULTS["optimizer"])
     if config.optimizer is not None:  # else the workload's own
@@ -153,6 +154,21 @@ def _check_nonfinite(config: RunConfig, where: str) -> None:
         raise UserError(
             f"{where}: nonfinite: 'roll_back' has no checkpoints to go back to"
             " (such as checkpoint: {every_steps: 100})"
+        )
+
+
+def _check_precision(config: RunConfig, where: str) -> None:
+    if config.precision != "fp16":
+        return
+    if config.exchange.name == "parameter_server":
+        raise UserError(
+            f"{where}: precision: 'fp16' is not allowed under parameter_server, whose servers use"
+            " gradients before their scale is taken off (allowed: float32, bf16)"
+        )
+    if config.nonfinite == "roll_back":
+        raise UserError(
+            f"{where}: nonfinite: 'roll_back' is not allowed beside precision: fp16, whose gradients"
+            " overflow now and then (allowed: stop, skip)"
         )
 
 

@@ -208,8 +208,9 @@ class RunConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if it is available."""
 
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16: forward computes in bfloat16 where that is safe (autocast); weights stay float32."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """bf16, fp16: forward computes in it where that is safe (autocast); weights stay float32. fp16
+    scales the loss, and leaves out steps whose gradient overflows."""
 
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Compute threads of a worker; auto: its share of the host's cores."""

@@ -48,6 +48,7 @@ class StepRecord:
     count: float = 0.0  # what the loss is a mean over: samples, tokens, ...
     parts: dict[str, float] = dataclasses.field(default_factory=dict)  # means over the same count
     skipped: bool = False  # the weights stayed: a gradient was not finite
+    loss_scale: float | None = None  # for the next step; None unless precision is fp16
 
     @property
     def wait_s(self) -> float:

@@ -21,6 +21,7 @@ from scaletrain.run import progress
 from scaletrain.run.atomic import replacing
 from scaletrain.run.layout import RunDir
 from scaletrain.training import state_tree, tensor_file
+from scaletrain.training.precision import Precision
 from scaletrain.training.tensor_file import Content
 
 _FORMAT = "scaletrain-checkpoint-3"
@@ -50,6 +51,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer  # over the model's parameters
     facts: dict[str, Any] = field(default_factory=dict)  # JSON that ``load_latest`` gives back
+    precision: Precision | None = None  # with the loss's scale
 
 
 def collect(step: int, state: State) -> Content:
@@ -82,7 +84,13 @@ def collect(step: int, state: State) -> Content:
         reason = _why_unsaveable(tensor)
         if reason:
             raise UserError(f"checkpoint: cannot hold {name}, {reason}")
-    rest = {"step": step, "facts": state.facts, "extra": extra, "optimizer": optimizer_state}
+    rest = {
+        "step": step,
+        "facts": state.facts,
+        "extra": extra,
+        "optimizer": optimizer_state,
+        "loss_scales": state.precision.state() if state.precision else {},
+    }
     return Content(tensors, rest)
 
 
@@ -240,7 +248,7 @@ def load_latest(run_dir: Path, state: State) -> Loaded | None:
 
 
 def _put_into(state: State, content: Content, path: Path) -> None:
-    """Put a checkpoint's state into a model and an optimizer, if it fits."""
+    """Put a checkpoint's content into the parts of a training, if it fits."""
     model, optimizer = state.model, state.optimizer
     saved = content.state["optimizer"]
     now = type(optimizer).__name__
@@ -285,6 +293,8 @@ def _put_into(state: State, content: Content, path: Path) -> None:
     # The groups are the optimizer's own: options of the configuration count, not the file's.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": by_index, "param_groups": groups})
+    if state.precision:
+        state.precision.load(content.state.get("loss_scales", {}))
 
 
 def _missing_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> set[str]:

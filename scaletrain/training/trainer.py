@@ -28,6 +28,7 @@ from scaletrain.training.evaluation import Evaluation
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.finite import finite_or_none
 from scaletrain.training.losses import GlobalMean, StepLoss, checked
+from scaletrain.training.precision import Precision
 from scaletrain.training.randomness import seed_forward
 from scaletrain.training.resume import resume_lines, training_facts
 from scaletrain.training.saving import Saving
@@ -86,13 +87,17 @@ class Trainer:
         self._rollbacks = 0
         self._on_evaluation: Callable[[int, dict[str, float | None]], None] | None = None
 
+        self._updates = workload.updates or [Update("model", workload.optimizer, workload.forward)]
+        self._precision = Precision(
+            config.precision, device, [update.model for update in self._updates]
+        )
         self._evaluation = Evaluation(
-            workload, exchange, world, device, self._autocast, config.seed
+            workload, exchange, world, device, self._precision.autocast, config.seed
         )
         facts = training_facts(
             config, workload.optimizer, num_samples, self.global_batch, self.num_steps
         )
-        state = State(self.module, workload.optimizer, facts)
+        state = State(self.module, workload.optimizer, facts, self._precision)
         self.saving = Saving(config.checkpoint, run_dir, world, exchange, state)
         # A fault in the first evaluation would come after hours: try it now.
         if not config.compute:  # an emulated accelerator would take its time
@@ -106,14 +111,10 @@ class Trainer:
         # Lines for people: damaged checkpoints, and what differs from the run before.
         self.resume_lines = resume_lines(loaded, facts) if loaded else []
         self.saving.begin()
-        self._updates = workload.updates or [Update("model", workload.optimizer, workload.forward)]
         # By name: what forward calls while training, and on this rank alone.
         self._attached: dict[str, nn.Module] = {}
         self._modules: dict[str, nn.Module] = {}
-        for update in self._updates:
-            module = getattr(workload, update.model)
-            self._modules[update.model] = module
-            self._attached[update.model] = exchange.attach(module, update.optimizer)
+        self._attach()
         # A worker that joins a running job, such as one that was started again, begins where it is.
         missed = exchange.skip(self.num_steps - self.next_step)
         self.next_step += missed
@@ -158,6 +159,8 @@ class Trainer:
         for update in self._updates:  # one, unless several models train together
             with self._updating(update) as model:
                 losses[update.model] = self._backward(update, model, passes, mean, clock)
+                # From here on gradients are the mean over all ranks, where the exchange makes one.
+                self.exchange.synchronise(model)
                 if self._leaves_out(update):
                     is_skipped = True
                 else:
@@ -186,6 +189,7 @@ class Trainer:
             count=step_loss.count,
             parts=step_loss.parts(),
             skipped=is_skipped,
+            loss_scale=self._precision.scale,
         )
         self.next_step += 1
         for callback in self._callbacks:
@@ -277,6 +281,13 @@ class Trainer:
             f" ({samples} samples{uneven})",
         ]
 
+    def _attach(self) -> None:
+        """Put the exchange under the model of each update (collective)."""
+        for update in self._updates:
+            module = getattr(self.workload, update.model)
+            self._modules[update.model] = module
+            self._attached[update.model] = self.exchange.attach(module, update.optimizer)
+
     def _steps_of(self, epochs: float) -> int:
         return max(1, round(epochs * self.batches.steps_per_epoch))
 
@@ -343,13 +354,14 @@ class Trainer:
             is_last = index == len(passes) - 1
             # Only the last pass exchanges; the others add to the gradients of this rank.
             with contextlib.nullcontext() if is_last else self.exchange.accumulate(model):
-                with self._autocast():
+                with self._precision.autocast():
                     loss = checked(update.forward(batch))
                 clock.lap("forward")
                 step_loss.add(loss)
                 if self.device.type == "cpu" or is_last:  # reading it stalls a GPU's stream
                     self._check_finite(update, step_loss, passes)
-                (loss.total * mean.weight()).backward()
+                total = loss.total * mean.weight()
+                self._precision.scaled(update.model, total).backward()
                 clock.lap("backward")
         return step_loss
 
@@ -385,12 +397,6 @@ class Trainer:
         for group, rate in zip(self.workload.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which forward runs. Backward takes each layer's own precision."""
-        if self.config.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
     def _check_finite(self, update: Update, loss: StepLoss, passes: list[Any]) -> None:
         """Raise ``TrainingError`` if the loss so far is not finite, and that ends the run."""
         if self.config.nonfinite != "stop" or math.isfinite(loss.total):
@@ -399,7 +405,7 @@ class Trainer:
         reasons = []
         # The other ranks do not run forward once more.
         setattr(self.workload, update.model, self._modules[update.model])
-        with self._autocast():
+        with self._precision.autocast():
             seed_forward(self.device, self.config.seed, self.next_step, self.world.rank)
             for batch, share in zip(passes, shares, strict=True):
                 reasons.append(finite.explain(self.workload, batch, share.tolist()))
@@ -412,14 +418,16 @@ class Trainer:
     def _leaves_out(self, update: Update) -> bool:
         """Return True if this update's gradient is not finite, and such updates are left out.
 
-        The gradient is the mean over all ranks, so all of them decide alike.
+        They are under fp16, whose gradients overflow now and then, and by the policy ``skip``. The
+        gradient is the mean over all ranks, so all of them decide alike.
 
         Raises:
             TrainingError: too many steps in a row were left out: the weights will not recover.
         """
-        if self.config.nonfinite == "stop":
-            return False
-        if finite.all_finite(parameter.grad for parameter in self.module.parameters()):
+        is_finite = self._precision.unscale(update.model, update.optimizer)
+        if is_finite and self.config.nonfinite != "stop":
+            is_finite = finite.all_finite(each.grad for each in self.module.parameters())
+        if is_finite:
             self._left_out[update.model] = 0
             return False
         self._left_out[update.model] += 1

@@ -203,8 +203,8 @@ class Supervised(Workload):
         return figures
 
     def _loss_of(self, output: Any, targets: Tensor) -> Loss:
-        if isinstance(output, Tensor) and output.dtype is torch.bfloat16:
-            output = output.float()  # bfloat16 is too coarse to add up losses
+        if isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16):
+            output = output.float()  # half precision is too coarse to add up losses
         if self._sums is None or targets.is_floating_point():
             # A mean over elements is one over samples: they have as many elements each.
             mean = self.loss(output, targets).reshape(())
