@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds to wait for workers to meet and to stop.",
 )
+@click.option("--cold", is_flag=True, help="Let each worker import torch itself.")
 @click.option("--dry-run", is_flag=True, help="Print what would be started, and start nothing.")
 @click.argument("argv", metavar="COMMAND...", nargs=-1, type=click.UNPROCESSED, required=True)
 def command(
@@ -59,6 +60,7 @@ def command(
     settings: tuple[str, ...],
     run_dir: Path | None,
     timeout_s: float,
+    cold: bool,
     dry_run: bool,
     argv: tuple[str, ...],
 ) -> None:
@@ -84,7 +86,7 @@ def command(
 
     def planned(directory: Path) -> "tuple[Job, LaunchPlan]":
         # Absolute: workers may start in another directory, and other hosts do not know ours.
-        job = script_job(argv, workers, directory.resolve(), timeout_s)
+        job = script_job(argv, workers, directory.resolve(), timeout_s)._replace(cold=cold)
         return job, plugins.load("launcher", launcher)(job, **options)
 
     directory = run_dir or directory_name("launch")

@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     help="Where records go [default: runs/NAME-TIME].",
 )
 @click.option("--resume", is_flag=True, help="Go on from the run directory's last checkpoint.")
+@click.option("--cold", is_flag=True, help="Let each worker import torch itself.")
 @click.option("--dry-run", is_flag=True, help="Print what would be started, and start nothing.")
 def command(
     path: Path,
     settings: tuple[str, ...],
     run_dir: Path | None,
     resume: bool,
+    cold: bool,
     dry_run: bool,
     **overrides: Any,
 ) -> None:
@@ -59,7 +61,7 @@ def command(
 
     def planned(directory: Path) -> "tuple[Job, LaunchPlan]":
         # Absolute: workers may start in another directory, or on another host.
-        job = _job(run, directory.resolve(), resume)
+        job = _job(run, directory.resolve(), resume)._replace(cold=cold)
         return job, plugins.load("launcher", run.launcher.name)(job, **run.launcher.options)
 
     directory = run_dir or directory_name(run.name)

@@ -102,7 +102,7 @@ def variables(pid: int) -> dict[str, str]:
     except OSError:
         return {}
     pairs = [entry.partition("=") for entry in text.split("\0")]
-    return {name: value for name, _, value in pairs}
+    return {name: value for name, _, value in pairs if name}
 
 
 def kill_marked(variable: str, mark: str) -> None:
@@ -168,7 +168,7 @@ def die_with_parent(number: int) -> None:
         sys.exit(1)
 
 
-def stat_fields(pid: int) -> list[str]:
+def stat_fields(pid: int | str) -> list[str]:
     """Return the fields of /proc/PID/stat after the command's name; empty without a process.
 
     The list begins with field 3 of proc(5), the state.

@@ -29,6 +29,7 @@ class Program(enum.Enum):
     PARAMETER_SERVER = "scaletrain.programs.parameter_server"
     STORE = "scaletrain.programs.store"
     SUPERVISOR = "scaletrain.programs.supervisor"
+    FORKSERVER = "scaletrain.programs.forkserver"
     FIRST_CAUSE = "scaletrain.programs.first_cause"
     FOLLOW_SLURM = "scaletrain.programs.follow_slurm"
     FOLLOW_KUBERNETES = "scaletrain.programs.follow_kubernetes"
@@ -43,6 +44,13 @@ class Program(enum.Enum):
     def command(self, *arguments: object) -> tuple[str, ...]:
         """Return the command line that starts this program under the present Python."""
         return (sys.executable, "-m", self.value, *map(str, arguments))
+
+    def arguments_of(self, argv: Sequence[str]) -> tuple[str, ...] | None:
+        """Return the arguments of a command line that ``command`` made; None for another one."""
+        start = self.command()
+        if tuple(argv[: len(start)]) != start:
+            return None
+        return tuple(argv[len(start) :])
 
 
 def environment(variables: Mapping[str, object]) -> Environment:
@@ -81,6 +89,7 @@ class Job(NamedTuple):
     timeout_s: float = 60.0  # a worker without progress for this long counts as hung
     threads: int | None = None  # OMP threads of a worker; None: its share of the host's cores
     env: Environment = ()  # added to the environment of every worker
+    cold: bool = False  # each worker imports torch itself (see ``supervision.warm``)
     companions: tuple[Companion, ...] = ()
     # A training run's configuration as text, for workers that do not see this host's files.
     config: str = ""

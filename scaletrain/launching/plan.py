@@ -25,6 +25,15 @@ class Command(NamedTuple):
     # The signal that reaches the workers, where SIGINT would make the launcher kill them.
     interrupt: int | None = None
     stop_s: float = 3.0  # from SIGTERM to SIGKILL; a launcher has to pass the signal on first
+    cores: tuple[int, ...] = ()  # the process is kept on these cores; empty: on any
+
+    @property
+    def bound_argv(self) -> tuple[str, ...]:
+        """The command line, with the one that keeps the process on its cores before it."""
+        if not self.cores:
+            return self.argv
+        # taskset turns into the worker, so that the process that we watch is the worker itself.
+        return ("taskset", "--cpu-list", ",".join(map(str, self.cores)), *self.argv)
 
 
 class LaunchPlan(NamedTuple):
@@ -55,7 +64,7 @@ class LaunchPlan(NamedTuple):
         if self.store_address:
             store = f"MASTER_ADDR={self.store_address} MASTER_PORT=$PORT "
         for command in self.commands:
-            lines.append(store + _shell_line(command.env, command.argv))
+            lines.append(store + _shell_line(command.env, command.bound_argv))
         return "\n".join(lines)
 
 

@@ -51,7 +51,7 @@ def test_local_threads_share_the_cores_and_too_many_are_mentioned():
     plan = local.plan(job_of(workers=CORES * 2))
     assert any("more threads" in line for line in plan.explain)
     bound = local.plan(job_of(workers=1, threads=1), bind=True)
-    assert bound.commands[0].argv[:2] == ("taskset", "--cpu-list")
+    assert bound.commands[0].bound_argv[:2] == ("taskset", "--cpu-list")
 
 
 def test_companions_are_shown():

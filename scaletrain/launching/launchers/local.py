@@ -40,12 +40,10 @@ def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
             "GROUP_WORLD_SIZE": 1,
             **job.variables(threads),
         }
-        argv = job.argv
+        command = Command(f"rank {rank}", job.argv, environment(variables), rank)
         if bind:
-            cpu_list = ",".join(map(str, cores.cores_of(rank, threads)))
-            # taskset turns into the worker, so that the process that we watch is the worker itself.
-            argv = ("taskset", "--cpu-list", cpu_list, *argv)
-        commands.append(Command(f"rank {rank}", argv, environment(variables), rank))
+            command = command._replace(cores=tuple(cores.cores_of(rank, threads)))
+        commands.append(command)
     return LaunchPlan(
         tuple(commands),
         explain=tuple(explain),

@@ -20,11 +20,12 @@ from typing import BinaryIO
 
 from scaletrain.host import descendants
 from scaletrain.host.descendants import Descendant
+from scaletrain.host.forkserver import Forked, Server
 from scaletrain.host.names import host_name
 from scaletrain.host.processes import dies_with_parent, kill_marked
 from scaletrain.launching.job import Companion
 from scaletrain.launching.plan import Command
-from scaletrain.launching.supervision import screen
+from scaletrain.launching.supervision import screen, warm
 from scaletrain.run.progress import LAUNCH_MARK
 
 # A line in which a process tells a person of their mistake, perhaps with the name of a task.
@@ -45,6 +46,7 @@ class Process:
         environ: its environment, to which the command adds.
         companion: the companion that it is, if it is one.
         fd: a descriptor that it inherits; -1: none.
+        server: forks the process, if it can; None: it starts cold.
 
     Raises:
         OSError: the program is not there, or cannot be started.
@@ -56,6 +58,7 @@ class Process:
         environ: dict[str, str],
         companion: Companion | None = None,
         fd: int = -1,
+        server: Server | None = None,
     ):
         self.name = command.name
         self.rank = command.rank
@@ -72,16 +75,21 @@ class Process:
         self.mistake = ""  # a person's mistake that it told, which is on the screen already
         # A launcher gets the chance to end its own workers. A worker is of no use without us.
         death_signal = signal.SIGTERM if self.is_launcher else signal.SIGKILL
-        self.popen = subprocess.Popen(
-            command.argv,
-            env=environ | dict(command.env),
+        environ = environ | dict(command.env)
+        descriptors = () if fd < 0 else (fd,)
+        forked = None
+        if server:
+            forked = warm.start(server, command, environ, descriptors, death_signal)
+        self.popen: subprocess.Popen[bytes] | Forked = forked or subprocess.Popen(
+            command.bound_argv,
+            env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             # A group of its own: a signal then reaches everything that the process has started.
             process_group=0,
             preexec_fn=dies_with_parent(death_signal),
-            pass_fds=() if fd < 0 else (fd,),
+            pass_fds=descriptors,
         )
 
     @property
@@ -141,9 +149,10 @@ class Processes:
         environ: dict[str, str],
         companion: Companion | None = None,
         fd: int = -1,
+        server: Server | None = None,
     ) -> Process:
         """Start a worker, a launcher or a companion (see ``Process``)."""
-        process = Process(command, environ, companion, fd)
+        process = Process(command, environ, companion, fd, server)
         prefix = f"[{process.name}] ".encode() if self._prefixed else b""
         for pipe, kind in (
             (process.popen.stdout, screen.OUTPUT),

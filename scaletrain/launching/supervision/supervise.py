@@ -18,6 +18,7 @@ from typing import Any
 import pydantic
 
 from scaletrain.host import descendants
+from scaletrain.host.forkserver import Forked
 from scaletrain.host.processes import (
     kill_marked,
     reset_signals,
@@ -28,7 +29,7 @@ from scaletrain.host.processes import (
 )
 from scaletrain.launching.job import Job, Program
 from scaletrain.launching.plan import LaunchPlan
-from scaletrain.launching.supervision import screen
+from scaletrain.launching.supervision import screen, warm
 from scaletrain.run.progress import LAUNCH_MARK
 
 # The supervisor reads its order from standard input, as one line of JSON.
@@ -36,6 +37,7 @@ ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job])
 # Signals that are passed on, SIGINT unless it is ignored. So is SIGHUP, as a SIGTERM, unless it is
 # ignored (nohup).
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_HELD = (*FORWARDED, signal.SIGTSTP)  # until the supervisor can answer them
 _SUSPEND_S = 1.0  # Ctrl-Z waits this long for the supervisor to stop everything
 _END_S = 6.0  # within this time the supervisor ends once nobody listens to it
 
@@ -73,14 +75,16 @@ def run(
     outer_mark = os.environ.get(LAUNCH_MARK, "")
     mark = f"{outer_mark}/{os.getpid()}-{time.monotonic_ns()}".lstrip("/")
     adopted_before = descendants.adopt_orphans()
-    supervisor = subprocess.Popen(
+    environ = {**os.environ, LAUNCH_MARK: mark, "PYTHONUNBUFFERED": "1"}
+    descriptors = () if claim < 0 else (claim,)
+    supervisor = warm.start_supervisor(environ, _HELD, descriptors) or subprocess.Popen(
         Program.SUPERVISOR.command(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, LAUNCH_MARK: mark, "PYTHONUNBUFFERED": "1"},
+        env=environ,
         start_new_session=True,  # Ctrl-C at a terminal comes to us alone, and we pass it on
         preexec_fn=_hold_signals,
-        pass_fds=() if claim < 0 else (claim,),
+        pass_fds=descriptors,
     )
     assert supervisor.stdin and supervisor.stdout
     started_at = start_ticks(supervisor.pid) or 0
@@ -149,7 +153,7 @@ def _hold_signals() -> None:
 
     Python takes a moment to start. A signal that comes in the meantime waits instead of ending it.
     """
-    reset_signals(blocked=(*FORWARDED, signal.SIGTSTP))
+    reset_signals(blocked=_HELD)
 
 
 def heed_signals(handler: Callable[[int, Any], None]) -> None:
@@ -160,7 +164,7 @@ def heed_signals(handler: Callable[[int, Any], None]) -> None:
     for number in FORWARDED:
         signal.signal(number, handler)
     signal.signal(signal.SIGTSTP, lambda number, frame: _suspend_everything())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*FORWARDED, signal.SIGTSTP))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
 
 
 def _suspend_everything() -> None:
@@ -177,7 +181,7 @@ def _suspend_everything() -> None:
 
 
 @contextlib.contextmanager
-def _forwarding(supervisor: subprocess.Popen[bytes]) -> Iterator[None]:
+def _forwarding(supervisor: subprocess.Popen[bytes] | Forked) -> Iterator[None]:
     """Pass signals on to the supervisor while the body runs.
 
     Only a main thread may set handlers; in another thread nothing is passed on.

@@ -17,10 +17,11 @@ import socket
 import time
 
 from scaletrain.host.addresses import interface_of
+from scaletrain.host.forkserver import Server
 from scaletrain.host.processes import signal_name
 from scaletrain.launching.job import STORE_FD, Companion, Job, Program
 from scaletrain.launching.plan import Command, LaunchPlan
-from scaletrain.launching.supervision import first_cause, hangs, leftovers
+from scaletrain.launching.supervision import first_cause, hangs, leftovers, warm
 from scaletrain.launching.supervision.ends import LateEnds
 from scaletrain.launching.supervision.evidence import Evidence
 from scaletrain.launching.supervision.processes import Process, Processes
@@ -32,6 +33,7 @@ from scaletrain.run.progress import LAUNCH_MARK
 from scaletrain.units import plural
 
 _TICK_S = 0.1
+_LOADING_TICK_S = 0.05  # the same while a forkserver loads
 _GRACE_S = 1.0  # after a failure, time for others to report an earlier or better cause
 _PEERS_S = 2.0  # more time, if all that is known is that a peer was lost
 _LAUNCHER_S = 8.0  # within this time another launcher ends after one of its workers failed
@@ -89,6 +91,8 @@ class Supervisor:
                 " (scaletrain doctor: what works here, and how to get the rest)"
             )
             return 2
+        if self.signals and not self._processes.workers:
+            return self._end_interrupted(self.signals[0])
         return self._watch()
 
     def report_status(self, status: int) -> None:
@@ -114,13 +118,28 @@ class Supervisor:
             self._processes.start(_command(store), serving_environ, store, store_fd)
         for companion in self.plan.companions:
             self._processes.start(_command(companion), self._environ, companion)
+        server = warm.server(self.job, self.plan, self._environ)
+        if server:
+            self._wait_until_loaded(server)
         for command in self.plan.commands:
+            if self.signals or self._processes.orphaned:
+                break  # while the server was loading: nothing has begun
             if listening and command.rank == 0 and self.job.serves_store:
-                self._processes.start(command, serving_environ, fd=store_fd)
+                self._processes.start(command, serving_environ, fd=store_fd, server=server)
             else:
-                self._processes.start(command, self._environ)
+                self._processes.start(command, self._environ, server=server)
+        if server:
+            server.close()
         if listening:
             listening.close()  # the process that serves the store holds it now
+
+    def _wait_until_loaded(self, server: Server) -> None:
+        """Wait until a forkserver can fork, or never will, or the job is called off."""
+        while server.is_ready(_LOADING_TICK_S) is None:
+            self._processes.read(0)
+            self._say_how_start_goes()
+            if self.signals or self._processes.orphaned:
+                return
 
     def _bind_store(self) -> socket.socket | None:
         """Bind a free port for the store, if the plan wants one, and tell all processes.
@@ -380,7 +399,8 @@ class Supervisor:
         self._processes.stop()
         left = leftovers.state_when_stopped(self.job)
         self._processes.say(f"scaletrain: stopped by {signal_name(number)}{left}")
-        all_ended_well = all(process.status == 0 for process in self._processes.workers)
+        workers = self._processes.workers
+        all_ended_well = bool(workers) and all(process.status == 0 for process in workers)
         ending = [heard for heard in self.signals if heard in _ENDING]
         has_finished = self.job.trains and self._run_dir.has_finished()
         if all_ended_well and (has_finished or not ending):
