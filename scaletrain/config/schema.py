@@ -62,6 +62,14 @@ def _as_rule(value: Any) -> Any:
     return {"rule": value} if isinstance(value, str) else value
 
 
+def _as_skip(value: Any) -> Any:
+    if value == "stop":
+        return {"skip": 0}
+    if isinstance(value, dict | BadSamples):
+        return value
+    raise ValueError("stop, or the most that are left out, such as {skip: 10}")
+
+
 class Strict(BaseModel):
     """A mapping in which an unknown key is a mistake."""
 
@@ -135,6 +143,13 @@ class Checkpoint(Strict):
     """How many checkpoints are kept."""
 
 
+class BadSamples(Strict):
+    """What is done about samples that cannot be read."""
+
+    skip: Annotated[int, Field(ge=0)]
+    """Leave out and count up to so many in a run; 0: the first one ends it."""
+
+
 class Compute(Strict):
     """An emulated accelerator: a step waits instead of computing; gradients really move."""
 
@@ -152,6 +167,12 @@ OptimizerOrName = Annotated[
 ]
 ScheduleOrName = Annotated[
     LrSchedule, BeforeValidator(_as_mapping, json_schema_input_type=str | LrSchedule)
+]
+
+
+SkipOrStop = Annotated[
+    BadSamples,
+    BeforeValidator(_as_skip, json_schema_input_type=Literal["stop"] | BadSamples),
 ]
 
 
@@ -234,6 +255,9 @@ class RunConfig(Strict):
     """A loss or gradient that is not finite: stop and say where, leave the step out, or also bring
     the weights back to the newest checkpoint."""
 
+    bad_samples: SkipOrStop = BadSamples(skip=0)
+    """A training sample that cannot be read: `stop` and name it, or `{skip: 10}`: leave it out."""
+
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are written."""
 
@@ -251,6 +275,11 @@ class RunConfig(Strict):
 
     source: str | None = None
     """The file this came from. A person's modules are looked for beside it."""
+
+    @property
+    def leaves_out_samples(self) -> bool:
+        """Whether samples that cannot be read are left out."""
+        return self.bad_samples.skip > 0
 
     @property
     def search_path(self) -> Path | None:

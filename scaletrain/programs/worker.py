@@ -139,7 +139,7 @@ def _build(config: RunConfig, world: World, setup: Setup, resume: bool) -> Train
     # Before the model is built: its initialisation already computes.
     torch.set_num_threads(threads(config, world))
     parts = workload.build(config, setup.device)
-    _check_same_data(parts, world, setup.store)
+    _check_same_data(parts, config, world, setup.store)
     exchange = config.load("exchange")(world, setup, **config.exchange.options)
     trainer = Trainer(config, world, parts, exchange, setup.device, setup.run_dir, resume)
     if world.rank == 0:
@@ -148,13 +148,18 @@ def _build(config: RunConfig, world: World, setup: Setup, resume: bool) -> Train
     return trainer
 
 
-def _check_same_data(parts: workload.Workload, world: World, store: dist.Store) -> None:
+def _check_same_data(
+    parts: workload.Workload, config: RunConfig, world: World, store: dist.Store
+) -> None:
     """Raise ``UserError`` if this rank's data sets are not rank 0's.
 
     Ranks that share out different data would train on, with some samples twice and some never. A
     worker that was started again compares with what rank 0 wrote at first.
     """
-    own = f"{fingerprint(parts.data.train)} {fingerprint(parts.data.test)}"
+    leaves_out = config.leaves_out_samples
+    own = " ".join(
+        str(fingerprint(dataset, leaves_out)) for dataset in (parts.data.train, parts.data.test)
+    )
     if world.rank == 0:
         store.set(_DATA, own)
     elif store.get(_DATA).decode() != own:
@@ -233,6 +238,8 @@ class _Narrator:
             if self._trainer.config.nonfinite == "roll_back":
                 back = "; the weights go back to the newest checkpoint"
             print(f"step {record.step}: left out, its gradient is not finite{back}", flush=True)
+        for line in record.bad_samples:
+            print(f"step {record.step}: left out: {line}", flush=True)
         self._time_left.add(record)
         self._samples += record.samples
         self._seconds += record.step_s
@@ -287,7 +294,8 @@ class _HeaderFile:
     def __init__(self, path: Path, world: World, trainer: Trainer):
         device = trainer.device
         is_cuda = device.type == "cuda"
-        num_test_samples: int = len(trainer.workload.data.test)  # type: ignore[arg-type]
+        # Of a stream nobody knows it: the first evaluation shows how long one takes.
+        num_test_samples = trainer.num_test_samples or 0
         self._path = path
         self._exchange = trainer.exchange
         self.facts: dict[str, Any] = {

@@ -49,6 +49,8 @@ class StepRecord:
     parts: dict[str, float] = dataclasses.field(default_factory=dict)  # means over the same count
     skipped: bool = False  # the weights stayed: a gradient was not finite
     loss_scale: float | None = None  # for the next step; None unless precision is fp16
+    # A line for each sample that could not be read, and was left out.
+    bad_samples: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def wait_s(self) -> float:

@@ -2,7 +2,7 @@
 
 import pickle
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,24 @@ class Share(NamedTuple):
 
     epoch: int | str  # or the name of a pass outside of training, such as "test"
     indices: torch.Tensor  # (n,) int64
+
+
+class Batch(NamedTuple):
+    """A batch that has been read."""
+
+    content: Any  # as ``collate`` made it; None: no sample could be read
+    samples: Sequence[int]  # their numbers in the data set, in order
+    left_out: Sequence[str] = ()  # one line for each sample that could not be read
+
+
+def cut(length: int, rank: int, size: int) -> slice:
+    """Return a rank's part of ``length`` places: parts are consecutive, and differ by one at most.
+
+    >>> [cut(10, rank, 3) for rank in range(3)]
+    [slice(0, 3, None), slice(3, 6, None), slice(6, 10, None)]
+    """
+    # Rank r ends where rank r + 1 begins, so the parts cover all places without gaps.
+    return slice(rank * length // size, (rank + 1) * length // size)
 
 
 class GlobalBatches:
@@ -76,8 +94,9 @@ class GlobalBatches:
             self._order = self._order_of(epoch)
             self._epoch = epoch
             self._drawn = self._drawn[:0]
-        offset, length = self._slice(rank, size)
-        first = batch * self.batch_size + offset
+        places = cut(self.batch_size, rank, size)
+        length = places.stop - places.start
+        first = batch * self.batch_size + places.start
         begin = first - self._drawn_from
         if begin < 0 or begin + length > len(self._drawn):
             # Small batches are drawn ahead, for all ranks; of a large one this rank's share only.
@@ -89,8 +108,8 @@ class GlobalBatches:
 
     def share_size(self, rank: int, size: int) -> int:
         """Return how many samples a rank has of every step."""
-        _, length = self._slice(rank, size)
-        return length
+        places = cut(self.batch_size, rank, size)
+        return places.stop - places.start
 
     def shares(
         self, first_step: int, num_steps: int, rank: int, size: int, passes: int = 1
@@ -108,12 +127,6 @@ class GlobalBatches:
             for part in self.share(step, rank, size).tensor_split(passes):
                 yield Share(self.epoch(step), part)
 
-    def _slice(self, rank: int, size: int) -> tuple[int, int]:
-        """Return where a rank's share begins in each global batch, and its length."""
-        # Rank r ends where rank r + 1 begins, so the slices cover the batch without gaps.
-        begin = rank * self.batch_size // size
-        return begin, (rank + 1) * self.batch_size // size - begin
-
     def _order_of(self, epoch: int) -> Permutation:
         return Permutation(self._num_samples, self._seed, "order", epoch)
 
@@ -124,7 +137,8 @@ def load(
     num_loaders: int,
     seed: int,
     collate: Collate | None = None,
-) -> Iterator[Any]:
+    leaves_out: bool = False,
+) -> Iterator[Batch]:
     """Return the batches of the samples that ``shares`` names; an empty share has none.
 
     Each sample is read under the seed of its place (``randomness.Placed``), and collated with the
@@ -138,14 +152,19 @@ def load(
         seed: of the run.
         collate: makes a batch of samples; None: torch's ``default_collate``. It goes on drawing
             random numbers where the batch's last sample stopped.
+        leaves_out: leave samples out that cannot be read.
 
     Raises:
         UnreadableSample: from the iterator: reading a sample raised.
     """
     # A subclass may have a ``__getitem__`` that augments.
     if type(dataset) is TensorDataset and num_loaders == 0 and collate is None:
-        return (dataset[share.indices] for share in shares if len(share.indices))
-    batches = _Batches(dataset, seed, collate or default_collate)
+        return (
+            Batch(dataset[share.indices], share.indices.tolist())
+            for share in shares
+            if len(share.indices)
+        )
+    batches = _Batches(dataset, seed, Assembler(collate, leaves_out))
     if num_loaders == 0:
         return (batches[place] for place in _places(shares))
     loader = DataLoader(
@@ -153,10 +172,10 @@ def load(
         sampler=_places(shares),
         batch_size=None,
         num_workers=num_loaders,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
     )
     # The processes start now, before the first batch is wanted.
-    return _raising(iter(loader))
+    return raising(iter(loader))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -189,21 +208,82 @@ class UnreadableSample(UserError):
         return _unreadable, (str(self), _pickled(self.__cause__))
 
 
+class Assembler:
+    """Makes batches of samples that have been read.
+
+    Args:
+        collate: makes a batch of samples; None: torch's ``default_collate``.
+        leaves_out: leave samples out that could not be read or collated.
+    """
+
+    def __init__(self, collate: Collate | None, leaves_out: bool):
+        self._collate = collate or default_collate
+        self._leaves_out = leaves_out
+
+    def batch(self, samples: Sequence[tuple[int, Any]]) -> Batch:
+        """Return a batch.
+
+        Args:
+            samples: number and sample of each, or the ``UnreadableSample`` in place of one.
+
+        Raises:
+            UnreadableSample: a sample could not be read, or the samples cannot be collated.
+        """
+        readable = []
+        left_out = []
+        for number, sample in samples:
+            if not isinstance(sample, UnreadableSample):
+                readable.append((number, sample))
+            elif self._leaves_out:
+                left_out.append(str(sample))
+            else:
+                raise sample
+        try:
+            return self._collated(readable, left_out)
+        except UnreadableSample:
+            if not self._leaves_out:
+                raise
+        # Each for itself tells which of them cannot be collated.
+        fitting = []
+        for pair in readable:
+            try:
+                self._collated([pair], [])
+            except UnreadableSample as error:
+                left_out.append(str(error))
+            else:
+                fitting.append(pair)
+        return self._collated(fitting, left_out)
+
+    def _collated(self, samples: list[tuple[int, Any]], left_out: list[str]) -> Batch:
+        if not samples:
+            return Batch(None, [], left_out)
+        numbers = [number for number, _ in samples]
+        try:
+            content = self._collate([sample for _, sample in samples])
+        except Exception as error:
+            names = ", ".join(map(str, numbers))
+            word = "sample" if len(numbers) == 1 else "samples"
+            raise UnreadableSample(f"{word} {names} cannot be collated", error) from error
+        return Batch(content, numbers, left_out)
+
+
 class _Batches(Dataset):
     """Batches by (epoch, indices), read in whichever process indexes it."""
 
-    def __init__(self, dataset: Dataset, seed: int, collate: Collate):
+    def __init__(self, dataset: Dataset, seed: int, assembler: Assembler):
         self._samples = Placed(dataset, seed)
-        self._collate = collate
+        self._assembler = assembler
 
-    def __getitem__(self, place: tuple[int | str, list[int]]) -> Any:
+    def __getitem__(self, place: tuple[int | str, list[int]]) -> Batch:
         epoch, indices = place
-        samples = [read_sample(self._samples, epoch, index) for index in indices]
+        return self._assembler.batch([(index, self._read(epoch, index)) for index in indices])
+
+    def _read(self, epoch: int | str, index: int) -> Any:
+        """Return a sample, or the error in place of it."""
         try:
-            return self._collate(samples)
-        except Exception as error:
-            names = ", ".join(map(str, indices))
-            raise UnreadableSample(f"samples {names} cannot be collated", error) from error
+            return read_sample(self._samples, epoch, index)
+        except UnreadableSample as error:
+            return error
 
 
 def read_sample(samples: Placed, epoch: int | str, index: int) -> Any:
@@ -227,7 +307,7 @@ class _BatchesOrErrors(Dataset):
     def __init__(self, batches: _Batches):
         self._batches = batches
 
-    def __getitem__(self, place: tuple[int | str, list[int]]) -> Any:
+    def __getitem__(self, place: tuple[int | str, list[int]]) -> Batch | UnreadableSample:
         try:
             return self._batches[place]
         except UnreadableSample as error:
@@ -241,15 +321,16 @@ def _places(shares: Iterator[Share]) -> Iterator[tuple[int | str, list[int]]]:
             yield share.epoch, share.indices.tolist()
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """Return what it is given: the collate function for what loader processes have collated."""
     return batch
 
 
-def _raising(batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield batches, and raise the error that stands in place of one."""
+def raising(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield the batches of loader processes, and raise the error that stands in place of one."""
     unreadable = None
     for batch in batches:
-        if isinstance(batch, UnreadableSample):
+        if isinstance(batch, UserError):
             unreadable = batch
             break
         yield batch

@@ -8,6 +8,7 @@ Names of parameters are those of the plain model: ``torch.compile`` changes noth
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Loaded:
     path: Path
     facts: dict[str, Any]  # of the state that was saved
     damaged: list[str]  # one line for each newer checkpoint that is damaged
+    position: dict[str, Any] = field(default_factory=dict)  # of the state that was saved
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class State:
     optimizer: torch.optim.Optimizer  # over the model's parameters
     facts: dict[str, Any] = field(default_factory=dict)  # JSON that ``load_latest`` gives back
     precision: Precision | None = None  # with the loss's scale
+    position: Callable[[], dict[str, Any]] = dict  # where the data goes on, likewise
 
 
 def collect(step: int, state: State) -> Content:
@@ -87,6 +90,7 @@ def collect(step: int, state: State) -> Content:
     rest = {
         "step": step,
         "facts": state.facts,
+        "position": state.position(),
         "extra": extra,
         "optimizer": optimizer_state,
         "loss_scales": state.precision.state() if state.precision else {},
@@ -239,7 +243,9 @@ def load_latest(run_dir: Path, state: State) -> Loaded | None:
             damaged.append(f"{path}: not a checkpoint of this program (format {str(error)!r})")
             continue
         _put_into(state, content, path)
-        return Loaded(step, path, content.state["facts"], damaged)
+        return Loaded(
+            step, path, content.state["facts"], damaged, content.state.get("position", {})
+        )
     if not damaged:
         return None
     raise UserError(

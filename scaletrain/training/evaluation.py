@@ -1,21 +1,19 @@
 """Evaluation: the means over the test set, which all ranks share out."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from scaletrain.errors import UserError
 from scaletrain.run import progress
-from scaletrain.training.batches import Share, load, to_device
+from scaletrain.training.batches import Batch, to_device
 from scaletrain.training.exchange import Exchange
+from scaletrain.training.feed import EvaluationFeed
 from scaletrain.training.finite import finite_or_none
 from scaletrain.training.losses import checked_figures
 from scaletrain.training.workload import Mean, Workload
-from scaletrain.world import World
-
-_BATCH = 256  # samples of one forward pass
 
 
 class Evaluation:
@@ -24,27 +22,24 @@ class Evaluation:
     Args:
         workload: judges batches of its test set.
         exchange: sums totals and counts over the ranks.
-        world: this worker's place.
+        feed: this worker's share of the test set.
         device: where the model lies.
         autocast: returns the context in which forward runs.
-        seed: of the run; samples are read under it.
     """
 
     def __init__(
         self,
         workload: Workload,
         exchange: Exchange,
-        world: World,
+        feed: EvaluationFeed,
         device: torch.device,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]],
-        seed: int,
     ):
         self._workload = workload
         self._exchange = exchange
-        self._world = world
+        self._feed = feed
         self._device = device
         self._autocast = autocast
-        self._seed = seed
 
     def run(self) -> dict[str, float | None]:
         """Return the means over the test set (collective).
@@ -55,31 +50,29 @@ class Evaluation:
             ``test_<name>`` of each figure of ``Workload.evaluate``, and always ``test_loss`` and
             ``test_accuracy``; None where there is no such figure, or it is not finite.
         """
-        num_samples = len(self._workload.data.test)  # type: ignore[arg-type]
-        mine = torch.arange(num_samples)[self._world.rank :: self._world.size]
-        # A rank without samples reads the first one, to learn which figures there are.
-        reads_for_names = num_samples > 0 and len(mine) == 0
-        if reads_for_names:
-            mine = torch.zeros(1, dtype=torch.int64)
         sums: dict[str, list[float]] = {}  # total and count, of this rank
+        num_left_out = 0
         module = self._workload.module
         was_training = module.training
-        for means in self._judge(mine):
+        for batch, counts in self._feed.batches():
             progress.alive("evaluating")
-            for name, mean in means.items():
+            num_left_out += len(batch.left_out)
+            for name, mean in self._judge(batch).items():
                 own = sums.setdefault(name, [0.0, 0.0])
-                own[0] += float(mean.total)
-                own[1] += float(mean.count)
+                if counts:
+                    own[0] += float(mean.total)
+                    own[1] += float(mean.count)
         module.train(was_training)
 
         figures: dict[str, float | None] = {"test_loss": None, "test_accuracy": None}
         if sums:
-            local = torch.tensor([*sums.values()], dtype=torch.float64)  # shape (figures, 2)
-            if reads_for_names:
-                local.zero_()
-            totals = self._exchange.sum(local.flatten()).view(-1, 2).tolist()
+            local = [*sums.values(), [num_left_out, 0]]
+            values = torch.tensor(local, dtype=torch.float64)  # shape (figures + 1, 2)
+            *totals, (left_out, _) = self._exchange.sum(values.flatten()).view(-1, 2).tolist()
             for name, (total, count) in zip(sums, totals, strict=True):
                 figures[f"test_{name}"] = finite_or_none(total / count) if count else None
+            if left_out:
+                figures["test_bad_samples"] = left_out
         return figures
 
     def rehearse(self, num_samples: int, needs_accuracy: bool) -> None:
@@ -92,20 +85,20 @@ class Evaluation:
         Raises:
             UserError: evaluation returns no means, or not the one that is needed.
         """
-        there_are: int = len(self._workload.data.test)  # type: ignore[arg-type]
-        for figures in self._judge(torch.arange(min(there_are, num_samples))):
+        batch = self._feed.first(num_samples)
+        if batch is not None and batch.samples:
+            figures = self._judge(batch)
             if needs_accuracy and "accuracy" not in figures:
                 raise UserError(
                     "target_accuracy: evaluation has no figure accuracy, so it is never"
                     f" reached (there are: {', '.join(figures)})"
                 )
 
-    def _judge(self, samples: torch.Tensor) -> Iterator[dict[str, Mean]]:
-        """Yield the figures of these test samples, batch by batch; leave the model evaluating."""
+    def _judge(self, batch: Batch) -> dict[str, Mean]:
+        """Return the figures of a test batch; leave the model evaluating."""
         self._workload.module.eval()
-        data = self._workload.data
-        shares = (Share("test", part) for part in samples.split(_BATCH))
-        for batch in load(data.test, shares, 0, self._seed, data.collate):
-            with self._autocast(), torch.inference_mode():
-                figures = self._workload.evaluate(to_device(batch, self._device))
-            yield checked_figures(figures)
+        if not batch.samples:
+            return {}
+        with self._autocast(), torch.inference_mode():
+            figures = self._workload.evaluate(to_device(batch.content, self._device))
+        return checked_figures(figures)

@@ -7,36 +7,54 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from scaletrain.training.batches import read_sample
+from scaletrain.training.batches import UnreadableSample, read_sample
 from scaletrain.training.randomness import Placed
+from scaletrain.training.stream import Stream, is_stream
 
 _SAMPLES = 8  # that are looked at: the first, the last and some between
 _BYTES = 6  # 48 bits, which a float64 holds exactly
 
 
-def fingerprint(dataset: Dataset) -> int:
+def fingerprint(dataset: Any, leaves_out: bool = False) -> int:
     """Return 48 bits of a data set's length and of some of its samples.
+
+    Of a stream it reads the first ones.
 
     The samples are read under fixed seeds, so an augmentation that draws from the global generators
     changes nothing. One with a generator of its own does, if that is seeded differently.
 
     Args:
-        dataset: map-style, with a length.
+        dataset: with [index] and len(), or a stream.
+        leaves_out: go on after a sample that cannot be read.
 
     Raises:
         UnreadableSample: reading a sample raised.
     """
-    samples = Placed(dataset, seed=0)
     digest = hashlib.blake2b(digest_size=_BYTES)
-    digest.update(b"%d" % len(samples))
-    for index in _spread(len(samples)):
-        for part in _parts(read_sample(samples, "fingerprint", index)):
+    if is_stream(dataset):
+        samples = Stream(dataset, 0, leaves_out).first(_SAMPLES)
+        digest.update(b"stream")
+    else:
+        placed = Placed(dataset, seed=0)
+        digest.update(b"%d" % len(placed))
+        samples = [_read(placed, index, leaves_out) for index in _spread(len(placed))]
+    for sample in samples:
+        for part in _parts(sample):
             # The length of each part comes first, so that parts cannot run into each other.
             digest.update(b"%d:" % len(part))
             digest.update(part)
     return int.from_bytes(digest.digest(), "little")
+
+
+def _read(samples: Placed, index: int, leaves_out: bool) -> Any:
+    """Return a sample; its error, if such samples are left out."""
+    try:
+        return read_sample(samples, "fingerprint", index)
+    except UnreadableSample as error:
+        if not leaves_out:
+            raise
+        return error
 
 
 def _spread(length: int) -> list[int]:

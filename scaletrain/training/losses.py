@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from scaletrain.errors import UserError
+from scaletrain.training.batches import Batch
 from scaletrain.training.exchange import Exchange
+from scaletrain.training.feed import DataEnded, StepInput
 from scaletrain.training.workload import Loss, Mean, Workload
 
 
@@ -69,50 +71,66 @@ class GlobalMean:
     backward passes. An exchange averages over ranks, so each total is multiplied by
     ``size / (sum of all counts)``.
 
-    Where the mean is over samples, everybody knows that sum. Otherwise this rank's count leaves for
-    the others when the object is made, and ``weight`` waits for theirs: make it before forward. An
-    exchange that does not average all ranks (``Exchange.averages``) gets each rank's own mean.
+    Where the mean is over samples and their number is fixed, everybody knows that sum. Otherwise
+    this rank's count leaves for the others when the object is made, and ``weight`` waits for
+    theirs: make it before forward. An exchange that does not average all ranks
+    (``Exchange.averages``) gets each rank's own mean.
 
     Args:
         workload: counts the samples or tokens of a batch.
         exchange: carries the counts.
         batches: of this rank's backward passes, on the device.
-        num_samples: in them.
-        global_batch: samples of all ranks.
+        step_input: of this rank.
+
+    Raises:
+        DataEnded: this rank has no more samples, and does not meet the others.
     """
 
     def __init__(
         self,
         workload: Workload,
         exchange: Exchange,
-        batches: Sequence[Any],
-        num_samples: int,
-        global_batch: int,
+        batches: Sequence[Batch],
+        step_input: StepInput,
     ):
         self._size = exchange.world.size
         self._weight: float | None = None  # once it is known
         self._finish: Callable[[], torch.Tensor] | None = None
-        self._own: float = num_samples
-        if workload.counts_samples:
-            self._weight = self._size / global_batch
-            return
-        self._own = 0.0
-        for batch in batches:
-            count = workload.count(batch)
-            _check_number(count, "count(batch)")
-            self._own += float(count)
-        if exchange.averages:
-            self._finish = exchange.begin_sum(torch.tensor([self._own], dtype=torch.float64))
+        self._own: float = step_input.num_samples
+        self._is_stand_in = step_input.is_stand_in
+        # Samples that could not be read, of all ranks once ``weight`` has waited for them.
+        self.left_out = len(step_input.left_out)
+        if not workload.counts_samples and not step_input.is_stand_in:
+            self._own = 0.0
+            for batch in batches:
+                count = workload.count(batch.content)
+                _check_number(count, "count(batch)")
+                self._own += float(count)
+        is_known = workload.counts_samples and step_input.global_batch is not None
+        if exchange.averages and (step_input.may_end or not is_known):
+            facts = [self._own, not step_input.has_ended, self.left_out]
+            self._finish = exchange.begin_sum(torch.tensor(facts, dtype=torch.float64))
+        elif step_input.has_ended:
+            raise DataEnded
+        elif is_known:
+            self._weight = self._size / step_input.global_batch  # type: ignore[operator]
         else:
             self._weight = 1 / self._own if self._own else 0.0
 
     def weight(self) -> float:
-        """Return the factor of a total; wait for the other ranks' counts at first."""
+        """Return the factor of a total; wait for the other ranks' counts at first.
+
+        Raises:
+            DataEnded: no rank has a sample any more.
+        """
         if self._weight is None:
             assert self._finish is not None
-            count = self._finish().item()
+            count, num_ranks, left_out = self._finish().tolist()
+            if not num_ranks:
+                raise DataEnded
+            self.left_out = int(left_out)
             self._weight = self._size / count if count else 0.0  # no rank has anything to learn
-        return self._weight
+        return 0.0 if self._is_stand_in else self._weight
 
     def check(self, count: float) -> None:
         """Raise ``UserError`` if forward counted something else than was announced.

@@ -26,7 +26,7 @@ _SIZE = ("batch_size", "batch_mode", _GLOBAL_BATCH)
 def training_facts(
     config: RunConfig,
     optimizer: torch.optim.Optimizer,
-    num_samples: int,
+    num_samples: int | None,
     global_batch: int,
     num_steps: int,
 ) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def training_facts(
     Args:
         config: of the run.
         optimizer: with all its options, also those that the configuration leaves out.
-        num_samples: in the training set.
+        num_samples: in the training set; None: a stream, which does not say.
         global_batch: samples a step, of all workers.
         num_steps: of the whole run.
     """

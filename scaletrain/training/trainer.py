@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from scaletrain import plugins
 from scaletrain.config import RunConfig, exchange_label
@@ -21,11 +20,12 @@ from scaletrain.errors import TrainingError, UserError
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, cut_lines, read_records
 from scaletrain.training import finite, learning_rate, optimizer, statistics
-from scaletrain.training.batches import GlobalBatches, Share, load, to_device
+from scaletrain.training.batches import Batch, to_device
 from scaletrain.training.callbacks import Callback
 from scaletrain.training.checkpoint import State
 from scaletrain.training.evaluation import Evaluation
 from scaletrain.training.exchange import Exchange
+from scaletrain.training.feed import DataEnded, EvaluationFeed, open_feed
 from scaletrain.training.finite import finite_or_none
 from scaletrain.training.losses import GlobalMean, StepLoss, checked
 from scaletrain.training.precision import Precision
@@ -78,9 +78,8 @@ class Trainer:
         # Weak scaling: ``batch_size`` is one worker's. Strong scaling: it is the whole job's.
         sharing = world.size if config.batch_mode == "weak" else 1
         self.global_batch = config.batch_size * sharing  # samples a step, of all workers
-        num_samples = len(workload.data.train)  # type: ignore[arg-type]
-        self.batches = GlobalBatches(num_samples, self.global_batch, config.seed)
-        self.num_steps = config.steps or self._steps_of(config.epochs or 0)
+        self._feed = open_feed(config, world, workload.data, self.global_batch)
+        self.num_steps = self._feed.num_steps
         self._base_lrs = self._scaled_rates()
         # By model: updates in a row whose gradient was not finite.
         self._left_out: Counter[str] = Counter()
@@ -91,17 +90,17 @@ class Trainer:
         self._precision = Precision(
             config.precision, device, [update.model for update in self._updates]
         )
-        self._evaluation = Evaluation(
-            workload, exchange, world, device, self._precision.autocast, config.seed
-        )
+        test = EvaluationFeed(config, world, workload.data)
+        self.num_test_samples = test.num_samples
+        self._evaluation = Evaluation(workload, exchange, test, device, self._precision.autocast)
         facts = training_facts(
-            config, workload.optimizer, num_samples, self.global_batch, self.num_steps
+            config, workload.optimizer, self._feed.num_samples, self.global_batch, self.num_steps
         )
-        state = State(self.module, workload.optimizer, facts, self._precision)
+        state = State(self.module, workload.optimizer, facts, self._precision, self._feed.position)
         self.saving = Saving(config.checkpoint, run_dir, world, exchange, state)
         # A fault in the first evaluation would come after hours: try it now.
         if not config.compute:  # an emulated accelerator would take its time
-            most = max(1, self.batches.share_size(world.rank, world.size))
+            most = math.ceil(self.global_batch / world.size)
             self._evaluation.rehearse(most, config.target_accuracy is not None)
         # The checkpoint is loaded before ``attach``, which makes every rank's weights those of rank
         # 0.
@@ -124,10 +123,7 @@ class Trainer:
         self._records_before = self._earlier_records() if self.resumed else []
         # A late worker may be the successor of one that died: the records of that one stay.
         self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or missed > 0)
-        shares = self.batches.shares(
-            self.next_step, self.num_steps, world.rank, world.size, config.accumulate
-        )
-        self._loaded = self._load(workload.data.train, shares, config.loader_workers)
+        self._feed.start(self.next_step, loaded.position if loaded else {}, missed)
         self._callbacks = [self._callback(named) for named in config.callbacks]
 
     @property
@@ -140,25 +136,29 @@ class Trainer:
 
         Raises:
             TrainingError: a loss is not finite, or gradients have not been for many steps.
+            DataEnded: no rank has a sample any more.
         """
         began = time.time()
         clock = StepClock(self.device)
         # The rates are set before backward: a parameter server gets gradients while backward runs.
         self._set_rates()
         self.module.train()
-        passes = [to_device(next(self._loaded), self.device) for _ in range(self.config.accumulate)]
+        step_input = self._feed.next()
+        passes = []
+        for batch in step_input.batches:
+            passes.append(batch._replace(content=to_device(batch.content, self.device)))
         clock.lap("input")
 
-        num_samples = self.batches.share_size(self.world.rank, self.world.size)
         # After the input: reading samples in line seeds the same generators.
         seed_forward(self.device, self.config.seed, self.next_step, self.world.rank)
         # Made before forward: what the mean is over travels to the other ranks while that runs.
-        mean = GlobalMean(self.workload, self.exchange, passes, num_samples, self.global_batch)
+        mean = GlobalMean(self.workload, self.exchange, passes, step_input)
         losses: dict[str, StepLoss] = {}
         is_skipped = False
         for update in self._updates:  # one, unless several models train together
             with self._updating(update) as model:
-                losses[update.model] = self._backward(update, model, passes, mean, clock)
+                loss = self._backward(update, model, passes, mean, clock)
+                losses[update.model] = StepLoss() if step_input.is_stand_in else loss
                 # From here on gradients are the mean over all ranks, where the exchange makes one.
                 self.exchange.synchronise(model)
                 if self._leaves_out(update):
@@ -172,13 +172,14 @@ class Trainer:
         spent = clock.stop()
         for loss in losses.values():
             mean.check(loss.count)
+        self._feed.count_left_out(mean.left_out)
         step_loss = StepLoss.of_updates(losses)
         record = StepRecord(
             step=self.next_step,
             rank=self.world.rank,
             time=began,
             loss=finite_or_none(step_loss.mean),
-            samples=num_samples,
+            samples=step_input.num_samples,
             lr=self.workload.optimizer.param_groups[0]["lr"],
             step_s=sum(spent.values()),
             input_s=spent["input"],
@@ -190,6 +191,7 @@ class Trainer:
             parts=step_loss.parts(),
             skipped=is_skipped,
             loss_scale=self._precision.scale,
+            bad_samples=step_input.left_out,
         )
         self.next_step += 1
         for callback in self._callbacks:
@@ -217,10 +219,15 @@ class Trainer:
         while not self.finished and not stop(self.next_step):
             # A rank that left out steps still takes part in the evaluation where all ranks meet.
             if not self._catch_up():
-                record = self.step()
+                try:
+                    record = self.step()
+                except DataEnded:
+                    self.num_steps = self.next_step  # on all ranks alike
+                    break
                 self._writer.write(record)
                 self.records.append(record)
                 on_step(record)
+                self._feed.check_left_out()
                 if record.skipped and self.config.nonfinite == "roll_back":
                     self._rollbacks += self.saving.roll_back(self.next_step)
             if self.finished:
@@ -257,7 +264,7 @@ class Trainer:
     def describe(self) -> list[str]:
         """Return the arithmetic of batch and learning rate, as lines for people."""
         config = self.config
-        # ``GlobalBatches.share`` gives each rank one of these two numbers of samples.
+        # ``batches.cut`` gives each rank one of these two numbers of samples.
         least = self.global_batch // self.world.size
         most = math.ceil(self.global_batch / self.world.size)
         each = f"{least}" if least == most else f"{least} or {most}"
@@ -265,11 +272,6 @@ class Trainer:
         mode = f"{config.batch_size} a worker"
         if config.batch_mode == "strong":
             mode = "fixed global batch"
-        samples = len(self.workload.data.train)  # type: ignore[arg-type]
-        epochs = self.num_steps / self.batches.steps_per_epoch
-        num_epochs = f"{epochs:.4g} epoch" if epochs == 1 else f"{epochs:.4g} epochs"
-        left_out = samples - self.batches.steps_per_epoch * self.global_batch
-        uneven = f", {left_out} of them left out of each epoch's order" if left_out else ""
         return [
             f"batch: {self.global_batch} samples a step = {plural(self.world.size, 'worker')} x"
             f" {each}{split} ({mode}, {config.batch_mode} scaling)",
@@ -277,8 +279,7 @@ class Trainer:
                 config.lr_schedule, self._base_lrs, self.global_batch, self.num_steps
             ),
             *optimizer.describe(config.optimizer, self.workload.optimizer),
-            f"steps: {self.num_steps} = {num_epochs} of {self.batches.steps_per_epoch} steps"
-            f" ({samples} samples{uneven})",
+            self._feed.describe(),
         ]
 
     def _attach(self) -> None:
@@ -287,17 +288,6 @@ class Trainer:
             module = getattr(self.workload, update.model)
             self._modules[update.model] = module
             self._attached[update.model] = self.exchange.attach(module, update.optimizer)
-
-    def _steps_of(self, epochs: float) -> int:
-        return max(1, round(epochs * self.batches.steps_per_epoch))
-
-    def _load(self, dataset: Dataset, shares: Iterator[Share], num_loaders: int) -> Iterator[Any]:
-        """Return the batches of these shares."""
-        return load(dataset, shares, num_loaders, self.config.seed, self.workload.data.collate)
-
-    def _share(self, step: int) -> torch.Tensor:
-        """Return the indices of this rank's samples of a step."""
-        return self.batches.share(step, self.world.rank, self.world.size)
 
     def _earlier_records(self) -> list[StepRecord]:
         """Return this rank's records of the part before; cut off those of steps done anew.
@@ -344,7 +334,7 @@ class Trainer:
         self,
         update: Update,
         model: nn.Module,
-        passes: list[Any],
+        passes: list[Batch],
         mean: GlobalMean,
         clock: StepClock,
     ) -> StepLoss:
@@ -355,7 +345,7 @@ class Trainer:
             # Only the last pass exchanges; the others add to the gradients of this rank.
             with contextlib.nullcontext() if is_last else self.exchange.accumulate(model):
                 with self._precision.autocast():
-                    loss = checked(update.forward(batch))
+                    loss = checked(update.forward(batch.content))
                 clock.lap("forward")
                 step_loss.add(loss)
                 if self.device.type == "cpu" or is_last:  # reading it stalls a GPU's stream
@@ -397,18 +387,17 @@ class Trainer:
         for group, rate in zip(self.workload.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def _check_finite(self, update: Update, loss: StepLoss, passes: list[Any]) -> None:
+    def _check_finite(self, update: Update, loss: StepLoss, passes: list[Batch]) -> None:
         """Raise ``TrainingError`` if the loss so far is not finite, and that ends the run."""
         if self.config.nonfinite != "stop" or math.isfinite(loss.total):
             return
-        shares = self._share(self.next_step).tensor_split(self.config.accumulate)
         reasons = []
         # The other ranks do not run forward once more.
         setattr(self.workload, update.model, self._modules[update.model])
         with self._precision.autocast():
             seed_forward(self.device, self.config.seed, self.next_step, self.world.rank)
-            for batch, share in zip(passes, shares, strict=True):
-                reasons.append(finite.explain(self.workload, batch, share.tolist()))
+            for batch in passes:
+                reasons.append(finite.explain(self.workload, batch.content, batch.samples))
         found = next(filter(None, reasons), "every layer is finite, the loss alone is not")
         raise TrainingError(
             f"step {self.next_step}, rank {self.world.rank}: the loss is {loss.total:g}: {found}"
@@ -447,9 +436,8 @@ class Trainer:
         every = self.config.evaluate_every or self.num_steps
         next_meeting = (self.next_step // every + 1) * every
         skipped = self.exchange.skip(min(self.num_steps, next_meeting) - self.next_step)
-        # The loader yields every step's batch in turn, so those of skipped steps are dropped.
-        for _ in range(skipped * self.config.accumulate):
-            next(self._loaded)
+        for _ in range(skipped):
+            self._feed.next()  # and drop it
         self.next_step += skipped
         return skipped > 0
 
@@ -490,8 +478,9 @@ class Trainer:
             last_count = last.count
             last_total = math.nan if last.loss is None else last.loss * last_count
         # Weighted by what the losses are over: the shares of the ranks differ.
-        local = torch.tensor([samples_per_s, last_total, last_count], dtype=torch.float64)
-        samples_per_s, last_total, last_count = self.exchange.sum(local).tolist()
+        num_bad = sum(len(record.bad_samples) for record in self._records_before + self.records)
+        local = torch.tensor([samples_per_s, last_total, last_count, num_bad], dtype=torch.float64)
+        samples_per_s, last_total, last_count, bad_samples = self.exchange.sum(local).tolist()
         return {
             "name": self.config.name,
             "workers": self.world.size,
@@ -509,6 +498,7 @@ class Trainer:
             "final_loss": finite_or_none(last_total / last_count) if last_count else None,
             "skipped_steps": sum(record.skipped for record in records),
             "rollbacks": self._rollbacks,
+            "bad_samples": int(bad_samples),
             **evaluation,
             "wall_s": wall_s,
         }

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
 from scaletrain.training import loss_function, optimizer
 from scaletrain.training.joint_optimizer import JointOptimizer
 from scaletrain.training.randomness import seed_generators
+from scaletrain.training.stream import is_stream
 
 IGNORED = -100  # torch's default for ``ignore_index``: a target that counts for nothing
 
@@ -48,8 +49,9 @@ class Loss:
 class Data(NamedTuple):
     """The data of a job, the same on every rank."""
 
-    train: Dataset  # map-style
-    test: Dataset  # map-style
+    # Each a data set with [index] and len(), or a stream: any object with __iter__.
+    train: Any
+    test: Any
     collate: Callable[[list[Any]], Any] | None = None  # samples -> batch; None: torch's default
 
 
@@ -308,10 +310,10 @@ def _supervised(config: RunConfig) -> Supervised:
     datasets = config.load("data")(**config.data.options)
     if not isinstance(datasets, Data):
         is_pair = isinstance(datasets, tuple) and len(datasets) == 2
-        if not is_pair or not all(hasattr(dataset, "__getitem__") for dataset in datasets):
+        if not is_pair:
             raise UserError(
-                f"data: {config.data.name} must return two datasets with [index] and len():"
-                " (train, test)"
+                f"data: {config.data.name} must return two data sets, (train, test), or a"
+                " scaletrain.Data"
             )
         datasets = Data(*datasets)
     loss = loss_function.mean_loss(config)
@@ -323,10 +325,11 @@ def _supervised(config: RunConfig) -> Supervised:
 def _check_data(data: Data) -> None:
     for name, dataset in (("training", data.train), ("test", data.test)):
         # torch's base class has [index] and no len(), also where nothing can be indexed.
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        has_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if not has_index and not is_stream(dataset):
             raise UserError(
-                f"data: the {name} set, a {type(dataset).__name__}, is not map-style"
-                " (allowed: a data set with [index] and len())"
+                f"data: the {name} set is a {type(dataset).__name__} (allowed: a data set with"
+                " [index] and len(), or a stream with __iter__)"
             )
 
 

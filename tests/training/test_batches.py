@@ -9,7 +9,7 @@ import multiprocessing
 import random
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, TensorDataset
 
 from scaletrain.errors import UserError
-from scaletrain.training.batches import GlobalBatches, Share, UnreadableSample, load
+from scaletrain.training import batches as reading
+from scaletrain.training.batches import GlobalBatches, Share, UnreadableSample
 
 
 @given(
@@ -100,6 +101,11 @@ def test_thirty_million_samples_cost_a_step_milliseconds_and_no_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4e6  # bytes; the whole order has 240e6
+
+
+def load(*arguments: Any, **options: Any) -> Iterator[Any]:
+    """What ``collate`` made of each batch."""
+    return (batch.content for batch in reading.load(*arguments, **options))
 
 
 class Squares(Dataset):
@@ -282,3 +288,31 @@ def test_samples_that_cannot_be_collated_are_named(workers: int):
     loaded = load(Squares(), named([torch.tensor([3, 1])]), workers, 0, collate=_never)
     with pytest.raises(UserError, match=r"samples 3, 1 cannot be collated: ValueError: cannot pad"):
         next(loaded)
+
+
+def _short(samples: list[Any]) -> Any:
+    """Collate all samples but those of odd numbers, which it cannot."""
+    if any(target % 2 for _, target in samples):
+        raise ValueError("odd")
+    return [target for _, target in samples]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_that_cannot_be_read_are_left_out_and_named(workers: int):
+    shares = [torch.tensor([6, 7, 8]), torch.tensor([7])]
+    dataset = Broken(raise_value_error)
+    found = list(reading.load(dataset, named(shares), workers, 0, leaves_out=True))
+    assert [batch.samples for batch in found] == [[6, 8], []]
+    assert found[0].content[1].tolist() == [36, 64] and found[1].content is None
+    expected = ["data: sample 7 cannot be read: ValueError: no image"]
+    assert [batch.left_out for batch in found] == [expected, expected]
+
+
+def test_samples_that_cannot_be_collated_are_found_one_by_one():
+    share = torch.tensor([2, 3, 4, 5])
+    (found,) = reading.load(Squares(), named([share]), 0, 0, collate=_short, leaves_out=True)
+    assert found.content == [4, 16] and found.samples == [2, 4]
+    assert found.left_out == [
+        "data: sample 3 cannot be collated: ValueError: odd",
+        "data: sample 5 cannot be collated: ValueError: odd",
+    ]

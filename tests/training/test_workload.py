@@ -12,17 +12,17 @@ from scaletrain.training import workload
 PARTS = """
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from scaletrain import Data, Loss, Workload
 
-class Stream(IterableDataset):
-    def __iter__(self): return iter([])
+class NoLength(Dataset):
+    def __getitem__(self, index): return torch.zeros(3), 1
 
 class Dicts(Dataset):
     def __len__(self): return 8
     def __getitem__(self, index): return {"x": torch.zeros(3), "y": 1}
 
-def stream(): return Stream(), Stream()
+def endless(): return NoLength(), NoLength()
 def dicts(): return Dicts(), Dicts()
 def pairs(): return (TensorDataset(torch.zeros(8, 3), torch.ones(8).long()),) * 2
 def linear(): return nn.Linear(3, 2)
@@ -80,7 +80,7 @@ def job(tmp_path: Path):
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"data": "parts_of_a_job:stream"}, "the training set, a Stream, is not map-style"),
+        ({"data": "parts_of_a_job:endless"}, "the training set is a NoLength"),
         ({"model": "parts_of_a_job:lazy"}, "a lazy module does not know its shapes yet"),
         ({"model": "parts_of_a_job:frozen"}, "no parameter is trained"),
         ({"optimizer": {"name": "lbfgs"}}, "lbfgs calls the model several times a step"),

@@ -61,7 +61,8 @@ def command(
     from scaletrain import config as configuration
     from scaletrain.errors import UserError
     from scaletrain.run.environment import environment
-    from scaletrain.training.batches import Share, load, to_device
+    from scaletrain.training.batches import to_device
+    from scaletrain.training.feed import first_batch
     from scaletrain.training.workload import build
 
     run = configuration.load(path, dict(configuration.parse_setting(text) for text in settings))
@@ -75,10 +76,7 @@ def command(
     device = _device(run)
     workload = build(run, device)
     batch = batch or run.batch_size
-    train = workload.data.train
-    indices = torch.arange(batch) % len(train)  # type: ignore[arg-type]
-    made = next(load(train, iter([Share(0, indices)]), 0, run.seed, workload.data.collate))
-    inputs = to_device(made, device)
+    inputs = to_device(first_batch(workload.data, batch, run.seed), device)
 
     def mean_loss() -> "Tensor":
         loss = workload.forward(inputs)
