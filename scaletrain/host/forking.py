@@ -244,7 +244,7 @@ def _seed() -> None:
 
 
 def _command_line(order: Order) -> list[str]:
-    return [sys.executable, "-m", order.module, *order.arguments]
+    return [sys.executable, "-P", "-m", order.module, *order.arguments]
 
 
 def _close(descriptors: list[int]) -> None:

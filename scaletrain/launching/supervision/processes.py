@@ -47,6 +47,7 @@ class Process:
         companion: the companion that it is, if it is one.
         fd: a descriptor that it inherits; -1: none.
         server: forks the process, if it can; None: it starts cold.
+        standard_input: the descriptor that becomes its standard input; by default it has none.
 
     Raises:
         OSError: the program is not there, or cannot be started.
@@ -59,6 +60,7 @@ class Process:
         companion: Companion | None = None,
         fd: int = -1,
         server: Server | None = None,
+        standard_input: int = subprocess.DEVNULL,
     ):
         self.name = command.name
         self.rank = command.rank
@@ -79,11 +81,13 @@ class Process:
         descriptors = () if fd < 0 else (fd,)
         forked = None
         if server:
-            forked = warm.start(server, command, environ, descriptors, death_signal)
+            forked = warm.start(
+                server, command, environ, descriptors, death_signal, standard_input
+            )
         self.popen: subprocess.Popen[bytes] | Forked = forked or subprocess.Popen(
             command.bound_argv,
             env=environ,
-            stdin=subprocess.DEVNULL,
+            stdin=standard_input,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             # A group of its own: a signal then reaches everything that the process has started.
@@ -123,14 +127,16 @@ class Processes:
 
     Args:
         prefixed: lines begin with the name of the process that wrote them.
+        standard_input: a descriptor for rank 0; -1: none. See ``forget_standard_input``.
     """
 
-    def __init__(self, prefixed: bool):
+    def __init__(self, prefixed: bool, standard_input: int = -1):
         self.workers: list[Process] = []
         self.companions: list[Process] = []
         self.orphaned = False  # nobody listens any more; set by ``read``
         self.launcher_output = ""  # the last characters that launchers wrote; set by ``read``
         self._prefixed = prefixed
+        self._standard_input = standard_input
         self._merger = screen.Merger()
         self._outputs: list[_Output] = []  # whose pipes are open
         # Everything that ``read`` waits for. A key's data is ``_Output`` for a pipe, a function to
@@ -152,7 +158,11 @@ class Processes:
         server: Server | None = None,
     ) -> Process:
         """Start a worker, a launcher or a companion (see ``Process``)."""
-        process = Process(command, environ, companion, fd, server)
+        standard_input = subprocess.DEVNULL
+        # Launchers such as srun read all of it, wanted or not, and may give it to every rank.
+        if command.rank == 0 and self._standard_input >= 0:
+            standard_input = self._standard_input
+        process = Process(command, environ, companion, fd, server, standard_input)
         prefix = f"[{process.name}] ".encode() if self._prefixed else b""
         for pipe, kind in (
             (process.popen.stdout, screen.OUTPUT),
@@ -167,6 +177,15 @@ class Processes:
         group = self.companions if companion else self.workers
         group.append(process)
         return process
+
+    def forget_standard_input(self) -> None:
+        """Close our copy of rank 0's standard input, once all processes have started.
+
+        A pipe's writer learns that nobody reads any more when the last copy is closed.
+        """
+        if self._standard_input >= 0:
+            os.close(self._standard_input)
+            self._standard_input = -1
 
     def watch_pid(self, pid: int, on_end: Callable[[], None]) -> bool:
         """Call ``on_end`` when a process that somebody else started has ended.

@@ -32,8 +32,9 @@ from scaletrain.launching.plan import LaunchPlan
 from scaletrain.launching.supervision import screen, warm
 from scaletrain.run.progress import LAUNCH_MARK
 
-# The supervisor reads its order from standard input, as one line of JSON.
-ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job])
+# The supervisor reads its order from standard input, as one line of JSON. The number is the
+# descriptor of the standard input that it gives to rank 0; -1: none.
+ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job, int])
 # Signals that are passed on, SIGINT unless it is ignored. So is SIGHUP, as a SIGTERM, unless it is
 # ignored (nohup).
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -56,6 +57,9 @@ def run(
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on to the workers while this runs, if it runs in
     the main thread. Everything that was started has ended when it returns.
 
+    Rank 0 gets this process's standard input, if the plan starts it itself and the job has the
+    screen to itself. All other processes have none.
+
     Args:
         plan: the files to write and the commands to start.
         job: the workers, and the limits that the supervisor holds them to.
@@ -76,7 +80,8 @@ def run(
     mark = f"{outer_mark}/{os.getpid()}-{time.monotonic_ns()}".lstrip("/")
     adopted_before = descendants.adopt_orphans()
     environ = {**os.environ, LAUNCH_MARK: mark, "PYTHONUNBUFFERED": "1"}
-    descriptors = () if claim < 0 else (claim,)
+    standard_input = _standard_input() if show is None else -1
+    descriptors = tuple(number for number in (claim, standard_input) if number >= 0)
     supervisor = warm.start_supervisor(environ, _HELD, descriptors) or subprocess.Popen(
         Program.SUPERVISOR.command(),
         stdin=subprocess.PIPE,
@@ -86,6 +91,8 @@ def run(
         preexec_fn=_hold_signals,
         pass_fds=descriptors,
     )
+    if standard_input >= 0:
+        os.close(standard_input)
     assert supervisor.stdin and supervisor.stdout
     started_at = start_ticks(supervisor.pid) or 0
     reported: int | None = None  # the exit status, by the supervisor's last frame
@@ -93,7 +100,7 @@ def run(
         with _forwarding(supervisor):
             with contextlib.suppress(BrokenPipeError):
                 # The files are written: their texts need not travel.
-                order = ORDER.dump_json((plan._replace(files=()), job))
+                order = ORDER.dump_json((plan._replace(files=()), job, standard_input))
                 supervisor.stdin.write(order + b"\n")
                 supervisor.stdin.flush()
             for kind, payload in screen.frames(supervisor.stdout):  # type: ignore[arg-type]
@@ -125,6 +132,17 @@ def run(
     ended = f"the supervisor was ended by {signal_name(-status)}"
     write(screen.ERROR, f"scaletrain: {ended}; its workers were stopped\n".encode())
     return 128 - status
+
+
+def _standard_input() -> int:
+    """Return a copy of the descriptor of our standard input; -1 if there is none to give.
+
+    A job in the background must not take what a person types for the shell.
+    """
+    with contextlib.suppress(OSError):
+        if not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp():
+            return os.dup(0)
+    return -1
 
 
 def _end_adopted(since_ticks: int) -> None:

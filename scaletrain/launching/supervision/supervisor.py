@@ -50,9 +50,10 @@ class Supervisor:
     Args:
         plan: the commands to start. Its files are written already.
         job: the workers, and the limits that they are held to.
+        standard_input: the descriptor that becomes rank 0's standard input; -1: none.
     """
 
-    def __init__(self, plan: LaunchPlan, job: Job):
+    def __init__(self, plan: LaunchPlan, job: Job, standard_input: int = -1):
         self.plan = plan
         self.job = job
         self.signals: list[int] = []  # appended to by signal handlers, read by ``run``
@@ -61,7 +62,7 @@ class Supervisor:
         self._environ = dict(os.environ)
         self._run_dir = RunDir(job.run_dir)
         several = len(plan.commands) + len(plan.companions) > 1
-        self._processes = Processes(prefixed=several)
+        self._processes = Processes(several, standard_input)
         # The supervisors of other hosts have launch ids of their own.
         launch = None if plan.is_part else os.environ[LAUNCH_MARK]
         self._evidence = Evidence(job, self._processes, launch)
@@ -132,6 +133,7 @@ class Supervisor:
             server.close()
         if listening:
             listening.close()  # the process that serves the store holds it now
+        self._processes.forget_standard_input()
 
     def _wait_until_loaded(self, server: Server) -> None:
         """Wait until a forkserver can fork, or never will, or the job is called off."""

@@ -51,6 +51,7 @@ def start(
     environ: dict[str, str],
     descriptors: tuple[int, ...],
     death_signal: int,
+    standard_input: int,
 ) -> forkserver.Forked | None:
     """Fork a process for a command; return None if that cannot be done."""
     program = program_of(command.argv)
@@ -65,7 +66,7 @@ def start(
         death_signal=death_signal,
         descriptors=descriptors,
     )
-    return server.fork(order, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return server.fork(order, stdin=standard_input, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def start_supervisor(
