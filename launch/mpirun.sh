@@ -33,4 +33,4 @@ else
     [ -z "$hostfile" ] || set -- "$@" -f "$hostfile"
     set -- "$@" -genv OMP_NUM_THREADS "$threads"
 fi
-exec "$mpirun" -n "$workers" "$@" "$python" -m scaletrain.programs.worker "$run_dir"
+exec "$mpirun" -n "$workers" "$@" "$python" -P -m scaletrain.programs.worker "$run_dir"

@@ -26,5 +26,5 @@ else
         "--rdzv-id=$(basename "$run_dir")" --rdzv-conf=join_timeout=600
 fi
 export OMP_NUM_THREADS="$threads"
-exec "$python" -m torch.distributed.run "--nproc-per-node=$workers" --max-restarts=0 "$@" \
-    -m scaletrain.programs.worker "$run_dir"
+exec "$python" -P -m torch.distributed.run "--nproc-per-node=$workers" --max-restarts=0 "$@" \
+    --no-python "$python" -P -m scaletrain.programs.worker "$run_dir"

@@ -151,7 +151,8 @@ def _users_options(
 def load(kind: str, name: str, search_path: Path | None = None) -> Any:
     """Import a plugin and return its factory.
 
-    The module of ``package.module:factory`` is looked for in ``search_path`` first.
+    The module of ``package.module:factory`` is looked for in ``search_path`` first, by default the
+    working directory.
 
     Raises:
         UserError: there is no such plugin, module or function.
@@ -168,15 +169,17 @@ def load(kind: str, name: str, search_path: Path | None = None) -> Any:
 def _load_users(kind: str, name: str, search_path: Path | None) -> Any:
     module_name, _, factory_name = name.partition(":")
     # In front: a module beside the YAML file is meant, even if one of its name is installed.
-    if search_path and str(search_path) not in sys.path:
-        sys.path.insert(0, str(search_path))
+    folder = str(search_path or Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists; something that it imports does not
-        looked = f" (looked in {search_path} and on Python's path)" if search_path else ""
-        raise UserError(f"{kind}: {name!r}: no module {error.name!r}{looked}") from None
+        raise UserError(
+            f"{kind}: {name!r}: no module {error.name!r} (looked in {folder} and on Python's path)"
+        ) from None
     factory = getattr(module, factory_name, None)
     if callable(factory):
         return factory

@@ -66,7 +66,8 @@ def command(
 ) -> None:
     """Run your own script as workers.
 
-    Options stand before the script; what stands behind it is the script's own.
+    COMMAND is script.py, -m MODULE, -c CODE, python ... or any other program. Options stand before
+    it; what stands behind it is its own.
 
     The script finds the variables of torch.distributed (RANK, WORLD_SIZE, MASTER_ADDR, ...) in its
     environment.
@@ -74,9 +75,10 @@ def command(
     \b
     Example:
       scaletrain launch -n 2 script.py --its-own-arguments
+      scaletrain launch -n 2 -- -m package.train --its-own-arguments
     """
     from scaletrain import config
-    from scaletrain.launching.job import script_job
+    from scaletrain.launching.job import Program, script_job
     from scaletrain.launching.supervision import supervise
     from scaletrain.launching.supervision.screen import Screen
     from scaletrain.run import claim
@@ -97,9 +99,10 @@ def command(
         return
     if plan.missing:
         raise UserError(plan.missing)
-    is_here = not plan.in_containers
-    if is_here and argv[0].endswith(".py") and not Path(argv[0]).is_file():
-        raise UserError(f"{argv[0]}: there is no such file")
+    if job.program is Program.SCRIPT and not plan.in_containers:
+        script = job.command[0]
+        if not script.startswith("-") and not Path(script).exists():
+            raise UserError(f"{script}: there is no such file")
     if run_dir is None:
         directory, (job, plan) = new_directory(directory, (job, plan), planned)
     with claim.in_use(directory, "--run-dir", shared=plan.is_part) as descriptor:

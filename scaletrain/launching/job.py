@@ -9,10 +9,15 @@ A launcher (``launchers/``) turns a job into a plan (``plan.LaunchPlan``), and
 """
 
 import enum
+import os
+import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from scaletrain.errors import UserError
 
 Environment = tuple[tuple[str, str], ...]  # variables of a process, as a value
 
@@ -41,9 +46,15 @@ class Program(enum.Enum):
     BENCH_PARAMETER_SERVER = "scaletrain.programs.bench_parameter_server"
     COMMAND_LINE = "scaletrain.cli"  # the command ``scaletrain`` itself, for sweeps
 
-    def command(self, *arguments: object) -> tuple[str, ...]:
-        """Return the command line that starts this program under the present Python."""
-        return (sys.executable, "-m", self.value, *map(str, arguments))
+    def command(self, *arguments: object, python_options: Sequence[str] = ()) -> tuple[str, ...]:
+        """Return the command line that starts this program under the present Python.
+
+        Args:
+            arguments: of the program.
+            python_options: of Python, such as ``-u``.
+        """
+        # With -P, files of the working directory such as json.py do not hide what we import.
+        return (sys.executable, *python_options, "-P", "-m", self.value, *map(str, arguments))
 
     def arguments_of(self, argv: Sequence[str]) -> tuple[str, ...] | None:
         """Return the arguments of a command line that ``command`` made; None for another one."""
@@ -93,21 +104,23 @@ class Job(NamedTuple):
     companions: tuple[Companion, ...] = ()
     # A training run's configuration as text, for workers that do not see this host's files.
     config: str = ""
+    python_options: tuple[str, ...] = ()  # of the Python that runs ``program``
 
     @property
     def argv(self) -> tuple[str, ...]:
         """The command line of one worker."""
         if self.program is None:
             return self.command
-        argv = self.program.command(self.run_dir, *self.command)
+        argv = self.program.command(self.run_dir, *self.command, python_options=self.python_options)
         return (*argv, "--resume") if self.resume else argv
 
     @property
     def argv_for_torchrun(self) -> tuple[str, ...]:
-        """The command line of one worker, as torchrun wants it: torchrun adds the Python itself."""
-        if self.program is None:
-            return ("--no-python", *self.argv)
-        return self.argv[1:]
+        """The command line of one worker, as torchrun wants it.
+
+        torchrun would add a Python of its own, without our options.
+        """
+        return ("--no-python", *self.argv)
 
     @property
     def trains(self) -> bool:
@@ -143,8 +156,98 @@ class Job(NamedTuple):
 def script_job(command: Sequence[str], workers: int, run_dir: Path, timeout_s: float = 60.0) -> Job:
     """Return the job of a person's own program.
 
-    A ``.py`` file runs inside ``Program.SCRIPT``, which reports its traceback and sets the
+    A Python program runs inside ``Program.SCRIPT``, which reports its traceback and sets the
     variables that torch.distributed needs under every launcher. Any other command runs as it is.
+
+    Args:
+        command: ``script.py``, ``python script.py``, ``python -m module``, ``-m module``,
+            ``-c code`` or any other command, with its arguments.
+        workers: how many.
+        run_dir: the run's directory.
+        timeout_s: how long workers may take to meet and to stop.
+
+    Raises:
+        UserError: the command begins with an option that Python does not have.
     """
-    program = Program.SCRIPT if command[0].endswith(".py") else None
-    return Job(tuple(command), workers, run_dir, program, timeout_s=timeout_s)
+    own = _python_program(tuple(command))
+    if own is None:
+        return Job(tuple(command), workers, run_dir, timeout_s=timeout_s)
+    return Job(
+        own.words,
+        workers,
+        run_dir,
+        Program.SCRIPT,
+        timeout_s=timeout_s,
+        python_options=own.options,
+    )
+
+
+class _PythonProgram(NamedTuple):
+    options: tuple[str, ...]  # of Python
+    words: tuple[str, ...]  # script.py, -m module or -c code, and its arguments
+
+
+# Options of Python that a program can be run with. A command with another, such as -i, runs as it
+# is, and so does a compiled file.
+_PYTHON_FLAGS = frozenset("bBdEIOPqsuv")
+
+
+def _python_program(command: tuple[str, ...]) -> _PythonProgram | None:
+    """Return the Python program that a command runs; None if it runs something else."""
+    first = command[0]
+    if _is_this_python(first):
+        return _split_python_options(command[1:])
+    if first.startswith("-"):
+        own = _split_python_options(command)
+        if own is None:
+            raise UserError(
+                f"COMMAND: {first!r} is not allowed (allowed: script.py, -m MODULE, -c CODE,"
+                " python ..., or any program)"
+            )
+        return own
+    return _PythonProgram((), command) if first.endswith(".py") else None
+
+
+def _is_this_python(word: str) -> bool:
+    """Return True if a command starts the present Python: in another, this package may lack."""
+    if not re.fullmatch(r"python[\d.]*", os.path.basename(word)):
+        return False
+    found = shutil.which(word)
+    if found is None:
+        return False
+    return os.path.realpath(os.path.dirname(found)) == os.path.realpath(
+        os.path.dirname(sys.executable)
+    )
+
+
+def _split_python_options(words: tuple[str, ...]) -> _PythonProgram | None:
+    """Split a command line of Python into its options and its program.
+
+    Letters may stand together, and a value may follow its letter at once: ``-uWerror -mpackage``.
+    """
+    options: list[str] = []
+    rest = list(words)
+    # -P and -I keep the script's directory out of sys.path. Our own -P must not say that for them.
+    is_safe: tuple[str, ...] = ()
+    while rest:
+        word = rest.pop(0)
+        if word == "-" or word.endswith(".pyc"):
+            return None
+        if not word.startswith("-"):
+            return _PythonProgram(tuple(options), (*is_safe, word, *rest))
+        for place, letter in enumerate(word[1:], start=1):
+            if letter in _PYTHON_FLAGS:
+                options.append(f"-{letter}")
+                if letter in "IP":
+                    is_safe = ("-P",)
+                continue
+            value = word[place + 1 :]
+            if not value and rest:
+                value = rest.pop(0)
+            if not value or letter not in "mcWX":
+                return None
+            if letter in "mc":
+                return _PythonProgram(tuple(options), (*is_safe, f"-{letter}", value, *rest))
+            options += [f"-{letter}", value]
+            break
+    return None

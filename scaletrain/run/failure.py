@@ -146,7 +146,10 @@ def _traceback(error: BaseException, runner_files: Collection[str]) -> str:
     frames = error.__traceback__
     while frames and frames.tb_frame.f_code.co_filename in runner_files:
         frames = frames.tb_next
-    shown = frames or error.__traceback__  # an error of the runner itself has no other frames
+    shown = frames
+    # An error of the runner itself has no other frames, and neither has one in a program's syntax.
+    if frames is None and not isinstance(error, SyntaxError):
+        shown = error.__traceback__
     return "".join(traceback.format_exception(type(error), error, shown))
 
 

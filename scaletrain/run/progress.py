@@ -178,7 +178,14 @@ class _Reporter:
         self.progress.doing = doing
         self.progress.status = status
 
+    @property
+    def is_in_its_process(self) -> bool:
+        """False in a child that the worker has forked."""
+        return os.getpid() == self.progress.pid
+
     def close(self) -> None:
+        if not self.is_in_its_process:
+            return
         self.progress.kept_by = _kept_by()
         self.write()
         with contextlib.suppress(OSError):
@@ -187,6 +194,15 @@ class _Reporter:
 
 
 _reporter: _Reporter | None = None
+
+
+def _forget_reporter() -> None:
+    """Leave the reports to the worker, in a child that it has forked."""
+    global _reporter
+    _reporter = None
+
+
+os.register_at_fork(after_in_child=_forget_reporter)
 
 
 @contextlib.contextmanager
@@ -199,7 +215,7 @@ def reporting(
 
     An exception in the body is recorded with its traceback, step and last collective, and ends the
     process with status 1 (2 for a ``UserError``). Its text is printed only if no supervisor is
-    there to print it.
+    there to print it. Children that the body forks report nothing.
 
     Args:
         run_dir: the run's directory; made if it is missing.
@@ -220,7 +236,17 @@ def reporting(
         try:
             yield step
             reporter.end(FINISHED, 0)
-        except Exception as error:
+        except KeyboardInterrupt:
+            reporter.end(FAILED, 128 + signal.SIGINT)
+            raise SystemExit(128 + signal.SIGINT) from None
+        except SystemExit as end:
+            status = _exit_status(end)
+            reporter.end(FAILED if status else FINISHED, status)
+            raise
+        except BaseException as error:  # such as asyncio's CancelledError
+            # The worker may have handled the end of its child, and fail later of another cause.
+            if not reporter.is_in_its_process:
+                raise
             hidden = {*runner_files, __file__}
             failure = failure_from_exception(error, world, run_dir, hidden)
             reporter.end(FAILED, failure.exit_code)
@@ -238,13 +264,6 @@ def reporting(
                 headline = f"scaletrain: rank {world.rank} failed: {failure.message}"
                 print(f"{headline}\n{failure.traceback}", file=sys.stderr)
             raise SystemExit(failure.exit_code) from error
-        except KeyboardInterrupt:
-            reporter.end(FAILED, 128 + signal.SIGINT)
-            raise SystemExit(128 + signal.SIGINT) from None
-        except SystemExit as end:
-            status = _exit_status(end)
-            reporter.end(FAILED if status else FINISHED, status)
-            raise
         finally:
             reporter.close()
             _reporter = None

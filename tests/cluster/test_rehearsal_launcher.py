@@ -47,8 +47,8 @@ def test_plan_is_pure_and_places_workers_and_servers_on_hosts(tmp_path):
         straggler={1: 2.0},
         faults=[{"at_step": 3, "cut": 2}],
     )
-    enter = [command.argv[: command.argv.index("-m", 3)] for command in plan.commands]
-    assert [argv[4] for argv in enter] == ["0", "0", "1", "1"]
+    enter = [command.argv[: command.argv.index("-m", 4)] for command in plan.commands]
+    assert [argv[5] for argv in enter] == ["0", "0", "1", "1"]
     keys = ("RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR")
     places = [tuple(dict(command.env)[key] for key in keys) for command in plan.commands]
     on_h0 = "10.77.0.1"

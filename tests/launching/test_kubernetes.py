@@ -122,7 +122,7 @@ def test_a_pod_has_the_configuration_and_resumes_when_it_is_started_again(tmp_pa
     script = container_of(training_job(), **TRAINING)["command"][2]
     (tmp_path / "config.yaml").write_text("name: digits\n")
     first = run_shell(script, tmp_path, JOB_FAILURES="0", JOB_DISRUPTIONS="")
-    assert first == ["-m", Program.TRAINING.value, f"{tmp_path}/runs/Digits_1"]
+    assert first == ["-P", "-m", Program.TRAINING.value, f"{tmp_path}/runs/Digits_1"]
     assert [path.name for path in (tmp_path / "runs" / "Digits_1").iterdir()] == ["config.yaml"]
     after_failure = run_shell(script, tmp_path, JOB_FAILURES="1", JOB_DISRUPTIONS="")
     after_disruption = run_shell(script, tmp_path, JOB_FAILURES="0", JOB_DISRUPTIONS="1")

@@ -11,6 +11,7 @@ from scaletrain import config, plugins
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Companion, Job, Program, script_job
 from scaletrain.launching.launchers import horovodrun, local, mpirun, slurm, torchrun
+from scaletrain.launching.plan import LaunchPlan
 from scaletrain.run.atomic import write_json
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -245,10 +246,9 @@ def test_slurm_script_is_requeued_only_while_there_is_something_left_to_do(
 
 def test_script_jobs():
     run_dir = Path("/shared/run")
-    assert script_job(["train.py", "--lr", "1"], 2, run_dir).argv[1:3] == (
-        "-m",
-        "scaletrain.programs.script",
-    )
+    assert script_job(["train.py", "--lr", "1"], 2, run_dir).argv[1:] == (
+        "-P", "-m", "scaletrain.programs.script", "/shared/run", "train.py", "--lr", "1",
+    )  # fmt: skip
     assert script_job(["./program", "x"], 2, run_dir).argv == ("./program", "x")
     assert (
         script_job(["train.py"], 2, run_dir).serves_store
@@ -279,11 +279,14 @@ def called(tmp_path: Path, script: str, *arguments: str, version: str = "") -> l
 def test_torchrun_sh(tmp_path: Path):
     run_dir = str(tmp_path / "run")
     plan = torchrun.plan(job_of(run_dir, workers=2))
-    assert called(tmp_path, "torchrun.sh", run_dir, "2") == [*plan.commands[0].argv[1:]]
+
+    def words(plan: LaunchPlan) -> list[str]:
+        stub = str(tmp_path / "stub")  # in place of Python, also of the workers'
+        return [word.replace(sys.executable, stub) for word in plan.commands[0].argv[1:]]
+
+    assert called(tmp_path, "torchrun.sh", run_dir, "2") == words(plan)
     plan = torchrun.plan(job_of(run_dir, workers=4), nodes=2, endpoint="h0:29400")
-    assert called(tmp_path, "torchrun.sh", run_dir, "2", "2", "h0:29400") == [
-        *plan.commands[0].argv[1:]
-    ]
+    assert called(tmp_path, "torchrun.sh", run_dir, "2", "2", "h0:29400") == words(plan)
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh"])

@@ -186,7 +186,7 @@ def test_blocked_signals_wait_until_the_process_can_answer(server: Server):
 
 def test_a_forked_process_may_fork_its_own_from_a_server_of_its_own(server: Server):
     code = (
-        "inner = \"import os; print(os.getppid(), os.getsid(0))\";"
+        'inner = "import os; print(os.getppid(), os.getsid(0))";'
         "environ = dict(os.environ, MAY_DIFFER_2='y');"
         "order = Order('tests.launching.forked', (inner,), environ, os.getpid());"
         "child = forkserver.inherited.fork(order, stdout=1, stderr=2);"

@@ -393,20 +393,20 @@ _INDEX = "\0"  # in an argv: the pod's number, which its shell fills in
 
 def _worker_argv(options: KubernetesOptions, job: Job, name: str) -> list[str]:
     """Return what a pod runs: the worker itself, or torchrun with several."""
+    argv = list(job.argv)
+    # This machine's Python is not that of the image.
+    if argv[0] == sys.executable:
+        argv[0] = options.container_python
     if options.workers_per_pod == 1:
-        argv = list(job.argv)
-        # This machine's Python is not that of the image.
-        if argv[0] == sys.executable:
-            argv[0] = options.container_python
         return argv
     return [
-        *(options.container_python, "-m", "torch.distributed.run"),
+        *(options.container_python, "-P", "-m", "torch.distributed.run"),
         f"--nnodes={_num_pods(options, job)}",
         f"--nproc-per-node={options.workers_per_pod}",
         *("--node-rank", _INDEX),
         f"--master-addr={name}-0.{name}",
         f"--master-port={_PORT}",
-        *job.argv_for_torchrun,
+        *("--no-python", *argv),
     ]
 
 

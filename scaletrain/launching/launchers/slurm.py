@@ -347,6 +347,7 @@ def _step(options: SlurmOptions, job: Job) -> tuple[str, ...]:
     store = RunDir(job.run_dir).torchrun_store("$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}")
     agent = [
         sys.executable,
+        "-P",
         "-m",
         "torch.distributed.run",
         f"--nnodes={options.nodes}",

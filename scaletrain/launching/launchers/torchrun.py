@@ -56,7 +56,13 @@ def plan(
     workers_here = job.workers // most
     threads = threads_each(job, workers_here)
 
-    agent = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={workers_here}"]
+    agent = [
+        sys.executable,
+        "-P",
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={workers_here}",
+    ]
     agent.append(f"--max-restarts={max_restarts}")
     if most == 1:
         # Alone, the agent serves its own meeting point at a free port: no endpoint is needed.

@@ -81,9 +81,7 @@ class Process:
         descriptors = () if fd < 0 else (fd,)
         forked = None
         if server:
-            forked = warm.start(
-                server, command, environ, descriptors, death_signal, standard_input
-            )
+            forked = warm.start(server, command, environ, descriptors, death_signal, standard_input)
         self.popen: subprocess.Popen[bytes] | Forked = forked or subprocess.Popen(
             command.bound_argv,
             env=environ,
