@@ -216,6 +216,7 @@ class _Narrator:
 
     def __init__(self, config: RunConfig, world: World, trainer: Trainer, header: dict[str, Any]):
         self._trainer = trainer
+        self._num_steps = trainer.num_steps  # as planned: data may end earlier
         self._every = config.log_every
         self._is_followed = bool(os.environ.get("SCALETRAIN_FOLLOWED"))
         self._printed_at = time.monotonic()
@@ -280,6 +281,8 @@ class _Narrator:
         if summary["final_loss"] is not None:
             loss = f"{summary['final_loss']:.6g}"
         outcome = "done" if summary["finished"] else "stopped early"
+        if self._trainer.num_steps < self._num_steps:
+            outcome = "done, since the data has ended"
         print(
             f"{outcome}: {summary['steps']} steps,"
             f" loss of the last global batch {loss}{accuracy},"

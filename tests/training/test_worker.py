@@ -80,6 +80,10 @@ def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps
         )
     )
     assert "step 20/40  loss 1.0000  128 samples/s  10 s left" in capsys.readouterr().out
+    trainer.num_steps = 20  # a stream has ended
+    reached = {"finished": True, "steps": 20, "final_loss": 1.0, "test_accuracy": None}
+    narrator.end(reached | {"samples_per_s": 128.0, "wall_s": 10.0})
+    assert capsys.readouterr().out.startswith("done, since the data has ended: 20 steps,")
 
 
 @pytest.mark.parametrize(
