@@ -62,6 +62,10 @@ def _as_rule(value: Any) -> Any:
     return {"rule": value} if isinstance(value, str) else value
 
 
+def _as_path(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
 def _as_skip(value: Any) -> Any:
     if value == "stop":
         return {"skip": 0}
@@ -133,6 +137,20 @@ class LrSchedule(Strict):
     """Scale the optimizer's rate to the batch; null: it counts as it is."""
 
 
+def _as_figure(value: Any) -> Any:
+    return {"figure": value} if isinstance(value, str) else value
+
+
+class Figure(Strict):
+    """A figure of the evaluations, and which of its values are better."""
+
+    figure: str
+    """As in the summary, such as test_accuracy."""
+
+    mode: Literal["auto", "min", "max"] = "auto"
+    """auto: a lower value is better if the figure's name has loss in it, else a higher one."""
+
+
 class Checkpoint(Strict):
     """When checkpoints are written. The last step always is."""
 
@@ -140,7 +158,35 @@ class Checkpoint(Strict):
     """Steps between checkpoints; null: only the last step."""
 
     keep: Annotated[int, Field(ge=1)] = 2
-    """How many checkpoints are kept."""
+    """How many of the newest checkpoints are kept."""
+
+    keep_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps: the first checkpoint at or after each multiple of these stays for good."""
+
+    best: (
+        Annotated[Figure, BeforeValidator(_as_figure, json_schema_input_type=str | Figure)] | None
+    ) = None
+    """Also keep the checkpoint whose evaluation had the best value of this figure."""
+
+
+class InitFrom(Strict):
+    """Weights to begin with. A resumed run has those of its checkpoint instead."""
+
+    path: str
+    """A safetensors file, a .pt file with a state dict, a checkpoint, or the directory of a run,
+    whose newest checkpoint counts."""
+
+    ema: bool = False
+    """The averages that the callback ema has left in a checkpoint, not the weights."""
+
+    prefix: dict[str, str] = {}
+    """Beginnings of names in the file, and what they become: {"backbone.": "encoder."}."""
+
+    allow_missing: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Patterns for weights that the file may lack, or have in another shape."""
+
+    allow_unexpected: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Patterns for weights that the file may have and the model has not."""
 
 
 class BadSamples(Strict):
@@ -190,6 +236,14 @@ class RunConfig(Strict):
 
     workload: NameOrOptions | None = None
     """`package.module:Class`, in place of model, data and loss: a `scaletrain.Workload`."""
+
+    init_from: (
+        Annotated[InitFrom, BeforeValidator(_as_path, json_schema_input_type=str | InitFrom)] | None
+    ) = None
+    """Weights to begin with: a file or the directory of a run; or a mapping with `path`."""
+
+    freeze: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Patterns of shells for parameters that are not trained, as in the groups of optimizers."""
 
     loss: NameOrOptions = Named(name="cross_entropy")
     """A loss of `torch.nn.functional` that has a `reduction`, or `package.module:function`; with

@@ -72,10 +72,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
         # A batch job that is started once too often must not evaluate and write everything again.
         if trainer.resumed and trainer.finished and files.has_finished():
             if world.rank == 0:
-                print(
-                    f"nothing to do: all {trainer.num_steps} steps are done"
-                    " (more: --resume with larger steps or epochs)"
-                )
+                print(_nothing_to_do(trainer))
             trainer.exchange.close()
             return 0
 
@@ -120,6 +117,15 @@ def main(run_dir: Path, resume: bool = False) -> int:
     if stopped_early and progress.SUPERVISED not in os.environ:
         return 128 + stop.signal
     return 0
+
+
+def _nothing_to_do(trainer: Trainer) -> str:
+    if trainer.stop_reason:
+        return f"nothing to do: {trainer.stop_reason} (more: --resume with other callbacks)"
+    return (
+        f"nothing to do: all {trainer.num_steps} steps are done"
+        " (more: --resume with larger steps or epochs)"
+    )
 
 
 def _check_unused(files: RunDir) -> None:
@@ -281,6 +287,8 @@ class _Narrator:
         if summary["final_loss"] is not None:
             loss = f"{summary['final_loss']:.6g}"
         outcome = "done" if summary["finished"] else "stopped early"
+        if "stopped" in summary:
+            print(f"training ends: {summary['stopped']}")
         if self._trainer.num_steps < self._num_steps:
             outcome = "done, since the data has ended"
         print(

@@ -38,6 +38,11 @@ class RunDir:
         """Locked while a job runs here (``run.claim``). It names the process that runs it."""
         return self.path / ".in_use"
 
+    @property
+    def save_request(self) -> Path:
+        """There if somebody wants a checkpoint now. Anybody may make it; rank 0 removes it."""
+        return self.path / "save_now"
+
     # Written by workers.
 
     def header(self, rank: int) -> Path:
@@ -74,11 +79,20 @@ class RunDir:
         """Return (step, path) of every checkpoint that exists, the oldest step first."""
         return self._numbered("step-*.safetensors")
 
+    def best_checkpoint(self, step: int) -> Path:
+        """The checkpoint with the best figure so far, that of ``step`` steps."""
+        return self.path / f"best-{step}.safetensors"
+
+    def best_checkpoints(self) -> list[tuple[int, Path]]:
+        """Return (step, path) of the best checkpoint; of two, if a kill came between them."""
+        return self._numbered("best-*.safetensors")
+
     def partial_checkpoints(self) -> list[Path]:
         """Return the checkpoints that a kill cut short. Only a worker that writes them looks."""
         partial = re.escape(partial_name("STEP", "PID"))
-        partial = partial.replace("STEP", r"step-\d+\.safetensors").replace("PID", r"\d+")
-        pattern = partial_name("step-*.safetensors", "*")
+        name = r"(?:step|best)-\d+\.safetensors"
+        partial = partial.replace("STEP", name).replace("PID", r"\d+")
+        pattern = partial_name("*.safetensors", "*")
         return sorted(path for path in self.path.glob(pattern) if re.fullmatch(partial, path.name))
 
     def progress(self, rank: int) -> Path:

@@ -1,4 +1,4 @@
-"""Checkpoints: the model's and the optimizer's state, and the facts that decided the training.
+"""Checkpoints: the state of model, optimizer and other parts, and the facts of the training.
 
 They hold no pickle: tensors and JSON, each with a hash (``tensor_file``). They are written
 atomically: a crash or a full disk leaves the older ones as they were. ``CheckpointWriter`` writes
@@ -8,10 +8,10 @@ Names of parameters are those of the plain model: ``torch.compile`` changes noth
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,20 @@ from scaletrain.run import progress
 from scaletrain.run.atomic import replacing
 from scaletrain.run.layout import RunDir
 from scaletrain.training import state_tree, tensor_file
-from scaletrain.training.precision import Precision
 from scaletrain.training.tensor_file import Content
 
-_FORMAT = "scaletrain-checkpoint-3"
-_EARLIER_FORMATS = ("scaletrain-checkpoint-1", "scaletrain-checkpoint-2")
+_FORMAT = "scaletrain-checkpoint-4"
+_EARLIER_FORMATS = tuple(f"scaletrain-checkpoint-{number}" for number in range(1, 4))
 _MODEL = "model."  # begins the names of the model's tensors; reports add up their sizes
 _EXTRA, _OPTIMIZER = "extra", "optimizer"  # begin those of other state
 _COMPILED = "_orig_mod"  # the name under which a compiled module holds the plain one
 _EXTRA_STATE = "_extra_state"  # ends the key of a module's ``get_extra_state``
 # Options that choose how an optimizer computes, not what.
 IMPLEMENTATION_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
+
+
+class Damaged(UserError):
+    """A checkpoint is not as it was written, or no checkpoint. The text is a line."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,37 @@ class Loaded:
     facts: dict[str, Any]  # of the state that was saved
     damaged: list[str]  # one line for each newer checkpoint that is damaged
     position: dict[str, Any] = field(default_factory=dict)  # of the state that was saved
+    parts: dict[str, Any] = field(default_factory=dict)  # what each part's ``state_dict`` returned
+
+
+class Found(NamedTuple):
+    """A checkpoint that is whole."""
+
+    step: int
+    path: Path
+    content: Content
+    damaged: list[str]  # as in ``Loaded``
+
+
+class Part(Protocol):
+    """Something beside model and optimizer that has state, such as a callback."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return numbers, text, tensors, and lists and dicts of these."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` returned; its tensors are on the CPU."""
 
 
 @dataclass(frozen=True)
 class State:
-    """The parts of a training that its checkpoints hold."""
+    """What the checkpoints of a training hold."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer  # over the model's parameters
     facts: dict[str, Any] = field(default_factory=dict)  # JSON that ``load_latest`` gives back
-    precision: Precision | None = None  # with the loss's scale
     position: Callable[[], dict[str, Any]] = dict  # where the data goes on, likewise
+    parts: dict[str, Part] = field(default_factory=dict)  # by name, which begins their tensors'
 
 
 def collect(step: int, state: State) -> Content:
@@ -68,7 +91,7 @@ def collect(step: int, state: State) -> Content:
     try:
         extra = {}
         for key, value in model.state_dict().items():
-            name = _plain_name(key)
+            name = plain_name(key)
             if name.rpartition(".")[2] == _EXTRA_STATE:
                 extra[name] = state_tree.flatten(value, f"{_EXTRA}.{name}", tensors)
             else:
@@ -78,6 +101,9 @@ def collect(step: int, state: State) -> Content:
             "parameters": _optimized_names(model, optimizer),
             "state": state_tree.flatten(optimizer.state_dict()["state"], _OPTIMIZER, tensors),
         }
+        parts = {}
+        for name, part in state.parts.items():
+            parts[name] = state_tree.flatten(dict(part.state_dict()), name, tensors)
     except state_tree.Unsaveable as error:
         raise UserError(
             f"checkpoint: cannot hold {error}"
@@ -93,7 +119,7 @@ def collect(step: int, state: State) -> Content:
         "position": state.position(),
         "extra": extra,
         "optimizer": optimizer_state,
-        "loss_scales": state.precision.state() if state.precision else {},
+        "parts": parts,
     }
     return Content(tensors, rest)
 
@@ -130,7 +156,7 @@ def check_finite(step: int, model: nn.Module, run_dir: Path) -> None:
         is_bad = values.isnan().any() if _may_hold_inf(tensor) else ~values.isfinite().all()
         if is_bad:
             raise TrainingError(
-                f"model: {_plain_name(name)} holds nan or inf after step {step}: no checkpoint of"
+                f"model: {plain_name(name)} holds nan or inf after step {step}: no checkpoint of"
                 f" it is written{_newest(run_dir)} (a lower optimizer.lr or a longer"
                 " lr_schedule.warmup_steps may help)"
             )
@@ -178,28 +204,30 @@ def snapshot(
     return copy_to_cpu(collect(step, state), buffers)
 
 
-def write(run_dir: Path, content: Content, keep: int) -> Path:
-    """Write a checkpoint durably, then delete older ones.
-
-    Args:
-        run_dir: where to.
-        content: its tensors are contiguous and on the CPU.
-        keep: how many of the newest stay, with this one.
-
-    Returns:
-        The checkpoint's path.
-    """
-    files = RunDir(run_dir)
-    step = content.state["step"]
-    path = files.checkpoint(step)
+def write(path: Path, content: Content) -> None:
+    """Write a checkpoint durably. Its tensors are contiguous and on the CPU."""
     with replacing(path) as partial:
         tensor_file.write(partial, _FORMAT, content)
-    # Only now that the new one is safe. One of a later step may only be there if it is damaged and
-    # training began at an earlier one: it does not count.
-    up_to_this = [old for old_step, old in files.checkpoints() if old_step <= step]
-    for old in up_to_this[:-keep]:
-        old.unlink(missing_ok=True)
-    return path
+
+
+def delete_older(run_dir: Path, step: int, keep: int, keep_every: int | None = None) -> None:
+    """Delete checkpoints that are not wanted any more, once the one of ``step`` is durable.
+
+    Args:
+        run_dir: where they are.
+        step: of the newest.
+        keep: how many of the newest stay, with this one.
+        keep_every: the first checkpoint at or after each multiple of so many steps stays, too.
+    """
+    # One of a later step may only be there if it is damaged and training began at an earlier one:
+    # it does not count.
+    up_to_this = [old for old in RunDir(run_dir).checkpoints() if old[0] <= step]
+    kept_multiples = {0}
+    for index, (old_step, path) in enumerate(up_to_this):
+        if keep_every and old_step // keep_every not in kept_multiples:
+            kept_multiples.add(old_step // keep_every)
+        elif index < len(up_to_this) - keep:
+            path.unlink(missing_ok=True)
 
 
 def save(run_dir: Path, step: int, state: State, keep: int) -> Path:
@@ -209,43 +237,90 @@ def save(run_dir: Path, step: int, state: State, keep: int) -> Path:
         UserError: weights are not finite, or an entry cannot be saved.
         OSError: it cannot be written.
     """
-    return write(run_dir, snapshot(run_dir, step, state, {}), keep)
+    path = RunDir(run_dir).checkpoint(step)
+    write(path, snapshot(run_dir, step, state, {}))
+    delete_older(run_dir, step, keep)
+    return path
+
+
+def read(path: Path) -> Content:
+    """Return what a checkpoint holds, checked against its hashes.
+
+    Raises:
+        Damaged: it is not as it was written, or no checkpoint.
+        UserError: it was written by an earlier version.
+    """
+    try:
+        return tensor_file.read(path, _FORMAT, lambda: progress.alive("loading a checkpoint"))
+    except tensor_file.DamagedFile as error:
+        raise Damaged(f"{path}: damaged checkpoint ({error})") from None
+    except tensor_file.OtherFormat as error:
+        if str(error) in _EARLIER_FORMATS:
+            raise UserError(
+                f"{path}: was written by an earlier version of this program"
+                " (allowed: that version, or a new run directory)"
+            ) from None
+        raise Damaged(f"{path}: not a checkpoint of this program (format {str(error)!r})") from None
+
+
+def model_state(content: Content) -> dict[str, Any]:
+    """Return the state dict of the model that a checkpoint holds, with the plain model's names."""
+    entries: dict[str, Any] = {}
+    for name, tensor in content.tensors.items():
+        if name.startswith(_MODEL):
+            entries[name.removeprefix(_MODEL)] = tensor
+    for name, value in content.state["extra"].items():
+        entries[name] = state_tree.rebuild(value, content.tensors)
+    return entries
+
+
+def part_states(content: Content) -> dict[str, Any]:
+    """Return what the ``state_dict`` of each part returned, by the part's name."""
+    parts = content.state["parts"].items()
+    return {name: state_tree.rebuild(value, content.tensors) for name, value in parts}
 
 
 def load_latest(run_dir: Path, state: State) -> Loaded | None:
     """Load the newest checkpoint that is whole into a model and its optimizer.
 
-    The optimizer takes its state; the options of its groups stay as they are.
+    The optimizer takes its state; the options of its groups stay as they are. Other parts are left
+    as they are: their states are in what is returned.
 
     Returns:
         What was loaded, and which newer ones are damaged; None if there is no checkpoint.
 
     Raises:
-        UserError: no checkpoint is whole, or the newest whole one belongs to another model or
-            optimizer, or was written by an earlier version.
+        UserError: as ``newest``, or the newest whole one belongs to another model or optimizer.
+    """
+    found = newest(run_dir)
+    if found is None:
+        return None
+    _put_into(state, found.content, found.path)
+    saved = found.content.state
+    return Loaded(
+        found.step,
+        found.path,
+        saved["facts"],
+        found.damaged,
+        saved["position"],
+        part_states(found.content),
+    )
+
+
+def newest(run_dir: Path) -> Found | None:
+    """Return the newest checkpoint that is whole; None if there is no checkpoint.
+
+    Raises:
+        UserError: no checkpoint is whole, or the newest whole one was written by an earlier
+            version.
     """
     checkpoints = RunDir(run_dir).checkpoints()
     damaged: list[str] = []
     for step, path in reversed(checkpoints):
         try:
-            content = tensor_file.read(
-                path, _FORMAT, lambda: progress.alive("loading a checkpoint")
-            )
-        except tensor_file.DamagedFile as error:
-            damaged.append(f"{path}: damaged checkpoint ({error})")
-            continue
-        except tensor_file.OtherFormat as error:
-            if str(error) in _EARLIER_FORMATS:
-                raise UserError(
-                    f"{path}: was written by an earlier version of this program"
-                    " (allowed: that version, or a new run directory)"
-                ) from None
-            damaged.append(f"{path}: not a checkpoint of this program (format {str(error)!r})")
-            continue
-        _put_into(state, content, path)
-        return Loaded(
-            step, path, content.state["facts"], damaged, content.state.get("position", {})
-        )
+            return Found(step, path, read(path), damaged)
+        except Damaged as error:
+            damaged.append(str(error))
     if not damaged:
         return None
     raise UserError(
@@ -264,14 +339,8 @@ def _put_into(state: State, content: Content, path: Path) -> None:
             f" (allowed: the same optimizer, {saved['class']}, or a new run directory)"
         )
     # A compiled model has longer names for the same entries.
-    key_of = {_plain_name(key): key for key in model.state_dict()}
-    entries: dict[str, Any] = {}
-    for name, tensor in content.tensors.items():
-        if name.startswith(_MODEL):
-            plain = name.removeprefix(_MODEL)
-            entries[key_of.get(plain, plain)] = tensor
-    for plain, value in content.state["extra"].items():
-        entries[key_of.get(plain, plain)] = state_tree.rebuild(value, content.tensors)
+    key_of = {plain_name(key): key for key in model.state_dict()}
+    entries = {key_of.get(name, name): value for name, value in model_state(content).items()}
     try:
         model.load_state_dict(entries)
     except (RuntimeError, ValueError) as error:
@@ -299,8 +368,6 @@ def _put_into(state: State, content: Content, path: Path) -> None:
     # The groups are the optimizer's own: options of the configuration count, not the file's.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": by_index, "param_groups": groups})
-    if state.precision:
-        state.precision.load(content.state.get("loss_scales", {}))
 
 
 def _missing_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> set[str]:
@@ -344,14 +411,14 @@ def _missing_for(optimizer: torch.optim.Optimizer, dimensions: int, names: set[s
 
 def _optimized_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Return the names of an optimizer's parameters, in the order in which its state counts."""
-    names = {id(parameter): _plain_name(key) for key, parameter in model.named_parameters()}
+    names = {id(parameter): plain_name(key) for key, parameter in model.named_parameters()}
     ordered = []
     for group in optimizer.param_groups:
         ordered += [names[id(parameter)] for parameter in group["params"]]
     return ordered
 
 
-def _plain_name(key: str) -> str:
+def plain_name(key: str) -> str:
     """Return the name that an entry has in the model that is not compiled."""
     return ".".join(part for part in key.split(".") if part != _COMPILED)
 

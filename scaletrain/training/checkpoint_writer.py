@@ -3,9 +3,11 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from scaletrain.config.schema import Checkpoint
 from scaletrain.errors import UserError
 from scaletrain.run.layout import RunDir
 from scaletrain.training import checkpoint
@@ -25,15 +27,17 @@ class CheckpointWriter:
 
     Args:
         run_dir: where checkpoints go.
-        keep: how many of the newest stay.
+        settings: which checkpoints stay.
         alive: called about once a second while a method waits, with what it waits for.
     """
 
-    def __init__(self, run_dir: Path, keep: int, alive: Callable[[str], None]):
+    def __init__(self, run_dir: Path, settings: Checkpoint, alive: Callable[[str], None]):
         self._run_dir = run_dir
-        self._keep = keep
+        self._settings = settings
         self._alive = alive
         self._buffers: dict[str, Tensor] = {}  # copies; the thread reads them until it has ended
+        # A best checkpoint that comes while another one is being written.
+        self._waiting: Content | None = None
         # Started by ``save``. It is no daemon: the interpreter waits for it at its exit.
         self._thread: threading.Thread | None = None
         # Set by the thread, read when it has ended, and then cleared.
@@ -56,7 +60,34 @@ class CheckpointWriter:
         """
         self.wait()
         self._alive("copying a checkpoint")
-        content = checkpoint.snapshot(self._run_dir, step, state, self._buffers)
+        self._start(checkpoint.snapshot(self._run_dir, step, state, self._buffers))
+
+    def save_best(self, step: int, state: State, figure: dict[str, Any]) -> None:
+        """Copy the state with the best figure so far, and write it when the disk is free.
+
+        Does not wait: by the time that the disk is free, the state would be another. Of two that
+        wait for the disk, only the later one, which is better, is written.
+
+        Args:
+            step: steps done.
+            state: may change afterwards.
+            figure: JSON about it, which the checkpoint holds as ``best``.
+
+        Raises:
+            UserError: as ``save``.
+        """
+        is_writing = self.is_writing()
+        self._alive("copying a checkpoint")
+        # The thread reads the buffers now.
+        buffers = {} if is_writing else self._buffers
+        content = checkpoint.snapshot(self._run_dir, step, state, buffers)
+        content.state["best"] = figure
+        if is_writing:
+            self._waiting = content
+        else:
+            self._start(content)
+
+    def _start(self, content: Content) -> None:
         self._thread = threading.Thread(
             target=self._write, args=(content,), name="checkpoint writer"
         )
@@ -92,12 +123,26 @@ class CheckpointWriter:
             ) from None
         if error:
             raise error
+        if self._waiting:
+            self._start(self._waiting)
+            self._waiting = None
+            return True
         return False
 
     def _write(self, content: Content) -> None:
-        """Write a checkpoint, in the thread."""
+        """Write a checkpoint, and delete those that it replaces, in the thread."""
+        files = RunDir(self._run_dir)
+        step = content.state["step"]
         try:
-            checkpoint.write(self._run_dir, content, self._keep)
+            if "best" in content.state:
+                checkpoint.write(files.best_checkpoint(step), content)
+                for old_step, old in files.best_checkpoints():
+                    if old_step != step:
+                        old.unlink(missing_ok=True)
+            else:
+                checkpoint.write(files.checkpoint(step), content)
+                keep, keep_every = self._settings.keep, self._settings.keep_every
+                checkpoint.delete_older(self._run_dir, step, keep, keep_every)
         except Exception as error:
             self._error = error
 

@@ -75,16 +75,20 @@ class Evaluation:
                 figures["test_bad_samples"] = left_out
         return figures
 
-    def rehearse(self, num_samples: int, needs_accuracy: bool) -> None:
+    def rehearse(self, num_samples: int, needs_accuracy: bool) -> list[str] | None:
         """Evaluate a few test samples on this rank alone, to find faults before training begins.
 
         Args:
             num_samples: at most so many.
             needs_accuracy: whether there must be a figure ``accuracy``.
 
+        Returns:
+            The names of the figures that ``run`` will return; None if there is no test sample.
+
         Raises:
             UserError: evaluation returns no means, or not the one that is needed.
         """
+        names: list[str] | None = None
         batch = self._feed.first(num_samples)
         if batch is not None and batch.samples:
             figures = self._judge(batch)
@@ -93,6 +97,8 @@ class Evaluation:
                     "target_accuracy: evaluation has no figure accuracy, so it is never"
                     f" reached (there are: {', '.join(figures)})"
                 )
+            names = [f"test_{name}" for name in figures]
+        return names
 
     def _judge(self, batch: Batch) -> dict[str, Mean]:
         """Return the figures of a test batch; leave the model evaluating."""

@@ -10,7 +10,7 @@ steps. Gradients are the mean over all ranks by then, so all ranks decide alike.
 
 import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -77,11 +77,11 @@ class Precision:
             return None
         return min(scaler.get_scale() for scaler in self._scalers.values())
 
-    def state(self) -> dict[str, Any]:
-        """Return the scales and how long they have been good, as JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scales and how long they have been good."""
         return {model: scaler.state_dict() for model, scaler in self._scalers.items()}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with scales of an earlier run; a model that had none keeps its own."""
         for model, scaler in self._scalers.items():
             if model in state:

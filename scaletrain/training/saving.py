@@ -3,15 +3,19 @@
 Rank 0 writes them. What all ranks do together is said so.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from scaletrain.config.schema import Checkpoint
 from scaletrain.errors import TrainingError
 from scaletrain.run import progress
+from scaletrain.run.layout import RunDir
 from scaletrain.training import checkpoint
-from scaletrain.training.checkpoint import Loaded, State
+from scaletrain.training.best import Best
+from scaletrain.training.checkpoint import Loaded, Part, State
 from scaletrain.training.checkpoint_writer import CheckpointWriter
 from scaletrain.training.exchange import Exchange
 from scaletrain.world import World
@@ -34,25 +38,90 @@ class Saving:
     def __init__(
         self, settings: Checkpoint, run_dir: Path, world: World, exchange: Exchange, state: State
     ):
-        # A fault in the first save would come after hours.
-        checkpoint.check_saveable(state)
+        checkpoint.check_saveable(state)  # before the ranks meet; ``begin`` knows all parts
         self._settings = settings
         self._run_dir = run_dir
         self._world = world
         self._exchange = exchange
         self._state = state
+        self._loaded: Loaded | None = None
         self._writer: CheckpointWriter | None = None  # on rank 0, from ``begin`` on
+        self._best: Best | None = None
+        if settings.best:
+            self._best = Best(settings.best.figure, settings.best.mode, key="checkpoint.best")
         # Rank 0 sets it while the checkpoint before is being written, and saves in a later step.
         self._is_put_off = False
+        self._saved_step: int | None = None  # that of the last checkpoint, on rank 0
 
     def load(self) -> Loaded | None:
-        """Load the newest checkpoint that is whole, if there is one."""
+        """Load the newest checkpoint that is whole, if there is one. ``add`` restores the parts."""
+        self._loaded = self._load()
+        return self._loaded
+
+    def _load(self) -> Loaded | None:
         return checkpoint.load_latest(self._run_dir, self._state)
 
-    def begin(self) -> None:
-        """Get ready to write, once nothing is loaded any more."""
+    def add(self, name: str, part: Any) -> None:
+        """Save a part's state from now on, if it has ``state_dict``, and restore it after ``load``.
+
+        Args:
+            name: of the part, in checkpoints.
+            part: see ``checkpoint.Part``.
+        """
+        if not hasattr(part, "state_dict"):
+            return
+        while name in self._state.parts:
+            name += "+"  # a second callback of the same name
+        self._state.parts[name] = part
+        if self._loaded and name in self._loaded.parts:
+            part.load_state_dict(self._loaded.parts[name])
+
+    def begin(self, figures: list[str] | None) -> list[str]:
+        """Get ready to write, once all parts are there.
+
+        Args:
+            figures: the names of those that evaluations have; None if that is not known.
+
+        Returns:
+            Lines for people about state that a checkpoint lacks, or has without use.
+
+        Raises:
+            UserError: a checkpoint of this state could not be written, or there is no such figure
+                as ``checkpoint.best``.
+        """
+        checkpoint.check_saveable(self._state)  # a fault in the first save would come after hours
+        if self._best and figures is not None:
+            self._best.check(figures)
+        lines = []
+        if self._loaded:
+            lines += _differences(self._loaded, self._state.parts)
+            lines += self._resume_best()
+        self._loaded = None  # its tensors are not needed any more
         if self._world.rank == 0:
-            self._writer = CheckpointWriter(self._run_dir, self._settings.keep, progress.alive)
+            self._writer = CheckpointWriter(self._run_dir, self._settings, progress.alive)
+        return lines
+
+    def _resume_best(self) -> list[str]:
+        """Go on from the best figure so far; return lines about a checkpoint that does not tell."""
+        lines = []
+        for _, path in RunDir(self._run_dir).best_checkpoints() if self._best else []:
+            try:
+                content = checkpoint.read(path)
+            except checkpoint.Damaged as error:
+                lines.append(
+                    f"{error}: left out, the best figure is that of the evaluations to come"
+                )
+                continue
+            figure = content.state["best"]
+            assert self._best
+            if figure["figure"] == self._best.figure:
+                self._best.improves(content.state["step"], {figure["figure"]: figure["value"]})
+            else:
+                lines.append(
+                    f"checkpoint.best: {path.name} is the best of {figure['figure']}: the first"
+                    f" evaluation of {self._best.figure} replaces it"
+                )
+        return lines
 
     def is_due(self, step: int) -> bool:
         """Return True, on all ranks alike, if a checkpoint is due after this many steps."""
@@ -65,11 +134,28 @@ class Saving:
         While the one before is still being written, it is put off: waiting here for a slow disk
         would let the other ranks' collectives time out.
         """
-        if not self._writer:
+        if not self._writer or step == self._saved_step:
             return
         self._is_put_off = self._writer.is_writing()
         if not self._is_put_off:
             self._writer.save(step, self._state)
+            self._saved_step = step
+
+    def save_best(self, step: int, figures: Mapping[str, float | None]) -> None:
+        """Also write a checkpoint, on rank 0, if these figures are the best so far.
+
+        Args:
+            step: steps done.
+            figures: of the evaluation after them.
+        """
+        if self._best and self._best.improves(step, figures) and self._writer:
+            figure = {"figure": self._best.figure, "value": self._best.value}
+            self._writer.save_best(step, self._state, figure)
+
+    @property
+    def best(self) -> Best | None:
+        """The best figure so far, if it is asked for."""
+        return self._best
 
     def save_put_off(self, step: int) -> None:
         """Write the checkpoint that was put off, if there is one."""
@@ -94,7 +180,7 @@ class Saving:
                 return
 
     def roll_back(self, step: int) -> bool:
-        """Bring weights and optimizer back to the newest checkpoint (collective).
+        """Bring weights, optimizer and parts back to the newest checkpoint (collective).
 
         The data goes on, so the batches since that checkpoint are left out. Before the first one,
         the weights stay as they are.
@@ -112,7 +198,10 @@ class Saving:
             Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), section 5.1.
         """
         self.finish(step)  # all ranks wait for the one under way
-        loaded = self.load()
+        loaded = self._load()
+        for name, part in self._state.parts.items():
+            if loaded and name in loaded.parts:
+                part.load_state_dict(loaded.parts[name])
         steps = torch.zeros(self._world.size, dtype=torch.float64)  # each rank's
         steps[self._world.rank] = loaded.step if loaded else -1
         steps = self._exchange.sum(steps)
@@ -123,3 +212,15 @@ class Saving:
                 " (allowed: a run directory that all hosts share)"
             )
         return loaded is not None
+
+
+def _differences(loaded: Loaded, parts: Mapping[str, Part]) -> list[str]:
+    """Return a line for each part that a checkpoint lacks, and for each that only it has."""
+    lines = []
+    for name in parts:
+        if name not in loaded.parts:
+            lines.append(f"{name}: begins anew: {loaded.path.name} holds no state of it")
+    for name in loaded.parts:
+        if name not in parts:
+            lines.append(f"{name}: its state in {loaded.path.name} is left out: it is not used now")
+    return lines

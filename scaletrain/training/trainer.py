@@ -96,12 +96,14 @@ class Trainer:
         facts = training_facts(
             config, workload.optimizer, self._feed.num_samples, self.global_batch, self.num_steps
         )
-        state = State(self.module, workload.optimizer, facts, self._precision, self._feed.position)
+        state = State(self.module, workload.optimizer, facts, self._feed.position)
         self.saving = Saving(config.checkpoint, run_dir, world, exchange, state)
+        # Those of evaluations; None if it is not known before the first of them.
+        self.figure_names: list[str] | None = None
         # A fault in the first evaluation would come after hours: try it now.
         if not config.compute:  # an emulated accelerator would take its time
             most = math.ceil(self.global_batch / world.size)
-            self._evaluation.rehearse(most, config.target_accuracy is not None)
+            self.figure_names = self._evaluation.rehearse(most, config.target_accuracy is not None)
         # The checkpoint is loaded before ``attach``, which makes every rank's weights those of rank
         # 0.
         loaded = self.saving.load() if resume else None
@@ -109,10 +111,10 @@ class Trainer:
         self.next_step = loaded.step if loaded else 0
         # Lines for people: damaged checkpoints, and what differs from the run before.
         self.resume_lines = resume_lines(loaded, facts) if loaded else []
-        self.saving.begin()
         # By name: what forward calls while training, and on this rank alone.
         self._attached: dict[str, nn.Module] = {}
         self._modules: dict[str, nn.Module] = {}
+        self.saving.add("gradient order", exchange)  # before it has a model
         self._attach()
         # A worker that joins a running job, such as one that was started again, begins where it is.
         missed = exchange.skip(self.num_steps - self.next_step)
@@ -124,12 +126,27 @@ class Trainer:
         # A late worker may be the successor of one that died: the records of that one stay.
         self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or missed > 0)
         self._feed.start(self.next_step, loaded.position if loaded else {}, missed)
-        self._callbacks = [self._callback(named) for named in config.callbacks]
+        self._callbacks: list[Callback] = []
+        for named in config.callbacks:
+            self._add_callback(named)
+        if self._precision.scale is not None:
+            self.saving.add("loss_scales", self._precision)
+        self.resume_lines += self.saving.begin(self.figure_names)
+        self._evaluated_at: int | None = None  # steps done at the last evaluation
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done. A resumed run may have been finished before."""
-        return self.next_step >= self.num_steps
+        """Whether all steps are done, or a callback has ended the training.
+
+        A resumed run may have been finished before.
+        """
+        return self.next_step >= self.num_steps or bool(self.stop_reason)
+
+    @property
+    def stop_reason(self) -> str:
+        """Why a callback has ended the training, the same on all ranks; empty if none has."""
+        reasons = [callback.stop_reason for callback in self._callbacks]
+        return next(filter(None, reasons), "")
 
     def step(self) -> StepRecord:
         """Do one optimizer step: input, forward and backward (in passes), exchange, update.
@@ -203,6 +220,7 @@ class Trainer:
         on_step: Callable[[StepRecord], None],
         stop: Callable[[int], bool],
         on_evaluation: Callable[[int, dict[str, float | None]], None] | None = None,
+        snapshot: Callable[[int], bool] | None = None,
     ) -> dict[str, Any]:
         """Train to the last step, and return the summary. Every rank calls it.
 
@@ -212,6 +230,8 @@ class Trainer:
                 all ranks at the same step.
             on_evaluation: called on every rank after each evaluation, with the number of steps done
                 and the figures of ``evaluate``.
+            snapshot: called with the number of steps done; True lets all ranks save now, and must
+                come on all of them at the same step.
         """
         self._on_evaluation = on_evaluation
         began = time.monotonic()
@@ -230,23 +250,29 @@ class Trainer:
                 self._feed.check_left_out()
                 if record.skipped and self.config.nonfinite == "roll_back":
                     self._rollbacks += self.saving.roll_back(self.next_step)
-            if self.finished:
+            if self.next_step >= self.num_steps:
                 break  # the last step's evaluation and checkpoint come below
             evaluates = self._is_due(self.config.evaluate_every)
-            saves = self.saving.is_due(self.next_step)
+            is_asked = snapshot is not None and snapshot(self.next_step)
+            saves = self.saving.is_due(self.next_step) or is_asked
             # Ranks meet in an evaluation under every exchange. Where they may be at different steps
             # they cannot meet for a checkpoint: rank 0's statistics count then.
             if evaluates or (saves and self.exchange.averages):
-                statistics.average(self.module, self.exchange)
-            if evaluates:
-                self._evaluate_into(evaluation, began)
+                self._meet()
+            figures = self._evaluate_into(evaluation, began) if evaluates else None
             if saves:
                 self.saving.save(self.next_step)
             else:
                 self.saving.save_put_off(self.next_step)
-        statistics.average(self.module, self.exchange)
-        self.saving.save(self.next_step)
-        self._evaluate_into(evaluation, began)
+            if figures:
+                self.saving.save_best(self.next_step, figures)
+        if self._evaluated_at == self.next_step:
+            self.saving.save(self.next_step)
+        else:
+            self._meet()
+            self.saving.save(self.next_step)
+            figures = self._evaluate_into(evaluation, began)
+            self.saving.save_best(self.next_step, figures)
         self._writer.close()
         summary = self._summary(evaluation, time.monotonic() - began)
         self.saving.finish(self.next_step)
@@ -258,8 +284,8 @@ class Trainer:
         Returns:
             as ``Evaluation.run``.
         """
-        statistics.average(self.module, self.exchange)
-        return self._evaluation.run()
+        self._meet()
+        return self._evaluate()
 
     def describe(self) -> list[str]:
         """Return the arithmetic of batch and learning rate, as lines for people."""
@@ -298,8 +324,20 @@ class Trainer:
         cut_lines(path, lambda record: record["step"] < self.next_step)
         return [*read_records(path)] if path.exists() else []
 
-    def _callback(self, named: Named) -> Callback:
-        """Make a callback.
+    def _meet(self) -> None:
+        """Make the statistics that each rank has of its own the mean of all (collective)."""
+        statistics.average(self.module, self.exchange)
+        for callback in self._callbacks:
+            callback.meet()
+
+    def _evaluate(self) -> dict[str, float | None]:
+        with contextlib.ExitStack() as weights:
+            for callback in self._callbacks:
+                weights.enter_context(callback.evaluating())
+            return self._evaluation.run()
+
+    def _add_callback(self, named: Named) -> None:
+        """Make a callback, and restore its state.
 
         Raises:
             UserError: it changes gradients, which have left for the servers when it is called.
@@ -311,7 +349,8 @@ class Trainer:
                 f"callbacks: {named.name} changes gradients, and under {self.config.exchange.name}"
                 " they have left for the servers by then (allowed: an exchange whose workers update)"
             )
-        return made
+        self._callbacks.append(made)
+        self.saving.add(f"callbacks.{named.name}", made)
 
     def _scaled_rates(self) -> list[float]:
         """Scale the rate of each parameter group to the batch, if that is wanted; return them.
@@ -444,19 +483,22 @@ class Trainer:
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.next_step % every == 0
 
-    def _evaluate_into(self, evaluation: dict[str, Any], began: float) -> None:
-        """Evaluate, and note when the target accuracy was first reached."""
-        figures = self._evaluation.run()
+    def _evaluate_into(self, evaluation: dict[str, Any], began: float) -> dict[str, float | None]:
+        """Evaluate, and note when the target accuracy was first reached; return the figures."""
+        figures = self._evaluate()
+        self._evaluated_at = self.next_step
+        for callback in self._callbacks:
+            callback.after_evaluation(self.next_step, figures)
         if self._on_evaluation:
             self._on_evaluation(self.next_step, figures)
         evaluation.update(figures)
         target = self.config.target_accuracy
         # Only the first time counts, even if a later evaluation falls below the target.
-        if not target or "target_step" in evaluation:
-            return
-        if (evaluation["test_accuracy"] or 0) >= target:
-            evaluation["target_step"] = self.next_step
-            evaluation["target_s"] = time.monotonic() - began
+        if target and "target_step" not in evaluation:
+            if (evaluation["test_accuracy"] or 0) >= target:
+                evaluation["target_step"] = self.next_step
+                evaluation["target_s"] = time.monotonic() - began
+        return figures
 
     def _summary(self, evaluation: dict[str, Any], wall_s: float) -> dict[str, Any]:
         """Return the run in numbers (collective).
@@ -500,5 +542,16 @@ class Trainer:
             "rollbacks": self._rollbacks,
             "bad_samples": int(bad_samples),
             **evaluation,
+            **self._ends(),
             "wall_s": wall_s,
         }
+
+    def _ends(self) -> dict[str, Any]:
+        """Return what the summary says of the best checkpoint, and of a callback's stop."""
+        ends: dict[str, Any] = {}
+        best = self.saving.best
+        if best is not None and best.value is not None:
+            ends["best"] = {"figure": best.figure, "value": best.value, "step": best.step}
+        if self.stop_reason:
+            ends["stopped"] = self.stop_reason
+        return ends

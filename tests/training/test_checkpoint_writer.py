@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from scaletrain.config.schema import Checkpoint
 from scaletrain.errors import UserError
 from scaletrain.run.layout import RunDir
 from scaletrain.training import checkpoint, tensor_file
@@ -28,7 +29,7 @@ def job() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def writer(run_dir: Path, alive: Any = lambda doing: None, keep: int = 2) -> CheckpointWriter:
-    return CheckpointWriter(run_dir, keep, alive)
+    return CheckpointWriter(run_dir, Checkpoint(keep=keep), alive)
 
 
 class Disk:

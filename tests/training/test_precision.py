@@ -73,7 +73,7 @@ def test_gradients_get_their_size_back_and_an_overflow_halves_the_scale():
     assert precision.scale == FIRST_SCALE / 2
 
     again = Precision("fp16", torch.device("cpu"), ["model"])
-    again.load(precision.state())
+    again.load_state_dict(precision.state_dict())
     assert again.scale == FIRST_SCALE / 2
 
 
@@ -83,7 +83,7 @@ def test_other_precisions_have_no_scale(name: str):
     precision = Precision(name, torch.device("cpu"), ["model"])
     scaled_gradient(precision, model, 1.0)
     assert model.weight.grad is not None and (model.weight.grad == 2).all()
-    assert precision.scale is None and precision.state() == {}
+    assert precision.scale is None and precision.state_dict() == {}
 
 
 def test_a_torch_without_it_is_one_line(monkeypatch: pytest.MonkeyPatch):

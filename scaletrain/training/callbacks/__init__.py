@@ -5,11 +5,18 @@ Callback``, called once by every rank when its trainer is made. The YAML's ``cal
 of a run, in the order in which they are called.
 """
 
+import contextlib
+from collections.abc import Mapping
+
 from scaletrain.run.records import StepRecord
 
 
 class Callback:
     """One worker's callback. Every rank has it, and calls its methods at the same steps.
+
+    A callback with state has the methods of ``checkpoint.Part`` as well, ``state_dict`` and
+    ``load_state_dict``. Checkpoints then hold its state, and a resumed run gives it back on every
+    rank, once the callback is made.
 
     Attributes:
         changes_gradients: whether ``after_backward`` does. Exchanges whose gradients have left by
@@ -17,6 +24,14 @@ class Callback:
     """
 
     changes_gradients = False
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the training ends here, in words; empty while it goes on.
+
+        It must be the same on all ranks, as what follows from the figures of evaluations is.
+        """
+        return ""
 
     def after_backward(self) -> None:
         """Act on gradients that all ranks have agreed on, before the optimizer uses them."""
@@ -26,4 +41,23 @@ class Callback:
 
         Args:
             record: of the step. Steps that were left out come, too.
+        """
+
+    def meet(self) -> None:
+        """Make state that differs between the ranks equal (collective).
+
+        It is called before evaluations and checkpoints.
+        """
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which an evaluation runs, as with other weights."""
+        return contextlib.nullcontext()
+
+    def after_evaluation(self, step: int, figures: Mapping[str, float | None]) -> None:
+        """Act on an evaluation.
+
+        Args:
+            step: steps done.
+            figures: by name, such as ``test_loss``, the same on all ranks; None where a figure is
+                not finite.
         """
