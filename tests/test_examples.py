@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scaletrain.run.layout import RunDir
+from scaletrain.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "scaletrain"
@@ -75,3 +77,69 @@ def test_a_stream_of_text_is_learned(tmp_path: Path):
     assert summary["steps"] == 120
     # Guessing by the frequency of characters alone gives 3.2.
     assert summary["test_loss"] < 2.9
+
+
+# Reads what ``scaletrain export`` wrote as a person does who has torch alone.
+LOAD = """
+import sys
+import torch  # before the next line: torch loads the backends that are installed
+sys.modules["scaletrain"] = None
+from torch import nn
+from safetensors.torch import load_file
+
+model = nn.Module()
+model.features = nn.Sequential(
+    nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+)
+model.head = nn.Linear(512, 6)
+read = load_file if sys.argv[1].endswith(".safetensors") else torch.load
+model.load_state_dict(read(sys.argv[1]))
+print(model.head.weight.sum().item())
+"""
+
+
+def _exported(*arguments: str) -> tuple[str, float]:
+    """Export a run's weights; return what it says, and the sum of the head's weights."""
+    said = _succeed(sys.executable, "-m", "scaletrain.cli", "export", *arguments)
+    loaded = _succeed(sys.executable, "-c", LOAD, arguments[2])
+    return said, float(loaded)
+
+
+def _succeed(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_fine_tuning_and_export(tmp_path: Path):
+    train = (sys.executable, "-m", "scaletrain.cli", "train")
+    pretrained, tuned = tmp_path / "pretrained", tmp_path / "tuned"
+    _succeed(*train, "examples/finetune/pretrain.yaml", "--run-dir", str(pretrained))
+    job = ("examples/finetune/job.yaml", "--set", f"init_from.path={pretrained}")
+    said = _succeed(*train, *job, "--workers", "2", "--run-dir", str(tuned))
+    assert "init_from: 4 of 6 tensors of the model from" in said
+    assert "of another shape" in said and "head.weight ([6, 512], not [4, 512])" in said
+    summary = json.loads((tuned / "summary.json").read_text())
+    assert summary["test_accuracy"] > 0.9
+
+    def features(run_dir: Path) -> dict[str, torch.Tensor]:
+        found = checkpoint.newest(run_dir)
+        assert found is not None
+        weights = checkpoint.model_state(found.content)
+        return {name: value for name, value in weights.items() if name.startswith("features")}
+
+    before, after = features(pretrained), features(tuned)
+    assert len(before) == 4
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), f"{name} was frozen"
+
+    # Weights, averages and the best averages differ; each is a plain state dict.
+    newest = _exported(str(pretrained), "--out", str(tmp_path / "newest.safetensors"))
+    averages = _exported(str(pretrained), "--out", str(tmp_path / "averages.pt"), "--ema")
+    best = _exported(str(pretrained), "--out", str(tmp_path / "best.safetensors"), "--best")
+    assert "test_accuracy" in best[0] and "--ema exports those" in best[0]
+    assert newest[1] != averages[1]
+    content = checkpoint.newest(pretrained).content  # type: ignore[union-attr]
+    averaged = checkpoint.part_states(content)["callbacks.ema"]["weights"]["head.weight"]
+    assert averages[1] == averaged.sum().item()

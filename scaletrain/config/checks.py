@@ -84,6 +84,7 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
     config.loss = Named(name=config.loss.name, **_loss_options(config, where))
     _check_nonfinite(config, where)
     _check_precision(config, where)
+    _check_initial_weights(config, where)
     if config.optimizer is None and config.workload is None:
         config.optimizer = Optimizer(**_DEFAULTS["optimizer"])
     if config.optimizer is not None:  # else the workload's own
@@ -170,6 +171,18 @@ def _check_precision(config: RunConfig, where: str) -> None:
             f"{where}: nonfinite: 'roll_back' is not allowed beside precision: fp16, whose gradients"
             " overflow now and then (allowed: stop, skip)"
         )
+
+
+def _check_initial_weights(config: RunConfig, where: str) -> None:
+    if config.init_from is None:
+        return
+    if config.compute is not None:
+        raise UserError(
+            f"{where}: init_from: an emulated accelerator has no use for weights"
+            " (remove init_from, or remove compute)"
+        )
+    # Workers may start in another directory.
+    config.init_from.path = str(Path(config.init_from.path).absolute())
 
 
 def _check_length(config: RunConfig, where: str) -> None:

@@ -33,7 +33,7 @@ from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord, cut_lines
 from scaletrain.run.time_left import TimeLeft
-from scaletrain.training import workload
+from scaletrain.training import weights, workload
 from scaletrain.training.exchange import Setup
 from scaletrain.training.fingerprint import fingerprint
 from scaletrain.training.stopping import StopTogether
@@ -147,9 +147,14 @@ def _build(config: RunConfig, world: World, setup: Setup, resume: bool) -> Train
     parts = workload.build(config, setup.device)
     _check_same_data(parts, config, world, setup.store)
     exchange = config.load("exchange")(world, setup, **config.exchange.options)
+    lines: list[str] = []
+    goes_on = resume and RunDir(setup.run_dir).checkpoints()
+    if config.init_from and not goes_on:
+        lines += weights.load(config.init_from, parts.model)
     trainer = Trainer(config, world, parts, exchange, setup.device, setup.run_dir, resume)
+    lines += trainer.resume_lines
     if world.rank == 0:
-        for line in trainer.resume_lines:
+        for line in lines:
             print(line, flush=True)
     return trainer
 

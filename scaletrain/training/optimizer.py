@@ -1,6 +1,5 @@
 """The optimizer that a configuration names, over the groups of parameters that it describes."""
 
-import fnmatch
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from scaletrain.config.checks import is_torchs_optimizer
 from scaletrain.config.grammar import is_users_own
 from scaletrain.config.schema import Optimizer
 from scaletrain.errors import UserError, unknown
-
-_MOST_NAMES = 6  # of parameters, in an error's line
+from scaletrain.training import patterns
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,10 @@ def split(optimizer: Optimizer, model: nn.Module) -> list[Group]:
     groups = []
     for index, described in enumerate(optimizer.groups):
         key = f"optimizer.groups[{index}]"
-        for pattern in described.match:
-            if not any(matches(pattern, name) for name in names):
-                raise UserError(
-                    f"{key}.match: {pattern!r} matches no parameter of the model"
-                    f" (there are {_listed(names)})"
-                )
+        patterns.check(described.match, names, f"{key}.match")
         parameters = {}
         for name in [*rest]:
-            if any(matches(pattern, name) for pattern in described.match):
+            if any(patterns.matches(pattern, name) for pattern in described.match):
                 parameters[name] = rest.pop(name)
         if not parameters:
             raise UserError(
@@ -86,17 +79,6 @@ def split(optimizer: Optimizer, model: nn.Module) -> list[Group]:
     if rest:
         groups.insert(0, Group("optimizer", rest, optimizer.options))
     return groups
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Return True if a pattern matches a parameter's name, or a part of it between dots.
-
-    >>> [matches(pattern, "layers.0.norm1.bias") for pattern in ("bias", "norm*", "layers.0.*")]
-    [True, True, True]
-    >>> matches("nor", "layers.0.norm1.bias")
-    False
-    """
-    return any(fnmatch.fnmatchcase(part, pattern) for part in (name, *name.split(".")))
 
 
 def describe(named: Optimizer | None, made: torch.optim.Optimizer) -> list[str]:
@@ -175,9 +157,3 @@ def _with_options_of(alone: torch.optim.Optimizer, name: str, group: Group) -> d
         if group.key != "optimizer" and key not in kept:
             raise unknown(f"{group.key}: option that {name} has for all groups alike", key, kept)
     return kept
-
-
-def _listed(names: list[str]) -> str:
-    if len(names) <= _MOST_NAMES:
-        return ", ".join(names)
-    return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"

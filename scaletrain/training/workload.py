@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
-from scaletrain.training import loss_function, optimizer
+from scaletrain.training import loss_function, optimizer, patterns
 from scaletrain.training.joint_optimizer import JointOptimizer
 from scaletrain.training.randomness import seed_generators
 from scaletrain.training.stream import is_stream
@@ -234,6 +234,7 @@ def build(config: RunConfig, device: torch.device) -> Workload:
     seed_generators(seed)  # also those of ``random`` and numpy
     workload = _users_own(config) if config.workload else _supervised(config)
     _check_data(workload.data)
+    _freeze(workload.model, config.freeze)
     _check_trainable(workload.model)
     model = workload.model.to(device)
     if config.compute and workload.updates:
@@ -333,6 +334,15 @@ def _check_data(data: Data) -> None:
             )
 
 
+def _freeze(model: nn.Module, frozen: Sequence[str]) -> None:
+    """Leave the parameters that a pattern matches as they are."""
+    named = dict(model.named_parameters())
+    patterns.check(frozen, [*named], "freeze")
+    for name, parameter in named.items():
+        if any(patterns.matches(pattern, name) for pattern in frozen):
+            parameter.requires_grad_(False)
+
+
 def _check_trainable(model: nn.Module) -> None:
     parameters = [*model.parameters()]
     if not parameters:
@@ -343,7 +353,7 @@ def _check_trainable(model: nn.Module) -> None:
             " with an input before it returns it"
         )
     if not any(parameter.requires_grad for parameter in parameters):
-        raise UserError("model: no parameter is trained: none has requires_grad")
+        raise UserError("model: no parameter is trained: none has requires_grad, or freeze has all")
 
 
 def _check_optimizer(workload: Workload) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from scaletrain import config
 from scaletrain.errors import UserError
-from scaletrain.training import optimizer, workload
+from scaletrain.training import optimizer, patterns, workload
 from tests.ranks import run_ranks
 from tests.training import jobs
 
@@ -102,7 +102,7 @@ def test_groups_may_leave_no_parameter_to_the_optimizers_own_options():
 )
 def test_a_pattern_is_for_a_name_or_a_part_of_it(pattern: str, matching: set[str]):
     names = [name for name, _ in normed().named_parameters()]
-    assert {name for name in names if optimizer.matches(pattern, name)} == matching
+    assert {name for name in names if patterns.matches(pattern, name)} == matching
 
 
 def by_torch_alone(set_rates: Callable[[torch.optim.Optimizer, int], None]) -> dict:
