@@ -205,16 +205,23 @@ def test_a_signal_stops_all_ranks_and_the_run_goes_on_with_resume(
                 process.stdout and process.stdout.read()
             )
             time.sleep(0.1)
+        process.send_signal(signal.SIGUSR2)
+        while not list(run.glob("step-*")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        saved = [int(path.stem.removeprefix("step-")) for path in run.glob("step-*")]
         process.send_signal(number)
         output, _ = process.communicate(timeout=30)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + number, output
+    assert "asked for a checkpoint; the run goes on" in output and not (run / "save_now").exists()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["finished"] is False and 20 <= summary["steps"] < 2800
     counts = {(run / f"rank-{rank}.jsonl").read_text().count("\n") for rank in range(3)}
     assert counts == {summary["steps"]}, "all ranks stopped at the same step"
+    assert len(saved) == 1 and 20 <= saved[0] < summary["steps"], "it went on after SIGUSR2"
     more = str(summary["steps"] + 5)
     done = scaletrain(
         "train",

@@ -49,6 +49,9 @@ def command(
 ) -> None:
     """Train the job that CONFIG (a YAML file) describes.
 
+    Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint and stop; --resume goes on. SIGUSR2 writes a
+    checkpoint, and the run goes on.
+
     \b
     Examples:
       scaletrain train examples/digits.yaml --workers 2 --exchange ring

@@ -36,7 +36,7 @@ from scaletrain.run.time_left import TimeLeft
 from scaletrain.training import weights, workload
 from scaletrain.training.exchange import Setup
 from scaletrain.training.fingerprint import fingerprint
-from scaletrain.training.stopping import StopTogether
+from scaletrain.training.stopping import SaveTogether, StopTogether
 from scaletrain.training.trainer import Trainer
 from scaletrain.units import duration, plural
 from scaletrain.world import World
@@ -100,7 +100,9 @@ def main(run_dir: Path, resume: bool = False) -> int:
                 narrator.step(record)
 
         programs.done()
-        summary = trainer.fit(on_step, stop, narrator.evaluated if narrator else None)
+        on_evaluation = narrator.evaluated if narrator else None
+        save = SaveTogether(store, config.log_every, files, world.rank)
+        summary = trainer.fit(on_step, stop, on_evaluation, save)
         stop.over()
 
         # 5. Say what was reached.

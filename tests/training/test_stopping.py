@@ -1,22 +1,24 @@
-"""Tests of training/stopping.py: all ranks stop before the same step, and soon.
+"""Tests of training/stopping.py: all ranks stop or save before the same step, and soon.
 
 Time is made up: ranks take steps together, as synchronous training does, with a clock each.
 """
 
 import random
 import signal
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from scaletrain.run.layout import RunDir
 from scaletrain.training import stopping
-from scaletrain.training.stopping import StopTogether
+from scaletrain.training.stopping import SaveTogether, StopTogether
 
 
 @pytest.fixture(autouse=True)
 def _handlers():
     """Give the test process its own handlers back."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
@@ -67,6 +69,30 @@ def play(
             for other in range(size):
                 ready[other] = max(parts.values()) + step_s * chance.uniform(0, 0.2)
     return [stopped[rank] for rank in range(size)], last - signal_at
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_all_ranks_save_after_the_same_step_each_time_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch, every: int, tmp_path: Path
+):
+    """Rank 1 is a step ahead of rank 0; each of them asks once, the second time by the file."""
+    clock = Clock()
+    monkeypatch.setattr(stopping, "time", clock)
+    store, files = dist.HashStore(), RunDir(tmp_path)
+    ranks = [SaveTogether(store, every, files, rank) for rank in range(2)]
+    saved: list[list[int]] = [[], []]
+    for step in range(200):
+        clock.now += 0.1
+        if step == 33:
+            ranks[1].is_asked = True
+        if step == 120:
+            files.save_request.touch()
+        for rank in (1, 0):
+            if ranks[rank](step + rank):
+                saved[rank].append(step + rank)
+    assert saved[0] == saved[1] and len(saved[0]) == 2
+    assert 34 <= saved[0][0] <= 54 and 120 <= saved[0][1] <= 150
+    assert not files.save_request.exists()
 
 
 @pytest.mark.parametrize("step_s", [0.001, 0.05, 0.4, 2.4, 7.0])

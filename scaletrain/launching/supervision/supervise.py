@@ -36,8 +36,8 @@ from scaletrain.run.progress import LAUNCH_MARK
 # descriptor of the standard input that it gives to rank 0; -1: none.
 ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job, int])
 # Signals that are passed on, SIGINT unless it is ignored. So is SIGHUP, as a SIGTERM, unless it is
-# ignored (nohup).
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# ignored (nohup). SIGUSR2 asks for a checkpoint.
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _HELD = (*FORWARDED, signal.SIGTSTP)  # until the supervisor can answer them
 _SUSPEND_S = 1.0  # Ctrl-Z waits this long for the supervisor to stop everything
 _END_S = 6.0  # within this time the supervisor ends once nobody listens to it
@@ -55,7 +55,8 @@ def run(
     first cause of a failure is shown once and written to ``RunDir.first_cause``.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on to the workers while this runs, if it runs in
-    the main thread. Everything that was started has ended when it returns.
+    the main thread. SIGUSR2 lets training save and go on. Everything that was started has
+    ended when it returns.
 
     Rank 0 gets this process's standard input, if the plan starts it itself and the job has the
     screen to itself. All other processes have none.
@@ -213,7 +214,7 @@ def _forwarding(supervisor: subprocess.Popen[bytes] | Forked) -> Iterator[None]:
 
     # A shell script starts its background jobs with SIGINT ignored: the terminal's Ctrl-C is not
     # meant for them. nohup does the same with SIGHUP.
-    numbers = [signal.SIGTERM, signal.SIGUSR1]
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             numbers.append(number)

@@ -104,6 +104,7 @@ class Supervisor:
 
     def _forget_earlier_job(self) -> None:
         self._run_dir.first_cause.unlink(missing_ok=True)
+        self._run_dir.save_request.unlink(missing_ok=True)
         for _, path in self._run_dir.all_failures():
             path.unlink(missing_ok=True)
         for rank in range(self.job.workers):
@@ -177,9 +178,11 @@ class Supervisor:
             if self._processes.orphaned:
                 self._processes.stop()
                 return 1
+            self._answer_save_requests()
             # A signal that comes when all have ended has nothing left to stop.
-            if self.signals and self._processes.any_running():
-                return self._end_interrupted(self.signals[0])
+            ending = [number for number in self.signals if number != signal.SIGUSR2]
+            if ending and self._processes.any_running():
+                return self._end_interrupted(ending[0])
             self._say_how_start_goes()
             self._late_ends.look()
             failure = self._find_failure() or self._find_hang()
@@ -208,6 +211,23 @@ class Supervisor:
                 )
             self._processes.read(_TICK_S if is_told else 0.02)
             waited_s = time.monotonic() - began
+
+    def _answer_save_requests(self) -> None:
+        """Let a training job write a checkpoint and go on, for each SIGUSR2.
+
+        A file asks for it, because launchers pass on only some signals. Other jobs get the signal.
+        """
+        while signal.SIGUSR2 in self.signals:
+            self.signals.remove(signal.SIGUSR2)
+            if not self.job.trains:
+                self._pass_on(signal.SIGUSR2)
+                continue
+            try:
+                self._run_dir.save_request.touch()
+            except OSError as error:
+                self._processes.say(f"scaletrain: {error.filename}: {error.strerror}")
+            else:
+                self._processes.say("scaletrain: asked for a checkpoint; the run goes on")
 
     def _say_how_start_goes(self) -> None:
         """Say now and then how many workers have joined, until the first step is done."""
@@ -389,7 +409,8 @@ class Supervisor:
         until = time.monotonic() + _INTERRUPT_S
         while time.monotonic() < until and self._processes.any_running():
             while num_passed < len(self.signals):
-                self._pass_on(self.signals[num_passed])
+                if self.signals[num_passed] != signal.SIGUSR2:  # a checkpoint comes anyway
+                    self._pass_on(self.signals[num_passed])
                 num_passed += 1
             num_ending = len([heard for heard in self.signals if heard in _ENDING])
             if num_ending > 1 or self._processes.orphaned:
