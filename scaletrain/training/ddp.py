@@ -1,8 +1,9 @@
 """Shared by the allreduce exchanges: DistributedDataParallel over the default process group."""
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -61,6 +62,10 @@ class AllreduceExchange(Exchange):
         self._bucket_mb = bucket_mb
         self._find_unused_parameters = find_unused_parameters
         self._device = setup.device
+        # By model, in the order of ``attach``: the order of its gradients, once it is known.
+        self._gradients: list[GradientOrder] = []
+        # Of the run before, in the same order.
+        self._orders_before: list[list[int]] = []
         # By what ``attach`` returned: models that train together have an optimizer each.
         self._optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
         # When backward made its last gradient; None on CUDA. Written by backward's thread.
@@ -75,17 +80,35 @@ class AllreduceExchange(Exchange):
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(self._note_gradient)
         # The view saves a copy: gradients lie in the buckets that travel.
-        wrapped = DistributedDataParallel(
+        wrapped = _OrderedDDP(
             model,
+            self._order_before(),
             bucket_cap_mb=self._bucket_mb,
             find_unused_parameters=self._find_unused_parameters,
             gradient_as_bucket_view=True,
         )
+        self._gradients.append(GradientOrder(model))
         # A hook replaces DDP's built-in allreduce, so a run without a trace does not get one.
         if spans.on():
             wrapped.register_comm_hook(None, _traced_allreduce)
         self._optimizers[wrapped] = optimizer
         return wrapped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the order in which each model's gradients came, as far as it is known."""
+        return {"orders": [gradients.order for gradients in self._gradients]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let models that are attached from now on have the buckets of the run before."""
+        self._orders_before = state["orders"]
+
+    def _order_before(self) -> list[int]:
+        """Return the order of the gradients of the model that is attached next, if it is known."""
+        number = len(self._gradients)
+        # Then DDP never orders its buckets anew.
+        if self._find_unused_parameters or number >= len(self._orders_before):
+            return []
+        return self._orders_before[number]
 
     def accumulate(self, model: nn.Module | None = None) -> contextlib.AbstractContextManager[None]:
         """Return DDP's ``no_sync``."""
@@ -99,7 +122,10 @@ class AllreduceExchange(Exchange):
             # DDP's backward returns once all means are there, and this method runs right after it.
             waited_s = time.perf_counter() - self._last_gradient_at
             self._waited_s = (self._waited_s or 0.0) + waited_s
-        self._optimizers[attached(self._optimizers, model)].step()
+        wrapped = attached(self._optimizers, model)
+        self._optimizers[wrapped].step()
+        for gradients in self._gradients:
+            gradients.end_step()
 
     def record(self) -> dict[str, float]:
         """Return ``wait_in_backward_s``, over all models, since it was last asked.
@@ -136,6 +162,66 @@ class AllreduceExchange(Exchange):
     def _note_gradient(self, parameter: torch.Tensor) -> None:
         # Each gradient overwrites the time of the one before, so that of the last one remains.
         self._last_gradient_at = time.perf_counter()
+
+
+class GradientOrder:
+    """Notes the order in which a model's gradients come in its first step.
+
+    DDP orders its buckets by that after the first step, and with them the sums over more than two
+    ranks. A run that goes on needs that order from its first step on, or it differs in the last
+    bits.
+
+    Args:
+        model: whose trained parameters are numbered as they are registered.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.order: list[int] = []  # numbers of parameters, once it is known
+        # Of all passes of the step. Written by backward's thread.
+        self._came: list[int] = []
+        self._hooks: list[Any] = []
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._num_trained = len(trained)
+        for number, parameter in enumerate(trained):
+            note = functools.partial(self._note, number)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(note))
+
+    def end_step(self) -> None:
+        """Take the order of the step's last pass, in which all gradients travelled."""
+        if not self._came:
+            return
+        last = self._came[-self._num_trained :]
+        if len(set(last)) == self._num_trained:
+            self.order = last
+        self._came = []
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, number: int, parameter: torch.Tensor) -> None:
+        self._came.append(number)
+
+
+class _OrderedDDP(DistributedDataParallel):
+    """DDP with buckets in a known order of gradients from the first step on.
+
+    Without an order, or if it is not one of this model's parameters, it is plain DDP.
+    """
+
+    def __init__(self, model: nn.Module, order: list[int], **options: Any):
+        self._known_order = order
+        super().__init__(model, **options)
+        if self._is_known:
+            # As if all gradients had come once, in the order in which DDP has the parameters.
+            self.reducer._push_all_rebuilt_params()
+            self.reducer._rebuild_buckets()
+
+    def _build_params_for_reducer(self) -> tuple[list[Any], list[bool]]:
+        parameters, are_sparse = super()._build_params_for_reducer()
+        order = self._known_order
+        self._is_known = sorted(order) == [*range(len(parameters))]
+        if not self._is_known:
+            return parameters, are_sparse
+        return [parameters[each] for each in order], [are_sparse[each] for each in order]
 
 
 # DDP insists on the parameter's name ``bucket``, and on annotations that are not strings.
