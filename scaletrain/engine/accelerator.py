@@ -81,17 +81,19 @@ class AcceleratorLane(Lane):
                     # Their memory is not given to others before this stream is through.
                     for tensor in tensors:
                         tensor.record_stream(self._stream)
-                future.set_result(self._run(tensors, operation, number))
+                with self._engine_lock:
+                    outcome = self._run(tensors, operation, number)
+                future.set_result(outcome)
 
         return task
 
-    def _sum(self, flat: Tensor, reduce: Reduce) -> None:
+    def _sum(self, flat: Tensor, reduce: Reduce, number: int) -> None:
         if self._staged:
-            self._sum_through_host(flat, reduce)
+            self._sum_through_host(flat, reduce, number)
         else:
-            super()._sum(flat, reduce)
+            super()._sum(flat, reduce, number)
 
-    def _sum_through_host(self, flat: Tensor, reduce: Reduce) -> None:
+    def _sum_through_host(self, flat: Tensor, reduce: Reduce, number: int) -> None:
         """Reduce a tensor on the device over all ranks, in place, by a wire of the CPU.
 
         1. Start to copy all its parts to the host, on a stream of their own.
@@ -114,7 +116,7 @@ class AcceleratorLane(Lane):
                 event.record(self._download_stream)
         for cut, event in zip(cuts, arrived, strict=True):
             event.synchronize()
-            self._engine.allreduce(host[cut], reduce)
+            self._engine.allreduce(host[cut], reduce, number)
             flat[cut].copy_(host[cut], non_blocking=True)
         self._uploaded.record(self._present_stream())
 

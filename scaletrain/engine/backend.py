@@ -34,7 +34,8 @@ def _create(group_options: Any, backend_options: Any) -> dist.ProcessGroup:
         group_options.group_rank,
         group_options.group_size,
         group_options.timeout,
-        backend_options or Options.from_env(),
+        # A script may bring gloo's options.
+        backend_options if isinstance(backend_options, Options) else Options.from_env(),
     )
 
 
@@ -42,4 +43,5 @@ def _create_over_mpi(group_options: Any, backend_options: Any) -> dist.ProcessGr
     from scaletrain.engine.choice import NATIVE
     from scaletrain.engine.process_group import Options
 
-    return _create(group_options, backend_options or Options(NATIVE, "mpi"))
+    is_ours = isinstance(backend_options, Options)
+    return _create(group_options, backend_options if is_ours else Options(NATIVE, "mpi"))

@@ -2,8 +2,6 @@
 
 from typing import Any, NamedTuple
 
-from scaletrain.config import plugin_spec
-
 AUTO = "auto"  # the engine chooses
 NATIVE = "native"  # the wire's own allreduce: gloo's, MPI's, or the one that shared memory has
 
@@ -32,4 +30,7 @@ def check(text: str, kind: str, key: str = "") -> tuple[str, dict[str, Any]]:
     allowed = (AUTO, NATIVE) if kind == "collective" else (AUTO,)
     if text in allowed:
         return text, {}
+    # Not at the top: what reads configurations takes longer to load than the engine.
+    from scaletrain.config import plugin_spec
+
     return plugin_spec(kind, text, key or kind, allowed)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from scaletrain.collectives.schedule import proved
 from scaletrain.engine import autotune
 from scaletrain.engine.choice import AUTO, NATIVE, WIRES_OWN, Choice, check
 from scaletrain.engine.execute import execute
-from scaletrain.engine.meeting import host_of_each_rank
+from scaletrain.engine.meeting import host_of_each_rank, introduced
 from scaletrain.engine.program import RankProgram
-from scaletrain.engine.transport import Group, Reduce, Transport
+from scaletrain.engine.transport import Call, Group, Reduce, Transport
 from scaletrain.errors import unknown
 from scaletrain.host import shared_memory
 
@@ -44,6 +45,7 @@ class Engine:
         # Both names are checked before the ranks meet: a slip of the keyboard is reported at once.
         self._collective, self._options = check(collective, "collective")
         transport_name, transport_options = check(transport, "transport")
+        group = introduced(group)
         self._group = group
         self._hosts = host_of_each_rank(group)
         if transport_name == AUTO:
@@ -51,23 +53,29 @@ class Engine:
         self.transport_name = transport_name
         connect = plugins.load("transport", transport_name)
         self._transport: Transport = connect(group, **transport_options)
+        # None: this wire cannot compare what the ranks want.
+        self._announce: Callable[[Call], None] | None = getattr(self._transport, "announce", None)
         if self._collective == NATIVE and not self._has_own_allreduce():
             raise unknown(f"collective over {transport_name}", NATIVE, plugins.names("collective"))
         self._programs: dict[str, RankProgram] = {}  # by algorithm: those that have been needed
         self._tuning: autotune.Tuning | None = None  # measured at the first message of ``auto``
 
-    def allreduce(self, tensor: Tensor, reduce: Reduce = torch.add) -> None:
+    def allreduce(self, tensor: Tensor, reduce: Reduce = torch.add, number: int = 0) -> None:
         """Reduce a tensor over all ranks, in place. Collective, in the same order on every rank.
 
         Args:
             tensor: one-dimensional, contiguous and not empty; the same dtype and number of elements
                 on every rank.
             reduce: associative and commutative.
+            number: of the collective in its group, for the comparison of what the ranks want.
 
         Raises:
             TimeoutError: a rank is late; names it.
             ConnectionError: a rank is gone; names it.
+            RuntimeError: the ranks want different things, on wires that compare (``Comparing``).
         """
+        if self._announce is not None:
+            self._announce(Call(number, tensor.numel(), tensor.dtype, reduce))
         self.run(self.choose(tensor.nbytes), tensor, reduce)
 
     def run(self, choice: Choice, tensor: Tensor, reduce: Reduce = torch.add) -> None:

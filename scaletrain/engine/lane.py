@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scaletrain.engine.engine import Engine
 from scaletrain.engine.roll_call import RollCall
-from scaletrain.engine.transport import Group, Reduce
+from scaletrain.engine.transport import Call, Group, Reduce
 from scaletrain.engine.work import Done, FutureWork, future_of, result_of
 from scaletrain.run import progress
 
@@ -68,27 +68,32 @@ class Lane:
     """
 
     def __init__(self, group: Group, roll_call: RollCall, collective: str, transport: str):
-        self._group = group
+        # Set by ``abort``, read by the threads that wait for peers.
+        self._ended = threading.Event()
+        self._group = group._replace(ended=self._ended)
         self._roll_call = roll_call
         self._collective = collective
         self._transport = transport
+        # Held while an allreduce gets its number and its place: they run in the order of numbers.
+        self._ordering = threading.Lock()
         # Callers put tasks in, the lane's thread takes them out. None ends the thread.
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Tasks that are not done. Callers add to it and the lane's thread subtracts, both under
-        # _counting. Callers read it without the lock: they only ask whether it is 0, and a caller
-        # that sees 0 has no task in the queue.
+        # Tasks that are not done, callbacks included. Callers add to it and the lane's thread
+        # subtracts, both under _ordering.
         self._num_unfinished = 0
-        self._counting = threading.Lock()
         # The thread that uses the engine holds it: a caller, or the lane's thread.
         self._engine_lock = threading.Lock()
         # Both of these are written and read under _engine_lock. Exceptions: record reads the engine
         # without it, and close ends the engine when the thread has ended.
         self._engine: Engine | None = None  # created by the first allreduce
-        self._failure: BaseException | None = None  # the first one: nothing runs after it
+        self._failure: BaseException | None = None  # of an exchange, the first: none runs after it
         self._thread: threading.Thread | None = None  # started by the first task
 
     def allreduce(self, tensors: list[Tensor], operation: Operation, at_once: bool) -> dist.Work:
         """Reduce tensors over all ranks, in place. Collective.
+
+        A callback of an earlier allreduce's future may call it, and wait for the result: it comes
+        right after that one, on every rank.
 
         Args:
             tensors: of any shape and strides, and of one of ``DTYPES``.
@@ -98,14 +103,26 @@ class Lane:
         Returns:
             The work; its ``wait`` raises RuntimeError if the collective failed.
         """
-        number = self._roll_call.next()
-        if at_once and not self._num_unfinished:
+        if self._is_lane_thread():
+            # In a callback. A task would never start: this thread runs the callback.
             with self._engine_lock:
-                return Done(self._run(tensors, operation, number))
+                return Done(self._run(tensors, operation, self._roll_call.next()))
+        with self._ordering:
+            number = self._roll_call.next()
+            is_idle = not self._num_unfinished and self._engine_lock.acquire(blocking=False)
+            if not (is_idle and at_once):
+                if is_idle:
+                    self._engine_lock.release()
+                return self._queue(tensors, operation, number)
+        try:
+            return Done(self._run(tensors, operation, number))
+        finally:
+            self._engine_lock.release()
+
+    def _queue(self, tensors: list[Tensor], operation: Operation, number: int) -> dist.Work:
+        """Give an allreduce to the lane's thread. The caller holds ``_ordering``."""
         future = future_of(tensors)
-        # Counted before it is queued: otherwise a caller could read 0 with this task on its way.
-        with self._counting:
-            self._num_unfinished += 1
+        self._num_unfinished += 1
         # Started on demand: a script that waits for each result needs no thread.
         if self._thread is None:
             self._thread = threading.Thread(
@@ -116,13 +133,20 @@ class Lane:
         # Python's Future.set_exception only wraps a value, which DDP's C++ takes for tensors and
         # crashes on. An exception of a callback is an error in C++ too: a RuntimeError there and
         # for wait(), with our message.
-        return FutureWork(future.then(result_of))
+        return FutureWork(future.then(result_of), self._help_on)
 
     def _task(
         self, future: torch.futures.Future, tensors: list[Tensor], operation: Operation, number: int
     ) -> Callable[[], None]:
         """Return the task for the lane's thread: it completes the future, and raises nothing."""
-        return lambda: future.set_result(self._run(tensors, operation, number))
+
+        def task() -> None:
+            with self._engine_lock:
+                outcome = self._run(tensors, operation, number)
+            # Its callbacks run here, and may need the engine.
+            future.set_result(outcome)
+
+        return task
 
     def _run(
         self, tensors: list[Tensor], operation: Operation, number: int
@@ -137,21 +161,15 @@ class Lane:
             # Tensors may require gradients, or be made in this mode. Buffers that are made now are
             # used later, in whatever mode the caller is then.
             with torch.inference_mode():
-                if self._engine is None:
-                    self._engine = Engine(self._group, self._collective, self._transport)
                 for tensor in tensors:
-                    self._reduce(tensor, operation)
-        except (TimeoutError, ConnectionError) as error:
-            self._failure = type(error)(self._roll_call.explain("allreduce", number, error))
-            return self._failure
+                    self._reduce(tensor, operation, number)
         except BaseException as error:
-            self._failure = error
-            if not isinstance(error, Exception) and threading.current_thread() is not self._thread:
+            if not isinstance(error, Exception) and not self._is_lane_thread():
                 raise  # Ctrl-C: the program is to end, not the collective to fail
-            return error
+            return self._failure or error
         return tensors
 
-    def _reduce(self, tensor: Tensor, operation: Operation) -> None:
+    def _reduce(self, tensor: Tensor, operation: Operation, number: int) -> None:
         """Reduce one tensor of any shape and strides, in place.
 
         1. Take a flat view of it, or a flat copy where there is no view or the sum is to be wider.
@@ -161,10 +179,13 @@ class Lane:
         if tensor.numel() == 0 or self._group.size == 1:
             return
         progress.entering("allreduce", tensor.nbytes)
+        is_contiguous = tensor.is_contiguous()
+        if not is_contiguous:
+            tensor = _without_repetitions(tensor)
         # Two half-precision terms are rounded once either way.
         rounds_twice = self._group.size > 2 or operation.average
         wide = WIDE.get(tensor.dtype) if rounds_twice else None
-        in_place = wide is None and tensor.is_contiguous()
+        in_place = wide is None and is_contiguous and not tensor.is_neg()
         if in_place and tensor.dim() == 1 and tensor.numel() > 1:
             flat = tensor
         elif in_place:
@@ -172,31 +193,74 @@ class Lane:
             # bytes does not accept.
             flat = tensor.as_strided((tensor.numel(),), (1,))
         else:
-            flat = tensor.to(wide or tensor.dtype).contiguous().view(-1)
+            flat = tensor.resolve_neg().to(wide or tensor.dtype).contiguous().view(-1)
             if flat.data_ptr() == tensor.data_ptr():
                 flat = flat.clone()
-        self._sum(flat, operation.reduce)
+        self._exchange(flat, operation.reduce, number)
         if operation.average:
             flat /= self._group.size
         if not in_place:
             tensor.copy_(flat.view(tensor.shape))
 
-    def _sum(self, flat: Tensor, reduce: Reduce) -> None:
+    def _exchange(self, flat: Tensor, reduce: Reduce, number: int) -> None:
+        """Reduce a flat, contiguous tensor over all ranks, in place.
+
+        A failure here ends the lane: the other ranks' messages may be anywhere. What fails before
+        or after it concerns this rank's tensor alone.
+        """
+        try:
+            if self._engine is None:
+                self._engine = Engine(self._group, self._collective, self._transport)
+            self._sum(flat, reduce, number)
+        except (TimeoutError, ConnectionError) as error:
+            wanted = Call(number, flat.numel(), flat.dtype, reduce).wanted()
+            explained = self._roll_call.explain("allreduce", number, error, wanted)
+            self._failure = type(error)(explained)
+            raise self._failure from error
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _sum(self, flat: Tensor, reduce: Reduce, number: int) -> None:
         """Reduce a flat, contiguous tensor over all ranks, in place."""
         assert self._engine
-        self._engine.allreduce(flat, reduce)
+        self._engine.allreduce(flat, reduce, number)
 
     def _run_tasks(self) -> None:
         """Run the tasks, one after another, until None comes. This is the lane's thread."""
         while task := self._tasks.get():
-            with self._engine_lock:
-                task()
-            with self._counting:
-                self._num_unfinished -= 1
+            self._finish(task)
+
+    def _finish(self, task: Callable[[], None]) -> None:
+        task()
+        with self._ordering:
+            self._num_unfinished -= 1
+
+    def _help_on(self, future: torch.futures.Future) -> None:
+        """Run tasks until the future is done, if this is the lane's thread.
+
+        A callback of an allreduce waits for a later one, whose task this thread has not run yet.
+        """
+        while self._is_lane_thread() and not future.done():
+            task = self._tasks.get()
+            if task is None:
+                self._tasks.put(None)  # for ``_run_tasks``
+                raise ConnectionError("allreduce: not run, since its group was destroyed")
+            self._finish(task)
+
+    def _is_lane_thread(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def record(self, *sizes: int) -> dict[str, Any]:
         """Return the ``Engine.record``, for the run's header; empty before the first use."""
         return self._engine.record(*sizes) if self._engine else {}
+
+    def abort(self) -> None:
+        """End the waits of other threads for peers: they raise ConnectionError. Not collective.
+
+        Waits inside gloo, MPI or NCCL last for their own limits: nothing can end them.
+        """
+        self._ended.set()
 
     def close(self) -> None:
         """End the thread after the tasks, and give the wire back. Not collective.
@@ -210,3 +274,11 @@ class Lane:
         if self._engine:
             self._engine.close()
             self._engine = None
+
+
+def _without_repetitions(tensor: Tensor) -> Tensor:
+    """Return a view with each element once, of a tensor that ``expand`` has made larger."""
+    for dimension, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dimension] > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor

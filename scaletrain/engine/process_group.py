@@ -20,20 +20,28 @@ no MPI. It is for scripts under mpirun.
 """
 
 import os
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    BarrierOptions,
+    ReduceScatterOptions,
+)
 
-from scaletrain.config.grammar import split_spec
 from scaletrain.engine.accelerator import AcceleratorLane, shared
 from scaletrain.engine.choice import AUTO, NATIVE, check
 from scaletrain.engine.lane import DTYPES, OPERATIONS, Lane, Operation, number_of
+from scaletrain.engine.meeting import introduce, known_members
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import Group, nccl
 from scaletrain.engine.work import All, Forwarded
@@ -88,6 +96,10 @@ class ProcessGroup(dist.ProcessGroup):
         self._store = store
         self._timeout = timeout
         self._options = options
+        # What the ranks need to know of each other is there when gloo has connected them.
+        introduce(store, rank)
+        if rank == 0:
+            store.set("place", uuid.uuid4().hex)
         # All of them meet in one store: prefixes keep the keys of gloo, NCCL and our wires apart.
         self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo/", store), rank, size, timeout)
         self._register_backend(torch.device("cpu"), BackendType.GLOO, self._gloo)
@@ -97,9 +109,15 @@ class ProcessGroup(dist.ProcessGroup):
             self._nccl = nccl.backend(Group(dist.PrefixStore("nccl/", store), rank, size, timeout))
             self._register_backend(torch.device("cuda"), BackendType.NCCL, self._nccl)
             self._set_default_backend(BackendType.NCCL)
-        self._roll_call = RollCall(store, rank, size, timeout)
-        # By kind of device, created at the first allreduce of such tensors. None: left to NCCL.
+        # The group's own part of the store, over a connection that no script waits on.
+        self._job_store = _without_prefixes(store)  # groups find the connection while one holds it
+        second = _second(self._job_store)
+        self._meeting = dist.PrefixStore(f"{store.get('place').decode()}/", second)
+        self._roll_call = RollCall(self._meeting, rank, size, timeout)
+        # By kind of device, created at the first allreduce of such tensors, by whichever thread
+        # holds _creating. None: left to NCCL.
         self._lanes: dict[str, Lane | None] = {}
+        self._creating = threading.Lock()
         self._device_shared: bool | None = None  # None: the ranks have not been asked yet
 
     def getBackendName(self) -> str:
@@ -109,13 +127,33 @@ class ProcessGroup(dist.ProcessGroup):
     # Allreduce
 
     def allreduce(  # type: ignore[override]
-        self, tensors: list[Tensor], options: Any = None
+        self,
+        tensors: list[Tensor] | Tensor | None = None,
+        opts: Any = None,
+        timeout: timedelta | None = None,
+        *,
+        op: Any = None,
+        tensor: Tensor | None = None,
     ) -> dist.Work:
         """Reduce tensors over all ranks, in place. Collective.
 
         It runs on the engine if the tensor is dense and of a plain dtype, else on gloo or NCCL.
+        torch's class takes a tensor or a list, and options or an operation.
         """
-        options = options or dist.AllreduceOptions()
+        tensors = tensor if tensors is None else tensors
+        if isinstance(tensors, Tensor):
+            tensors = [tensors]
+        assert tensors is not None
+        options = opts
+        if not isinstance(opts, AllreduceOptions):
+            options = AllreduceOptions()
+            operation = opts if op is None else op
+            if operation is not None:
+                options.reduceOp = operation
+        if timeout is not None:
+            # gloo ends a collective after a time of its own, the engine after the group's.
+            options.timeout = timeout
+            return self._forward("allreduce", tensors, options)
         operation = OPERATIONS.get(number_of(options.reduceOp))
         lane = None
         if operation is not None and _runs_on_engine(tensors, operation):
@@ -134,7 +172,9 @@ class ProcessGroup(dist.ProcessGroup):
         on_cpu = all(tensor.is_cpu for tensor in tensors)
         kind = "cpu" if on_cpu else tensors[0].device.type
         if kind not in self._lanes:
-            self._lanes[kind] = self._new_lane(kind)
+            with self._creating:
+                if kind not in self._lanes:
+                    self._lanes[kind] = self._new_lane(kind)
         return self._lanes[kind]
 
     def _new_lane(self, kind: str) -> Lane | None:
@@ -168,11 +208,9 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _group(self, kind: str) -> Group:
         """Return the ranks with a part of the store for one kind of device."""
-        # A connection of its own: a thread that waits at a TCPStore blocks all others that share
-        # its connection.
-        connection = self._store.clone()  # type: ignore[attr-defined]
-        store = dist.PrefixStore(f"wire/{kind}/", connection)
-        return Group(store, self.rank(), self.size(), self._timeout)
+        store = dist.PrefixStore(f"wire/{kind}/", self._meeting)
+        members = known_members(self._store, self.size())
+        return Group(store, self.rank(), self.size(), self._timeout, members=members)
 
     def _shares_device(self) -> bool:
         """Return True if ranks share a GPU. Collective at its first call."""
@@ -240,9 +278,16 @@ class ProcessGroup(dist.ProcessGroup):
         """Send a slice of a tensor to each rank, and receive one from each. Collective."""
         return self._forward("alltoall_base", *arguments, **options)
 
-    def barrier(self, *arguments: Any, **options: Any) -> dist.Work:
+    def barrier(  # type: ignore[override]
+        self, opts: Any = None, timeout: timedelta | None = None
+    ) -> dist.Work:
         """Wait until every rank has come. Collective."""
-        return self._forward("barrier", *arguments, **options)
+        if isinstance(opts, timedelta):
+            timeout, opts = opts, None
+        options = opts or BarrierOptions()
+        if timeout is not None:
+            options.timeout = timeout
+        return self._forward("barrier", options)
 
     def broadcast(self, *arguments: Any, **options: Any) -> dist.Work:
         """Send a rank's tensor to all others. Collective."""
@@ -302,6 +347,14 @@ class ProcessGroup(dist.ProcessGroup):
 
     # The group itself
 
+    def get_group_store(self) -> dist.Store:
+        """Return the group's own part of the job's store."""
+        return self._store
+
+    def _get_sequence_number_for_group(self) -> int:
+        """Return how many collectives this rank has called; torch's logs compare the ranks'."""
+        return self._roll_call.num_called
+
     def record(self, *sizes: int) -> dict[str, Any]:
         """Return the wire and the algorithms that were chosen, for the run's header.
 
@@ -331,7 +384,10 @@ class ProcessGroup(dist.ProcessGroup):
         time.sleep(_LET_GO_S)
 
     def abort(self) -> None:
-        """End gloo and NCCL at once. Not collective."""
+        """End everything at once: threads that wait for peers get an error. Not collective."""
+        for lane in self._lanes.values():
+            if lane:
+                lane.abort()
         for backend in self._backends():
             backend.abort()
 
@@ -339,8 +395,37 @@ class ProcessGroup(dist.ProcessGroup):
         return [backend for backend in (self._nccl, self._gloo) if backend]
 
 
+# A second connection for each store that a group of this process holds; its groups share it.
+_seconds: WeakKeyDictionary[dist.Store, dist.Store] = WeakKeyDictionary()
+_connecting = threading.Lock()  # held by the thread that adds one
+
+
+def _second(store: dist.Store) -> dist.Store:
+    """Return a connection to a store beside its own, made once.
+
+    A thread that waits at a TCPStore blocks all others that use its connection. Scripts wait at
+    theirs, and nobody waits at this one (``meeting.wait_for_keys``). Connecting may take seconds
+    where names are looked up slowly, so it is done once, and not first when something has failed.
+    """
+    with _connecting:
+        if store not in _seconds:
+            _seconds[store] = store.clone()  # type: ignore[attr-defined]
+        return _seconds[store]
+
+
+def _without_prefixes(store: dist.Store) -> dist.Store:
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store
+
+
 def _wire(transport: str) -> str:
     """Return the name of a transport without its options."""
+    if transport == AUTO:
+        return AUTO
+    # Not at the top: what reads configurations takes longer to load than the engine.
+    from scaletrain.config.grammar import split_spec
+
     return split_spec(transport).name
 
 

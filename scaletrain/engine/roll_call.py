@@ -1,5 +1,6 @@
 """Which rank is in which collective: counted on every rank, asked for after a failure."""
 
+import threading
 import time
 from datetime import timedelta
 
@@ -24,23 +25,30 @@ class RollCall:
 
     Ranks that notice a failure do so at nearly the same time. Rank r alone writes the key
     ``roll/r``.
+
+    Args:
+        store: over a connection on which no thread waits for long.
+        rank: this rank in the group.
+        size: number of ranks in the group.
+        timeout: of the group.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
         self._store = store
         self._rank = rank
         self._size = size
+        self._counting = threading.Lock()
         self._answer_s = min(_ANSWER_S, timeout.total_seconds())
-        # Collectives called so far. The threads that call them (the script's, DDP's) write it; they
-        # take turns, since the order of the calls must be the same on every rank.
-        self._num_called = 0
+        # Collectives called so far. Every thread that calls one adds to it, under _counting.
+        self.num_called = 0
 
     def next(self) -> int:
         """Return the number of the collective that is being called."""
-        self._num_called += 1
-        return self._num_called
+        with self._counting:
+            self.num_called += 1
+            return self.num_called
 
-    def explain(self, name: str, number: int, error: BaseException) -> str:
+    def explain(self, name: str, number: int, error: BaseException, wanted: str = "") -> str:
         """Return a message with the failure of a collective, and where the other ranks are.
 
         It waits for their answers for up to two seconds.
@@ -49,11 +57,12 @@ class RollCall:
             name: of the collective, such as ``allreduce``.
             number: as ``next`` returned it.
             error: its failure.
+            wanted: what this rank wants from it, such as ``of 1,000 float32 (add)``.
         """
-        return f"{name} #{number}: {error}; {self._others(name, number)}"
+        return f"{name} #{number}: {error}; {self._others(name, number, wanted)}"
 
-    def _others(self, name: str, number: int) -> str:
-        mine = f"{name} #{number}"
+    def _others(self, name: str, number: int, wanted: str) -> str:
+        mine = f"{name} #{number} {wanted}".rstrip()
         try:
             failed_in = self._ask(mine, number)
         except RuntimeError:
@@ -63,6 +72,8 @@ class RollCall:
             # A rank that failed in a later collective has this one behind it.
             if collective != mine and _number(collective) <= number:
                 findings.append(f"rank {rank} is in {collective}")
+        if findings and wanted:
+            findings.append(f"this rank is in {mine}")
         missing = [rank for rank in range(self._size) if rank not in failed_in]
         if missing:
             left = " or has left it" if name in _ONE_SIDED else ""
@@ -76,9 +87,7 @@ class RollCall:
             RuntimeError: the store is gone.
         """
         failed_in = {self._rank: mine}
-        # A connection of its own: a thread that still waits for a collective may hold the
-        # other one.
-        store = dist.PrefixStore("roll/", self._store.clone())  # type: ignore[attr-defined]
+        store = dist.PrefixStore("roll/", self._store)
         store.set(str(self._rank), mine)
         deadline = time.monotonic() + self._answer_s
         while not self._all_have_come(failed_in, number) and time.monotonic() < deadline:
@@ -95,5 +104,5 @@ class RollCall:
 
 
 def _number(collective: str) -> int:
-    """Return the number in a text such as ``allreduce #7``."""
-    return int(collective.rpartition("#")[2])
+    """Return the number in a text such as ``allreduce #7 of 10 float32 (add)``."""
+    return int(collective.rpartition("#")[2].split()[0])

@@ -14,7 +14,7 @@ import os
 import platform
 import time
 
-from scaletrain.engine.meeting import ranks_in_words, values_of_all, wait_for_keys
+from scaletrain.engine.meeting import introduced, lost, ranks_in_words, wait_for_keys
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
 from scaletrain.host import shared_memory
@@ -86,7 +86,8 @@ class Segment:
         self.rank = group.rank
         self.size = group.size
         self.timeout_s = group.timeout.total_seconds()
-        self._name = group.name
+        group = introduced(group)
+        self._group = group
         self._words_per_rank = (1 + num_counters) * _LINE
         counters_bytes = _whole_pages(_WORD_BYTES * self._words_per_rank * self.size)
         self._map = _map(group, counters_bytes + num_bytes)
@@ -100,12 +101,16 @@ class Segment:
         self._sleeps = [rank * self._words_per_rank for rank in range(self.size)]
         self._others_sleep = [*self._sleeps]
         del self._others_sleep[self.rank]
-        process = f"{os.getpid()} {start_ticks(os.getpid())}"
-        self._processes = [_process(value) for value in values_of_all(group, "process", process)]
-        self.a_core_each = _num_cores_of_all(group) >= self.size
+        # Each rank may be bound to a core of its own and sees that one only.
+        cores = {core for member in group.members for core in member.cores}
+        self.a_core_each = len(cores) >= self.size
         # With fewer cores than ranks, spinning keeps the very rank from running that this one waits
         # for: the core is offered at once.
         self._spins = _SPINS if self.a_core_each else 1
+
+    def put(self, counter: int, value: int) -> None:
+        """Set one of this rank's counters that nobody waits for."""
+        self._words[self.rank * self._words_per_rank + (1 + counter) * _LINE] = value
 
     def write(self, counter: int, value: int) -> None:
         """Set one of this rank's counters, and wake the ranks that sleep.
@@ -163,15 +168,17 @@ class Segment:
 
     def check_alive(self, rank: int) -> None:
         """Raise ConnectionError if the rank's process has ended."""
-        pid, started = self._processes[rank]
-        if start_ticks(pid) != started:
-            raise ConnectionError(
-                f"peer rank {self._name(rank)} (process {pid}) is lost: it has ended"
-            )
+        member = self._group.members[rank]
+        if start_ticks(member.pid) != member.started:
+            raise lost(self._group, rank)
+
+    def check_not_ended(self) -> None:
+        """Raise ConnectionError if this rank has ended the group."""
+        self._group.check_not_ended()
 
     def late(self, ranks: tuple[int, ...]) -> TimeoutError:
         """Return the error that says these ranks did not answer in time."""
-        late_ranks = ranks_in_words(self._name(rank) for rank in ranks)
+        late_ranks = ranks_in_words(self._group.name(rank) for rank in ranks)
         return TimeoutError(f"{late_ranks} did not answer: timed out after {self.timeout_s:g} s")
 
     def close(self) -> None:
@@ -231,6 +238,7 @@ class Patience:
             self._sleep_s = min(_SLEEP_GROWTH * self._sleep_s, _LONGEST_SLEEP_S)
         if now - self._checked_at > _CHECK_ALIVE_S:
             self._checked_at = now
+            self._segment.check_not_ended()
             self._check_alive()
             if now - self._began > self._segment.timeout_s:
                 raise self._segment.late(self._ranks)
@@ -252,12 +260,14 @@ def _map(group: Group, num_bytes: int) -> mmap.mmap:
     """
     if group.rank > 0:
         mapped = _map_of_rank_0(group, num_bytes)
-        values_of_all(group, "mapped", "")
+        group.store.set(f"mapped/{group.rank}", "")
         return mapped
     created = _create(group, num_bytes)
     try:
         mapped = shared_memory.map_created(created)
-        values_of_all(group, "mapped", "")
+        others = range(1, group.size)
+        if others:
+            wait_for_keys(group, [f"mapped/{rank}" for rank in others], others)
     finally:
         os.close(created.descriptor)
     return mapped
@@ -292,24 +302,6 @@ def _map_of_rank_0(group: Group, num_bytes: int) -> mmap.mmap:
         raise ConnectionError(
             f"peer rank {group.name(0)} is lost: it ended before its memory was shared"
         ) from None
-
-
-def _num_cores_of_all(group: Group) -> int:
-    """Return the number of cores that the ranks may use together. Collective.
-
-    Each rank may be bound to a core of its own and sees that one only.
-    """
-    cores = " ".join(str(core) for core in os.sched_getaffinity(0))
-    all_cores: set[str] = set()
-    for cores_of_rank in values_of_all(group, "cores", cores):
-        all_cores.update(cores_of_rank.split())
-    return len(all_cores)
-
-
-def _process(value: str) -> tuple[int, int]:
-    """Return (process id, start in clock ticks) from a rank's text."""
-    pid, ticks = value.split()
-    return int(pid), int(ticks)
 
 
 def _whole_pages(num_bytes: int) -> int:

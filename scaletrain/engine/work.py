@@ -15,25 +15,37 @@ _NO_LIMIT = timedelta(0)  # the limit is the group's, which ends the work itself
 
 
 class FutureWork(dist.Work):
-    """Work backed by a future. ``wait`` re-raises a failure; the Work torch builds hides it."""
+    """Work backed by a future. ``wait`` re-raises a failure; the Work torch builds hides it.
 
-    def __init__(self, future: torch.futures.Future):
+    Args:
+        future: of the tensors.
+        help_on: called before a wait. If the present thread is the one that completes the future,
+            it does so now; waiting would last for ever.
+    """
+
+    def __init__(
+        self,
+        future: torch.futures.Future,
+        help_on: Callable[[torch.futures.Future], None] = lambda future: None,
+    ):
         super().__init__()
         self._future = future
+        self._help_on = help_on
 
     def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
-        """Wait for the result.
+        """Wait for the result. Signals come through meanwhile.
 
         Raises:
             RuntimeError: the collective failed, or ``timeout`` is over.
         """
-        # A future's own wait takes no time limit.
-        if timeout > _NO_LIMIT:
-            self._wait_until_done(timeout.total_seconds())
+        self._help_on(self._future)
+        if not self._future.done():
+            self._wait_until_done(timeout.total_seconds() if timeout > _NO_LIMIT else None)
         self._future.wait()
         return True
 
-    def _wait_until_done(self, seconds: float) -> None:
+    def _wait_until_done(self, seconds: float | None) -> None:
+        # A future's own wait takes no time limit, and holds back Ctrl-C.
         done = threading.Event()  # set by the thread that completes the future
         self._future.add_done_callback(lambda _: done.set())
         if not done.wait(seconds):

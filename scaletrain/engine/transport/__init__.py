@@ -4,12 +4,23 @@ A plugin is a function ``transport(group, *, <options>) -> Transport``. Every ra
 calls it (collective).
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Member(NamedTuple):
+    """A rank's process, as the other ranks need to know it."""
+
+    host: str  # ranks with equal names share memory and a network
+    pid: int
+    started: int  # in clock ticks since boot: with the id, it identifies the process for good
+    cores: tuple[int, ...]  # that it may use
 
 
 class Group(NamedTuple):
@@ -20,10 +31,18 @@ class Group(NamedTuple):
     size: int
     timeout: timedelta  # after which waiting for a peer raises
     names: tuple[int, ...] = ()  # the numbers by which errors call the ranks; empty: 0, 1, 2, ...
+    members: tuple[Member, ...] = ()  # by rank; empty: not known yet
+    # Set by the thread that aborts the group, read by threads that wait for peers.
+    ended: threading.Event | None = None
 
     def name(self, rank: int) -> int:
         """Return the number by which an error message calls a rank of this group."""
         return self.names[rank] if self.names else rank
+
+    def check_not_ended(self) -> None:
+        """Raise ConnectionError if this rank has ended the group."""
+        if self.ended is not None and self.ended.is_set():
+            raise ConnectionError("this rank has ended the group (abort)")
 
 
 class Reduce(Protocol):
@@ -43,6 +62,42 @@ class Receive(NamedTuple):
     into: Tensor  # one-dimensional, contiguous, not empty
     reduce: Reduce | None = None
 
+
+class Call(NamedTuple):
+    """What a rank wants from an allreduce: the same on all ranks, unless a program is wrong."""
+
+    number: int  # of the collective in its group
+    num_elements: int
+    dtype: torch.dtype
+    reduce: Reduce
+
+    def code(self) -> int:
+        """Return the call as a number of 63 bits, never 0; other calls have other numbers.
+
+        Only calls whose numbers differ by a multiple of 32,768 may have the same one.
+        """
+        kind = _REDUCTIONS[self.reduce] << 5 | _DTYPES[self.dtype]
+        return (self.number & 0x7FFF) << 48 | kind << 40 | self.num_elements
+
+    @classmethod
+    def of_code(cls, code: int) -> "Call":
+        """Return the call of a code; its number is that of the code."""
+        kind = code >> 40 & 0xFF
+        dtype = [*_DTYPES][kind & 0x1F]
+        return cls(code >> 48, code & 0xFF_FFFF_FFFF, dtype, [*_REDUCTIONS][(kind >> 5) - 1])
+
+    def wanted(self) -> str:
+        """Return what the rank wants, such as ``of 1,000 float32 (add)``."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        reduce = self.reduce.__name__  # type: ignore[attr-defined]
+        return f"of {self.num_elements:,} {dtype} ({reduce})"
+
+
+_REDUCTIONS: dict[Any, int] = {torch.add: 1, torch.mul: 2, torch.minimum: 3, torch.maximum: 4}
+_DTYPES = {
+    torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3,
+    torch.int8: 4, torch.uint8: 5, torch.int16: 6, torch.int32: 7, torch.int64: 8,
+}  # fmt: skip
 
 Wait = Callable[[], None]  # call it to wait until everything that was started has happened
 
@@ -87,11 +142,30 @@ class Lingering(Protocol):
     receipts_from_bytes: float
 
 
+class Comparing(Protocol):
+    """A method of transports that notice ranks whose calls do not match."""
+
+    def announce(self, call: Call) -> None:
+        """Take what this rank wants from all messages that follow, until the next announcement.
+
+        The messages of a rank that wants something else are never mixed with this rank's.
+        """
+
+
 class OwnAllreduce(Protocol):
     """A method of transports that have an allreduce of their own: the collective ``native``."""
 
     def allreduce(self, tensor: Tensor, reduce: Reduce) -> None:
         """Reduce a tensor over all ranks, in place; as ``execute``. Collective."""
+
+
+def mismatch(rank: int, wanted: int, peer: int, wanted_by_peer: int) -> RuntimeError:
+    """Return the error that says two ranks want different things (each a ``Call.code``)."""
+    mine, other = Call.of_code(wanted), Call.of_code(wanted_by_peer)
+    return RuntimeError(
+        f"the ranks' calls do not match: rank {rank} is in allreduce #{mine.number}"
+        f" {mine.wanted()}, rank {peer} in allreduce #{other.number} {other.wanted()}"
+    )
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:

@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaletrain.collectives import cutting
+from scaletrain.engine.meeting import values_of_all
 from scaletrain.engine.transport import (
+    Call,
     Group,
     Receive,
     Reduce,
@@ -23,6 +25,7 @@ _OPERATIONS: dict[Reduce, Any] = {
     torch.add: dist.ReduceOp.SUM, torch.mul: dist.ReduceOp.PRODUCT,
     torch.minimum: dist.ReduceOp.MIN, torch.maximum: dist.ReduceOp.MAX,
 }  # fmt: skip
+_LARGEST_TAG = 2**31 - 1  # gloo's are of 32 bits; a prime number, so that codes spread over them
 
 
 class _Incoming(NamedTuple):
@@ -51,8 +54,12 @@ class Gloo:
         self.size = group.size
         self._timeout_s = group.timeout.total_seconds()
         self._landings = Landings()
+        self._tag = 0  # of all messages of the present call: those of another one never match
         # torch's stubs lack the methods of its backends.
         self._gloo: Any = None
+        # gloo waits for the others in C++, where neither a signal nor an abort ends it: first all
+        # of them have to be here.
+        values_of_all(group, "gloo", "")
         try:
             self._gloo = dist.ProcessGroupGloo(group.store, group.rank, group.size, group.timeout)
         except RuntimeError as error:
@@ -60,6 +67,10 @@ class Gloo:
             raise ConnectionError(
                 f"gloo: rank {self.rank} is not connected with all {self.size} ranks: {reason}"
             ) from error
+
+    def announce(self, call: Call) -> None:
+        """Take what this rank wants. See ``Comparing.announce``."""
+        self._tag = call.code() % _LARGEST_TAG
 
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Wait:
         """Start to send and receive at once. See ``Transport.start``."""
@@ -131,8 +142,8 @@ class Gloo:
         The first one connects, and raises already here if the peer is known to be gone.
         """
         try:
-            # Tag 0 for all messages: they match in order (see ``Transport.start``).
-            return start([tensor], peer, 0)
+            # Messages of a call match in order (see ``Transport.start``).
+            return start([tensor], peer, self._tag)
         except RuntimeError as error:
             raise self._failure(error, peer) from error
 

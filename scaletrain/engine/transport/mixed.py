@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaletrain import plugins
-from scaletrain.engine.meeting import host_of_each_rank
-from scaletrain.engine.transport import Group, Receive, Transport, Wait, apart
+from scaletrain.engine.meeting import host_of_each_rank, introduced
+from scaletrain.engine.transport import Call, Group, Receive, Transport, Wait, apart
 
 
 class Mixed:
@@ -25,6 +25,7 @@ class Mixed:
     def __init__(self, group: Group, between: str):
         self.rank = group.rank
         self.size = group.size
+        group = introduced(group)
         hosts = host_of_each_rank(group)
         my_host = hosts[group.rank]
         neighbours = [rank for rank, host in enumerate(hosts) if host == my_host]
@@ -45,8 +46,19 @@ class Mixed:
                 timeout=group.timeout,
                 # Errors name the ranks by their numbers in the whole group.
                 names=tuple(group.name(rank) for rank in neighbours),
+                members=tuple(group.members[rank] for rank in neighbours),
+                ended=group.ended,
             )
             self._within = plugins.load("transport", "shared_memory")(local_group)
+
+    def announce(self, call: Call) -> None:
+        """Take what this rank wants. See ``Comparing.announce``."""
+        for wire in self._wires():
+            if hasattr(wire, "announce"):
+                wire.announce(call)
+
+    def _wires(self) -> list[Transport]:
+        return [self._between] if self._within is None else [self._within, self._between]
 
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Wait:
         """Start to send and receive at once. See ``Transport.start``."""
@@ -79,9 +91,8 @@ class Mixed:
 
     def close(self) -> None:
         """Give back both wires. Not collective."""
-        if self._within is not None:
-            self._within.close()
-        self._between.close()
+        for wire in self._wires():
+            wire.close()
 
 
 def transport(group: Group, *, between: Literal["gloo", "mpi"] = "gloo") -> Transport:

@@ -1,6 +1,7 @@
 """Memory shared by the ranks of one host: no copies through the kernel, nothing left over."""
 
 import contextvars
+import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -10,9 +11,18 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from scaletrain.engine.meeting import host_of_each_rank
+from scaletrain.engine.meeting import introduced
 from scaletrain.engine.segment import Patience, Segment
-from scaletrain.engine.transport import Group, Receive, Reduce, Transport, Wait, apart
+from scaletrain.engine.transport import (
+    Call,
+    Group,
+    Receive,
+    Reduce,
+    Transport,
+    Wait,
+    apart,
+    mismatch,
+)
 from scaletrain.errors import UserError
 
 _NUMPY_OPERATIONS: dict[Reduce, Any] = {
@@ -36,20 +46,27 @@ _ALL_SLOTS_BYTES = 32 << 20  # with many ranks, slots get smaller to stay within
 
 # The counters of each rank in the segment. The rank itself writes them; its peers read them.
 _STAGE = 0  # phases of allreduces that the rank has behind it, over all allreduces
+_WANTED = 1  # and 2: the call for which the rank uses this set of blocks (``Call.code``)
+_PER_PEER = 2 + _NUM_SLOTS  # counters for each peer
 
 
 def _sent_to(peer: int) -> int:
     """Return the number of the counter of pieces that its rank has sent to the peer."""
-    return 1 + 2 * peer
+    return 1 + _NUM_SETS + _PER_PEER * peer
 
 
 def _taken_from(peer: int) -> int:
     """Return the number of the counter of pieces that its rank has taken from the peer."""
-    return 2 + 2 * peer
+    return _sent_to(peer) + 1
+
+
+def _sent_for(peer: int, slot: int) -> int:
+    """Return the number of the counter that says for which call its rank filled a slot."""
+    return _sent_to(peer) + 2 + slot
 
 
 def _num_counters(size: int) -> int:
-    return 1 + 2 * size
+    return _sent_to(size)
 
 
 class SharedMemory:
@@ -72,6 +89,7 @@ class SharedMemory:
     def __init__(self, group: Group, block_bytes: int, at_once_bytes: int):
         self.rank = group.rank
         self.size = group.size
+        self._name = group.name
         self._block_bytes = -(-block_bytes // 128) * 128
         self._at_once_bytes = min(at_once_bytes // self.size, self._block_bytes)
         self._slot_bytes = _slot_bytes(self.size)
@@ -91,6 +109,7 @@ class SharedMemory:
         self._quietly = contextvars.Context()
         self._quietly.run(np.seterr, all="ignore")
         # All of the following belong to this rank alone.
+        self._call = 0  # what this rank wants at present, as ``Call.code``
         self._stage = 0  # the value of this rank's counter _STAGE
         self._num_uses = 0  # how often a set of blocks was used; all ranks count alike
         self._views: dict[Any, list[Any]] = {}  # the blocks of each set and rank, by dtype
@@ -100,6 +119,15 @@ class SharedMemory:
         self._num_taken = [0] * self.size  # pieces taken from each peer
         self._taken_from_me = _taken_from(self.rank)
         self._sent_to_me = _sent_to(self.rank)
+
+    def announce(self, call: Call) -> None:
+        """Take what this rank wants. See ``Comparing.announce``."""
+        self._call = call.code()
+
+    def _check_same(self, rank: int, wanted: int) -> None:
+        """Raise RuntimeError unless a rank wants what this one does."""
+        if wanted != self._call:
+            raise mismatch(self._name(self.rank), self._call, self._name(rank), wanted)
 
     # The allreduce
 
@@ -121,13 +149,14 @@ class SharedMemory:
         Raises:
             TimeoutError: a rank is late; names it.
             ConnectionError: a rank is gone; names it.
+            RuntimeError: a rank calls something else; says what each wanted.
         """
         dtype = _NUMPY_DTYPES.get(tensor.dtype)
         flat: Any = tensor
         operation: Any = reduce
         copy: Callable[[Any, Any], None] = _copy_tensor
         if dtype is not None and reduce in _NUMPY_OPERATIONS:
-            flat = tensor.numpy()
+            flat = _array(tensor, dtype)
             operation = _NUMPY_OPERATIONS[reduce]
             copy = np.copyto
             views = self._blocks_of(dtype)
@@ -151,13 +180,16 @@ class SharedMemory:
         3. Reduce the blocks of all ranks, in the order of the ranks.
         """
         count = len(flat)
+        wanted = self._want()
         blocks = views[self._num_uses & 1]
         self._num_uses += 1
         copy(blocks[self.rank][:count], flat)
         self._stage += 1
         self._segment.write(_STAGE, self._stage)
         for distance in range(1, self.size):
-            self._segment.wait((self.rank + distance) % self.size, _STAGE, self._stage)
+            rank = (self.rank + distance) % self.size
+            self._segment.wait(rank, _STAGE, self._stage)
+            self._check_same(rank, self._segment.read(rank, wanted))
         operation(blocks[0][:count], blocks[1][:count], out=flat)
         for rank in range(2, self.size):
             operation(flat, blocks[rank][:count], out=flat)
@@ -174,6 +206,7 @@ class SharedMemory:
         size = self.size
         me = self.rank
         segment = self._segment
+        wanted = self._want()
         blocks = views[self._num_uses & 1]
         self._num_uses += 1
         edges = [rank * count // size for rank in range(size + 1)]
@@ -189,6 +222,7 @@ class SharedMemory:
         for distance in range(1, size):
             rank = (me + distance) % size
             segment.wait(rank, _STAGE, self._stage + 1)
+            self._check_same(rank, segment.read(rank, wanted))
             added = blocks[rank][low:high]
             operation(my_slice, added, out=my_slice)
         # The sum takes the place of the slice that was added last: this core has just fetched it,
@@ -201,6 +235,12 @@ class SharedMemory:
             segment.wait(rank, _STAGE, self._stage)
             low, high = edges[rank], edges[rank + 1]
             copy(flat[low:high], blocks[rank - 1][low:high])
+
+    def _want(self) -> int:
+        """Say beside the set of blocks that is used next what for; return the counter's number."""
+        counter = _WANTED + (self._num_uses & 1)
+        self._segment.put(counter, self._call)
+        return counter
 
     def _blocks_of(self, dtype: Any) -> list[Any]:
         """Return the blocks, by set and rank, as numpy's arrays or torch's tensors of a dtype."""
@@ -273,7 +313,9 @@ class SharedMemory:
         parcel = queue[0]
         piece = parcel.data[parcel.position : parcel.position + self._slot_bytes]
         num_sent = self._num_sent[peer]
-        self._mail[self.rank, peer, num_sent % _NUM_SLOTS, : piece.numel()] = piece
+        slot = num_sent % _NUM_SLOTS
+        self._mail[self.rank, peer, slot, : piece.numel()] = piece
+        self._segment.put(_sent_for(peer, slot), self._call)
         self._num_sent[peer] = num_sent + 1
         self._segment.write(_sent_to(peer), num_sent + 1)
         parcel.advance(piece.numel(), queue)
@@ -284,8 +326,9 @@ class SharedMemory:
         num_elements = self._slot_bytes // parcel.data.element_size()
         into = parcel.data[parcel.position : parcel.position + num_elements]
         num_taken = self._num_taken[peer]
-        slot = self._mail[peer, self.rank, num_taken % _NUM_SLOTS]
-        received = slot[: into.nbytes].view(into.dtype)
+        slot = num_taken % _NUM_SLOTS
+        self._check_same(peer, self._segment.read(peer, _sent_for(self.rank, slot)))
+        received = self._mail[peer, self.rank, slot, : into.nbytes].view(into.dtype)
         if parcel.reduce is None:
             into.copy_(received)
         else:
@@ -339,6 +382,15 @@ def _slot_bytes(size: int) -> int:
     return max(_SMALLEST_SLOT_BYTES, min(_LARGEST_SLOT_BYTES, share))
 
 
+def _array(tensor: Tensor, dtype: Any) -> np.ndarray:
+    """Return the elements of a contiguous tensor, for as long as the caller holds the tensor.
+
+    ``Tensor.numpy`` would keep the tensor's storage from being resized ever after.
+    """
+    memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, dtype)
+
+
 def _copy_tensor(into: Tensor, source: Tensor) -> None:
     into.copy_(source)
 
@@ -359,7 +411,8 @@ def transport(
     Raises:
         UserError: the ranks lie on several hosts, or as ``Segment``.
     """
-    num_hosts = len(set(host_of_each_rank(group)))
+    group = introduced(group)
+    num_hosts = len({member.host for member in group.members})
     # Emulated hosts have one kernel: it would work, and bypass the network that is being emulated.
     if num_hosts > 1:
         raise UserError(
