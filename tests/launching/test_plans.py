@@ -324,3 +324,40 @@ def test_slurm_sbatch(monkeypatch: pytest.MonkeyPatch):
     expected = slurm.plan(job_of("runs/digits")).files[0][1].splitlines()
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     assert [line for line in lines if not line.startswith("# ")] == expected
+
+
+def test_a_slurm_task_runs_in_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The batch script, with stand-ins for srun and apptainer that run what they were given."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    run_dir = tmp_path / "a run"
+    run_dir.mkdir()
+    job = script_job(["train.py", "it's"], 1, run_dir)
+    plan = slurm.plan(
+        job, container="x.sif", container_runtime="apptainer", container_mounts=["/data"]
+    )
+    shift = 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"\n'
+    for name, script in (
+        ("srun", shift),
+        ("apptainer", 'printf "%s\\n" "$@" > "$CALLED"; shift 6; exec "$@"\n'),
+        ("python3", 'printf "%s\\n" "$@"; exit 5\n'),
+        ("scontrol", ""),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-c", plan.files[0][1]],
+        env={**os.environ, "PATH": path, "CALLED": str(tmp_path / "called"), "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 5, done.stderr
+    assert done.stdout.splitlines()[:5] == [
+        *("-m", Program.SCRIPT.value, str(run_dir), "train.py", "it's")
+    ]
+    called_with = (tmp_path / "called").read_text().splitlines()
+    assert called_with[:6] == [
+        *("exec", "--bind", f"{run_dir}:{run_dir}", "--bind", "/data:/data", "x.sif")
+    ]
+    assert plan.in_containers

@@ -59,6 +59,25 @@ class SlurmOptions(NamedTuple):
     mpi: str = ""
     """The kind of srun, such as ``pmix``."""
 
+    container: str = ""
+    """The image in which the workers run; by default none. It holds scaletrain."""
+
+    container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """What starts it: options of srun, or ``apptainer exec`` inside each task."""
+
+    container_python: str = "python3"
+    """Python in the image."""
+
+    container_workdir: str = ""
+    """The working directory in the image; by default the runtime's choice."""
+
+    container_mounts: list = []  # noqa: RUF012 (never changed)
+    """Directories that the workers see, ``SOURCE`` or ``SOURCE:TARGET``. The run directory is
+    always one of them."""
+
+    container_options: list = []  # noqa: RUF012 (never changed)
+    """Further options of the runtime, such as ``--no-container-mount-home``."""
+
     requeue: bool = True
     """When its time is up, go on from the last checkpoint in a new allocation."""
 
@@ -111,6 +130,10 @@ def _check(options: SlurmOptions, job: Job, inside: str) -> None:
             f"launcher.array: {array!r} is not allowed"
             " (allowed: 0-3, 0-7%2, 1,3,5, ... as in sbatch)"
         )
+    if not options.container:
+        for name in ("container_workdir", "container_mounts", "container_options"):
+            if getattr(options, name):
+                raise UserError(f"launcher.container: is missing; {name} is for an image")
     if options.starts_torchrun and not options.nodes:
         raise UserError(
             "launcher.nodes: is missing; with tasks: nodes, say on how many nodes torchrun starts"
@@ -214,10 +237,14 @@ def _plan_inside(
 ) -> LaunchPlan:
     """Plan one srun in the allocation that is there."""
     threads = _threads(options, job)
-    argv = (*_srun(allocation, options), f"--ntasks={job.workers}", *job.argv)
+    argv = (
+        *_srun(allocation, options, job.run_dir),
+        f"--ntasks={job.workers}",
+        *_contained(options, job.argv, job.run_dir),
+    )
     srun = Command("srun", argv, environment(job.variables(threads)), stop_s=15.0)
     explain = (_explain(job, threads), f"inside allocation {inside}: srun, no new job")
-    return LaunchPlan((srun,), explain=explain)
+    return LaunchPlan((srun,), explain=explain, in_containers=bool(options.container))
 
 
 def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> LaunchPlan:
@@ -235,7 +262,7 @@ def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> Laun
         submit = Command("slurm", argv, restarts_workers=True, stop_s=15.0)
     else:
         submit = Command("sbatch", ("sbatch", str(path)))
-    return LaunchPlan((submit,), files, tuple(explain))
+    return LaunchPlan((submit,), files, tuple(explain), in_containers=bool(options.container))
 
 
 def _threads(options: SlurmOptions, job: Job) -> int:
@@ -248,13 +275,52 @@ def _explain(job: Job, threads: int) -> str:
     return f"{plural(job.workers, 'worker')}, {each} each"
 
 
-def _srun(allocation: Allocation, options: SlurmOptions) -> list[str]:
+def _srun(allocation: Allocation, options: SlurmOptions, run_dir: Path) -> list[str]:
     # By default srun lets the other tasks run on when one has failed. And since SLURM 22.05 it no
     # longer takes --cpus-per-task from the allocation.
     argv = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={allocation.cpus_per_task}"]
     if options.mpi:
         argv.append(f"--mpi={options.mpi}")
+    if options.container and options.container_runtime == "pyxis":
+        argv.append(f"--container-image={options.container}")
+        argv.append(f"--container-mounts={','.join(_mounts(options, run_dir))}")
+        if options.container_workdir:
+            argv.append(f"--container-workdir={options.container_workdir}")
+        argv += options.container_options
     return argv
+
+
+def _mounts(options: SlurmOptions, run_dir: Path) -> list[str]:
+    """Return SOURCE:TARGET of each directory that the workers see."""
+    mounts = []
+    for mount in [str(run_dir), *map(str, options.container_mounts)]:
+        mounts.append(mount if ":" in mount else f"{mount}:{mount}")
+    return mounts
+
+
+def _contained(options: SlurmOptions, argv: tuple[str, ...], run_dir: Path) -> tuple[str, ...]:
+    """Return the command line of a task as it runs in its container, if there is one.
+
+    Args:
+        options: they name the image.
+        argv: the command line without a container.
+        run_dir: the job's; that of an array holds those of its tasks.
+    """
+    if not options.container:
+        return argv
+    # This machine's Python is not that of the image.
+    if argv[0] == sys.executable:
+        argv = (options.container_python, *argv[1:])
+    if options.container_runtime == "pyxis":
+        return argv
+    apptainer = ["apptainer", "exec"]
+    if options.gpus_per_task or "gpu" in options.gres:
+        apptainer.append("--nv")
+    for mount in _mounts(options, run_dir):
+        apptainer += ["--bind", mount]
+    if options.container_workdir:
+        apptainer += ["--pwd", options.container_workdir]
+    return (*apptainer, *options.container_options, options.container, *argv)
 
 
 # The batch script. Variables of SLURM stay in it for the batch shell to expand. Ranks are variables
@@ -311,7 +377,7 @@ def _batch_script(allocation: Allocation, options: SlurmOptions, job: Job) -> st
     exports = []
     for name, value in job.variables(_threads(options, job)).items():
         exports.append(f"{name}={shlex.quote(value)}")
-    step = _shell(*_step(options, job))
+    step = _shell(*_contained(options, _step(options, job), shared.path))
     if starts_afresh:
         # SLURM sets this variable from the first requeue on.
         step += " ${SLURM_RESTART_COUNT:+--resume}"
@@ -329,7 +395,7 @@ def _batch_script(allocation: Allocation, options: SlurmOptions, job: Job) -> st
         config=_shell_file(run_dir.config),
         shared_config=_shell_file(shared.config),
         must_be_fresh="true" if starts_afresh else "false",
-        srun=shlex.join(_srun(allocation, options)),
+        srun=shlex.join(_srun(allocation, options, shared.path)),
         step=step,
         requeue=options.requeue and starts_afresh,
         summary=_shell_file(run_dir.summary),
