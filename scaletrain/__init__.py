@@ -22,6 +22,8 @@ _EXPORTS = {
     "Update": "scaletrain.training.workload",
     "attach": "scaletrain.training.attach",
     "join": "scaletrain.training.attach",
+    "notebook_launch": "scaletrain.notebook.launch",
+    "WorkerError": "scaletrain.notebook.launch",
 }
 __all__ = [
     "Callback",
@@ -31,11 +33,13 @@ __all__ = [
     "Schedule",
     "Trainer",
     "Update",
+    "WorkerError",
     "Workload",
     "World",
     "__version__",
     "attach",
     "join",
+    "notebook_launch",
 ]
 
 

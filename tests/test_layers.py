@@ -30,6 +30,7 @@ FLOORS = {
     "scaletrain.training": 3,
     "scaletrain.scaling": 4,
     "scaletrain.programs": 5,
+    "scaletrain.notebook": 5,
     "scaletrain.cli": 6,
 }
 # Rooms where torch may be imported at the top of a module.
@@ -38,6 +39,7 @@ WITH_TORCH = (
     "scaletrain.parameter_server",
     "scaletrain.training",
     "scaletrain.programs",
+    "scaletrain.notebook",
 )
 # The package itself opens the doors to what people import from it; it does so when they ask.
 DOOR = "scaletrain"

@@ -16,11 +16,11 @@ import signal
 import socket
 import time
 
-from scaletrain.host.addresses import interface_of
 from scaletrain.host.forkserver import Server
 from scaletrain.host.processes import signal_name
 from scaletrain.launching.job import STORE_FD, Companion, Job, Program
 from scaletrain.launching.plan import Command, LaunchPlan
+from scaletrain.launching.store import bind_store
 from scaletrain.launching.supervision import first_cause, hangs, leftovers, warm
 from scaletrain.launching.supervision.ends import LateEnds
 from scaletrain.launching.supervision.evidence import Evidence
@@ -152,22 +152,7 @@ class Supervisor:
         """
         if not self.plan.store_address:
             return None
-        backlog = max(128, 2 * self.job.workers)
-        try:
-            listening = socket.create_server((self.plan.store_address, 0), backlog=backlog)
-        except OSError:
-            if self.plan.store_address != "127.0.0.1":
-                raise
-            # This host knows IPv6 alone, and gloo falls back to 127.0.0.1 unless it is told where.
-            listening = socket.create_server(("::1", 0), family=socket.AF_INET6, backlog=backlog)
-            self._environ.setdefault("GLOO_SOCKET_IFNAME", interface_of("::1"))
-        listening.set_inheritable(True)
-        address, port, *_ = listening.getsockname()
-        self._environ["MASTER_ADDR"] = address
-        self._environ["MASTER_PORT"] = str(port)
-        # torch's env:// then joins our store instead of serving one.
-        self._environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-        return listening
+        return bind_store(self.plan.store_address, self.job.workers, self._environ)
 
     # 3. Watching
 
