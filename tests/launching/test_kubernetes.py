@@ -4,13 +4,16 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from scaletrain import config
 from scaletrain.cli import cli
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Companion, Job, Program, script_job
@@ -19,6 +22,7 @@ from scaletrain.programs.follow_kubernetes import JobState, Pod
 from scaletrain.world import World
 from tests.conftest import require
 
+DIGITS = Path(__file__).parents[2] / "examples" / "digits.yaml"
 TRAINING = {"container": "registry.example/scaletrain:1", "run_claim": "runs"}
 
 
@@ -79,7 +83,8 @@ def test_the_cluster_knows_every_field(job: Job, options: dict):
 
 def test_each_worker_finds_its_place():
     container = container_of(training_job(), **TRAINING)
-    env = {"RANK": "3", "GROUP_RANK": "3"}  # as the pod's annotations have them
+    # As the pod's annotations have them. The cluster sets the third by itself.
+    env = {"RANK": "3", "GROUP_RANK": "3", "JOB_COMPLETION_INDEX": "3"}
     for variable in container["env"]:
         env.setdefault(variable["name"], variable.get("value", ""))
     world = World.from_env(env)
@@ -101,12 +106,17 @@ def test_several_workers_of_a_pod_are_started_by_torchrun():
     assert token["valueFrom"] == {"secretKeyRef": {"name": "tokens", "key": "hub"}}
 
 
+def in_folder(script: str, folder: Path) -> str:
+    """Return a pod's script with the pod's directories in a folder."""
+    return script.replace("/runs/", f"{folder}/runs/").replace("/scaletrain/", f"{folder}/")
+
+
 def run_shell(script: str, folder: Path, **env: str) -> list[str]:
     """Run a pod's script with a Python that prints its arguments, and /runs in a folder."""
     python = folder / "python3"
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
-    script = script.replace("/runs/", f"{folder}/runs/").replace("/scaletrain/", f"{folder}/")
+    script = in_folder(script, folder)
     done = subprocess.run(
         ["sh", "-c", script],
         env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "HOSTNAME": "pod-0", **env},
@@ -134,6 +144,48 @@ def test_a_pod_has_the_configuration_and_resumes_when_it_is_started_again(tmp_pa
 def test_a_scripts_arguments_arrive_as_they_are(tmp_path: Path):
     script = container_of(SCRIPT, container="image")["command"][2]
     assert run_shell(script, tmp_path)[-3:] == ["train.py", "--name", "it's $HOME"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers_per_pod", [1, 2])
+def test_the_pods_of_a_job_train_together(workers_per_pod: int, tmp_path: Path):
+    """Their scripts run here, with what the cluster would give them, but for the host's name."""
+    changes = {"workers": 2, "epochs": None, "steps": 4, "threads": 1, "evaluate_every": None}
+    run = config.load(DIGITS, changes)
+    container = container_of(
+        training_job(2, config=run.to_yaml()), **TRAINING, workers_per_pod=workers_per_pod
+    )
+    (tmp_path / "config.yaml").write_text(run.to_yaml())
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    script = in_folder(container["command"][2], tmp_path)
+    script = script.replace("scaletrain-digits-1-0.scaletrain-digits-1", "127.0.0.1")
+    script = script.replace("--master-port=29500", f"--master-port={port}")
+    given = {name: value for name, value in os.environ.items() if not name.startswith("SCALETRAIN")}
+    given["PATH"] = f"{tmp_path}:{given['PATH']}"
+    for variable in container["env"]:
+        if variable.get("value"):
+            given[variable["name"]] = variable["value"]
+    if workers_per_pod == 1:
+        given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pods = []
+    for index in map(str, range(2 // workers_per_pod)):
+        env = given | {"JOB_COMPLETION_INDEX": index, "HOSTNAME": f"pod-{index}"}
+        if workers_per_pod == 1:
+            env |= {"RANK": index, "GROUP_RANK": index}
+        argv = ["sh", "-c", script]
+        pods.append(subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        for pod in pods:
+            _, err = pod.communicate(timeout=90)
+            assert pod.returncode == 0, err
+    finally:
+        for pod in pods:
+            pod.kill()
+    summary = json.loads((tmp_path / "runs" / "Digits_1" / "summary.json").read_text())
+    assert summary["finished"] and summary["steps"] == 4, summary
 
 
 def test_long_names_stay_different():
