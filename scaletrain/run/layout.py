@@ -193,6 +193,11 @@ class RunDir:
         """The Job and its Service."""
         return self.path / "kubernetes.yaml"
 
+    @property
+    def pods(self) -> Path:
+        """A directory with an empty file for each pod that has started, by job and number."""
+        return self.path / ".pods"
+
     def pod_output(self, pod: str) -> Path:
         """The output of a pod, by its name. Written by kubectl, for the job's follower."""
         return self.path / f"pod-{pod}.log"

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +121,14 @@ def run_shell(script: str, folder: Path, **env: str) -> list[str]:
     script = in_folder(script, folder)
     done = subprocess.run(
         ["sh", "-c", script],
-        env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "HOSTNAME": "pod-0", **env},
+        env={
+            **os.environ,
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "HOSTNAME": "pod-0",
+            "JOB_UID": "job",
+            "JOB_COMPLETION_INDEX": "0",
+            **env,
+        },
         capture_output=True,
         text=True,
         timeout=20,
@@ -131,14 +140,36 @@ def run_shell(script: str, folder: Path, **env: str) -> list[str]:
 def test_a_pod_has_the_configuration_and_resumes_when_it_is_started_again(tmp_path: Path):
     script = container_of(training_job(), **TRAINING)["command"][2]
     (tmp_path / "config.yaml").write_text("name: digits\n")
+    pods = tmp_path / "runs" / "Digits_1" / ".pods"
+    pods.mkdir(parents=True)
+    for other in ("job-1", "job-2", "job-3"):
+        (pods / other).touch()
     first = run_shell(script, tmp_path, JOB_FAILURES="0", JOB_DISRUPTIONS="")
     assert first == ["-P", "-m", Program.TRAINING.value, f"{tmp_path}/runs/Digits_1"]
-    assert [path.name for path in (tmp_path / "runs" / "Digits_1").iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in pods.parent.iterdir()) == [".pods", "config.yaml"]
     after_failure = run_shell(script, tmp_path, JOB_FAILURES="1", JOB_DISRUPTIONS="")
     after_disruption = run_shell(script, tmp_path, JOB_FAILURES="0", JOB_DISRUPTIONS="1")
     assert after_failure == after_disruption == [*first, "--resume"]
     given = objects_of(training_job(), **TRAINING)["ConfigMap"]["data"]
     assert given == {"config.yaml": "name: digits\nworkers: 4\n"}
+
+
+def test_a_pod_waits_until_all_others_have_started(tmp_path: Path):
+    script = container_of(training_job(2), **TRAINING)["command"][2]
+    (tmp_path / "config.yaml").touch()
+    pods = tmp_path / "runs" / "Digits_1" / ".pods"
+    pods.mkdir(parents=True)
+    (pods / "earlier-1").touch()
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(run_shell, script, tmp_path)
+        until = time.monotonic() + 20
+        while not (pods / "job-0").exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert not running.done()
+        (pods / "job-1").touch()
+        assert Program.TRAINING.value in running.result()
 
 
 def test_a_scripts_arguments_arrive_as_they_are(tmp_path: Path):
@@ -164,7 +195,7 @@ def test_the_pods_of_a_job_train_together(workers_per_pod: int, tmp_path: Path):
     script = script.replace("scaletrain-digits-1-0.scaletrain-digits-1", "127.0.0.1")
     script = script.replace("--master-port=29500", f"--master-port={port}")
     given = {name: value for name, value in os.environ.items() if not name.startswith("SCALETRAIN")}
-    given["PATH"] = f"{tmp_path}:{given['PATH']}"
+    given |= {"PATH": f"{tmp_path}:{given['PATH']}", "JOB_UID": "job"}
     for variable in container["env"]:
         if variable.get("value"):
             given[variable["name"]] = variable["value"]

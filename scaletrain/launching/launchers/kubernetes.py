@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Annotated, Any, NamedTuple
 
 import jinja2
@@ -304,7 +304,7 @@ spec:
 {% endfor %}
 {% for variable, field in fields.items() %}
         - name: {{ variable }}
-          valueFrom: {fieldRef: {fieldPath: "metadata.annotations['batch.kubernetes.io/{{ field }}']"}}
+          valueFrom: {fieldRef: {fieldPath: "metadata.{{ field }}"}}
 {% endfor %}
 {% for variable, place in options.secrets.items() %}
         - name: {{ variable }}
@@ -365,27 +365,46 @@ def _texts(values: dict[str, Any]) -> dict[str, str]:
 
 def _script(options: KubernetesOptions, job: Job, name: str) -> str:
     """Return the shell script that is the command of every pod."""
-    pod_job = job._replace(run_dir=Path(_run_dir(job)))
+    job = job._replace(run_dir=Path(_run_dir(job)))
+    run_dir = RunDir(job.run_dir)
     lines = []
+    if options.run_claim:
+        lines.append(f"mkdir -p {_word(run_dir.pods)}")
     if job.config:
-        config = RunDir(pod_job.run_dir).config
-        source = shlex.quote(str(_CONFIG / config.name))
-        target = shlex.quote(str(config))
+        target = _word(run_dir.config)
         # Renamed into place: other pods read it while this one writes.
         partial = f'{target}."$HOSTNAME"'
-        lines.append(f"mkdir -p {shlex.quote(str(pod_job.run_dir))}")
+        source = _word(_CONFIG / run_dir.config.name)
         lines.append(f"cp {source} {partial} && mv {partial} {target} || exit")
-    argv = _worker_argv(options, pod_job, name)
+    if options.run_claim:
+        lines += _wait_for_pods(run_dir, _num_pods(options, job))
     resumes = ""
     if job.trains and not job.resume:
         # All pods of an attempt have failed, or have been moved, before the next one begins.
         lines.append('[ "${JOB_FAILURES:-0}${JOB_DISRUPTIONS:-0}" = 00 ] || resume=--resume')
         resumes = " $resume"
     words = []
-    for word in argv:
+    for word in _worker_argv(options, job, name):
         words.append('"$JOB_COMPLETION_INDEX"' if word == _INDEX else shlex.quote(word))
     lines.append(f"exec {' '.join(words)}{resumes}")
     return "\n".join(lines)
+
+
+def _wait_for_pods(run_dir: RunDir, num_pods: int) -> list[str]:
+    """Return shell lines that wait until every pod of the job has started once.
+
+    Nodes may have to be started first, and images to be pulled. A worker would give up after its
+    time-out.
+    """
+    mark = f'{_word(run_dir.pods)}/"$JOB_UID"'
+    return [
+        f'touch {mark}-"$JOB_COMPLETION_INDEX" || exit',
+        f'until [ "$(ls -d {mark}-* | wc -l)" -ge {num_pods} ]; do sleep 1; done',
+    ]
+
+
+def _word(path: PurePath) -> str:
+    return shlex.quote(str(path))
 
 
 _INDEX = "\0"  # in an argv: the pod's number, which its shell fills in
@@ -426,14 +445,19 @@ def _variables(options: KubernetesOptions, job: Job, name: str) -> dict[str, str
 
 
 def _fields(options: KubernetesOptions, job: Job) -> dict[str, str]:
-    """Return the variables that differ from pod to pod, and which of its annotations each is."""
+    """Return the variables that the cluster fills in, and what of a pod's metadata each is."""
+    index = "annotations['batch.kubernetes.io/job-completion-index']"
     fields = {}
     if options.workers_per_pod == 1:
-        fields["RANK"] = "job-completion-index"
-        fields["GROUP_RANK"] = "job-completion-index"
+        fields["RANK"] = index
+        fields["GROUP_RANK"] = index
+    if options.run_claim:
+        fields["JOB_UID"] = "labels['batch.kubernetes.io/controller-uid']"
     if job.trains:
-        fields["JOB_FAILURES"] = "job-index-failure-count"
-        fields["JOB_DISRUPTIONS"] = "job-index-ignored-failure-count"
+        fields["JOB_FAILURES"] = "annotations['batch.kubernetes.io/job-index-failure-count']"
+        fields["JOB_DISRUPTIONS"] = (
+            "annotations['batch.kubernetes.io/job-index-ignored-failure-count']"
+        )
     return fields
 
 
