@@ -73,6 +73,18 @@ def environment(variables: Mapping[str, object]) -> Environment:
     return tuple((name, str(value)) for name, value in variables.items())
 
 
+def under_python(python: str, argv: Sequence[str]) -> tuple[str, ...]:
+    """Return a command line with the Python of an image in the place of this one.
+
+    >>> under_python("python3", [sys.executable, "-m", "http.server"])
+    ('python3', '-m', 'http.server')
+    """
+    words = []
+    for word in argv:
+        words.append(python if word == sys.executable else word)
+    return tuple(words)
+
+
 class Companion(NamedTuple):
     """A process beside the workers, such as a parameter server.
 

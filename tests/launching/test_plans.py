@@ -353,8 +353,8 @@ def test_a_slurm_task_runs_in_its_container(tmp_path: Path, monkeypatch: pytest.
         timeout=60,
     )
     assert done.returncode == 5, done.stderr
-    assert done.stdout.splitlines()[:5] == [
-        *("-m", Program.SCRIPT.value, str(run_dir), "train.py", "it's")
+    assert done.stdout.splitlines()[:6] == [
+        *("-P", "-m", Program.SCRIPT.value, str(run_dir), "train.py", "it's")
     ]
     called_with = (tmp_path / "called").read_text().splitlines()
     assert called_with[:6] == [

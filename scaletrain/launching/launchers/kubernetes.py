@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Annotated, Any, NamedTuple
 
@@ -13,7 +12,7 @@ import jinja2
 from annotated_types import Ge
 
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Job, Program
+from scaletrain.launching.job import Job, Program, under_python
 from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.run.layout import RunDir
 from scaletrain.units import plural
@@ -410,23 +409,21 @@ def _word(path: PurePath) -> str:
 _INDEX = "\0"  # in an argv: the pod's number, which its shell fills in
 
 
-def _worker_argv(options: KubernetesOptions, job: Job, name: str) -> list[str]:
+def _worker_argv(options: KubernetesOptions, job: Job, name: str) -> tuple[str, ...]:
     """Return what a pod runs: the worker itself, or torchrun with several."""
-    argv = list(job.argv)
+    argv = job.argv
+    if options.workers_per_pod > 1:
+        argv = (
+            *(options.container_python, "-P", "-m", "torch.distributed.run"),
+            f"--nnodes={_num_pods(options, job)}",
+            f"--nproc-per-node={options.workers_per_pod}",
+            *("--node-rank", _INDEX),
+            f"--master-addr={name}-0.{name}",
+            f"--master-port={_PORT}",
+            *job.argv_for_torchrun,
+        )
     # This machine's Python is not that of the image.
-    if argv[0] == sys.executable:
-        argv[0] = options.container_python
-    if options.workers_per_pod == 1:
-        return argv
-    return [
-        *(options.container_python, "-P", "-m", "torch.distributed.run"),
-        f"--nnodes={_num_pods(options, job)}",
-        f"--nproc-per-node={options.workers_per_pod}",
-        *("--node-rank", _INDEX),
-        f"--master-addr={name}-0.{name}",
-        f"--master-port={_PORT}",
-        *("--no-python", *argv),
-    ]
+    return under_python(options.container_python, argv)
 
 
 def _variables(options: KubernetesOptions, job: Job, name: str) -> dict[str, str]:

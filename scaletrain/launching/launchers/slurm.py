@@ -13,7 +13,7 @@ import jinja2
 from annotated_types import Ge
 
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Job, Program, environment
+from scaletrain.launching.job import Job, Program, environment, under_python
 from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.run.layout import RunDir
 from scaletrain.units import plural
@@ -309,8 +309,7 @@ def _contained(options: SlurmOptions, argv: tuple[str, ...], run_dir: Path) -> t
     if not options.container:
         return argv
     # This machine's Python is not that of the image.
-    if argv[0] == sys.executable:
-        argv = (options.container_python, *argv[1:])
+    argv = under_python(options.container_python, argv)
     if options.container_runtime == "pyxis":
         return argv
     apptainer = ["apptainer", "exec"]
