@@ -1,7 +1,7 @@
 """Next-character prediction on a stream: text that is read piece by piece, and never as a whole.
 
 The text is the one that ``help()`` shows, so nothing is downloaded. A stream of your own may read
-files, a message queue or a database instead.
+files or a database instead.
 """
 
 import random
