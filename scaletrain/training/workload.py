@@ -332,6 +332,11 @@ def _check_data(data: Data) -> None:
                 f"data: the {name} set is a {type(dataset).__name__} (allowed: a data set with"
                 " [index] and len(), or a stream with __iter__)"
             )
+    if data.train is data.test and is_stream(data.train):
+        raise UserError(
+            "data: the training and the test set are one stream, which an evaluation would move"
+            " (allowed: an object for each)"
+        )
 
 
 def _freeze(model: nn.Module, frozen: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ class Dicts(Dataset):
     def __getitem__(self, index): return {"x": torch.zeros(3), "y": 1}
 
 def endless(): return NoLength(), NoLength()
+def same(): return ({1, 2},) * 2
 def dicts(): return Dicts(), Dicts()
 def pairs(): return (TensorDataset(torch.zeros(8, 3), torch.ones(8).long()),) * 2
 def linear(): return nn.Linear(3, 2)
@@ -81,6 +82,7 @@ def job(tmp_path: Path):
     ("keys", "told"),
     [
         ({"data": "parts_of_a_job:endless"}, "the training set is a NoLength"),
+        ({"data": "parts_of_a_job:same"}, "the training and the test set are one stream"),
         ({"model": "parts_of_a_job:lazy"}, "a lazy module does not know its shapes yet"),
         ({"model": "parts_of_a_job:frozen"}, "no parameter is trained"),
         ({"optimizer": {"name": "lbfgs"}}, "lbfgs calls the model several times a step"),
