@@ -38,6 +38,20 @@ def message(tree: dict, **settings) -> str:
         ({"workers": 0}, ["workers", "0", "greater than or equal to 1"]),
         ({"workers": 33}, ["workers", "33", "batch_size of 32", "1 to 32"]),
         ({"accumulate": 5, "workers": 8}, ["accumulate", "5", "32"]),
+        (
+            {"precision": "fp16", "exchange": "parameter_server"},
+            ["precision: 'fp16'", "parameter_server", "bf16"],
+        ),
+        (
+            {"sync_batchnorm": True, "exchange": "parameter_server"},
+            ["sync_batchnorm: true", "parameter_server"],
+        ),
+        (
+            {"compile": {"mode": "max-autotune", "backend": "eager"}},
+            ["compile.mode: 'max-autotune'", "inductor", "eager"],
+        ),
+        ({"compile": True, "compute": {"step_s": 1}}, ["compile", "compute"]),
+        ({"compile": {"modus": 1}}, ["compile.modus", "mode"]),
         ({"exchange": "rinj"}, ["exchange", "'rinj'", "did you mean 'ring'"]),
         (
             {"exchange": {"name": "native", "bucket_md": 3}},
@@ -114,6 +128,15 @@ def test_a_file_that_is_not_a_job(text: str, words: list[str], tmp_path: Path):
         config.load(path)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_compile_is_a_switch_or_options():
+    job = {"model": "mlp", "data": "digits", "batch_size": 32, "steps": 1}
+    assert config.check(job | {"compile": False}).compile is None
+    assert config.check(job | {"compile": True}).compile == config.Compilation()
+    chosen = config.check(job | {"compile": {"dynamic": True}}).compile
+    assert chosen == config.Compilation(dynamic=True)
+    assert config.check(job | {"recompute": "layers.*"}).recompute == ["layers.*"]
 
 
 def test_a_missing_file_and_a_binary_file(tmp_path: Path):

@@ -7,10 +7,11 @@ right. Nothing here imports torch.
 
 from scaletrain.config.checks import check, load, plugin_options, plugin_spec
 from scaletrain.config.grammar import exchange_label, expand_exchange, parse_setting
-from scaletrain.config.schema import Checkpoint, Compute, LrSchedule, Named, RunConfig
+from scaletrain.config.schema import Checkpoint, Compilation, Compute, LrSchedule, Named, RunConfig
 
 __all__ = [
     "Checkpoint",
+    "Compilation",
     "Compute",
     "LrSchedule",
     "Named",

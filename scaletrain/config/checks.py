@@ -85,6 +85,12 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
     _check_nonfinite(config, where)
     _check_precision(config, where)
     _check_initial_weights(config, where)
+    _check_compile(config, where)
+    if config.sync_batchnorm and config.exchange.name == "parameter_server":
+        raise UserError(
+            f"{where}: sync_batchnorm: true is not allowed under parameter_server, whose workers do"
+            " not meet in forward (allowed: an exchange that averages all workers' gradients)"
+        )
     if config.optimizer is None and config.workload is None:
         config.optimizer = Optimizer(**_DEFAULTS["optimizer"])
     if config.optimizer is not None:  # else the workload's own
@@ -183,6 +189,21 @@ def _check_initial_weights(config: RunConfig, where: str) -> None:
         )
     # Workers may start in another directory.
     config.init_from.path = str(Path(config.init_from.path).absolute())
+
+
+def _check_compile(config: RunConfig, where: str) -> None:
+    if config.compile is None:
+        return
+    if config.compute is not None:
+        raise UserError(
+            f"{where}: compile: is not allowed beside compute, which emulates the model"
+            " (remove one of them)"
+        )
+    if config.compile.mode is not None and config.compile.backend != "inductor":
+        raise UserError(
+            f"{where}: compile.mode: {config.compile.mode!r} is for the backend inductor"
+            f" (allowed: no mode, or backend inductor in place of {config.compile.backend})"
+        )
 
 
 def _check_length(config: RunConfig, where: str) -> None:

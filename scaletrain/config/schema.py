@@ -74,6 +74,12 @@ def _as_skip(value: Any) -> Any:
     raise ValueError("stop, or the most that are left out, such as {skip: 10}")
 
 
+def _as_compilation(value: Any) -> Any:
+    if value is True:
+        return {}
+    return None if value is False else value
+
+
 class Strict(BaseModel):
     """A mapping in which an unknown key is a mistake."""
 
@@ -206,6 +212,21 @@ class Compute(Strict):
     """Seconds a sample of the worker's batch."""
 
 
+class Compilation(Strict):
+    """Options of torch.compile."""
+
+    backend: str = "inductor"
+    """A backend of torch.compile; `aot_eager` needs no C++ compiler and makes nothing faster."""
+
+    mode: (
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
+    ) = None
+    """What inductor optimises for."""
+
+    dynamic: bool | None = None
+    """true: compile once for all shapes; false: for each; null: torch decides."""
+
+
 # A name alone is short for a mapping without options.
 NameOrOptions = Annotated[Named, BeforeValidator(_as_mapping, json_schema_input_type=str | Named)]
 OptimizerOrName = Annotated[
@@ -286,6 +307,21 @@ class RunConfig(Strict):
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """bf16, fp16: forward computes in it where that is safe (autocast); weights stay float32. fp16
     scales the loss, and leaves out steps whose gradient overflows."""
+
+    compile: Annotated[
+        Compilation | None,
+        BeforeValidator(_as_compilation, json_schema_input_type=bool | Compilation | None),
+    ] = None
+    """Compile the model with torch.compile: true, or its options."""
+
+    channels_last: bool = False
+    """Lay images out with their channels last, which convolutions may compute faster."""
+
+    recompute: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Patterns of modules whose activations are computed again in backward, to save memory."""
+
+    sync_batchnorm: bool = False
+    """Normalise batches over the samples of all workers. Under `none` it counts for nothing."""
 
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Compute threads of a worker; auto: its share of the host's cores."""

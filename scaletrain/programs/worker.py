@@ -34,6 +34,7 @@ from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord, cut_lines
 from scaletrain.run.time_left import TimeLeft
 from scaletrain.training import weights, workload
+from scaletrain.training.compiling import explained
 from scaletrain.training.exchange import Setup
 from scaletrain.training.fingerprint import fingerprint
 from scaletrain.training.stopping import SaveTogether, StopTogether
@@ -52,6 +53,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
     world = World.from_env()
     files = RunDir(run_dir)
     with progress.reporting(run_dir, world) as report, contextlib.ExitStack() as stack:
+        stack.enter_context(explained())  # failures of a compiler, whenever it runs
         # 1. Read the configuration, and meet the other ranks.
         config = configuration.load(files.config)
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":

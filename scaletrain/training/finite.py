@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from scaletrain.training import batch_norm, compiling
 from scaletrain.training.workload import Workload
 
 _MOST_SAMPLES = 5  # that a message names
@@ -53,7 +54,8 @@ def explain(workload: Workload, batch: Any, samples: Sequence[int]) -> str:
         if not any(module.children()):  # a container only hands on what its layers return
             hooks.append(module.register_forward_hook(watch.hook(name or "model")))
     try:
-        workload.forward(batch)
+        with batch_norm.alone(), compiling.as_written():
+            workload.forward(batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""Patterns for the names of parameters, as configurations have them."""
+"""Patterns for the names of parameters and modules, as configurations have them."""
 
 import fnmatch
 from collections.abc import Iterable, Sequence
@@ -19,18 +19,19 @@ def matches(pattern: str, name: str) -> bool:
     return any(fnmatch.fnmatchcase(part, pattern) for part in (name, *name.split(".")))
 
 
-def check(patterns: Iterable[str], names: Sequence[str], key: str) -> None:
+def check(patterns: Iterable[str], names: Sequence[str], key: str, kind: str = "parameter") -> None:
     """Raise ``UserError`` if a pattern matches none of the names.
 
     Args:
         patterns: of a configuration.
         names: of the model's parameters.
         key: of the configuration.
+        kind: what the names are of.
     """
     for pattern in patterns:
         if not any(matches(pattern, name) for name in names):
             raise UserError(
-                f"{key}: {pattern!r} matches no parameter of the model (there are {listed(names)})"
+                f"{key}: {pattern!r} matches no {kind} of the model (there are {listed(names)})"
             )
 
 

@@ -53,6 +53,8 @@ def training_facts(
     values[_GLOBAL_BATCH] = global_batch
     values["accumulate"] = config.accumulate
     values["precision"] = config.precision
+    if config.sync_batchnorm:
+        values["sync_batchnorm"] = True
     values["optimizer"] = type(optimizer).__name__
     values |= _dotted("optimizer", optimizer.defaults)
     for key in IMPLEMENTATION_OPTIONS:

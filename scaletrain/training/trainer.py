@@ -19,7 +19,7 @@ from scaletrain.config.schema import Named
 from scaletrain.errors import TrainingError, UserError
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, cut_lines, read_records
-from scaletrain.training import finite, learning_rate, optimizer, statistics
+from scaletrain.training import batch_norm, finite, learning_rate, optimizer, statistics
 from scaletrain.training.batches import Batch, to_device
 from scaletrain.training.callbacks import Callback
 from scaletrain.training.checkpoint import State
@@ -310,6 +310,8 @@ class Trainer:
 
     def _attach(self) -> None:
         """Put the exchange under the model of each update (collective)."""
+        if self.config.sync_batchnorm and self.exchange.averages:
+            batch_norm.share_statistics(self.module, self.exchange.sum)
         for update in self._updates:
             module = getattr(self.workload, update.model)
             self._modules[update.model] = module

@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, TensorDataset
 
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
 from scaletrain.training import loss_function, optimizer, patterns
+from scaletrain.training.compiling import compile_in_place
 from scaletrain.training.joint_optimizer import JointOptimizer
 from scaletrain.training.randomness import seed_generators
+from scaletrain.training.recompute import recompute
 from scaletrain.training.stream import is_stream
 
 IGNORED = -100  # torch's default for ``ignore_index``: a target that counts for nothing
@@ -237,6 +240,13 @@ def build(config: RunConfig, device: torch.device) -> Workload:
     _freeze(workload.model, config.freeze)
     _check_trainable(workload.model)
     model = workload.model.to(device)
+    recompute(model, config.recompute)
+    called = [getattr(workload, update.model) for update in workload.updates] or [model]
+    for each in called:
+        if config.channels_last:
+            _lay_channels_last(each)
+        if config.compile is not None:
+            compile_in_place(each, config.compile)
     if config.compute and workload.updates:
         raise UserError("compute: emulates one model (allowed: a workload without updates)")
     if config.compute:
@@ -298,6 +308,22 @@ def _join_models(workload: Workload, name: str) -> None:
         models[update.model] = model
     workload.model = models
     workload.optimizer = JointOptimizer({each.model: each.optimizer for each in workload.updates})
+
+
+def _lay_channels_last(model: nn.Module) -> None:
+    """Lay out weights and inputs of 4 dimensions with their channels last."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.register_forward_pre_hook(_channels_last, with_kwargs=True)
+
+
+def _channels_last(
+    module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Any, Any]:
+    def lay(leaf: Any) -> Any:
+        is_image = isinstance(leaf, Tensor) and leaf.dim() == 4
+        return leaf.contiguous(memory_format=torch.channels_last) if is_image else leaf
+
+    return pytree.tree_map(lay, (arguments, options))
 
 
 def _supervised(config: RunConfig) -> Supervised:
