@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from scaletrain.run.layout import RunDir
+from scaletrain.run.records import read_records
 from scaletrain.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -143,3 +144,23 @@ def test_fine_tuning_and_export(tmp_path: Path):
     content = checkpoint.newest(pretrained).content  # type: ignore[union-attr]
     averaged = checkpoint.part_states(content)["callbacks.ema"]["weights"]["head.weight"]
     assert averages[1] == averaged.sum().item()
+
+
+@pytest.mark.slow
+def test_boxes_are_found_in_pictures_with_different_numbers_of_them(tmp_path: Path):
+    summary = train("boxes", tmp_path / "run", "steps=150", "exchange=ring")
+    assert summary["test_found"] > 0.3  # at the beginning it finds none
+    records = [*read_records(RunDir(tmp_path / "run").records(1))]
+    assert len({record.count for record in records}) > 20
+    last = records[-1]
+    assert set(last.parts) == {"there", "where", "colour"}
+    assert sum(last.parts.values()) == pytest.approx(last.loss)
+
+
+@pytest.mark.slow
+def test_two_halves_are_judged_together(tmp_path: Path):
+    summary = train("halves", tmp_path / "run", "steps=400", "precision=bf16")
+    assert summary["test_accuracy"] > 0.7  # of which digit the upper half is
+    assert summary["test_belongs"] > 0.6  # guessing is right in one of two
+    last = [*read_records(RunDir(tmp_path / "run").records(0))][-1]
+    assert set(last.parts) == {"digit", "belongs"}
