@@ -20,11 +20,21 @@ from scaletrain.scaling.show import results
 RANK = "benchmarks/suites/overhead_rank.py"
 BLOCK = 20  # steps, as in RANK
 TARGET = 0.005  # of a step of 25 ms
-# Everything on that costs something in each step: records, a schedule with warm-up, a check for
-# values that are not finite, progress, and looks for a signal.
+# Always on: records, a schedule with warm-up, a check of the loss, progress, looks for a signal.
+MLP = {"model": {"name": "mlp", "sizes": [64, 128, 10]}, "batch_size": 64}
+CNN = {"model": {"name": "digits_cnn", "width": 64}, "batch_size": 96}
+# Everything that watches over a run or keeps it.
+WATCHED = {
+    "precision": "bf16",
+    "nonfinite": "skip",
+    "callbacks": [{"name": "clip", "norm": 1.0}, {"name": "drift", "every": 100}],
+    "checkpoint": {"every_steps": 100},
+}
 JOBS = {
-    "mlp": {"model": {"name": "mlp", "sizes": [64, 128, 10]}, "batch_size": 64},
-    "cnn": {"model": {"name": "digits_cnn", "width": 64}, "batch_size": 96},
+    "mlp": MLP,
+    "mlp, watched": MLP | WATCHED,
+    "cnn": CNN,
+    "cnn, watched": CNN | WATCHED,
 }
 COMMON = {
     "data": "digits",
@@ -55,6 +65,15 @@ class Row(NamedTuple):
         """The extra time as a part of a step of 25 ms."""
         return self.extra_ms / 25
 
+    @property
+    def verdict(self) -> str:
+        """Whether the whole interval is on one side of the target."""
+        if self.extra_ms + self.extra_ci95_ms <= 25 * TARGET:
+            return "met"
+        if self.extra_ms - self.extra_ci95_ms > 25 * TARGET:
+            return "MISSED"
+        return "not decided by these pairs"
+
 
 @click.command("overhead")
 @click.option("--blocks", default=40, show_default=True, help="Pairs of blocks of 20 steps.")
@@ -76,12 +95,12 @@ def command(blocks: int, out: Path) -> None:
     header["load_average"] = os.getloadavg()[1]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for job, keys in JOBS.items():
-            config = Path(folder) / f"{job}.yaml"
+        for number, (job, keys) in enumerate(JOBS.items()):
+            config = Path(folder) / f"job-{number}.yaml"
             steps = (blocks + 2) * BLOCK
             config.write_text(yaml.safe_dump(COMMON | keys | {"steps": steps}), encoding="utf-8")
             for workers in (1, 2):
-                row = _measure(job, config, Path(folder) / f"{job}-{workers}", workers)
+                row = _measure(job, config, Path(folder) / f"out-{number}-{workers}", workers)
                 click.echo(f"{job}, {workers}: {row.extra_ms:.3f} ± {row.extra_ci95_ms:.3f} ms")
                 rows.append(row)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,14 @@
 """One rank of ``python -m benchmarks.lab overhead``: our step beside a bare DDP loop, in turns.
 
 Both train the same model on the same batches in the same process. After each block of our steps the
-same number of bare steps runs, so that a machine whose speed drifts slows both alike.
+same number of bare steps runs, so that a machine whose speed drifts slows both alike. What computes
+in our step (clipping, half precision) the bare loop does, too; it keeps no records, checks nothing
+and writes no checkpoints.
 
 Usage: ``scaletrain launch -n WORKERS -- benchmarks/suites/overhead_rank.py CONFIG OUT``
 """
 
 import json
-import os
 import sys
 import time
 from datetime import timedelta
@@ -24,6 +25,7 @@ from scaletrain.run import progress
 from scaletrain.run.records import StepRecord
 from scaletrain.training import workload
 from scaletrain.training.exchange import Setup
+from scaletrain.training.precision import Precision
 from scaletrain.training.stopping import StopTogether
 from scaletrain.training.trainer import Trainer
 
@@ -34,11 +36,16 @@ WARMUP = 2  # blocks left out
 class Bare:
     """The loop that a person writes: shuffled indices, forward, backward, step."""
 
-    def __init__(self, parts: workload.Supervised, batch: int, world: World):
+    def __init__(self, parts: workload.Supervised, run: configuration.RunConfig, world: World):
+        self._autocast = Precision(run.precision, torch.device("cpu"), []).autocast
+        self._norm = None
+        for callback in run.callbacks:
+            if callback.name == "clip":
+                self._norm = callback.options["norm"]
         self._model = DistributedDataParallel(parts.model, gradient_as_bucket_view=True)
         self._optimizer = parts.optimizer
         self._train = parts.data.train
-        self._batch = batch // world.size
+        self._batch = run.batch_size // world.size
         self._random = torch.Generator().manual_seed(world.rank)
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -49,8 +56,12 @@ class Bare:
         indices, self._order = self._order[: self._batch], self._order[self._batch :]
         inputs, targets = self._train[indices]
         self._optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(self._model(inputs), targets)
+        with self._autocast():
+            outputs = self._model(inputs)
+        loss = nn.functional.cross_entropy(outputs.float(), targets)
         loss.backward()
+        if self._norm is not None:
+            nn.utils.clip_grad_norm_(self._model.parameters(), self._norm)
         self._optimizer.step()
         return loss.item()
 
@@ -72,7 +83,7 @@ def main(config: Path, out: Path) -> None:
     )
     parts = workload.build(run, setup.device)
     assert isinstance(parts, workload.Supervised)
-    bare = Bare(parts, run.batch_size, world)
+    bare = Bare(parts, run, world)
     ours: list[float] = []
     theirs: list[float] = []
     began = time.perf_counter()
@@ -97,5 +108,4 @@ def main(config: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main(Path(sys.argv[1]), Path(sys.argv[2]))
