@@ -307,8 +307,12 @@ def load_latest(run_dir: Path, state: State) -> Loaded | None:
     )
 
 
-def newest(run_dir: Path) -> Found | None:
+def newest(run_dir: Path, up_to: int | None = None) -> Found | None:
     """Return the newest checkpoint that is whole; None if there is no checkpoint.
+
+    Args:
+        run_dir: where they are.
+        up_to: steps done at most; None: the newest of all.
 
     Raises:
         UserError: no checkpoint is whole, or the newest whole one was written by an earlier
@@ -317,6 +321,8 @@ def newest(run_dir: Path) -> Found | None:
     checkpoints = RunDir(run_dir).checkpoints()
     damaged: list[str] = []
     for step, path in reversed(checkpoints):
+        if up_to is not None and step > up_to:
+            continue
         try:
             return Found(step, path, read(path), damaged)
         except Damaged as error:

@@ -442,7 +442,9 @@ class Trainer:
         found = next(filter(None, reasons), "every layer is finite, the loss alone is not")
         raise TrainingError(
             f"step {self.next_step}, rank {self.world.rank}: the loss is {loss.total:g}: {found}"
-            " (checkpoints are from before it; nonfinite: skip leaves such steps out)"
+            f" (scaletrain replay {self.run_dir} --step {self.next_step} --rank {self.world.rank}"
+            " runs it once more; checkpoints are from before it; nonfinite: skip leaves such steps"
+            " out)"
         )
 
     def _leaves_out(self, update: Update) -> bool:

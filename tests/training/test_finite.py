@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import nn
 
+from scaletrain.cli import cli
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import read_records
 from scaletrain.training import finite, workload
@@ -96,6 +98,13 @@ def test_a_run_stops_at_the_step_and_names_rank_layer_and_sample(tmp_path: Path)
     assert f"layer 0 (Exp) is the first that is not finite (training samples {BAD})" in told
     assert "Traceback" not in told
     assert not RunDir(run_dir).summary.exists()
+    command_line = f"scaletrain replay {run_dir} --step {step} --rank {rank}"
+    assert command_line in told
+
+    again = CliRunner().invoke(cli, command_line.split()[1:])
+    assert again.exit_code == 0, again.output
+    assert f"weights: of the checkpoint after {step} steps, as in the run" in again.output
+    assert f"layer 0 (Exp) is the first that is not finite (training samples {BAD})" in again.output
     for number, path in RunDir(run_dir).checkpoints():
         assert number <= step
         for tensor in load_file(path).values():
