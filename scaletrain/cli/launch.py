@@ -51,6 +51,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds to wait for workers to meet and to stop.",
 )
+@click.option(
+    "--as",
+    "as_backend",
+    type=click.Choice(["gloo"]),
+    help="Let this torch.distributed backend be ours: for scripts that insist on it.",
+)
 @click.option("--cold", is_flag=True, help="Let each worker import torch itself.")
 @click.option("--dry-run", is_flag=True, help="Print what would be started, and start nothing.")
 @click.argument("argv", metavar="COMMAND...", nargs=-1, type=click.UNPROCESSED, required=True)
@@ -60,6 +66,7 @@ def command(
     settings: tuple[str, ...],
     run_dir: Path | None,
     timeout_s: float,
+    as_backend: str | None,
     cold: bool,
     dry_run: bool,
     argv: tuple[str, ...],
@@ -78,7 +85,7 @@ def command(
       scaletrain launch -n 2 -- -m package.train --its-own-arguments
     """
     from scaletrain import config
-    from scaletrain.launching.job import Program, script_job
+    from scaletrain.launching.job import Program, environment, script_job
     from scaletrain.launching.supervision import supervise
     from scaletrain.launching.supervision.screen import Screen
     from scaletrain.run import claim
@@ -89,6 +96,8 @@ def command(
     def planned(directory: Path) -> "tuple[Job, LaunchPlan]":
         # Absolute: workers may start in another directory, and other hosts do not know ours.
         job = script_job(argv, workers, directory.resolve(), timeout_s)._replace(cold=cold)
+        if as_backend:
+            job = job._replace(env=environment({"SCALETRAIN_AS": as_backend}))
         return job, plugins.load("launcher", launcher)(job, **options)
 
     directory = run_dir or directory_name("launch")

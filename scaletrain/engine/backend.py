@@ -3,20 +3,61 @@
 torch calls ``register`` whenever it is imported. The engine is loaded when a group is created.
 """
 
+import functools
+import os
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from scaletrain.errors import UserError
+
+_AS = "SCALETRAIN_AS"  # the variable with another name for our backend
 
 
 def register() -> None:
     """Register the backends ``scaletrain`` and ``mpi4py``. Safe to call again.
 
     ``mpi4py`` is MPI's own allreduce over mpi4py.
+
+    Raises:
+        UserError: the environment gives our backend a name that it cannot have.
     """
     for name, create in (("scaletrain", _create), ("mpi4py", _create_over_mpi)):
         if name not in dist.Backend.backend_list:
             # The extended API hands over ``pg_options``, and the plain one does not.
             dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu", "cuda"])
+    other_name = os.environ.get(_AS)
+    if other_name == "gloo":
+        _take_the_name_gloo()
+    elif other_name:
+        raise UserError(f"{_AS}: {other_name} is not allowed (allowed: gloo)")
+
+
+def _take_the_name_gloo() -> None:
+    """Make groups of the backend ``gloo`` ours, under that name. Safe to call again.
+
+    It is for scripts and frameworks that insist on gloo. torch makes its own backends by name, so
+    the function that makes groups is wrapped.
+    """
+    make_group = distributed_c10d._new_process_group_helper
+    if hasattr(make_group, "__wrapped__"):
+        return
+
+    @functools.wraps(make_group)
+    def make(group_size: int, group_rank: int, ranks: Any, backend: Any, *rest: Any, **more: Any):
+        if str(backend) != "gloo":
+            return make_group(group_size, group_rank, ranks, backend, *rest, **more)
+        ours = dist.Backend("scaletrain")
+        group, store = make_group(group_size, group_rank, ranks, ours, *rest, **more)
+        # None: this rank is no member of the group.
+        if group in distributed_c10d._world.pg_map:
+            distributed_c10d._world.pg_map[group] = ("gloo", store)
+            config = distributed_c10d.BackendConfig(dist.Backend("gloo"))
+            distributed_c10d._world.pg_backend_config[group] = str(config)
+        return group, store
+
+    distributed_c10d._new_process_group_helper = make  # type: ignore[assignment]
 
 
 def _create(group_options: Any, backend_options: Any) -> dist.ProcessGroup:

@@ -28,6 +28,7 @@ _OF_A_PROCESS = {
     "TORCHELASTIC_USE_AGENT_STORE", "PYTHONUNBUFFERED",
 }  # fmt: skip
 _OURS = "SCALETRAIN_"
+_AT_IMPORT = "SCALETRAIN_AS"  # of ours, the one that is read when torch is imported
 
 
 def main(modules: Sequence[str], descriptor: int) -> Order:
@@ -63,7 +64,7 @@ def _obstacle() -> str:
 
 
 def _may_differ(name: str) -> bool:
-    return name in _OF_A_PROCESS or name.startswith(_OURS)
+    return name in _OF_A_PROCESS or (name.startswith(_OURS) and name != _AT_IMPORT)
 
 
 if __name__ == "__main__":

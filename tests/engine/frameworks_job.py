@@ -1,4 +1,4 @@
-"""One rank of tests/engine/test_frameworks.py: ``torchrun ... frameworks_job.py PART``.
+"""One rank of tests/engine/test_frameworks.py: ``frameworks_job.py PART BACKEND``.
 
 Its scripts know nothing of scaletrain but its name.
 """
@@ -73,7 +73,7 @@ def fabric(rank: int, size: int) -> list[torch.Tensor]:
     from lightning_fabric.strategies import DDPStrategy
 
     made = Fabric(
-        accelerator="cpu", devices=size, strategy=DDPStrategy(process_group_backend="scaletrain")
+        accelerator="cpu", devices=size, strategy=DDPStrategy(process_group_backend=sys.argv[2])
     )
     made.launch()
     module = model()
@@ -85,11 +85,12 @@ def fabric(rank: int, size: int) -> list[torch.Tensor]:
 def main() -> None:
     what = {"ddp": ddp, "fsdp": fsdp, "accelerate": accelerate, "fabric": fabric}[sys.argv[1]]
     torch.set_num_threads(1)
-    dist.init_process_group("scaletrain")
+    dist.init_process_group(sys.argv[2])
     rank, size = dist.get_rank(), dist.get_world_size()
     for found, expected in zip(what(rank, size), reference(size), strict=True):
         torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-6)
-    assert dist.get_backend() == "scaletrain"
+    assert dist.get_backend() == sys.argv[2]
+    assert type(dist.group.WORLD).__module__ == "scaletrain.engine.process_group"
     dist.destroy_process_group()
     print(f"rank {rank} right\n", end="")
 

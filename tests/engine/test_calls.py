@@ -17,14 +17,22 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 import scaletrain  # noqa: F401  (registers the backend)
-from scaletrain.engine import lane
-from scaletrain.engine.process_group import Options
+from scaletrain.engine import backend, lane
+from scaletrain.engine.process_group import Options, ProcessGroup
+from scaletrain.errors import UserError
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
 
-def join(rank: int, size: int, port: Any, timeout_s: float = 30, **options: str) -> Any:
+def join(
+    rank: int,
+    size: int,
+    port: str,
+    timeout_s: float = 30,
+    backend: str = "scaletrain",
+    **options: str,
+) -> Any:
     """Join over a TCPStore, as scripts do: rank 0 serves it. ``port`` is a file for its number."""
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, size, True, timedelta(seconds=30), False)
@@ -36,7 +44,7 @@ def join(rank: int, size: int, port: Any, timeout_s: float = 30, **options: str)
         number = int(Path(port).read_text())
         store = dist.TCPStore("127.0.0.1", number, size, False, timedelta(seconds=30), False)
     dist.init_process_group(
-        options.pop("backend", "scaletrain"),
+        backend,
         store=store,
         rank=rank,
         world_size=size,
@@ -377,3 +385,33 @@ def test_other_spellings_of_calls_do_as_under_gloo(tmp_path: Path):
         if ours.index(mine) == 1:
             mine["reduce"] = expected["reduce"]
         assert mine == expected
+
+
+def named_gloo(rank: int, size: int, port: str) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCALETRAIN_AS", "gloo")
+        backend.register()  # as torch does while it is imported
+    join(rank, size, port, backend="gloo")
+    pair = dist.new_group([0, 1])
+    alone = dist.new_group([1])
+    tensor = torch.tensor([rank + 1.0])
+    dist.all_reduce(tensor, group=pair)
+    dist.monitored_barrier()
+    return {
+        "names": [dist.get_backend(), dist.get_backend(pair)],
+        "ours": isinstance(pair, ProcessGroup),
+        "alone": isinstance(alone, ProcessGroup),
+        "sum": float(tensor),
+    }
+
+
+def test_the_name_gloo_may_mean_ours(tmp_path: Path):
+    first, second = run_ranks(named_gloo, 2, str(tmp_path / "port"))
+    assert first == {"names": ["gloo", "gloo"], "ours": True, "alone": False, "sum": 3.0}
+    assert second == {**first, "alone": True}
+
+
+def test_other_names_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SCALETRAIN_AS", "nccl")
+    with pytest.raises(UserError, match=r"SCALETRAIN_AS: nccl is not allowed \(allowed: gloo\)"):
+        backend.register()

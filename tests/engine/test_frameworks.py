@@ -31,18 +31,31 @@ def test_the_weights_of_one_process(framework: str):
         f"pip install {package.replace('_', '-')}",
     )
     script = Path(__file__).with_name("frameworks_job.py")
-    argv = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        str(script),
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    _check(torchrun, str(script), framework, "scaletrain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["accelerate", "fabric"])
+def test_scripts_that_insist_on_gloo(framework: str, tmp_path: Path):
+    package = PACKAGES[framework]
+    require(
         framework,
-    ]
+        importlib.util.find_spec(package) is not None,
+        f"pip install {package.replace('_', '-')}",
+    )
+    script = Path(__file__).with_name("frameworks_job.py")
+    launch = ["scaletrain.cli", "launch", "-n", "2", "--as", "gloo"]
+    _check([*launch, "--run-dir", str(tmp_path / "run")], str(script), framework, "gloo")
+
+
+def _check(start: list[str], *script: str) -> None:
     done = subprocess.run(
-        argv, capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, "-m", *start, *script],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(f"rank {rank} right" in done.stdout for rank in range(2)), done.stdout
