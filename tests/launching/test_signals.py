@@ -109,3 +109,21 @@ def test_a_stopped_job_is_no_success_even_if_its_workers_say_so(
     output, _ = launcher.communicate(timeout=20)
     assert launcher.returncode == status and f"stopped by {number.name}" in output
     assert gone_within(job, 1)
+
+
+GOES_ON_AFTER_A_SIGNAL = """
+heard = []
+signal.signal(signal.SIGUSR2, lambda n, frame: heard.append(n))
+Path(os.environ["RUN_DIR"], f"ready-{rank}").touch()
+while not heard:
+    time.sleep(0.01)
+print("went on")
+"""
+
+
+def test_sigusr2_reaches_a_script_and_stops_nothing(tmp_path: Path):
+    launcher, job = started(tmp_path, GOES_ON_AFTER_A_SIGNAL)
+    launcher.send_signal(signal.SIGUSR2)
+    output, _ = launcher.communicate(timeout=20)
+    assert launcher.returncode == 0 and output.count("went on") == 3, output
+    assert "stopped" not in output and gone_within(job, 1)
