@@ -124,7 +124,9 @@ class GlobalBatches:
             passes: backward passes of a step; each has a share of its own.
         """
         for step in range(first_step, num_steps):
-            for part in self.share(step, rank, size).tensor_split(passes):
+            share = self.share(step, rank, size)
+            parts = share.tensor_split(passes) if passes > 1 else (share,)
+            for part in parts:
                 yield Share(self.epoch(step), part)
 
     def _order_of(self, epoch: int) -> Permutation:
@@ -179,7 +181,12 @@ def load(
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a tree of tensors with every tensor on the device."""
+    """Return a tree of tensors with every tensor on the device.
+
+    On a CPU it is the tree itself, whose tensors were read into main memory.
+    """
+    if device.type == "cpu":
+        return batch
 
     def move(leaf: Any) -> Any:
         return leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf

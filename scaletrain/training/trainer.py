@@ -114,6 +114,7 @@ class Trainer:
         # By name: what forward calls while training, and on this rank alone.
         self._attached: dict[str, nn.Module] = {}
         self._modules: dict[str, nn.Module] = {}
+        self._parameters = [*self.module.parameters()]
         self.saving.add("gradient order", exchange)  # before it has a model
         self._attach()
         # A worker that joins a running job, such as one that was started again, begins where it is.
@@ -159,7 +160,8 @@ class Trainer:
         clock = StepClock(self.device)
         # The rates are set before backward: a parameter server gets gradients while backward runs.
         self._set_rates()
-        self.module.train()
+        if not self.module.training:  # it visits every layer, and is needed after evaluation alone
+            self.module.train()
         step_input = self._feed.next()
         passes = []
         for batch in step_input.batches:
@@ -409,7 +411,8 @@ class Trainer:
                 frozen += [each for each in module.parameters() if each.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
-        self.module.zero_grad()
+        for parameter in self._parameters:  # `zero_grad` would look all of them up again
+            parameter.grad = None
         setattr(self.workload, update.model, model)
         try:
             yield model
