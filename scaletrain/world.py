@@ -29,28 +29,29 @@ class World(NamedTuple):
 
         Launchers are looked for from the innermost outwards, in the order of ``LAUNCHERS``:
         torchrun may run inside ``srun``, not the other way round. The innermost one is believed
-        if all others agree with it (``_agrees``). A process without such variables is a world of
-        one.
+        if all others agree with it (``_agrees``). Our own launchers are believed in any case: they
+        have looked at the others (``started_by_another``). A process without such variables is a
+        world of one.
 
         Args:
             env: the variables; default: ``os.environ``. They are read and never written.
 
         Raises:
-            UserError: half of a set of variables, a value that is not a rank, or launchers that
-                contradict each other. The message shows the variables. Setting
-                ``SCALETRAIN_LAUNCHER=<name>`` then says which launcher to believe.
+            UserError: half of a set of variables, a value that is not a rank, launchers that
+                contradict each other, or one whose workers are not told how many they are. The
+                message shows the variables. Setting ``SCALETRAIN_LAUNCHER=<name>`` then says which
+                launcher to believe.
 
         Example:
             >>> World.from_env({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}).rank
             1
         """
         env = os.environ if env is None else env
-        # The launchers local and rehearsal name themselves here, and set torchrun's variables.
         chosen = env.get("SCALETRAIN_LAUNCHER", "")
         if chosen == "python":
             return cls()
         # A person's own word ends the search: variables of other launchers are not even read.
-        if chosen and chosen not in ("local", "rehearsal"):
+        if chosen and chosen not in OWN_LAUNCHERS:
             return _world_of(chosen, env)
         worlds = []
         for launcher in LAUNCHERS:
@@ -58,20 +59,64 @@ class World(NamedTuple):
             if world is not None:
                 worlds.append((launcher, world))
         if not worlds:
+            _refuse_unknown_size(env)
             return cls()
         (innermost, world), *outer = worlds
+        if chosen in OWN_LAUNCHERS:
+            return world
         for launcher, other in outer:
             if not _agrees(world, other):
-                raise UserError(
-                    f"the environment names two worlds: {innermost.evidence(env)}"
-                    f" ({innermost.name}), but {launcher.evidence(env)} ({launcher.name}); unset the"
-                    " variables that leaked from elsewhere, or set SCALETRAIN_LAUNCHER to the one"
-                    " to believe"
+                raise _two_worlds(
+                    f"{innermost.evidence(env)} ({innermost.name})",
+                    f"{launcher.evidence(env)} ({launcher.name})",
                 )
             # Only a launcher that sees the very same workers can fill in the unknown fields.
             if (other.rank, other.size) == (world.rank, world.size):
                 world = _completed(world, other)
+        _refuse_another_rank(world, innermost, env)
         return world
+
+
+def started_by_another(env: Mapping[str, str] | None = None) -> str:
+    """Return the variables that say that this process is one of several; empty if it is not.
+
+    A launcher that is started in each of several processes would start a job in each of them.
+
+    Args:
+        env: the variables; default: ``os.environ``.
+
+    Raises:
+        UserError: as ``World.from_env``.
+
+    Example:
+        >>> started_by_another({"PMI_RANK": "1", "PMI_SIZE": "2"})
+        'PMI_RANK=1 PMI_SIZE=2'
+    """
+    env = os.environ if env is None else env
+    chosen = env.get("SCALETRAIN_LAUNCHER", "")
+    # A worker of ours may start jobs of its own, such as a search over settings.
+    if chosen == "python" or chosen in OWN_LAUNCHERS:
+        return ""
+    for launcher in LAUNCHERS:
+        if chosen in ("", launcher.name):
+            world = launcher.read(env)
+            if world is not None and world.size > 1:
+                return launcher.evidence(env)
+    return ""
+
+
+def without_place(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables without those that give a place in a job to every process below.
+
+    A launch begins a new world. Its workers must not take a ``RANK`` for theirs that was set for
+    this process, or has leaked from a shell.
+    """
+    torchrun = LAUNCHERS[0]
+    places = {name for name in torchrun[1:7] if isinstance(name, str)}
+    kept = {name: value for name, value in env.items() if name not in places}
+    if kept.get("SCALETRAIN_LAUNCHER") in ("python", *OWN_LAUNCHERS):
+        del kept["SCALETRAIN_LAUNCHER"]  # it was about this process
+    return kept
 
 
 class Launcher(NamedTuple):
@@ -194,6 +239,48 @@ def _world_of(chosen: str, env: Mapping[str, str]) -> World:
     return world
 
 
+def _two_worlds(inner: str, outer: str) -> UserError:
+    return UserError(
+        f"the environment names two worlds: {inner}, but {outer}; unset the variables that leaked"
+        " from elsewhere, or set SCALETRAIN_LAUNCHER to the one to believe"
+        f" ({', '.join(launcher.name for launcher in LAUNCHERS)}, or python: alone)"
+    )
+
+
+def _refuse_another_rank(world: World, launcher: "Launcher", env: Mapping[str, str]) -> None:
+    """Raise UserError if RANK has leaked from a shell into workers of another launcher."""
+    if world.launcher != "environment":
+        return
+    for name, variable in _RANK_ONLY.items():
+        if variable in env and env[variable] != str(world.rank):
+            raise _two_worlds(
+                f"{launcher.evidence(env)} (environment)", f"{variable}={env[variable]} ({name})"
+            )
+
+
+def _refuse_unknown_size(env: Mapping[str, str]) -> None:
+    """Raise UserError if this is one of several workers, and nothing says of how many.
+
+    To take it for the only one would start as many jobs as there are workers.
+    """
+    remedy = (
+        "set RANK and WORLD_SIZE in each worker, or SCALETRAIN_LAUNCHER=python if each is alone"
+    )
+    for name, variable in _RANK_ONLY.items():
+        if env.get(variable):
+            raise UserError(
+                f"{variable}={env[variable]} ({name}) says a rank, and nothing says how many"
+                f" workers there are; {remedy}"
+            )
+    # Kubeflow sets them in every pod: torchrun reads its options there, and workers do not.
+    for variable in ("PET_NNODES", "PET_NPROC_PER_NODE"):
+        if env.get(variable, "1") != "1":
+            raise UserError(
+                f"{variable}={env[variable]} is for torchrun, which did not start this process;"
+                f" start `torchrun -m scaletrain.cli worker RUN_DIR` in each pod, or {remedy}"
+            )
+
+
 def _in_step(env: Mapping[str, str]) -> bool:
     """Return True inside a task of ``srun``: only tasks have the variables of a step.
 
@@ -237,6 +324,18 @@ def _agrees(world: World, outer: World) -> bool:
     return outer.size < world.size
 
 
+# Launchers that name themselves in SCALETRAIN_LAUNCHER, and set torchrun's variables.
+OWN_LAUNCHERS = ("local", "rehearsal")
+
+# Launchers that tell a worker its rank, and not how many workers there are. Several of the table
+# below set these variables, too.
+_RANK_ONLY = {
+    "PMIx": "PMIX_RANK",
+    "ALPS": "ALPS_APP_PE",
+    "PALS": "PALS_RANKID",
+    "Kubernetes": "JOB_COMPLETION_INDEX",
+}
+
 # Innermost first. Open MPI does not tell a node's number: its OMPI_COMM_WORLD_NODE_RANK is a rank
 # on the node.
 LAUNCHERS = (
@@ -249,7 +348,18 @@ LAUNCHERS = (
         "openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
+    Launcher(
+        "jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE",
+    ),
+    Launcher(
+        "mvapich", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
+    # Flux sets PMI_RANK, too, and knows more.
+    Launcher("flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", num_nodes="FLUX_JOB_NNODES"),
     Launcher("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    # Cray's PMI names the same rank and size, and fills in the rest.
+    Launcher("cray", "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
     Launcher(
         "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS",
         "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_STEP_NUM_NODES", within=_in_step,

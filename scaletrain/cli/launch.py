@@ -86,6 +86,7 @@ def command(
     """
     from scaletrain import config
     from scaletrain.launching.job import Program, environment, script_job
+    from scaletrain.launching.plan import check_start
     from scaletrain.launching.supervision import supervise
     from scaletrain.launching.supervision.screen import Screen
     from scaletrain.run import claim
@@ -106,8 +107,7 @@ def command(
     if dry_run:
         click.echo(str(plan))
         return
-    if plan.missing:
-        raise UserError(plan.missing)
+    check_start(plan)
     if job.program is Program.SCRIPT and not plan.in_containers:
         script = job.command[0]
         if not script.startswith("-") and not Path(script).exists():

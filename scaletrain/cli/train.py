@@ -73,11 +73,11 @@ def command(
     if dry_run:
         click.echo(str(plan))
         return
-    if plan.missing:
-        raise UserError(plan.missing)
+    from scaletrain.launching.plan import check_start
     from scaletrain.launching.supervision.screen import Screen
     from scaletrain.run import claim
 
+    check_start(plan)
     if run_dir is None:
         directory, (job, plan) = new_directory(directory, (job, plan), planned)
     with claim.in_use(directory, "--run-dir", shared=plan.is_part) as descriptor:

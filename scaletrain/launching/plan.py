@@ -5,11 +5,14 @@
 """
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from scaletrain.errors import UserError
 from scaletrain.host import cores
 from scaletrain.launching.job import Companion, Environment, Job
+from scaletrain.world import started_by_another
 
 
 class Command(NamedTuple):
@@ -66,6 +69,24 @@ class LaunchPlan(NamedTuple):
         for command in self.commands:
             lines.append(store + _shell_line(command.env, command.bound_argv))
         return "\n".join(lines)
+
+
+def check_start(plan: LaunchPlan, env: Mapping[str, str] | None = None) -> None:
+    """Raise UserError if this process lacks what a plan needs, or is a worker of another launcher.
+
+    Args:
+        plan: the plan.
+        env: the variables; default: ``os.environ``.
+    """
+    if plan.missing:
+        raise UserError(plan.missing)
+    place = "" if plan.is_part else started_by_another(env)
+    if place:
+        raise UserError(
+            f"{place}: this process is one of several, and each would start a job of its own;"
+            " let them be the workers (scaletrain worker RUN_DIR), start the command once, or set"
+            " SCALETRAIN_LAUNCHER=python to start a job here"
+        )
 
 
 def threads_each(job: Job, workers_here: int) -> int:

@@ -11,7 +11,7 @@ from scaletrain import config, plugins
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Companion, Job, Program, script_job
 from scaletrain.launching.launchers import horovodrun, local, mpirun, slurm, torchrun
-from scaletrain.launching.plan import LaunchPlan
+from scaletrain.launching.plan import LaunchPlan, check_start
 from scaletrain.run.atomic import write_json
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -254,6 +254,18 @@ def test_script_jobs():
         script_job(["train.py"], 2, run_dir).serves_store
         and not script_job(["./program"], 2, run_dir).serves_store
     )
+
+
+def test_a_job_is_started_once_and_not_in_each_task_of_another_launcher():
+    """Bug it catches: `srun -n 2 scaletrain train` trains twice, each time as 0 of 1."""
+    task = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    plan = local.plan(job_of())
+    with pytest.raises(UserError, match=r"SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2: .*once"):
+        check_start(plan, task)
+    check_start(plan, task | {"SCALETRAIN_LAUNCHER": "python"})
+    check_start(plan, task | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"})
+    # One torchrun a node is meant to be started in each of them.
+    check_start(torchrun.plan(job_of(), nodes=2, endpoint="h0:29400"), task)
 
 
 # The scripts: each runs with a stand-in for the launcher that prints what it was called with.

@@ -31,6 +31,7 @@ from scaletrain.launching.job import Job, Program
 from scaletrain.launching.plan import LaunchPlan
 from scaletrain.launching.supervision import screen, warm
 from scaletrain.run.progress import LAUNCH_MARK
+from scaletrain.world import without_place
 
 # The supervisor reads its order from standard input, as one line of JSON. The number is the
 # descriptor of the standard input that it gives to rank 0; -1: none.
@@ -80,7 +81,7 @@ def run(
     outer_mark = os.environ.get(LAUNCH_MARK, "")
     mark = f"{outer_mark}/{os.getpid()}-{time.monotonic_ns()}".lstrip("/")
     adopted_before = descendants.adopt_orphans()
-    environ = {**os.environ, LAUNCH_MARK: mark, "PYTHONUNBUFFERED": "1"}
+    environ = {**without_place(os.environ), LAUNCH_MARK: mark, "PYTHONUNBUFFERED": "1"}
     standard_input = _standard_input() if show is None else -1
     descriptors = tuple(number for number in (claim, standard_input) if number >= 0)
     supervisor = warm.start_supervisor(environ, _HELD, descriptors) or subprocess.Popen(
