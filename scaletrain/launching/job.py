@@ -85,6 +85,29 @@ def under_python(python: str, argv: Sequence[str]) -> tuple[str, ...]:
     return tuple(words)
 
 
+# Variables that decide what a worker does, wherever it runs.
+_SETTINGS = ("PYTHONPATH", "SCALETRAIN_COLLECTIVE", "SCALETRAIN_INTERFACE", "SCALETRAIN_TRANSPORT")
+
+
+def settings() -> dict[str, str]:
+    """Return the variables of this process that workers on other hosts need, too."""
+    return {name: os.environ[name] for name in _SETTINGS if name in os.environ}
+
+
+def check_set(names: Sequence[str]) -> None:
+    """Raise UserError unless the variables that are to travel to the workers are set here.
+
+    Only their names are planned: their values may be secret.
+    """
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z_0-9]*", str(name)):
+            raise UserError(
+                f"launcher.environment: {name!r} is not allowed (allowed: names of variables)"
+            )
+        if name not in os.environ:
+            raise UserError(f"launcher.environment: {name} is not set here (export {name}=...)")
+
+
 class Companion(NamedTuple):
     """A process beside the workers, such as a parameter server.
 

@@ -1,6 +1,6 @@
 """Submit a batch script and follow the job to its end.
 
-    python -m scaletrain.programs.follow_slurm SCRIPT [POLL_S]
+    python -P -m scaletrain.programs.follow_slurm SCRIPT [POLL_S [OPTION_OF_SBATCH ...]]
 
 Shows the states and the output of the job, or of each task of its array. SIGINT and SIGTERM cancel
 the job; SIGUSR1 goes to its tasks. Ends with the job's own status.
@@ -8,16 +8,19 @@ the job; SIGUSR1 goes to its tasks. Ends with the job's own status.
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from scaletrain.launching.growing import GrowingOutput
 from scaletrain.run.layout import RunDir
 
+_UNKNOWN_LOOKS = 5  # until a job that the controller does not know counts as forgotten
 _EXTRA_LOOKS = 2  # at a bad end: a job that is being requeued shows one for a moment
 _SILENT_S = 120.0  # how long the controller may be away: a job goes on without it
 _ANSWER_S = 30.0  # how long one answer of the controller may take
@@ -89,6 +92,22 @@ class JobRecord(NamedTuple):
             exit_signal=int(number or 0),
         )
 
+    @classmethod
+    def from_account(cls, line: str) -> "JobRecord | None":
+        """Read one line of ``sacct -P``, such as ``7_0|CANCELLED by 0|0:15|n0``."""
+        fields = line.split("|")
+        if len(fields) != 4 or not fields[1]:
+            return None
+        number, state, exit_code, nodes = fields
+        code, _, killed_by = exit_code.partition(":")
+        return cls(
+            state=state.split()[0],
+            task=number.partition("_")[2],
+            nodes=nodes,
+            exit_code=int(code),
+            exit_signal=int(killed_by or 0),
+        )
+
     @property
     def meaning(self) -> SlurmState:
         """The meaning of its state."""
@@ -151,6 +170,10 @@ class FollowedTask:
             print(f"job {self.name}: requeued; it goes on from its last checkpoint", flush=True)
         self.status = record.status
 
+    def forget(self) -> None:
+        """Note that SLURM has forgotten it: its last state counts at once, if it was an end."""
+        self._looks = max(self._looks, _EXTRA_LOOKS)
+
     def _remove_reports(self) -> None:
         """Remove reports of an earlier attempt's workers, which would mislead about this one."""
         reports = [path for _, path in self._run_dir.all_progress()]
@@ -163,7 +186,7 @@ class FollowedTask:
 class SlurmFollower:
     """Submits a batch script and follows its job."""
 
-    def __init__(self, script: Path, poll_s: float):
+    def __init__(self, script: Path, poll_s: float, options: Sequence[str] = ()):
         self.script = script
         self.poll_s = poll_s
         self.run_dir = RunDir(script.parent)
@@ -172,6 +195,10 @@ class SlurmFollower:
         self.tasks: dict[str, FollowedTask] = {}
         # Signals not answered yet. The handler appends to it; the loop of ``run`` empties it.
         self.signals: list[int] = []
+        self._options = options  # of sbatch
+        # Tells SLURM's commands where the job is, if there are several clusters.
+        self._cluster: tuple[str, ...] = ()
+        self._unknown_looks = 0  # how often in turn the controller did not know the job
 
     def run(self) -> int:
         """Submit the script, follow the job to its end, and return the exit status."""
@@ -187,17 +214,18 @@ class SlurmFollower:
             records = self._records()
             if records:
                 answered_at = time.monotonic()
-            # Waiting tasks of an array share one record. They become tasks of ours when they start.
-            for record in records:
-                if not record.stands_for_many:
-                    self._task(record.task).see(record)
-            for task in self.tasks.values():
-                task.output.show(whole_lines=True)
+                self._unknown_looks = 0
+            elif self._unknown_looks >= _UNKNOWN_LOOKS:
+                # SLURM forgets a job some minutes after its end, while this process was stopped, or
+                # when the controller has lost its state.
+                records = self._recorded_ends()
+                if not records:
+                    return self._finish_forgotten()
+            self._note(records)
             # Without records there may be no tasks yet, and `all` of nothing is true.
             if records and self._all_have_ended(records):
                 return self._finish()
-            # The controller is away, or has forgotten the job. The job is not cancelled: it may be
-            # doing well.
+            # The controller is away. The job is not cancelled: it may be doing well.
             if time.monotonic() - answered_at > _SILENT_S:
                 _print_error(
                     f"job {self.job}: SLURM has not answered for {_SILENT_S:.0f} s;"
@@ -205,6 +233,18 @@ class SlurmFollower:
                 )
                 return 1
             time.sleep(self.poll_s)
+
+    def _note(self, records: list[JobRecord]) -> None:
+        """Note the records of a look, and show the output since the last one."""
+        # Waiting tasks of an array share one record. They become tasks of ours when they start.
+        for record in records:
+            if not record.stands_for_many:
+                self._task(record.task).see(record)
+        present = {record.task for record in records}
+        for number, task in self.tasks.items():
+            if records and number not in present:
+                task.forget()
+            task.output.show(whole_lines=True)
 
     def _all_have_ended(self, records: list[JobRecord]) -> bool:
         some_wait = any(record.stands_for_many for record in records)
@@ -236,13 +276,26 @@ class SlurmFollower:
             print(f"job {self.job}: {ended_well} of {len(self.tasks)} tasks ended well", flush=True)
         return failed[0].status if failed else 0
 
+    def _finish_forgotten(self) -> int:
+        """End without SLURM's word on how the job has ended."""
+        for task in self.tasks.values():
+            task.forget()
+            task.output.show(whole_lines=False)
+        if self.tasks and all(task.has_ended for task in self.tasks.values()):
+            return self._finish()
+        _print_error(
+            f"job {self.job}: SLURM does not know it any more, and keeps no account of it"
+            f" (squeue, sacct); how it has ended is in its output, in {self.run_dir.path}"
+        )
+        return 1
+
     # SLURM's commands.
 
     def _submit(self) -> str:
         """Submit the script and return the job's number. Exits with a message if it is refused."""
         env = os.environ.copy()
         env.pop("SCALETRAIN_LAUNCH", None)  # the job is not part of this launch on this host
-        sbatch = ["sbatch", "--parsable", str(self.script)]
+        sbatch = ["sbatch", "--parsable", *self._options, str(self.script)]
         try:
             done = subprocess.run(sbatch, env=env, capture_output=True, text=True)
         except FileNotFoundError:
@@ -258,25 +311,55 @@ class SlurmFollower:
                 " It shows the partitions that a job may ask for"
             )
             sys.exit(2)
-        return done.stdout.strip().split(";")[0]  # NUMBER[;CLUSTER]
+        # NUMBER[;CLUSTER] stands last. A site's plug-ins may print before it, such as a balance.
+        *others, last = done.stdout.strip().splitlines() or [""]
+        match = re.fullmatch(r"(\d+)(?:;(\S+))?", last.strip())
+        for line in [*others, *done.stderr.splitlines()]:
+            print(f"sbatch: {line}", flush=True)
+        if not match:
+            _print_error(
+                f"scaletrain: error: launcher: sbatch answered {last!r} in place of a job's number;"
+                " squeue shows whether there is a job"
+            )
+            sys.exit(1)
+        if match[2]:
+            self._cluster = (f"--clusters={match[2]}",)
+        return match[1]
 
     def _records(self) -> list[JobRecord]:
         """Return SLURM's records: one, or one for each task of an array.
 
         There are none while the controller does not answer.
         """
-        show = ["scontrol", "show", "job", "-o", self.job]
+        show = ["scontrol", *self._cluster, "show", "job", "-o", self.job]
         try:
             done = subprocess.run(show, capture_output=True, text=True, timeout=_ANSWER_S)
         # A busy controller. `run` counts how long it stays silent.
         except subprocess.TimeoutExpired:
             return []
+        if "Invalid job id" in done.stderr:
+            self._unknown_looks += 1
         records = [JobRecord.parse(line) for line in done.stdout.splitlines()]
         return [record for record in records if record]
 
+    def _recorded_ends(self) -> list[JobRecord]:
+        """Return the ends that SLURM's accounting holds, if the cluster keeps one."""
+        fields = "--format=JobID,State,ExitCode,NodeList"
+        sacct = ["sacct", *self._cluster, "-X", "-P", "--noheader", fields, f"--jobs={self.job}"]
+        try:
+            done = subprocess.run(sacct, capture_output=True, text=True, timeout=_ANSWER_S)
+        except (OSError, subprocess.TimeoutExpired):
+            return []
+        records = []
+        for line in done.stdout.splitlines():
+            record = JobRecord.from_account(line)
+            if record and record.meaning.has_ended:
+                records.append(record)
+        return records
+
     def _answer_signals(self) -> None:
         for number in self.signals:
-            argv = ["scancel", self.job]
+            argv = ["scancel", *self._cluster, self.job]
             # Passed on as it is: training then writes a checkpoint and stops.
             if number == signal.SIGUSR1:
                 argv.insert(1, "--signal=USR1")
@@ -296,4 +379,4 @@ def _print_error(line: str) -> None:
 
 if __name__ == "__main__":
     poll_s = float(sys.argv[2]) if len(sys.argv) > 2 else 1.0
-    sys.exit(SlurmFollower(Path(sys.argv[1]), poll_s).run())
+    sys.exit(SlurmFollower(Path(sys.argv[1]), poll_s, sys.argv[3:]).run())

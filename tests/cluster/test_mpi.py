@@ -3,6 +3,7 @@
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,32 @@ def test_the_same_loss(kind: str, alone: dict, tmp_path: Path):
     trained = train(tmp_path / "run", *SHORT, "--workers", "3", *by(kind))
     assert trained["workers"] == 3 and trained["launcher"] == kind.rstrip("45")
     assert trained["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
+
+
+# Called like ssh: it drops the options and the host, and runs the rest without our variables.
+AGENT = """\
+#!/bin/sh
+while [ "${1#-}" != "$1" ]; do shift; done
+shift
+exec env -i PATH="$PATH" HOME="$HOME" sh -c "$*"
+"""
+
+
+def test_chosen_variables_arrive_on_another_host(tmp_path: Path):
+    agent = tmp_path / "agent"
+    agent.write_text(AGENT)
+    agent.chmod(0o755)
+    value = 'it\'s, "quoted";\nin two lines'
+    code = "import os; print([os.environ.get(n) for n in ('CHOSEN', 'PYTHONPATH', 'OTHER')])"
+    done = scaletrain(
+        "launch", "-n", "1", *by("openmpi4")[:2], "--set", f"command={mpirun('openmpi4')}",
+        "--set", "hosts=127.0.0.2:1", "--set", f"arguments=[--mca, plm_rsh_agent, {agent}]",
+        "--set", "environment=[CHOSEN]", "--run-dir", str(tmp_path / "run"),
+        "--", "/usr/bin/env", sys.executable, "-c", code,
+        env=clean(ALLOW_ROOT) | {"CHOSEN": value, "PYTHONPATH": "/a b", "OTHER": "x"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str([value, "/a b", None]) in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("kind", ["openmpi4", "mpich"])

@@ -283,6 +283,19 @@ def test_a_mistake_is_one_line(slurm: Slurm, tmp_path: Path):
     )
 
 
+def test_chosen_variables_arrive_where_a_site_exports_none(slurm: Slurm, tmp_path: Path):
+    value = 'it\'s, "quoted";\nin two lines'
+    code = "import os; print([os.environ[n] for n in ('CHOSEN', 'PYTHONPATH', 'SCALETRAIN_SUPERVISED')])"
+    done = scaletrain(
+        "launch", "-n", "2", "--launcher", "slurm", "--run-dir", str(tmp_path / "run"),
+        "--set", "environment=[CHOSEN]", "--set", "mpi=auto", "--", "/usr/bin/env", sys.executable, "-c", code,
+        env=slurm.env | {"SBATCH_EXPORT": "NONE", "CHOSEN": value, "PYTHONPATH": "/a b"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(str([value, "/a b", "1"])) == 2, done.stdout
+    assert "quoted" not in (tmp_path / "run" / "job.sbatch").read_text()
+
+
 def test_the_controller_may_be_away_for_a_while(slurm: Slurm, alone_slow: dict, tmp_path: Path):
     """``kill -9`` of slurmctld in mid-job: the job trains on, the follower waits, and knows the end
     when it is back.

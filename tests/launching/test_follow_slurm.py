@@ -47,18 +47,22 @@ def test_a_record_is_read():
     assert waiting and waiting.stands_for_many and waiting.nodes == ""
 
 
-def follow(tmp_path: Path, records: list[str]) -> subprocess.CompletedProcess[str]:
+def follow(
+    tmp_path: Path, records: list[str], sbatch: str = "echo '7;cluster'", sacct: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Follow a job whose records, one a look, are those given; the last one stays."""
     stubs = tmp_path / "bin"
     stubs.mkdir()
     for number, text in enumerate(records):
         (tmp_path / f"record-{number}").write_text(text + "\n")
     looks = f"""
+echo "$0 $@" >> {tmp_path}/calls
 number=$(cat {tmp_path}/looks 2>/dev/null || echo 0)
 [ $number -ge {len(records) - 1} ] || echo $((number + 1)) > {tmp_path}/looks
-cat {tmp_path}/record-$number
+grep -v error {tmp_path}/record-$number; ! grep error {tmp_path}/record-$number >&2
 """
-    for name, script in (("sbatch", "echo '7;cluster'"), ("scontrol", looks)):
+    commands = {"sbatch": sbatch, "scontrol": looks, "sacct": f"printf '{sacct}'"}
+    for name, script in commands.items():
         (stubs / name).write_text(f"#!/bin/sh\n{script}\n")
         (stubs / name).chmod(0o755)
     run_dir = tmp_path / "run"
@@ -72,6 +76,65 @@ cat {tmp_path}/record-$number
         text=True,
         timeout=20,
     )
+
+
+RUNNING = LINE.format(state="RUNNING", reason="None", code="0:0")
+FORGOTTEN = "slurm_load_jobs error: Invalid job id specified"
+
+
+@pytest.mark.parametrize(
+    ("sacct", "status", "line"),
+    [
+        ("", 1, "job 7: SLURM does not know it any more, and keeps no account of it"),
+        ("7|FAILED|5:0|n[0-1]\\n", 5, "job 7: FAILED on n[0-1]"),
+        ("7|CANCELLED by 0|0:15|n0\\n", 130, "job 7: CANCELLED on n0"),
+        ("7|RUNNING|0:0|n0\\n", 1, "keeps no account of it"),
+        ("slurmdbd is away", 1, "keeps no account of it"),
+    ],
+)
+def test_a_forgotten_job_ends_with_its_account_or_a_line(
+    tmp_path: Path, sacct: str, status: int, line: str
+):
+    """Bug it catches: the follower waits for ever, or for minutes, and blames the controller."""
+    done = follow(tmp_path, [RUNNING, FORGOTTEN], sacct=sacct)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert line in done.stdout + done.stderr and "trained\nwell" in done.stdout
+
+
+def test_a_job_that_was_forgotten_after_its_end_has_ended_so(tmp_path: Path):
+    failed = LINE.format(state="FAILED", reason="None", code="6:0")
+    assert follow(tmp_path, [RUNNING, failed, FORGOTTEN]).returncode == 6
+
+
+def test_a_forgotten_task_of_an_array_does_not_keep_the_others_waiting(tmp_path: Path):
+    ended = "JobId=7 ArrayTaskId={task} JobState={state} NodeList=n0 ExitCode={code}"
+    first = ended.format(task=0, state="FAILED", code="4:0")
+    second = ended.format(task=1, state="COMPLETED", code="0:0")
+    done = follow(tmp_path, [f"{first}\n{second}", second])
+    assert done.returncode == 4 and "1 of 2 tasks ended well" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "job"),
+    [
+        ("echo 'sbatch: balance: 3 h'; echo; echo ' 7'", "7"),
+        ("echo 'budget 12;34 left'; echo '7;north'", "7"),
+        ("echo '7'; echo 'goodbye'", None),
+        ("true", None),
+    ],
+)
+def test_plug_ins_of_a_site_may_print_before_the_number(
+    tmp_path: Path, sbatch: str, job: str | None
+):
+    completed = LINE.format(state="COMPLETED", reason="None", code="0:0")
+    done = follow(tmp_path, [completed], sbatch)
+    if job is None:
+        assert done.returncode == 1 and "in place of a job's number" in done.stderr
+        return
+    assert done.returncode == 0 and f"submitted job {job};" in done.stdout
+    assert "balance" in done.stdout or "budget 12;34 left" in done.stdout
+    calls = (tmp_path / "calls").read_text()
+    assert ("scontrol --clusters=north show job -o 7" in calls) == ("north" in sbatch)
 
 
 def test_a_job_is_followed_to_its_end(tmp_path: Path):

@@ -244,6 +244,70 @@ def test_slurm_script_is_requeued_only_while_there_is_something_left_to_do(
         assert ("scontrol requeue 7" in done.stdout) == requeued
 
 
+SRUN_LISTS = {
+    "new": "MPI plugin types are...\n\tcray_shasta\n\tnone\n\tpmi2\n\tpmix\nspecific pmix plugin versions available: pmix_v4",
+    "old": "srun: MPI types are...\nsrun: none\nsrun: pmi2\nsrun: openmpi",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lists", "mpi", "chosen"),
+    [
+        ("new", "auto", "--mpi=pmix"),
+        ("new", "pmix_v4", "--mpi=pmix_v4"),
+        ("old", "auto", "--mpi=pmi2"),
+        ("old", "", None),
+        ("old", "pmix", "'pmix' is not allowed (srun --mpi=list: none, pmi2, openmpi; or auto)"),
+        (None, "pmix", "--mpi=pmix"),  # a dry run where SLURM is not
+        (None, "auto", None),
+    ],
+)
+def test_kinds_of_srun_are_looked_up(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lists: str | None,
+    mpi: str,
+    chosen: str | None,
+):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if lists:
+        stream = " >&2" if lists == "old" else ""
+        (tmp_path / "srun").write_text(f"#!/bin/sh\necho '{SRUN_LISTS[lists]}'{stream}\n")
+        (tmp_path / "srun").chmod(0o755)
+    if chosen and "not allowed" in chosen:
+        with pytest.raises(UserError) as refused:
+            slurm.plan(job_of(), mpi=mpi)
+        assert chosen in str(refused.value)
+        return
+    script = slurm.plan(job_of(), mpi=mpi).files[0][1]
+    assert (chosen in script) if chosen else ("--mpi" not in script)
+
+
+def test_settings_and_chosen_variables_travel(monkeypatch: pytest.MonkeyPatch):
+    """By name where they may be secret, and quoted where they stand in a script."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    path = "/it's here:/with space\nand a line,comma"
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("SECRET", "hidden")
+    batch = slurm.plan(job_of(), environment=["SECRET"])
+    text = str(batch)
+    assert "hidden" not in text and "--export=ALL" in batch.commands[0].argv
+    exports = next(line for line in text.split("#SBATCH")[-1].split("\nexport ")[1:])
+    shell = f'export {exports.rsplit("srun", 1)[0]}\nprintf %s "$PYTHONPATH"'
+    assert subprocess.check_output(["sh", "-c", shell], text=True) == path
+    argv = mpirun.plan(job_of(), mpi="openmpi", environment=["SECRET"]).commands[0].argv
+    assert [argv[i + 1] for i, word in enumerate(argv) if word == "-x"] == [
+        "OMP_NUM_THREADS=1", "PYTHONPATH", "SECRET",
+    ]  # fmt: skip
+    assert "hidden" not in str(argv)
+    for plan in (slurm.plan, mpirun.plan):
+        with pytest.raises(UserError, match="environment: MISSING_ONE is not set here"):
+            plan(job_of(), environment=["MISSING_ONE"])
+    with pytest.raises(UserError, match="directives: --export"):
+        slurm.plan(job_of(), environment=["SECRET"], directives=["--export=NONE"])
+
+
 def test_script_jobs():
     run_dir = Path("/shared/run")
     assert script_job(["train.py", "--lr", "1"], 2, run_dir).argv[1:] == (

@@ -4,12 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from scaletrain.errors import UserError
 from scaletrain.launching.hosts import SHARE_RUN_DIR, from_options
-from scaletrain.launching.job import Job
+from scaletrain.launching.job import Job, check_set, settings
 from scaletrain.launching.plan import Command, LaunchPlan, threads_each
 from scaletrain.units import plural
 
@@ -33,6 +34,7 @@ def plan(
     per_host: int | None = None,
     bind: bool = False,
     oversubscribe: bool | None = None,
+    environment: list = [],  # noqa: B006 (read as a literal)
     arguments: list = [],  # noqa: B006 (read as a literal)
 ) -> LaunchPlan:
     """Start one mpirun. A dry run needs no mpirun: without one, ``auto`` plans for Open MPI.
@@ -47,8 +49,11 @@ def plan(
         bind: keep each worker on as many cores as it has threads.
         oversubscribe: allow more workers than slots (Open MPI); by default where this host has
             fewer cores than workers.
+        environment: names of variables that travel to workers on other hosts (Open MPI; with MPICH
+            all do), beside PYTHONPATH and our own settings.
         arguments: passed on to mpirun as they are.
     """
+    check_set(environment)
     listed = from_options(hosts, hostfile)
     if hostfile and not os.path.isfile(hostfile):
         raise UserError(f"launcher.hostfile: {hostfile}: there is no such file")
@@ -73,12 +78,7 @@ def plan(
         argv += _openmpi_options(placement, oversubscribe)
     else:
         argv += _mpich_options(placement)
-    # Each variable is named: workers on other hosts do not inherit this environment.
-    for name, value in job.variables(threads).items():
-        if kind == "openmpi":
-            argv += ["-x", f"{name}={value}"]
-        else:
-            argv += ["-genv", name, value]
+    argv += _variables(kind, job.variables(threads), environment)
     argv += [*map(str, arguments), *job.argv]
 
     explain = [f"{plural(job.workers, 'worker')} by {kind}, {plural(threads, 'thread')} each"]
@@ -114,6 +114,28 @@ class _Placement:
     def elsewhere(self) -> bool:
         """True if the workers do not run on this host alone."""
         return bool(self.hosts or self.hostfile)
+
+
+def _variables(kind: str, variables: Mapping[str, str], names: list[str]) -> list[str]:
+    """Return options for the variables of the workers.
+
+    Args:
+        kind: of MPI.
+        variables: to set. Each is named, since workers on other hosts do not inherit this
+            environment.
+        names: of variables of this process, chosen by a person.
+    """
+    options = []
+    for name, value in variables.items():
+        if kind == "openmpi":
+            options += ["-x", f"{name}={value}"]
+        else:
+            options += ["-genv", name, value]
+    # By name: a value may be secret, and hold newlines. MPICH's hydra passes on every variable.
+    if kind == "openmpi":
+        for name in dict.fromkeys([*settings(), *names]):
+            options += ["-x", name]
+    return options
 
 
 def _openmpi_options(placement: _Placement, oversubscribe: bool) -> list[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,14 @@ import jinja2
 from annotated_types import Ge
 
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Job, Program, environment, under_python
+from scaletrain.launching.job import (
+    Job,
+    Program,
+    check_set,
+    environment,
+    settings,
+    under_python,
+)
 from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.run.layout import RunDir
 from scaletrain.units import plural
@@ -57,7 +65,10 @@ class SlurmOptions(NamedTuple):
     constraint: str = ""
 
     mpi: str = ""
-    """The kind of srun, such as ``pmix``."""
+    """The kind of srun, such as ``pmix``; ``auto`` takes the best one that srun lists."""
+
+    environment: list = []  # noqa: RUF012 (never changed)
+    """Names of variables that must travel to the workers, also where a site exports none."""
 
     container: str = ""
     """The image in which the workers run; by default none. It holds scaletrain."""
@@ -112,7 +123,7 @@ def plan(job: Job, **options: Any) -> LaunchPlan:
         options: the fields of ``SlurmOptions``.
     """
     chosen = SlurmOptions(**options)
-    chosen = chosen._replace(array=str(chosen.array))
+    chosen = chosen._replace(array=str(chosen.array), mpi=_kind_of_srun(chosen.mpi))
     inside = os.environ.get("SLURM_JOB_ID", "")
     _check(chosen, job, inside)
     allocation = Allocation.of(chosen, job)
@@ -142,6 +153,12 @@ def _check(options: SlurmOptions, job: Job, inside: str) -> None:
         raise UserError(
             f"launcher.nodes: {job.workers} workers do not spread evenly over {options.nodes} nodes"
         )
+    check_set(options.environment)
+    if options.environment and any("--export" in str(line) for line in options.directives):
+        raise UserError(
+            "launcher.directives: --export is not allowed beside launcher.environment, which"
+            " exports all variables"
+        )
     if job.companions:
         raise UserError(
             "exchange.placement: 'dedicated' is not allowed with slurm, which starts workers only"
@@ -155,6 +172,48 @@ def _check(options: SlurmOptions, job: Job, inside: str) -> None:
         raise UserError(
             f"launcher.array: {array!r} is for batch jobs; this is inside allocation {inside}"
         )
+
+
+_ANSWER_S = 10.0  # within this time srun says which kinds it has
+_BEST_FIRST = ("pmix", "pmi2")  # kinds that tell tasks of an MPI who they are
+
+
+def _kind_of_srun(mpi: str) -> str:
+    """Return the kind of srun to use, looked up in what this cluster's srun lists.
+
+    A dry run on a machine without SLURM believes what it is told.
+    """
+    if not mpi:
+        return ""
+    kinds = _kinds_of_srun()
+    if mpi == "auto":
+        return next((kind for kind in _BEST_FIRST if kind in kinds), "")
+    if kinds and mpi not in kinds:
+        raise UserError(
+            f"launcher.mpi: {mpi!r} is not allowed (srun --mpi=list: {', '.join(kinds)}; or auto)"
+        )
+    return mpi
+
+
+def _kinds_of_srun() -> list[str]:
+    """Return the kinds that srun lists; none if it cannot be asked."""
+    try:
+        done = subprocess.run(
+            ["srun", "--mpi=list"], capture_output=True, text=True, timeout=_ANSWER_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    kinds: list[str] = []
+    # "MPI plugin types are...", then a kind a line, then "specific pmix plugin versions available:
+    # pmix_v4,pmix_v5". Old versions write to standard error, and "srun: " before each line.
+    for line in (done.stdout + done.stderr).splitlines():
+        words = line.removeprefix("srun: ").strip()
+        before, colon, after = words.partition(":")
+        if colon and before.endswith("available"):
+            kinds += [kind.strip() for kind in after.split(",")]
+        elif re.fullmatch(r"[a-z]\w*", words):
+            kinds.append(words)
+    return kinds
 
 
 @dataclass(frozen=True)
@@ -252,16 +311,19 @@ def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> Laun
     path = RunDir(job.run_dir).batch_script
     files = ((path, _batch_script(allocation, options, job)),)
     explain = [_explain(job, _threads(options, job))]
+    # On the command line, which overrules a site's SBATCH_EXPORT. The script holds no values, since
+    # others may read it.
+    export = ["--export=ALL"] if options.environment else []
     if options.follow:
         explain.append(
             "the last command submits the script with sbatch, shows its output,"
             " and cancels it when interrupted"
         )
-        argv = Program.FOLLOW_SLURM.command(path, f"{options.poll_s:g}")
+        argv = Program.FOLLOW_SLURM.command(path, f"{options.poll_s:g}", *export)
         # A requeued job starts its workers again: only the follower's end is the end of the job.
         submit = Command("slurm", argv, restarts_workers=True, stop_s=15.0)
     else:
-        submit = Command("sbatch", ("sbatch", str(path)))
+        submit = Command("sbatch", ("sbatch", *export, str(path)))
     return LaunchPlan((submit,), files, tuple(explain), in_containers=bool(options.container))
 
 
@@ -278,7 +340,10 @@ def _explain(job: Job, threads: int) -> str:
 def _srun(allocation: Allocation, options: SlurmOptions, run_dir: Path) -> list[str]:
     # By default srun lets the other tasks run on when one has failed. And since SLURM 22.05 it no
     # longer takes --cpus-per-task from the allocation.
-    argv = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={allocation.cpus_per_task}"]
+    # Where a site or a person has said `sbatch --export=NONE`, tasks would not even see what the
+    # batch script exports.
+    argv = ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
+    argv.append(f"--cpus-per-task={allocation.cpus_per_task}")
     if options.mpi:
         argv.append(f"--mpi={options.mpi}")
     if options.container and options.container_runtime == "pyxis":
@@ -374,7 +439,7 @@ def _batch_script(allocation: Allocation, options: SlurmOptions, job: Job) -> st
 
     requeue = "--requeue" if options.requeue else "--no-requeue"
     exports = []
-    for name, value in job.variables(_threads(options, job)).items():
+    for name, value in {**settings(), **job.variables(_threads(options, job))}.items():
         exports.append(f"{name}={shlex.quote(value)}")
     step = _shell(*_contained(options, _step(options, job), shared.path))
     if starts_afresh:
