@@ -40,7 +40,7 @@ from scaletrain.host import cores
 GOLDEN = Path(__file__).parent / "golden"
 UPDATE = "SCALETRAIN_UPDATE_GOLDEN"
 UPDATES = os.environ.get(UPDATE) == "1"  # read now: the sessions hide this machine's variables
-MACHINE = ("SLURM_", "SCALETRAIN_", "OMPI_", "PMI_", "TTY_", "FORCE_COLOR", "NO_COLOR")
+MACHINE = ("OMP_", "SLURM_", "SCALETRAIN_", "OMPI_", "PMI_", "TTY_", "FORCE_COLOR", "NO_COLOR")
 
 
 def neutral(text: str, folder: Path) -> str:

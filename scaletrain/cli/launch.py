@@ -1,5 +1,6 @@
 """``scaletrain launch``: run a person's own script as workers."""
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,17 @@ if TYPE_CHECKING:
     type=click.Choice(["gloo"]),
     help="Let this torch.distributed backend be ours: for scripts that insist on it.",
 )
+@click.option(
+    "--threads",
+    metavar="N|auto",
+    help="OpenMP threads of a worker; auto: its share of the cores [default: OMP_NUM_THREADS, else"
+    " auto].",
+)
+@click.option(
+    "--bind",
+    type=click.Choice(["cores", "none"]),
+    help="Keep each worker on its own cores (local, mpirun, slurm) [default: none].",
+)
 @click.option("--cold", is_flag=True, help="Let each worker import torch itself.")
 @click.option("--dry-run", is_flag=True, help="Print what would be started, and start nothing.")
 @click.argument("argv", metavar="COMMAND...", nargs=-1, type=click.UNPROCESSED, required=True)
@@ -67,6 +79,8 @@ def command(
     run_dir: Path | None,
     timeout_s: float,
     as_backend: str | None,
+    threads: str | None,
+    bind: str | None,
     cold: bool,
     dry_run: bool,
     argv: tuple[str, ...],
@@ -85,21 +99,34 @@ def command(
       scaletrain launch -n 2 -- -m package.train --its-own-arguments
     """
     from scaletrain import config
-    from scaletrain.launching.job import Program, environment, script_job
-    from scaletrain.launching.plan import check_start
+    from scaletrain.launching.job import (
+        Program,
+        environment,
+        script_job,
+        with_users_threads,
+    )
+    from scaletrain.launching.plan import check_start, tell_users_threads
     from scaletrain.launching.supervision import supervise
     from scaletrain.launching.supervision.screen import Screen
     from scaletrain.run import claim
 
     chosen = dict(config.parse_setting(text) for text in settings)
+    if bind:
+        chosen["bind"] = bind == "cores"
     options = config.plugin_options("launcher", launcher, chosen)
+    if threads not in (None, "auto") and not re.fullmatch(r"[1-9]\d{0,4}", str(threads)):
+        raise UserError(f"--threads: {threads!r} is not allowed (allowed: a whole number, auto)")
 
     def planned(directory: Path) -> "tuple[Job, LaunchPlan]":
         # Absolute: workers may start in another directory, and other hosts do not know ours.
-        job = script_job(argv, workers, directory.resolve(), timeout_s)._replace(cold=cold)
+        asked = script_job(argv, workers, directory.resolve(), timeout_s)._replace(cold=cold)
         if as_backend:
-            job = job._replace(env=environment({"SCALETRAIN_AS": as_backend}))
-        return job, plugins.load("launcher", launcher)(job, **options)
+            asked = asked._replace(env=environment({"SCALETRAIN_AS": as_backend}))
+        if threads and threads != "auto":
+            asked = asked._replace(threads=int(threads))
+        job = asked if threads else with_users_threads(asked)
+        plan = plugins.load("launcher", launcher)(job, **options)
+        return job, tell_users_threads(plan, asked, job)
 
     directory = run_dir or directory_name("launch")
     job, plan = planned(directory)

@@ -62,10 +62,15 @@ def command(
     if resume:
         _check_resumable(run_dir)
 
+    from scaletrain.launching.job import with_users_threads
+    from scaletrain.launching.plan import check_start, tell_users_threads
+
     def planned(directory: Path) -> "tuple[Job, LaunchPlan]":
         # Absolute: workers may start in another directory, or on another host.
-        job = _job(run, directory.resolve(), resume)._replace(cold=cold)
-        return job, plugins.load("launcher", run.launcher.name)(job, **run.launcher.options)
+        asked = _job(run, directory.resolve(), resume)._replace(cold=cold)
+        job = with_users_threads(asked)
+        plan = plugins.load("launcher", run.launcher.name)(job, **run.launcher.options)
+        return job, tell_users_threads(plan, asked, job)
 
     directory = run_dir or directory_name(run.name)
     job, plan = planned(directory)
@@ -73,7 +78,6 @@ def command(
     if dry_run:
         click.echo(str(plan))
         return
-    from scaletrain.launching.plan import check_start
     from scaletrain.launching.supervision.screen import Screen
     from scaletrain.run import claim
 

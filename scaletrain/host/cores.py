@@ -5,6 +5,7 @@ from pathlib import Path
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
+_SYSTEM = Path("/sys/devices/system")
 
 
 def usable() -> list[int]:
@@ -49,14 +50,65 @@ def count() -> int:
     return cores if limit is None else max(1, min(cores, int(limit)))
 
 
-def cores_of(rank: int, threads: int) -> list[int]:
-    """Return the cores that a bound worker is kept on: the next ``threads`` usable ones.
+def cores_of(rank: int, threads: int, workers: int, system: Path = _SYSTEM) -> list[int]:
+    """Return the cores that a bound worker of this host is kept on.
 
-    With more threads than cores, workers share them in turn.
+    Workers are spread evenly over NUMA nodes, and each stays in one if it fits. Hyperthreads of one
+    core go to one worker, and stay idle while there are cores enough. With more threads than cores,
+    workers share them in turn.
+
+    Args:
+        rank: among the workers of this host.
+        threads: of one worker.
+        workers: of this host.
+        system: where the kernel shows cores and nodes.
     """
-    cores = usable()
+    siblings = {core: _siblings(core, system) for core in usable()}
+    first_threads = [core for core in siblings if core == min(siblings[core] & siblings.keys())]
+    chosen = list(siblings)
+    if workers * threads <= len(first_threads):
+        chosen = first_threads
+    nodes: dict[int, list[int]] = {}
+    for core in sorted(chosen, key=lambda core: (min(siblings[core]), core)):
+        nodes.setdefault(_node(core, system), []).append(core)
+    in_order = [core for _, cores in sorted(nodes.items()) for core in cores]
     first = rank * threads
-    return [cores[place % len(cores)] for place in range(first, first + threads)]
+    workers_per_node, left_over = divmod(workers, len(nodes))
+    smallest = min(len(cores) for cores in nodes.values())
+    if not left_over and workers_per_node * threads <= smallest:
+        node, place = divmod(rank, workers_per_node)
+        in_order = nodes[sorted(nodes)[node]]
+        first = place * threads
+    return [in_order[place % len(in_order)] for place in range(first, first + threads)]
+
+
+def _siblings(core: int, system: Path) -> set[int]:
+    """Return the hyperthreads of a core, itself among them."""
+    try:
+        text = (system / f"cpu/cpu{core}/topology/thread_siblings_list").read_text()
+        return _expand(text) | {core}
+    except (OSError, ValueError):
+        return {core}
+
+
+def _node(core: int, system: Path) -> int:
+    """Return the NUMA node of a core; 0 where the kernel does not say."""
+    for folder in (system / f"cpu/cpu{core}").glob("node[0-9]*"):
+        return int(folder.name.removeprefix("node"))
+    return 0
+
+
+def _expand(text: str) -> set[int]:
+    """Return the numbers of a list of the kernel.
+
+    >>> sorted(_expand("0-1,8"))
+    [0, 1, 8]
+    """
+    numbers: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return numbers
 
 
 def _limit(group: Path) -> float | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scaletrain.errors import UserError
+from scaletrain.run.progress import LAUNCH_MARK
 
 Environment = tuple[tuple[str, str], ...]  # variables of a process, as a value
 
@@ -186,6 +187,24 @@ class Job(NamedTuple):
             threads: of one worker, for OpenMP.
         """
         return {"OMP_NUM_THREADS": str(threads), **dict(self.env)}
+
+
+def with_users_threads(job: Job, env: Mapping[str, str] | None = None) -> Job:
+    """Return the job with the threads that a person has set by OMP_NUM_THREADS, if it names none.
+
+    Inside of a launch the variable is that launch's, and says nothing about another job.
+
+    Args:
+        job: the job.
+        env: the variables; default: ``os.environ``.
+    """
+    env = os.environ if env is None else env
+    text = env.get("OMP_NUM_THREADS", "")
+    if job.threads or LAUNCH_MARK in env or not re.fullmatch(r"[1-9]\d{0,4}(,\d+)*", text):
+        return job
+    # OpenMP also takes a list, with a number for each nesting level, which says nothing to us.
+    threads = int(text) if text.isdigit() else None
+    return job._replace(threads=threads, env=(*job.env, ("OMP_NUM_THREADS", text)))
 
 
 def script_job(command: Sequence[str], workers: int, run_dir: Path, timeout_s: float = 60.0) -> Job:

@@ -89,6 +89,20 @@ def check_start(plan: LaunchPlan, env: Mapping[str, str] | None = None) -> None:
         )
 
 
+def tell_users_threads(plan: LaunchPlan, asked: Job, job: Job) -> LaunchPlan:
+    """Return the plan with a line that says so if a job has the threads of OMP_NUM_THREADS.
+
+    Args:
+        plan: of the job.
+        asked: the job as it was asked for.
+        job: the same ``with_users_threads``.
+    """
+    if job == asked:
+        return plan
+    kept = dict(job.env)["OMP_NUM_THREADS"]
+    return plan._replace(explain=(*plan.explain, f"OMP_NUM_THREADS={kept} of this shell is kept"))
+
+
 def threads_each(job: Job, workers_here: int) -> int:
     """Return the threads of one worker: as the job says, or its share of this host's cores.
 

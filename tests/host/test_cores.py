@@ -90,3 +90,52 @@ def test_the_kernel_shows_a_limit_that_it_keeps():
         assert done.stdout == "0.5 1\n", done.stderr
     finally:
         group.rmdir()
+
+
+def machine(folder: Path, siblings: list[str], nodes: list[int]) -> Path:
+    """Write the kernel's folders of a machine, core by core."""
+    for core, (text, node) in enumerate(zip(siblings, nodes, strict=True)):
+        topology = folder / f"cpu/cpu{core}/topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{text}\n")
+        (folder / f"cpu/cpu{core}/node{node}").mkdir()
+    return folder
+
+
+# Two NUMA nodes, each of two cores of two hyperthreads, numbered as many servers do.
+SERVER = (["0,4", "1,5", "2,6", "3,7"] * 2, [0, 0, 1, 1] * 2)
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "expected"),
+    [
+        (1, 2, [[0, 1]]),  # cores of one node, a thread on each
+        (2, 1, [[0], [2]]),  # a node each
+        (2, 2, [[0, 1], [2, 3]]),
+        (4, 1, [[0], [1], [2], [3]]),
+        (4, 2, [[0, 4], [1, 5], [2, 6], [3, 7]]),  # hyperthreads of one core together
+        (2, 4, [[0, 4, 1, 5], [2, 6, 3, 7]]),
+        (3, 1, [[0], [1], [2]]),  # not even: one after the other
+        (1, 8, [[0, 4, 1, 5, 2, 6, 3, 7]]),
+        (5, 2, [[0, 4], [1, 5], [2, 6], [3, 7], [0, 4]]),  # too many: in turn
+    ],
+)
+def test_bound_workers_keep_to_a_node_and_to_whole_cores(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    threads: int,
+    expected: list[list[int]],
+):
+    monkeypatch.setattr(cores, "usable", lambda: list(range(8)))
+    system = machine(tmp_path, *SERVER)
+    bound = [cores.cores_of(rank, threads, workers, system) for rank in range(workers)]
+    assert bound == expected
+
+
+def test_only_usable_cores_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cores, "usable", lambda: [4, 5, 7])  # as a control group may leave them
+    system = machine(tmp_path, *SERVER)
+    assert [cores.cores_of(rank, 1, 3, system) for rank in range(3)] == [[4], [5], [7]]
+    nowhere = tmp_path / "nothing"  # a kernel that does not say
+    assert [cores.cores_of(rank, 1, 3, nowhere) for rank in range(3)] == [[4], [5], [7]]

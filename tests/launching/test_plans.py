@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from scaletrain import config, plugins
+from scaletrain.cli import cli
 from scaletrain.errors import UserError
-from scaletrain.launching.job import Companion, Job, Program, script_job
+from scaletrain.launching.job import Companion, Job, Program, script_job, with_users_threads
 from scaletrain.launching.launchers import horovodrun, local, mpirun, slurm, torchrun
 from scaletrain.launching.plan import LaunchPlan, check_start
 from scaletrain.run.atomic import write_json
@@ -306,6 +308,52 @@ def test_settings_and_chosen_variables_travel(monkeypatch: pytest.MonkeyPatch):
             plan(job_of(), environment=["MISSING_ONE"])
     with pytest.raises(UserError, match="directives: --export"):
         slurm.plan(job_of(), environment=["SECRET"], directives=["--export=NONE"])
+
+
+@pytest.mark.parametrize(
+    ("words", "threads", "line"),
+    [
+        ([], "3", "OMP_NUM_THREADS=3 of this shell is kept"),
+        (["--threads", "2"], "2", None),
+        (["--threads", "auto"], str(CORES), None),
+    ],
+)
+def test_threads_are_the_users_the_commands_or_a_share(
+    words: list[str], threads: str, line: str | None
+):
+    shell = {"OMP_NUM_THREADS": "3", "SCALETRAIN_LAUNCH": None}
+    argv = ["launch", "--dry-run", *words, "train.py"]
+    output = CliRunner(env=shell).invoke(cli, argv).output
+    assert f"OMP_NUM_THREADS={threads} " in output.splitlines()[-1]
+    assert ("OMP_NUM_THREADS=3 of this shell" in output) == (line is not None)
+    refused = CliRunner().invoke(cli, ["launch", "--dry-run", "--threads", "0", "train.py"])
+    assert "--threads: '0' is not allowed" in str(refused.exception)
+
+
+def test_threads_of_a_shell():
+    job = with_users_threads(job_of(), {"OMP_NUM_THREADS": "3,2"})
+    assert job.threads is None and job.variables(8)["OMP_NUM_THREADS"] == "3,2"
+    inside = {"OMP_NUM_THREADS": "3", "SCALETRAIN_LAUNCH": "1-2"}
+    for env in (inside, {"OMP_NUM_THREADS": "many"}, {"OMP_NUM_THREADS": "0"}, {}):
+        assert with_users_threads(job_of(), env) == job_of()
+    assert with_users_threads(job_of(threads=2), {"OMP_NUM_THREADS": "3"}).threads == 2
+
+
+def test_binding_is_asked_for_by_the_command(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for launcher, words in (
+        ("local", "taskset --cpu-list"),
+        ("mpirun", "--bind-to core"),
+        ("slurm", "srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task=1 --cpu-bind=cores"),
+    ):
+        argv = ["launch", "--dry-run", "--launcher", launcher, "--bind", "cores", "train.py"]
+        monkeypatch.setattr(mpirun, "_kind_of", lambda command: "openmpi")
+        output = CliRunner().invoke(cli, argv).output
+        assert words in output, output
+    refused = CliRunner().invoke(
+        cli, ["launch", "--launcher", "torchrun", "--bind", "cores", "train.py"]
+    )
+    assert "bind" in str(refused.exception)
 
 
 def test_script_jobs():

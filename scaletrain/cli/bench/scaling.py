@@ -169,7 +169,7 @@ def _cores(plan: "Sweep") -> str:
 
     ranks = []
     for rank in range(max(plan.workers)):
-        cores = ",".join(str(core) for core in cores_of(rank, plan.threads))
+        cores = ",".join(str(core) for core in cores_of(rank, plan.threads, max(plan.workers)))
         ranks.append(f"{rank} on {cores}")
     return f", bound to cores: rank {', '.join(ranks)}"
 

@@ -13,7 +13,8 @@ def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
 
     Args:
         job: the job to plan.
-        bind: keep each worker on its own cores (taskset), which steadies measurements.
+        bind: keep each worker on its own cores (taskset), in one NUMA node if it fits; this
+            steadies measurements.
     """
     threads = threads_each(job, job.workers)
     num_cores = cores.count()
@@ -42,7 +43,9 @@ def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
         }
         command = Command(f"rank {rank}", job.argv, environment(variables), rank)
         if bind:
-            command = command._replace(cores=tuple(cores.cores_of(rank, threads)))
+            own = cores.cores_of(rank, threads, job.workers)
+            command = command._replace(cores=tuple(own))
+            explain.append(f"rank {rank} is kept on cores {', '.join(map(str, own))}")
         commands.append(command)
     return LaunchPlan(
         tuple(commands),

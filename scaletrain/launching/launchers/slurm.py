@@ -64,6 +64,9 @@ class SlurmOptions(NamedTuple):
     qos: str = ""
     constraint: str = ""
 
+    bind: bool = False
+    """Keep each task on its own cores (srun --cpu-bind=cores); by default as the site does."""
+
     mpi: str = ""
     """The kind of srun, such as ``pmix``; ``auto`` takes the best one that srun lists."""
 
@@ -208,9 +211,9 @@ def _kinds_of_srun() -> list[str]:
     # pmix_v4,pmix_v5". Old versions write to standard error, and "srun: " before each line.
     for line in (done.stdout + done.stderr).splitlines():
         words = line.removeprefix("srun: ").strip()
-        before, colon, after = words.partition(":")
-        if colon and before.endswith("available"):
-            kinds += [kind.strip() for kind in after.split(",")]
+        versions = re.fullmatch(r".*versions available: (.*)", words)
+        if versions:
+            kinds += re.findall(r"\w+", versions[1])
         elif re.fullmatch(r"[a-z]\w*", words):
             kinds.append(words)
     return kinds
@@ -344,6 +347,8 @@ def _srun(allocation: Allocation, options: SlurmOptions, run_dir: Path) -> list[
     # batch script exports.
     argv = ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
     argv.append(f"--cpus-per-task={allocation.cpus_per_task}")
+    if options.bind:
+        argv.append("--cpu-bind=cores")
     if options.mpi:
         argv.append(f"--mpi={options.mpi}")
     if options.container and options.container_runtime == "pyxis":
