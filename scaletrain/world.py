@@ -97,11 +97,15 @@ def started_by_another(env: Mapping[str, str] | None = None) -> str:
     # A worker of ours may start jobs of its own, such as a search over settings.
     if chosen == "python" or chosen in OWN_LAUNCHERS:
         return ""
+    is_alone = False
     for launcher in LAUNCHERS:
         if chosen in ("", launcher.name):
             world = launcher.read(env)
             if world is not None and world.size > 1:
                 return launcher.evidence(env)
+            is_alone = is_alone or world is not None
+    if not chosen and not is_alone:
+        _refuse_unknown_size(env)
     return ""
 
 

@@ -170,10 +170,20 @@ def test_conflicts_are_refused_with_the_evidence(env: dict[str, str], evidence: 
         (TORCHRUN, "RANK=5 WORLD_SIZE=8"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK=1 WORLD_SIZE=2"),
         (SRUN | {"SCALETRAIN_LAUNCHER": "python"}, ""),  # the remedy
+        ({"JOB_COMPLETION_INDEX": "1", "SCALETRAIN_LAUNCHER": "python"}, ""),
+        ({"PMIX_RANK": "0", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, ""),
     ],
 )
 def test_a_process_that_another_launcher_has_started_is_known(env: dict[str, str], evidence: str):
     assert started_by_another(env) == evidence
+
+
+@pytest.mark.parametrize(
+    "env", [{"PMIX_RANK": "0"}, {"JOB_COMPLETION_INDEX": "0"}, {"PET_NNODES": "2"}]
+)
+def test_no_job_is_started_where_nothing_says_how_many_would_start(env: dict[str, str]):
+    with pytest.raises(UserError, match="SCALETRAIN_LAUNCHER=python"):
+        started_by_another(env)
 
 
 @pytest.mark.parametrize("named", ["openmpi", "python"])
