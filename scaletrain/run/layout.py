@@ -71,6 +71,18 @@ class RunDir:
         """The result of the run, written by rank 0 at its end. Read by reports and by resumes."""
         return self.path / "summary.json"
 
+    def tracker(self, name: str) -> Path:
+        """What a tracker keeps on disk, such as event files. Written by rank 0."""
+        return self.path / f"tracker-{name}"
+
+    def tracker_id(self, name: str) -> Path:
+        """The run's identifier in a tracker, with which a resumed run goes on. By rank 0."""
+        return self.path / f"tracker-{name}.id"
+
+    def prometheus(self, rank: int) -> Path:
+        """How one worker is doing, for node_exporter. Written anew every second or so."""
+        return self.path / f"metrics-{rank}.prom"
+
     def checkpoint(self, step: int) -> Path:
         """Weights and optimizer state after ``step`` steps, written by rank 0."""
         return self.path / f"step-{step}.safetensors"

@@ -236,6 +236,21 @@ class Trainer:
                 come on all of them at the same step.
         """
         self._on_evaluation = on_evaluation
+        summary = None
+        try:
+            summary = self._train(on_step, stop, snapshot)
+        finally:
+            for callback in self._callbacks:
+                callback.close(summary)
+        return summary
+
+    def _train(
+        self,
+        on_step: Callable[[StepRecord], None],
+        stop: Callable[[int], bool],
+        snapshot: Callable[[int], bool] | None,
+    ) -> dict[str, Any]:
+        """Train to the last step, and return the summary."""
         began = time.monotonic()
         evaluation: dict[str, Any] = {}
         while not self.finished and not stop(self.next_step):

@@ -7,6 +7,7 @@ of a run, in the order in which they are called.
 
 import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 from scaletrain.run.records import StepRecord
 
@@ -60,4 +61,12 @@ class Callback:
             step: steps done.
             figures: by name, such as ``test_loss``, the same on all ranks; None where a figure is
                 not finite.
+        """
+
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        """Finish, when the training has ended for whatever reason.
+
+        Args:
+            summary: the run in numbers; None: an error ended it, and the other ranks may be gone.
+                Be quick then, because the error is reported afterwards.
         """
