@@ -135,8 +135,8 @@ def _check_workload(config: RunConfig, where: str) -> None:
             f"{where}: workload: {config.workload.name!r} is not allowed"
             " (allowed: package.module:Class)"
         )
-    for key in ("model", "data"):
-        if getattr(config, key) is not None:
+    for key in ("model", "data", "metrics"):
+        if getattr(config, key):
             raise UserError(
                 f"{where}: {key}: the workload {config.workload.name} has its own"
                 f" (remove {key}, or remove workload)"

@@ -338,6 +338,10 @@ class RunConfig(Strict):
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     """The summary says when this accuracy was first reached."""
 
+    metrics: dict[str, NameOrOptions] = {}
+    """Figures of the test set by torchmetrics: `{f1: {name: F1Score, task: multiclass,
+    num_classes: 10}}` becomes `test_f1`; names, or `package.module:Class`, and their options."""
+
     callbacks: list[NameOrOptions] = []
     """What is done between the parts of each step, in this order: names and their options."""
 

@@ -8,6 +8,7 @@ import torch
 
 from scaletrain.errors import UserError
 from scaletrain.run import progress
+from scaletrain.training import metrics
 from scaletrain.training.batches import Batch, to_device
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.feed import EvaluationFeed
@@ -40,6 +41,7 @@ class Evaluation:
         self._feed = feed
         self._device = device
         self._autocast = autocast
+        metrics.prepare(workload.metrics, device)
 
     def run(self) -> dict[str, float | None]:
         """Return the means over the test set (collective).
@@ -47,16 +49,20 @@ class Evaluation:
         It uses this rank's statistics of the model: make them the mean of all ranks' beforehand.
 
         Returns:
-            ``test_<name>`` of each figure of ``Workload.evaluate``, and always ``test_loss`` and
-            ``test_accuracy``; None where there is no such figure, or it is not finite.
+            ``test_<name>`` of each figure of ``Workload.evaluate`` and of its metrics, and always
+            ``test_loss`` and ``test_accuracy``; None where there is no such figure, or it is not
+            finite.
         """
         sums: dict[str, list[float]] = {}  # total and count, of this rank
         num_left_out = 0
+        has_samples = False
+        metrics.reset(self._workload.metrics)
         module = self._workload.module
         was_training = module.training
         for batch, counts in self._feed.batches():
             progress.alive("evaluating")
             num_left_out += len(batch.left_out)
+            has_samples = has_samples or (counts and len(batch.samples) > 0)
             for name, mean in self._judge(batch).items():
                 own = sums.setdefault(name, [0.0, 0.0])
                 if counts:
@@ -73,6 +79,11 @@ class Evaluation:
                 figures[f"test_{name}"] = finite_or_none(total / count) if count else None
             if left_out:
                 figures["test_bad_samples"] = left_out
+        figures |= {f"test_{name}": None for name in self._workload.metrics}
+        with torch.inference_mode():
+            joined = metrics.joined(self._workload.metrics, self._exchange, has_samples)
+        for name, value in joined.items():
+            figures[f"test_{name}"] = finite_or_none(value)
         return figures
 
     def rehearse(self, num_samples: int, needs_accuracy: bool) -> list[str] | None:
@@ -92,10 +103,17 @@ class Evaluation:
         batch = self._feed.first(num_samples)
         if batch is not None and batch.samples:
             figures = self._judge(batch)
-            if needs_accuracy and "accuracy" not in figures:
+            own = self._workload.metrics
+            for name in own.keys() & figures.keys():
+                raise UserError(
+                    f"metrics.{name}: there is a figure {name} already (allowed: another name)"
+                )
+            names = [*figures, *own]
+            metrics.reset(own)
+            if needs_accuracy and "accuracy" not in names:
                 raise UserError(
                     "target_accuracy: evaluation has no figure accuracy, so it is never"
-                    f" reached (there are: {', '.join(figures)})"
+                    f" reached (there are: {', '.join(names)})"
                 )
             names = [f"test_{name}" for name in figures]
         return names

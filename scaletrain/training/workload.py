@@ -5,8 +5,9 @@ job is ``Supervised``: ``model``, ``data``, ``loss`` and ``optimizer`` of the YA
 """
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,15 @@ from torch.utils.data import Dataset, TensorDataset
 
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
-from scaletrain.training import loss_function, optimizer, patterns
+from scaletrain.training import loss_function, metrics, optimizer, patterns
 from scaletrain.training.compiling import compile_in_place
 from scaletrain.training.joint_optimizer import JointOptimizer
 from scaletrain.training.randomness import seed_generators
 from scaletrain.training.recompute import recompute
 from scaletrain.training.stream import is_stream
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 IGNORED = -100  # torch's default for ``ignore_index``: a target that counts for nothing
 
@@ -81,6 +85,8 @@ class Workload:
         data: training and test set.
         optimizer: over all of the model's parameters that are trained. Left out: the YAML's
             ``optimizer``.
+        metrics: torchmetrics by the names of their figures. ``evaluate`` updates them; the trainer
+            resets them, and joins them over all ranks.
         updates: for several models with an optimizer each, such as a GAN: the updates of a step, in
             their order. ``model``, ``optimizer`` and ``forward`` are then left out; ``model``
             becomes a ``ModuleDict`` of all, for checkpoints. While one is updated, the others are
@@ -108,6 +114,7 @@ class Workload:
     module: nn.Module
     data: Data
     optimizer: torch.optim.Optimizer
+    metrics: "Mapping[str, Metric]" = types.MappingProxyType({})
     updates: Sequence[Update] = ()
 
     def forward(self, batch: Any) -> Loss:
@@ -200,6 +207,8 @@ class Supervised(Workload):
         output = self.model(inputs)
         loss = self._loss_of(output, targets)
         figures = {"loss": Mean(loss.total, loss.count)}
+        for metric in self.metrics.values():
+            metric.update(_in_full_precision(output), targets)
         are_classes = isinstance(output, Tensor) and not targets.is_floating_point()
         if are_classes and output.ndim == targets.ndim + 1:
             judged = targets != self._ignored
@@ -208,8 +217,7 @@ class Supervised(Workload):
         return figures
 
     def _loss_of(self, output: Any, targets: Tensor) -> Loss:
-        if isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16):
-            output = output.float()  # half precision is too coarse to add up losses
+        output = _in_full_precision(output)
         if self._sums is None or targets.is_floating_point():
             # A mean over elements is one over samples: they have as many elements each.
             mean = self.loss(output, targets).reshape(())
@@ -346,7 +354,9 @@ def _supervised(config: RunConfig) -> Supervised:
     loss = loss_function.mean_loss(config)
     sums = loss_function.ignoring_sum(config)
     ignored = config.loss.options.get("ignore_index", IGNORED)
-    return Supervised(model, loss, datasets, sums, ignored)
+    supervised = Supervised(model, loss, datasets, sums, ignored)
+    supervised.metrics = metrics.build(config)
+    return supervised
 
 
 def _check_data(data: Data) -> None:
@@ -421,6 +431,12 @@ def _check_optimizer(workload: Workload) -> None:
                 f"workload: self.{name} has parameters outside self.model: they would be neither"
                 " exchanged nor saved (make it a part of self.model)"
             )
+
+
+def _in_full_precision(output: Any) -> Any:
+    """Return a model's output in float32: half precision is too coarse to add up losses."""
+    is_coarse = isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16)
+    return output.float() if is_coarse else output
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:
