@@ -83,6 +83,10 @@ class RunDir:
         """How one worker is doing, for node_exporter. Written anew every second or so."""
         return self.path / f"metrics-{rank}.prom"
 
+    def profile(self, rank: int) -> Path:
+        """A Chrome trace of some steps of one worker, by torch.profiler. Read by people."""
+        return self.path / f"profile-{rank}.json.gz"
+
     def checkpoint(self, step: int) -> Path:
         """Weights and optimizer state after ``step`` steps, written by rank 0."""
         return self.path / f"step-{step}.safetensors"

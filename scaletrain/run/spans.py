@@ -1,9 +1,9 @@
 """Spans: buckets, rounds and waits of one rank, each with its beginning and its end.
 
-They are off unless a run asks for a trace. A spans file (``RunDir.spans``) holds one JSON object a
-line: ``kind`` (bucket, round or wait), ``name``, ``began`` (unix seconds on this rank's clock),
-``s`` (seconds) and the details that the writer adds. ``scaletrain report --trace`` puts the spans
-under the steps of the records.
+They are off unless a run asks for a trace, or a profile collects them for some steps. A spans file
+(``RunDir.spans``) holds one JSON object a line: ``kind`` (bucket, round or wait), ``name``,
+``began`` (unix seconds on this rank's clock), ``s`` (seconds) and the details that the writer adds.
+``scaletrain report --trace`` puts the spans under the steps of the records.
 """
 
 import contextlib
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _PINGS = 5  # how often a rank asks rank 0 for the time
 _writer: "_Writer | None" = None
+# What a profile collects into; the training thread sets it, and any thread adds.
+_collection: list[dict[str, Any]] | None = None
 
 
 class _Writer:
@@ -56,8 +58,20 @@ def recorded(run_dir: Path, rank: int, wanted: bool) -> Iterator[None]:
 
 
 def on() -> bool:
-    """Return True if spans are written."""
-    return _writer is not None
+    """Return True if spans are written or collected."""
+    return _writer is not None or _collection is not None
+
+
+def collect(collection: list[dict[str, Any]]) -> None:
+    """Also append the spans that end from now on to a list, as a file would hold them."""
+    global _collection
+    _collection = collection
+
+
+def stop_collecting() -> None:
+    """End what ``collect`` began."""
+    global _collection
+    _collection = None
 
 
 def add(kind: str, name: str, began: float, **details: Any) -> None:
@@ -69,10 +83,15 @@ def add(kind: str, name: str, began: float, **details: Any) -> None:
         began: ``time.time()`` at its beginning.
         details: further values to show, such as ``bytes``.
     """
-    writer = _writer
-    if writer:
-        seconds = time.time() - began
-        writer.write({"kind": kind, "name": name, "began": began, "s": seconds, **details})
+    writer, collection = _writer, _collection
+    if writer is None and collection is None:
+        return
+    seconds = time.time() - began
+    span = {"kind": kind, "name": name, "began": began, "s": seconds, **details}
+    if writer is not None:
+        writer.write(span)
+    if collection is not None:
+        collection.append(span)
 
 
 @progress.waiting("the comparison of clocks")

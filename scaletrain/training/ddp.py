@@ -68,6 +68,7 @@ class AllreduceExchange(Exchange):
         self._orders_before: list[list[int]] = []
         # By what ``attach`` returned: models that train together have an optimizer each.
         self._optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
+        self._traced: set[nn.Module] = set()  # those whose buckets are spans
         # When backward made its last gradient; None on CUDA. Written by backward's thread.
         self._last_gradient_at: float | None = None
         self._waited_s: float | None = None  # of all models since the last ``record``
@@ -88,10 +89,9 @@ class AllreduceExchange(Exchange):
             gradient_as_bucket_view=True,
         )
         self._gradients.append(GradientOrder(model))
-        # A hook replaces DDP's built-in allreduce, so a run without a trace does not get one.
-        if spans.on():
-            wrapped.register_comm_hook(None, _traced_allreduce)
         self._optimizers[wrapped] = optimizer
+        if spans.on():
+            self.trace_buckets()
         return wrapped
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,6 +109,17 @@ class AllreduceExchange(Exchange):
         if self._find_unused_parameters or number >= len(self._orders_before):
             return []
         return self._orders_before[number]
+
+    def trace_buckets(self) -> None:
+        """Put a hook under all models that have none yet.
+
+        It replaces DDP's built-in allreduce, so a run without a trace or profile gets none.
+        """
+        for wrapped in self._optimizers:
+            if wrapped not in self._traced:
+                self._traced.add(wrapped)
+                assert isinstance(wrapped, DistributedDataParallel)
+                wrapped.register_comm_hook(None, _traced_allreduce)
 
     def accumulate(self, model: nn.Module | None = None) -> contextlib.AbstractContextManager[None]:
         """Return DDP's ``no_sync``."""

@@ -149,7 +149,9 @@ class _State:
         value = getattr(metric, name)
         self._is_list = isinstance(value, list)
         if self._is_list:
-            value = torch.cat([torch.atleast_1d(each) for each in value])
+            # Empty where a rank has seen nothing that counts.
+            rows = [torch.atleast_1d(each) for each in value]
+            value = torch.cat(rows) if rows else torch.zeros(0)
         self._value: Tensor = value
         # Shape (rows, ...): only "cat" has more than one row, and may have a number of its own.
         self.rows = value if rule == "cat" else value.unsqueeze(0)
