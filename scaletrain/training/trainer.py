@@ -240,8 +240,10 @@ class Trainer:
         try:
             summary = self._train(on_step, stop, snapshot)
         finally:
-            for callback in self._callbacks:
-                callback.close(summary)
+            # The stack closes all of them, also when one raises.
+            with contextlib.ExitStack() as stack:
+                for callback in self._callbacks:
+                    stack.callback(callback.close, summary)
         return summary
 
     def _train(

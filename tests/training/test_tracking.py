@@ -236,6 +236,15 @@ def ends(trainer: Trainer, *, raise_after: int | None = None) -> Callback:
     return Ends(trainer.run_dir, raise_after)
 
 
+class Unclosable(Callback):
+    def close(self, summary: Mapping[str, Any] | None) -> None:
+        raise OSError("mine")
+
+
+def unclosable(trainer: Trainer) -> Callback:
+    return Unclosable()
+
+
 def own(name: str, **options: Any) -> dict[str, Any]:
     callback = {"name": f"tests.training.test_tracking:{name}"} | options
     return JOB | {"exchange": "none", "timeout_s": 2.0, "callbacks": [callback]}
@@ -280,6 +289,15 @@ def test_callbacks_are_closed_however_the_run_ends(
     with contextlib.suppress(ArithmeticError):
         train(own("ends", **options), tmp_path, stop_at)
     assert (tmp_path / "ended").read_text() == ended
+
+
+def test_one_that_cannot_be_closed_does_not_keep_the_others_open(tmp_path: Path):
+    tree = own("ends")
+    unclosable = {"name": "tests.training.test_tracking:unclosable"}
+    tree["callbacks"] = [unclosable, *tree["callbacks"], unclosable]
+    with pytest.raises(OSError, match="mine"):
+        train(tree, tmp_path)
+    assert (tmp_path / "ended").read_text() == "12"
 
 
 def test_prometheus_answers_http_on_a_port_for_each_rank(tmp_path: Path):

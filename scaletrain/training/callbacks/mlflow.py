@@ -1,5 +1,6 @@
 """Logs loss, rate, throughput and test figures to an MLflow server, or to a file for it."""
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ class MLflowRun(TrackerRun):
         if uri is None:
             file = f"sqlite:///{place.folder.resolve() / 'mlflow.db'}"
             uri = os.environ.get("MLFLOW_TRACKING_URI", file)
+        # It would tell of every table that it makes in a new file.
+        logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
         self._client = mlflow.MlflowClient(uri)
         self._id, is_new = place.identifier(lambda: self._create(experiment, place.config.name))
         if not is_new:
