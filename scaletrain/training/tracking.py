@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
 
 _MOST_WAITING = 1000  # calls that the library has not taken yet
-_PATIENCE_S = 30.0  # for the library to take the last figures, or half the job's time-out
+_PATIENCE_S = 30.0  # for the library to take the last figures
 _PATIENCE_AFTER_ERROR_S = 1.0
 
 
@@ -117,8 +117,7 @@ class Tracker(Callback):
             )
         config = trainer.config
         place = Place(name, config, trainer.run_dir, trainer.next_step)
-        patience_s = min(_PATIENCE_S, config.timeout_s / 2)
-        self._writer = _Writer(name, lambda: start(place), patience_s)
+        self._writer = _Writer(name, lambda: start(place))
 
     def after_step(self, record: StepRecord) -> None:
         """Log, if it is time to (collective where all ranks are at the same step)."""
@@ -152,9 +151,23 @@ class Tracker(Callback):
             self._writer.log(step, known)
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
-        """End the run in the tracker."""
+        """End the run in the tracker (collective, unless an error has ended the training).
+
+        All ranks wait together, and meet once a second, so that no time-out takes a slow tracker
+        for a hang.
+        """
         if self._writer:
-            self._writer.close(summary)
+            self._writer.end(summary)
+        deadline = time.monotonic() + _PATIENCE_S
+        while summary is not None:
+            is_waiting = False
+            if self._writer and time.monotonic() < deadline:
+                is_waiting = self._writer.is_busy(patience_s=1.0)
+            progress.alive("waiting for a tracker")
+            if not self._exchange.sum(torch.tensor([float(is_waiting)])).item():
+                break
+        if self._writer:
+            self._writer.give_up(_PATIENCE_AFTER_ERROR_S if summary is None else 0.0)
 
 
 class _Interval:
@@ -180,10 +193,9 @@ class _Writer:
     The thread begins with the first figures. A program that ends does not wait for it.
     """
 
-    def __init__(self, name: str, start: Callable[[], TrackerRun], patience_s: float):
+    def __init__(self, name: str, start: Callable[[], TrackerRun]):
         self._name = name
         self._start = start
-        self._patience_s = patience_s
         # The training thread puts calls, the writer's thread takes them; None ends it.
         self._calls: queue.Queue[Callable[[TrackerRun], None] | None] = queue.Queue(_MOST_WAITING)
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -193,19 +205,22 @@ class _Writer:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._put(lambda run: run.log(step, figures))
 
-    def close(self, summary: Mapping[str, Any] | None) -> None:
-        """Wait until the tracker has everything, but not for ever."""
-        if not self._thread.ident:
-            return  # nothing was logged
-        self._put(lambda run: run.end(summary))
-        self._put(None)
-        patience_s = _PATIENCE_AFTER_ERROR_S if summary is None else self._patience_s
-        deadline = time.monotonic() + patience_s
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            self._thread.join(min(1.0, patience_s))
-            progress.alive(f"waiting for {self._name}")
-        if self._thread.is_alive():
-            self._say(f"did not take the last figures within {patience_s:g} s")
+    def end(self, summary: Mapping[str, Any] | None) -> None:
+        """Let the tracker end its run once it has everything, if there is anything."""
+        if self._thread.ident:
+            self._put(lambda run: run.end(summary))
+            self._put(None)
+
+    def is_busy(self, patience_s: float) -> bool:
+        """Return True if the tracker has not taken everything yet, after waiting for it."""
+        if self._thread.ident:
+            self._thread.join(patience_s)
+        return self._thread.is_alive()
+
+    def give_up(self, patience_s: float) -> None:
+        """Wait no longer than this, and say so if the tracker has not taken everything."""
+        if self.is_busy(patience_s):
+            self._say("did not take the last figures in time")
 
     def _put(self, call: Callable[[TrackerRun], None] | None) -> None:
         if not self._thread.ident:
