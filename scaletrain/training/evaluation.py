@@ -99,7 +99,7 @@ class Evaluation:
         Raises:
             UserError: evaluation returns no means, or not the one that is needed.
         """
-        names: list[str] | None = None
+        known: list[str] | None = None
         batch = self._feed.first(num_samples)
         if batch is not None and batch.samples:
             figures = self._judge(batch)
@@ -115,8 +115,8 @@ class Evaluation:
                     "target_accuracy: evaluation has no figure accuracy, so it is never"
                     f" reached (there are: {', '.join(names)})"
                 )
-            names = [f"test_{name}" for name in figures]
-        return names
+            known = [f"test_{name}" for name in names]
+        return known
 
     def _judge(self, batch: Batch) -> dict[str, Mean]:
         """Return the figures of a test batch; leave the model evaluating."""

@@ -146,7 +146,8 @@ def test_no_test_samples_have_no_figures():
 def test_a_run_of_two_workers_reports_what_torchmetrics_says_of_its_weights(tmp_path: Path):
     from torchmetrics import classification
 
-    tree = JOB | {"metrics": {"f1": F1, "area": AUROC}}
+    stop = {"name": "early_stop", "figure": "test_f1"}  # the figure is known beforehand
+    tree = JOB | {"metrics": {"f1": F1, "area": AUROC}, "callbacks": [stop]}
     results = run_ranks(jobs.train_rank, 2, tree, tmp_path)
     parts = workload.build(config.check(tree), torch.device("cpu"))
     state = {name: torch.from_numpy(value) for name, value in results[0]["state"].items()}
