@@ -3,12 +3,12 @@
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from scaletrain import plugins
-from scaletrain.cli.options import directory_name, new_directory
+from scaletrain.cli.options import directory_name, new_directory, output_options
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     help="Keep each worker on its own cores (local, mpirun, slurm) [default: none].",
 )
 @click.option("--cold", is_flag=True, help="Let each worker import torch itself.")
+@output_options
 @click.option("--dry-run", is_flag=True, help="Print what would be started, and start nothing.")
 @click.argument("argv", metavar="COMMAND...", nargs=-1, type=click.UNPROCESSED, required=True)
 def command(
@@ -82,6 +83,8 @@ def command(
     threads: str | None,
     bind: str | None,
     cold: bool,
+    show: Literal["all", "0", "errors"],
+    log_format: Literal["text", "json"],
     dry_run: bool,
     argv: tuple[str, ...],
 ) -> None:
@@ -107,7 +110,7 @@ def command(
     )
     from scaletrain.launching.plan import check_start, tell_users_threads
     from scaletrain.launching.supervision import supervise
-    from scaletrain.launching.supervision.screen import Screen
+    from scaletrain.launching.supervision.screen import Display, Screen
     from scaletrain.run import claim
 
     chosen = dict(config.parse_setting(text) for text in settings)
@@ -139,9 +142,11 @@ def command(
         script = job.command[0]
         if not script.startswith("-") and not Path(script).exists():
             raise UserError(f"{script}: there is no such file")
+    display = Display(log_format, show)
+    supervise.check_display(plan, display)
     if run_dir is None:
         directory, (job, plan) = new_directory(directory, (job, plan), planned)
     with claim.in_use(directory, "--run-dir", shared=plan.is_part) as descriptor:
         for line in plan.explain:
-            Screen().say(line, error=True)  # standard output belongs to the script
-        sys.exit(supervise.run(plan, job, claim=descriptor))
+            Screen(display).say(line, error=True)  # standard output belongs to the script
+        sys.exit(supervise.run(plan, job, claim=descriptor, display=display))

@@ -3,11 +3,31 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
 Plan = TypeVar("Plan")
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+def output_options(command: Decorated) -> Decorated:
+    """Add the options of a job's output, which ``screen.Display`` takes."""
+    show = click.option(
+        "--show",
+        type=click.Choice(("all", "0", "errors")),
+        default="all",
+        show_default=True,
+        help="Output to show: of all ranks, of rank 0, or standard error of all.",
+    )
+    log_format = click.option(
+        "--log-format",
+        type=click.Choice(("text", "json")),
+        default="text",
+        show_default=True,
+        help="Form of the output: as it is, or one JSON object a line.",
+    )
+    return show(log_format(command))
 
 
 def names(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:

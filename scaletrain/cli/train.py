@@ -1,19 +1,21 @@
 """``scaletrain train``: train the job that a YAML file describes."""
 
+import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from scaletrain import plugins
-from scaletrain.cli.options import directory_name, new_directory
+from scaletrain.cli.options import directory_name, new_directory, output_options
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
     from scaletrain.config import RunConfig
     from scaletrain.launching.job import Job
     from scaletrain.launching.plan import LaunchPlan
+    from scaletrain.launching.supervision.screen import Display, Screen
 
 
 @click.command()
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Go on from the run directory's last checkpoint.")
 @click.option("--cold", is_flag=True, help="Let each worker import torch itself.")
+@output_options
 @click.option("--dry-run", is_flag=True, help="Print what would be started, and start nothing.")
 def command(
     path: Path,
@@ -44,6 +47,8 @@ def command(
     run_dir: Path | None,
     resume: bool,
     cold: bool,
+    show: Literal["all", "0", "errors"],
+    log_format: Literal["text", "json"],
     dry_run: bool,
     **overrides: Any,
 ) -> None:
@@ -78,22 +83,25 @@ def command(
     if dry_run:
         click.echo(str(plan))
         return
-    from scaletrain.launching.supervision.screen import Screen
+    from scaletrain.launching.supervision import supervise
+    from scaletrain.launching.supervision.screen import Display, Screen
     from scaletrain.run import claim
 
     check_start(plan)
+    display = Display(log_format, show)
+    supervise.check_display(plan, display)
     if run_dir is None:
         directory, (job, plan) = new_directory(directory, (job, plan), planned)
     with claim.in_use(directory, "--run-dir", shared=plan.is_part) as descriptor:
         _claim(directory, resume, run.to_yaml())
-        screen = Screen()
+        screen = Screen(display)
         screen.say(f"run directory: {directory}")
         for line in plan.explain:
             screen.say(line)
-        status = _carry_out(plan, job, descriptor)
+        status = _carry_out(plan, job, descriptor, display)
     # Also after a failure: the servers' counters may explain it.
     if run.exchange.name == "parameter_server":
-        _show_server_statistics(directory)
+        _show_server_statistics(directory, screen)
     sys.exit(status)
 
 
@@ -174,18 +182,20 @@ def _claim(run_dir: Path, resume: bool, config: str) -> None:
         raise UserError(f"--run-dir {run_dir}: {error.strerror}") from None
 
 
-def _carry_out(plan: "LaunchPlan", job: "Job", claim: int) -> int:
+def _carry_out(plan: "LaunchPlan", job: "Job", claim: int, display: "Display") -> int:
     from scaletrain.cli import progress_bar
     from scaletrain.launching.supervision import supervise
 
-    # The bar comes first: it sets a variable that the workers have to inherit.
-    with progress_bar.shown(job.run_dir):
-        return supervise.run(plan, job, claim=claim)
+    # The bar comes first: it sets a variable that the workers have to inherit. Programs that read
+    # the output want rank 0's lines instead.
+    is_for_people = display.form == "text"
+    with progress_bar.shown(job.run_dir) if is_for_people else contextlib.nullcontext():
+        return supervise.run(plan, job, claim=claim, display=display)
 
 
-def _show_server_statistics(run_dir: Path) -> None:
+def _show_server_statistics(run_dir: Path, screen: "Screen") -> None:
     from scaletrain.scaling.measure import servers
 
     text = servers.text(servers.read(run_dir))
     if text:
-        click.echo(text)
+        screen.say(text)

@@ -27,6 +27,9 @@ class Command(NamedTuple):
     restarts_workers: bool = False
     # The signal that reaches the workers, where SIGINT would make the launcher kill them.
     interrupt: int | None = None
+    # How a launcher labels the output of its workers: a regular expression with the group ``rank``,
+    # found at the beginning of lines and where the writer changes. Empty: it does not.
+    labels: str = ""
     stop_s: float = 3.0  # from SIGTERM to SIGKILL; a launcher has to pass the signal on first
     cores: tuple[int, ...] = ()  # the process is kept on these cores; empty: on any
 

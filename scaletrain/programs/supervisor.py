@@ -18,9 +18,9 @@ def main() -> int:
     """Carry out the order; return the exit status."""
     if LAUNCH_MARK not in os.environ:
         raise UserError("this is started by scaletrain, not by hand")
-    plan, job, standard_input = ORDER.validate_json(_first_line(sys.stdin.fileno()))
+    plan, job, display, standard_input = ORDER.validate_json(_first_line(sys.stdin.fileno()))
     adopt_orphans()
-    supervisor = Supervisor(plan, job, standard_input)
+    supervisor = Supervisor(plan, job, display, standard_input)
     heed_signals(lambda number, frame: supervisor.signals.append(number))
     # If the reader of our output is gone, a write fails and we go on to end the workers.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)

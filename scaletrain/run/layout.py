@@ -143,6 +143,19 @@ class RunDir:
         """The first cause of the job's failure. Read by people and by sweeps."""
         return self.path / "failure.json"
 
+    def rank_log(self, rank: int) -> Path:
+        """The newest output of one worker, both streams as they came. Read by people."""
+        return self.path / "logs" / f"rank-{rank}.log"
+
+    def process_log(self, name: str) -> Path:
+        """The same of another process, such as a server or a launcher."""
+        return self.path / "logs" / f"process-{name.replace(' ', '-')}.log"
+
+    @staticmethod
+    def older_log(log: Path) -> Path:
+        """Return the file with the output before that in ``log``. Older output is not kept."""
+        return log.with_name(f"{log.name}.1")
+
     # Written by parameter servers.
 
     def server_address(self, index: int) -> Path:

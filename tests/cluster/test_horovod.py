@@ -160,7 +160,8 @@ def test_mpi_carries_it_under_mpirun(python: str, alone: dict, tmp_path: Path):
 def test_a_failing_rank_under_horovodrun_is_named(python: str, tmp_path: Path):
     script, run_dir = tmp_path / "script.py", tmp_path / "run"
     script.write_text(
-        "import time\nimport torch.distributed as dist\ndist.init_process_group('gloo')\ndist.barrier()\n"
+        "import time\nimport torch.distributed as dist\ndist.init_process_group('gloo')\n"
+        "print('I am', dist.get_rank(), flush=True)\ndist.barrier()\n"
         "if dist.get_rank() == 1:\n    raise ValueError('the cause')\ndist.barrier()\ntime.sleep(60)\n"
     )
     options = ("--launcher", "horovodrun", "--run-dir", str(run_dir))
@@ -173,4 +174,6 @@ def test_a_failing_rank_under_horovodrun_is_named(python: str, tmp_path: Path):
         and output.count("scaletrain: rank 1 on") == 1
         and "ValueError: the cause" in output
     ), output
+    for rank in range(3):
+        assert f"I am {rank}\n" in (run_dir / "logs" / f"rank-{rank}.log").read_text()
     assert gone(run_dir)

@@ -108,6 +108,24 @@ def test_a_failing_rank_is_named(kind: str, end: str, tmp_path: Path):
     assert gone(run_dir)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_of_each_rank_is_kept(kind: str, tmp_path: Path):
+    rank = "$OMPI_COMM_WORLD_RANK$PMI_RANK"
+    script = (
+        f'printf \'I am \'; echo "{rank} of:" 10%\\\\r20%; echo "  warning {rank}" >&2; printf end'
+    )
+    options = ("--set", f"command={mpirun(kind)}", "--run-dir", str(tmp_path), "--show", "0")
+    done = scaletrain(
+        "launch", "-n", "3", "--launcher", "mpirun", *options, "--", "sh", "-c", script
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for number in range(3):
+        kept = (tmp_path / "logs" / f"rank-{number}.log").read_bytes()
+        assert b"I am %d of: 10%%\r20%%\n" % number in kept.replace(b"end", b"")
+        assert b"  warning %d\n" % number in kept
+    assert "I am 0" in done.stdout and "I am 1" not in done.stdout
+
+
 @pytest.mark.parametrize("kind", ["openmpi5", "mpich"])
 def test_kill_9_of_the_launcher_leaves_nothing(kind: str, tmp_path: Path):
     run_dir = tmp_path / "run"

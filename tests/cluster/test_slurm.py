@@ -177,6 +177,7 @@ def test_a_failing_rank_ends_the_job_and_is_named(slurm: Slurm, tmp_path: Path, 
     script = tmp_path / "script.py"
     script.write_text(
         "import os, time\nimport torch.distributed as dist\ndist.init_process_group('gloo')\n"
+        "print('I am', dist.get_rank(), flush=True)\ndist.barrier()\n"
         f"if dist.get_rank() == 1:\n    {end}\ndist.barrier()\ntime.sleep(60)\n"
     )
     run_dir = tmp_path / "run"
@@ -197,6 +198,9 @@ def test_a_failing_rank_ends_the_job_and_is_named(slurm: Slurm, tmp_path: Path, 
     assert output.count("scaletrain: rank 1 on") == 1 and "scaletrain: rank 0" not in output, output
     assert ("SIGKILL" if "kill" in end else "ValueError: the cause") in output
     assert "FAILED" in output and gone(run_dir)
+    for rank in range(3):
+        kept = (run_dir / "logs" / f"rank-{rank}.log").read_text()
+        assert kept.startswith(f"I am {rank}\n") and f"[rank {rank}] I am {rank}" in output
 
 
 def started(slurm: Slurm, run_dir: Path, *arguments: str) -> tuple[subprocess.Popen, str]:

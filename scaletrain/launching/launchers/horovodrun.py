@@ -9,6 +9,9 @@ from scaletrain.launching.job import Job, environment
 from scaletrain.launching.plan import Command, LaunchPlan, threads_each
 from scaletrain.units import plural
 
+# With gloo, and with MPI, whose mpirun writes the number of its job first.
+_LABELS = r"\[(?:\d+,)?(?P<rank>\d+)\]<std(?:out|err)>:"
+
 
 def plan(
     job: Job,
@@ -66,7 +69,11 @@ def plan(
     if elsewhere:
         explain.append(SHARE_RUN_DIR)
     horovodrun = Command(
-        "horovodrun", tuple(argv), environment(job.variables(threads)), stop_s=10.0
+        "horovodrun",
+        tuple(argv),
+        environment(job.variables(threads)),
+        labels=_LABELS,
+        stop_s=10.0,
     )
     return LaunchPlan(
         (horovodrun,),

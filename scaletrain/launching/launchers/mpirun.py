@@ -1,6 +1,7 @@
 """mpirun of Open MPI (4 and 5) or MPICH, on this host or on those of a host file."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ ALLOW_ROOT = {
     "PRTE_ALLOW_RUN_AS_ROOT": "1",
     "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
 }
+_MPICH_LABEL = "<output of rank {}>"
 _VERSION_S = 20.0  # how long ``mpirun --version`` may take
 
 
@@ -59,11 +61,12 @@ def plan(
         raise UserError(f"launcher.hostfile: {hostfile}: there is no such file")
     elsewhere = bool(listed or hostfile)
     is_installed = shutil.which(command) is not None
+    version = _version(command) if is_installed else ""
     kind: str = mpi
     if mpi == "auto":
         kind = "openmpi"
         if is_installed:
-            kind = _kind_of(command)
+            kind = _kind_of(command, version)
     if elsewhere and per_host is None:
         threads = job.threads or 1  # how many workers share a host's cores is not known here
     else:
@@ -90,7 +93,13 @@ def plan(
     if elsewhere:
         explain.append(SHARE_RUN_DIR)
     # On SIGINT, mpirun kills its workers. It passes SIGUSR1 on, and they write a checkpoint.
-    mpirun = Command("mpirun", tuple(argv), interrupt=signal.SIGUSR1, stop_s=10.0)
+    mpirun = Command(
+        "mpirun",
+        tuple(argv),
+        interrupt=signal.SIGUSR1,
+        labels=_labels(kind, version),
+        stop_s=10.0,
+    )
     return LaunchPlan(
         (mpirun,),
         explain=tuple(explain),
@@ -139,7 +148,7 @@ def _variables(kind: str, variables: Mapping[str, str], names: list[str]) -> lis
 
 
 def _openmpi_options(placement: _Placement, oversubscribe: bool) -> list[str]:
-    options = []
+    options = ["--tag-output"]
     if os.geteuid() == 0:
         options.append("--allow-run-as-root")
     if placement.hosts:
@@ -159,7 +168,7 @@ def _openmpi_options(placement: _Placement, oversubscribe: bool) -> list[str]:
 
 
 def _mpich_options(placement: _Placement) -> list[str]:
-    options = []
+    options = ["-prepend-pattern", _MPICH_LABEL.format("%r")]
     if placement.hosts:
         options += ["-hosts", ",".join(placement.hosts)]
     elif placement.hostfile:
@@ -189,8 +198,19 @@ def _slots(placement: _Placement) -> str:
     return ",".join(slots)
 
 
-def _kind_of(command: str) -> str:
-    """Ask an installed mpirun which MPI it belongs to."""
+def _labels(kind: str, version: str) -> str:
+    """Return how an mpirun labels the output of its workers (``Command.labels``)."""
+    if kind == "mpich":
+        return _MPICH_LABEL.format(r"(?P<rank>\d+)")
+    label = r"\[\d+,(?P<rank>\d+)\]<std(?:out|err)>:"
+    # Open MPI 4 writes no space here: one that follows is the worker's own.
+    if re.search(r"\(Open MPI\) [1-4]\.", version):
+        return label
+    return f"{label} "
+
+
+def _version(command: str) -> str:
+    """Return the words of an installed mpirun about itself."""
     version = [command, "--version"]
     try:
         done = subprocess.run(version, capture_output=True, text=True, timeout=_VERSION_S)
@@ -198,10 +218,15 @@ def _kind_of(command: str) -> str:
         raise UserError(
             f"launcher.command: {command} --version did not answer within {_VERSION_S:.0f} s"
         ) from None
-    if "Open MPI" in done.stdout or "open-mpi" in done.stdout:
+    return done.stdout
+
+
+def _kind_of(command: str, version: str) -> str:
+    """Return which MPI an mpirun belongs to, by its words about itself."""
+    if "Open MPI" in version or "open-mpi" in version:
         return "openmpi"
     # MPICH's mpirun is a program called Hydra, and may name only that.
-    if "HYDRA" in done.stdout or "mpich" in done.stdout.lower():
+    if "HYDRA" in version or "mpich" in version.lower():
         return "mpich"
     raise UserError(
         f"launcher.mpi: {command} --version names no MPI that is known (allowed: openmpi, mpich)"

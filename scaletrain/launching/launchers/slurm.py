@@ -113,6 +113,8 @@ class SlurmOptions(NamedTuple):
         return self.tasks == "nodes"
 
 
+_LABELS = r"^ *(?P<rank>\d+): "  # of ``srun --label``
+
 OPTIONS = SlurmOptions  # ``plugins.options`` reads the options from this line
 
 
@@ -304,7 +306,7 @@ def _plan_inside(
         f"--ntasks={job.workers}",
         *_contained(options, job.argv, job.run_dir),
     )
-    srun = Command("srun", argv, environment(job.variables(threads)), stop_s=15.0)
+    srun = Command("srun", argv, environment(job.variables(threads)), labels=_LABELS, stop_s=15.0)
     explain = (_explain(job, threads), f"inside allocation {inside}: srun, no new job")
     return LaunchPlan((srun,), explain=explain, in_containers=bool(options.container))
 
@@ -324,7 +326,9 @@ def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> Laun
         )
         argv = Program.FOLLOW_SLURM.command(path, f"{options.poll_s:g}", *export)
         # A requeued job starts its workers again: only the follower's end is the end of the job.
-        submit = Command("slurm", argv, restarts_workers=True, stop_s=15.0)
+        # The tasks of an array have the same ranks, and those of torchrun are no ranks.
+        labels = "" if options.array or options.starts_torchrun else _LABELS
+        submit = Command("slurm", argv, restarts_workers=True, labels=labels, stop_s=15.0)
     else:
         submit = Command("sbatch", ("sbatch", *export, str(path)))
     return LaunchPlan((submit,), files, tuple(explain), in_containers=bool(options.container))
@@ -349,6 +353,8 @@ def _srun(allocation: Allocation, options: SlurmOptions, run_dir: Path) -> list[
     argv.append(f"--cpus-per-task={allocation.cpus_per_task}")
     if options.bind:
         argv.append("--cpu-bind=cores")
+    if not options.starts_torchrun:
+        argv.append("--label")
     if options.mpi:
         argv.append(f"--mpi={options.mpi}")
     if options.container and options.container_runtime == "pyxis":

@@ -4,7 +4,7 @@ Nor does any process that they have started: the supervisor adopts those that lo
 (``host.descendants``), and so finds them without a look at their environment.
 
 Only the supervisor uses this. Its standard input closes when nobody listens to it any more. Its
-standard output carries the output of every process, in frames (``screen``).
+standard output carries the output of every process, in frames (``screen``, ``output``).
 """
 
 import contextlib
@@ -23,19 +23,18 @@ from scaletrain.host.descendants import Descendant
 from scaletrain.host.forkserver import Forked, Server
 from scaletrain.host.names import host_name
 from scaletrain.host.processes import dies_with_parent, kill_marked
-from scaletrain.launching.job import Companion
+from scaletrain.launching.job import Companion, Job
 from scaletrain.launching.plan import Command
-from scaletrain.launching.supervision import screen, warm
+from scaletrain.launching.supervision import output, screen, warm
+from scaletrain.launching.supervision.output import Logs, Shown, Stream, Writer
+from scaletrain.launching.supervision.screen import Display
+from scaletrain.run.layout import RunDir
 from scaletrain.run.progress import LAUNCH_MARK
 
 # A line in which a process tells a person of their mistake, perhaps with the name of a task.
 _MISTAKE = re.compile(rb"^(?:\[[^\]\n]*\] )?scaletrain: error: (.*)$", re.MULTILINE)
-# Behind the end of a line, or behind a carriage return that draws a progress bar anew.
-_LINE_ENDS = re.compile(rb"(?<=\n)|(?<=\r)(?!\n|\Z)")
 _KEPT_OUTPUT = 20_000  # characters kept of the output of launchers
-_LONGEST_LINE = 1 << 20  # bytes; of longer lines, other processes may write in the middle
 _MOST_NAMED = 3  # processes that a line names
-_PROMPT_S = 0.3  # a line that is not finished for this long is shown
 
 
 class Process:
@@ -69,12 +68,14 @@ class Process:
         self.stop_s = command.stop_s
         self.interrupt = command.interrupt
         self.restarts_workers = command.restarts_workers
+        self.labels = command.labels
         self.is_launcher = self.rank is None and companion is None
         self.host = dict(command.env).get("SCALETRAIN_HOST") or host_name()
         self.ended_at: float | None = None  # unix seconds, set by ``Processes.read``
         # The status that its worker had reported when we ended it because it ran on; see ``ends``.
         self.reported_status: int | None = None
-        self.mistake = ""  # a person's mistake that it told, which is on the screen already
+        self.mistake = ""  # a person's mistake that it told
+        self.mistake_is_shown = False
         # A launcher gets the chance to end its own workers. A worker is of no use without us.
         death_signal = signal.SIGTERM if self.is_launcher else signal.SIGKILL
         environ = environ | dict(command.env)
@@ -124,18 +125,30 @@ class Processes:
     Only the supervisor's thread uses it.
 
     Args:
-        prefixed: lines begin with the name of the process that wrote them.
+        job: the workers.
+        several: lines begin with the name of the process that wrote them.
+        display: what a person wants to see.
+        suffix: of the files that other hosts have, too (``output.Logs``).
         standard_input: a descriptor for rank 0; -1: none. See ``forget_standard_input``.
     """
 
-    def __init__(self, prefixed: bool, standard_input: int = -1):
+    def __init__(
+        self,
+        job: Job,
+        several: bool,
+        display: Display,
+        suffix: str = "",
+        standard_input: int = -1,
+    ):
         self.workers: list[Process] = []
         self.companions: list[Process] = []
         self.orphaned = False  # nobody listens any more; set by ``read``
         self.launcher_output = ""  # the last characters that launchers wrote; set by ``read``
-        self._prefixed = prefixed
         self._standard_input = standard_input
-        self._merger = screen.Merger()
+        self._several = several
+        self._several_ranks = several or job.workers > 1
+        self._shown = Shown(display)
+        self._logs = Logs(RunDir(job.run_dir), suffix, self.say)
         self._outputs: list[_Output] = []  # whose pipes are open
         # Everything that ``read`` waits for. A key's data is ``_Output`` for a pipe, a function to
         # call for the end of a process that somebody else started, None for standard input.
@@ -161,7 +174,8 @@ class Processes:
         if command.rank == 0 and self._standard_input >= 0:
             standard_input = self._standard_input
         process = Process(command, environ, companion, fd, server, standard_input)
-        prefix = f"[{process.name}] ".encode() if self._prefixed else b""
+        writer = self._writer(process.name, process.rank, process.is_launcher)
+        cuts_lines = self._several or self._shown.display.form == "json"
         for pipe, kind in (
             (process.popen.stdout, screen.OUTPUT),
             (process.popen.stderr, screen.ERROR),
@@ -169,9 +183,10 @@ class Processes:
             assert pipe
             # One thread reads all pipes: no read may wait for a writer.
             os.set_blocking(pipe.fileno(), False)
-            output = _Output(process, prefix, kind)
-            self._outputs.append(output)
-            self._selector.register(pipe, selectors.EVENT_READ, output)
+            stream = Stream(writer, kind, cuts_lines, process.labels, self._worker)
+            pipe_output = _Output(process, stream)
+            self._outputs.append(pipe_output)
+            self._selector.register(pipe, selectors.EVENT_READ, pipe_output)
         group = self.companions if companion else self.workers
         group.append(process)
         return process
@@ -184,6 +199,14 @@ class Processes:
         if self._standard_input >= 0:
             os.close(self._standard_input)
             self._standard_input = -1
+
+    def _writer(self, name: str, rank: int | None, is_launcher: bool = False) -> Writer:
+        has_prefix = self._several if is_launcher else self._several_ranks
+        return Writer(name, rank, is_launcher, f"[{name}] ".encode() if has_prefix else b"")
+
+    def _worker(self, rank: int) -> Writer:
+        """Return the writer for the lines of a worker that a launcher has started."""
+        return self._writer(f"rank {rank}", rank)
 
     def watch_pid(self, pid: int, on_end: Callable[[], None]) -> bool:
         """Call ``on_end`` when a process that somebody else started has ended.
@@ -248,12 +271,21 @@ class Processes:
 
     def say(self, text: str) -> None:
         """Show lines of our own, on standard error."""
-        line = f"{text}\n".encode(errors="backslashreplace")
-        _emit(screen.ERROR, self._merger.place(screen.ERROR, "", b"", line))
+        for line in text.split("\n"):
+            shown = f"{line}\n".encode(errors="backslashreplace")
+            self._shown.show(output.OURSELVES, screen.ERROR, shown)
+
+    def hidden_output(self, rank: int) -> str:
+        """Return the file with the output of a rank if it was not shown, else an empty text."""
+        writer = self._worker(rank)
+        path = self._logs.path(writer)
+        if self._shown.shows(writer, screen.OUTPUT) or not path.exists():
+            return ""
+        return str(path)
 
     def report_status(self, status: int) -> None:
         """Tell the exit status to the process that listens, as the last frame."""
-        _emit(screen.STATUS, b"%d" % status)
+        output.emit(screen.STATUS, b"%d" % status)
 
     def stop(self) -> None:
         """End everything: first SIGTERM, then SIGKILL for the rest. Companions end last."""
@@ -303,35 +335,49 @@ class Processes:
                 return
             self.read(0)
 
-    def _read_output(self, pipe: BinaryIO, output: "_Output") -> None:
+    def _read_output(self, pipe: BinaryIO, source: "_Output") -> None:
         try:
             data = os.read(pipe.fileno(), 65536)
         except BlockingIOError:
             return
-        whole = output.note(data)
-        mistake = _MISTAKE.search(whole)
-        if mistake:
-            output.process.mistake = mistake[1].decode(errors="replace")
-        if output.process.is_launcher:
-            text = self.launcher_output + whole.decode(errors="replace")
-            self.launcher_output = text[-_KEPT_OUTPUT:]
-        for piece in output.pieces(data):
-            self._show(output, piece)
+        stream = source.stream
+        pieces = stream.pieces(data)
+        if stream.is_labelled:
+            for writer, piece in pieces:
+                self._logs.keep(writer, piece)
+                self._note(source, piece)
+        elif data:
+            self._logs.keep(stream.process, data)
+            self._note(source, data)
+        for writer, piece in pieces:
+            self._shown.show(writer, stream.kind, piece)
         if not data:
-            self._outputs.remove(output)
+            self._note(source, b"")
+            self._shown.end(stream.writer, stream.kind)
+            self._outputs.remove(source)
             self._selector.unregister(pipe)
             pipe.close()
 
+    def _note(self, source: "_Output", data: bytes) -> None:
+        """Look through output for what the supervisor has to know."""
+        whole = source.note(data)
+        process = source.process
+        mistake = _MISTAKE.search(whole)
+        if mistake:
+            process.mistake = mistake[1].decode(errors="replace")
+            process.mistake_is_shown = self._shown.shows(source.stream.process, source.stream.kind)
+        if process.is_launcher:
+            text = self.launcher_output + whole.decode(errors="replace")
+            self.launcher_output = text[-_KEPT_OUTPUT:]
+
     def _show_prompts(self) -> None:
         """Show unfinished lines whose processes have paused."""
-        for output in self._outputs:
-            piece = output.paused()
-            if piece:
-                self._show(output, piece)
-
-    def _show(self, output: "_Output", piece: bytes) -> None:
-        shown = self._merger.place(output.kind, output.process.name, output.prefix, piece)
-        _emit(output.kind, shown)
+        for source in self._outputs:
+            for writer, piece in source.stream.paused():
+                if source.stream.is_labelled:
+                    self._logs.keep(writer, piece)
+                    self._note(source, piece)
+                self._shown.show(writer, source.stream.kind, piece)
 
 
 def _listed(words: list[str]) -> str:
@@ -347,21 +393,17 @@ def _any_left(processes: list[Process]) -> bool:
 
 
 class _Output:
-    """One stream of a process.
+    """One stream of a process, and the line that it has not finished.
 
     Args:
         process: the process that writes.
-        prefix: stands before each of its lines; empty: bytes are shown as they come.
-        kind: the stream that they are shown on.
+        stream: its bytes, in pieces to show.
     """
 
-    def __init__(self, process: Process, prefix: bytes, kind: bytes):
+    def __init__(self, process: Process, stream: Stream):
         self.process = process
-        self.prefix = prefix
-        self.kind = kind
+        self.stream = stream
         self._noted = b""  # the beginning of a line, for ``note``
-        self._held = b""  # the beginning of a line that is not shown yet
-        self._held_since = 0.0  # monotonic
 
     def note(self, data: bytes) -> bytes:
         """Return the lines that ``data`` completes; without data, at the end, the rest."""
@@ -369,37 +411,3 @@ class _Output:
         end = text.rfind(b"\n") + 1 if data else len(text)
         self._noted = text[end:][-_KEPT_OUTPUT:]
         return text[:end]
-
-    def pieces(self, data: bytes) -> list[bytes]:
-        """Return the pieces of lines to show now; without data, at the end, all that is held."""
-        if not self.prefix:
-            return [data] if data else []
-        self._held_since = time.monotonic()
-        pieces = _LINE_ENDS.split(self._held + data)
-        self._held = pieces.pop()
-        if not data and self._held:
-            pieces.append(self._held + b"\n")
-            self._held = b""
-        elif len(self._held) > _LONGEST_LINE:
-            pieces.append(self._held)
-            self._held = b""
-        return pieces
-
-    def paused(self) -> bytes:
-        """Return the beginning of a line that is held for so long that it may be a prompt."""
-        if not self._held or time.monotonic() - self._held_since < _PROMPT_S:
-            return b""
-        held = self._held
-        self._held = b""
-        return held
-
-
-def _emit(kind: bytes, payload: bytes) -> None:
-    """Write a frame to standard output, whole."""
-    data = screen.frame(kind, payload)
-    while data:
-        try:
-            written = os.write(sys.stdout.fileno(), data)
-        except OSError:  # nobody listens any more; the next read of standard input says so
-            return
-        data = data[written:]

@@ -4,14 +4,17 @@ The supervisor sends the output to the process that started it in frames: one by
 four for the length, then the payload.
 """
 
+import base64
 import contextlib
+import datetime
 import errno
+import json
 import os
 import select
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, Literal, NamedTuple, TextIO
 
 STATUS = b"0"  # the exit status, in digits; the last frame
 OUTPUT = b"1"  # for standard output
@@ -19,6 +22,13 @@ ERROR = b"2"  # for standard error
 
 _HEADER = struct.Struct(">cI")
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)  # there may be room again later
+
+
+class Display(NamedTuple):
+    """What a person wants to see of a job's output."""
+
+    form: Literal["text", "json"] = "text"
+    show: Literal["all", "0", "errors"] = "all"  # of all ranks, of rank 0, standard error of all
 
 
 def frame(kind: bytes, payload: bytes) -> bytes:
@@ -48,15 +58,24 @@ class Screen:
 
     The output of a stream that cannot be written is lost: its reader has gone, or the disk is full.
     The job goes on, since its result is worth more.
+
+    Args:
+        display: the form of our own lines.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, display: Display = Display()) -> None:  # noqa: B008 (never changed)
+        self._is_json = display.form == "json"
         self._closed: set[bytes] = set()  # kinds of streams that nobody reads any more
         self._complained = False  # whether the person knows that output is lost
 
     def say(self, text: str, error: bool = False) -> None:
         """Show lines of our own."""
-        self.write(ERROR if error else OUTPUT, f"{text}\n".encode(errors="backslashreplace"))
+        kind = ERROR if error else OUTPUT
+        data = f"{text}\n".encode(errors="backslashreplace")
+        if self._is_json:
+            self.write(OUTPUT, json_line("", None, kind, data))
+        else:
+            self.write(kind, data)
 
     def write(self, kind: bytes, data: bytes) -> None:
         """Show bytes on a stream as they are."""
@@ -90,6 +109,39 @@ def _write(stream: TextIO, data: bytes) -> None:
             data = data[os.write(descriptor, data) :]
         except BlockingIOError:
             select.select([], [descriptor], [])
+
+
+def json_line(process: str, rank: int | None, kind: bytes, piece: bytes) -> bytes:
+    r"""Return a piece of a line as a line of JSON.
+
+    ``partial`` says that no newline followed. Bytes that are not UTF-8 come in Base64 as well.
+
+    >>> line = json_line("rank 1", 1, OUTPUT, b"caf\xe9\n")
+    >>> json.loads(line)["text"], json.loads(line)["base64"]
+    ('caf\ufffd', 'Y2Fm6Q==')
+
+    Args:
+        process: the name of the process that wrote it; empty: ourselves.
+        rank: of the worker that it is; None: another process.
+        kind: the stream that it was written to.
+        piece: of a line, perhaps with the newline at its end.
+    """
+    text = piece.removesuffix(b"\n")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+    record: dict[str, Any] = {
+        "time": now.replace("+00:00", "Z"),
+        "rank": rank,
+        "process": process or "scaletrain",
+        "stream": "stderr" if kind == ERROR else "stdout",
+        "text": text.decode(errors="replace"),
+    }
+    if not piece.endswith(b"\n"):
+        record["partial"] = True
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        record["base64"] = base64.b64encode(text).decode()
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 class LineReader:
@@ -147,3 +199,7 @@ class Merger:
         self._open[kind] = None if piece.endswith(b"\n") else writer
         self._returned[kind] = piece.endswith(b"\r")
         return shown + piece
+
+    def is_open(self, kind: bytes, writer: str) -> bool:
+        """Return True if the unfinished line on the screen is this writer's."""
+        return self._open[kind] == writer

@@ -17,6 +17,7 @@ from typing import Any
 
 import pydantic
 
+from scaletrain.errors import UserError
 from scaletrain.host import descendants
 from scaletrain.host.forkserver import Forked
 from scaletrain.host.processes import (
@@ -30,12 +31,13 @@ from scaletrain.host.processes import (
 from scaletrain.launching.job import Job, Program
 from scaletrain.launching.plan import LaunchPlan
 from scaletrain.launching.supervision import screen, warm
+from scaletrain.launching.supervision.screen import Display
 from scaletrain.run.progress import LAUNCH_MARK
 from scaletrain.world import without_place
 
 # The supervisor reads its order from standard input, as one line of JSON. The number is the
 # descriptor of the standard input that it gives to rank 0; -1: none.
-ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job, int])
+ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job, Display, int])
 # Signals that are passed on, SIGINT unless it is ignored. So is SIGHUP, as a SIGTERM, unless it is
 # ignored (nohup). SIGUSR2 asks for a checkpoint.
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -49,6 +51,7 @@ def run(
     job: Job,
     show: Callable[[str, bool], None] | None = None,
     claim: int = -1,
+    display: Display = Display(),  # noqa: B008 (never changed)
 ) -> int:
     """Carry out a plan and return the exit status.
 
@@ -69,9 +72,11 @@ def run(
             the output is shown there, byte for byte.
         claim: the descriptor of a claim on the run directory (``run.claim``), which then holds
             until the supervisor has ended, too; -1: none.
+        display: what is shown of the output; see ``check_display``. ``Logs`` keeps all.
     """
     lines = screen.LineReader(show) if show else None
-    write = lines.write if lines else screen.Screen().write
+    own_screen = screen.Screen(display)
+    write = lines.write if lines else own_screen.write
     for path, text in plan.files:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -102,7 +107,8 @@ def run(
         with _forwarding(supervisor):
             with contextlib.suppress(BrokenPipeError):
                 # The files are written: their texts need not travel.
-                order = ORDER.dump_json((plan._replace(files=()), job, standard_input))
+                without_files = plan._replace(files=())
+                order = ORDER.dump_json((without_files, job, display, standard_input))
                 supervisor.stdin.write(order + b"\n")
                 supervisor.stdin.flush()
             for kind, payload in screen.frames(supervisor.stdout):  # type: ignore[arg-type]
@@ -132,7 +138,11 @@ def run(
     if status >= 0:
         return status or 1  # it ended without its last frame
     ended = f"the supervisor was ended by {signal_name(-status)}"
-    write(screen.ERROR, f"scaletrain: {ended}; its workers were stopped\n".encode())
+    line = f"scaletrain: {ended}; its workers were stopped"
+    if show:
+        show(line, True)
+    else:
+        own_screen.say(line, error=True)
     return 128 - status
 
 
@@ -145,6 +155,16 @@ def _standard_input() -> int:
         if not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp():
             return os.dup(0)
     return -1
+
+
+def check_display(plan: LaunchPlan, display: Display) -> None:
+    """Raise ``UserError`` if the launcher does not tell whose output is whose, and it matters."""
+    for command in plan.commands:
+        if display.show != "all" and command.rank is None and not command.labels:
+            raise UserError(
+                f"--show: {display.show!r} is not allowed here: {command.name} does not tell the"
+                " output of its workers apart (allowed: all)"
+            )
 
 
 def _end_adopted(since_ticks: int) -> None:

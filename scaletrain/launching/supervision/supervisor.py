@@ -17,6 +17,7 @@ import socket
 import time
 
 from scaletrain.host.forkserver import Server
+from scaletrain.host.names import host_name
 from scaletrain.host.processes import signal_name
 from scaletrain.launching.job import STORE_FD, Companion, Job, Program
 from scaletrain.launching.plan import Command, LaunchPlan
@@ -25,6 +26,7 @@ from scaletrain.launching.supervision import first_cause, hangs, leftovers, warm
 from scaletrain.launching.supervision.ends import LateEnds
 from scaletrain.launching.supervision.evidence import Evidence
 from scaletrain.launching.supervision.processes import Process, Processes
+from scaletrain.launching.supervision.screen import Display
 from scaletrain.run import progress
 from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import Failure, FailureKind
@@ -50,10 +52,11 @@ class Supervisor:
     Args:
         plan: the commands to start. Its files are written already.
         job: the workers, and the limits that they are held to.
+        display: what a person wants to see of their output.
         standard_input: the descriptor that becomes rank 0's standard input; -1: none.
     """
 
-    def __init__(self, plan: LaunchPlan, job: Job, standard_input: int = -1):
+    def __init__(self, plan: LaunchPlan, job: Job, display: Display, standard_input: int = -1):
         self.plan = plan
         self.job = job
         self.signals: list[int] = []  # appended to by signal handlers, read by ``run``
@@ -62,7 +65,9 @@ class Supervisor:
         self._environ = dict(os.environ)
         self._run_dir = RunDir(job.run_dir)
         several = len(plan.commands) + len(plan.companions) > 1
-        self._processes = Processes(several, standard_input)
+        # The supervisors of other hosts keep the output of their launchers in the same directory.
+        suffix = f" {host_name()}" if plan.is_part else ""
+        self._processes = Processes(job, several, display, suffix, standard_input)
         # The supervisors of other hosts have launch ids of their own.
         launch = None if plan.is_part else os.environ[LAUNCH_MARK]
         self._evidence = Evidence(job, self._processes, launch)
@@ -356,7 +361,8 @@ class Supervisor:
         # A full disk, or a directory that is gone, must neither keep the processes nor the cause.
         self._processes.stop()
         self._write_first_cause(failure)
-        if any(failure.message == p.mistake for p in self._processes.all if p.mistake):
+        telling = [process for process in self._processes.all if process.mistake_is_shown]
+        if any(failure.message == process.mistake for process in telling):
             return failure.exit_code  # the process itself has shown it
         shown_by_batch_script = f"scaletrain: rank {failure.rank} on "
         if shown_by_batch_script not in self._processes.launcher_output:
@@ -364,6 +370,10 @@ class Supervisor:
             checkpoint = leftovers.checkpoint_line(self.job)
             if checkpoint:
                 self._processes.say(f"scaletrain: {checkpoint}")
+        if failure.rank is not None:
+            hidden = self._processes.hidden_output(failure.rank)
+            if hidden:
+                self._processes.say(f"scaletrain: the output of rank {failure.rank}: {hidden}")
         return failure.exit_code or 1
 
     def _write_first_cause(self, failure: Failure) -> None:
