@@ -9,6 +9,7 @@ import click
 
 from scaletrain import plugins
 from scaletrain.cli.options import directory_name, new_directory, output_options
+from scaletrain.config.timeouts import LONGEST_S
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,10 +48,11 @@ if TYPE_CHECKING:
 @click.option(
     "--timeout",
     "timeout_s",
-    type=float,
+    type=click.FloatRange(min=0, min_open=True, max=LONGEST_S),
     default=60.0,
     show_default=True,
-    help="Seconds to wait for workers to meet and to stop.",
+    metavar="SECONDS",
+    help="A worker that reports steps is hung after such a silence.",
 )
 @click.option(
     "--as",

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from scaletrain import plugins
+from scaletrain.config.timeouts import LONGEST_S
 
 
 def _as_list(value: Any) -> Any:
@@ -358,8 +359,8 @@ class RunConfig(Strict):
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between progress lines, and between looks for a signal: one a second at least."""
 
-    timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """A rank without progress for this many seconds is taken as hung."""
+    timeout_s: Annotated[float, Field(gt=0, le=LONGEST_S)] = 60.0
+    """A rank without progress for this many seconds is taken as hung. All other limits follow."""
 
     compute: Compute | None = None
     """Emulate an accelerator. Reports then say "emulated"."""

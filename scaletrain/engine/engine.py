@@ -3,6 +3,7 @@
 import inspect
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -179,6 +180,10 @@ class Engine:
             if len(set(self._hosts[first : first + largest])) > 1:
                 return 1
         return largest
+
+    def limit(self, timeout: timedelta) -> None:
+        """Change the group's timeout. Not collective."""
+        self._transport.limit(timeout)
 
     def close(self) -> None:
         """Give back the wire. Not collective."""

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -261,6 +262,13 @@ class Lane:
         Waits inside gloo, MPI or NCCL last for their own limits: nothing can end them.
         """
         self._ended.set()
+
+    def limit(self, timeout: timedelta) -> None:
+        """Change the group's timeout, for the allreduces that are called from now on."""
+        with self._engine_lock:
+            self._group = self._group._replace(timeout=timeout)
+            if self._engine:
+                self._engine.limit(timeout)
 
     def close(self) -> None:
         """End the thread after the tasks, and give the wire back. Not collective.

@@ -218,6 +218,16 @@ class ProcessGroup(dist.ProcessGroup):
             self._device_shared = shared(self._group("devices"))
         return self._device_shared
 
+    def limit(self, timeout: timedelta) -> None:
+        """Change the timeout, for the collectives that are called from now on. Not collective."""
+        self._timeout = timeout
+        for backend in (self._gloo, self._nccl):
+            if backend is not None:
+                backend._set_default_timeout(timeout)
+        for lane in self._lanes.values():
+            if lane is not None:
+                lane.limit(timeout)
+
     # Everything else goes to gloo or NCCL. These are the methods that torch's ProcessGroup runs
     # under the interpreter lock, and those that scripts call. Their parameters are those of torch's
     # class.

@@ -6,9 +6,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from scaletrain.config.timeouts import ANSWER_S
 from scaletrain.engine.meeting import ranks_in_words
 
-_ANSWER_S = 2.0  # within this time, ranks that fail in the same collective say so
 _LOOK_S = 0.05  # between looks at the store
 # Some ranks of these collectives need not wait for the others, and may have left.
 _ONE_SIDED = ("broadcast", "gather", "reduce", "scatter")
@@ -38,7 +38,7 @@ class RollCall:
         self._rank = rank
         self._size = size
         self._counting = threading.Lock()
-        self._answer_s = min(_ANSWER_S, timeout.total_seconds())
+        self._answer_s = min(ANSWER_S, timeout.total_seconds())
         # Collectives called so far. Every thread that calls one adds to it, under _counting.
         self.num_called = 0
 

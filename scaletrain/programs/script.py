@@ -14,7 +14,6 @@ import os
 import pkgutil
 import runpy
 import sys
-from datetime import timedelta
 from importlib.machinery import BuiltinImporter, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -23,12 +22,12 @@ from scaletrain import programs
 
 programs.begin(__name__)  # before torch is imported
 
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.engine import rendezvous
 from scaletrain.errors import UserError
 from scaletrain.run import progress
 from scaletrain.world import World
 
-_MEET = timedelta(seconds=120)  # for rank 0 to come up under mpirun, srun and horovodrun
 # Frames of these files run the program and explain nothing. The second is "<frozen runpy>".
 _RUNNER_FILES = (__file__, runpy.run_path.__code__.co_filename)
 
@@ -67,7 +66,7 @@ def variables(world: World, run_dir: Path) -> dict[str, str]:
     # The launcher has said everything: nothing of it is overruled.
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ and "RANK" in os.environ:
         return {}
-    store = rendezvous.connect(world, run_dir, _MEET)
+    store = rendezvous.connect(world, run_dir, Timeouts().join)
     world = rendezvous.place(world, store)
     address, port = rendezvous.address_of(store)
     return {

@@ -11,7 +11,6 @@ import math
 import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch.distributed as dist
 
 from scaletrain import config as configuration
 from scaletrain.config import RunConfig
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.engine import rendezvous
 from scaletrain.errors import UserError
 from scaletrain.host import cores
@@ -61,13 +61,13 @@ def main(run_dir: Path, resume: bool = False) -> int:
         # Rank 0 alone, and before the ranks meet: nothing has been written by then.
         if world.rank == 0 and not resume:
             _check_unused(files)
-        timeout = timedelta(seconds=config.timeout_s)
-        store = rendezvous.join(world, run_dir, timeout)
+        timeouts = Timeouts(config.timeout_s)
+        store = rendezvous.join(world, run_dir, timeouts.join)
         world = rendezvous.place(world, store)
         stack.enter_context(spans.recorded(run_dir, world.rank, config.trace))
 
         # 2. Build what is trained.
-        setup = Setup(store, choose_device(config, world), timeout, run_dir)
+        setup = Setup(store, choose_device(config, world), timeouts, run_dir)
         trainer = _build(config, world, setup, resume)
         # Until here a signal ends the process in the usual way: nothing is worth a checkpoint yet.
         stop = StopTogether(store, config.log_every)

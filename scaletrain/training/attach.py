@@ -4,7 +4,6 @@
 """
 
 import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from scaletrain import config, plugins
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.engine import rendezvous
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
@@ -32,7 +32,8 @@ def join(
     Args:
         exchange: as on the command line: ``native``, ``ring``, ``scheduled:tree@gloo``, ...
         device: this worker's, where its models will be.
-        timeout_s: seconds that a collective or message may take.
+        timeout_s: how long a rank may be silent between two steps, in seconds. Collectives and the
+            start get more time (``config.timeouts``).
         run_dir: where rank 0 publishes its address if the launcher serves no store (mpirun or srun
             by hand): a directory that all hosts share.
         options: further options of the exchange.
@@ -54,12 +55,12 @@ def join(
     name = chosen.pop("name")
     # Before anything meets other ranks: a wrong option is an error here, not a hang elsewhere.
     checked = config.plugin_options("exchange", name, chosen, "attach")
-    timeout = timedelta(seconds=timeout_s)
+    timeouts = Timeouts(timeout_s)
     world = World.from_env()
     shared = Path(run_dir or os.environ.get("SCALETRAIN_RUN_DIR") or Path.cwd())
-    store = rendezvous.join(world, shared, timeout)
+    store = rendezvous.join(world, shared, timeouts.join)
     world = rendezvous.place(world, store)
-    setup = Setup(store, torch.device(device), timeout, shared)
+    setup = Setup(store, torch.device(device), timeouts, shared)
     joined: Exchange = plugins.load("exchange", name)(world, setup, **checked)
     return joined
 

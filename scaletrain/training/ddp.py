@@ -4,6 +4,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from scaletrain.engine.process_group import ProcessGroup
 from scaletrain.errors import UserError
 from scaletrain.run import spans
 from scaletrain.training.exchange import Exchange, Setup, attached
@@ -55,7 +57,7 @@ class AllreduceExchange(Exchange):
             store=setup.store,
             rank=world.rank,
             world_size=world.size,
-            timeout=setup.timeout,
+            timeout=setup.timeouts.first_collective,
             pg_options=options,
         )
         self.world = world
@@ -66,6 +68,8 @@ class AllreduceExchange(Exchange):
         self._gradients: list[GradientOrder] = []
         # Of the run before, in the same order.
         self._orders_before: list[list[int]] = []
+        self._timeouts = setup.timeouts
+        self._is_starting = True  # until the first step
         # By what ``attach`` returned: models that train together have an optimizer each.
         self._optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
         self._traced: set[nn.Module] = set()  # those whose buckets are spans
@@ -137,6 +141,9 @@ class AllreduceExchange(Exchange):
         self._optimizers[wrapped].step()
         for gradients in self._gradients:
             gradients.end_step()
+        if self._is_starting:
+            self._is_starting = False
+            self._limit(self._timeouts.collective)
 
     def record(self) -> dict[str, float]:
         """Return ``wait_in_backward_s``, over all models, since it was last asked.
@@ -169,6 +176,14 @@ class AllreduceExchange(Exchange):
         device_ids = [self._device.index] if dist.get_backend() == "nccl" else None
         dist.barrier(device_ids=device_ids)
         dist.destroy_process_group()
+
+    def _limit(self, timeout: timedelta) -> None:
+        """Change the time that others may take from now on in collectives."""
+        group: Any = dist.group.WORLD
+        if isinstance(group, ProcessGroup):
+            group.limit(timeout)
+        else:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def _note_gradient(self, parameter: torch.Tensor) -> None:
         # Each gradient overwrites the time of the one before, so that of the last one remains.

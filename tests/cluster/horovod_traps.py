@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from scaletrain import plugins
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.engine import rendezvous
 from scaletrain.training.exchange import Setup
 from scaletrain.world import World
@@ -21,7 +22,8 @@ world = World.from_env()
 timeout = timedelta(seconds=30)
 run_dir = Path(tempfile.mkdtemp())
 exchange = plugins.load("exchange", "horovod")(
-    world, Setup(rendezvous.join(world, run_dir, timeout), torch.device("cpu"), timeout, run_dir)
+    world,
+    Setup(rendezvous.join(world, run_dir, timeout), torch.device("cpu"), Timeouts(30.0), run_dir),
 )
 
 

@@ -55,9 +55,9 @@ def write(run_dir: RunDir, rank: int, **fields) -> None:
 def culprit(run_dir: RunDir, workers: int, **silent_s: float):
     """The rank that is named; ``r0=99`` says that rank 0 has been silent for 99 s."""
     silent = {rank: silent_s.get(f"r{rank}", 0.0) for rank in range(workers)}
-    failure = hangs.find_culprit(run_dir, workers, lost=(), silent_s=silent)
-    assert failure is not None
-    return failure
+    hang = hangs.find_culprit(run_dir, workers, lost=(), silent_s=silent)
+    assert hang is not None
+    return hang.failure
 
 
 def test_the_rank_with_the_fewest_steps_is_named(tmp_path: Path):

@@ -1,7 +1,6 @@
 """Jobs that the tests of training share, and the rank that trains one of them."""
 
 from collections.abc import Callable, Collection
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from scaletrain import Data, Loss, Mean, Workload, config
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.training import workload
 from scaletrain.training.batches import GlobalBatches
 from scaletrain.training.exchange import Setup
@@ -31,7 +31,7 @@ def train_rank(
     """Train a job as one rank; return its summary, weights and records."""
     run = config.check(tree | {"workers": size})
     store = dist.FileStore(str(run_dir / f"store-{resume}-{size}"), size)
-    setup = Setup(store, torch.device("cpu"), timedelta(seconds=20), run_dir)
+    setup = Setup(store, torch.device("cpu"), Timeouts(20.0), run_dir)
     world = World(rank, size, rank, size)
     exchange = run.load("exchange")(world, setup, **run.exchange.options)
     parts = workload.build(run, setup.device)

@@ -3,7 +3,6 @@
 What it averages: test_trainer.py, test_updates.py.
 """
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from scaletrain import plugins
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.errors import UserError
 from scaletrain.training.exchange import Setup
 from scaletrain.world import World
@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 
 def _join_twice(rank: int, size: int, folder: Path) -> int:
     store = dist.FileStore(str(folder / "store"), size)
-    setup = Setup(store, torch.device("cpu"), timedelta(seconds=20), folder)
+    setup = Setup(store, torch.device("cpu"), Timeouts(20.0), folder)
     native = plugins.load("exchange", "native")
     joined = native(World(rank, size, rank, size), setup)
     with pytest.raises(UserError, match="has a default process group already"):
@@ -37,7 +37,7 @@ def test_a_second_exchange_is_refused_and_the_first_goes_on(tmp_path: Path):
 def _two_models(rank: int, size: int, folder: Path) -> list[float]:
     """Step the second of two models alone; return both weights."""
     store = dist.FileStore(str(folder / "store"), size)
-    setup = Setup(store, torch.device("cpu"), timedelta(seconds=20), folder)
+    setup = Setup(store, torch.device("cpu"), Timeouts(20.0), folder)
     joined = plugins.load("exchange", "native")(World(rank, size, rank, size), setup)
     models = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
     attached = []

@@ -12,7 +12,6 @@ import random
 import signal
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from scaletrain import config
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.run.records import StepRecord
 from scaletrain.training import tensor_file
 from scaletrain.training.checkpoint_writer import CheckpointWriter
@@ -128,7 +128,7 @@ def train(
     run = config.check(JOB | {"workers": size} | options)
     world = World(rank, size, rank, size)
     store = dist.FileStore(str(run_dir / f"store-{part}"), size)
-    setup = Setup(store, torch.device("cpu"), timedelta(seconds=20), run_dir)
+    setup = Setup(store, torch.device("cpu"), Timeouts(20.0), run_dir)
     exchange = run.load("exchange")(world, setup, **run.exchange.options)
     torch.manual_seed(0)
     model = Network()

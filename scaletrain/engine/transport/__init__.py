@@ -127,6 +127,9 @@ class Transport(Protocol):
             ConnectionError: a peer is gone; names it.
         """
 
+    def limit(self, timeout: timedelta) -> None:
+        """Change the group's timeout, for all that is started from now on. Not collective."""
+
     def close(self) -> None:
         """Give back everything that was taken from the machine. Not collective."""
 

@@ -1,6 +1,7 @@
 """TCP between any hosts, through gloo's point-to-point messages."""
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -161,6 +162,11 @@ class Gloo:
         if "timed out" in text or "timeout" in text:
             return TimeoutError(f"{name} did not answer: timed out after {self._timeout_s:g} s")
         return ConnectionError(f"{name} is lost")
+
+    def limit(self, timeout: timedelta) -> None:
+        """Change the group's timeout. See ``Transport.limit``."""
+        self._timeout_s = timeout.total_seconds()
+        self._gloo._set_default_timeout(timeout)
 
     def close(self) -> None:
         """End gloo's threads and connections. Not collective."""

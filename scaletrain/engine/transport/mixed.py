@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Literal
 
 import torch.distributed as dist
@@ -88,6 +89,12 @@ class Mixed:
             wait_for_far()
 
         return wait
+
+    def limit(self, timeout: timedelta) -> None:
+        """Change the group's timeout. See ``Transport.limit``."""
+        self._between.limit(timeout)
+        if self._within is not None:
+            self._within.limit(timeout)
 
     def close(self) -> None:
         """Give back both wires. Not collective."""

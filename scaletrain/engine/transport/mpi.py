@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -223,6 +224,10 @@ class Mpi:
         while not request.Test():
             if not pause():
                 raise TimeoutError(f"{missing}: timed out after {self._timeout_s:g} s")
+
+    def limit(self, timeout: timedelta) -> None:
+        """Change the group's timeout. See ``Transport.limit``."""
+        self._timeout_s = timeout.total_seconds()
 
     def close(self) -> None:
         """Free the landings. Not collective."""

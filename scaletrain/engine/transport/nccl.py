@@ -1,6 +1,7 @@
 """NCCL between CUDA devices, one a rank: one batch of messages a round."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -80,6 +81,10 @@ class Nccl:
         options = dist.AllreduceOptions()
         options.reduceOp = _OPERATIONS[reduce]
         self._group.allreduce([tensor], options).wait()
+
+    def limit(self, timeout: timedelta) -> None:
+        """Change the group's timeout. See ``Transport.limit``."""
+        self._nccl._set_default_timeout(timeout)
 
     def close(self) -> None:
         """End NCCL. Not collective."""

@@ -4,6 +4,7 @@ import contextvars
 import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Annotated, Any
 
 import numpy as np
@@ -336,6 +337,10 @@ class SharedMemory:
         self._num_taken[peer] = num_taken + 1
         self._segment.write(_taken_from(peer), num_taken + 1)
         parcel.advance(into.numel(), queue)
+
+    def limit(self, timeout: timedelta) -> None:
+        """Change the group's timeout. See ``Transport.limit``."""
+        self._segment.timeout_s = timeout.total_seconds()
 
     def close(self) -> None:
         """Give the memory back. Not collective."""

@@ -3,6 +3,7 @@
 import queue
 from collections import deque
 from collections.abc import Sequence
+from datetime import timedelta
 
 from torch import Tensor
 
@@ -57,6 +58,10 @@ class Threads:
             raise TimeoutError(
                 f"rank {src} did not answer: timed out after {self._timeout_s:g} s"
             ) from None
+
+    def limit(self, timeout: timedelta) -> None:
+        """Change the group's timeout. See ``Transport.limit``."""
+        self._timeout_s = timeout.total_seconds()
 
     def close(self) -> None:
         """Drop the messages from and to this rank. Not collective."""

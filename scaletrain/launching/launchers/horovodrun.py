@@ -4,6 +4,7 @@ import os
 import shutil
 from typing import Literal
 
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.launching.hosts import SHARE_RUN_DIR, from_options
 from scaletrain.launching.job import Job, environment
 from scaletrain.launching.plan import Command, LaunchPlan, threads_each
@@ -49,8 +50,7 @@ def plan(
         str(job.workers),
         f"--{controller}",
         "--start-timeout",
-        # 30 s is horovodrun's own default: less would be too short for ssh and imports.
-        str(max(30, round(job.timeout_s))),
+        str(round(Timeouts(job.timeout_s).join_s)),
     ]
     if listed:
         argv += ["-H", ",".join(listed)]

@@ -95,7 +95,7 @@ class SlurmOptions(NamedTuple):
     requeue: bool = True
     """When its time is up, go on from the last checkpoint in a new allocation."""
 
-    warn_s: int = 90
+    warn_s: Annotated[int, Ge(30)] = 90
     """How long before its time is up the job writes a checkpoint."""
 
     directives: list = []  # noqa: RUF012 (never changed)

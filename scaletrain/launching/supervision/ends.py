@@ -8,22 +8,19 @@ process, which then has the status that it reported.
 import signal
 import time
 
+from scaletrain.config.timeouts import FAILED_S, LOOK_S, Timeouts
 from scaletrain.launching.job import Job
 from scaletrain.launching.supervision.processes import Process, Processes
 from scaletrain.run import progress
 from scaletrain.run.layout import RunDir
 from scaletrain.run.progress import Progress
 
-_LOOK_EVERY_S = 0.5  # reading the progress of many workers takes time
-# From a reported failure to the end of its process: exit handlers send the last records away.
-_FAILED_S = 5.0
-
 
 class LateEnds:
     """Ends processes that run on after their worker has ended. Only the supervisor uses it.
 
-    A failed worker gets ``_FAILED_S``. A finished one may still serve the others, or bring results
-    to safety: it gets ``job.timeout_s``, once every worker has ended.
+    A failed worker gets ``FAILED_S``. A finished one may still serve the others, or bring results
+    to safety: it gets ``Timeouts.leftovers_s``, once every worker has ended.
 
     Args:
         job: the workers, and the limit for those that have finished.
@@ -32,7 +29,7 @@ class LateEnds:
 
     def __init__(self, job: Job, processes: Processes):
         self._workers = job.workers
-        self._finished_s = job.timeout_s
+        self._finished_s = Timeouts(job.timeout_s).leftovers_s
         self._run_dir = RunDir(job.run_dir)
         self._processes = processes
         self._looked_at = 0.0  # monotonic
@@ -44,7 +41,7 @@ class LateEnds:
     def look(self) -> None:
         """End the processes that have been late for too long."""
         now = time.monotonic()
-        if now - self._looked_at < _LOOK_EVERY_S:
+        if now - self._looked_at < LOOK_S:
             return
         self._looked_at = now
         reports = {
@@ -79,7 +76,7 @@ class LateEnds:
         if report.status is None or not (has_failed or all_have_ended):
             self._late_since.pop(process.popen.pid, None)
             return
-        limit_s = _FAILED_S if has_failed else self._finished_s
+        limit_s = FAILED_S if has_failed else self._finished_s
         how = "has failed" if has_failed else "has finished"
         keeper = report.kept_by or "an exit handler, perhaps"
         self._end_if_late(

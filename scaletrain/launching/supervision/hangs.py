@@ -20,7 +20,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from scaletrain.config.timeouts import LOOK_S, STACKS_S
 from scaletrain.host.names import host_name
 from scaletrain.host.processes import handles_signal, state
 from scaletrain.launching.job import Program
@@ -32,11 +34,9 @@ from scaletrain.run.progress import STACKS_SIGNAL, Progress
 
 HUNG_STATUS = 124  # the exit status of a job that hangs, as timeout(1) has it
 
-_LOOK_EVERY_S = 0.5  # reading the progress of many workers takes time
 # After a gap this long between two looks the supervisor itself was stopped: with its workers, if a
 # batch system or a person stopped the job, or a lid was closed.
 _ABSENT_S = 3.0
-_STACKS_S = 1.0  # within this time a worker writes its stacks
 _GONE = ("", "Z", "X")  # states of a process that has ended
 _STOPPED = ("T", "t")  # states of a process that was stopped, by SIGSTOP or a debugger
 
@@ -97,7 +97,7 @@ class HangWatch:
         """
         now = self._clock()
         since_look_s = 0.0 if self._looked_at is None else now - self._looked_at
-        if self._looked_at is not None and since_look_s < _LOOK_EVERY_S:
+        if self._looked_at is not None and since_look_s < LOOK_S:
             return False
         self._looked_at = now
         if since_look_s > _ABSENT_S:
@@ -160,14 +160,21 @@ class _Place:
     waiting: Waiting
 
 
+class Hang(NamedTuple):
+    """A job that makes no progress."""
+
+    failure: Failure  # of the rank that holds up the others, with its stack
+    is_ambiguous: bool  # others are no further than this rank: the cause may be any of them
+
+
 def find_culprit(
     run_dir: RunDir,
     workers: int,
     lost: Collection[int],
     silent_s: Mapping[int, float],
     restarting: bool = False,
-) -> Failure | None:
-    """Return the failure of the rank that holds up the others, with its stack.
+) -> Hang | None:
+    """Return the rank that holds up the others.
 
     Args:
         run_dir: where the workers report.
@@ -196,7 +203,7 @@ def find_culprit(
     others = ordered[1:]
     ahead = [worker for worker in others if places[worker.rank] > places[culprit.rank]]
     finished = [worker for worker in reports if worker.doing == progress.FINISHED]
-    return Failure(
+    failure = Failure(
         rank=culprit.rank,
         host=culprit.host,
         step=culprit.step,
@@ -207,6 +214,7 @@ def find_culprit(
         collective=culprit.collective,
         exit_code=HUNG_STATUS,
     )
+    return Hang(failure, is_ambiguous=bool(others) and not ahead)
 
 
 def _is_alive(worker: Progress) -> bool:
@@ -327,7 +335,7 @@ def _ask_for_stacks(run_dir: RunDir, workers: list[Progress]) -> dict[int, Stack
             asked[worker.rank] = run_dir.stacks(worker.rank).stat().st_size
             os.kill(worker.pid, STACKS_SIGNAL)
     if asked:
-        time.sleep(_STACKS_S)
+        time.sleep(STACKS_S)
     stacks = {}
     for rank, earlier_bytes in asked.items():
         with contextlib.suppress(OSError):

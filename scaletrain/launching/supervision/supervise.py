@@ -17,6 +17,7 @@ from typing import Any
 
 import pydantic
 
+from scaletrain.config.timeouts import COMPANION_STOP_S, MARGIN_S
 from scaletrain.errors import UserError
 from scaletrain.host import descendants
 from scaletrain.host.forkserver import Forked
@@ -43,7 +44,6 @@ ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job, Display, int])
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _HELD = (*FORWARDED, signal.SIGTSTP)  # until the supervisor can answer them
 _SUSPEND_S = 1.0  # Ctrl-Z waits this long for the supervisor to stop everything
-_END_S = 6.0  # within this time the supervisor ends once nobody listens to it
 
 
 def run(
@@ -77,10 +77,7 @@ def run(
     lines = screen.LineReader(show) if show else None
     own_screen = screen.Screen(display)
     write = lines.write if lines else own_screen.write
-    for path, text in plan.files:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    job.run_dir.mkdir(parents=True, exist_ok=True)
+    _write_files(plan, job)
     # A launch inside a launch, as in a sweep: the outer one finds these processes, too, since its
     # mark comes first.
     outer_mark = os.environ.get(LAUNCH_MARK, "")
@@ -124,7 +121,7 @@ def run(
         supervisor.stdin.close()
         if supervisor.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                supervisor.wait(_END_S)
+                supervisor.wait(_end_s(plan))
         kill_marked(LAUNCH_MARK, mark)
         supervisor.wait()
         if reported is None:
@@ -137,13 +134,21 @@ def run(
         return reported
     if status >= 0:
         return status or 1  # it ended without its last frame
-    ended = f"the supervisor was ended by {signal_name(-status)}"
-    line = f"scaletrain: {ended}; its workers were stopped"
+    ended = f"scaletrain: the supervisor was ended by {signal_name(-status)}"
+    line = f"{ended}; its workers were stopped"
     if show:
         show(line, True)
     else:
         own_screen.say(line, error=True)
     return 128 - status
+
+
+def _write_files(plan: LaunchPlan, job: Job) -> None:
+    """Make the run directory, and write the plan's files."""
+    for path, text in plan.files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    job.run_dir.mkdir(parents=True, exist_ok=True)
 
 
 def _standard_input() -> int:
@@ -165,6 +170,14 @@ def check_display(plan: LaunchPlan, display: Display) -> None:
                 f"--show: {display.show!r} is not allowed here: {command.name} does not tell the"
                 " output of its workers apart (allowed: all)"
             )
+
+
+def _end_s(plan: LaunchPlan) -> float:
+    """Return within how many seconds the supervisor ends once nobody listens to it."""
+    longest = max([command.stop_s for command in plan.commands], default=0.0)
+    # Companions end after the workers.
+    companions = COMPANION_STOP_S if plan.companions or plan.store_address else 0.0
+    return longest + companions + MARGIN_S
 
 
 def _end_adopted(since_ticks: int) -> None:

@@ -16,6 +16,14 @@ import signal
 import socket
 import time
 
+from scaletrain.config.timeouts import (
+    COMPANION_STOP_S,
+    GRACE_S,
+    LAUNCHER_S,
+    PEERS_S,
+    STOP_S,
+    Timeouts,
+)
 from scaletrain.host.forkserver import Server
 from scaletrain.host.names import host_name
 from scaletrain.host.processes import signal_name
@@ -36,12 +44,7 @@ from scaletrain.units import plural
 
 _TICK_S = 0.1
 _LOADING_TICK_S = 0.05  # the same while a forkserver loads
-_GRACE_S = 1.0  # after a failure, time for others to report an earlier or better cause
-_PEERS_S = 2.0  # more time, if all that is known is that a peer was lost
-_LAUNCHER_S = 8.0  # within this time another launcher ends after one of its workers failed
-_STARTING_S = 180.0  # time until the first step begins, if ``timeout_s`` is less
 _SAY_START_AFTER_S = (3.0, 10.0, 30.0, 60.0, 120.0)  # since the start, while no step is done
-_INTERRUPT_S = 30.0  # after Ctrl-C or SIGTERM, time for workers to write a checkpoint and end
 _LEFT_BEHIND_SAID_S = 1.0  # after the workers, processes that they left end without a word
 _ENDING = (signal.SIGINT, signal.SIGTERM)  # the second of these ends the job at once
 
@@ -72,8 +75,10 @@ class Supervisor:
         launch = None if plan.is_part else os.environ[LAUNCH_MARK]
         self._evidence = Evidence(job, self._processes, launch)
         self._late_ends = LateEnds(job, self._processes)
-        starting_s = max(job.timeout_s, _STARTING_S)
-        self._hang_watch = hangs.HangWatch(self._run_dir, job.workers, job.timeout_s, starting_s)
+        self._timeouts = Timeouts(job.timeout_s)
+        self._hang_watch = hangs.HangWatch(
+            self._run_dir, job.workers, self._timeouts.step_s, self._timeouts.start_s
+        )
         # Ranks that ended badly while the job goes on without them. Added to by ``_lose``.
         self._lost: set[int] = set()
         # When a launcher's worker was first seen to have failed, monotonic; set by
@@ -188,7 +193,8 @@ class Supervisor:
         began = time.monotonic()
         waited_s = 0.0
         is_told = False
-        while waited_s < self.job.timeout_s and not self.signals and not self._processes.orphaned:
+        limit_s = self._timeouts.leftovers_s
+        while waited_s < limit_s and not self.signals and not self._processes.orphaned:
             left = self._processes.left_behind()
             if not left:
                 return
@@ -197,7 +203,7 @@ class Supervisor:
                 is_told = True
                 self._processes.say(
                     f"scaletrain: the workers have finished but left running:"
-                    f" {self._processes.describe(left)}: ended after {self.job.timeout_s:g} s"
+                    f" {self._processes.describe(left)}: ended after {limit_s:g} s"
                 )
             self._processes.read(_TICK_S if is_told else 0.02)
             waited_s = time.monotonic() - began
@@ -304,7 +310,7 @@ class Supervisor:
             return False
         if self._failing_since is None:
             self._failing_since = time.monotonic()
-        return time.monotonic() - self._failing_since > _LAUNCHER_S
+        return time.monotonic() - self._failing_since > LAUNCHER_S
 
     def _find_hang(self) -> Failure | None:
         """Return the first cause, if the job makes no progress."""
@@ -315,12 +321,14 @@ class Supervisor:
         hang = self._find_culprit()
         if hang is None:
             return None
-        # The workers' own time-outs are due just now, too. Their reports may say more than that
-        # something hangs, for example that the network is cut.
-        self._wait_for_reports(_GRACE_S)
-        return first_cause.choose([hang, *self._evidence.reports()])
+        # Where nobody is behind, the workers' own time-outs may say more than that something hangs,
+        # for example that the network is cut.
+        if self.job.trains and hang.is_ambiguous and hang.failure.step is not None:
+            self._wait_for_first_report(self._timeouts.reports_s)
+        self._wait_for_reports(GRACE_S)
+        return first_cause.choose([hang.failure, *self._evidence.reports()])
 
-    def _find_culprit(self) -> Failure | None:
+    def _find_culprit(self) -> hangs.Hang | None:
         restarting = self._processes.restart_workers()
         return hangs.find_culprit(
             self._run_dir,
@@ -334,16 +342,25 @@ class Supervisor:
 
     def _choose_cause(self) -> Failure:
         """Wait a moment for other reports, then choose the first cause among all failures."""
-        self._wait_for_reports(_GRACE_S)
+        self._wait_for_reports(GRACE_S)
         cause = first_cause.choose(self._evidence.all())
         if cause.kind is FailureKind.PEER:
             # Time-outs end all ranks, but not in the same instant: one may still report more.
-            self._wait_for_reports(_PEERS_S)
+            self._wait_for_reports(PEERS_S)
             cause = first_cause.choose(self._evidence.all())
         if cause.kind is FailureKind.PEER:
             # Perhaps one of the ranks that still run is the one that hangs.
-            cause = self._find_culprit() or cause
+            hang = self._find_culprit()
+            if hang:
+                cause = hang.failure
         return cause
+
+    def _wait_for_first_report(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._evidence.reports():
+            if self.signals or self._processes.orphaned or not self._processes.any_running():
+                return
+            self._processes.read(_TICK_S)
 
     def _wait_for_reports(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -401,7 +418,7 @@ class Supervisor:
                 "scaletrain: stopping in good order; a second signal ends it at once"
             )
         num_passed = 0
-        until = time.monotonic() + _INTERRUPT_S
+        until = time.monotonic() + STOP_S
         while time.monotonic() < until and self._processes.any_running():
             while num_passed < len(self.signals):
                 if self.signals[num_passed] != signal.SIGUSR2:  # a checkpoint comes anyway
@@ -413,7 +430,7 @@ class Supervisor:
             self._processes.read(_TICK_S)
             # A checkpoint takes its time. The limit counts only from a signal that ends the job.
             if number == signal.SIGUSR1 and num_ending == 0:
-                until = time.monotonic() + _INTERRUPT_S
+                until = time.monotonic() + STOP_S
         self._processes.stop()
         left = leftovers.state_when_stopped(self.job)
         self._processes.say(f"scaletrain: stopped by {signal_name(number)}{left}")
@@ -443,4 +460,4 @@ class Supervisor:
 
 def _command(companion: Companion) -> Command:
     """Return a companion as a command to start."""
-    return Command(companion.name, companion.argv, companion.env, stop_s=5.0)
+    return Command(companion.name, companion.argv, companion.env, stop_s=COMPANION_STOP_S)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.errors import UserError
 from scaletrain.host import cores
 from scaletrain.parameter_server.protocol import wire
@@ -315,7 +316,7 @@ class Server:
 
     def _give_up_missing(self, owned: Blocks, now: float) -> None:
         """Give up workers that did not come in time after the first one."""
-        limit_s = self.settings.timeout_s
+        limit_s = Timeouts(self.settings.timeout_s).join_s
         if now - self._first_join <= limit_s:
             return
         rule = owned.rule

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.parameter_server.protocol import codec, memory, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block
@@ -97,7 +98,7 @@ class Client:
 
     def _connect(self) -> None:
         """Join all servers, one after the other, and learn how far the job has come."""
-        deadline = time.monotonic() + self.settings.timeout_s
+        deadline = time.monotonic() + Timeouts(self.settings.timeout_s).join_s
         for link in self._links:
             with progress.waiting("the parameter servers"):
                 ready = link.connect(deadline, None)

@@ -143,7 +143,6 @@ class ServerLink:
             ServerError: the server cannot be reached, refuses, lacks the job's key, or came back
                 without weights.
         """
-        settings = self._identity.settings
         trouble = "is not up (no address file)"
         while time.monotonic() < deadline and not is_stopping():
             address = placement.read_address(self._identity.run_dir, self.index)
@@ -161,7 +160,7 @@ class ServerLink:
             self.disconnect()
             time.sleep(0.05)
         history = f"{lost_because}, and its successor " if lost_because else ""
-        raise ServerError(f"{self} {history}{trouble} within {settings.timeout_s:g} s")
+        raise ServerError(f"{self} {history}{trouble} in time")
 
     def _open_all(self, deadline: float) -> bool:
         """Open all connections; return False at the first that fails."""

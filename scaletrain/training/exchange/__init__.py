@@ -7,7 +7,6 @@ Exchange``, called once by every rank (collective).
 import abc
 import contextlib
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +14,7 @@ import torch
 import torch.distributed
 from torch import nn
 
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.errors import UserError
 from scaletrain.world import World
 
@@ -24,7 +24,7 @@ class Setup(NamedTuple):
 
     store: torch.distributed.Store  # the job's key-value store, already joined by all ranks
     device: torch.device
-    timeout: timedelta  # of every collective and message
+    timeouts: Timeouts
     run_dir: Path
 
 

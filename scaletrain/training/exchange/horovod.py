@@ -187,8 +187,9 @@ def _initialise(hvd: Any, world: World, setup: Setup, controller: str) -> None:
             os.environ.update(_rendezvous_variables(world, setup))
     # At least 1: a stall limit of 0 means none. Horovod looks for stalls twice within the
     # limit. Variables that a person has set win.
-    timeout_s = max(1, round(setup.timeout.total_seconds()))
-    check_s = max(1, round(setup.timeout.total_seconds() / 2))
+    # It cannot be changed after the first step.
+    timeout_s = max(1, round(setup.timeouts.first_collective_s))
+    check_s = max(1, round(setup.timeouts.first_collective_s / 2))
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(timeout_s))
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(timeout_s))
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(check_s))

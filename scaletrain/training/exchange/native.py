@@ -33,7 +33,7 @@ def exchange(
     if backend == "nccl":
         # A prefix of its own keeps these keys apart from those of the process group.
         store = dist.PrefixStore("native/", setup.store)
-        if shared(Group(store, world.rank, world.size, setup.timeout)):
+        if shared(Group(store, world.rank, world.size, setup.timeouts.first_collective)):
             raise UserError(
                 "exchange: 'native' is NCCL on GPUs, which refuses workers that share one; use"
                 " exchange: scheduled, which goes through shared memory then, or one worker a GPU"

@@ -27,6 +27,6 @@ def exchange(world: World, setup: Setup, **options: Any) -> Exchange:
         UserError: options that contradict each other.
     """
     hosts = placement.hosts(world.launcher, world.num_nodes)
-    timeout_s = setup.timeout.total_seconds()
+    timeout_s = setup.timeouts.step_s
     settings = settings_from_options(options, world.size, timeout_s, hosts)
     return ParameterServerExchange(settings, world, setup.run_dir, setup.store)
