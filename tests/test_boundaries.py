@@ -138,6 +138,7 @@ FOREIGN_FORMATS = {
     "parameter_server/worker/link.py": "host:port",
     "rehearsal/links.py": "/proc/net/dev",
     "run/environment.py": "/proc/cpuinfo",
+    "launching/reach.py": "slots in host files of MPI",
 }
 
 

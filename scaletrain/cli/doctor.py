@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,27 +15,17 @@ from typing import NamedTuple
 
 import click
 
+from scaletrain.config.timeouts import STOP_S
+from scaletrain.errors import UserError
+from scaletrain.host import comparison
 from scaletrain.host import cores as host_cores
+from scaletrain.host.check import ABSENT, BROKEN, OK, SHARED_MEMORY_BYTES, Check
 from scaletrain.host.processes import telling_line
+from scaletrain.launching import reach
 from scaletrain.launching.job import Program
 from scaletrain.launching.launchers.mpirun import ALLOW_ROOT
 
-OK = "ok"
-ABSENT = "absent"  # optional, and not here
-BROKEN = "broken"  # here, but it does not work
-
 _COLOURS = {OK: "green", ABSENT: "yellow", BROKEN: "red"}
-_SHARED_MEMORY_BYTES = 256 << 20  # that training may need
-
-
-class Check(NamedTuple):
-    """The outcome of one trial."""
-
-    name: str
-    status: str  # OK, ABSENT or BROKEN
-    detail: str
-    fix: str = ""
-    needed: bool = False  # by the default path, `scaletrain train` on this machine
 
 
 class Outcome(NamedTuple):
@@ -45,16 +36,36 @@ class Outcome(NamedTuple):
 
 
 @click.command()
+@click.option("--hosts", default="", metavar="A,B", help="Compare hosts: a,b or n[01-04].")
+@click.option(
+    "--hostfile",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The same, from a host file of mpirun.",
+)
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=".",
+    help="The directory that hosts should share [default: this one].",
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def command(as_json: bool) -> None:
-    """Try what this machine can do.
+def command(hosts: str, hostfile: Path | None, run_dir: Path, as_json: bool) -> None:
+    """Try what this machine can do, or whether several hosts fit together.
 
-    The exit status is 1 if the default path, `scaletrain train` on this machine, is broken.
+    Hosts are reached by ssh, and inside an allocation of SLURM by srun: its hosts are compared
+    without being named.
+
+    The exit status is 1 if the default path is broken: `scaletrain train` on this machine, or on
+    those hosts.
 
     \b
-    Example:
+    Examples:
       scaletrain doctor
+      scaletrain doctor --hosts n[01-04] --run-dir /shared/runs
     """
+    named = reach.named_hosts(hosts, hostfile)
+    if (hosts or hostfile) and len(named) < 2:
+        raise UserError("--hosts: name at least two different hosts")
     # The progress line overwrites itself, which only a terminal shows well.
     is_watched = sys.stderr.isatty() and not as_json
 
@@ -63,7 +74,10 @@ def command(as_json: bool) -> None:
             # ESC [K clears the rest of a longer name that was there before.
             click.echo(f"\rtrying {name} ...\033[K", nl=False, err=True)
 
-    checks = run_checks(show_progress)
+    checks = [] if hosts or hostfile else run_checks(show_progress)
+    if len(named) > 1:
+        show_progress(f"{len(named)} hosts")
+        checks += host_checks(named, run_dir)
     broken = [check for check in checks if check.needed and check.status != OK]
     if as_json:
         as_dicts = [check._asdict() for check in checks]
@@ -77,12 +91,23 @@ def command(as_json: bool) -> None:
         if check.status != OK:
             optional = "" if check.needed else "optional: "
             click.echo(f"{'':<27} -> {optional}{check.fix}")
-    if broken:
-        names = ", ".join(check.name for check in broken)
-        click.echo(f"The default path is broken: {names}.")
+    names = ", ".join(check.name for check in broken)
+    if hosts or hostfile:
+        click.echo(f"The hosts do not fit together: {names}." if broken else "The hosts fit.")
     else:
-        click.echo("The default path works.")
+        click.echo(f"The default path is broken: {names}." if broken else "The default path works.")
     sys.exit(1 if broken else 0)
+
+
+def host_checks(hosts: list[str], directory: Path) -> list[Check]:
+    """Ask all hosts, and compare what they say."""
+    reports, unreached = reach.ask(hosts, directory)
+    checks = []
+    for host in unreached:
+        checks.append(Check(f"host {host.host}", BROKEN, host.problem, host.fix, needed=True))
+    if len(reports) > 1:
+        checks += comparison.compare(reports, str(directory.resolve()))
+    return checks
 
 
 def run_checks(progress: Callable[[str], None]) -> list[Check]:
@@ -158,7 +183,7 @@ def shared_memory() -> Check:
             file.write(b"x")
     except OSError as error:
         return Check("shared memory", BROKEN, f"/dev/shm: {error.strerror}", fix)
-    status = OK if free_bytes >= _SHARED_MEMORY_BYTES else BROKEN
+    status = OK if free_bytes >= SHARED_MEMORY_BYTES else BROKEN
     return Check("shared memory", status, f"{free_bytes / 2**20:,.0f} MiB free in /dev/shm", fix)
 
 
@@ -254,9 +279,15 @@ def slurm() -> Check:
         return Check("SLURM", ABSENT, "no sinfo", fix)
     status, output = _run(["sinfo", "--noheader", "--format=%P %D nodes %t"])
     detail = "; ".join(output.splitlines()[:3])
-    return Check(
-        "SLURM", BROKEN if status else OK, detail, "is slurmctld reachable? see scontrol ping"
-    )
+    if status:
+        return Check("SLURM", BROKEN, detail, "is slurmctld reachable? see scontrol ping")
+    _, output = _run(["scontrol", "show", "config"])
+    kill_wait = re.search(r"^KillWait\s*=\s*(\d+)", output, re.MULTILINE)
+    if kill_wait and int(kill_wait[1]) < STOP_S:
+        detail += f"; KillWait is {kill_wait[1]} s, workers may need {STOP_S:g} s for a checkpoint"
+        fix = f"set KillWait={STOP_S:g} in slurm.conf, or keep checkpoint.every_steps small"
+        return Check("SLURM", BROKEN, detail, fix)
+    return Check("SLURM", OK, detail)
 
 
 def namespaces() -> Check:

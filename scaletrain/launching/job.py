@@ -43,6 +43,7 @@ class Program(enum.Enum):
     REHEARSAL_SERVE = "scaletrain.programs.rehearsal_serve"
     REHEARSAL_STORE = "scaletrain.programs.rehearsal_store"
     PROBE = "scaletrain.programs.probe"
+    HOST_FACTS = "scaletrain.programs.host_facts"
     BENCH_COLLECTIVES = "scaletrain.programs.bench_collectives"
     BENCH_PARAMETER_SERVER = "scaletrain.programs.bench_parameter_server"
     COMMAND_LINE = "scaletrain.cli"  # the command ``scaletrain`` itself, for sweeps
