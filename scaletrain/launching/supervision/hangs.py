@@ -50,6 +50,7 @@ _TORCH_WAITS = (
     ("torch/nn/parallel/distributed.py", "_sync_module_buffers"),  # DDP before forward
     ("torch/autograd/graph.py", None),  # DDP's reducer during backward
     ("torch/futures/__init__.py", None),  # work that somebody waits for
+    ("scaletrain/training/ddp.py", "finish"),  # torch's work, which has no frame of its own
 )
 
 
@@ -146,9 +147,10 @@ class HangWatch:
 class Waiting(enum.IntEnum):
     """How surely a rank waits for others; the culprit does not wait."""
 
-    NO = 0  # it reported no wait, or it cannot wait: it is stopped, or does not answer
-    REPORTED = 1  # it said so; it may already have left a collective that it reported
-    SEEN = 2  # its main thread stands in a function that waits
+    CANNOT = 0  # it is stopped, or does not answer
+    NO = 1  # it reported no wait
+    REPORTED = 2  # it said so; it may already have left a collective that it reported
+    SEEN = 3  # its main thread stands in a function that waits
 
 
 @dataclass(frozen=True, order=True)
@@ -239,7 +241,7 @@ def _place(worker: Progress, stacks: dict[int, "Stack"]) -> _Place:
 def _waiting(worker: Progress, stacks: dict[int, "Stack"]) -> Waiting:
     """Return how surely a worker waits. Workers of other hosts cannot be asked for stacks."""
     if _is_here(worker) and worker.rank not in stacks:
-        return Waiting.NO  # it does not run: a process that runs answers even while it waits
+        return Waiting.CANNOT  # a process that runs answers even while it waits
     if worker.rank in stacks and stacks[worker.rank].waits_in_torch():
         return Waiting.SEEN
     if worker.waiting_for:

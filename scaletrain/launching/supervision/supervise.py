@@ -135,11 +135,7 @@ def run(
     if status >= 0:
         return status or 1  # it ended without its last frame
     ended = f"scaletrain: the supervisor was ended by {signal_name(-status)}"
-    line = f"{ended}; its workers were stopped"
-    if show:
-        show(line, True)
-    else:
-        own_screen.say(line, error=True)
+    (show or own_screen.say)(f"{ended}; its workers were stopped", True)
     return 128 - status
 
 
