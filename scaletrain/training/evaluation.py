@@ -13,8 +13,8 @@ from scaletrain.training.batches import Batch, to_device
 from scaletrain.training.exchange import Exchange
 from scaletrain.training.feed import EvaluationFeed
 from scaletrain.training.finite import finite_or_none
-from scaletrain.training.losses import checked_figures
-from scaletrain.training.workload import Mean, Workload
+from scaletrain.training.losses import check_is_sum, checked_figures
+from scaletrain.training.workload import Loss, Mean, Supervised, Workload
 
 
 class Evaluation:
@@ -97,11 +97,13 @@ class Evaluation:
             The names of the figures that ``run`` will return; None if there is no test sample.
 
         Raises:
-            UserError: evaluation returns no means, or not the one that is needed.
+            UserError: evaluation returns no means, or not the one that is needed; or the total of
+                the loss is a mean.
         """
         known: list[str] | None = None
-        batch = self._feed.first(num_samples)
-        if batch is not None and batch.samples:
+        for batch in self._feed.first(num_samples):
+            if not batch.samples:
+                continue
             figures = self._judge(batch)
             own = self._workload.metrics
             for name in own.keys() & figures.keys():
@@ -116,7 +118,26 @@ class Evaluation:
                     f" reached (there are: {', '.join(names)})"
                 )
             known = [f"test_{name}" for name in names]
+        if known is not None and not isinstance(self._workload, Supervised):
+            self._check_total(num_samples)
         return known
+
+    def _check_total(self, num_samples: int) -> None:
+        """Raise ``UserError`` if the total of a person's own loss is a mean over the batch."""
+        half = min(num_samples, self._feed.num_samples or num_samples) // 2
+        if not half:
+            return
+        whole, halves = self._feed.first(2 * half)[:1], self._feed.first(half, 2)
+        if [len(batch.samples) for batch in [*whole, *halves]] != [2 * half, half, half]:
+            return  # some cannot be read
+        with self._autocast(), torch.inference_mode():
+            losses = []
+            for batch in [*whole, *halves]:
+                loss = self._workload.forward(to_device(batch.content, self._device))
+                if not isinstance(loss, Loss):
+                    return  # ``checked`` says what is wrong with it
+                losses.append(loss)
+        check_is_sum(losses[0], losses[1:])
 
     def _judge(self, batch: Batch) -> dict[str, Mean]:
         """Return the figures of a test batch; leave the model evaluating."""

@@ -270,9 +270,9 @@ class EvaluationFeed:
                     yield batch, False
                     return
 
-    def first(self, count: int) -> Batch | None:
-        """Return a batch of the first samples; None if there are none."""
-        return next(self._read(0, 1, count), None)
+    def first(self, count: int, num_batches: int = 1) -> list[Batch]:
+        """Return batches of the first samples, ``count`` in each, as far as there are samples."""
+        return [*itertools.islice(self._read(0, 1, count), num_batches)]
 
     def _read(self, begin: int, stride: int, size: int) -> Iterator[Batch]:
         """Yield batches of ``size`` of every ``stride``-th sample, from sample ``begin`` on."""

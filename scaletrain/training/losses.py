@@ -38,6 +38,33 @@ def checked(loss: Any) -> Loss:
     return loss
 
 
+_SAME = 1e-3  # relative difference of two totals that count as equal, in bfloat16 as well
+
+
+def check_is_sum(whole: Loss, halves: Sequence[Loss]) -> None:
+    """Raise ``UserError`` if a loss's total is a mean over its batch.
+
+    Weighted by shares and counts, such a total would train with a wrong rate and a wrong mean.
+
+    Args:
+        whole: of a batch.
+        halves: of its two halves, with the same weights.
+    """
+    counts = [float(half.count) for half in halves]
+    totals = [float(half.total) for half in halves]
+    total = float(whole.total)
+    if not sum(counts) or not math.isclose(float(whole.count), sum(counts), rel_tol=_SAME):
+        return
+    mean = sum(a * b for a, b in zip(totals, counts, strict=True)) / sum(counts)
+    is_mean = total != 0 and math.isclose(total, mean, rel_tol=_SAME)
+    if is_mean and not math.isclose(total, sum(totals), rel_tol=_SAME):
+        raise UserError(
+            f"workload: the total of forward's loss looks like a mean: {total:.4g} for a batch,"
+            f" {totals[0]:.4g} and {totals[1]:.4g} for its halves (allowed: the sum over the batch,"
+            " such as reduction='sum')"
+        )
+
+
 def checked_figures(figures: Any) -> dict[str, Mean]:
     """Return what a workload's ``evaluate`` returned.
 

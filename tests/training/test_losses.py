@@ -233,3 +233,43 @@ def test_each_group_keeps_its_own_rate(tmp_path: Path):
         schedule.step()
     for name, value in parts.model.state_dict().items():
         torch.testing.assert_close(torch.from_numpy(result["state"][name]), value)
+
+
+@pytest.mark.parametrize(
+    ("whole", "halves", "is_refused"),
+    [
+        ((6.0, 4), ((2.0, 2), (4.0, 2)), False),  # a sum
+        ((3.0, 4), ((2.0, 2), (4.0, 2)), True),  # a mean over samples
+        ((3.5, 4), ((2.0, 1), (4.0, 3)), True),  # over tokens
+        ((2.0, 4), ((2.0, 2), (2.0, 2)), True),
+        ((5.0, 4), ((2.0, 2), (4.0, 2)), False),  # something that depends on the whole batch
+        ((0.0, 4), ((0.0, 2), (0.0, 2)), False),
+        ((3.0, 1), ((2.0, 1), (4.0, 1)), False),  # counts that are no sum, either
+    ],
+)
+def test_mean_in_place_of_a_total_is_refused(whole: tuple, halves: tuple, is_refused: bool):
+    def loss(values: tuple) -> Loss:
+        return Loss(torch.tensor(values[0]), values[1])
+
+    def check() -> None:
+        losses.check_is_sum(loss(whole), [loss(half) for half in halves])
+
+    if not is_refused:
+        check()
+        return
+    with pytest.raises(UserError, match=r"looks like a mean: .*allowed: the sum over the batch"):
+        check()
+
+
+class MeanLoss(jobs.Tokens):
+    """Forgets that a total is a sum."""
+
+    def forward(self, batch: Any) -> Loss:
+        loss = super().forward(batch)
+        return Loss(loss.total / loss.count, loss.count)
+
+
+def test_mean_in_place_of_a_total_is_refused_before_training(tmp_path: Path):
+    tree = TOKENS | {"workload": "tests.training.test_losses:MeanLoss", "exchange": "none"}
+    with pytest.raises(UserError, match="looks like a mean"):
+        jobs.train_rank(0, 1, tree, tmp_path)
