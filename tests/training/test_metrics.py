@@ -147,7 +147,7 @@ def test_a_run_of_two_workers_reports_what_torchmetrics_says_of_its_weights(tmp_
     from torchmetrics import classification
 
     stop = {"name": "early_stop", "figure": "test_f1"}  # the figure is known beforehand
-    tree = JOB | {"metrics": {"f1": F1, "area": AUROC}, "callbacks": [stop]}
+    tree = JOB | {"metrics": {"f1": F1, "area": AUROC}, "callbacks": [stop], "evaluate_every": 2}
     results = run_ranks(jobs.train_rank, 2, tree, tmp_path)
     parts = workload.build(config.check(tree), torch.device("cpu"))
     state = {name: torch.from_numpy(value) for name, value in results[0]["state"].items()}
