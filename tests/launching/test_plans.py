@@ -347,7 +347,7 @@ def test_binding_is_asked_for_by_the_command(monkeypatch: pytest.MonkeyPatch):
         ("slurm", "srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task=1 --cpu-bind=cores"),
     ):
         argv = ["launch", "--dry-run", "--launcher", launcher, "--bind", "cores", "train.py"]
-        monkeypatch.setattr(mpirun, "_kind_of", lambda command: "openmpi")
+        monkeypatch.setattr(mpirun, "_version", lambda command: "mpirun (Open MPI) 5.0.11")
         output = CliRunner().invoke(cli, argv).output
         assert words in output, output
     refused = CliRunner().invoke(
