@@ -73,6 +73,7 @@ results: setup horovod peers
 	$(BIN)/python -m benchmarks.lab prediction
 	$(BIN)/python -m benchmarks.lab firecaffe
 	$(BIN)/python -m benchmarks.lab overhead
+	$(BIN)/python -m benchmarks.lab start
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(MAKE) results-gpu; else echo "no CUDA device: the tables of GPUs stay as they are"; fi
 
 results-gpu: setup

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from benchmarks.lab import firecaffe, overhead, prediction
+from benchmarks.lab import firecaffe, overhead, prediction, start
 from scaletrain.errors import UserError
 
 
@@ -21,6 +21,7 @@ def lab() -> None:
 lab.add_command(firecaffe.command)
 lab.add_command(overhead.command)
 lab.add_command(prediction.command)
+lab.add_command(start.command)
 
 
 def main() -> None:
