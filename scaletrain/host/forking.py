@@ -5,6 +5,7 @@ One that is forked begins with everything that the server has, so ``_become`` re
 that which a program can notice. See ``forkserver`` for the other side.
 """
 
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -19,7 +20,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from scaletrain.host import forkserver, title
 from scaletrain.host.forkserver import Order
@@ -41,14 +42,13 @@ def serve(control: socket.socket, may_differ: Callable[[str], bool]) -> Order:
     loaded_in = variables(os.getpid())
     # By Python at its start, and by imports: they would do so in the new process, too.
     added = {name: value for name, value in os.environ.items() if loaded_in.get(name) != value}
-    with contextlib.suppress(OSError):
-        control.send(b"1")
+    _say_ready(control)
     while True:
         received = _receive(control)
         if received is None:
             os._exit(0)  # nothing of the server needs an end in good order
         order, descriptors = received
-        if order.is_strict and _differ(loaded_in, order.environ, may_differ):
+        if order.computes and _differ(loaded_in, order.environ, may_differ):
             _close(descriptors)
             continue
         if not _fork_orphan(descriptors):
@@ -57,12 +57,13 @@ def serve(control: socket.socket, may_differ: Callable[[str], bool]) -> Order:
         control.close()
         _lead(order)
         os.environ.clear()
-        os.environ.update(order.environ | added if order.is_strict else order.environ)
+        os.environ.update(order.environ | added if order.computes else order.environ)
         title.show(_command_line(order), order.environ)
         if order.serves:
             own = _fork_server(descriptors)
             if own:
                 control = own
+                _say_ready(control)
                 continue
         _become(order, descriptors)
         return order
@@ -95,7 +96,38 @@ def run(order: Order) -> None:
     sys.orig_argv = _command_line(order)
     code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
     gc.enable()
-    exec(code, main.__dict__)
+    if order.computes:
+        exec(code, main.__dict__)
+    else:
+        _leave(lambda: exec(code, main.__dict__))
+
+
+def _leave(program: Callable[[], None]) -> NoReturn:
+    """Run a program and end this process, without freeing what the server has loaded.
+
+    That would copy all of it, since each page that is written to is copied: half a second.
+    """
+    status = 1
+    try:
+        program()
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        else:
+            status = end.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status & 0xFF)
+
+
+def _say_ready(control: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        control.send(b"1")
 
 
 def _receive(control: socket.socket) -> tuple[Order, list[int]] | None:
@@ -142,9 +174,11 @@ def _fork_orphan(descriptors: list[int]) -> bool:
 def _fork_server(descriptors: list[int]) -> socket.socket | None:
     """Fork a server for this process; return where it serves in it, None in this process."""
     ours, its = socket.socketpair()
-    if os.fork():
+    pid = os.fork()
+    if pid:
         its.close()
-        forkserver.inherited = forkserver.Server(ours)
+        process = forkserver.Forked(pid, None, None, None)
+        forkserver.inherited = forkserver.Server(ours, process)
         return None
     ours.close()
     _close(descriptors)

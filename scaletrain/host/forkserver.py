@@ -41,8 +41,9 @@ class Order(NamedTuple):
     environ: dict[str, str]
     parent: int  # the process that asks, which adopts it
     # The server forks only what would load the same modules in the same way in this environment.
-    # False: the module computes nothing, and any environment does.
-    is_strict: bool = True
+    # False: a module of ours that computes nothing. Any environment does, and its process leaves
+    # all that the server has loaded to the kernel at its end, instead of freeing it.
+    computes: bool = True
     cores: tuple[int, ...] = ()  # it is kept on these; empty: on those of the server
     death_signal: int = 0  # it gets this signal when its parent ends; 0: none
     blocked: tuple[int, ...] = ()  # signals that are blocked when it begins
@@ -123,14 +124,14 @@ class Server:
 
     Args:
         control: our end of the connection to it. It ends when this is closed.
-        process: the server, if this process has started it.
+        process: the server, a child of this process.
     """
 
-    def __init__(self, control: socket.socket, process: "subprocess.Popen[bytes] | None" = None):
+    def __init__(self, control: socket.socket, process: "subprocess.Popen[bytes] | Forked"):
         self._control = control
         self._process = process
         # None until it has said that it has loaded its modules, or ended.
-        self._is_ready: bool | None = None if process else True
+        self._is_ready: bool | None = None
 
     @classmethod
     def start(cls, argv: Sequence[str], environ: Mapping[str, str]) -> "Server":
@@ -206,9 +207,8 @@ class Server:
     def close(self) -> None:
         """Let the server end. The processes that it has forked live on."""
         self._control.close()
-        if self._process:
-            self._process.kill()
-            self._process.wait()
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
 
     def _ask(self, order: Order, streams: list[int]) -> int | None:
         """Send an order; return the id of the new process, None if there is none."""

@@ -110,6 +110,7 @@ class SweepPlan(_Fields):
     bind: bool  # whether each worker keeps to its own cores
     split: bool  # whether reference cells are run
     cell_timeout_s: float
+    cold: bool = False  # whether each worker imports torch itself
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:

@@ -102,6 +102,8 @@ def main() -> None:
         "numpy": numpy.random.rand(),
         "authkey": multiprocessing.current_process().authkey.hex(),
         "pid": os.getpid(),
+        # Of torch's modules one that optimizers import later: a server has imported it.
+        "warm": "torch._dynamo" in sys.modules,
     }
     # Both after the fork: threads of torch compute, and a thread of ours.
     square = torch.ones(300, 300)

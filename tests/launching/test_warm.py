@@ -2,6 +2,7 @@
 Bug it catches: a worker that sees something of another one, or of the server that forked it.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -14,8 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scaletrain.host import cores
 from scaletrain.host.forkserver import Forked, Order, Server
 from scaletrain.host.processes import start_ticks
+from scaletrain.launching.job import Program
+from scaletrain.scaling.measure.starting import Starter
 from tests.cluster.commands import ROOT, clean, command, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -25,25 +29,25 @@ OURS = {name: value for name, value in os.environ.items() if name != "PYTEST_CUR
 FACTS = str(ROOT / "tests" / "launching" / "facts.py")
 
 
-def facts(out: Path, *options: str, env: dict[str, str] | None = None) -> list[dict]:
+def facts(out: Path, *options: str) -> list[dict]:
     """Launch two workers from a directory of their own; return what each has noticed."""
     out.mkdir()
-
-    def limits() -> None:
-        os.umask(0o027)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 4096))
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
     run_dir = str(out.parent / "run")
     done = subprocess.run(
         command("launch", "-n", "2", *options, "--run-dir", run_dir, "--", FACTS, str(out)),
-        env=clean({"PYTHONPATH": str(ROOT), "OF_A_USER": "caf\udce9 \n=", **(env or {})}),
-        cwd=out, preexec_fn=limits, capture_output=True, text=True, timeout=100,
+        env=clean({"PYTHONPATH": str(ROOT), "OF_A_USER": "caf\udce9 \n="}),
+        cwd=out, preexec_fn=unusual_limits, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [f"[rank {rank}] rank {rank} has written" for rank in range(2)]
     assert sorted(done.stdout.splitlines()) == lines, done.stdout + done.stderr
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def unusual_limits() -> None:
+    os.umask(0o027)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 4096))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def generalised(rank: dict, out: Path) -> dict:
@@ -61,8 +65,31 @@ def test_a_warm_worker_sees_what_a_cold_one_sees(tmp_path: Path):
         expected = generalised(cold[rank], tmp_path / "cold")
         assert {name: fact for name, fact in seen.items() if fact != expected[name]} == {}
         assert warm[rank]["own"]["sum"] == 300**3
+        assert [warm[rank]["own"]["warm"], cold[rank]["own"]["warm"]] == [True, False]
     for name in ("random", "numpy", "torch", "authkey", "pid"):
         assert len({str(rank["own"][name]) for rank in [*warm, *cold]}) == 4, name
+
+
+def test_so_does_the_worker_of_a_command_that_is_forked_itself(tmp_path: Path):
+    """As in a sweep: the command, its supervisor and the worker are forked, one by another."""
+    seen = []
+    for name in ("warm", "cold"):
+        out = tmp_path / name / "out"
+        out.mkdir(parents=True)
+        options = ["--set", "bind=true", "--run-dir", str(tmp_path / name / "run")]
+        argv = Program.COMMAND_LINE.command("launch", *options, "--", FACTS, out, 5)
+        with contextlib.ExitStack() as stack:
+            starter = stack.enter_context(
+                Starter.warm(cores.count()) if name == "warm" else Starter()
+            )
+            log = stack.enter_context(open(out / "log", "wb"))
+            # The worker's status is that of the command.
+            assert starter.start(argv, log.fileno()).wait(60) == 5, (out / "log").read_text()
+        assert "rank 0 has written" in (out / "log").read_text()
+        rank = json.loads((out / "0.json").read_text())
+        assert rank["own"]["warm"] is (name == "warm")
+        seen.append(generalised(rank, tmp_path / name))
+    assert {name: fact for name, fact in seen[0].items() if fact != seen[1][name]} == {}
 
 
 @pytest.fixture
@@ -144,8 +171,7 @@ def test_a_variable_that_may_change_an_import_is_started_cold(server: Server):
 
 def test_without_a_server_there_is_no_fork_and_forked_processes_live_on(server: Server):
     process = forked(server, "time.sleep(0.5); sys.exit(5)")
-    assert server._process
-    server._process.kill()
+    server._process.send_signal(signal.SIGKILL)
     server._process.wait()
     assert server.fork(order_of("pass")) is None
     assert process.poll() is None and process.wait(10) == 5

@@ -66,7 +66,7 @@ def make(config, out, exchanges=("ring",), workers=(1, 2), **options):
             [config],
             workers,
             exchanges,
-            **{"repeats": 2, "split": False, "threads": 1, "bind": False} | options,
+            **{"repeats": 2, "split": False, "threads": 1, "bind": False, "cold": True} | options,
         )
     )
     sweep.claim(out, plan)

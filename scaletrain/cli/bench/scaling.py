@@ -117,6 +117,7 @@ def _varied(
     is_flag=True,
     help="Also record and write a Chrome trace of each cell's first repeat.",
 )
+@click.option("--cold", is_flag=True, help="Let each worker of each run import torch itself.")
 @click.option("--dry-run", is_flag=True, help="Print the command of every cell, and start nothing.")
 def command(
     out: Path | None, baseline: Path | None, trace: bool, dry_run: bool, **request: Any

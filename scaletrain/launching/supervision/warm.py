@@ -83,13 +83,15 @@ def start_supervisor(
         (),
         environ,
         os.getpid(),
-        is_strict=False,
+        computes=False,
         blocked=tuple(map(int, blocked)),
         new_session=True,
         serves=True,
         descriptors=descriptors,
     )
-    return forkserver.inherited.fork(order, stdin=subprocess.PIPE, stderr=2)
+    supervisor = forkserver.inherited.fork(order, stdin=subprocess.PIPE, stderr=2)
+    forkserver.inherited.close()  # this process starts nothing else
+    return supervisor
 
 
 def program_of(argv: tuple[str, ...]) -> Program | None:

@@ -21,7 +21,8 @@ from scaletrain import config as configuration
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
 from scaletrain.host import cores as host_cores
-from scaletrain.host.processes import dies_with_parent, telling_line
+from scaletrain.host.forkserver import Forked
+from scaletrain.host.processes import telling_line
 from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
@@ -29,6 +30,7 @@ from scaletrain.run.failure import FailureKind
 from scaletrain.run.failure import read_failure as read_failure_file
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure import machine
+from scaletrain.scaling.measure.starting import Starter
 from scaletrain.scaling.model import Cell, ReportHeader, Scalar, Source, SweepPlan
 
 FAILED = "failed.json"  # in a run's directory: why the repeat failed
@@ -58,6 +60,7 @@ class Request:
     bind: bool | None = None  # None: if the launcher is local and the cores suffice
     split: bool = True  # whether to run the references that the split of lost time needs
     cell_timeout_s: float = 600.0
+    cold: bool = False  # whether each worker imports torch itself
 
 
 class Sweep(SweepPlan):
@@ -132,6 +135,8 @@ class Sweep(SweepPlan):
         ]
         for setting in self._settings(cell, trace=trace):
             command += ["--set", setting]
+        if self.cold:
+            command.append("--cold")
         return command
 
     def _settings(self, cell: Cell, *, trace: bool) -> list[str]:
@@ -247,6 +252,7 @@ def plan(request: Request) -> Sweep:
         bind=bind,
         split=request.split,
         cell_timeout_s=request.cell_timeout_s,
+        cold=request.cold,
     )
     sweep.cells()  # resolves every cell's configuration, which finds the other mistakes
     return sweep
@@ -385,12 +391,30 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
     for cell, repeat in order(sweep.cells(), sweep.repeats):
         if not RunDir(run_dir(out, cell, repeat)).has_finished():
             missing.append((cell, repeat))
+    # Workers of other launchers are not forked by ours.
+    if sweep.cold or sweep.launcher != "local" or len(missing) < 2:
+        starter = Starter()
+    else:
+        starter = Starter.warm(sweep.threads)
+    with starter:
+        _run_missing(sweep, out, tell, missing, starter, trace)
+
+
+def _run_missing(
+    sweep: Sweep,
+    out: Path,
+    tell: Callable[[str], None],
+    missing: Sequence[tuple[Cell, int]],
+    starter: Starter,
+    trace: bool,
+) -> None:
+    """Run these repeats of cells, in their order (see ``run``)."""
     started = time.monotonic()
     for number, (cell, repeat) in enumerate(missing, 1):
         directory = run_dir(out, cell, repeat)
         command = sweep.command(cell, directory, trace and repeat == 0)
         try:
-            outcome = _run_repeat(sweep, command, directory)
+            outcome = _run_repeat(sweep, command, directory, starter)
         # Ctrl-C, too. The exception itself goes on.
         except BaseException:
             tell(
@@ -406,13 +430,13 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         )
 
 
-def _run_repeat(sweep: Sweep, command: Sequence[str], directory: Path) -> str:
+def _run_repeat(sweep: Sweep, command: Sequence[str], directory: Path, starter: Starter) -> str:
     """Run one repeat and note how it ended. Return the same for people."""
     if directory.exists():
         shutil.rmtree(directory)  # half a run, which this sweep made
     directory.parent.mkdir(parents=True, exist_ok=True)
     began, watch = time.monotonic(), machine.Watch()
-    reason = _run_command(command, directory, sweep.cell_timeout_s)
+    reason = _run_command(command, directory, sweep.cell_timeout_s, starter)
     if reason:
         # A training that failed at once has not made its directory.
         directory.mkdir(exist_ok=True)
@@ -427,21 +451,14 @@ def _run_repeat(sweep: Sweep, command: Sequence[str], directory: Path) -> str:
     return f"{duration_s:.1f} s"
 
 
-def _run_command(command: Sequence[str], directory: Path, timeout_s: float) -> str | None:
+def _run_command(
+    command: Sequence[str], directory: Path, timeout_s: float, starter: Starter
+) -> str | None:
     """Run one training. Return why it failed; None if it did not."""
     # Beside the run's directory, which the training makes itself.
     log = directory.with_name(f"{directory.name}.log")
     with open(log, "w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            # Ctrl-C in the terminal then reaches the sweep alone, which stops the run in order.
-            start_new_session=True,
-            # If the sweep is killed, its training ends as well.
-            preexec_fn=dies_with_parent(signal.SIGTERM),
-        )
+        process = starter.start(command, output.fileno())
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -456,7 +473,7 @@ def _run_command(command: Sequence[str], directory: Path, timeout_s: float) -> s
     return _reason(directory, log, status)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes] | Forked) -> None:
     """Ask the launcher to stop its workers, then end the whole session that it leads."""
     process.send_signal(signal.SIGINT)
     try:
