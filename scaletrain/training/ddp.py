@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from scaletrain.engine import ddp_end
 from scaletrain.engine.process_group import ProcessGroup
 from scaletrain.errors import UserError
 from scaletrain.run import spans
@@ -92,6 +93,7 @@ class AllreduceExchange(Exchange):
             find_unused_parameters=self._find_unused_parameters,
             gradient_as_bucket_view=True,
         )
+        ddp_end.group_last(wrapped)
         self._gradients.append(GradientOrder(model))
         self._optimizers[wrapped] = optimizer
         if spans.on():

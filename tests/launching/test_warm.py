@@ -20,7 +20,7 @@ from scaletrain.host.forkserver import Forked, Order, Server
 from scaletrain.host.processes import start_ticks
 from scaletrain.launching.job import Program
 from scaletrain.scaling.measure.starting import Starter
-from tests.cluster.commands import ROOT, clean, command, until
+from tests.cluster.commands import ROOT, clean, command, gone, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -250,3 +250,32 @@ def test_kill_9_of_the_starter_ends_what_it_has_forked(tmp_path: Path, own_serve
 
 def is_running(pid: int) -> bool:
     return start_ticks(pid) is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_torch_is_loading_ends_the_job(tmp_path: Path, number: signal.Signals):
+    run_dir = tmp_path / "run"
+    launcher = subprocess.Popen(
+        command("launch", "-n", "2", "--run-dir", str(run_dir), "--", FACTS, str(tmp_path)),
+        env=clean(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    loading = "scaletrain.programs.forkserver"
+    family = psutil.Process(launcher.pid)
+    until(lambda: any(loading in p.cmdline() for p in family.children(True)), "a server")
+    launcher.send_signal(number)
+    output, _ = launcher.communicate(timeout=20)
+    assert launcher.returncode == 128 + number, output
+    assert f"stopped by {number.name}" in output and "Traceback" not in output
+    assert gone(run_dir)
+
+
+def test_after_an_import_that_starts_a_thread_all_start_cold(tmp_path: Path):
+    starts = "import threading, time; threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
+    (tmp_path / "sitecustomize.py").write_text(starts)
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print('torch._dynamo' in sys.modules)")
+    done = subprocess.run(
+        command("launch", "-n", "2", "--run-dir", str(tmp_path / "run"), "--", str(script)),
+        env=clean({"PYTHONPATH": str(tmp_path)}), cwd=ROOT, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert sorted(done.stdout.splitlines()) == ["[rank 0] False", "[rank 1] False"], done.stderr
