@@ -125,9 +125,15 @@ def _leave(program: Callable[[], None]) -> NoReturn:
     os._exit(status & 0xFF)
 
 
+def refuse(control: socket.socket, obstacle: str) -> None:
+    """Say why this process cannot serve."""
+    with contextlib.suppress(OSError):
+        control.send(obstacle.encode())
+
+
 def _say_ready(control: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        control.send(b"1")
+        control.send(forkserver.READY)
 
 
 def _receive(control: socket.socket) -> tuple[Order, list[int]] | None:

@@ -33,6 +33,10 @@ from scaletrain.host.processes import dies_with_parent
 inherited: "Server | None" = None
 
 
+READY = b"1"  # what a server says when it can fork; anything else says why it cannot
+_MAX_OBSTACLE = 500  # bytes
+
+
 class Order(NamedTuple):
     """A process to fork: a module that runs as ``python -m`` would run it."""
 
@@ -132,6 +136,7 @@ class Server:
         self._process = process
         # None until it has said that it has loaded its modules, or ended.
         self._is_ready: bool | None = None
+        self.obstacle = ""  # why it cannot fork, if it has said so; set by ``is_ready``
 
     @classmethod
     def start(cls, argv: Sequence[str], environ: Mapping[str, str]) -> "Server":
@@ -165,9 +170,12 @@ class Server:
         """
         if self._is_ready is None and _wait_readable(self._control.fileno(), timeout_s):
             try:
-                self._is_ready = bool(self._control.recv(1))
+                said = self._control.recv(_MAX_OBSTACLE)
             except OSError:
-                self._is_ready = False
+                said = b""
+            self._is_ready = said == READY
+            if not self._is_ready:
+                self.obstacle = said.decode(errors="replace")
         return self._is_ready
 
     def fork(

@@ -42,11 +42,13 @@ def main(modules: Sequence[str], descriptor: int) -> Order:
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
-    reason = _obstacle()
-    if reason:
-        sys.exit(f"no warm starts: {reason}")
+    control = socket.socket(fileno=descriptor)
+    obstacle = _obstacle()
+    if obstacle:
+        forking.refuse(control, obstacle)
+        sys.exit(1)
     programs.done()
-    return forking.serve(socket.socket(fileno=descriptor), _may_differ)
+    return forking.serve(control, _may_differ)
 
 
 def _obstacle() -> str:

@@ -279,3 +279,4 @@ def test_after_an_import_that_starts_a_thread_all_start_cold(tmp_path: Path):
         env=clean({"PYTHONPATH": str(tmp_path)}), cwd=ROOT, capture_output=True, text=True, timeout=90,
     )  # fmt: skip
     assert sorted(done.stdout.splitlines()) == ["[rank 0] False", "[rank 1] False"], done.stderr
+    assert "start cold: an import has started threads (--cold" in done.stderr

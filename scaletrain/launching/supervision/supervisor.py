@@ -133,6 +133,11 @@ class Supervisor:
         server = warm.server(self.job, self.plan, self._environ)
         if server:
             self._wait_until_loaded(server)
+            if server.obstacle:
+                self._processes.say(
+                    f"scaletrain: workers start cold: {server.obstacle}"
+                    " (--cold saves the time until this shows)"
+                )
         for command in self.plan.commands:
             if self.signals or self._processes.orphaned:
                 break  # while the server was loading: nothing has begun
