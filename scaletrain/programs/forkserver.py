@@ -18,7 +18,6 @@ import torch
 import torch._dynamo  # optimizers and DDP import it when the first one is made
 import torch.nn.parallel
 
-from scaletrain.engine import ddp_end
 from scaletrain.host import forking
 from scaletrain.host.forkserver import Order
 
@@ -34,7 +33,6 @@ _AT_IMPORT = "SCALETRAIN_AS"  # of ours, the one that is read when torch is impo
 
 def main(modules: Sequence[str], descriptor: int) -> Order:
     """Load the modules and serve. Return in every process that is forked."""
-    ddp_end.mend()  # with everything loaded, the end of DDP comes soon enough to wait for ever
     for module in modules:
         importlib.import_module(module)
     # A BLAS library may have started threads; it ends them before a fork.

@@ -23,7 +23,7 @@ from scaletrain import programs
 programs.begin(__name__)  # before torch is imported
 
 from scaletrain.config.timeouts import Timeouts
-from scaletrain.engine import rendezvous
+from scaletrain.engine import ddp_end, rendezvous
 from scaletrain.errors import UserError
 from scaletrain.run import progress
 from scaletrain.world import World
@@ -45,6 +45,7 @@ def main(run_dir: Path, words: list[str]) -> None:
             # From here on the script promises no signs of life, and silence is no hang.
             progress.alive(progress.SCRIPT)
             _prepare_breakpoint(world)
+            ddp_end.mend()  # a program that ends as it should must not wait for ever
             programs.done()
             with hook:
                 _run(words)
