@@ -234,7 +234,7 @@ def _function(path: Path, name: str) -> ast.FunctionDef | None:
 
 
 def _initialiser(path: Path, name: str) -> ast.FunctionDef | None:
-    """Return ``__init__`` of a class of a module, whose parameters are the class's options."""
+    """Return ``__init__`` of a class of a module: its parameters are the class's options."""
     for node in _parse(path).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]

@@ -38,7 +38,7 @@ class World(NamedTuple):
 
         Raises:
             UserError: half of a set of variables, a value that is not a rank, launchers that
-                contradict each other, or one whose workers are not told how many they are. The
+                contradict each other, or one that does not tell workers how many they are. The
                 message shows the variables. Setting ``SCALETRAIN_LAUNCHER=<name>`` then says which
                 launcher to believe.
 

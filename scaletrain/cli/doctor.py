@@ -100,7 +100,7 @@ def command(hosts: str, hostfile: Path | None, run_dir: Path, as_json: bool) -> 
 
 
 def host_checks(hosts: list[str], directory: Path) -> list[Check]:
-    """Ask all hosts, and compare what they say."""
+    """Ask all hosts, and compare their answers."""
     reports, unreached = reach.ask(hosts, directory)
     checks = []
     for host in unreached:
@@ -310,7 +310,7 @@ def namespaces() -> Check:
 
 
 def _allreduce(name: str, backend: str, fix: str, workers: int = 2, needed: bool = False) -> Check:
-    """Run a real job on the local launcher, whose sums are checked element by element."""
+    """Run a real job on the local launcher, and check its sums element by element."""
     # 90 s is the last resort: the probe's own time-outs (30 s) come first, and say more.
     with tempfile.TemporaryDirectory() as run_dir:
         launch = Program.COMMAND_LINE.command(

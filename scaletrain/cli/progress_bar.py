@@ -108,7 +108,7 @@ def _follow(files: RunDir, before: tuple[int, int] | None, over: threading.Event
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """Return what differs once a file has been replaced; None if it is not there."""
+    """Return a mark that changes once a file is replaced; None if it is not there."""
     try:
         status = path.stat()
     except FileNotFoundError:

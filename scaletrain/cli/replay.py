@@ -55,7 +55,7 @@ def command(run_dir: Path, step: int, rank: int, out: Path | None) -> None:
 
 
 def _lines(replayed: "Replay", step: int, rank: int) -> list[str]:
-    """Return what a person reads."""
+    """Return the lines that a person reads."""
     numbers = [str(number) for number in replayed.samples]
     more = f" and {len(numbers) - _MOST_SAMPLES} more" if len(numbers) > _MOST_SAMPLES else ""
     lines = [

@@ -133,7 +133,7 @@ def _share(part_s: float | None, step_s: float | None) -> str:
 
 
 def _remark(status: "RankStatus") -> str:
-    """Return what is special about a rank, in a few words."""
+    """Return a remark on a rank that is special, in a few words."""
     report = status.report
     if report.ended:
         return report.doing

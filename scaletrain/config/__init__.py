@@ -1,8 +1,8 @@
 """A run's configuration: the YAML file that people write, checked and resolved once.
 
 The result is written to RUN_DIR/config.yaml. Workers read that file and their rank variables,
-nothing else. Every mistake ends in one line that names the key, the value and what would be
-right. Nothing here imports torch.
+nothing else. Every mistake ends in one line that names the key, the value and the values that
+are allowed. Nothing here imports torch.
 """
 
 from scaletrain.config.checks import check, load, plugin_options, plugin_spec

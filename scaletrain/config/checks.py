@@ -124,7 +124,7 @@ def _with_defaults_named(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_workload(config: RunConfig, where: str) -> None:
-    """Raise ``UserError`` unless it is clear what is trained: a workload, or a model and data."""
+    """Raise ``UserError`` unless a workload, or a model and data, are named."""
     if config.workload is None:
         for key in ("model", "data"):
             if getattr(config, key) is None:
@@ -291,7 +291,7 @@ def _optimizer_options(
 
 
 def is_torchs_optimizer(name: str) -> bool:
-    """Return True unless an optimizer's name is that of a file here, or a person's own."""
+    """Return True if an optimizer is one of torch's: neither a file here nor a person's own."""
     return not is_users_own(name) and not plugins.exists("optimizer", name.lower())
 
 

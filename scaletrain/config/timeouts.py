@@ -84,7 +84,7 @@ class Timeouts:
 
     @property
     def leftovers_s(self) -> float:
-        """A finished worker, or what it has left running, may go on for this long."""
+        """A finished worker, or a process that it left running, may go on for this long."""
         return self.step_s
 
     @property

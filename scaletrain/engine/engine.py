@@ -68,7 +68,7 @@ class Engine:
             tensor: one-dimensional, contiguous and not empty; the same dtype and number of elements
                 on every rank.
             reduce: associative and commutative.
-            number: of the collective in its group, for the comparison of what the ranks want.
+            number: of the collective in its group. Transports compare it between the ranks.
 
         Raises:
             TimeoutError: a rank is late; names it.

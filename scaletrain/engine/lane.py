@@ -206,7 +206,7 @@ class Lane:
     def _exchange(self, flat: Tensor, reduce: Reduce, number: int) -> None:
         """Reduce a flat, contiguous tensor over all ranks, in place.
 
-        A failure here ends the lane: the other ranks' messages may be anywhere. What fails before
+        A failure here ends the lane: the other ranks' messages may be anywhere. A failure before
         or after it concerns this rank's tensor alone.
         """
         try:

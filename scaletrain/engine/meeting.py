@@ -1,4 +1,4 @@
-"""What the ranks of a group tell each other through their store."""
+"""The facts that the ranks of a group exchange through their store."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def introduce(store: dist.Store, rank: int) -> None:
 
 
 def known_members(store: dist.Store, size: int) -> tuple[Member, ...]:
-    """Return the members, all of whom are known to have called ``introduce``."""
+    """Return the members. All of them must have called ``introduce`` before."""
     keys = [f"member/{rank}" for rank in range(size)]
     members = []
     for value in _values(store, keys):
@@ -148,7 +148,7 @@ def _are_set(store: dist.Store, keys: list[str]) -> bool:
 
 
 def _missing(store: dist.Store, keys: list[str], owners: Sequence[int]) -> list[int]:
-    """Return the ranks whose keys are not in the store."""
+    """Return the ranks that own the keys that the store lacks."""
     return [rank for key, rank in zip(keys, owners, strict=True) if not _are_set(store, [key])]
 
 

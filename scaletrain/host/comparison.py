@@ -15,7 +15,7 @@ _MOST_SHOWN = 6  # pairs of hosts that a line names
 
 @dataclass(frozen=True)
 class HostReport:
-    """What was found out about one host that was reached."""
+    """The facts that were found out about one host that was reached."""
 
     host: str  # as the person calls it
     facts: HostFacts

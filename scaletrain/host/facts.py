@@ -17,7 +17,7 @@ from scaletrain.host.names import host_name
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What one host says about itself."""
+    """The facts that one host reports about itself."""
 
     name: str  # its own, where the person may have called it differently
     python: str
@@ -46,7 +46,7 @@ def gather(file: Path, content: str) -> HostFacts:
 
     Args:
         file: that another host has written.
-        content: what it wrote.
+        content: the text that it wrote.
     """
     name = socket.gethostname()
     return HostFacts(

@@ -37,7 +37,7 @@ def serve(control: socket.socket, may_differ: Callable[[str], bool]) -> Order:
 
     Args:
         control: where the orders come from. The server ends with its other end.
-        may_differ: says of a variable that its value makes no difference to what is loaded.
+        may_differ: returns True for a variable whose value does not change how modules load.
     """
     loaded_in = variables(os.getpid())
     # By Python at its start, and by imports: they would do so in the new process, too.
@@ -103,7 +103,7 @@ def run(order: Order) -> None:
 
 
 def _leave(program: Callable[[], None]) -> NoReturn:
-    """Run a program and end this process, without freeing what the server has loaded.
+    """Run a program and end this process, without freeing the modules the server loaded.
 
     That would copy all of it, since each page that is written to is copied: half a second.
     """

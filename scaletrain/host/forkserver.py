@@ -189,7 +189,7 @@ class Server:
         """Fork a process; return None if that cannot be done.
 
         Args:
-            order: what it is to be.
+            order: the program that it becomes, with its arguments and surroundings.
             stdin: a descriptor, or PIPE or DEVNULL as for ``subprocess.Popen``.
             stdout: likewise, or a descriptor.
             stderr: likewise, or STDOUT.

@@ -57,7 +57,7 @@ def telling_line(output: str, otherwise: str) -> str:
     """Return the line that tells most about a command that has failed.
 
     Args:
-        output: what it printed. The last line with the word "error" is the one, else the last.
+        output: of the program. The last line with the word "error" is the one, else the last.
         otherwise: returned if it printed nothing.
     """
     lines = [line.strip() for line in output.splitlines() if line.strip()]

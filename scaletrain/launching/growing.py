@@ -19,7 +19,7 @@ class GrowingOutput:
         self._shown_bytes = 0
 
     def show(self, whole_lines: bool) -> None:
-        """Print what has been added since the last call.
+        """Print the text that was added since the last call.
 
         Args:
             whole_lines: leave an unfinished line for later, if lines get a prefix.

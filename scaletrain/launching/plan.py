@@ -75,7 +75,7 @@ class LaunchPlan(NamedTuple):
 
 
 def check_start(plan: LaunchPlan, env: Mapping[str, str] | None = None) -> None:
-    """Raise UserError if this process lacks what a plan needs, or is a worker of another launcher.
+    """Raise UserError if this process cannot start a plan, or is another launcher's worker.
 
     Args:
         plan: the plan.

@@ -1,4 +1,4 @@
-"""Reach several hosts as a launcher would, and ask each what it is like.
+"""Reach several hosts as a launcher would, and collect the facts about each.
 
 Inside an allocation of SLURM, ``srun`` starts the program that answers; elsewhere ``ssh`` does.
 """
@@ -190,11 +190,11 @@ class _Conversation:
         self._reached = self._ask(others) or {}
 
     def report(self, facts: HostFacts) -> HostReport:
-        """Return what was learnt."""
+        """Return the facts that were learnt."""
         return HostReport(self.host, facts, self._clock_lead_s, self._clock_error_s, self._reached)
 
     def unreached(self) -> Unreached:
-        """Return why nothing was learnt, and what helps."""
+        """Return why nothing was learnt, and the remedy."""
         if self._argv[0] == "srun":
             fix = f"see srun --nodelist={self.host} hostname; is the host in the allocation?"
         elif self._process and self._process.poll() not in (None, _SSH_FAILED):

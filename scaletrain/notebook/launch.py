@@ -1,7 +1,7 @@
 """The kernel's side: fork the workers, show their output, and return their results.
 
 1. A thread of its own forks the workers (``Team.start``), and stays until they have ended.
-2. The calling thread shows what they write and takes their results (``Team.follow``).
+2. The calling thread shows their output and takes their results (``Team.follow``).
 3. If one fails, the others are stopped, and the first cause is raised.
 4. Whatever happens, no process is left (``Team.stop``).
 """
@@ -77,7 +77,7 @@ def notebook_launch(
     """Run a function on several workers of this host, from a notebook; return its result.
 
     The workers are forks of this process: they start at once and see all that the notebook has
-    defined and loaded. What they change stays theirs; only the result comes back. In the function,
+    defined and loaded. Their changes stay theirs; only the result comes back. In the function,
     ``scaletrain.attach``, ``scaletrain.join`` and ``torch.distributed.init_process_group()`` work
     as they do in a script.
 
@@ -89,8 +89,8 @@ def notebook_launch(
         threads: of one worker; by default its share of this host's cores.
 
     Returns:
-        What the function returned: numbers, texts, tensors (on the CPU), arrays, or lists and
-        dicts of them.
+        The function's result: numbers, texts, tensors (on the CPU), arrays, or lists and dicts
+        of them.
 
     Raises:
         WorkerError: a rank has failed. Its text is the first cause, with the rank's traceback.
@@ -156,7 +156,7 @@ class _Worker:
         self.ended_at = 0.0  # unix seconds
 
     def send(self, number: int) -> None:
-        """Send a signal to it and to what it has started."""
+        """Send a signal to it and to the processes that it has started."""
         if self.status is not None:
             return  # reaped: another process may have got its number
         try:
@@ -165,7 +165,7 @@ class _Worker:
             os.kill(self.pid, number)
 
     def reap(self) -> None:
-        """Note that it has ended; what it has started ends with it."""
+        """Note that it has ended; the processes that it has started end with it."""
         self.send(signal.SIGKILL)
         try:
             _, waited = os.waitpid(self.pid, 0)
@@ -179,7 +179,7 @@ class _Worker:
 
 
 class _Output:
-    """What a worker writes on one stream."""
+    """The text that a worker writes on one stream."""
 
     def __init__(self, name: str, kind: bytes):
         self.name = name

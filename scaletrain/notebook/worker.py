@@ -43,7 +43,7 @@ _ALLOWED: list[Any] = [
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one worker is to do."""
+    """The task of one worker."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]

@@ -3,7 +3,7 @@
     python -m scaletrain.programs.follow_kubernetes MANIFEST [POLL_S] [--leave]
 
 Shows the state of the pods and their output, which stays in the directory of the manifest. SIGINT
-and SIGTERM delete the job, whose workers then write a checkpoint and end. Ends with the status of
+and SIGTERM delete the job. Its workers then write a checkpoint and end. Ends with the status of
 the pod that failed first. With ``--leave`` it only creates the job.
 """
 
@@ -34,7 +34,7 @@ _FAILURES = "batch.kubernetes.io/job-index-failure-count"
 
 @dataclass(frozen=True)
 class Pod:
-    """What the cluster says about a pod."""
+    """The facts that the cluster reports about a pod."""
 
     name: str
     index: int  # its number in the job
@@ -95,7 +95,7 @@ class Pod:
 
 @dataclass(frozen=True)
 class JobState:
-    """What the cluster says about a job."""
+    """The facts that the cluster reports about a job."""
 
     end: str = ""  # Complete or Failed; empty: it goes on
     reason: str = ""
@@ -154,7 +154,7 @@ class Cluster:
         return [*self._kubectl, *arguments]
 
     def _call(self, *arguments: str, limit_s: float = _ANSWER_S) -> str:
-        """Return what kubectl prints."""
+        """Return the output of kubectl."""
         try:
             done = subprocess.run(
                 self.command(*arguments), capture_output=True, text=True, timeout=limit_s

@@ -1,4 +1,4 @@
-"""Say what this host is like: ``python -m scaletrain.programs.host_facts FILE CONTENT``.
+"""Report facts of this host: ``python -m scaletrain.programs.host_facts FILE CONTENT``.
 
 ``launching.reach`` starts it on every host. It answers each line of its standard input with a line
 of JSON on its standard output, and ends with its input:
@@ -41,7 +41,7 @@ def main(file: Path, content: str) -> None:
 
 
 def _greet(listening: socket.socket, greeting: bytes) -> None:
-    """Tell everybody who connects that it is this program, of this search."""
+    """Answer every connection with proof that this is the program of this search."""
     while True:
         connection, _ = listening.accept()
         with connection:

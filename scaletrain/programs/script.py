@@ -202,7 +202,7 @@ def _run_file(script: str, main_module: ModuleType) -> None:
 
 
 def _put_first(directory: str) -> None:
-    """Put a directory first on ``sys.path``, and let the program import what lies there.
+    """Put a directory first on ``sys.path``, and let the program import its modules.
 
     A module that we or torch have loaded from elsewhere is forgotten if the directory holds one of
     the same name, such as a person's own ``yaml.py``: the program would not have loaded ours.

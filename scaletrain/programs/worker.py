@@ -144,7 +144,7 @@ def _check_unused(files: RunDir) -> None:
 def _build(config: RunConfig, world: World, setup: Setup, resume: bool) -> Trainer:
     """Build model, data and exchange, and the trainer that uses them (collective).
 
-    Rank 0 prints what a person should know about a run that goes on.
+    Rank 0 prints the lines that a person should read about a run that goes on.
     """
     # Before the model is built: its initialisation already computes.
     torch.set_num_threads(threads(config, world))
@@ -169,7 +169,7 @@ def _check_same_data(
     """Raise ``UserError`` if this rank's data sets are not rank 0's.
 
     Ranks that share out different data would train on, with some samples twice and some never. A
-    worker that was started again compares with what rank 0 wrote at first.
+    worker that was started again compares with the file that rank 0 wrote at first.
     """
     leaves_out = config.leaves_out_samples
     own = " ".join(

@@ -1,1 +1,1 @@
-"""A run's directory: what workers, servers and launchers write there, and who reads it."""
+"""A run's directory: the files that workers, servers and launchers exchange there."""

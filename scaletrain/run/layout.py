@@ -72,7 +72,7 @@ class RunDir:
         return self.path / "summary.json"
 
     def tracker(self, name: str) -> Path:
-        """What a tracker keeps on disk, such as event files. Written by rank 0."""
+        """A tracker's own files, such as event files. Written by rank 0."""
         return self.path / f"tracker-{name}"
 
     def tracker_id(self, name: str) -> Path:

@@ -97,7 +97,7 @@ class Progress:
         return -1 if self.step is None else self.step
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of the file, whose name holds the rank."""
+        """Return the content of the file. The file's name holds the rank."""
         return {
             "pid": self.pid,
             "host": self.host,

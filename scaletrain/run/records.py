@@ -161,7 +161,7 @@ def last_records(path: Path, num_bytes: int = 32_768) -> list[StepRecord]:
 
     Args:
         path: of the file.
-        num_bytes: what is read at most. The record in which it begins is left out.
+        num_bytes: read at most so many. The record in which they begin is left out.
 
     Raises:
         OSError: the file cannot be read.

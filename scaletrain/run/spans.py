@@ -69,7 +69,7 @@ def collect(collection: list[dict[str, Any]]) -> None:
 
 
 def stop_collecting() -> None:
-    """End what ``collect`` began."""
+    """End the collection that ``collect`` began."""
     global _collection
     _collection = None
 

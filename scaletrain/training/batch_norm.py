@@ -1,7 +1,7 @@
 """Batch normalisation over the samples of all ranks, so that N workers normalise as one does.
 
-torch's ``SyncBatchNorm`` runs on GPUs alone. This one sums over any exchange whose workers keep
-step, with two small sums a layer in forward and two in backward.
+torch's ``SyncBatchNorm`` runs on GPUs alone. This one runs over any exchange that keeps workers
+in step, with two small sums a layer in forward and two in backward.
 """
 
 import contextlib

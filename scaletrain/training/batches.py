@@ -308,7 +308,7 @@ def read_sample(samples: Placed, epoch: int | str, index: int) -> Any:
 class _BatchesOrErrors(Dataset):
     """Batches for a loader process: an unreadable sample is a value in place of its batch.
 
-    DataLoader would raise another exception, whose message is the whole traceback.
+    DataLoader would raise another exception, with the whole traceback as its message.
     """
 
     def __init__(self, batches: _Batches):
@@ -329,7 +329,7 @@ def _places(shares: Iterator[Share]) -> Iterator[tuple[int | str, list[int]]]:
 
 
 def as_it_is(batch: Any) -> Any:
-    """Return what it is given: the collate function for what loader processes have collated."""
+    """Return the batch as it is: loader processes have collated it already."""
     return batch
 
 

@@ -66,12 +66,12 @@ class Part(Protocol):
         """Return numbers, text, tensors, and lists and dicts of these."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` returned; its tensors are on the CPU."""
+        """Take back the result of ``state_dict``; its tensors are on the CPU."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What the checkpoints of a training hold."""
+    """The parts of a training that its checkpoints hold."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer  # over the model's parameters
@@ -244,7 +244,7 @@ def save(run_dir: Path, step: int, state: State, keep: int) -> Path:
 
 
 def read(path: Path) -> Content:
-    """Return what a checkpoint holds, checked against its hashes.
+    """Return the content of a checkpoint, checked against its hashes.
 
     Raises:
         Damaged: it is not as it was written, or no checkpoint.
@@ -275,7 +275,7 @@ def model_state(content: Content) -> dict[str, Any]:
 
 
 def part_states(content: Content) -> dict[str, Any]:
-    """Return what the ``state_dict`` of each part returned, by the part's name."""
+    """Return the result of each part's ``state_dict``, by the part's name."""
     parts = content.state["parts"].items()
     return {name: state_tree.rebuild(value, content.tensors) for name, value in parts}
 
@@ -284,10 +284,10 @@ def load_latest(run_dir: Path, state: State) -> Loaded | None:
     """Load the newest checkpoint that is whole into a model and its optimizer.
 
     The optimizer takes its state; the options of its groups stay as they are. Other parts are left
-    as they are: their states are in what is returned.
+    as they are: their states are in the result.
 
     Returns:
-        What was loaded, and which newer ones are damaged; None if there is no checkpoint.
+        The loaded checkpoint, and newer ones that are damaged; None if there is no checkpoint.
 
     Raises:
         UserError: as ``newest``, or the newest whole one belongs to another model or optimizer.
@@ -379,7 +379,7 @@ def _put_into(state: State, content: Content, path: Path) -> None:
 def _missing_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> set[str]:
     """Return the names of state without which the optimizer cannot step.
 
-    Only a step tells: many options add state, and some optimizers make good for what is missing. A
+    Only a step tells: many options add state, and some optimizers make up for missing state. A
     small optimizer of the same options tries it, with a parameter of the same number of dimensions.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -28,7 +28,7 @@ class CheckpointWriter:
     Args:
         run_dir: where checkpoints go.
         settings: which checkpoints stay.
-        alive: called about once a second while a method waits, with what it waits for.
+        alive: called about once a second while a method waits, with the reason in words.
     """
 
     def __init__(self, run_dir: Path, settings: Checkpoint, alive: Callable[[str], None]):

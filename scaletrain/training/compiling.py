@@ -18,7 +18,7 @@ def compile_in_place(module: nn.Module, settings: Compilation) -> None:
     travel while backward goes on.
 
     Args:
-        module: without an exchange's wrapper, whose collectives no compiler should see.
+        module: without an exchange's wrapper: no compiler should see its collectives.
         settings: of the compiler, which runs when the module is first called, and again for other
             shapes.
     """

@@ -200,7 +200,7 @@ class GradientOrder:
     bits.
 
     Args:
-        model: whose trained parameters are numbered as they are registered.
+        model: its trained parameters are numbered as they are registered.
     """
 
     def __init__(self, model: nn.Module):

@@ -1,4 +1,4 @@
-"""What a worker trains on: its batches of every step, from a data set with an index or a stream.
+"""A worker's batches of every step, from a data set with an index or from a stream.
 
 A feed yields this rank's part of the next step, and says the position that a checkpoint holds.
 """
@@ -89,7 +89,7 @@ class Feed(abc.ABC):
         """Return the length of the run, as a line for people."""
 
     def position(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the feed, after all steps so far, as JSON."""
+        """Return the feed's part of a checkpoint, after all steps so far, as JSON."""
         return {"left_out": self._num_left_out}
 
     def count_left_out(self, number: int) -> None:

@@ -14,7 +14,7 @@ from scaletrain.training.workload import Loss, Mean, Workload
 
 
 def checked(loss: Any) -> Loss:
-    """Return what a workload's ``forward`` returned, if one can train with it.
+    """Return the loss that a workload's ``forward`` returned, if one can train with it.
 
     Raises:
         UserError: it is no ``Loss`` of a scalar with a gradient and a number.
@@ -66,7 +66,7 @@ def check_is_sum(whole: Loss, halves: Sequence[Loss]) -> None:
 
 
 def checked_figures(figures: Any) -> dict[str, Mean]:
-    """Return what a workload's ``evaluate`` returned.
+    """Return the figures that a workload's ``evaluate`` returned.
 
     Raises:
         UserError: it is no dict of ``Mean`` by name.

@@ -55,7 +55,7 @@ def split(optimizer: Optimizer, model: nn.Module) -> list[Group]:
 
     Args:
         optimizer: with the patterns. The first group that matches a parameter has it.
-        model: whose parameters have names.
+        model: its parameters' names are compared with the patterns.
 
     Raises:
         UserError: a pattern, or a group after those before it, matches nothing.

@@ -26,7 +26,7 @@ def check(patterns: Iterable[str], names: Sequence[str], key: str, kind: str = "
         patterns: of a configuration.
         names: of the model's parameters.
         key: of the configuration.
-        kind: what the names are of.
+        kind: of things that have the names, such as parameters.
     """
     for pattern in patterns:
         if not any(matches(pattern, name) for name in names):

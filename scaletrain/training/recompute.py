@@ -1,4 +1,4 @@
-"""Activation checkpointing: modules whose inner tensors are computed again in backward.
+"""Activation checkpointing: compute inner tensors of modules again in backward.
 
 That saves their memory for the time of one more forward pass through them. Results are the same to
 the bit: dropout draws the same masks again, and running statistics are updated once.
@@ -20,7 +20,7 @@ def recompute(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Let the modules that a pattern matches be recomputed. Their names and parameters stay.
 
     Args:
-        model: whose modules have names.
+        model: its modules' names are compared with the patterns.
         patterns: as for an optimizer's groups. Modules inside one that matches belong to it.
 
     Returns:
@@ -46,7 +46,7 @@ def recompute(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 def _recomputed(
     module: nn.Module, forward: Callable[..., Any], *arguments: Any, **options: Any
 ) -> Any:
-    """Run forward, and keep only what it takes to run it again."""
+    """Run forward, and keep only enough to run it again."""
     return checkpoint(_run, module, forward, *arguments, use_reentrant=False, **options)
 
 

@@ -27,7 +27,7 @@ from scaletrain.world import World
 
 @dataclass(frozen=True)
 class Replay:
-    """What a rank computes in a step."""
+    """The results of a rank's computation in a step."""
 
     weights_of: int | None  # steps done by the weights; None: they are those of the beginning
     batches: list[Batch]  # of each backward pass, on the device
@@ -101,7 +101,7 @@ def replay(config: RunConfig, run_dir: Path, step: int, rank: int) -> Replay:
 
 
 def save_batches(replayed: Replay, path: Path, facts: dict[str, Any]) -> None:
-    """Write what a rank has read as safetensors, by pass and place in the batch.
+    """Write the batches of a rank as safetensors, by pass and place in the batch.
 
     Args:
         replayed: the step.

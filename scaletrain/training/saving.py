@@ -1,6 +1,6 @@
 """The checkpoints of one run, as the trainer sees them: due, put off, finished, loaded.
 
-Rank 0 writes them. What all ranks do together is said so.
+Rank 0 writes them. A method that all ranks call together says so.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class Saving:
         run_dir: where checkpoints are.
         world: this worker's place.
         exchange: lets the ranks meet.
-        state: what is saved and loaded.
+        state: the parts that are saved and loaded.
 
     Raises:
         UserError: a checkpoint of this state could not be written.

@@ -40,13 +40,13 @@ class Place(NamedTuple):
 
 
 class Stream:
-    """A data set that is iterated, with what it takes to begin it at any place.
+    """A data set that is iterated, and can begin at any place.
 
     A stream may have a state: ``state_dict`` and ``load_state_dict`` of its iterator or, if that
     has none, of the data set. Every pass begins with the state that the data set has now.
 
     Args:
-        dataset: an ``IterableDataset``, or any object whose ``__iter__`` begins anew.
+        dataset: an ``IterableDataset``, or any object with an ``__iter__`` that begins anew.
         seed: of the run. Each sample is read under the seed of its place.
         leaves_out: go on after a sample that cannot be read.
 

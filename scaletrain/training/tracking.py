@@ -1,7 +1,7 @@
 """Trackers: libraries that keep the figures of many runs, such as TensorBoard.
 
-Each is a callback (``training/callbacks/``) that derives a ``TrackerRun`` from its library. What
-they have in common is here: rank 0 alone logs, a thread of its own waits for the library, and a
+Each is a callback (``training/callbacks/``) that derives a ``TrackerRun`` from its library. The
+parts that they share are here: rank 0 alone logs, a thread of its own waits for the library, and a
 library that fails ends the tracking and never the training.
 """
 
@@ -65,7 +65,7 @@ class Place:
 
 
 class TrackerRun(abc.ABC):
-    """One run in a tracker. Whatever a method raises ends the tracking.
+    """One run in a tracker. Any exception of a method ends the tracking.
 
     It is made and called on one thread, which may wait for a server.
     """
@@ -145,7 +145,7 @@ class Tracker(Callback):
         self._writer.log(record.step + 1, figures)
 
     def after_evaluation(self, step: int, figures: Mapping[str, float | None]) -> None:
-        """Log what is known."""
+        """Log the figures that are known."""
         if self._writer:
             known = {name: value for name, value in figures.items() if value is not None}
             self._writer.log(step, known)

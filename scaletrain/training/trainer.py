@@ -470,8 +470,8 @@ class Trainer:
     def _leaves_out(self, update: Update) -> bool:
         """Return True if this update's gradient is not finite, and such updates are left out.
 
-        They are under fp16, whose gradients overflow now and then, and by the policy ``skip``. The
-        gradient is the mean over all ranks, so all of them decide alike.
+        They are under fp16, since its gradients overflow now and then, and by the policy ``skip``.
+        The gradient is the mean over all ranks, so all of them decide alike.
 
         Raises:
             TrainingError: too many steps in a row were left out: the weights will not recover.
@@ -571,7 +571,7 @@ class Trainer:
         }
 
     def _ends(self) -> dict[str, Any]:
-        """Return what the summary says of the best checkpoint, and of a callback's stop."""
+        """Return the summary's facts on the best checkpoint and on a callback's stop."""
         ends: dict[str, Any] = {}
         best = self.saving.best
         if best is not None and best.value is not None:

@@ -174,7 +174,7 @@ def _read(path: Path, ema: bool) -> dict[str, Tensor]:
 
 
 def _unpickled(path: Path) -> Mapping[str, Any]:
-    """Return the state dict of a file that ``torch.save`` wrote, without running what it holds."""
+    """Return the state dict of a file that ``torch.save`` wrote, without running any code in it."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

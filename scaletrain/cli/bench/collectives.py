@@ -315,7 +315,7 @@ class _World(Protocol):
         """The name in progress lines and notes."""
 
     def run(self, task: Task, count: int) -> list[Measurement]:
-        """Return what ``count`` workers measured.
+        """Return the measurements of ``count`` workers.
 
         Raises:
             RuntimeError: they failed.

@@ -444,7 +444,7 @@ class ServerMemory(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> "ServerMemory":
-        """Read what one server counted."""
+        """Read the figures that one server counted."""
         counted = json.loads(path.read_text(encoding="utf-8"))
         return cls(
             counted["memory_peak_bytes"],
@@ -531,7 +531,7 @@ def _program(*arguments: Any) -> tuple[str, ...]:
 
 
 def _run(commands: Sequence[Sequence[str]], timeout_s: float = 300.0) -> list[dict[str, float]]:
-    """Run programs side by side, and return what each printed in its last line."""
+    """Run programs side by side, and return the last line that each printed."""
     started = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for argv in commands]
     with _ended(started):
         outputs = [process.communicate(timeout=timeout_s)[0] for process in started]

@@ -64,7 +64,7 @@ class Receive(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a rank wants from an allreduce: the same on all ranks, unless a program is wrong."""
+    """A rank's request for an allreduce: the same on all ranks, unless a program is wrong."""
 
     number: int  # of the collective in its group
     num_elements: int
@@ -74,20 +74,20 @@ class Call(NamedTuple):
     def code(self) -> int:
         """Return the call as a number of 63 bits, never 0; other calls have other numbers.
 
-        Only calls whose numbers differ by a multiple of 32,768 may have the same one.
+        Two calls share a code only if their numbers differ by a multiple of 32,768.
         """
         kind = _REDUCTIONS[self.reduce] << 5 | _DTYPES[self.dtype]
         return (self.number & 0x7FFF) << 48 | kind << 40 | self.num_elements
 
     @classmethod
     def of_code(cls, code: int) -> "Call":
-        """Return the call of a code; its number is that of the code."""
+        """Return the call of a code, with the number that the code holds."""
         kind = code >> 40 & 0xFF
         dtype = [*_DTYPES][kind & 0x1F]
         return cls(code >> 48, code & 0xFF_FFFF_FFFF, dtype, [*_REDUCTIONS][(kind >> 5) - 1])
 
     def wanted(self) -> str:
-        """Return what the rank wants, such as ``of 1,000 float32 (add)``."""
+        """Return the request in words, such as ``of 1,000 float32 (add)``."""
         dtype = str(self.dtype).removeprefix("torch.")
         reduce = self.reduce.__name__  # type: ignore[attr-defined]
         return f"of {self.num_elements:,} {dtype} ({reduce})"
@@ -146,10 +146,10 @@ class Lingering(Protocol):
 
 
 class Comparing(Protocol):
-    """A method of transports that notice ranks whose calls do not match."""
+    """A method of transports that notice when the ranks' calls do not match."""
 
     def announce(self, call: Call) -> None:
-        """Take what this rank wants from all messages that follow, until the next announcement.
+        """Take the call to which all messages belong until the next announcement.
 
         The messages of a rank that wants something else are never mixed with this rank's.
         """

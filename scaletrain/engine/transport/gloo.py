@@ -70,7 +70,7 @@ class Gloo:
             ) from error
 
     def announce(self, call: Call) -> None:
-        """Take what this rank wants. See ``Comparing.announce``."""
+        """Take this rank's next call. See ``Comparing.announce``."""
         self._tag = call.code() % _LARGEST_TAG
 
     def start(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[Receive]) -> Wait:

@@ -53,7 +53,7 @@ class Mixed:
             self._within = plugins.load("transport", "shared_memory")(local_group)
 
     def announce(self, call: Call) -> None:
-        """Take what this rank wants. See ``Comparing.announce``."""
+        """Take this rank's next call. See ``Comparing.announce``."""
         for wire in self._wires():
             if hasattr(wire, "announce"):
                 wire.announce(call)

@@ -122,11 +122,11 @@ class SharedMemory:
         self._sent_to_me = _sent_to(self.rank)
 
     def announce(self, call: Call) -> None:
-        """Take what this rank wants. See ``Comparing.announce``."""
+        """Take this rank's next call. See ``Comparing.announce``."""
         self._call = call.code()
 
     def _check_same(self, rank: int, wanted: int) -> None:
-        """Raise RuntimeError unless a rank wants what this one does."""
+        """Raise RuntimeError unless a rank makes the same call as this one."""
         if wanted != self._call:
             raise mismatch(self._name(self.rank), self._call, self._name(rank), wanted)
 
@@ -150,7 +150,7 @@ class SharedMemory:
         Raises:
             TimeoutError: a rank is late; names it.
             ConnectionError: a rank is gone; names it.
-            RuntimeError: a rank calls something else; says what each wanted.
+            RuntimeError: a rank makes another call; names both calls.
         """
         dtype = _NUMPY_DTYPES.get(tensor.dtype)
         flat: Any = tensor

@@ -322,7 +322,7 @@ spec:
 
 
 class _Volume(NamedTuple):
-    """A volume of a pod: its name there, where it is mounted, and what it is, as YAML."""
+    """A volume of a pod: its name there, where it is mounted, and its source as YAML."""
 
     name: str
     path: str
@@ -410,7 +410,7 @@ _INDEX = "\0"  # in an argv: the pod's number, which its shell fills in
 
 
 def _worker_argv(options: KubernetesOptions, job: Job, name: str) -> tuple[str, ...]:
-    """Return what a pod runs: the worker itself, or torchrun with several."""
+    """Return the command of a pod: the worker itself, or torchrun with several."""
     argv = job.argv
     if options.workers_per_pod > 1:
         argv = (
@@ -442,7 +442,7 @@ def _variables(options: KubernetesOptions, job: Job, name: str) -> dict[str, str
 
 
 def _fields(options: KubernetesOptions, job: Job) -> dict[str, str]:
-    """Return the variables that the cluster fills in, and what of a pod's metadata each is."""
+    """Return the variables that the cluster fills in, each with its field of the metadata."""
     index = "annotations['batch.kubernetes.io/job-completion-index']"
     fields = {}
     if options.workers_per_pod == 1:
@@ -459,7 +459,7 @@ def _fields(options: KubernetesOptions, job: Job) -> dict[str, str]:
 
 
 def _resources(options: KubernetesOptions, job: Job) -> dict[str, dict[str, str]]:
-    """Return what a pod asks for. A core that nobody else needs may be used as well."""
+    """Return the resources that a pod requests. It may use idle cores beyond them."""
     requests = {"cpu": str(_threads(options, job) * options.workers_per_pod)}
     limits = {}
     if options.mem:

@@ -184,9 +184,9 @@ _BEST_FIRST = ("pmix", "pmi2")  # kinds that tell tasks of an MPI who they are
 
 
 def _kind_of_srun(mpi: str) -> str:
-    """Return the kind of srun to use, looked up in what this cluster's srun lists.
+    """Return the kind of srun to use, looked up in the list of this cluster's srun.
 
-    A dry run on a machine without SLURM believes what it is told.
+    A dry run on a machine without SLURM takes the kind as it is written.
     """
     if not mpi:
         return ""

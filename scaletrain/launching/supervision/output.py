@@ -2,7 +2,7 @@
 
 1. ``Stream`` takes the bytes of one pipe, and cuts them into pieces of lines with their writers.
 2. ``Logs`` keeps the newest output of every writer in the run directory, as it was written.
-3. ``Shown`` sends what a person wants to see to the process that started the supervisor.
+3. ``Shown`` sends the part that a person chose to the process that started the supervisor.
 
 Another launcher sends the output of all its workers through one pipe. It labels their lines
 (``plan.Command.labels``), and ``Stream`` takes the labels off.
@@ -197,7 +197,7 @@ class Logs:
 
 
 class Shown:
-    """Sends what a person wants to see in frames (``screen``) to standard output."""
+    """Sends the output that a person chose to see to standard output, in frames (``screen``)."""
 
     def __init__(self, display: Display):
         self.display = display

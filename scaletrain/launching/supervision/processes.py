@@ -127,7 +127,7 @@ class Processes:
     Args:
         job: the workers.
         several: lines begin with the name of the process that wrote them.
-        display: what a person wants to see.
+        display: the output that a person chose to see.
         suffix: of the files that other hosts have, too (``output.Logs``).
         standard_input: a descriptor for rank 0; -1: none. See ``forget_standard_input``.
     """
@@ -359,7 +359,7 @@ class Processes:
             pipe.close()
 
     def _note(self, source: "_Output", data: bytes) -> None:
-        """Look through output for what the supervisor has to know."""
+        """Look through output for facts that the supervisor needs."""
         whole = source.note(data)
         process = source.process
         mistake = _MISTAKE.search(whole)
@@ -371,7 +371,7 @@ class Processes:
             self.launcher_output = text[-_KEPT_OUTPUT:]
 
     def _show_prompts(self) -> None:
-        """Show unfinished lines whose processes have paused."""
+        """Show unfinished lines of processes that have paused."""
         for source in self._outputs:
             for writer, piece in source.stream.paused():
                 if source.stream.is_labelled:

@@ -25,7 +25,7 @@ _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)  # there may be room again later
 
 
 class Display(NamedTuple):
-    """What a person wants to see of a job's output."""
+    """The part of a job's output that a person chose to see."""
 
     form: Literal["text", "json"] = "text"
     show: Literal["all", "0", "errors"] = "all"  # of all ranks, of rank 0, standard error of all

@@ -72,7 +72,7 @@ def run(
             the output is shown there, byte for byte.
         claim: the descriptor of a claim on the run directory (``run.claim``), which then holds
             until the supervisor has ended, too; -1: none.
-        display: what is shown of the output; see ``check_display``. ``Logs`` keeps all.
+        display: the part of the output that is shown; see ``check_display``. ``Logs`` keeps all.
     """
     lines = screen.LineReader(show) if show else None
     own_screen = screen.Screen(display)
@@ -150,7 +150,7 @@ def _write_files(plan: LaunchPlan, job: Job) -> None:
 def _standard_input() -> int:
     """Return a copy of the descriptor of our standard input; -1 if there is none to give.
 
-    A job in the background must not take what a person types for the shell.
+    A job in the background must leave a person's typing to the shell.
     """
     with contextlib.suppress(OSError):
         if not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp():
@@ -159,7 +159,7 @@ def _standard_input() -> int:
 
 
 def check_display(plan: LaunchPlan, display: Display) -> None:
-    """Raise ``UserError`` if the launcher does not tell whose output is whose, and it matters."""
+    """Raise ``UserError`` if a choice needs each rank's own output and the launcher mixes it."""
     for command in plan.commands:
         if display.show != "all" and command.rank is None and not command.labels:
             raise UserError(

@@ -55,7 +55,7 @@ class Supervisor:
     Args:
         plan: the commands to start. Its files are written already.
         job: the workers, and the limits that they are held to.
-        display: what a person wants to see of their output.
+        display: the part of their output that a person chose to see.
         standard_input: the descriptor that becomes rank 0's standard input; -1: none.
     """
 

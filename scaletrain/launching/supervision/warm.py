@@ -25,7 +25,7 @@ def server(job: Job, plan: LaunchPlan, environ: Mapping[str, str]) -> forkserver
     Args:
         job: the job.
         plan: its plan.
-        environ: of the workers, without what their commands add.
+        environ: of the workers, without the variables that their commands add.
     """
     inherited = forkserver.inherited
     commands = [command for command in plan.commands if program_of(command.argv)]

@@ -136,7 +136,7 @@ def differences(new: Report, old: Report) -> str | None:
 def _settings(header: ReportHeader) -> dict[str, dict[str, object]]:
     """Return the dotted keys of each config, with what was set in every cell.
 
-    Under the empty name: what the header says of the use of the machine.
+    The empty name holds the header's facts about the use of the machine.
     """
     overrides = dict(parse_setting(text) for text in header.settings or ())
     settings: dict[str, dict[str, object]] = {}

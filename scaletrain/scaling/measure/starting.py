@@ -2,7 +2,7 @@
 
 One server imports torch for all of them (``host.forkserver``). It forks the command, which forks
 its supervisor, which forks the workers: each has a server of its own, so that everything is a child
-of what has started it.
+of the process that has started it.
 """
 
 import os

@@ -488,7 +488,7 @@ def _stop(process: subprocess.Popen[bytes] | Forked) -> None:
 def _reason(directory: Path, log: Path, status: int) -> str:
     """Return the first cause of a failed run.
 
-    That is the earliest failure that is not the loss of a peer, else what the command printed.
+    That is the earliest failure that is not the loss of a peer, else the command's output.
     """
     failures = [read_failure_file(path) for _, path in RunDir(directory).all_failures()]
     readable = [failure for failure in failures if failure is not None]

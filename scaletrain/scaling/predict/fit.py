@@ -153,7 +153,7 @@ class Fit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """A fit and the job that it was made from: what ``fit.json`` holds."""
+    """A fit and the job that it was made from: the content of ``fit.json``."""
 
     fit: Fit
     num_bytes: float  # of the gradients

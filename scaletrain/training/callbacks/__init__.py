@@ -1,4 +1,4 @@
-"""What is done beside the training, between its parts.
+"""Callbacks: work beside the training, between its parts.
 
 Every other file here is one callback: a function ``callback(trainer, *, <options>) ->
 Callback``, called once by every rank when its trainer is made. The YAML's ``callbacks`` names those
@@ -20,7 +20,7 @@ class Callback:
     rank, once the callback is made.
 
     Attributes:
-        changes_gradients: whether ``after_backward`` does. Exchanges whose gradients have left by
+        changes_gradients: whether ``after_backward`` does. Exchanges that have sent gradients by
             then refuse it.
     """
 

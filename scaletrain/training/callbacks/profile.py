@@ -55,7 +55,7 @@ class Profile(Callback):
             spans.collect(self._spans)
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
-        """Write what there is of a window that the run's end cuts short."""
+        """Write the steps so far of a window that the run's end cuts short."""
         if self._profiler is not None and summary is not None:
             self._end()
         elif not self._is_done and self._is_rank_0:

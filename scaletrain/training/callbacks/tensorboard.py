@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TensorBoardRun(TrackerRun):
-    """Event files in the run directory. A resumed run hides what it does anew."""
+    """Event files in the run directory. A resumed run hides the steps that it does anew."""
 
     def __init__(self, place: Place):
         from torch.utils.tensorboard import SummaryWriter

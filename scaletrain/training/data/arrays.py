@@ -31,7 +31,7 @@ def data(
         test_inputs: likewise, for testing; empty: a share of the others.
         test_targets: likewise.
         test_share: of the samples that are for testing, where there are no ``test_inputs``.
-        input_type: what rows of inputs become; int64 suits tokens.
+        input_type: the type that inputs are converted to; int64 suits tokens.
 
     Raises:
         UserError: a file does not exist or is no array of numbers, or two differ in their length.

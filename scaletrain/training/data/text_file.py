@@ -29,7 +29,7 @@ def data(
         test_share: of the tokens that are for testing, where there is no ``test_file``.
         tokens: bytes: 256 kinds, and the file may be larger than the memory; characters: as many
             kinds as ``file`` has different ones, in the order of their codes.
-        length: of a sequence. What is left over at the end of the file is left out.
+        length: of a sequence. A shorter rest at the end of the file is left out.
 
     Raises:
         UserError: a file does not exist, is shorter than a sequence, or is not in UTF-8, or the

@@ -58,7 +58,7 @@ class Exchange(Protocol):
     Attributes:
         world: this worker's place.
         averages: whether every step's gradient is the mean over all ranks. Then a rank may weigh
-            its loss by what all ranks have, and all see the same gradient before the update.
+            its loss by the counts of all, and all see the same gradient before the update.
         updates_locally: whether ``step`` runs the worker's own optimizer on gradients in ``.grad``.
     """
 
@@ -78,7 +78,7 @@ class Exchange(Protocol):
                 the learning rate of its parameter groups.
 
         Returns:
-            The module whose forward and backward exchange gradients.
+            The module to train with: its forward and backward exchange gradients.
 
         Raises:
             UserError: this exchange trains one model, and has one already.

@@ -269,7 +269,7 @@ def exchange(
     """Return Horovod's allreduce under the worker's own optimizer.
 
     Args:
-        controller: what carries Horovod's messages. auto is MPI under Open MPI's mpirun if the
+        controller: carries Horovod's messages. auto is MPI under Open MPI's mpirun if the
             build has it, else gloo.
         compression: of gradients on the wire.
     """
