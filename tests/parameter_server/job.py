@@ -102,7 +102,8 @@ def server_processes(settings: Settings, run_dir: Path) -> Iterator[list[Program
 
 
 def start_server(settings: Settings, run_dir: Path, index: int) -> Program:
-    return Program(*placement.command(settings, run_dir, index)[2:])
+    argv = placement.command(settings, run_dir, index)
+    return Program(*argv[argv.index("-m") + 1 :])
 
 
 def exchange(settings: Settings, run_dir: Path, rank: int) -> ParameterServerExchange:

@@ -7,6 +7,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 
@@ -17,6 +18,7 @@ import zmq
 from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, MessageKind
+from scaletrain.parameter_server.server.server import Server
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.replica import Replica
 from scaletrain.parameter_server.worker.requests import ServerError
@@ -147,6 +149,48 @@ def test_a_killed_server_goes_on_from_its_snapshot(tmp_path, mode):
         <= (killed_at + 1) * updates_a_step
     )
     assert restored % 1 == 0 and statistics["updates"] >= 120 * updates_a_step - 30 * updates_a_step
+
+
+def test_a_restored_server_gives_workers_time_to_come_back(tmp_path):
+    made = Settings(1, 20, placement="dedicated", snapshot_updates=1, restart_servers=1)
+    with job.servers(made, tmp_path) as [server]:
+        job.work(made, tmp_path, 0, 2)
+        server._tick(time.monotonic())  # writes a snapshot
+    successor = Server(made, tmp_path, 0)
+    successor._restore()
+    successor._tick(time.monotonic())
+    assert successor._blocks.updates == 2 and successor._tally.lost == []
+    successor._tick(time.monotonic() + made.timeout_s + 1)
+    assert [loss.rank for loss in successor._tally.lost] == [0]
+
+
+_DISCONNECT = """
+import zmq
+from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.parameter_server.worker.link import Identity, ServerLink
+
+context = zmq.Context()
+link = ServerLink(Identity(Settings(1, link="tcp"), None, 0, {}, 1, context), 0, [])
+for turn in range(600):
+    server = context.socket(zmq.ROUTER)
+    port = server.bind_to_random_port("tcp://127.0.0.1")
+    worker = context.socket(zmq.DEALER)
+    worker.connect(f"tcp://127.0.0.1:{port}")
+    worker.send(b"")
+    server.recv_multipart()
+    link.sockets = [worker]
+    link.monitors = [worker.get_monitor_socket(zmq.EVENT_DISCONNECTED)]
+    if turn % 2:  # the connection ends at the same time
+        server.close(linger=0)
+    link.disconnect()
+    server.close(linger=0)
+context.term()
+"""
+
+
+def test_a_worker_that_disconnects_never_waits():
+    """A process of its own: ZeroMQ would wait with Python's lock held."""
+    subprocess.run([sys.executable, "-c", _DISCONNECT], cwd=job.ROOT, check=True, timeout=30)
 
 
 def truncated(endpoint: str, count: int, rng: random.Random) -> None:

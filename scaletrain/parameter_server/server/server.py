@@ -56,9 +56,10 @@ class Server:
         self._sums = Sums(settings.workers)
         # None until the first worker describes them, or a snapshot does.
         self._blocks: Blocks | None = None
-        # When the first worker joined, on the monotonic clock; 0: none has. Written by _set_up,
-        # read by _give_up_missing.
-        self._first_join = 0.0
+        # Since when all workers are expected, on the monotonic clock: the first one joined, or a
+        # snapshot was restored. None before. Written by _set_up and _restore, read by
+        # _give_up_missing.
+        self._expected_since: float | None = None
         # Why training cannot go on. Written by _abort once, read by all who answer workers.
         self._aborted: str | None = None
         # The only state that others write: signal handlers and, in tests, other threads (stop).
@@ -106,6 +107,7 @@ class Server:
             return
         self._blocks = self._make_blocks(header.description)
         self._blocks.restore(self._snapshots.load(self._blocks.shard))
+        self._expected_since = time.monotonic()
         log.warning("server %d: restored at update %d", self.index, self._blocks.updates)
 
     def _make_blocks(self, description: ModelDescription) -> Blocks:
@@ -178,8 +180,8 @@ class Server:
             )
         owned = self._blocks
         self._map_gradients(owned, peer.rank, value.get("gradients"))
-        if not self._first_join:
-            self._first_join = time.monotonic()
+        if self._expected_since is None:
+            self._expected_since = time.monotonic()
         step = value.get("step")
         if type(step) is not int or not 0 <= step < _MAX_STEP:
             step = None
@@ -315,9 +317,9 @@ class Server:
                 self._lose(rank, f"silent for {limit_s:g} s while others waited for it")
 
     def _give_up_missing(self, owned: Blocks, now: float) -> None:
-        """Give up workers that did not come in time after the first one."""
+        """Give up workers that did not come in time after the first one, or after a restart."""
         limit_s = Timeouts(self.settings.timeout_s).join_s
-        if now - self._first_join <= limit_s:
+        if self._expected_since is None or now - self._expected_since <= limit_s:
             return
         rule = owned.rule
         missing = set(range(self.settings.workers)) - rule.live - rule.lost - rule.left

@@ -337,10 +337,14 @@ class ServerLink:
 
     def disconnect(self) -> None:
         """Close all sockets at once; unsent messages are lost."""
+        # 1. ZeroMQ tells a monitor of its end, and waits without limit (and with Python's lock) for
+        #    room in its queue. A monitor that is still open has room.
+        for socket in self.sockets:
+            socket.disable_monitor()
+        # 2. Nothing writes to the monitors any more.
         for monitor in self.monitors:
             monitor.close(linger=0)
         for socket in self.sockets:
-            socket.disable_monitor()
             socket.close(linger=0)
         self.sockets = []
         self.monitors = []
