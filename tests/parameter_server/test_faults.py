@@ -216,24 +216,28 @@ def malformed(rng: random.Random, rank: int, session: int, numel: int) -> list[b
     if kind == 0:
         return [rng.randbytes(rng.randrange(200)) for _ in range(1 + rng.randrange(5))]
     if kind == 1:
-        return [good.pack(), rng.randbytes(4 * numel - 1 - rng.randrange(100))]
+        return [good.pack(), rng.randbytes(4 * numel - 1 - rng.randrange(100)), b""]
     if kind == 2:
-        return [good._replace(key=rng.randrange(100, 1 << 32)).pack(), bytes(4 * numel)]
+        return [good._replace(key=rng.randrange(100, 1 << 32)).pack(), bytes(4 * numel), b""]
     if kind == 3:
-        return [good._replace(count=7).pack(), bytes(28)]
+        return [good._replace(count=7).pack(), bytes(28), b""]
     if kind == 4:
-        return [good._replace(version=rng.randrange(1 << 50, 1 << 63)).pack(), bytes(4 * numel)]
+        return [
+            good._replace(version=rng.randrange(1 << 50, 1 << 63)).pack(),
+            bytes(4 * numel),
+            b"",
+        ]
     if kind == 5:
-        return [good._replace(session=session ^ 1).pack(), bytes(4 * numel)]
+        return [good._replace(session=session ^ 1).pack(), bytes(4 * numel), b""]
     if kind == 6:
-        return [good._replace(rank=(rank + 1) % 3).pack(), bytes(4 * numel)]
+        return [good._replace(rank=(rank + 1) % 3).pack(), bytes(4 * numel), b""]
     if kind == 7:
         return [
             good._replace(kind=MessageKind.PUSH_ROWS, rows=1, count=1).pack(),
             bytes(8),
             bytes(4),
         ]
-    return [good._replace(dtype=Dtype.FP16).pack(), bytes(2 * numel)]
+    return [good._replace(dtype=Dtype.FP16).pack(), bytes(2 * numel), b""]
 
 
 def test_malformed_and_truncated_frames_change_nothing(tmp_path):
@@ -317,10 +321,11 @@ def test_messages_of_an_admitted_peer_are_checked_one_by_one(tmp_path):
             MessageKind.PUSH, Dtype.FLOAT32, key=0, rank=0, session=peer.session, count=numel
         )
         cases = {
-            "unknown block": [header._replace(key=9).pack(), bytes(4 * numel)],
-            "gradient does not have": [header._replace(count=5).pack(), bytes(20)],
-            "bad version": [header._replace(version=3).pack(), bytes(4 * numel)],
-            "wire dtype": [header._replace(dtype=Dtype.BF16).pack(), bytes(2 * numel)],
+            "unknown block": [header._replace(key=9).pack(), bytes(4 * numel), b""],
+            "gradient does not have": [header._replace(count=5).pack(), bytes(20), b""],
+            "bad version": [header._replace(version=3).pack(), bytes(4 * numel), b""],
+            "wire dtype": [header._replace(dtype=Dtype.BF16).pack(), bytes(2 * numel), b""],
+            "row out of range": [header._replace(rows=1).pack(), bytes(4 * numel), b"\xff" * 8],
             "bad rows": [
                 header._replace(kind=MessageKind.PULL_ROWS, rows=1, count=0).pack(),
                 bytes(8),
@@ -334,7 +339,7 @@ def test_messages_of_an_admitted_peer_are_checked_one_by_one(tmp_path):
                 bytes(4),
             ],
             "bad part": [header._replace(kind=MessageKind.PULL, offset=numel).pack()],
-            "unknown session": [header._replace(session=1).pack(), bytes(4 * numel)],
+            "unknown session": [header._replace(session=1).pack(), bytes(4 * numel), b""],
             "bad vector": [header._replace(kind=MessageKind.SUM, count=1).pack(), bytes(4)],
         }
         for reason, frames in cases.items():

@@ -5,6 +5,7 @@ A description is JSON: ``{"name": "SGD", "groups": [{"lr": 0.1, "momentum": 0.9,
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,13 +85,15 @@ def check_sparse(description: dict[str, Any], group: int) -> None:
             )
 
 
-def build(description: Any, group: int, parameter: nn.Parameter) -> torch.optim.Optimizer:
+def build(
+    description: Any, group: int, parameters: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
     """Return the optimizer of one block.
 
     Args:
         description: from the wire, so that anything may be in it.
         group: the parameter group that the block belongs to.
-        parameter: the block's weights.
+        parameters: the block's weights, piece by piece.
 
     Raises:
         ValueError: ``describe`` would not have written this.
@@ -113,7 +116,7 @@ def build(description: Any, group: int, parameter: nn.Parameter) -> torch.optim.
         if isinstance(value, list):  # JSON has no tuples
             options[key] = tuple(value)
     try:
-        return kind([parameter], **options)
+        return kind(parameters, **options)
     except TypeError as error:
         raise ValueError(f"bad optimizer option: {error}") from None
 
@@ -142,6 +145,19 @@ def scheduler(
         return kind(optimizer, **arguments)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"exchange.server_lr: {name}: {error}") from None
+
+
+def split_entry(entry: str) -> tuple[int, str]:
+    """Return the piece of a block and the name in a key of its optimizer's state.
+
+    >>> split_entry("3.exp_avg")
+    (3, 'exp_avg')
+
+    Raises:
+        ValueError: it names no piece.
+    """
+    number, _, name = entry.partition(".")
+    return int(number), name
 
 
 def _arguments(kind: Any) -> set[str]:

@@ -21,6 +21,8 @@ import zmq
 from scaletrain.errors import UserError
 from scaletrain.run.layout import RunDir
 
+_SIGNATURE_BYTES = 32
+
 
 class Keys(NamedTuple):
     """A job's keys: two CURVE pairs (Z85 text) and a shared secret (hex)."""
@@ -45,6 +47,37 @@ class Keys(NamedTuple):
         """
         text = f"{role}|{worker_nonce}|{server_nonce}".encode()
         return hmac.new(bytes.fromhex(self.shared), text, "sha256").hexdigest()
+
+    def seal(self, name: str, value: bytes) -> bytes:
+        """Return a value of the job's key-value store, which anybody on the host may write to.
+
+        Args:
+            name: of the value; it keeps one value from taking the place of another.
+            value: any bytes.
+
+        Returns:
+            HMAC-SHA256 of name and value, then the value.
+        """
+        return self._signature(name, value) + value
+
+    def unseal(self, name: str, sealed: bytes) -> bytes:
+        """Return the value that a holder of the shared secret has sealed under ``name``.
+
+        Raises:
+            UserError: somebody else wrote it.
+        """
+        signature, value = sealed[:_SIGNATURE_BYTES], sealed[_SIGNATURE_BYTES:]
+        if not hmac.compare_digest(signature, self._signature(name, value)):
+            raise UserError(
+                f"the job's store: the value of {name} was not written by a worker of this job"
+            )
+        return value
+
+    def _signature(self, name: str, value: bytes) -> bytes:
+        """Return the HMAC-SHA256 of a value and its name."""
+        signature = hmac.new(bytes.fromhex(self.shared), f"store|{name}|".encode(), "sha256")
+        signature.update(value)
+        return signature.digest()
 
 
 def job_keys(run_dir: Path) -> Keys:

@@ -11,7 +11,7 @@ Small parameters share a block, large ones are split. Every worker makes the sam
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 ALIGN = 16  # elements (64 bytes): blocks start on cache lines in shared memory
@@ -154,6 +154,8 @@ class _Drafts:
 
     def add_whole(self, index: int, parameter: ParameterSpec) -> None:
         """Add one tensor as a block of its own."""
+        if parameter.numel == 0:
+            return
         block = Block(
             key=len(self.blocks),
             server=0,
@@ -208,6 +210,14 @@ def _balance(blocks: list[Block], servers: int) -> list[Block]:
     return balanced
 
 
+def places(block: Block) -> Iterator[tuple[Piece, slice]]:
+    """Yield the pieces of a block, each with its place in the block."""
+    start = 0
+    for piece in block.pieces:
+        yield piece, slice(start, start + piece.numel)
+        start += piece.numel
+
+
 def layout(blocks: Sequence[Block]) -> tuple[dict[int, int], int]:
     """Return where each dense block lies in a flat float32 slab.
 
@@ -231,11 +241,12 @@ def to_json(block: Block) -> dict[str, Any]:
         "numel": block.numel,
         "sparse": block.sparse,
         "shape": list(block.shape),
+        "pieces": [list(piece) for piece in block.pieces],
     }
 
 
 def from_json(value: Any, server: int) -> Block:
-    """Return the block that a worker described with ``to_json``, without its pieces.
+    """Return the block that a worker described with ``to_json``.
 
     Args:
         value: from the wire; anything may be in it.
@@ -250,16 +261,40 @@ def from_json(value: Any, server: int) -> Block:
         numel = value["numel"]
         sparse = value["sparse"]
         shape = value["shape"]
+        pieces = value["pieces"]
     except (TypeError, KeyError):
-        raise ValueError("a block has no key, group, numel, sparse and shape") from None
+        raise ValueError("a block has no key, group, numel, sparse, shape and pieces") from None
     if type(sparse) is not bool or not isinstance(shape, list):
         raise ValueError("a block's fields are out of bounds")
     for number in [key, group, numel, *shape]:
-        # Not isinstance, which takes JSON's true for 1.
-        if type(number) is not int or not 0 <= number < _MAX_NUMBER:
+        if not _is_number(number):
             raise ValueError("a block's fields are out of bounds")
     shape_differs = bool(shape) and math.prod(shape) != numel
     is_no_table = sparse and len(shape) != 2
     if numel < 1 or shape_differs or is_no_table:
         raise ValueError("a block's shape is not its number of elements")
-    return Block(key, server, group, numel, pieces=(), sparse=sparse, shape=tuple(shape))
+    parts = _pieces_from_json(pieces)
+    if sum(piece.numel for piece in parts) != numel or (shape and len(parts) != 1):
+        raise ValueError("a block's pieces are not its elements")
+    return Block(key, server, group, numel, parts, sparse=sparse, shape=tuple(shape))
+
+
+def _pieces_from_json(value: Any) -> tuple[Piece, ...]:
+    """Return the pieces of a block that a worker described. Raises ``ValueError``."""
+    if not isinstance(value, list):
+        raise ValueError("a block's pieces are out of bounds")
+    pieces = []
+    for entry in value:
+        if not isinstance(entry, list) or len(entry) != 3 or not all(map(_is_number, entry)):
+            raise ValueError("a block's pieces are out of bounds")
+        piece = Piece(*entry)
+        if piece.numel < 1:
+            raise ValueError("a block's pieces are out of bounds")
+        pieces.append(piece)
+    return tuple(pieces)
+
+
+def _is_number(value: Any) -> bool:
+    """Return True for a number that a description may hold."""
+    # Not isinstance, which takes JSON's true for 1.
+    return type(value) is int and 0 <= value < _MAX_NUMBER

@@ -25,6 +25,8 @@ MAX_SUM_VALUES = 4096
 
 SHARED = 1  # flag: the tensor lies in shared memory, its frame is empty
 DROPPED = 2  # flag: this gradient came too late and was not used
+ABSENT = 4  # flag of PUSH_ROWS: the table has no gradient in this step
+_FLAGS = SHARED | DROPPED | ABSENT
 
 
 class MessageKind(enum.IntEnum):
@@ -40,7 +42,9 @@ class MessageKind(enum.IntEnum):
     STORED = 8  # S
     PULL = 9  # W: asks for part of a block; answered by PART
     WEIGHTS = 10  # S: a block's new weights, or nothing when they lie in shared memory
-    PUSH = 11  # W: a block's gradient, maybe in shared memory; answered by WEIGHTS
+    # W: a block's gradient, maybe in shared memory, and the numbers of the pieces that have none in
+    # this step (zeros stand for them); answered by WEIGHTS
+    PUSH = 11
     PUSH_ROWS = 12  # W: rows and values of a sparse gradient; answered by APPLIED
     APPLIED = 13  # S
     PULL_ROWS = 14  # W: asks for rows of a sparse table; answered by ROWS
@@ -90,7 +94,7 @@ class Payload(enum.Enum):
 
     JSON = enum.auto()  # an object
     TENSOR = enum.auto()  # ``count`` items of ``dtype``; empty with the flag SHARED
-    ROWS = enum.auto()  # ``rows`` row numbers, int64
+    ROWS = enum.auto()  # ``rows`` numbers, int64: of rows of a table, or of pieces of a block
 
 
 # The payload frames of each kind.
@@ -105,7 +109,7 @@ PAYLOADS: dict[MessageKind, tuple[Payload, ...]] = {
     MessageKind.STORED: (),
     MessageKind.PULL: (),
     MessageKind.WEIGHTS: (Payload.TENSOR,),
-    MessageKind.PUSH: (Payload.TENSOR,),
+    MessageKind.PUSH: (Payload.TENSOR, Payload.ROWS),
     MessageKind.PUSH_ROWS: (Payload.ROWS, Payload.TENSOR),  # as many values as fit the rows' width
     MessageKind.APPLIED: (),
     MessageKind.PULL_ROWS: (Payload.ROWS,),
@@ -141,13 +145,13 @@ class Header(NamedTuple):
 
     kind: MessageKind
     dtype: Dtype = Dtype.NONE
-    flags: int = 0  # SHARED, DROPPED
+    flags: int = 0  # SHARED, DROPPED, ABSENT
     key: int = 0  # block
     rank: int = 0  # of the worker
     # Of the answered gradient: updates between the weights it came from and its own update.
     staleness: int = 0
-    # Row numbers in a sparse message. In PULL and INIT: 0 for weights, i for the i-th tensor of the
-    # optimizer's state.
+    # Row numbers in a sparse message. In PUSH: pieces without a gradient. In PULL and INIT: 0 for
+    # weights, i for the i-th tensor of the optimizer's state.
     rows: int = 0
     step: int = 0  # of the worker; in SUM and TOTAL: the number of the sum
     # Answers: updates of the block's weights so far. Pushes: of the weights the gradient came from.
@@ -204,7 +208,7 @@ def parse(frames: Sequence[memoryview | bytes]) -> Message:
     contents = PAYLOADS[header.kind]
     if len(frames) != 1 + len(contents):
         raise Refused("wrong number of frames")
-    if math.isnan(header.lr) or header.flags & ~(SHARED | DROPPED):
+    if math.isnan(header.lr) or header.flags & ~_FLAGS:
         raise Refused("bad header field")
     payloads = tuple(memoryview(frame) for frame in frames[1:])
     for content, payload in zip(contents, payloads, strict=True):

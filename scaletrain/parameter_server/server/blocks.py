@@ -205,7 +205,7 @@ class Blocks:
         header = message.header
         if not block.sparse or header.rows * block.shape[1] * 4 > wire.MAX_MESSAGE_BYTES:
             raise Refused("bad rows")
-        rows = _checked_rows(block, message)
+        rows = _checked_numbers(message.payloads[0], block.shape[0])
         values = self.shard.rows(block.key, rows).reshape(-1)
         answer = Header(
             MessageKind.ROWS,
@@ -224,15 +224,18 @@ class Blocks:
         """Take a dense gradient, or a part of one."""
         header = message.header
         self._check_push(header)
-        if block.sparse or header.rows or header.offset + header.count > block.numel:
+        if block.sparse or header.offset + header.count > block.numel:
             raise Refused("gradient does not have the block's shape")
+        absent = _checked_numbers(message.payloads[1], len(block.pieces)).tolist()
         gradient = self._dense_gradient(peer.rank, block, message)
         if header.count != block.numel:
             whole = self._assemble(peer.rank, block, header, gradient)
             if whole is None:
                 return
             gradient = whole
-        self._contribute(peer.rank, header, lambda: self.shard.add(block.key, gradient))
+        self._contribute(
+            peer.rank, header, lambda: self.shard.add(block.key, peer.rank, gradient, absent)
+        )
 
     def _dense_gradient(self, rank: int, block: Block, message: Message) -> torch.Tensor:
         """Return the gradient in a message or in shared memory, float32 (count), not copied.
@@ -283,9 +286,14 @@ class Blocks:
         width = block.shape[1]
         if header.count != header.rows * width:
             raise Refused("gradient does not have the block's shape")
-        rows = _checked_rows(block, message)
+        rows = _checked_numbers(message.payloads[0], block.shape[0])
         values = codec.decode(message.payloads[1], header.dtype).view(header.rows, width)
-        self._contribute(peer.rank, header, lambda: self.shard.add_rows(block.key, rows, values))
+        is_absent = bool(header.flags & wire.ABSENT)
+        self._contribute(
+            peer.rank,
+            header,
+            lambda: self.shard.add_rows(block.key, peer.rank, rows, values, is_absent),
+        )
 
     def _check_push(self, header: Header) -> None:
         """Raise ``Refused`` unless version, learning rate and step of a gradient can be."""
@@ -367,9 +375,13 @@ def _rule(settings: Settings, keys: list[int]) -> consistency.Rule:
     )
 
 
-def _checked_rows(block: Block, message: Message) -> torch.Tensor:
-    """Return the row numbers in a sparse message, int64 (n). Raises ``Refused``."""
-    rows = torch.from_numpy(np.frombuffer(message.payloads[0], np.int64))
-    if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= block.shape[0]):
+def _checked_numbers(payload: memoryview, end: int) -> torch.Tensor:
+    """Return the numbers of rows or pieces in a payload, int64 (n), each below ``end``.
+
+    Raises:
+        Refused: one is out of range.
+    """
+    numbers = np.frombuffer(payload, np.int64)
+    if len(numbers) and (int(numbers.min()) < 0 or int(numbers.max()) >= end):
         raise Refused("row out of range")
-    return rows
+    return torch.from_numpy(numbers)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from scaletrain.parameter_server.protocol import codec, wire
-from scaletrain.parameter_server.protocol.sharding import Block
+from scaletrain.parameter_server.protocol import optimizer as optimizers
+from scaletrain.parameter_server.protocol.sharding import Block, Piece
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, Message, Refused
 from scaletrain.parameter_server.server.shard import OptimizerState, Shard
 
-_MAX_STATE_ENTRIES = 16  # tensors and numbers of one block's optimizer
+_MAX_STATE_ENTRIES = 16  # tensors and numbers of one piece's optimizer state
 _MAX_NUMBER = 1 << 48
 
 
@@ -107,20 +108,32 @@ def _parse_state(value: dict[str, Any], block: Block) -> OptimizerState:
     numbers = value.get("numbers")
     if not isinstance(tensors, list) or not isinstance(numbers, dict):
         raise malformed
-    if len(tensors) + len(numbers) > _MAX_STATE_ENTRIES:
+    if len(tensors) + len(numbers) > _MAX_STATE_ENTRIES * len(block.pieces):
         raise malformed
-    for number in numbers.values():
-        if not _is_number(number):
+    for entry, number in numbers.items():
+        if _piece_of(entry, block) is None or not _is_number(number):
             raise malformed
     state = OptimizerState(numbers=numbers)
     for entry in tensors:
         if not isinstance(entry, list) or len(entry) != 2:
             raise malformed
         name, shape = entry
-        if not isinstance(name, str) or not _is_shape(shape, block.numel):
+        piece = _piece_of(name, block)
+        if piece is None or not _is_shape(shape, piece.numel):
             raise malformed
         state.tensors[name] = torch.zeros(shape)
     return state
+
+
+def _piece_of(entry: Any, block: Block) -> Piece | None:
+    """Return the piece that a key of ``OptimizerState`` names; None if there is none."""
+    if not isinstance(entry, str):
+        return None
+    try:
+        number, _ = optimizers.split_entry(entry)
+    except ValueError:
+        return None
+    return block.pieces[number] if 0 <= number < len(block.pieces) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """The blocks of one server: their weights, gradient sums and optimizers."""
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,9 +42,9 @@ class ModelDescription:
 
 @dataclass
 class OptimizerState:
-    """The state of one block's optimizer, by the optimizer's own names."""
+    """The state of one block's optimizer: by ``PIECE.NAME``, with the optimizer's own names."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # float32, in the block's shape
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # float32, in the piece's shape
     numbers: dict[str, float] = field(default_factory=dict)  # tensors without a dimension, too
 
     def flat_tensors(self) -> list[Tensor]:
@@ -60,21 +61,80 @@ class _SparseGradient:
 
 
 @dataclass
+class _GradientSum:
+    """The dense gradients of a block's next update, added in the order of the ranks.
+
+    The sum is then the same, bit by bit, whatever order they arrive in. A gradient that arrives
+    before one of a lower rank waits where it is.
+    """
+
+    first: Tensor | None = None  # the only gradient so far, where it arrived
+    # float32 (numel); made when a second gradient comes, then kept.
+    sum: Tensor | None = None
+    is_summed: bool = False  # ``sum`` holds gradients of this update
+    next_rank: int = 0  # all lower ranks have been added
+    early: dict[int, Tensor] = field(default_factory=dict)  # by rank: gradients that wait
+
+    def add(self, rank: int, gradient: Tensor) -> None:
+        """Add a gradient, float32 (numel); it has to stay as it is until ``take_mean``."""
+        self.early[rank] = gradient
+        while self.next_rank in self.early:
+            self._add_next(self.early.pop(self.next_rank))
+            self.next_rank += 1
+
+    def take_mean(self, num_gradients: int) -> Tensor:
+        """Use up all gradients; return their sum divided by ``num_gradients``, float32 (numel).
+
+        Some ranks may be missing: lost ones, and those that an update does not wait for.
+        """
+        for rank in sorted(self.early):
+            self._add_next(self.early.pop(rank))
+        self.next_rank = 0
+        self.is_summed = False
+        if self.first is not None:
+            # A single gradient is its own mean: no copy and no division.
+            gradient, self.first = self.first, None
+            return gradient
+        assert self.sum is not None
+        return self.sum.div_(num_gradients)
+
+    def _add_next(self, gradient: Tensor) -> None:
+        """Add the gradient of the next higher rank."""
+        if self.first is not None:
+            if self.sum is None:
+                self.sum = torch.empty_like(gradient)
+            torch.add(self.first, gradient, out=self.sum)
+            self.first = None
+            self.is_summed = True
+        elif self.is_summed:
+            assert self.sum is not None
+            self.sum.add_(gradient)
+        else:
+            self.first = gradient
+
+
+@dataclass
 class _OwnedBlock:
     """One block: its weights, its optimizer, and the gradients of its next update."""
 
     block: Block
     place: int  # of its sequence number in the slab
     flat: Tensor  # the weights, float32 (numel); part of the slab unless the block is sparse
-    parameter: nn.Parameter  # the same memory, in the block's shape
+    # The same memory, piece by piece: torch leaves a parameter without a gradient alone, and counts
+    # the steps of each for itself.
+    parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler | None = None  # of the learning rate; None: workers send the rate
 
     # Gradients since the last update. Written by add and add_rows, used up by apply.
-    num_gradients: int = 0  # dense ones
-    first: Tensor | None = None  # the only dense gradient so far, where it arrived
-    sum: Tensor | None = None  # float32 (numel); made when a second gradient comes, then kept
-    sparse: list[_SparseGradient] = field(default_factory=list)
+    dense: _GradientSum = field(default_factory=_GradientSum)
+    sparse: dict[int, _SparseGradient] = field(default_factory=dict)  # by rank
+    # Numbers of the pieces that no worker has a gradient of; None: there are no gradients yet.
+    absent: set[int] | None = None
+
+    def note_absent(self, absent: Iterable[int]) -> None:
+        """Note the pieces that one more worker has no gradient of."""
+        self.absent = set(absent) if self.absent is None else self.absent.intersection(absent)
 
 
 class Shard:
@@ -119,9 +179,12 @@ class Shard:
             else:
                 start = self.starts[key]
                 flat = dense[start : start + block.numel]
-            parameter = nn.Parameter(flat.view(block.shape or (block.numel,)))
-            optimizer = optimizers.build(description.optimizer, block.group, parameter)
-            owned = _OwnedBlock(block, places[key], flat, parameter, optimizer)
+            parameters = []
+            for piece, in_block in sharding.places(block):
+                values = flat[in_block].view(block.shape or (piece.numel,))
+                parameters.append(nn.Parameter(values))
+            optimizer = optimizers.build(description.optimizer, block.group, parameters)
+            owned = _OwnedBlock(block, places[key], flat, parameters, optimizer)
             if settings.server_lr:
                 owned.schedule = optimizers.scheduler(settings.server_lr, optimizer)
             self._owned[key] = owned
@@ -156,7 +219,8 @@ class Shard:
         Returns:
             float32 (n, width).
         """
-        return self._owned[key].parameter.detach().index_select(0, rows)
+        [table] = self._owned[key].parameters
+        return table.detach().index_select(0, rows)
 
     def set_version(self, key: int, version: int) -> None:
         """Tell the workers that map the slab that a block's weights are complete."""
@@ -164,39 +228,40 @@ class Shard:
 
     # Gradients
 
-    def add(self, key: int, gradient: Tensor) -> None:
-        """Add a dense gradient.
+    def add(self, key: int, rank: int, gradient: Tensor, absent: Iterable[int] = ()) -> None:
+        """Add a worker's dense gradient; between two calls of ``apply`` each rank has one.
 
         Args:
             key: of the block.
-            gradient: float32 (numel). The first one since an update is kept where it is, so the
-                caller must not change it before the next ``apply``.
+            rank: of the worker.
+            gradient: float32 (numel). It may be kept where it is, so the caller must not change it
+                before the next ``apply``.
+            absent: numbers of the pieces that have no gradient, and zeros in its place.
         """
         owned = self._owned[key]
-        owned.num_gradients += 1
-        if owned.num_gradients == 1:
-            owned.first = gradient
-            return
-        if owned.sum is None:
-            owned.sum = torch.empty_like(owned.flat)
-        if owned.first is not None:
-            torch.add(owned.first, gradient, out=owned.sum)
-            owned.first = None
-        else:
-            owned.sum.add_(gradient)
+        owned.note_absent(absent)
+        owned.dense.add(rank, gradient)
 
-    def add_rows(self, key: int, rows: Tensor, values: Tensor) -> None:
-        """Add a sparse gradient.
+    def add_rows(
+        self, key: int, rank: int, rows: Tensor, values: Tensor, is_absent: bool = False
+    ) -> None:
+        """Add a worker's sparse gradient; between two calls of ``apply`` each rank has one.
 
         Args:
             key: of the table's block.
+            rank: of the worker.
             rows: numbers within the block, int64 (n).
             values: float32 (n, width).
+            is_absent: the table has no gradient; without rows that is not the same.
         """
-        self._owned[key].sparse.append(_SparseGradient(rows, values))
+        owned = self._owned[key]
+        owned.note_absent([0] if is_absent else [])
+        owned.sparse[rank] = _SparseGradient(rows, values)
 
     def apply(self, key: int, num_gradients: int, lr: float, version: int) -> None:
         """Take one step of the block's optimizer with the mean of the gradients.
+
+        Pieces that no worker has a gradient of are left alone.
 
         Args:
             key: of the block.
@@ -208,13 +273,23 @@ class Shard:
         if owned.schedule is None:
             owned.optimizer.param_groups[0]["lr"] = lr
         gradient = _mean(owned, num_gradients)
+        absent = owned.absent or set()
+        owned.absent = None
         self._mark(owned, 2 * version - 1)
-        owned.parameter.grad = gradient
+        for number, (_, in_block) in enumerate(sharding.places(owned.block)):
+            parameter = owned.parameters[number]
+            if number in absent:
+                continue
+            if owned.block.sparse:
+                parameter.grad = gradient
+            else:
+                parameter.grad = gradient[in_block].view(parameter.shape)
         # torch's optimizers make sparse tensors from the gradient's rows, which were checked when
         # they came. Without this line torch warns that it does not check them again.
         with torch.sparse.check_sparse_tensor_invariants(False):
             owned.optimizer.step()
-        owned.parameter.grad = None
+        for parameter in owned.parameters:
+            parameter.grad = None
         self._mark(owned, 2 * version)
         if owned.schedule is not None:
             owned.schedule.step()
@@ -230,29 +305,34 @@ class Shard:
         """Return the state of a block's optimizer; the tensors are live memory."""
         owned = self._owned[key]
         state = OptimizerState()
-        for name, value in owned.optimizer.state.get(owned.parameter, {}).items():
-            if isinstance(value, Tensor) and value.dim() > 0:
-                state.tensors[name] = value
-            elif isinstance(value, Tensor):
-                state.numbers[name] = float(value)
-            elif isinstance(value, int | float):
-                state.numbers[name] = value
-        if owned.schedule is not None:
-            state.numbers[_SCHEDULED] = owned.schedule.last_epoch
+        for number, parameter in enumerate(owned.parameters):
+            for name, value in owned.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    state.tensors[f"{number}.{name}"] = value
+                elif isinstance(value, Tensor):
+                    state.numbers[f"{number}.{name}"] = float(value)
+                elif isinstance(value, int | float):
+                    state.numbers[f"{number}.{name}"] = value
+            if owned.schedule is not None:
+                state.numbers[f"{number}.{_SCHEDULED}"] = owned.schedule.last_epoch
         return state
 
     def load_state(self, key: int, state: OptimizerState) -> None:
         """Set the state of a block's optimizer, and the schedule to the updates that it counted."""
         owned = self._owned[key]
-        loaded: dict[str, Any] = dict(state.tensors)
-        for name, number in state.numbers.items():
+        loaded: dict[int, dict[str, Any]] = {}
+        for entry, tensor in state.tensors.items():
+            number, name = optimizers.split_entry(entry)
+            loaded.setdefault(number, {})[name] = tensor
+        for entry, value in state.numbers.items():
+            number, name = optimizers.split_entry(entry)
             if name == _SCHEDULED:
-                _advance(owned.schedule, number)
+                _advance(owned.schedule, value)
             else:
                 # torch keeps counters such as ``step`` as tensors without dimensions.
-                loaded[name] = torch.tensor(float(number))
-        if loaded:
-            owned.optimizer.state[owned.parameter] = loaded
+                loaded.setdefault(number, {})[name] = torch.tensor(float(value))
+        for number, values in loaded.items():
+            owned.optimizer.state[owned.parameters[number]] = values
 
     def schedule_state(self, key: int) -> dict[str, Any] | None:
         """Return a block's schedule as JSON; None without one."""
@@ -292,24 +372,19 @@ def _checked_blocks(table: Any, index: int) -> list[Block]:
 
 
 def _mean(owned: _OwnedBlock, num_gradients: int) -> Tensor:
-    """Use up the gradients of a block; return their mean in the block's shape."""
+    """Use up the gradients of a block; return their mean, flat or sparse like the block."""
     if owned.block.sparse:
         return _mean_of_rows(owned, num_gradients)
-    owned.num_gradients = 0
-    if owned.first is not None:
-        # A single gradient is its own mean: no copy and no division.
-        gradient, owned.first = owned.first, None
-    else:
-        assert owned.sum is not None
-        gradient = owned.sum.div_(num_gradients)
-    return gradient.view(owned.parameter.shape)
+    return owned.dense.take_mean(num_gradients)
 
 
 def _mean_of_rows(owned: _OwnedBlock, num_gradients: int) -> Tensor:
     """Use up the sparse gradients; return their mean as a sparse tensor of the table's shape."""
-    rows = torch.cat([gradient.rows for gradient in owned.sparse])
-    values = torch.cat([gradient.values for gradient in owned.sparse]) / num_gradients
-    owned.sparse = []
+    # In the order of the ranks: the sum does not depend on who came first.
+    gradients = [gradient for _, gradient in sorted(owned.sparse.items())]
+    rows = torch.cat([gradient.rows for gradient in gradients])
+    values = torch.cat([gradient.values for gradient in gradients]) / num_gradients
+    owned.sparse = {}
     # Workers touch the same rows. coalesce() adds up what they have for a row.
     return torch.sparse_coo_tensor(
         rows[None], values, owned.block.shape, check_invariants=False

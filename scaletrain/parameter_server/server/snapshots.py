@@ -20,7 +20,7 @@ from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.server.shard import ModelDescription, OptimizerState, Shard
 from scaletrain.run.atomic import replacing
 
-_FORMAT = "scaletrain-parameter-server-1"
+_FORMAT = "scaletrain-parameter-server-2"
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _load(path: Path, shard: Shard) -> SnapshotHeader:
                 shard.weights(key).copy_(file.get_tensor(f"weights.{key}"))
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name.startswith("state."):
-                    # Split twice only: the optimizer's name for the tensor may hold dots itself.
+                    # Split twice only: the rest names a piece and the optimizer's tensor.
                     _, key_text, entry = name.split(".", 2)
                     states[int(key_text)].tensors[entry] = file.get_tensor(name)
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:

@@ -211,7 +211,7 @@ class Client:
             self._buffers[key] = np.zeros(block.numel, np.float32)
         return self._buffers[key]
 
-    def push(self, key: int, step: int, lr: float) -> None:
+    def push(self, key: int, step: int, lr: float, absent: Sequence[int] = ()) -> None:
         """Send the contents of ``gradient(key)``. Does not wait; ``take`` receives the answer.
 
         Any thread may call this.
@@ -220,8 +220,10 @@ class Client:
             key: the block.
             step: the job's step that the gradient belongs to.
             lr: the learning rate of the update.
+            absent: numbers of the block's pieces that have no gradient; zeros lie in their place.
         """
         values = self.gradient(key)
+        pieces = np.array(absent, np.int64)
         header = Header(
             MessageKind.PUSH,
             self._dtype,
@@ -230,19 +232,20 @@ class Client:
             # Of the weights that the gradient comes from: the server finds its staleness by it.
             version=self._position.versions[key],
             count=len(values),
+            rows=len(pieces),
             lr=lr,
         )
         if self._link(key).shared:
             # Only the header travels: the server reads the gradient where it lies.
             header = header._replace(flags=wire.SHARED, dtype=Dtype.FLOAT32)
-            self._requests.ask(Token(Topic.UPDATE, key), header, [b""])
+            self._requests.ask(Token(Topic.UPDATE, key), header, [b"", pieces])
             return
         encoded = codec.encode(torch.from_numpy(values), self._dtype)
         size = _elements_of_a_message()
         for offset in range(0, len(values), size):
             part = encoded[offset : offset + size]
             part_header = header._replace(offset=offset, count=len(part))
-            self._requests.ask(Token(Topic.UPDATE, key, offset), part_header, [part])
+            self._requests.ask(Token(Topic.UPDATE, key, offset), part_header, [part, pieces])
 
     def take(self, key: int, sink: Callable[[Tensor], None]) -> PushResult:
         """Wait for the answer to ``push``.
@@ -298,7 +301,15 @@ class Client:
 
     # Sparse gradients
 
-    def push_rows(self, key: int, step: int, lr: float, rows: Tensor, values: Tensor) -> None:
+    def push_rows(
+        self,
+        key: int,
+        step: int,
+        lr: float,
+        rows: Tensor,
+        values: Tensor,
+        is_absent: bool = False,
+    ) -> None:
         """Send a sparse gradient. Does not wait; ``take_rows`` receives the answer.
 
         Args:
@@ -307,6 +318,7 @@ class Client:
             lr: the learning rate of the update.
             rows: row numbers within the block, int64, (n,).
             values: float32, (n, width of the table).
+            is_absent: the table has no gradient in this step; ``rows`` is empty.
         """
         payload = codec.encode(values.reshape(-1).contiguous(), self._dtype)
         header = Header(
@@ -315,6 +327,7 @@ class Client:
             key=key,
             step=step,
             version=self._position.versions[key],
+            flags=wire.ABSENT if is_absent else 0,
             rows=len(rows),
             count=payload.size,
             lr=lr,

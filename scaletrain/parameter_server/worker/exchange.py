@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
 from scaletrain.errors import UserError
-from scaletrain.parameter_server.protocol import placement
+from scaletrain.parameter_server.protocol import placement, security
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.worker.beside import ServerBeside
 from scaletrain.parameter_server.worker.client import Client, PushResult
@@ -23,6 +24,9 @@ from scaletrain.parameter_server.worker.local_steps import LocalSteps, Rounds
 from scaletrain.parameter_server.worker.replica import Replica
 from scaletrain.run.layout import RunDir
 from scaletrain.world import World
+
+_STORED_BYTES = 4 << 20  # torch's stores take values of 8 MiB at most
+_ALL_SHARED = "scaletrain/parameter_server/all"  # set once the others can be read
 
 
 class ParameterServerExchange:
@@ -134,6 +138,7 @@ class ParameterServerExchange:
         Raises:
             ServerError: a server is lost, or training cannot go on.
             ValueError: the learning rate was changed after gradients had left with the old one.
+            UserError: a gradient was changed after it had left for the servers.
         """
         client, steps = self._client, self._steps
         assert client and steps
@@ -199,19 +204,52 @@ class ParameterServerExchange:
             self._server.close()
 
     def _share_untrained(self, model: nn.Module, replica: Replica) -> None:
-        """Give rank 0's buffers and frozen parameters to everybody, through the job's store."""
+        """Give rank 0's buffers and frozen parameters to everybody, through the job's store.
+
+        They travel as bytes, so that every type stays as it is, in pieces that a store takes, and
+        sealed with the job's key. A rank 0 that was started again takes the values of the first.
+        """
         trained = {id(parameter) for parameter in replica.parameters}
         tensors = [*model.parameters(), *model.buffers()]
         untrained = [tensor.data for tensor in tensors if id(tensor) not in trained]
+        shared = _SealedStore(self._store, security.job_keys(self._run_dir))
+        is_writer = self.world.rank == 0 and not shared.has(_ALL_SHARED)
         for number, tensor in enumerate(untrained):
-            key = f"scaletrain/parameter_server/{number}"
-            if self.world.rank > 0:
-                raw = torch.frombuffer(bytearray(self._store.get(key)), dtype=torch.uint8)
-                tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
-            elif not self._store.check([key]):  # a rank 0 that was started again keeps the first
-                raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-                # The store takes bytes, too; torch's annotation does not say so.
-                self._store.set(key, raw.numpy().tobytes())  # type: ignore[arg-type]
+            if tensor.numel() == 0:
+                continue
+            raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            for start in range(0, len(raw), _STORED_BYTES):
+                name = f"scaletrain/parameter_server/{number}/{start}"
+                part = raw[start : start + _STORED_BYTES]
+                if is_writer:
+                    shared.set(name, part.tobytes())
+                else:
+                    part[:] = np.frombuffer(shared.get(name), np.uint8)
+            if not is_writer:
+                tensor.copy_(torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape))
+        if is_writer:
+            shared.set(_ALL_SHARED, b"")
+
+
+class _SealedStore:
+    """The job's key-value store, for values that only holders of the job's key can write."""
+
+    def __init__(self, store: torch.distributed.Store, keys: security.Keys):
+        self._store = store
+        self._keys = keys
+
+    def has(self, name: str) -> bool:
+        """Return True if there is a value."""
+        return bool(self._store.check([name]))
+
+    def set(self, name: str, value: bytes) -> None:
+        """Write a value."""
+        # The store takes bytes, too; torch's annotation does not say so.
+        self._store.set(name, self._keys.seal(name, value))  # type: ignore[arg-type]
+
+    def get(self, name: str) -> bytes:
+        """Wait for a value, and return it. Raises ``UserError`` if somebody else wrote it."""
+        return self._keys.unseal(name, self._store.get(name))
 
 
 class _JobSteps:

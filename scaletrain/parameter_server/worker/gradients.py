@@ -6,18 +6,36 @@ The modes ``sync``, ``async`` and ``bounded``; ``local_steps`` has the others.
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.worker.client import PushResult
 from scaletrain.parameter_server.worker.replica import Replica
 
 
+class _Pushed(NamedTuple):
+    """A gradient that has left in this step."""
+
+    rate: float  # of its parameter's group
+    gradient: Tensor | None  # held until the next step, so that another one is noticed
+    version: int  # torch's count of changes in place
+
+
+def _version(gradient: Tensor | None) -> int:
+    """Return torch's count of the changes of a gradient in place."""
+    return 0 if gradient is None else gradient._version
+
+
 class GradientSteps:
     """Pushes each gradient as backward makes it, and waits for the new weights.
+
+    Gradients that backward did not push leave at the end of the step: those of passes inside
+    ``accumulate``, and those that somebody has set. A parameter without a gradient is left alone.
 
     The learning rate travels with the gradients. It is the one that the optimizer's groups hold
     during backward.
@@ -41,9 +59,9 @@ class GradientSteps:
         self._optimizer = optimizer
         self._step = 0  # of the job, that the next gradients belong to
         self._accumulating = False
-        # The rate of its group with which each parameter's gradient has left in this step, by
-        # index. Written by ``_push``, which backward's thread calls, too; emptied by ``begin``.
-        self._pushed_rates: dict[int, float] = {}
+        # The gradients that have left in this step, by the parameter's index. Written by ``_push``,
+        # which backward's thread calls, too; emptied by ``begin``.
+        self._pushed: dict[int, _Pushed] = {}
         # Removed by ``close``. Those of parameters end with the model.
         self._hooks: list[RemovableHandle] = []
         # Checkpoints hold the servers' optimizer state, as long as the servers are there.
@@ -58,7 +76,7 @@ class GradientSteps:
         """Expect the gradients of the job's step ``step``."""
         self._step = step
         self._replica.begin()
-        self._pushed_rates = {}
+        self._pushed = {}
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -77,11 +95,15 @@ class GradientSteps:
 
         Raises:
             ValueError: the learning rate was changed after gradients had left with the old one.
+            UserError: a gradient was changed after it had left.
         """
         self._check_rates()
-        for index in range(len(self._replica.parameters)):
-            if index not in self._pushed_rates:  # this loss did not depend on it
-                self._push(index, None)
+        self._check_gradients()
+        for index, parameter in enumerate(self._replica.parameters):
+            if index not in self._pushed:
+                self._push(index, parameter.grad)
+        # The servers take the optimizer's step. Schedules warn of a step that was never taken.
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]
         return [self._replica.take(block) for block in reversed(self._replica.blocks)]
 
     def close(self) -> None:
@@ -95,13 +117,13 @@ class GradientSteps:
             self._push(index, parameter.grad)
 
     def _push(self, index: int, gradient: Tensor | None) -> None:
-        """Push a parameter's gradient (None: zeros) with the rate of its group."""
-        if index in self._pushed_rates:
+        """Push a parameter's gradient (None: it has none) with the rate of its group."""
+        if index in self._pushed:
             raise RuntimeError(
                 "a second backward pass in one step: wrap all but the last in exchange.accumulate()"
             )
         rate = self._rate(index)
-        self._pushed_rates[index] = rate
+        self._pushed[index] = _Pushed(rate, gradient, _version(gradient))
         if self._settings.divide_lr and self._settings.is_asynchronous:
             # A step of all workers is as many updates: together they move as far as the one update
             # of a synchronous step.
@@ -118,12 +140,24 @@ class GradientSteps:
         # The servers have a schedule of their own, and ignore the rates of workers.
         if self._settings.server_lr is not None:
             return
-        for index, pushed in self._pushed_rates.items():
+        for index, pushed in self._pushed.items():
             rate = self._rate(index)
-            if rate != pushed:
+            if rate != pushed.rate:
                 raise ValueError(
-                    f"learning rate {rate}: the gradients have left with rate {pushed}: "
+                    f"learning rate {rate}: the gradients have left with rate {pushed.rate}: "
                     "set the rate in the optimizer's groups before backward"
+                )
+
+    def _check_gradients(self) -> None:
+        """Raise ``UserError`` if a gradient is not the one that has left any more."""
+        for index, pushed in self._pushed.items():
+            gradient = self._replica.parameters[index].grad
+            if gradient is not pushed.gradient or _version(gradient) != pushed.version:
+                raise UserError(
+                    f"exchange: the gradient of {self._replica.names[index]} was changed after it"
+                    " had left for the servers (allowed: backward inside exchange.accumulate(),"
+                    " then the change, as by clip_grad_norm_; the gradients leave at"
+                    " exchange.step())"
                 )
 
     # Sparse embeddings

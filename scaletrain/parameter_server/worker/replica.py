@@ -1,6 +1,6 @@
 """A worker's copy of the model, cut into blocks: gradients go out, weights come back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,15 +10,19 @@ from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol import optimizer as optimizers
 from scaletrain.parameter_server.protocol import sharding
 from scaletrain.parameter_server.protocol.settings import Settings
-from scaletrain.parameter_server.protocol.sharding import Block, ParameterSpec, Piece
+from scaletrain.parameter_server.protocol.sharding import Block, ParameterSpec, Piece, places
 from scaletrain.parameter_server.worker.client import Client, PushResult
 from scaletrain.parameter_server.worker.staging import Staging
+
+# The types of parameters whose values float32 holds.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class BlockSlice(NamedTuple):
     """The part of a parameter that lies in one block."""
 
     key: int  # the block
+    number: int  # among the pieces of the block
     in_parameter: slice  # of the flat parameter
     in_block: slice
 
@@ -36,6 +40,7 @@ class Replica:
 
     Attributes:
         parameters: the trained parameters, in forward order. An index counts in this list.
+        names: of these parameters, in the same order.
         groups: for each parameter, its group of the server's optimizer.
         optimizer: description of the server's optimizer (``optimizer.describe``).
         blocks: the plan, the same on all workers.
@@ -50,8 +55,11 @@ class Replica:
         group_of = _groups(optimizer)
         _check_all_are_optimized(model, group_of)
         self.parameters: list[nn.Parameter] = []
-        for parameter in model.parameters():
+        self.names: list[str] = []
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
+                _check_dtype(name, parameter)
+                self.names.append(name)
                 # ``_flat`` looks at the same memory as one dimension.
                 parameter.data = parameter.data.contiguous()
                 self.parameters.append(parameter)
@@ -77,9 +85,10 @@ class Replica:
                 self.dense.append(block)
         self._slices: list[list[BlockSlice]] = [[] for _ in self.parameters]
         for block in self.blocks:
-            for piece, in_block in _places(block):
+            for number, (piece, in_block) in enumerate(places(block)):
                 in_parameter = slice(piece.start, piece.stop)
-                self._slices[piece.parameter].append(BlockSlice(block.key, in_parameter, in_block))
+                part = BlockSlice(block.key, number, in_parameter, in_block)
+                self._slices[piece.parameter].append(part)
 
         # Set by ``connect``.
         self._client: Client
@@ -89,6 +98,9 @@ class Replica:
         # Pieces of each dense block whose gradients are still to come. Set by ``begin``, counted
         # down by ``push``.
         self._missing: dict[int, int] = {}
+        # Numbers of the pieces of each dense block that have no gradient in this step. Emptied by
+        # ``begin``, filled by ``push``.
+        self._absent: dict[int, list[int]] = {}
 
     def _specs(self, model: nn.Module, settings: Settings) -> list[ParameterSpec]:
         """Return what ``sharding`` has to know. Raises ``UserError``."""
@@ -134,6 +146,7 @@ class Replica:
     def begin(self) -> None:
         """Expect the gradients of the next step."""
         self._missing = {block.key: len(block.pieces) for block in self.dense}
+        self._absent = {block.key: [] for block in self.dense}
 
     def push(self, index: int, gradient: Tensor | None, step: int, lr: float) -> None:
         """Write a parameter's gradient into its blocks, and push those that are complete.
@@ -142,7 +155,8 @@ class Replica:
 
         Args:
             index: the parameter.
-            gradient: of the parameter's shape, dense or sparse like the parameter; None for zeros.
+            gradient: of the parameter's shape, dense or sparse like the parameter; None: there is
+                none, and the servers leave the parameter alone if no other worker has one.
             step: the job's step that the gradient belongs to.
             lr: the learning rate of the update.
         """
@@ -154,13 +168,14 @@ class Replica:
             target = self._gradients[part.key][part.in_block]
             if flat is None:
                 target.zero_()
+                self._absent[part.key].append(part.number)
             elif self._staging:
                 self._staging.copy(target, flat[part.in_parameter])
             else:
                 target.copy_(flat[part.in_parameter])
             self._missing[part.key] -= 1
             if self._missing[part.key] == 0:
-                self._carrier.push(part.key, step, lr)
+                self._carrier.push(part.key, step, lr, self._absent[part.key])
 
     def take(self, block: Block) -> PushResult:
         """Wait until a block's gradient was used; put a dense one's new weights into the model."""
@@ -172,7 +187,7 @@ class Replica:
         """Return the function that puts a block's weights (float32, flat) into the model."""
 
         def write(values: Tensor) -> None:
-            for piece, in_block in _places(block):
+            for piece, in_block in places(block):
                 target = self._flat(piece.parameter)[piece.start : piece.stop]
                 target.copy_(values[in_block], non_blocking=True)
 
@@ -197,7 +212,9 @@ class Replica:
             bounds = torch.tensor([block.first_row, block.first_row + block.shape[0]])
             first, last = torch.searchsorted(rows, bounds).tolist()
             rows_in_block = rows[first:last] - block.first_row
-            self._client.push_rows(block.key, step, lr, rows_in_block, values[first:last])
+            self._client.push_rows(
+                block.key, step, lr, rows_in_block, values[first:last], is_absent=gradient is None
+            )
 
     # Weights
 
@@ -214,7 +231,7 @@ class Replica:
 
         def sink(offset: int, values: Tensor) -> None:
             """Write the part [offset, offset + len(values)) of the block into the model."""
-            for piece, in_block in _places(block):
+            for piece, in_block in places(block):
                 first = max(in_block.start, offset)
                 last = min(in_block.stop, offset + len(values))
                 if first >= last:  # the part has nothing of this piece
@@ -253,18 +270,17 @@ class Replica:
         Comes before ``store``.
         """
         for block in self.blocks:
-            parameters = [self.parameters[piece.parameter] for piece in block.pieces]
-            states = [optimizer.state.get(parameter, {}) for parameter in parameters]
             tensors: dict[str, Tensor] = {}
             numbers: dict[str, float] = {}
-            for name, value in states[0].items():
-                # A block may hold several parameters: it gets only what all of them have.
-                if value is None or not all(name in state for state in states):
-                    continue
-                if self._is_tensor_state(name, value, block.pieces[0]):
-                    tensors[name] = _state_of_block(name, states, block)
-                else:
-                    numbers[name] = float(value)
+            for number, piece in enumerate(block.pieces):
+                state = optimizer.state.get(self.parameters[piece.parameter], {})
+                for name, value in state.items():
+                    if value is None:
+                        continue
+                    if self._is_tensor_state(name, value, piece):
+                        tensors[f"{number}.{name}"] = _state_of_piece(value, piece, block)
+                    else:
+                        numbers[f"{number}.{name}"] = float(value)
             if tensors or numbers:
                 self._client.set_state(block.key, tensors, numbers)
 
@@ -283,20 +299,22 @@ class Replica:
         """Put the servers' state into ``optimizer``, in the form that its own would have."""
         for block in self.blocks:
             tensors, numbers = self._client.state(block.key)
-            for piece, in_block in _places(block):
+            for entry, value in numbers.items():
+                number, name = optimizers.split_entry(entry)
+                parameter = self.parameters[block.pieces[number].parameter]
+                # torch keeps counters such as ``step`` as tensors without dimensions.
+                optimizer.state[parameter][name] = torch.tensor(float(value))
+            for entry, tensor in tensors.items():
+                number, name = optimizers.split_entry(entry)
+                piece = block.pieces[number]
                 parameter = self.parameters[piece.parameter]
                 state = optimizer.state[parameter]
-                for name, number in numbers.items():
-                    # torch keeps counters such as ``step`` as tensors without dimensions.
-                    state[name] = torch.tensor(float(number))
-                for name, tensor in tensors.items():
-                    if tensor.numel() != block.numel:  # of an optimizer that looks at whole tensors
-                        state[name] = tensor
-                        continue
-                    if name not in state or state[name].shape != parameter.shape:
-                        state[name] = torch.zeros(parameter.shape)
-                    values = tensor.reshape(-1)[in_block]
-                    state[name].view(-1)[piece.start : piece.stop] = values
+                if tensor.numel() != piece.numel:  # of an optimizer that looks at whole tensors
+                    state[name] = tensor
+                    continue
+                if name not in state or state[name].shape != parameter.shape:
+                    state[name] = torch.zeros(parameter.shape)
+                state[name].view(-1)[piece.start : piece.stop] = tensor.reshape(-1)
 
     def _flat(self, index: int) -> Tensor:
         """Return a parameter's weights as one dimension, in the same memory."""
@@ -306,14 +324,6 @@ class Replica:
 def needs_staging(device: torch.device) -> bool:
     """Return True if gradients of this device pass through page-locked memory."""
     return device.type != "cpu"
-
-
-def _places(block: Block) -> Iterator[tuple[Piece, slice]]:
-    """Yield the pieces of a block, each with its place in the block."""
-    start = 0
-    for piece in block.pieces:
-        yield piece, slice(start, start + piece.numel)
-        start += piece.numel
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> dict[int, int]:
@@ -333,6 +343,17 @@ def _check_all_are_optimized(model: nn.Module, group_of: dict[int, int]) -> None
                 f"optimizer: parameter {name} needs a gradient "
                 "and is in none of the optimizer's groups"
             )
+
+
+def _check_dtype(name: str, parameter: nn.Parameter) -> None:
+    """Raise ``UserError`` if float32, the type of servers' weights, would cut values off."""
+    if parameter.dtype not in _DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        raise UserError(
+            f"exchange: parameter_server does not train parameter {name} of type {dtype}"
+            f" (allowed: {allowed}, or another exchange)"
+        )
 
 
 def _sparse_tables(model: nn.Module) -> set[int]:
@@ -357,20 +378,18 @@ def _outer_optimizer(settings: Settings) -> dict[str, Any]:
     return {"name": "SGD", "groups": [options]}
 
 
-def _state_of_block(name: str, states: list[dict[str, Any]], block: Block) -> Tensor:
-    """Return one tensor of an optimizer's state as a block's server holds it (float32, CPU).
+def _state_of_piece(tensor: Tensor, piece: Piece, block: Block) -> Tensor:
+    """Return one tensor of an optimizer's state as the piece's server holds it (float32, CPU).
 
     Args:
-        name: of the tensor.
-        states: the optimizer's state of the parameter of each piece.
-        block: a flat block gets a flat tensor; part of a sparse table (rows, width); a block that
-            is a whole tensor gets the state's own shape, which need not be the parameter's.
+        tensor: of the whole parameter.
+        piece: of the block.
+        block: a piece of a flat one gets a flat tensor; part of a sparse table (rows, width); a
+            block that is a whole tensor gets the state's own shape, which need not be the
+            parameter's.
     """
+    whole = tensor.detach().float().cpu()
     if block.shape and not block.sparse:
-        return states[0][name].detach().float().cpu()
-    ranges = []
-    for piece, state in zip(block.pieces, states, strict=True):
-        flat = state[name].detach().float().cpu().reshape(-1)
-        ranges.append(flat[piece.start : piece.stop])
-    values = torch.cat(ranges)
+        return whole
+    values = whole.reshape(-1)[piece.start : piece.stop]
     return values.view(block.shape) if block.sparse else values

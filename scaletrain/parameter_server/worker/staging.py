@@ -5,7 +5,7 @@ Copies overlap: neither the training thread nor the device waits for one without
 
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ class _Copy(NamedTuple):
     key: int
     step: int
     lr: float
+    absent: Sequence[int]
 
 
 class Staging:
@@ -83,9 +84,9 @@ class Staging:
             # Its memory must not be given to others before it has been copied.
             source.record_stream(self._stream)
 
-    def push(self, key: int, step: int, lr: float) -> None:
+    def push(self, key: int, step: int, lr: float, absent: Sequence[int] = ()) -> None:
         """Push a block after its copies. Does not wait; ``take`` receives the answer."""
-        self._copies.put(_Copy(self._record(self._stream), key, step, lr))
+        self._copies.put(_Copy(self._record(self._stream), key, step, lr, absent))
 
     def take(self, key: int, sink: Callable[[Tensor], None]) -> PushResult:
         """Wait for the answer to ``push``.
@@ -121,7 +122,7 @@ class Staging:
             try:
                 copy.done.synchronize()
                 np.copyto(self._client.gradient(copy.key), self.gradients[copy.key].numpy())
-                self._client.push(copy.key, copy.step, copy.lr)
+                self._client.push(copy.key, copy.step, copy.lr, copy.absent)
             except Exception as error:  # of any kind: the training thread must not wait for ever
                 self._client.fail(f"gradient of block {copy.key}: {type(error).__name__}: {error}")
 
