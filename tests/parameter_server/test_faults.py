@@ -15,6 +15,7 @@ import pytest
 import torch
 import zmq
 
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, MessageKind
@@ -160,7 +161,7 @@ def test_a_restored_server_gives_workers_time_to_come_back(tmp_path):
     successor._restore()
     successor._tick(time.monotonic())
     assert successor._blocks.updates == 2 and successor._tally.lost == []
-    successor._tick(time.monotonic() + made.timeout_s + 1)
+    successor._tick(time.monotonic() + Timeouts(made.timeout_s).join_s + 1)
     assert [loss.rank for loss in successor._tally.lost] == [0]
 
 
