@@ -103,6 +103,15 @@ def message(tree: dict, **settings) -> str:
             ["checkpoint", "evry_steps", "did you mean 'every_steps'"],
         ),
         ({"model": 7}, ["model", "7"]),
+        (
+            {"init_from": {"path": "runs/a", "best": True}},
+            ["key init_from.best", "(allowed: allow_missing, allow_unexpected, ema, path, prefix)"],
+        ),
+        ({"checkpoint": None}, ["checkpoint: None", "a mapping with keys of best, every_steps"]),
+        (
+            {"exchange": "native:find_unused_parameters=true"},
+            ["exchange: 'native:find", "--set exchange.find_unused_parameters=true"],
+        ),
     ],
 )
 def test_a_mistake_is_named(settings: dict, words: list[str]):
@@ -257,6 +266,16 @@ def test_naming_the_same_exchange_keeps_the_files_options():
     assert tree["exchange"] == {"name": "scheduled", "collective": "ring", "bucket_mb": 3.0}
     grammar.set_key(tree, "exchange", "native")
     assert tree["exchange"] == {"name": "native"}
+
+
+def test_a_text_in_place_of_a_mapping_sets_what_it_stands_for():
+    tree: dict = {"init_from": {"path": "runs/a", "ema": True}, "bad_samples": {"skip": 3}}
+    grammar.set_key(tree, "init_from", "weights.pt")
+    grammar.set_key(tree, "bad_samples", "stop")
+    assert tree == {"init_from": "weights.pt", "bad_samples": "stop"}
+    grammar.set_key(tree, "init_from.ema", True)
+    grammar.set_key(tree, "bad_samples.skip", 5)
+    assert tree == {"init_from": {"path": "weights.pt", "ema": True}, "bad_samples": {"skip": 5}}
 
 
 def test_names_that_people_type_are_unique():

@@ -457,6 +457,12 @@ def _mistake(error: ErrorDetails, schema: type[BaseModel], where: str, prefix: s
         return unknown(f"{where}: key {key}", str(location[-1]), inner.model_fields)
     if error["type"] == "missing":
         return UserError(f"{where}: {key}: is missing")
+    if error["type"] == "model_type":
+        keys = ", ".join(sorted(_schema_at(schema, location).model_fields))
+        return UserError(
+            f"{where}: {key}: {error['input']!r} is not allowed (allowed: a mapping with keys of"
+            f" {keys})"
+        )
     # What is left of pydantic's sentence reads on after "allowed:".
     allowed = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     allowed = allowed.partition(", unable to parse")[0]
@@ -488,9 +494,16 @@ def _schema_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> type
         # An index of a list, or the name of a union's branch: the model stays the same.
         if field is None:
             continue
-        # The model may be wrapped, as in `Compute | None`.
-        for candidate in (field.annotation, *typing.get_args(field.annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                schema = candidate
-                break
+        schema = _model_in(field.annotation) or schema
     return schema
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the model that an annotation wraps, as ``Annotated[Compute, ...] | None`` does."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        model = _model_in(argument)
+        if model is not None:
+            return model
+    return None

@@ -11,6 +11,9 @@ from scaletrain.config import yaml
 from scaletrain.config.schema import Named
 from scaletrain.errors import UserError, unknown
 
+# Keys whose text stands for something else than the name of a plugin: the option that it sets.
+_TEXT_SETS = {"init_from": "path", "scaling": "rule", "best": "figure", "bad_samples": None}
+
 
 class Spec(NamedTuple):
     """A plugin's name and the options that were typed with it, not yet checked."""
@@ -103,6 +106,12 @@ def expand_exchange(text: str, where: str = "") -> dict[str, Any]:
         options = _option_names(name)
         if not options:
             raise UserError(f"exchange: {text!r}: {name} has no options")
+        option = value.partition("=")[0]
+        if option in options:
+            raise UserError(
+                f"{where}exchange: {text!r} is not allowed (allowed: {name}, with"
+                f" --set exchange.{value} beside it)"
+            )
         # Not checked here: `checks` does it, with the plugin's own types.
         tree[options[0]] = value
     if transport:
@@ -138,7 +147,7 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
             unless it is the same plugin: then the options that the file gives are kept.
     """
     # Without a dot the value names the plugin itself; with one it is an option of the plugin.
-    is_name = "." not in dotted and isinstance(value, str)
+    is_name = "." not in dotted and isinstance(value, str) and dotted not in _TEXT_SETS
     before = tree.get(dotted)
     if is_name and isinstance(before, dict):
         named = _as_mapping(dotted, value)
@@ -159,7 +168,10 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _as_mapping(key: str, text: str) -> dict[str, Any]:
-    return expand_exchange(text) if key == "exchange" else {"name": text}
+    if key == "exchange":
+        return expand_exchange(text)
+    option = _TEXT_SETS.get(key, "name")
+    return {option: text} if option else {}
 
 
 def _option_names(exchange: str) -> list[str]:

@@ -96,6 +96,8 @@ def state(files: RunDir, statuses: list[RankStatus]) -> tuple[bool, str]:
         return False, f"failing: rank {', '.join(map(str, failed))}"
     if all(status.report.ended for status in statuses):
         return True, "finished" if files.has_finished() else "ended"
+    if all(status.report.doing == progress.SCRIPT for status in statuses):
+        return False, progress.SCRIPT  # which promises no signs of life
     silent_s = min(status.silent_s for status in statuses)
     if silent_s > 60:
         return False, f"no rank has given a sign of life for {silent_s:.0f} s"

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -243,6 +244,19 @@ class _OrderedDDP(DistributedDataParallel):
             self.reducer._push_all_rebuilt_params()
             self.reducer._rebuild_buckets()
 
+    def _pre_forward(self, *inputs: Any, **options: Any) -> Any:
+        try:
+            return super()._pre_forward(*inputs, **options)
+        except RuntimeError as error:
+            if "finished reduction in the prior iteration" not in str(error):
+                raise
+            raise _without_gradient(error, self._numbered_names()) from None
+
+    def _numbered_names(self) -> list[str]:
+        """Return the names of the trained parameters in the order in which DDP numbers them."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        return [names[id(parameter)] for parameter in self._build_params_for_reducer()[0]]
+
     def _build_params_for_reducer(self) -> tuple[list[Any], list[bool]]:
         parameters, are_sparse = super()._build_params_for_reducer()
         order = self._known_order
@@ -250,6 +264,24 @@ class _OrderedDDP(DistributedDataParallel):
         if not self._is_known:
             return parameters, are_sparse
         return [parameters[each] for each in order], [are_sparse[each] for each in order]
+
+
+def _without_gradient(error: RuntimeError, names: list[str]) -> UserError:
+    """Return DDP's error about parameters without a gradient in the words of a job.
+
+    Args:
+        error: of DDP, which names parameters by their numbers.
+        names: of the parameters, by number.
+    """
+    described = "some parameters"
+    numbers = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+    if numbers:
+        described = ", ".join(names[int(number)] for number in numbers[1].split())
+    return UserError(
+        f"model: the loss of the last step gave no gradient to {described} (allowed: a loss that"
+        " depends on all trained parameters, freeze: [names] for those that it never needs, or"
+        " --set exchange.find_unused_parameters=true for those that it needs in some steps)"
+    )
 
 
 # DDP insists on the parameter's name ``bucket``, and on annotations that are not strings.

@@ -111,6 +111,10 @@ def test_the_states_of_a_run(tmp_path: Path):
     assert state() == (False, "no rank has given a sign of life for 80 s")
     write_rank(files, 1, 5, doing=progress.FAILED)
     assert state() == (False, "failing: rank 1")
+    for rank in range(2):
+        write_rank(files, rank, 0, step=None, time=NOW - 90, doing=progress.SCRIPT)
+    assert state() == (False, "running a script")
+    write_rank(files, 1, 5, doing=progress.FAILED)
     failure = Failure(1, "host1", 5, NOW, FailureKind.EXCEPTION, "ValueError: mine")
     write_json(files.first_cause, failure._asdict())
     assert state() == (True, "failed: rank 1: ValueError: mine")

@@ -56,3 +56,28 @@ def _two_models(rank: int, size: int, folder: Path) -> list[float]:
 def test_one_of_several_models_is_stepped_by_name(tmp_path: Path):
     # The mean gradient over the ranks is (0 + 1) / 2.
     assert run_ranks(_two_models, 2, tmp_path) == [[1.0, 0.5], [1.0, 0.5]]
+
+
+def _one_head_of_two(rank: int, size: int, folder: Path) -> str:
+    """Train one of two heads for two steps; return the error of the second one."""
+    store = dist.FileStore(str(folder / "store"), size)
+    setup = Setup(store, torch.device("cpu"), timedelta(seconds=20), folder)
+    joined = plugins.load("exchange", "native")(World(rank, size, rank, size), setup)
+    heads = torch.nn.ModuleDict({"used": torch.nn.Linear(1, 1), "left": torch.nn.Linear(1, 1)})
+    model = torch.nn.Sequential()
+    model.add_module("heads", heads)
+    model.forward = lambda inputs: heads["used"](inputs)  # type: ignore[method-assign]
+    attached = joined.attach(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    attached(torch.ones(1, 1)).sum().backward()
+    joined.step()
+    with pytest.raises(UserError) as caught:
+        attached(torch.ones(1, 1))
+    joined.close()
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_parameters_without_a_gradient_are_named(tmp_path: Path):
+    (text,) = run_ranks(_one_head_of_two, 1, tmp_path)
+    assert "gave no gradient to heads.left.weight, heads.left.bias (allowed: " in text
+    assert "exchange.find_unused_parameters=true" in text
