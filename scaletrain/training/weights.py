@@ -190,6 +190,11 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
             return held[key]
     if not isinstance(held, Mapping):
         raise UserError(f"init_from: {path} holds a {type(held).__name__} (allowed: a state dict)")
+    if held and not any(isinstance(value, Tensor) for value in held.values()):
+        raise UserError(
+            f"init_from: {path} holds no tensors, but {patterns.listed([*map(str, held)])} (allowed: a"
+            f" state dict, alone or under {', '.join(_WITHIN)})"
+        )
     return held
 
 

@@ -61,7 +61,7 @@ def test_one_of_several_models_is_stepped_by_name(tmp_path: Path):
 def _one_head_of_two(rank: int, size: int, folder: Path) -> str:
     """Train one of two heads for two steps; return the error of the second one."""
     store = dist.FileStore(str(folder / "store"), size)
-    setup = Setup(store, torch.device("cpu"), timedelta(seconds=20), folder)
+    setup = Setup(store, torch.device("cpu"), Timeouts(20.0), folder)
     joined = plugins.load("exchange", "native")(World(rank, size, rank, size), setup)
     heads = torch.nn.ModuleDict({"used": torch.nn.Linear(1, 1), "left": torch.nn.Linear(1, 1)})
     model = torch.nn.Sequential()

@@ -131,6 +131,13 @@ def test_a_damaged_file_is_one_line(content: bytes, tmp_path: Path):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_weights_below_another_key_are_not_guessed(tmp_path: Path):
+    path = tmp_path / "all.pt"
+    torch.save({"net": network().state_dict(), "step": 3}, path)
+    with pytest.raises(UserError, match=r"no tensors, but net, step \(allowed: a state dict"):
+        weights.load(InitFrom(path=str(path)), network())
+
+
 def test_frozen_parameters_stay_and_the_others_follow_plain_torch(tmp_path: Path):
     tree = {
         "model": {"name": "mlp", "sizes": [8, 16, 4]},
