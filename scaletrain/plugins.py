@@ -55,7 +55,7 @@ _USERS_ONLY = {
     "loss": 2,  # loss(output, target, *, ...)
 }
 
-# What an option's annotation may use.
+# The names that an option's annotation may use.
 _TYPES = {
     "int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "tuple": tuple, "Any": Any,
     "Literal": Literal, "Annotated": Annotated, "None": None,
@@ -327,7 +327,7 @@ def _annotation(node: ast.expr | None) -> Any:
     if node is None:
         return Any
     for part in ast.walk(node):
-        # So what is evaluated below consists of names from _TYPES alone.
+        # So the text that is evaluated below consists of names from _TYPES alone.
         if isinstance(part, ast.Name) and part.id not in _TYPES:
             return Any
     code = compile(ast.Expression(node), "<annotation>", "eval")

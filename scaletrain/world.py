@@ -133,7 +133,7 @@ class Launcher(NamedTuple):
     local_size: str = ""
     node: str = ""
     num_nodes: str = ""
-    # Whether the variables mean in this environment what they say.
+    # Whether the variables can be believed in this environment.
     within: Callable[[Mapping[str, str]], bool] = lambda env: True
 
     def read(self, env: Mapping[str, str]) -> World | None:
@@ -164,12 +164,12 @@ class Launcher(NamedTuple):
             num_nodes=self._number_or_unknown(env, self.num_nodes),
             launcher=_name(self, env),
         )
-        # What the launcher did not say can follow from the sizes, without asking other ranks.
+        # Facts that the launcher left out may follow from the sizes, without asking other ranks.
         if size == 1:
             world = world._replace(local_rank=0, local_size=1, node=0, num_nodes=1)
         elif world.local_size == size:
             world = world._replace(node=0, num_nodes=1)
-        # Variables of two launches, mixed up: such a local rank would choose another worker's GPU.
+        # Variables of two launches, mixed up: this local rank would choose another worker's GPU.
         if world.local_size != UNKNOWN and world.local_rank >= world.local_size:
             set_here = [name for name in (self.local_rank, self.local_size) if name in env]
             shown = ", ".join(f"{name}={env[name]}" for name in set_here)

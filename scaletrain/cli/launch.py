@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from scaletrain.launching.plan import LaunchPlan
 
 
-# Our options end where the command begins: what stands behind it belongs to it, also without `--`.
+# Our options end where the command begins: all later words belong to it, also without `--`.
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "-n",

@@ -142,7 +142,7 @@ def _remark(status: "RankStatus") -> str:
         remarks.append(f"{status.num_behind:,} steps behind")
     if status.holds_up:
         remarks.append("the others wait for it")
-    # A collective under way is what training looks like.
+    # A collective under way is normal while training.
     if report.waiting_for and status.silent_s > 1:
         remarks.append(f"waits for {report.waiting_for}")
     elif report.doing != "step":

@@ -24,7 +24,7 @@ from scaletrain.errors import UserError, did_you_mean, unknown
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# What options belong to that are set without a name.
+# The plugins that options without a name belong to.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "loss": {"name": "cross_entropy"},
     "optimizer": {"name": "sgd", "lr": 0.1},
@@ -38,7 +38,7 @@ def load(path: Path, settings: dict[str, Any] | None = None) -> RunConfig:
 
     Args:
         path: the file.
-        settings: values by dotted key, which replace those of the file.
+        settings: values by dotted key. They replace the file's values.
 
     Raises:
         UserError: the first thing that is wrong, in one line.
@@ -399,7 +399,7 @@ def plugin_spec(
         kind: a key of ``plugins.KINDS``.
         text: the short form.
         where: the beginning of an error's line.
-        also: names that are allowed beside those of the plugins.
+        also: further names that are allowed beside the plugins.
 
     Raises:
         UserError: the name, an option or a value is not allowed.

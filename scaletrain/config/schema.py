@@ -44,7 +44,7 @@ class ParameterGroup(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that differ from those of the optimizer."""
+        """The options that differ from the optimizer's own."""
         return dict(self.model_extra or {})
 
 
@@ -177,7 +177,7 @@ class Checkpoint(Strict):
 
 
 class InitFrom(Strict):
-    """Weights to begin with. A resumed run has those of its checkpoint instead."""
+    """Weights to begin with. A resumed run begins with its checkpoint's weights instead."""
 
     path: str
     """A safetensors file, a .pt file with a state dict, a checkpoint, or the directory of a run,
@@ -197,7 +197,7 @@ class InitFrom(Strict):
 
 
 class BadSamples(Strict):
-    """What is done about samples that cannot be read."""
+    """The policy for samples that cannot be read."""
 
     skip: Annotated[int, Field(ge=0)]
     """Leave out and count up to so many in a run; 0: the first one ends it."""

@@ -30,7 +30,7 @@ def check(text: str, kind: str, key: str = "") -> tuple[str, dict[str, Any]]:
     allowed = (AUTO, NATIVE) if kind == "collective" else (AUTO,)
     if text in allowed:
         return text, {}
-    # Not at the top: what reads configurations takes longer to load than the engine.
+    # Not at the top: modules that read configurations take longer to load than the engine.
     from scaletrain.config import plugin_spec
 
     return plugin_spec(kind, text, key or kind, allowed)

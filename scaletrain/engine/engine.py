@@ -54,7 +54,7 @@ class Engine:
         self.transport_name = transport_name
         connect = plugins.load("transport", transport_name)
         self._transport: Transport = connect(group, **transport_options)
-        # None: this wire cannot compare what the ranks want.
+        # None: this wire cannot compare the ranks' calls.
         self._announce: Callable[[Call], None] | None = getattr(self._transport, "announce", None)
         if self._collective == NATIVE and not self._has_own_allreduce():
             raise unknown(f"collective over {transport_name}", NATIVE, plugins.names("collective"))

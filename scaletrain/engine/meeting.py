@@ -94,7 +94,7 @@ def wait_for_keys(group: Group, keys: list[str], owners: Sequence[int]) -> None:
 
     Raises:
         TimeoutError: some keys are missing; names the ranks that should have set them.
-        ConnectionError: such a rank has ended, the group was ended, or the store is gone.
+        ConnectionError: one of these ranks has ended, the group was ended, or the store is gone.
     """
     began = time.monotonic()
     checked_at = began

@@ -96,7 +96,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._store = store
         self._timeout = timeout
         self._options = options
-        # What the ranks need to know of each other is there when gloo has connected them.
+        # The store holds the facts about each rank by the time gloo has connected them.
         introduce(store, rank)
         if rank == 0:
             store.set("place", uuid.uuid4().hex)

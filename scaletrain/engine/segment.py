@@ -109,7 +109,7 @@ class Segment:
         self._spins = _SPINS if self.a_core_each else 1
 
     def put(self, counter: int, value: int) -> None:
-        """Set one of this rank's counters that nobody waits for."""
+        """Set one of this rank's counters without waking ranks: none waits for it."""
         self._words[self.rank * self._words_per_rank + (1 + counter) * _LINE] = value
 
     def write(self, counter: int, value: int) -> None:

@@ -1,4 +1,4 @@
-"""Facts about this host that must fit those of the other hosts of a job."""
+"""Facts about this host that must fit the other hosts of a job."""
 
 import dataclasses
 import importlib.metadata

@@ -137,7 +137,7 @@ def _say_ready(control: socket.socket) -> None:
 
 
 def _receive(control: socket.socket) -> tuple[Order, list[int]] | None:
-    """Return an order, and the descriptors for it; None if nobody is there to give one."""
+    """Return an order, and the descriptors for it; None if the other end has closed."""
     try:
         data, received, _, _ = socket.recv_fds(control, 1, _MAX_DESCRIPTORS)
     except OSError:
@@ -201,7 +201,7 @@ def _lead(order: Order) -> None:
 
 
 def _become(order: Order, descriptors: list[int]) -> None:
-    """Turn this process into that of an order, and answer with its id."""
+    """Turn this process into the one that an order describes, and answer with its id."""
     answer = _place(order, descriptors)
     if order.cores:
         os.sched_setaffinity(0, order.cores)
@@ -218,7 +218,7 @@ def _become(order: Order, descriptors: list[int]) -> None:
 
 
 def _place(order: Order, descriptors: list[int]) -> int:
-    """Give the descriptors their numbers; return that of the pipe for the answer."""
+    """Give the descriptors their numbers; return the number of the pipe for the answer."""
     numbers = (0, 1, 2, *order.descriptors)
     # First out of the way: one may lie at another's number.
     above = max(*numbers, *descriptors) + 1

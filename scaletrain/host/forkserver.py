@@ -33,7 +33,7 @@ from scaletrain.host.processes import dies_with_parent
 inherited: "Server | None" = None
 
 
-READY = b"1"  # what a server says when it can fork; anything else says why it cannot
+READY = b"1"  # a server sends this when it can fork; anything else says why it cannot
 _MAX_OBSTACLE = 500  # bytes
 
 
@@ -153,8 +153,8 @@ class Server:
                 env=environ,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # What goes wrong in it goes wrong in a process that is started in the usual way,
-                # too, which says so.
+                # A fault in it comes up again in the process that is started in the usual way,
+                # and that one reports it.
                 stderr=subprocess.DEVNULL,
                 process_group=0,
                 preexec_fn=dies_with_parent(signal.SIGKILL),

@@ -121,7 +121,7 @@ def kill_marked(variable: str, mark: str) -> None:
 def reset_signals(blocked: Collection[int] = ()) -> None:
     """Give this process the signals that a program expects at its start.
 
-    Whoever started it may ignore or block some, and programs inherit both. With SIGCHLD ignored, a
+    Its starter may ignore or block some, and programs inherit both. With SIGCHLD ignored, a
     failed child has status 0; with SIGTERM blocked, nothing is stopped in good order.
 
     SIGHUP stays ignored if it is, for nohup.

@@ -19,7 +19,7 @@ _FIELDS = {
     "arg_start": 48, "arg_end": 49, "env_start": 50, "env_end": 51, "auxv": None,
 }  # fmt: skip
 
-# What the kernel shows must stay in memory.
+# The text that the kernel shows must stay in memory.
 _shown: "ctypes.Array[ctypes.c_char] | None" = None
 
 
@@ -32,7 +32,7 @@ class _Map(ctypes.Structure):
 
 
 def show(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Show a command line and an environment as those of this process.
+    """Show a command line and an environment as this process's own.
 
     Return False if the kernel cannot do that: the old ones are shown then.
     """

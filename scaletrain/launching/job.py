@@ -131,7 +131,7 @@ class Job(NamedTuple):
     command: tuple[str, ...]  # a person's own command, without rank; empty for a training run
     workers: int
     run_dir: Path  # records, failures and rendezvous; on several hosts a shared directory
-    program: Program | None = None  # what the workers run; None: ``command`` as it is
+    program: Program | None = None  # the workers run it; None: ``command`` as it is
     resume: bool = False  # a training run that goes on from its last checkpoint
     min_workers: int | None = None  # the job goes on while this many live; None: all of them
     timeout_s: float = 60.0  # a worker without progress for this long counts as hung

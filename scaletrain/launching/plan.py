@@ -54,7 +54,7 @@ class LaunchPlan(NamedTuple):
     companions: tuple[Companion, ...] = ()  # the job's, as this launcher starts them
     # Other hosts start their parts of the same job, in the same run directory.
     is_part: bool = False
-    # If set: the error that says what this host lacks to carry the plan out.
+    # If set: this host cannot carry the plan out, and the error says why.
     missing: str = ""
     # Workers run in images of their own: a script need not be a file of this host.
     in_containers: bool = False

@@ -25,7 +25,7 @@ from scaletrain.launching import hosts as host_lists
 from scaletrain.launching.job import Program
 
 _ANSWER_S = 60.0  # a host that does not answer within this time is given up
-_SSH_FAILED = 255  # its exit status; all others are those of the command there
+_SSH_FAILED = 255  # ssh's own exit status; all others come from the command there
 _CLOCK_LOOKS = 5  # the quickest answer tells the clock best
 _SSH = ("ssh", "-oBatchMode=yes", "-oConnectTimeout=10", "-oStrictHostKeyChecking=accept-new")
 
@@ -42,8 +42,8 @@ def named_hosts(hosts: str, hostfile: Path | None) -> list[str]:
     """Return the hosts that a person means, each once.
 
     Args:
-        hosts: ``a,b`` or ``n[01-04]``; empty: those of the host file, or of the allocation of SLURM
-            that this is inside of.
+        hosts: ``a,b`` or ``n[01-04]``; empty: the hosts of the host file, or of the SLURM
+            allocation around us.
         hostfile: a file for mpirun: a host a line, perhaps with ``slots=4`` or ``:4`` behind it.
     """
     if hosts and hostfile:

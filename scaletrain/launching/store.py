@@ -8,7 +8,7 @@ from scaletrain.host.addresses import interface_of
 def bind_store(address: str, workers: int, environ: dict[str, str]) -> socket.socket:
     """Bind a free port for the job's store, and return the listening socket.
 
-    The process that serves the store inherits it; nobody guesses a port.
+    The process that serves the store inherits it, so no port is guessed.
 
     Args:
         address: the address of this host to bind.

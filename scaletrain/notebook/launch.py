@@ -62,7 +62,7 @@ class WorkerError(RuntimeError):
     """A worker has failed. The text is the first cause, with its traceback."""
 
     def _render_traceback_(self) -> list[str]:
-        """Show the worker's traceback in the notebook, and not that of ``notebook_launch``."""
+        """Show the worker's traceback in the notebook, instead of ``notebook_launch``'s own."""
         return str(self).splitlines()
 
 
@@ -260,7 +260,7 @@ class _Team:
             store=store,
         )
         with warnings.catch_warnings():
-            # Python 3.12 warns of what `worker` takes care of.
+            # Python 3.12 warns of a fork beside threads; `worker` takes care of that.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
@@ -271,7 +271,7 @@ class _Team:
             except BaseException:
                 traceback.print_exc()
             finally:
-                os._exit(status)  # what the kernel does at its end is not for a fork
+                os._exit(status)  # a fork must not run the kernel's exit handlers
         there.close()
         os.close(out_there)
         os.close(err_there)

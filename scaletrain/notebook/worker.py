@@ -98,7 +98,7 @@ def _work(assignment: Assignment) -> None:
 
 
 def _reset_signals() -> None:
-    # The event loop of the kernel's main thread is told of signals through a pipe.
+    # The event loop of the kernel's main thread learns of signals through a pipe.
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
@@ -128,7 +128,7 @@ def _let_go_of_descriptors(assignment: Assignment) -> None:
 
 
 def _write_to(out: int, err: int) -> None:
-    """Make standard output and error those of an ordinary process, which writes into pipes."""
+    """Give standard output and error pipes to write into, as an ordinary process has them."""
     before = (sys.stdout, sys.stderr)
     os.dup2(out, 1)
     os.dup2(err, 2)

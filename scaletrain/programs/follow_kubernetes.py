@@ -219,7 +219,7 @@ class PodOutput:
         self._writer = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # From the beginning: what was shown already is passed over.
+        # From the beginning: lines that were shown already are passed over.
         with open(self._output.path, "wb") as file:
             return subprocess.Popen(
                 self._argv, stdout=file, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL

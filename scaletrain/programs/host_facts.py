@@ -59,7 +59,7 @@ def _reached(peers: dict[str, list[Any]], greeting: bytes) -> dict[str, list[str
             return False
 
     reached: dict[str, list[str]] = {}
-    # At once: an address that nobody answers at takes its whole time.
+    # All at once: an address without an answer takes the whole time limit.
     with ThreadPoolExecutor(32) as pool:
         for host, (port, *addresses) in peers.items():
             answered = pool.map(answers, addresses, [port] * len(addresses))

@@ -161,7 +161,7 @@ def _run(words: list[str]) -> None:
         sys.argv = words[1:]  # runpy puts the module's file in the place of its name
         if not is_safe_path:
             _put_first(os.getcwd())
-        # What the interpreter itself calls for -m. The public functions of runpy take __main__
+        # The interpreter itself calls this for -m. The public functions of runpy take __main__
         # away again when its code has run.
         runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
     elif words[0] == "-c":
@@ -224,7 +224,7 @@ def _put_first(directory: str) -> None:
 
 
 def _is_same_file(first: str, second: str) -> bool:
-    # What lies in a zip file is no file.
+    # Members of a zip file are no files.
     if not (os.path.exists(first) and os.path.exists(second)):
         return first == second
     return os.path.samefile(first, second)

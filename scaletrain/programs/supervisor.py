@@ -33,7 +33,7 @@ def _first_line(fd: int) -> bytes:
     """Read a line and not a byte more: the selector must see what comes after it."""
     line = b""
     while not line.endswith(b"\n"):
-        # Unbuffered. Later the end of this input says that nobody listens any more.
+        # Unbuffered. Later the end of this input says that the listener is gone.
         byte = os.read(fd, 1)
         # The starter ended before it wrote its order: an incomplete line does not validate.
         if not byte:

@@ -66,7 +66,7 @@ def main(run_dir: Path, resume: bool = False) -> int:
         world = rendezvous.place(world, store)
         stack.enter_context(spans.recorded(run_dir, world.rank, config.trace))
 
-        # 2. Build what is trained.
+        # 2. Build the model, its data and the trainer.
         setup = Setup(store, choose_device(config, world), timeouts, run_dir)
         trainer = _build(config, world, setup, resume)
         # Until here a signal ends the process in the usual way: nothing is worth a checkpoint yet.
@@ -314,7 +314,7 @@ class _HeaderFile:
     def __init__(self, path: Path, world: World, trainer: Trainer):
         device = trainer.device
         is_cuda = device.type == "cuda"
-        # Of a stream nobody knows it: the first evaluation shows how long one takes.
+        # Unknown for a stream: the first evaluation shows how long one takes.
         num_test_samples = trainer.num_test_samples or 0
         self._path = path
         self._exchange = trainer.exchange

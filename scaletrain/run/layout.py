@@ -96,7 +96,7 @@ class RunDir:
         return self._numbered("step-*.safetensors")
 
     def best_checkpoint(self, step: int) -> Path:
-        """The checkpoint with the best figure so far, that of ``step`` steps."""
+        """The checkpoint with the best figure so far, reached after ``step`` steps."""
         return self.path / f"best-{step}.safetensors"
 
     def best_checkpoints(self) -> list[tuple[int, Path]]:

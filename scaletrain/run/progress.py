@@ -296,7 +296,7 @@ def _kept_by() -> str:
 
 
 def _forget_ranks_beyond(run_dir: RunDir, size: int) -> None:
-    """Remove the reports of ranks that an elastic job goes on without: nobody waits for them."""
+    """Remove the reports of ranks that an elastic job goes on without."""
     for rank, path in run_dir.all_progress():
         if rank >= size:
             path.unlink(missing_ok=True)

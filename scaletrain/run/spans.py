@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _PINGS = 5  # how often a rank asks rank 0 for the time
 _writer: "_Writer | None" = None
-# What a profile collects into; the training thread sets it, and any thread adds.
+# A profile's spans; the training thread sets the list, and any thread adds.
 _collection: list[dict[str, Any]] | None = None
 
 

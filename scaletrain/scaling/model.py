@@ -280,7 +280,7 @@ class Run:
 
     @property
     def commit(self) -> str | None:
-        """The commit that was measured: that of rank 0's checkout."""
+        """The commit that was measured, from rank 0's checkout."""
         return self.worker_facts[0].commit if self.worker_facts else None
 
     @property

@@ -52,7 +52,7 @@ class GlobalBatches:
     consecutive slices; the samples left over at its end are dropped. N workers split the batch
     that one worker would take: rank r gets slice r of N, and sizes differ by at most one.
 
-    Time and memory of a step are those of the share, however large the training set.
+    A step's time and memory depend on the share alone, however large the training set is.
 
     Args:
         num_samples: in the training set.

@@ -4,7 +4,7 @@ They hold no pickle: tensors and JSON, each with a hash (``tensor_file``). They 
 atomically: a crash or a full disk leaves the older ones as they were. ``CheckpointWriter`` writes
 them while training goes on.
 
-Names of parameters are those of the plain model: ``torch.compile`` changes nothing in a file.
+Parameters have the names of the plain model: ``torch.compile`` changes nothing in a file.
 """
 
 import inspect
@@ -30,7 +30,7 @@ _MODEL = "model."  # begins the names of the model's tensors; reports add up the
 _EXTRA, _OPTIMIZER = "extra", "optimizer"  # begin those of other state
 _COMPILED = "_orig_mod"  # the name under which a compiled module holds the plain one
 _EXTRA_STATE = "_extra_state"  # ends the key of a module's ``get_extra_state``
-# Options that choose how an optimizer computes, not what.
+# Options that change how an optimizer computes, but not its result.
 IMPLEMENTATION_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -81,7 +81,7 @@ class State:
 
 
 def collect(step: int, state: State) -> Content:
-    """Return all that a checkpoint holds. Its tensors are those of the model, not copies.
+    """Return the content of a checkpoint. Its tensors are the model's own, not copies.
 
     Raises:
         UserError: an entry cannot be saved.

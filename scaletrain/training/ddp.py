@@ -72,7 +72,7 @@ class AllreduceExchange(Exchange):
         self._orders_before: list[list[int]] = []
         self._timeouts = setup.timeouts
         self._is_starting = True  # until the first step
-        # By what ``attach`` returned: models that train together have an optimizer each.
+        # By the module that ``attach`` returned: models in one training have an optimizer each.
         self._optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
         self._traced: set[nn.Module] = set()  # those whose buckets are spans
         # When backward made its last gradient; None on CUDA. Written by backward's thread.
@@ -189,7 +189,7 @@ class AllreduceExchange(Exchange):
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def _note_gradient(self, parameter: torch.Tensor) -> None:
-        # Each gradient overwrites the time of the one before, so that of the last one remains.
+        # Each gradient overwrites the time of the one before, so the last one's remains.
         self._last_gradient_at = time.perf_counter()
 
 

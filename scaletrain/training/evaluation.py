@@ -135,7 +135,7 @@ class Evaluation:
             for batch in [*whole, *halves]:
                 loss = self._workload.forward(to_device(batch.content, self._device))
                 if not isinstance(loss, Loss):
-                    return  # ``checked`` says what is wrong with it
+                    return  # ``checked`` says why it is wrong
                 losses.append(loss)
         check_is_sum(losses[0], losses[1:])
 

@@ -51,7 +51,7 @@ def explain(workload: Workload, batch: Any, samples: Sequence[int]) -> str:
     watch = _Watch(samples)
     hooks = []
     for name, module in workload.model.named_modules():
-        if not any(module.children()):  # a container only hands on what its layers return
+        if not any(module.children()):  # a container only hands on the output of its layers
             hooks.append(module.register_forward_hook(watch.hook(name or "model")))
     try:
         with batch_norm.alone(), compiling.as_written():

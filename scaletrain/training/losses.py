@@ -44,7 +44,7 @@ _SAME = 1e-3  # relative difference of two totals that count as equal, in bfloat
 def check_is_sum(whole: Loss, halves: Sequence[Loss]) -> None:
     """Raise ``UserError`` if a loss's total is a mean over its batch.
 
-    Weighted by shares and counts, such a total would train with a wrong rate and a wrong mean.
+    Weighted by shares and counts, a mean would train at a wrong rate and give a wrong mean.
 
     Args:
         whole: of a batch.
@@ -92,13 +92,13 @@ def _check_number(count: Any, name: str) -> None:
 
 
 class GlobalMean:
-    """Weighs this rank's totals, so that the exchanged gradient is that of the global mean.
+    """Weighs this rank's totals, so that the exchange yields the global mean's gradient.
 
-    The gradient that is wanted is that of (sum of all totals) / (sum of all counts), over ranks and
+    A step follows the gradient of (sum of all totals) / (sum of all counts), over ranks and
     backward passes. An exchange averages over ranks, so each total is multiplied by
     ``size / (sum of all counts)``.
 
-    Where the mean is over samples and their number is fixed, everybody knows that sum. Otherwise
+    Where the mean is over samples and their number is fixed, every rank knows that sum. Otherwise
     this rank's count leaves for the others when the object is made, and ``weight`` waits for
     theirs: make it before forward. An exchange that does not average all ranks
     (``Exchange.averages``) gets each rank's own mean.
@@ -160,9 +160,9 @@ class GlobalMean:
         return 0.0 if self._is_stand_in else self._weight
 
     def check(self, count: float) -> None:
-        """Raise ``UserError`` if forward counted something else than was announced.
+        """Raise ``UserError`` if forward's count differs from the one that was announced.
 
-        The gradient would be scaled wrongly, and nobody would notice.
+        Otherwise the gradient would be scaled wrongly without a sign of it.
         """
         if not math.isclose(count, self._own, rel_tol=1e-6):
             raise UserError(
@@ -184,7 +184,7 @@ class StepLoss:
 
     @classmethod
     def of_updates(cls, losses: "Mapping[str, StepLoss]") -> "StepLoss":
-        """Return the loss of a step by those of its updates.
+        """Return the loss of a step from the losses of its updates.
 
         With several it is their sum, and each of them is a part: they are over the same count.
         """

@@ -70,7 +70,7 @@ def prepare(metrics: "Mapping[str, Metric]", device: torch.device) -> None:
     """Bring metrics to the device, and check that they can be joined.
 
     Raises:
-        UserError: one is no metric, or has states that nobody knows how to join.
+        UserError: one is no metric, or has states without a rule for joining them.
     """
     for figure, metric in metrics.items():
         parts = _parts(metric)

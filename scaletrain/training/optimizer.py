@@ -51,7 +51,7 @@ def build(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
 def split(optimizer: Optimizer, model: nn.Module) -> list[Group]:
     """Return the groups of a model's parameters, without empty ones.
 
-    The first is that of the parameters that no pattern matches.
+    The first group holds the parameters that no pattern matches.
 
     Args:
         optimizer: with the patterns. The first group that matches a parameter has it.

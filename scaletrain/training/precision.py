@@ -56,10 +56,10 @@ class Precision:
     def unscale(self, model: str, optimizer: torch.optim.Optimizer) -> bool:
         """Bring a model's gradients back to their true size, and adapt its scale.
 
-        Call it once after backward, when gradients are those of all ranks.
+        Call it once after backward, when the exchange has averaged all ranks' gradients.
 
         Returns:
-            Whether they are finite; without a scale always True, since nobody looks.
+            Whether they are finite; without a scale always True, since they are not looked at.
         """
         scaler = self._scalers.get(model)
         if scaler is None:

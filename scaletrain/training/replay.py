@@ -1,6 +1,6 @@
 """One step of one rank once more, in this process alone: where does a bad value come from?
 
-Samples, their order and all seeds follow from the place in the run. Weights are those of a
+Samples, their order and all seeds follow from the place in the run. Weights come from a
 checkpoint, which may be older than the step.
 """
 

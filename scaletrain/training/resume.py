@@ -17,7 +17,7 @@ from scaletrain.training.learning_rate import STRETCHED
 _SAMPLES, _GLOBAL_BATCH = "training samples", "global batch"
 _LENGTH = "steps of the run"
 _SCHEDULE = "lr_schedule.name"
-# A change of these is what the person wanted, or decides nothing.
+# The person wants a change of these, or it decides nothing.
 _SILENT = ("steps", "epochs", "workers")
 _ORDER = ("seed", _SAMPLES)  # decide which samples make up a step
 _SIZE = ("batch_size", "batch_mode", _GLOBAL_BATCH)
@@ -79,7 +79,7 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     Args:
         before: the facts in the checkpoint.
-        now: those of the run that goes on from it.
+        now: the facts of the run that goes on from it.
 
     >>> compare({"seed": 1, "optimizer.lr": 0.1}, {"seed": 1, "optimizer.lr": 0.2})
     ['optimizer.lr: 0.2 counts, the checkpoint was written with 0.1']

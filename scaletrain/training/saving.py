@@ -51,7 +51,7 @@ class Saving:
             self._best = Best(settings.best.figure, settings.best.mode, key="checkpoint.best")
         # Rank 0 sets it while the checkpoint before is being written, and saves in a later step.
         self._is_put_off = False
-        self._saved_step: int | None = None  # that of the last checkpoint, on rank 0
+        self._saved_step: int | None = None  # the step of the last checkpoint, on rank 0
 
     def load(self) -> Loaded | None:
         """Load the newest checkpoint that is whole, if there is one. ``add`` restores the parts."""

@@ -239,7 +239,7 @@ class _Writer:
             run = self._start()
             while (call := self._calls.get()) is not None:
                 call(run)
-        # Libraries raise what they like, and some end the program.
+        # Libraries raise exceptions of any kind, and some end the program.
         except (Exception, SystemExit) as error:
             self._has_failed = True
             reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -109,9 +109,9 @@ class Trainer:
         loaded = self.saving.load() if resume else None
         self.resumed = loaded is not None
         self.next_step = loaded.step if loaded else 0
-        # Lines for people: damaged checkpoints, and what differs from the run before.
+        # Lines for people: damaged checkpoints, and differences from the run before.
         self.resume_lines = resume_lines(loaded, facts) if loaded else []
-        # By name: what forward calls while training, and on this rank alone.
+        # By name: the modules that forward calls while training, and on this rank alone.
         self._attached: dict[str, nn.Module] = {}
         self._modules: dict[str, nn.Module] = {}
         self._parameters = [*self.module.parameters()]
@@ -170,7 +170,7 @@ class Trainer:
 
         # After the input: reading samples in line seeds the same generators.
         seed_forward(self.device, self.config.seed, self.next_step, self.world.rank)
-        # Made before forward: what the mean is over travels to the other ranks while that runs.
+        # Made before forward: the counts travel to the other ranks while that runs.
         mean = GlobalMean(self.workload, self.exchange, passes, step_input)
         losses: dict[str, StepLoss] = {}
         is_skipped = False
@@ -337,7 +337,7 @@ class Trainer:
             self._attached[update.model] = self.exchange.attach(module, update.optimizer)
 
     def _earlier_records(self) -> list[StepRecord]:
-        """Return this rank's records of the part before; cut off those of steps done anew.
+        """Return this rank's records of the part before; cut off steps that are done anew.
 
         A rank without records (there are more workers than before) starts afresh.
         """
@@ -543,7 +543,7 @@ class Trainer:
             last = records[-1]
             last_count = last.count
             last_total = math.nan if last.loss is None else last.loss * last_count
-        # Weighted by what the losses are over: the shares of the ranks differ.
+        # Weighted by the losses' counts: the shares of the ranks differ.
         num_bad = sum(len(record.bad_samples) for record in self._records_before + self.records)
         local = torch.tensor([samples_per_s, last_total, last_count, num_bad], dtype=torch.float64)
         samples_per_s, last_total, last_count, bad_samples = self.exchange.sum(local).tolist()

@@ -42,8 +42,8 @@ class Mean:
 class Loss:
     """The loss of a batch as a total and a count.
 
-    The gradient of a step is that of the sum of all totals over the sum of all counts: over the
-    ranks and over the backward passes, whatever share of the tokens or boxes each of them has.
+    A step follows the gradient of (sum of all totals) / (sum of all counts), over ranks and
+    backward passes, however many of the tokens or boxes each of them has.
     """
 
     total: Tensor  # scalar, with a gradient

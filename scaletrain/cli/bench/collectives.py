@@ -443,7 +443,7 @@ def _mpirun(python: str) -> list[str]:
     """Return the mpirun that stands beside a Python, else the one on the path, with its options.
 
     Raises:
-        UserError: there is neither.
+        UserError: neither exists.
     """
     beside = Path(python).with_name("mpirun")
     mpirun = str(beside) if beside.exists() else "mpirun"
@@ -477,7 +477,7 @@ def _read_ranks(folder: Path, count: int) -> list[Measurement]:
 
 
 def _merge(ranks: Sequence[Sequence[Measurement]]) -> list[Measurement]:
-    """Return one measurement for those of all ranks.
+    """Return one measurement that joins the measurements of all ranks.
 
     A run takes the time of its slowest rank. Wrong elements are counted on every rank.
 

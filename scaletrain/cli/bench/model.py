@@ -191,7 +191,7 @@ def _is_layer(module: "Module") -> bool:
 
 
 def _weights(module: "Module") -> list[Any]:
-    """Return the trained parameters of a module, without those of modules inside it."""
+    """Return a module's own trained parameters, without its inner modules."""
     return [p for p in module.parameters(recurse=False) if p.requires_grad]
 
 

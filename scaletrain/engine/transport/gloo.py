@@ -55,7 +55,7 @@ class Gloo:
         self.size = group.size
         self._timeout_s = group.timeout.total_seconds()
         self._landings = Landings()
-        self._tag = 0  # of all messages of the present call: those of another one never match
+        self._tag = 0  # of all messages of the present call: messages of another never match
         # torch's stubs lack the methods of its backends.
         self._gloo: Any = None
         # gloo waits for the others in C++, where neither a signal nor an abort ends it: first all

@@ -36,7 +36,7 @@ class Mixed:
         self.receipts_from_bytes = getattr(self._between, "receipts_from_bytes", math.inf)
         self._local_ranks: dict[int, int] = {}  # the number on this host of each rank on it
         self._within: Transport | None = None
-        # A rank alone on its host is near to nobody: all its messages take the other wire.
+        # A rank alone on its host has no neighbour: all its messages take the other wire.
         if len(neighbours) > 1:
             self._local_ranks = {rank: number for number, rank in enumerate(neighbours)}
             local_group = Group(

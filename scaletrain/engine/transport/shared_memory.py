@@ -110,7 +110,7 @@ class SharedMemory:
         self._quietly = contextvars.Context()
         self._quietly.run(np.seterr, all="ignore")
         # All of the following belong to this rank alone.
-        self._call = 0  # what this rank wants at present, as ``Call.code``
+        self._call = 0  # this rank's present call, as ``Call.code``
         self._stage = 0  # the value of this rank's counter _STAGE
         self._num_uses = 0  # how often a set of blocks was used; all ranks count alike
         self._views: dict[Any, list[Any]] = {}  # the blocks of each set and rank, by dtype

@@ -1,4 +1,4 @@
-"""horovodrun (gloo or MPI), on this host or on those of a list; for Horovod's own users."""
+"""horovodrun (gloo or MPI), on this host or on a list of hosts; for Horovod's own users."""
 
 import os
 import shutil

@@ -422,7 +422,7 @@ def _worker_argv(options: KubernetesOptions, job: Job, name: str) -> tuple[str, 
             f"--master-port={_PORT}",
             *job.argv_for_torchrun,
         )
-    # This machine's Python is not that of the image.
+    # The image has a Python of its own.
     return under_python(options.container_python, argv)
 
 

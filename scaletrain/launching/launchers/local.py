@@ -9,7 +9,7 @@ from scaletrain.units import plural
 def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
     """Start one process a worker.
 
-    The supervisor binds the store's port and hands the socket to rank 0; nobody guesses a port.
+    The supervisor binds the store's port and hands the socket to rank 0, so no port is guessed.
 
     Args:
         job: the job to plan.

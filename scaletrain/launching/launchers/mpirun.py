@@ -1,4 +1,4 @@
-"""mpirun of Open MPI (4 and 5) or MPICH, on this host or on those of a host file."""
+"""mpirun of Open MPI (4 and 5) or MPICH, on this host or on the hosts of a host file."""
 
 import os
 import re

@@ -326,7 +326,7 @@ def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> Laun
         )
         argv = Program.FOLLOW_SLURM.command(path, f"{options.poll_s:g}", *export)
         # A requeued job starts its workers again: only the follower's end is the end of the job.
-        # The tasks of an array have the same ranks, and those of torchrun are no ranks.
+        # The tasks of an array have the same ranks, and torchrun's tasks are no ranks.
         labels = "" if options.array or options.starts_torchrun else _LABELS
         submit = Command("slurm", argv, restarts_workers=True, labels=labels, stop_s=15.0)
     else:
@@ -380,11 +380,11 @@ def _contained(options: SlurmOptions, argv: tuple[str, ...], run_dir: Path) -> t
     Args:
         options: they name the image.
         argv: the command line without a container.
-        run_dir: the job's; that of an array holds those of its tasks.
+        run_dir: the job's. An array's directory holds the directories of its tasks.
     """
     if not options.container:
         return argv
-    # This machine's Python is not that of the image.
+    # The image has a Python of its own.
     argv = under_python(options.container_python, argv)
     if options.container_runtime == "pyxis":
         return argv

@@ -102,7 +102,7 @@ class HangWatch:
             return False
         self._looked_at = now
         if since_look_s > _ABSENT_S:
-            # Nobody has watched: every rank's limit starts anew.
+            # The supervisor was away itself: every rank's limit starts anew.
             self._last_reports.clear()
             self._slowest_since.clear()
         reports = progress.read_all(self._run_dir, self._workers)
@@ -262,7 +262,7 @@ def _message(
         culprit: the rank that holds up the others.
         silent_s: for how long it has been silent, in seconds.
         others: all other ranks that live, the furthest behind first.
-        ahead: those of them that are further than the culprit, or wait while it does not.
+        ahead: the others that are further than the culprit, or wait while it does not.
         finished: ranks that have ended well.
     """
     parts = [f"no progress for {silent_s:.0f} s ({culprit.doing})"]

@@ -236,6 +236,6 @@ def emit(kind: bytes, payload: bytes) -> None:
     while data:
         try:
             written = os.write(sys.stdout.fileno(), data)
-        except OSError:  # nobody listens any more; the next read of standard input says so
+        except OSError:  # the listener is gone; the next read of standard input says so
             return
         data = data[written:]

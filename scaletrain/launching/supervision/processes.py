@@ -142,7 +142,7 @@ class Processes:
     ):
         self.workers: list[Process] = []
         self.companions: list[Process] = []
-        self.orphaned = False  # nobody listens any more; set by ``read``
+        self.orphaned = False  # the listener is gone; set by ``read``
         self.launcher_output = ""  # the last characters that launchers wrote; set by ``read``
         self._standard_input = standard_input
         self._several = several

@@ -65,7 +65,7 @@ class Screen:
 
     def __init__(self, display: Display = Display()) -> None:  # noqa: B008 (never changed)
         self._is_json = display.form == "json"
-        self._closed: set[bytes] = set()  # kinds of streams that nobody reads any more
+        self._closed: set[bytes] = set()  # kinds of streams that have lost their reader
         self._complained = False  # whether the person knows that output is lost
 
     def say(self, text: str, error: bool = False) -> None:

@@ -55,7 +55,7 @@ def run(
 ) -> int:
     """Carry out a plan and return the exit status.
 
-    It is 0, or that of the first cause, or 124 for a hang, or 128 + the number of a signal. The
+    It is 0, the first cause's status, 124 for a hang, or 128 + the number of a signal. The
     first cause of a failure is shown once and written to ``RunDir.first_cause``.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on to the workers while this runs, if it runs in
@@ -169,7 +169,7 @@ def check_display(plan: LaunchPlan, display: Display) -> None:
 
 
 def _end_s(plan: LaunchPlan) -> float:
-    """Return within how many seconds the supervisor ends once nobody listens to it."""
+    """Return the seconds that the supervisor takes to end once its listener is gone."""
     longest = max([command.stop_s for command in plan.commands], default=0.0)
     # Companions end after the workers.
     companions = COMPANION_STOP_S if plan.companions or plan.store_address else 0.0

@@ -326,7 +326,7 @@ class Supervisor:
         hang = self._find_culprit()
         if hang is None:
             return None
-        # Where nobody is behind, the workers' own time-outs may say more than that something hangs,
+        # Where no rank is behind, the workers' own time-outs may say more than that the job hangs,
         # for example that the network is cut.
         if self.job.trains and hang.is_ambiguous and hang.failure.step is not None:
             self._wait_for_first_report(self._timeouts.reports_s)

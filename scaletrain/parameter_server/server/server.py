@@ -309,7 +309,7 @@ class Server:
     def _give_up_silent(self, owned: Blocks) -> None:
         """Give up workers that others wait for and that have sent nothing for too long.
 
-        Such a worker hangs: evaluation and saving take less time.
+        A worker that takes so long hangs: evaluation and saving take less time.
         """
         limit_s = self.settings.timeout_s
         for rank in owned.rule.awaited() | self._sums.awaited(owned.rule.live):

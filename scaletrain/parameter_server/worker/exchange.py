@@ -296,7 +296,7 @@ class _JobSteps:
 
 
 def _staleness(results: list[PushResult]) -> dict[str, float]:
-    """Return a step's figures of staleness: those of the blocks whose gradients were used."""
+    """Return a step's figures of staleness, over the blocks whose gradients were used."""
     used = [result.staleness for result in results if not result.dropped]
     return {
         "staleness": sum(used) / len(used) if used else 0.0,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Ema(Callback):
     """Averages parameters and buffers after each step, on each rank for itself.
 
-    Replicas are equal, so their averages are. Those of running statistics, which differ, become
+    Replicas are equal, so their averages are. Averages of running statistics differ, and become
     the mean of all ranks before an evaluation or a checkpoint.
     """
 

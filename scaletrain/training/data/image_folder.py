@@ -43,7 +43,7 @@ def data(
         crop: a training picture is a random part of at least this share of its area; 1: the
             middle, as for testing.
         flip: half of the training pictures are flipped, left to right.
-        mean: of the red, green and blue of all pictures, 0 to 1; these are those of ImageNet.
+        mean: of the red, green and blue of all pictures, 0 to 1. The default is ImageNet's.
         std: likewise, their standard deviations.
 
     Raises:

@@ -31,7 +31,7 @@ def exchange(
     """
     backend = "nccl" if setup.device.type == "cuda" else "gloo"
     if backend == "nccl":
-        # A prefix of its own keeps these keys apart from those of the process group.
+        # A prefix of its own keeps these keys apart from the process group's.
         store = dist.PrefixStore("native/", setup.store)
         if shared(Group(store, world.rank, world.size, setup.timeouts.first_collective)):
             raise UserError(
