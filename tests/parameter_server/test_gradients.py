@@ -41,7 +41,7 @@ class Sometimes(nn.Module):
         if step % 3 == 0 or (step % 3 == 1 and rank == 0):
             hidden = self.rare(hidden.tanh())
             rows = torch.randint(0, ROWS, (4, 3), generator=generator)
-            hidden = hidden + self.words(rows)
+            hidden = hidden + self.words(input=rows)
         return hidden.square().mean()
 
 
@@ -178,6 +178,43 @@ def test_the_order_of_arrival_changes_no_bit():
                 shard.add(0, rank, gradients[rank])
             shard.apply(0, len(ranks), 1.0, version)
             assert torch.equal(shard.weights(0), expected), order
+
+
+class Tied(nn.Module):
+    """The rows of its table are read in two ways."""
+
+    def __init__(self, is_seen: bool):
+        super().__init__()
+        self.words = nn.Embedding(10, 4, sparse=True)
+        if is_seen:
+            self.output = nn.Linear(4, 10, bias=False)
+            self.output.weight = self.words.weight
+
+    def forward(self, rows: Tensor) -> Tensor:
+        read = nn.functional.embedding(rows + 1, self.words.weight, sparse=True)
+        return self.words(rows) + read
+
+
+@pytest.mark.parametrize(
+    "net, message",
+    [
+        (nn.Embedding(10, 4, max_norm=1.0), "does not take embedding .* max_norm"),
+        (Tied(is_seen=True), "output.weight is the weight of a sparse embedding, too"),
+    ],
+    ids=["max_norm", "tied"],
+)
+def test_embeddings_that_change_or_are_read_without_the_servers_are_refused(tmp_path, net, message):
+    with pytest.raises(UserError, match=message):
+        job.exchange(Settings(1), tmp_path, 0).attach(net, torch.optim.SGD(net.parameters()))
+
+
+def test_rows_that_were_not_fetched_are_noticed_in_the_first_step(tmp_path):
+    net = Tied(is_seen=False)
+    with job.servers(Settings(1, 20), tmp_path):
+        joined = job.exchange(Settings(1, 20), tmp_path, 0)
+        joined.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        with pytest.raises(UserError, match=r"embedding words\.weight when its"):
+            net(torch.tensor([2, 7])).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float64])

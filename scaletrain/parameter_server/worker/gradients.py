@@ -166,8 +166,11 @@ class GradientSteps:
         """Fetch the rows that a sparse embedding is about to read, and all for a checkpoint."""
         index_of = {id(self._replica.parameters[index]): index for index in self._replica.tables}
 
-        def fetch_rows(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].detach().reshape(-1).cpu().unique()
+        def fetch_rows(
+            module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+        ) -> None:
+            numbers = inputs[0] if inputs else named["input"]
+            rows = numbers.detach().reshape(-1).cpu().unique()
             self._replica.pull_rows(index_of[id(module.weight)], rows)
 
         for module in model.modules():
@@ -175,7 +178,7 @@ class GradientSteps:
                 isinstance(module, (nn.Embedding, nn.EmbeddingBag))
                 and id(module.weight) in index_of
             ):
-                module.register_forward_pre_hook(fetch_rows)
+                module.register_forward_pre_hook(fetch_rows, with_kwargs=True)
         self._hooks.append(model.register_state_dict_pre_hook(self._pull_tables))
 
     def _pull_tables(self, *_: object) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol import optimizer as optimizers
-from scaletrain.parameter_server.protocol import sharding
+from scaletrain.parameter_server.protocol import sharding, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block, ParameterSpec, Piece, places
 from scaletrain.parameter_server.worker.client import Client, PushResult
@@ -101,9 +101,14 @@ class Replica:
         # Numbers of the pieces of each dense block that have no gradient in this step. Emptied by
         # ``begin``, filled by ``push``.
         self._absent: dict[int, list[int]] = {}
+        # Rows of each sparse table that were fetched in this step. Emptied by ``begin``, filled by
+        # ``pull_rows``.
+        self._fetched: dict[int, list[Tensor]] = {}
 
     def _specs(self, model: nn.Module, settings: Settings) -> list[ParameterSpec]:
         """Return what ``sharding`` has to know. Raises ``UserError``."""
+        if not settings.local:
+            _check_embeddings(model)
         sparse = _sparse_tables(model)
         specs = []
         for parameter, group in zip(self.parameters, self.groups, strict=True):
@@ -147,6 +152,7 @@ class Replica:
         """Expect the gradients of the next step."""
         self._missing = {block.key: len(block.pieces) for block in self.dense}
         self._absent = {block.key: [] for block in self.dense}
+        self._fetched = {index: [] for index in self.tables}
 
     def push(self, index: int, gradient: Tensor | None, step: int, lr: float) -> None:
         """Write a parameter's gradient into its blocks, and push those that are complete.
@@ -198,15 +204,25 @@ class Replica:
 
         Every block of the table gets a message, with the rows that lie in it or without any: the
         server counts one gradient of each worker and block.
+
+        Raises:
+            UserError: the table is read in a way that does not fetch the rows, or too many of them.
         """
         if gradient is None:
             width = self.parameters[index].shape[1]
             rows = torch.empty(0, dtype=torch.int64)
             values = torch.empty(0, width)
         else:
+            if not gradient.is_sparse:
+                raise self._misread(index)
             gradient = gradient.coalesce()  # sorts the rows, and adds up those that come twice
             rows = gradient.indices()[0].cpu()
             values = gradient.values().float().cpu()
+            fetched = torch.cat([torch.empty(0, dtype=torch.int64), *self._fetched[index]])
+            # Rows that were read without being fetched are old ones.
+            if not torch.isin(rows, fetched).all():
+                raise self._misread(index)
+            self._check_size(index, len(rows))
         for block in self.tables[index]:
             # Rows are sorted: those of a block lie side by side.
             bounds = torch.tensor([block.first_row, block.first_row + block.shape[0]])
@@ -214,6 +230,24 @@ class Replica:
             rows_in_block = rows[first:last] - block.first_row
             self._client.push_rows(
                 block.key, step, lr, rows_in_block, values[first:last], is_absent=gradient is None
+            )
+
+    def _misread(self, index: int) -> UserError:
+        """Return the error for a table that others than its own module read."""
+        return UserError(
+            f"exchange: parameter_server fetches rows of the sparse embedding {self.names[index]}"
+            " when its module is called, and it is read in another way (allowed: calls of its"
+            " module alone, or sparse=False)"
+        )
+
+    def _check_size(self, index: int, num_rows: int) -> None:
+        """Raise ``UserError`` if rows of a table are too many for a message."""
+        most = wire.MAX_MESSAGE_BYTES // max(8, 4 * self.parameters[index].shape[1])
+        if num_rows > most:
+            raise UserError(
+                f"exchange: a step reads {num_rows} rows of the sparse embedding"
+                f" {self.names[index]} (allowed under parameter_server: {most}; a smaller batch, or"
+                " sparse=False)"
             )
 
     # Weights
@@ -248,7 +282,13 @@ class Replica:
         Args:
             index: the table's parameter.
             rows: row numbers within the table, int64, (n,), sorted, each once.
+
+        Raises:
+            UserError: too many rows.
         """
+        self._check_size(index, len(rows))
+        if torch.is_grad_enabled():  # else no gradient will come of them
+            self._fetched[index].append(rows)
         # All questions leave before the first answer is waited for: the servers work at once.
         asked = []  # (block, rows of the table that lie in it)
         for block in self.tables[index]:
@@ -356,11 +396,32 @@ def _check_dtype(name: str, parameter: nn.Parameter) -> None:
         )
 
 
+def _check_embeddings(model: nn.Module) -> None:
+    """Raise ``UserError`` for embeddings that change, or are read, without the servers."""
+    sparse = _sparse_tables(model)
+    for name, module in model.named_modules():
+        is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        if is_embedding and module.max_norm is not None and module.weight.requires_grad:
+            raise UserError(
+                f"exchange: parameter_server does not take embedding {name} with max_norm"
+                f" {module.max_norm}, which changes rows as they are read (allowed: None)"
+            )
+        if is_embedding and module.sparse:
+            continue
+        for own_name, parameter in module.named_parameters(name, recurse=False):
+            if id(parameter) in sparse:
+                raise UserError(
+                    f"exchange: {own_name} is the weight of a sparse embedding, too, whose rows"
+                    " parameter_server fetches for that alone (allowed: sparse=False)"
+                )
+
+
 def _sparse_tables(model: nn.Module) -> set[int]:
-    """Return the ``id`` of each parameter whose gradients are sparse."""
+    """Return the ``id`` of each trained parameter whose gradients are sparse."""
     tables = set()
     for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+        is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        if is_embedding and module.sparse and module.weight.requires_grad:
             tables.add(id(module.weight))
     return tables
 
