@@ -34,8 +34,8 @@ def shared(group: Group) -> bool:
 class AcceleratorLane(Lane):
     """A lane for tensors on an accelerator.
 
-    Work that the caller has given its stream before is waited for on the device, not on the host. A
-    thread that waits for the result makes its own stream wait.
+    The device, not the host, waits for work that the caller has put on its stream before. A thread
+    that waits for the result makes its own stream wait.
 
     The CPU's streams and events do nothing, and it has no memory to lock. There, the same code runs
     without the overlap.

@@ -1,9 +1,9 @@
 """The end of DDP, which may wait for ever in torch 2.13.
 
-DDP's reducer frees the process group if it is the last to hold it, as it is after
-``destroy_process_group``. It waits for gloo's thread then, and keeps Python's lock. If that thread
-was interrupted before it could free its last collective, it waits for the lock itself. The Python
-object of a group gives the lock away in the same place, so it has to be the last to hold the group.
+After ``destroy_process_group``, DDP's reducer is the last holder of the process group and frees it.
+Then it waits for gloo's thread while it keeps Python's lock. If that thread still has to free its
+last collective, it waits for the lock, and both wait for ever. The Python object of a group
+releases the lock in the same place, so it has to be the last to hold the group.
 """
 
 import functools

@@ -83,9 +83,8 @@ def values_of_all(group: Group, key: str, value: str) -> list[str]:
 def wait_for_keys(group: Group, keys: list[str], owners: Sequence[int]) -> None:
     """Wait until every key is in the store.
 
-    It looks again and again instead of waiting at the store: signals come through, a rank that has
-    ended or a group that was ended is noticed, and threads that share a connection to the store
-    take turns.
+    It looks again and again instead of waiting at the store. So signals come through, it notices
+    ranks and groups that have ended, and threads that share a connection to the store take turns.
 
     Args:
         group: the ranks.

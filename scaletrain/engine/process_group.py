@@ -414,8 +414,8 @@ def _second(store: dist.Store) -> dist.Store:
     """Return a connection to a store beside its own, made once.
 
     A thread that waits at a TCPStore blocks all others that use its connection. Scripts wait at
-    theirs, and nobody waits at this one (``meeting.wait_for_keys``). Connecting may take seconds
-    where names are looked up slowly, so it is done once, and not first when something has failed.
+    theirs, but no thread waits at this one (``meeting.wait_for_keys``). Connecting may take seconds
+    where names are looked up slowly, so it is done once and early, not after a failure.
     """
     with _connecting:
         if store not in _seconds:

@@ -20,7 +20,8 @@ class RollCall:
     The roll call itself, when a collective has failed:
 
     1. Each rank that notices the failure writes its collective to the store, under its rank.
-    2. It reads those of the others until all ranks have come as far, or two seconds have passed.
+    2. It reads the others' collectives until all ranks have come as far, or two seconds have
+       passed.
     3. The ranks that are in an earlier collective, or have written nothing, are the culprits.
 
     Ranks that notice a failure do so at nearly the same time. Rank r alone writes the key

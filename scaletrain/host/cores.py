@@ -16,8 +16,8 @@ def usable() -> list[int]:
 def quota(membership: Path = _MEMBERSHIP, cgroups: Path = _CGROUPS) -> float | None:
     """Return how many cores' time a control group leaves to this process; None: no limit.
 
-    Containers limit time: half a core is one on which a process computes half of the time. The
-    smallest limit of the process's group and of those around it counts.
+    Containers limit time: with half a core, a process computes half of the time. The smallest limit
+    counts, of the process's group and the groups around it.
 
     Args:
         membership: the kernel's list of this process's groups.

@@ -1,8 +1,8 @@
 """The inside of a forkserver, and the first moments of a process that it has forked.
 
-A process that is started in the usual way begins with nothing of its starter but what it was given.
-One that is forked begins with everything that the server has, so ``_become`` replaces each part of
-that which a program can notice. See ``forkserver`` for the other side.
+A process that is started in the usual way gets from its starter only the things that were passed
+on. A forked process begins with everything that the server has, so ``_become`` replaces each part
+that a program can notice. See ``forkserver`` for the other side.
 """
 
 import atexit
@@ -105,7 +105,7 @@ def run(order: Order) -> None:
 def _leave(program: Callable[[], None]) -> NoReturn:
     """Run a program and end this process, without freeing the modules the server loaded.
 
-    That would copy all of it, since each page that is written to is copied: half a second.
+    Freeing writes to all of their memory, and the kernel would copy each page: half a second.
     """
     status = 1
     try:

@@ -1,8 +1,8 @@
 """Warm starts: processes that begin with modules loaded, forked from a server that has loaded them.
 
 Torch takes seconds to import. A server imports it once (``Server.start``), and forks a process for
-each ``Order`` in some 30 ms. The new process is a child of the process that asked, as one that was
-started by ``subprocess`` would be: it gets signals, an exit status and an end in the same way.
+each ``Order`` in some 30 ms. The new process is a child of the process that asked, as if
+``subprocess`` had started it: signals, exit status and end work in the same way.
 
 How a fork becomes the child of another process:
 
@@ -11,8 +11,8 @@ How a fork becomes the child of another process:
    orphans (``descendants.adopt_orphans``), which is the process that asked.
 3. When it sees its new parent, it says its id. Everything about it is set by then.
 
-Any failure on the way shows as the end of the pipe for that id, and the asker starts the process in
-the usual way. What happens in the server and in the new process lies in ``forking``.
+After any failure on the way, the pipe for that id ends, and the asker starts the process in the
+usual way. The code of the server and of the new process lies in ``forking``.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Processes of this host: which are alive, which carry a mark, how they end.
 
-Read from /proc, where psutil would do more than is wanted: psutil adds the boot time to a process's
-start, so the figure that another process noted moves with the clock.
+Everything is read from /proc. psutil would add the boot time to a process's start, so a figure that
+another process has noted would move with the clock.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ _PR_SET_PDEATHSIG = 1
 def start_ticks(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; None if it has ended.
 
-    Together with its id this identifies a process for good: ids are used again, starts are not.
-    A zombie has ended.
+    Id and start together identify a process for good: the kernel uses ids again, but not starts. A
+    zombie has ended.
     """
     fields = stat_fields(pid)
     if not fields or fields[0] in ("Z", "X"):
@@ -139,7 +139,7 @@ def dies_with_parent(number: int) -> Callable[[], None]:
     """Return a ``preexec_fn``: the child gets signal ``number`` when its parent thread ends.
 
     The child starts with the usual signals (``reset_signals``). The signal comes however the parent
-    ends. A child whose parent is gone already ends at once.
+    ends. If the parent is gone already, the child ends at once.
     """
     parent = os.getpid()
     # Looked up here: between fork and exec, loading a library may block for ever.
@@ -158,8 +158,8 @@ def dies_with_parent(number: int) -> Callable[[], None]:
 def die_with_parent(number: int) -> None:
     """Let this process get signal ``number`` when the thread that started it ends.
 
-    For programs that anybody may start (see ``dies_with_parent`` for the starter's side). Exits if
-    the parent ended meanwhile. Does nothing where the C library has no prctl.
+    For programs with any starter (see ``dies_with_parent`` for the starter's side). Exits if the
+    parent ended meanwhile. Does nothing where the C library has no prctl.
     """
     parent = os.getppid()
     with contextlib.suppress(OSError, AttributeError):

@@ -1,7 +1,7 @@
 """The command line and environment that others see of this process: ``ps``, /proc, psutil.
 
 The package setproctitle writes a title over the command line that the process began with, and needs
-room there. The kernel can also be told of another place, for the environment as well.
+room there. The kernel can also show text from another place, for the environment as well.
 """
 
 import ctypes

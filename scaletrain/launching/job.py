@@ -193,7 +193,7 @@ class Job(NamedTuple):
 def with_users_threads(job: Job, env: Mapping[str, str] | None = None) -> Job:
     """Return the job with the threads that a person has set by OMP_NUM_THREADS, if it names none.
 
-    Inside of a launch the variable is that launch's, and says nothing about another job.
+    Inside a launch the variable belongs to that launch, and says nothing about another job.
 
     Args:
         job: the job.

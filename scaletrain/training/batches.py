@@ -197,8 +197,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class UnreadableSample(UserError):
     """A sample, or several to be collated, that raised an exception, its cause, when read.
 
-    It is an error in one line, since most often a file of the data set is missing or broken. And a
-    data set that loses its connection is not taken for a worker that does.
+    It is an error in one line, since most often a file of the data set is missing or broken. And
+    when a data set loses its connection, that is not taken for the loss of a worker.
     """
 
     def __init__(self, fault: str, error: BaseException):

@@ -44,7 +44,7 @@ class Best:
     def improves(self, step: int, figures: Mapping[str, float | None]) -> bool:
         """Take an evaluation; return True if its value is the best so far.
 
-        A value that is not finite, which is None, is never the best.
+        None stands for a value that is not finite, and is never the best.
         """
         self.check(figures)
         value = figures[self.figure]

@@ -20,8 +20,8 @@ _ALIVE_S = 1.0  # between signs of life
 class CheckpointWriter:
     """The checkpoints of one run, written one after the other. Rank 0 has it.
 
-    All methods are called from one thread. Only it gives signs of life, and only while it waits: in
-    a thread of their own they would hide that training hangs.
+    All methods are called from one thread. Only this thread gives signs of life, and only while it
+    waits: from another thread they would hide that training hangs.
 
     Partial files that earlier processes left are removed at the start.
 
@@ -65,8 +65,8 @@ class CheckpointWriter:
     def save_best(self, step: int, state: State, figure: dict[str, Any]) -> None:
         """Copy the state with the best figure so far, and write it when the disk is free.
 
-        Does not wait: by the time that the disk is free, the state would be another. Of two that
-        wait for the disk, only the later one, which is better, is written.
+        Does not wait: by the time that the disk is free, the state would have changed. If two
+        states wait for the disk, only the later one is written, since it is better.
 
         Args:
             step: steps done.

@@ -196,9 +196,9 @@ class AllreduceExchange(Exchange):
 class GradientOrder:
     """Notes the order in which a model's gradients come in its first step.
 
-    DDP orders its buckets by that after the first step, and with them the sums over more than two
-    ranks. A run that goes on needs that order from its first step on, or it differs in the last
-    bits.
+    After the first step, DDP orders its buckets in this way, and with them the sums over more than
+    two ranks. A resumed run needs the same order from its first step on; otherwise its last bits
+    differ.
 
     Args:
         model: its trained parameters are numbered as they are registered.

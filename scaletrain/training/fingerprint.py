@@ -22,7 +22,8 @@ def fingerprint(dataset: Any, leaves_out: bool = False) -> int:
     Of a stream it reads the first ones.
 
     The samples are read under fixed seeds, so an augmentation that draws from the global generators
-    changes nothing. One with a generator of its own does, if that is seeded differently.
+    changes nothing. An augmentation with a generator of its own changes the result if that is
+    seeded differently.
 
     Args:
         dataset: with [index] and len(), or a stream.

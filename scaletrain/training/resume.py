@@ -1,7 +1,7 @@
 """A run that goes on from a checkpoint: which facts have changed, and which of them count.
 
 A checkpoint holds the facts that decided its training: keys of the YAML file with their values.
-When a run goes on, its configuration counts, and every difference is said.
+When a run goes on, its configuration counts, and a line names every difference.
 """
 
 import json

@@ -24,8 +24,8 @@ class Appointment:
        least once a second. In synchronous training ranks are less than two steps apart, so each of
        them looks before it gets there.
     3. A rank that has seen the step looks before each of its steps from then on. Two seconds later
-       all others have seen it, too: if the step is still far, one of them writes that it is to be
-       three steps from here.
+       all others have seen it, too. If the step is still far away then, one rank writes a closer
+       one: three steps ahead.
 
     Args:
         store: the job's store, joined by all ranks.
@@ -109,7 +109,7 @@ class StopTogether:
     def over(self) -> None:
         """Ignore a batch system's warning from now on: nothing is left to stop.
 
-        By default these signals would end the process in its last moments.
+        Without this, these signals would end the process in its last moments.
         """
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)

@@ -1,8 +1,8 @@
 """Data without an index: samples come one after the other, pass after pass.
 
 Every process that needs samples of a stream reads all of it, in the same order, and keeps its
-share. So N workers train as one does, no sample is lost or doubled, and the place that a run has
-reached is one number of samples, for whatever number of workers.
+share. So N workers train as one does, no sample is lost or doubled, and a run's place is one number
+of samples, for any number of workers.
 """
 
 import inspect
@@ -129,8 +129,8 @@ class Reader:
     def read(self, count: int) -> list[tuple[int, Any]]:
         """Return numbers and samples of the next ``count`` places, pass after pass.
 
-        They are fewer only if the stream has ended for good: a whole pass has no sample. A sample
-        that is to be left out is the ``UnreadableSample`` that reading it raised.
+        They are fewer only if the stream has ended for good: a whole pass has no sample. In place
+        of a sample that is left out stands the ``UnreadableSample`` that reading it raised.
 
         Raises:
             UnreadableSample: a sample cannot be read.

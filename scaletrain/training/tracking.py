@@ -86,8 +86,8 @@ class TrackerRun(abc.ABC):
 class Tracker(Callback):
     """Hands figures to a tracker every few steps, and after each evaluation.
 
-    The loss is the mean over the steps since the last time, and over all ranks where those are at
-    the same step; elsewhere it is rank 0's, and named so.
+    The loss is the mean over the steps since the last time. It is over all ranks if they are at the
+    same step; otherwise it is rank 0's, and its name says so.
 
     Args:
         trainer: of this worker.

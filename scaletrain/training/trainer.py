@@ -376,7 +376,7 @@ class Trainer:
     def _scaled_rates(self) -> list[float]:
         """Scale the rate of each parameter group to the batch, if that is wanted; return them.
 
-        In the groups, where the servers of an exchange look for the first rates.
+        They are set in the groups: the servers of an exchange look there for the first rates.
 
         Raises:
             UserError: the floor of the schedule lies above the rate.
@@ -419,7 +419,7 @@ class Trainer:
     def _updating(self, update: Update) -> Iterator[nn.Module]:
         """Put the exchange's module in the place of a model, and freeze the others.
 
-        Gradients flow through frozen models, and none arrives that an exchange would send.
+        Gradients flow through frozen models, but none arrives in them for an exchange to send.
         """
         model = self._attached[update.model]
         frozen = []

@@ -151,7 +151,7 @@ class Comparing(Protocol):
     def announce(self, call: Call) -> None:
         """Take the call to which all messages belong until the next announcement.
 
-        The messages of a rank that wants something else are never mixed with this rank's.
+        The messages of a rank with another call are never mixed with this rank's.
         """
 
 

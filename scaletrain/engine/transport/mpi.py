@@ -139,8 +139,8 @@ class _Incoming(NamedTuple):
 class Mpi:
     """Messages between the memories of tensors, and MPI's own allreduce. Collective.
 
-    MPI has no timeouts: requests are looked at until they are done. A rank that dies is the
-    launcher's business, which ends the job.
+    MPI has no timeouts: requests are looked at until they are done. If a rank dies, the launcher
+    ends the job.
 
     Raises:
         UserError: there is no usable MPI, or the ranks are not one MPI job.
@@ -206,8 +206,8 @@ class Mpi:
     def allreduce(self, tensor: Tensor, reduce: Reduce) -> None:
         """Run MPI_Allreduce, in place. Collective.
 
-        Nothing can end it from outside, so that a missing rank is noticed in a barrier before it.
-        Half precision, which MPI does not know, is reduced in float32.
+        Nothing can end it from outside, so a barrier before it notices missing ranks. Half
+        precision, which MPI does not know, is reduced in float32.
         """
         self._wait(self._communicator.Ibarrier(), "a rank did not come")
         wide = tensor if tensor.dtype in self._types else tensor.float()

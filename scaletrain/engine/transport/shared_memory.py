@@ -74,8 +74,8 @@ class SharedMemory:
     """An allreduce in shared memory, and mailboxes between every two ranks for schedules.
 
     The data area holds two parts. First come two sets of blocks, one block a rank, used in turn by
-    ``allreduce``. A rank writes its own block and reads all the others. Nobody writes to a set
-    before everybody has entered the next use of the other set, and so has left this one. That
+    ``allreduce``. A rank writes its own block and reads all the others. No rank writes to a set
+    before all ranks have entered the next use of the other set, and so has left this one. That
     spares a barrier at the end. The mailboxes follow: for every two ranks some slots, filled by the
     sender and emptied by the receiver.
 

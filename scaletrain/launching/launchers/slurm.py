@@ -433,8 +433,8 @@ exit $status
 def _batch_script(allocation: Allocation, options: SlurmOptions, job: Job) -> str:
     """Return the text of the batch script.
 
-    A task of an array trains in a directory of its own, with its number as seed, unless somebody
-    has put a configuration there. A job that ran out of time is requeued, if it trains from its
+    A task of an array trains in a directory of its own, with its number as seed, unless a
+    configuration lies there already. A job that ran out of time is requeued, if it trains from its
     beginning: its later attempts resume.
     """
     shared = RunDir(job.run_dir)

@@ -89,9 +89,9 @@ class HangWatch:
     def is_hanging(self, lost: Collection[int] = ()) -> bool:
         """Return True if a slowest rank has been silent longer than its limit.
 
-        Faster ranks are ignored: they may be waiting for it, in asynchronous training for long. A
-        rank's silence counts from when it became one of the slowest. Between two looks at the
-        progress files the answer is False.
+        Faster ranks are ignored: they may be waiting for it, for a long time in asynchronous
+        training. A rank's silence counts from the moment when it became one of the slowest. Between
+        two looks at the progress files the answer is False.
 
         Args:
             lost: ranks that have ended badly while the job goes on without them.

@@ -206,7 +206,7 @@ class Shown:
     def shows(self, writer: Writer, kind: bytes) -> bool:
         """Return True if the output of a writer is shown.
 
-        Lines of launchers and our own always are: they say what becomes of the job.
+        Lines of launchers and our own always are: they report on the job itself.
         """
         if not writer.name or writer.is_launcher or self.display.show == "all":
             return True

@@ -1,10 +1,10 @@
 """Started processes: their output is shown, their ends are noted, none of them outlives us.
 
-Nor does any process that they have started: the supervisor adopts those that lose their parent
+Processes that they have started end with us as well. The supervisor adopts orphans
 (``host.descendants``), and so finds them without a look at their environment.
 
-Only the supervisor uses this. Its standard input closes when nobody listens to it any more. Its
-standard output carries the output of every process, in frames (``screen``, ``output``).
+Only the supervisor uses this. Its standard input closes when its listener is gone. Its standard
+output carries the output of every process, in frames (``screen``, ``output``).
 """
 
 import contextlib
@@ -194,7 +194,7 @@ class Processes:
     def forget_standard_input(self) -> None:
         """Close our copy of rank 0's standard input, once all processes have started.
 
-        A pipe's writer learns that nobody reads any more when the last copy is closed.
+        A pipe's writer learns that its reader is gone when the last copy is closed.
         """
         if self._standard_input >= 0:
             os.close(self._standard_input)

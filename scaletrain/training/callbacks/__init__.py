@@ -1,8 +1,8 @@
 """Callbacks: work beside the training, between its parts.
 
-Every other file here is one callback: a function ``callback(trainer, *, <options>) ->
-Callback``, called once by every rank when its trainer is made. The YAML's ``callbacks`` names those
-of a run, in the order in which they are called.
+Every other file here is one callback: a function ``callback(trainer, *, <options>) -> Callback``.
+Every rank calls it once when its trainer is made. The YAML's ``callbacks`` names the run's
+callbacks, in the order in which they are called.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ class Callback:
     def stop_reason(self) -> str:
         """Why the training ends here, in words; empty while it goes on.
 
-        It must be the same on all ranks, as what follows from the figures of evaluations is.
+        It must be the same on all ranks. The figures of evaluations are, so a reason may follow
+        from them.
         """
         return ""
 

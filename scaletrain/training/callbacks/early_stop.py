@@ -74,7 +74,7 @@ def callback(
     Args:
         figure: of the evaluations, as in the summary.
         patience: evaluations in a row that may be no better than the best one.
-        min_delta: a figure is better if it is so by more than this.
+        min_delta: a figure counts as better only by more than this.
         mode: which values are better; auto: lower ones if the figure's name has loss in it.
 
     Raises:

@@ -27,8 +27,8 @@ def data(
         file: to read, in UTF-8 for characters.
         test_file: likewise, for testing; empty: the end of ``file``.
         test_share: of the tokens that are for testing, where there is no ``test_file``.
-        tokens: bytes: 256 kinds, and the file may be larger than the memory; characters: as many
-            kinds as ``file`` has different ones, in the order of their codes.
+        tokens: bytes: 256 kinds, and the file may be larger than the memory; characters: one kind
+            for each different character of ``file``, in the order of their codes.
         length: of a sequence. A shorter rest at the end of the file is left out.
 
     Raises:

@@ -87,8 +87,8 @@ class Exchange(Protocol):
     def synchronise(self, model: nn.Module | None = None) -> None:
         """Wait until a model's gradients are those that ``step`` will use.
 
-        Call it after backward if something looks at gradients before ``step``, as clipping does.
-        Here nothing is left to wait for: they are ready when backward ends, or have left for the
+        Call it after backward if something looks at gradients before ``step``, as clipping does. By
+        default it does nothing: gradients are ready when backward ends, or have left for the
         servers.
 
         Args:
@@ -130,8 +130,8 @@ class Exchange(Protocol):
     def skip(self, most: int) -> int:
         """Return how many of the next ``most`` steps this rank has to leave out.
 
-        The job has done those without it: the rank came late, or its gradients did. Local: each
-        rank calls it when it likes.
+        The job has done those steps without it: the rank came late, or its gradients did. Local:
+        each rank may call it at any time.
         """
         return 0
 
