@@ -136,11 +136,12 @@ def _check_workload(config: RunConfig, where: str) -> None:
             " (allowed: package.module:Class)"
         )
     for key in ("model", "data", "metrics"):
-        if getattr(config, key):
-            raise UserError(
-                f"{where}: {key}: the workload {config.workload.name} has its own"
-                f" (remove {key}, or remove workload)"
-            )
+        if not getattr(config, key):
+            continue
+        fix = f"remove {key}, or remove workload"
+        if key == "metrics":
+            fix = f"{fix}; a workload keeps metrics in self.metrics, and updates them in evaluate"
+        raise UserError(f"{where}: {key}: the workload {config.workload.name} has its own ({fix})")
 
 
 def _check_nonfinite(config: RunConfig, where: str) -> None:

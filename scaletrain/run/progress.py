@@ -37,7 +37,8 @@ SUPERVISED = "SCALETRAIN_SUPERVISED"
 LAUNCH_MARK = "SCALETRAIN_LAUNCH"
 
 # A worker that gets this signal writes the Python stacks of all its threads (``RunDir.stacks``).
-STACKS_SIGNAL = signal.SIGUSR2
+# A real-time signal, which neither training nor a person's script has a handler for.
+STACKS_SIGNAL = signal.SIGRTMIN + 1
 
 # Values of ``Progress.doing`` in the phases that the supervisor knows.
 STARTING = "starting"

@@ -3,6 +3,7 @@
 Time is made up: ranks take steps together, as synchronous training does, with a clock each.
 """
 
+import os
 import random
 import signal
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from scaletrain.host.processes import handles_signal
+from scaletrain.run import progress
 from scaletrain.run.layout import RunDir
 from scaletrain.training import stopping
 from scaletrain.training.stopping import SaveTogether, StopTogether
+from scaletrain.world import World
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +97,18 @@ def test_all_ranks_save_after_the_same_step_each_time_it_is_asked(
     assert saved[0] == saved[1] and len(saved[0]) == 2
     assert 34 <= saved[0][0] <= 54 and 120 <= saved[0][1] <= 150
     assert not files.save_request.exists()
+
+
+def test_asking_for_stacks_asks_for_no_checkpoint(tmp_path: Path):
+    files = RunDir(tmp_path)
+    with progress.reporting(tmp_path, World(0, 1, 0, 1)):
+        stop = StopTogether(dist.HashStore(), 1)
+        save = SaveTogether(dist.HashStore(), 1, files, 0)
+        assert handles_signal(os.getpid(), progress.STACKS_SIGNAL)
+        os.kill(os.getpid(), progress.STACKS_SIGNAL)
+        stacks = files.stacks(0).read_text()
+    assert "test_asking_for_stacks" in stacks, "the supervisor cannot see where a worker hangs"
+    assert not save.is_asked and not stop.signal
 
 
 @pytest.mark.parametrize("step_s", [0.001, 0.05, 0.4, 2.4, 7.0])
