@@ -15,6 +15,7 @@ import pytest
 import torch
 import zmq
 
+from scaletrain.config import timeouts
 from scaletrain.config.timeouts import Timeouts
 from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.settings import Settings
@@ -354,7 +355,8 @@ def test_messages_of_an_admitted_peer_are_checked_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize("security_option", ["curve", "trusted_network"])
-def test_peers_without_the_key_never_get_in(tmp_path, security_option):
+def test_peers_without_the_key_never_get_in(tmp_path, monkeypatch, security_option):
+    monkeypatch.setattr(timeouts, "_START_S", 4.0)  # else it tries for minutes
     made = Settings(1, 4, link="tcp", security=security_option, placement="dedicated")
     thief = tmp_path / "thief"
     thief.mkdir()
