@@ -392,6 +392,28 @@ def test_keys_and_sockets_are_the_owners_alone(tmp_path):
     assert left == {"server-0.json"}  # keys and sockets are gone with the job
 
 
+def test_keys_outlive_the_first_server_that_ends(tmp_path):
+    """A worker that comes later proves itself to the others, or to the successor, by the same."""
+
+    def end(settings, folder):
+        folder.mkdir()
+        held = []
+        with job.servers(settings, folder) as started:
+            while any(placement.read_address(folder, i) is None for i in range(len(started))):
+                time.sleep(0.01)
+            keys = security.job_keys(folder)
+            started[0].stop()
+            while placement.read_address(folder, 0) is not None:
+                time.sleep(0.01)
+            if len(started) > 1:
+                held.append(security.job_keys(folder) == keys)
+        return held, (folder / ".parameter_server.keys").exists()
+
+    assert end(Settings(1, 5, servers=2), tmp_path / "two") == ([True], False)
+    restarted = Settings(1, 5, snapshot_updates=1, restart_servers=1)
+    assert end(restarted, tmp_path / "restarted") == ([], True)
+
+
 def test_a_server_does_not_outlive_who_started_it(tmp_path):
     code = (
         "import subprocess, sys, time; from scaletrain.parameter_server.protocol import placement, settings; from pathlib import Path;"

@@ -135,14 +135,25 @@ class Endpoint:
         }
         write_json(placement.address_path(self._run_dir, self._index), address)
 
-    def close(self) -> None:
-        """Leave nothing behind: no address, no socket, and no keys, which served this job alone."""
+    def close(self, keep_keys: bool) -> None:
+        """Leave nothing behind: no address, no socket, and no keys, which served this job alone.
+
+        The keys stay for other servers that are there.
+
+        Args:
+            keep_keys: let them stay in any case, for a successor.
+        """
         self._socket.close(linger=1000)
         if self._authenticator:
             self._authenticator.stop()
         self._context.term()
         placement.address_path(self._run_dir, self._index).unlink(missing_ok=True)
-        security.forget(self._run_dir)
+        # After this server's own: of two that end together, one finds no other.
+        addresses = [
+            placement.address_path(self._run_dir, index) for index in range(self._settings.servers)
+        ]
+        if not keep_keys and not any(address.exists() for address in addresses):
+            security.forget(self._run_dir)
         for endpoint in self._endpoints:
             if endpoint.startswith("ipc://"):
                 path = Path(endpoint.removeprefix("ipc://"))

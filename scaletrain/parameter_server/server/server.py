@@ -94,7 +94,8 @@ class Server:
                     break
             self._write_statistics()
         finally:
-            self._endpoint.close()
+            may_come_back = self.settings.restart_servers > 0 and not self._all_left()
+            self._endpoint.close(keep_keys=may_come_back)
 
     def stop(self, *_: Any) -> None:
         """End ``serve``. Also a signal handler; may be called by any thread."""
