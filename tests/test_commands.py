@@ -32,6 +32,10 @@ def scaletrain(*arguments: str | Path, timeout: float = 90) -> subprocess.Comple
 
 
 def test_train_leaves_a_run_directory(tmp_path: Path):
+    # A start that failed before its first step is no run.
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "failure.json", "rank-0.jsonl"):
+        (tmp_path / "run" / name).touch()
     done = scaletrain(
         "train",
         DIGITS,

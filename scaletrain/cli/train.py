@@ -154,8 +154,8 @@ def _job(run: "RunConfig", run_dir: Path, resume: bool) -> "Job":
 def _claim(run_dir: Path, resume: bool, config: str) -> None:
     """Write the configuration into the run directory; never write over another run's records.
 
-    A directory without records belongs to a start that failed, or to another host that starts its
-    part of the same run.
+    A directory without a record of a step belongs to a start that failed, or to another host that
+    starts its part of the same run.
     """
     from scaletrain.run.atomic import write_text
     from scaletrain.run.layout import RunDir
@@ -164,7 +164,7 @@ def _claim(run_dir: Path, resume: bool, config: str) -> None:
     is_configured = files.config.exists()
     # Two hosts that start one job with the same command write the same configuration.
     is_same = is_configured and files.config.read_text(encoding="utf-8") == config
-    has_records = bool(files.all_records())
+    has_records = any(path.stat().st_size for path in files.all_records())
     # Workers report progress before they have records. If the supervisor has written a first
     # cause, that start is over.
     is_starting = bool(files.all_progress()) and not files.first_cause.exists()

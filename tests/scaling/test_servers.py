@@ -11,6 +11,7 @@ from rich.console import Console
 from scaletrain.run.records import StepRecord
 from scaletrain.scaling.explain import report
 from scaletrain.scaling.measure import servers
+from scaletrain.scaling.model import ServerCounts
 from scaletrain.scaling.show import render, table
 from tests.scaling.runs import write_run
 
@@ -89,6 +90,14 @@ def test_faster_steps_can_reach_a_loss_later(tmp_path):
         f"parameter_server on {second.workers}: 2 servers, async; staleness 0: 75 %"
         in console.export_text()
     )
+
+
+def test_rare_staleness_is_shown_together():
+    counts = ServerCounts(
+        servers=1, cores=(0,), mode="async", staleness={"0": 900, "1": 80, "9": 5, "40": 6, "17": 9}, staleness_mean=0.5,
+        dropped=0.0, pace_s=(), lost={}, refused=0, restored_at_update=None, cpu_s_per_worker=1.0, memory_bytes=5,
+    )  # fmt: skip
+    assert "; staleness 0: 90 %, 1: 8 %, others, up to 40: 2 %; " in servers.text(counts)
 
 
 def test_without_servers_there_is_no_such_table(tmp_path):

@@ -158,12 +158,22 @@ def _pace(pace_s: float | None) -> str:
     return "-" if pace_s is None else f"{1000 * pace_s:.1f}"
 
 
+_RARE = 0.01  # share of a staleness that is not worth a place of its own
+
+
 def _histogram(counts: ServerCounts) -> str:
-    """Return the share of the gradients at each staleness."""
+    """Return the share of the gradients at each staleness, with the rare ones together."""
     total = sum(counts.staleness.values())
     if total == 0:
         return "none"
     shares = []
+    rare: dict[int, int] = {}
     for updates, gradients in counts.staleness.items():
-        shares.append(f"{updates}: {100 * gradients / total:.0f} %")
+        if gradients < _RARE * total:
+            rare[int(updates)] = gradients
+        else:
+            shares.append(f"{updates}: {100 * gradients / total:.0f} %")
+    if rare:
+        percent = 100 * sum(rare.values()) / total
+        shares.append(f"others, up to {max(rare)}: {percent:.0f} %")
     return ", ".join(shares)
