@@ -24,7 +24,7 @@ class PluginGroup(click.Group):
     """Commands that are plugins of one kind, imported when they are asked for.
 
     Args:
-        kind: the kind of plugin (``plugins.KINDS``) whose files are the commands.
+        kind: of plugin (``plugins.KINDS``). Its files are the commands.
     """
 
     def __init__(self, *args: Any, kind: str, **attributes: Any):

@@ -22,8 +22,8 @@ from scaletrain.errors import UserError
 def command(run_dir: Path, out: Path, step: int | None, best: bool, ema: bool) -> None:
     """Write the weights of the run in RUN_DIR as a plain PyTorch state dict.
 
-    Reading the file needs no scaletrain: model.load_state_dict takes what
-    safetensors.torch.load_file or torch.load(weights_only=True) returns.
+    Reading the file needs no scaletrain: model.load_state_dict takes the result of
+    safetensors.torch.load_file or torch.load(weights_only=True).
 
     \b
     Examples:

@@ -92,8 +92,8 @@ def command(
 ) -> None:
     """Run your own script as workers.
 
-    COMMAND is script.py, -m MODULE, -c CODE, python ... or any other program. Options stand before
-    it; what stands behind it is its own.
+    COMMAND is script.py, -m MODULE, -c CODE, python ... or any other program. Our options stand
+    before it; all words behind it belong to it.
 
     The script finds the variables of torch.distributed (RANK, WORLD_SIZE, MASTER_ADDR, ...) in its
     environment.

@@ -57,7 +57,7 @@ def directory_name(stem: str) -> Path:
 
 
 def new_directory(name: Path, plan: Plan, planned: Callable[[Path], Plan]) -> tuple[Path, Plan]:
-    """Make a run directory that nobody else has; return it and the plan for it.
+    """Make a run directory that no other command has; return it and the plan for it.
 
     Args:
         name: the directory, unless another command has taken it.

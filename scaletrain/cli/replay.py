@@ -27,7 +27,7 @@ def command(run_dir: Path, step: int, rank: int, out: Path | None) -> None:
     """Run one step of one rank of the run in RUN_DIR once more, in this process.
 
     It reads the same samples under the same seeds, and prints the loss, the norm of each
-    parameter's gradient, and the first layer that is not finite. Weights are those of the newest
+    parameter's gradient, and the first layer that is not finite. Weights come from the newest
     checkpoint up to the step. The run's files stay as they are.
 
     \b

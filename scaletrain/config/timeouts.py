@@ -1,8 +1,8 @@
 """How long anything may take: all limits follow from one, in one order.
 
 A person sets ``timeout_s``. The limits below are derived from it so that the one that knows more
-comes first: ranks that are missing are named by those that wait for them, a hang is named by the
-supervisor, and torch's own time-outs come last. docs/launchers/timeouts.md shows them as a table.
+comes first: waiting ranks name the ranks that are missing, the supervisor names a hang, and
+torch's own time-outs come last. docs/launchers/timeouts.md shows them as a table.
 
 >>> Timeouts(60.0).collective_s
 122.0

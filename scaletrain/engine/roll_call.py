@@ -58,7 +58,7 @@ class RollCall:
             name: of the collective, such as ``allreduce``.
             number: as ``next`` returned it.
             error: its failure.
-            wanted: what this rank wants from it, such as ``of 1,000 float32 (add)``.
+            wanted: this rank's request in words, such as ``of 1,000 float32 (add)``.
         """
         return f"{name} #{number}: {error}; {self._others(name, number, wanted)}"
 

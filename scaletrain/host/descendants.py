@@ -1,7 +1,7 @@
 """Descendants of this process, also after a change of environment, group, session or title.
 
-A process whose parent ends goes to its nearest ancestor that adopts orphans, else to process 1. So
-one that adopts them can find everything that it has started, by following parents.
+When a process ends, its children go to the nearest ancestor that adopts orphans, else to process 1.
+So an adopting process finds everything that it has started, by following parents.
 """
 
 import contextlib

@@ -158,7 +158,7 @@ def _differ(
 
 
 def _fork_orphan(descriptors: list[int]) -> bool:
-    """Fork a process whose parent ends at once; return True in it, False in the server."""
+    """Fork a process that has lost its parent; return True in it, False in the server."""
     try:
         between = os.fork()
     except OSError:  # no process is left to this user

@@ -78,7 +78,7 @@ def oom_kills() -> int | None:
 
 
 def marked(variable: str, mark: str) -> list[int]:
-    """Return the processes whose environment holds ``variable=mark``, or a mark below it.
+    """Return the processes with ``variable=mark``, or a mark below it, in their environment.
 
     Nested marks are separated by slashes: ``a/b`` lies below ``a``. Zombies have no environment.
     """

@@ -1,6 +1,6 @@
 """A fork of a notebook's kernel becomes one worker.
 
-The fork has the kernel's variables, but only one of its threads. So it must leave alone what the
+The fork has the kernel's variables, but only one of its threads. So it must not touch parts that
 other threads served: the sockets to the browser, the event loop, and the streams that are shown in
 the notebook. ``become`` lets go of all of these.
 """

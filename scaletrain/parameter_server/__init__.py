@@ -2,7 +2,7 @@
 
 Workers push gradients to them and pull weights.
 
-- ``protocol/`` is what both ends know: ``settings``, ``sharding`` (cuts the model into blocks),
+- ``protocol/`` is known to both ends: ``settings``, ``sharding`` (cuts the model into blocks),
   ``consistency`` (decides which gradient counts when), ``wire`` (the format of every message).
   ``placement`` says which processes a job needs.
 - ``server/`` is one end: ``server``, with ``endpoint`` (connections), ``blocks``, ``initial``,

@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def _first_line(fd: int) -> bytes:
-    """Read a line and not a byte more: the selector must see what comes after it."""
+    """Read a line and not a byte more: the selector must see the bytes after it."""
     line = b""
     while not line.endswith(b"\n"):
         # Unbuffered. Later the end of this input says that the listener is gone.

@@ -27,8 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, and move it there if the body succeeds.
 
     Readers see the old file or the new one, never a partial one, and a full disk leaves the old
-    one. The data is on disk before the name changes, and the name is on disk at the end: whoever
-    goes on may delete what the file replaces.
+    one. The data is on disk before the name changes, and the name is on disk at the end: after
+    that, the caller may delete files that this one replaces.
 
     Raises:
         OSError: the file cannot be written; its ``filename`` is ``path``.

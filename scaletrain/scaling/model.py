@@ -28,7 +28,7 @@ PARTS = ("input_s", "forward_s", "backward_s", "update_s")
 
 
 class _Fields:
-    """A dataclass whose JSON has its fields by name, in their order."""
+    """A dataclass with JSON that has its fields by name, in their order."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:

@@ -63,7 +63,7 @@ def explain(workload: Workload, batch: Any, samples: Sequence[int]) -> str:
 
 
 class _Watch:
-    """Notes the first layer of a forward pass whose output is not finite."""
+    """Notes the first layer of a forward pass with an output that is not finite."""
 
     def __init__(self, samples: Sequence[int]):
         self._samples = samples

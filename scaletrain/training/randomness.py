@@ -74,7 +74,7 @@ def seed_forward(device: torch.device, seed: int, step: int, rank: int) -> None:
 
 
 class Placed(Dataset):
-    """A map-style data set whose samples are read under the seed of their place.
+    """A map-style data set that reads each sample under the seed of its place.
 
     The generators are seeded by (seed, epoch, index) before each sample, in the process that reads
     it. So a sample's augmentation depends on neither workers, loader processes nor resumes.

@@ -201,8 +201,8 @@ def time_layers(
     """Return the mean seconds of forward and backward, of every layer and of whole passes.
 
     One pass warms up. A layer's forward lasts from one hook of its module to the next. Its backward
-    lasts from the arrival of its output's gradient to that of its input's. The input of a first
-    layer needs no gradient: its backward ends with the gradient of its last weight.
+    begins when its output's gradient arrives, and ends when its input's gradient does. The input of
+    a first layer needs no gradient: its backward ends with the gradient of its last weight.
 
     Args:
         model: layers are its modules without children, or with weights of their own beside them.

@@ -259,7 +259,7 @@ class _Comparison(NamedTuple):
 
 
 def _measure_sockets(options: Options) -> Iterator[Row]:
-    """Compare pairs in turn, three times. The ratio is that of the medians of the same security."""
+    """Compare pairs in turn, three times. Ratios divide medians of the same security."""
     size = 100 * MB
     steps = options.steps
     # The bytes of bare sockets lie where they are sent from, and so do ours ("placed"). Both copy
@@ -346,7 +346,7 @@ def _measure_null_step(
 def _measure_memory(options: Options) -> Iterator[Row]:
     """Measure a server's own memory at its peak.
 
-    It is the resident memory without that of Python and torch before any parameter, and without
+    It is the resident memory, less the memory of Python and torch before any parameter, and less
     memory of workers that the server has mapped.
     """
     workers = max(options.workers)

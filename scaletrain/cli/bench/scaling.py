@@ -122,7 +122,7 @@ def _varied(
 def command(
     out: Path | None, baseline: Path | None, trace: bool, dry_run: bool, **request: Any
 ) -> None:
-    """Train CONFIG's job on each number of workers; say how it scales and what limits it.
+    """Train CONFIG's job on each number of workers, and explain how it scales.
 
     \b
     Example:

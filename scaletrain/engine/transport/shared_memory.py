@@ -238,7 +238,7 @@ class SharedMemory:
             copy(flat[low:high], blocks[rank - 1][low:high])
 
     def _want(self) -> int:
-        """Say beside the set of blocks that is used next what for; return the counter's number."""
+        """Write this rank's call beside the next set of blocks; return the counter's number."""
         counter = _WANTED + (self._num_uses & 1)
         self._segment.put(counter, self._call)
         return counter

@@ -100,7 +100,7 @@ _LONGEST_NAME = 50
 
 
 def plan(job: Job, **options: Any) -> LaunchPlan:
-    """Create one Job whose pods are numbered, and a Service by which they find the first.
+    """Create one Job with numbered pods, and a Service by which they find the first.
 
     Args:
         job: the job to plan.

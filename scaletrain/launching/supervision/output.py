@@ -31,7 +31,7 @@ _OPEN_LOGS = 64  # files at once: a launcher on many hosts has more ranks than w
 
 
 class Writer(NamedTuple):
-    """Whose output it is."""
+    """The writer of a piece of output."""
 
     name: str  # "rank 3", "server 0", "mpirun"; empty: our own
     rank: int | None = None

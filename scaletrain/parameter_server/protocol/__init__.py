@@ -1,1 +1,1 @@
-"""What workers and servers agree on: settings, frames, keys, and where each parameter lies."""
+"""The agreement of workers and servers: settings, frames, keys, and each parameter's place."""

@@ -24,7 +24,7 @@ BY_NAME = {
 
 
 def encode(values: Tensor, dtype: Dtype) -> np.ndarray:
-    """Return values as they travel, in an array whose bytes are those of the wire.
+    """Return values as they travel, in an array with the bytes of the wire.
 
     Args:
         values: float32, one dimension, contiguous, on the CPU.

@@ -160,7 +160,7 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def awaited(self) -> set[int]:
-        """Return the live workers whose next push somebody waits for."""
+        """Return the live workers that owe a push for which others wait."""
 
     @abc.abstractmethod
     def _begin(self) -> int:
@@ -218,7 +218,7 @@ class Synchronous(Rule):
         return self._complete_all()
 
     def awaited(self) -> set[int]:
-        """Return the live workers whose gradient lacks in an update that somebody waits for."""
+        """Return the live workers that owe a gradient to an update for which others wait."""
         awaited: set[int] = set()
         for collection in self._collections.values():
             if collection.waiting:

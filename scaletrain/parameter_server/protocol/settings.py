@@ -100,7 +100,7 @@ MODES = typing.get_args(ParameterServerOptions.__annotations__["mode"])
 
 @dataclass(frozen=True)
 class Settings(ParameterServerOptions):
-    """The options with the facts of one job, and what follows from both.
+    """The options with the facts of one job, and the settings that follow from both.
 
     All processes of a job have equal settings, so they agree without a message. Made by
     ``settings_from_options``, which checks them; tests make them directly.
@@ -239,7 +239,7 @@ _FIELDS = sorted(dataclasses.fields(Settings), key=lambda field: field.kw_only i
 def settings_from_options(
     options: dict[str, Any], workers: int, timeout_s: float = 60.0, hosts: int = 1
 ) -> Settings:
-    """Return the settings of a job whose configuration holds ``options``.
+    """Return the settings of a job that is configured with ``options``.
 
     The type and the range of each option were checked with the configuration. Checked here is
     whether they make sense together.
@@ -251,7 +251,7 @@ def settings_from_options(
         hosts: number of hosts that servers and workers lie on.
 
     Raises:
-        UserError: combinations that mean nothing, or that would not do what they seem to say.
+        UserError: combinations that mean nothing, or that would mislead.
     """
     settings = Settings(workers, timeout_s, hosts, **options)
     _check_workers(settings)

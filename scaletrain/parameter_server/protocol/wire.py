@@ -173,7 +173,7 @@ class Message(NamedTuple):
     payloads: tuple[memoryview, ...]
 
     def json(self) -> dict[str, Any]:
-        """Return the payload of a message whose payload is JSON.
+        """Return the payload of a message that carries JSON.
 
         Raises:
             Refused: it is not a JSON object.

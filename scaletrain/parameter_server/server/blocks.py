@@ -1,6 +1,6 @@
 """A shard under the rules of a mode.
 
-Gradients come in, ``consistency`` decides what happens, and weights go out.
+Gradients come in, ``consistency`` decides their use, and weights go out.
 """
 
 import math
@@ -162,7 +162,7 @@ class Blocks:
                 self._pull(waiting_peer, pull)
 
     def _set_state(self, peer: Peer, block: Block, message: Message) -> None:
-        """Take the optimizer's state of a checkpoint, whose tensors follow by INIT."""
+        """Take the optimizer's state of a checkpoint. Its tensors follow by INIT."""
         if peer.rank != 0 or self.ready:
             raise Refused("SET_STATE is rank 0's, before the weights")
         self._initial.set_state(block, message)

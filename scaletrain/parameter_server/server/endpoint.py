@@ -413,7 +413,7 @@ class Endpoint:
                 self.send(route, Header(MessageKind.PING, count=live))
 
     def forget(self, rank: int, reason: str) -> None:
-        """Give a worker up: what its connections still say is refused, with the reason."""
+        """Give a worker up: further messages of its connections are refused, with the reason."""
         worker = self._workers.get(rank)
         if worker is None:
             return

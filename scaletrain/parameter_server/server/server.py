@@ -261,7 +261,7 @@ class Server:
         self._tally.came(rank)
 
     def worker_closed(self, rank: int) -> None:
-        """Give up a worker whose connection is closed."""
+        """Give up a worker after its connection has closed."""
         self._lose(rank, "its connection is closed")
 
     def _lose(self, rank: int, reason: str) -> None:
@@ -332,7 +332,7 @@ class Server:
     # Statistics
 
     def _write_statistics(self) -> None:
-        """Write what was counted to the run directory."""
+        """Write the counts to the run directory."""
         value: dict[str, Any] = {
             "server": self.index,
             "mode": self.settings.mode,

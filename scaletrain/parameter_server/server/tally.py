@@ -65,7 +65,7 @@ class Tally:
             pace.last_step = now
 
     def answered(self, rank: int, staleness: int, dropped: bool) -> None:
-        """Count what became of a gradient."""
+        """Count the fate of a gradient."""
         if dropped:
             self._paces[rank].dropped += 1
         else:

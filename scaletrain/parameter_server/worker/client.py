@@ -32,7 +32,7 @@ PART_ELEMENTS = 1 << 20  # first weights and whole tables travel in parts of 4 M
 
 
 class PushResult(NamedTuple):
-    """What became of a pushed gradient."""
+    """The fate of a pushed gradient."""
 
     staleness: int  # updates between the weights it came from and its own update
     dropped: bool  # it came too late and was not used

@@ -106,7 +106,7 @@ class Replica:
         self._fetched: dict[int, list[Tensor]] = {}
 
     def _specs(self, model: nn.Module, settings: Settings) -> list[ParameterSpec]:
-        """Return what ``sharding`` has to know. Raises ``UserError``."""
+        """Return the facts that ``sharding`` needs. Raises ``UserError``."""
         if not settings.local:
             _check_embeddings(model)
         sparse = _sparse_tables(model)

@@ -134,7 +134,7 @@ def differences(new: Report, old: Report) -> str | None:
 
 
 def _settings(header: ReportHeader) -> dict[str, dict[str, object]]:
-    """Return the dotted keys of each config, with what was set in every cell.
+    """Return the dotted keys of each config, with the settings of every cell.
 
     The empty name holds the header's facts about the use of the machine.
     """

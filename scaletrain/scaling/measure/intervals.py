@@ -113,7 +113,7 @@ def percentiles(
 
 
 class Change(NamedTuple):
-    """By how much a mean changed, as a fraction of what it was."""
+    """The change of a mean, as a fraction of its earlier value."""
 
     ratio: float  # new / old
     low: float  # of the 95 % interval of the ratio

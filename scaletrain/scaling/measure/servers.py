@@ -109,7 +109,7 @@ def time_to_loss(losses: np.ndarray, ended_s: np.ndarray, target: float) -> floa
 def common_loss(rows: Sequence[Row], runs_of_rows: Sequence[Sequence[Run]]) -> float | None:
     """Return the lowest loss that every measured run reached, if a row had servers.
 
-    None where rows are of several configs, whose losses are not the same quantity.
+    None where rows are of several configs: their losses are different quantities.
     """
     if not any(row.servers for row in rows):
         return None

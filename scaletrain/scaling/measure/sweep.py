@@ -279,7 +279,7 @@ def _check_keys(option: str, keys: Sequence[str] | Mapping[str, object]) -> None
 
 
 def claim(out: Path, sweep: Sweep) -> None:
-    """Create OUT, or go on in one whose cells mean the same.
+    """Create OUT, or go on in one with cells of the same meaning.
 
     Workers, exchanges, repeats and values of ``--vary`` may be added.
 
@@ -295,7 +295,7 @@ def claim(out: Path, sweep: Sweep) -> None:
 
 
 def _check_same(out: Path, before: Sweep, now: Sweep) -> None:
-    """Refuse a sweep whose cells were measured in another way before."""
+    """Refuse a sweep if its cells were measured in another way before."""
     for stem, source in now.configs.items():
         if stem in before.configs and before.configs[stem].text != source.text:
             raise _differs(out, "configs differs")
@@ -318,7 +318,7 @@ def _plan_path(out: Path) -> Path:
 
 
 def read(out: Path) -> Sweep:
-    """Return the sweep whose directory this is.
+    """Return the sweep that this directory belongs to.
 
     Raises:
         UserError: it is not the directory of a sweep.

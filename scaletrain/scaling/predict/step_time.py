@@ -42,7 +42,7 @@ class PassProfile(NamedTuple):
 
     @classmethod
     def of_layers(cls, model: ModelTimes) -> "PassProfile":
-        """Return the profile of a model whose layers were timed."""
+        """Return the profile of a model from the times of its layers."""
         backward_order = model.layers[::-1]  # the last layer's gradient comes first
         sizes = np.cumsum([layer.gradient_bytes for layer in backward_order])
         times = np.cumsum([layer.backward_s for layer in backward_order])
@@ -189,7 +189,7 @@ def exchange_s(strategy: str, workers: int, num_bytes: float, fabric: Fabric) ->
 
 @dataclasses.dataclass(frozen=True)
 class StepModel:
-    """What the time of a synchronous step depends on, beside the strategy and the workers.
+    """The quantities behind a synchronous step's time, beside the strategy and the workers.
 
     Attributes:
         num_bytes: size of the gradients.

@@ -113,7 +113,7 @@ def once(path: Path, *argv: str | Path, header: Path | None = None) -> None:
     Args:
         path: the file that the command writes.
         argv: the arguments after ``scaletrain``.
-        header: where to note on what this was measured (see ``noted``).
+        header: where to note the environment of the measurement (see ``noted``).
     """
     if path.exists():
         return

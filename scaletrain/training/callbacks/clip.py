@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Clip(Callback):
-    """Clips what the exchange has averaged, so every rank clips alike and none communicates."""
+    """Clips averaged gradients, so every rank clips alike and none communicates."""
 
     changes_gradients = True
 

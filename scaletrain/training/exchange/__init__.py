@@ -1,4 +1,4 @@
-"""The contract of an exchange: who owns the update, and how gradients travel.
+"""The contract of an exchange: the owner of the update, and how gradients travel.
 
 Every other file here is one exchange: a function ``exchange(world, setup, *, <options>) ->
 Exchange``, called once by every rank (collective).
