@@ -52,7 +52,7 @@ class Optimizer(Named):
     """An optimizer and its arguments, some of which may differ between parameters."""
 
     groups: list[ParameterGroup] = []
-    """The first group that matches has the parameter. What none matches has the options above."""
+    """A parameter belongs to the first group that matches. The others have the options above."""
 
 
 def _as_mapping(value: Any) -> Any:
@@ -130,7 +130,7 @@ class LrSchedule(Strict):
     """Steps between two changes (step), or the step in the middle (sigmoid)."""
 
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """cosine and poly end at this rate, the other policies fall no lower. It is that of the
+    """cosine and poly end at this rate, the other policies fall no lower. It holds for the
     optimizer's first group; the floors of other groups are in proportion to their rates."""
 
     # Fractions and not steps, so that they stay right when the length of the run changes.
@@ -141,7 +141,7 @@ class LrSchedule(Strict):
         Annotated[LrScaling, BeforeValidator(_as_rule, json_schema_input_type=str | LrScaling)]
         | None
     ) = None
-    """Scale the optimizer's rate to the batch; null: it counts as it is."""
+    """Scale the optimizer's rate to the batch; null: take it as it is."""
 
 
 def _as_figure(value: Any) -> Any:
@@ -149,7 +149,7 @@ def _as_figure(value: Any) -> Any:
 
 
 class Figure(Strict):
-    """A figure of the evaluations, and which of its values are better."""
+    """A figure of the evaluations, and whether lower or higher values are better."""
 
     figure: str
     """As in the summary, such as test_accuracy."""
@@ -159,7 +159,7 @@ class Figure(Strict):
 
 
 class Checkpoint(Strict):
-    """When checkpoints are written. The last step always is."""
+    """When checkpoints are written. There is always one of the last step."""
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps between checkpoints; null: only the last step."""
@@ -173,27 +173,27 @@ class Checkpoint(Strict):
     best: (
         Annotated[Figure, BeforeValidator(_as_figure, json_schema_input_type=str | Figure)] | None
     ) = None
-    """Also keep the checkpoint whose evaluation had the best value of this figure."""
+    """Also keep the checkpoint with the best value of this figure in an evaluation."""
 
 
 class InitFrom(Strict):
     """Weights to begin with. A resumed run begins with its checkpoint's weights instead."""
 
     path: str
-    """A safetensors file, a .pt file with a state dict, a checkpoint, or the directory of a run,
-    whose newest checkpoint counts."""
+    """A safetensors file, a .pt file with a state dict, a checkpoint, or the directory of a run
+    (for its newest checkpoint)."""
 
     ema: bool = False
     """The averages that the callback ema has left in a checkpoint, not the weights."""
 
     prefix: dict[str, str] = {}
-    """Beginnings of names in the file, and what they become: {"backbone.": "encoder."}."""
+    """Beginnings of names in the file, and their replacements: {"backbone.": "encoder."}."""
 
     allow_missing: Annotated[list[str], BeforeValidator(_as_list)] = []
     """Patterns for weights that the file may lack, or have in another shape."""
 
     allow_unexpected: Annotated[list[str], BeforeValidator(_as_list)] = []
-    """Patterns for weights that the file may have and the model has not."""
+    """Patterns for weights that the file may have although the model lacks them."""
 
 
 class BadSamples(Strict):
@@ -222,7 +222,7 @@ class Compilation(Strict):
     mode: (
         Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
     ) = None
-    """What inductor optimises for."""
+    """The goal that inductor optimises for."""
 
     dynamic: bool | None = None
     """true: compile once for all shapes; false: for each; null: torch decides."""
@@ -297,7 +297,7 @@ class RunConfig(Strict):
     """How gradients travel. `ring` is short for `{name: scheduled, collective: ring}`."""
 
     launcher: NameOrOptions = Named(name="local")
-    """What starts the workers, and its options."""
+    """The launcher that starts the workers, and its options."""
 
     workers: Annotated[int, Field(ge=1)] = 1
     """Number of workers."""
@@ -322,7 +322,7 @@ class RunConfig(Strict):
     """Patterns of modules whose activations are computed again in backward, to save memory."""
 
     sync_batchnorm: bool = False
-    """Normalise batches over the samples of all workers. Under `none` it counts for nothing."""
+    """Normalise batches over the samples of all workers. Under `none` it has no effect."""
 
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Compute threads of a worker; auto: its share of the host's cores."""
@@ -344,7 +344,7 @@ class RunConfig(Strict):
     num_classes: 10}}` becomes `test_f1`; names, or `package.module:Class`, and their options."""
 
     callbacks: list[NameOrOptions] = []
-    """What is done between the parts of each step, in this order: names and their options."""
+    """Callbacks between the parts of each step, in this order: names and their options."""
 
     nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
     """A loss or gradient that is not finite: stop and say where, leave the step out, or also bring
