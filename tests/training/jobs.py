@@ -1,5 +1,6 @@
 """Jobs that the tests of training share, and the rank that trains one of them."""
 
+import contextlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,11 @@ def train_rank(
     store = dist.FileStore(str(run_dir / f"store-{resume}-{size}"), size)
     setup = Setup(store, torch.device("cpu"), Timeouts(20.0), run_dir)
     world = World(rank, size, rank, size)
-    exchange = run.load("exchange")(world, setup, **run.exchange.options)
-    parts = workload.build(run, setup.device)
-    trainer = Trainer(run, world, parts, exchange, setup.device, run_dir, resume)
-    summary = trainer.fit(lambda record: None, lambda step: step == stop_at)
-    exchange.close()
+    # Closed also by a job that is refused: other tests of this process join groups of their own.
+    with contextlib.closing(run.load("exchange")(world, setup, **run.exchange.options)) as exchange:
+        parts = workload.build(run, setup.device)
+        trainer = Trainer(run, world, parts, exchange, setup.device, run_dir, resume)
+        summary = trainer.fit(lambda record: None, lambda step: step == stop_at)
     state = {name: value.detach().numpy() for name, value in trainer.module.state_dict().items()}
     return {"summary": summary, "state": state, "records": trainer.records}
 
