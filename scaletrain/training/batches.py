@@ -194,6 +194,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return pytree.tree_map(move, batch)
 
 
+_MOST_NAMED = 8  # samples in an error
+
+
 class UnreadableSample(UserError):
     """A sample, or several to be collated, that raised an exception, its cause, when read.
 
@@ -201,13 +204,13 @@ class UnreadableSample(UserError):
     when a data set loses its connection, that is not taken for the loss of a worker.
     """
 
-    def __init__(self, fault: str, error: BaseException):
+    def __init__(self, fault: str, error: BaseException, fix: str = ""):
         description = type(error).__name__
         # The first line: some messages are a page.
         lines = str(error).strip().splitlines()
         if lines:
             description += f": {lines[0]}"
-        super().__init__(f"data: {fault}: {description}")
+        super().__init__(f"data: {fault}: {description}{fix}")
         self.__cause__ = error
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -268,9 +271,14 @@ class Assembler:
         try:
             content = self._collate([sample for _, sample in samples])
         except Exception as error:
-            names = ", ".join(map(str, numbers))
-            word = "sample" if len(numbers) == 1 else "samples"
-            raise UnreadableSample(f"{word} {names} cannot be collated", error) from error
+            names = ", ".join(map(str, numbers[:_MOST_NAMED]))
+            if len(numbers) > _MOST_NAMED:
+                names += ", ..."
+            word, fix = "sample", ""
+            if len(numbers) > 1:
+                word = "samples"
+                fix = " (Data's collate is a function that makes a batch of samples of any form)"
+            raise UnreadableSample(f"{word} {names} cannot be collated", error, fix) from error
         return Batch(content, numbers, left_out)
 
 

@@ -275,13 +275,14 @@ def build(config: RunConfig, device: torch.device) -> Workload:
 
 def _users_own(config: RunConfig) -> Workload:
     assert config.workload is not None
-    made = config.load("workload")(**config.workload.options)
     name = config.workload.name
-    if not isinstance(made, Workload):
+    loaded = config.load("workload")
+    if not isinstance(loaded, type) or not issubclass(loaded, Workload):
+        kind = "class" if isinstance(loaded, type) else type(loaded).__name__
         raise UserError(
-            f"workload: {name} is a {type(made).__name__} (allowed: a class that derives from"
-            " scaletrain.Workload)"
+            f"workload: {name} is a {kind} (allowed: a class that derives from scaletrain.Workload)"
         )
+    made = loaded(**config.workload.options)
     if made.updates:
         _join_models(made, name)
     if not isinstance(getattr(made, "model", None), nn.Module):

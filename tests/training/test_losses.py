@@ -242,7 +242,10 @@ def test_each_group_keeps_its_own_rate(tmp_path: Path):
         ((3.0, 4), ((2.0, 2), (4.0, 2)), True),  # a mean over samples
         ((3.5, 4), ((2.0, 1), (4.0, 3)), True),  # over tokens
         ((2.0, 4), ((2.0, 2), (2.0, 2)), True),
+        ((-3.2, 4), ((-2.0, 2), (-4.0, 2)), True),  # over tokens and over samples, added
         ((5.0, 4), ((2.0, 2), (4.0, 2)), False),  # something that depends on the whole batch
+        ((4.1, 4), ((0.1, 2), (4.0, 2)), False),  # a half with next to no loss
+        ((1.0, 4), ((-2.0, 2), (4.0, 2)), False),
         ((0.0, 4), ((0.0, 2), (0.0, 2)), False),
         ((3.0, 1), ((2.0, 1), (4.0, 1)), False),  # counts that are no sum, either
     ],
