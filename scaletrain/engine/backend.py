@@ -10,8 +10,6 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from scaletrain.errors import UserError
-
 _AS = "SCALETRAIN_AS"  # the variable with another name for our backend
 
 
@@ -31,6 +29,8 @@ def register() -> None:
     if other_name == "gloo":
         _take_the_name_gloo()
     elif other_name:
+        from scaletrain.errors import UserError  # not at the top: see ``_create``
+
         raise UserError(f"{_AS}: {other_name} is not allowed (allowed: gloo)")
 
 
