@@ -108,6 +108,14 @@ class SlurmOptions(NamedTuple):
     """How often to look at the job."""
 
     @property
+    def labels_ranks(self) -> bool:
+        """Whether srun says of which rank each line is.
+
+        The tasks of an array have the same ranks, and torchrun's tasks are no ranks.
+        """
+        return not self.array and not self.starts_torchrun
+
+    @property
     def starts_torchrun(self) -> bool:
         """True if a task of srun is a torchrun, not a worker."""
         return self.tasks == "nodes"
@@ -326,8 +334,7 @@ def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> Laun
         )
         argv = Program.FOLLOW_SLURM.command(path, f"{options.poll_s:g}", *export)
         # A requeued job starts its workers again: only the follower's end is the end of the job.
-        # The tasks of an array have the same ranks, and torchrun's tasks are no ranks.
-        labels = "" if options.array or options.starts_torchrun else _LABELS
+        labels = _LABELS if options.labels_ranks else ""
         submit = Command("slurm", argv, restarts_workers=True, labels=labels, stop_s=15.0)
     else:
         submit = Command("sbatch", ("sbatch", *export, str(path)))
@@ -353,7 +360,7 @@ def _srun(allocation: Allocation, options: SlurmOptions, run_dir: Path) -> list[
     argv.append(f"--cpus-per-task={allocation.cpus_per_task}")
     if options.bind:
         argv.append("--cpu-bind=cores")
-    if not options.starts_torchrun:
+    if options.labels_ranks:
         argv.append("--label")
     if options.mpi:
         argv.append(f"--mpi={options.mpi}")
