@@ -11,7 +11,6 @@ Usage: ``scaletrain launch -n WORKERS -- benchmarks/suites/overhead_rank.py CONF
 import json
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain import World
 from scaletrain import config as configuration
+from scaletrain.config.timeouts import Timeouts
 from scaletrain.engine import rendezvous
 from scaletrain.run import progress
 from scaletrain.run.records import StepRecord
@@ -72,10 +72,10 @@ def main(config: Path, out: Path) -> None:
     torch.set_num_threads(1)
     world = World.from_env()
     out.mkdir(parents=True, exist_ok=True)
-    timeout = timedelta(seconds=60)
-    store = rendezvous.join(world, out, timeout)
+    timeouts = Timeouts()
+    store = rendezvous.join(world, out, timeouts.join)
     world = rendezvous.place(world, store)
-    setup = Setup(store, torch.device("cpu"), timeout, out / f"run-{world.size}-{config.stem}")
+    setup = Setup(store, torch.device("cpu"), timeouts, out / f"run-{world.size}-{config.stem}")
     setup.run_dir.mkdir(exist_ok=True)
     exchange = run.load("exchange")(world, setup, **run.exchange.options)
     trainer = Trainer(
