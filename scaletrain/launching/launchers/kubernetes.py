@@ -216,15 +216,18 @@ def job_name(run_dir: Path) -> str:
 #   stopped the workers in good order: that is no failure, and neither is a node that is emptied.
 # - With a shared process namespace no worker is process 1, which would ignore signals.
 _MANIFEST = """\
-{% if job.config %}
-apiVersion: v1
-kind: ConfigMap
+{% set metadata %}
 metadata:
   name: {{ name }}
 {% if options.namespace %}
   namespace: {{ options.namespace }}
 {% endif %}
   labels: {{ labels | quoted }}
+{% endset %}
+{% if job.config %}
+apiVersion: v1
+kind: ConfigMap
+{{ metadata | trim }}
 data:
   {{ config_name }}: |
     {{ job.config.rstrip() | indent(4) }}
@@ -232,12 +235,7 @@ data:
 {% endif %}
 apiVersion: v1
 kind: Service
-metadata:
-  name: {{ name }}
-{% if options.namespace %}
-  namespace: {{ options.namespace }}
-{% endif %}
-  labels: {{ labels | quoted }}
+{{ metadata | trim }}
 spec:
   clusterIP: None
   publishNotReadyAddresses: true
@@ -245,12 +243,7 @@ spec:
 ---
 apiVersion: batch/v1
 kind: Job
-metadata:
-  name: {{ name }}
-{% if options.namespace %}
-  namespace: {{ options.namespace }}
-{% endif %}
-  labels: {{ labels | quoted }}
+{{ metadata | trim }}
 spec:
   completionMode: Indexed
   completions: {{ num_pods }}
