@@ -40,16 +40,6 @@ OPERATIONS = {
 # Half-precision terms are summed in float32: with more than two, rounding after each would grow
 # with the number of ranks.
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
-DTYPES = {
-    torch.float32,
-    torch.float64,
-    torch.int8,
-    torch.uint8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    *WIDE,
-}
 
 
 class Lane:
@@ -97,7 +87,7 @@ class Lane:
         right after that one, on every rank.
 
         Args:
-            tensors: of any shape and strides, and of one of ``DTYPES``.
+            tensors: of any shape and strides, and of one of ``transport.DTYPES``.
             operation: one of ``OPERATIONS``.
             at_once: the caller waits for the result anyway.
 
@@ -110,10 +100,8 @@ class Lane:
                 return Done(self._run(tensors, operation, self._roll_call.next()))
         with self._ordering:
             number = self._roll_call.next()
-            is_idle = not self._num_unfinished and self._engine_lock.acquire(blocking=False)
-            if not (is_idle and at_once):
-                if is_idle:
-                    self._engine_lock.release()
+            may_run = at_once and not self._num_unfinished
+            if not (may_run and self._engine_lock.acquire(blocking=False)):
                 return self._queue(tensors, operation, number)
         try:
             return Done(self._run(tensors, operation, number))

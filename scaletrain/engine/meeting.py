@@ -120,7 +120,7 @@ def _check_alive(group: Group, keys: list[str], owners: Sequence[int]) -> None:
     if not group.members:
         return
     here = group.members[group.rank].host
-    ended = [r for r in set(owners) if group.members[r].host == here and not _is_alive(group, r)]
+    ended = [r for r in set(owners) if group.members[r].host == here and not is_alive(group, r)]
     # Its last act may have been to set the key, so the keys are looked at once more.
     missing = set(_missing(group.store, keys, owners)) if ended else set()
     for rank in ended:
@@ -128,7 +128,8 @@ def _check_alive(group: Group, keys: list[str], owners: Sequence[int]) -> None:
             raise lost(group, rank)
 
 
-def _is_alive(group: Group, rank: int) -> bool:
+def is_alive(group: Group, rank: int) -> bool:
+    """Return True if the process of a rank of this host has not ended."""
     member = group.members[rank]
     return start_ticks(member.pid) == member.started
 

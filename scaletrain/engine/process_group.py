@@ -40,10 +40,10 @@ from torch._C._distributed_c10d import (
 
 from scaletrain.engine.accelerator import AcceleratorLane, shared
 from scaletrain.engine.choice import AUTO, NATIVE, check
-from scaletrain.engine.lane import DTYPES, OPERATIONS, Lane, Operation, number_of
+from scaletrain.engine.lane import OPERATIONS, Lane, Operation, number_of
 from scaletrain.engine.meeting import introduce, known_members
 from scaletrain.engine.roll_call import RollCall
-from scaletrain.engine.transport import Group, nccl
+from scaletrain.engine.transport import DTYPES, Group, nccl
 from scaletrain.engine.work import All, Forwarded
 from scaletrain.errors import UserError
 
@@ -109,6 +109,7 @@ class ProcessGroup(dist.ProcessGroup):
             self._nccl = nccl.backend(Group(dist.PrefixStore("nccl/", store), rank, size, timeout))
             self._register_backend(torch.device("cuda"), BackendType.NCCL, self._nccl)
             self._set_default_backend(BackendType.NCCL)
+        self._members = known_members(store, size)
         # The group's own part of the store, over a connection that no script waits on.
         self._job_store = _without_prefixes(store)  # groups find the connection while one holds it
         second = _second(self._job_store)
@@ -209,8 +210,7 @@ class ProcessGroup(dist.ProcessGroup):
     def _group(self, kind: str) -> Group:
         """Return the ranks with a part of the store for one kind of device."""
         store = dist.PrefixStore(f"wire/{kind}/", self._meeting)
-        members = known_members(self._store, self.size())
-        return Group(store, self.rank(), self.size(), self._timeout, members=members)
+        return Group(store, self.rank(), self.size(), self._timeout, members=self._members)
 
     def _shares_device(self) -> bool:
         """Return True if ranks share a GPU. Collective at its first call."""

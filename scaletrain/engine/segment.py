@@ -14,11 +14,10 @@ import os
 import platform
 import time
 
-from scaletrain.engine.meeting import introduced, lost, ranks_in_words, wait_for_keys
+from scaletrain.engine.meeting import introduced, is_alive, lost, ranks_in_words, wait_for_keys
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
 from scaletrain.host import shared_memory
-from scaletrain.host.processes import start_ticks
 
 # Words of 64 bits in a cache line. Each counter has a line for itself, so that no two ranks write
 # to the same line.
@@ -168,8 +167,7 @@ class Segment:
 
     def check_alive(self, rank: int) -> None:
         """Raise ConnectionError if the rank's process has ended."""
-        member = self._group.members[rank]
-        if start_ticks(member.pid) != member.started:
+        if not is_alive(self._group, rank):
             raise lost(self._group, rank)
 
     def check_not_ended(self) -> None:

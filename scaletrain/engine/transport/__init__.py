@@ -76,14 +76,14 @@ class Call(NamedTuple):
 
         Two calls share a code only if their numbers differ by a multiple of 32,768.
         """
-        kind = _REDUCTIONS[self.reduce] << 5 | _DTYPES[self.dtype]
+        kind = _REDUCTIONS[self.reduce] << 5 | DTYPES[self.dtype]
         return (self.number & 0x7FFF) << 48 | kind << 40 | self.num_elements
 
     @classmethod
     def of_code(cls, code: int) -> "Call":
         """Return the call of a code, with the number that the code holds."""
         kind = code >> 40 & 0xFF
-        dtype = [*_DTYPES][kind & 0x1F]
+        dtype = [*DTYPES][kind & 0x1F]
         return cls(code >> 48, code & 0xFF_FFFF_FFFF, dtype, [*_REDUCTIONS][(kind >> 5) - 1])
 
     def wanted(self) -> str:
@@ -93,8 +93,9 @@ class Call(NamedTuple):
         return f"of {self.num_elements:,} {dtype} ({reduce})"
 
 
+# What an allreduce may have, each with its number in ``Call.code``.
 _REDUCTIONS: dict[Any, int] = {torch.add: 1, torch.mul: 2, torch.minimum: 3, torch.maximum: 4}
-_DTYPES = {
+DTYPES = {
     torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3,
     torch.int8: 4, torch.uint8: 5, torch.int16: 6, torch.int32: 7, torch.int64: 8,
 }  # fmt: skip

@@ -92,9 +92,8 @@ class Mixed:
 
     def limit(self, timeout: timedelta) -> None:
         """Change the group's timeout. See ``Transport.limit``."""
-        self._between.limit(timeout)
-        if self._within is not None:
-            self._within.limit(timeout)
+        for wire in self._wires():
+            wire.limit(timeout)
 
     def close(self) -> None:
         """Give back both wires. Not collective."""
