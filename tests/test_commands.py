@@ -255,7 +255,8 @@ def test_launch_runs_a_persons_script(backend: str, tmp_path: Path):
     )
     done = scaletrain("launch", "-n", "3", "--run-dir", tmp_path / "run", "--", script)
     assert done.returncode == 0, done.stderr
-    assert "3 workers, loss" in done.stdout and done.stderr.startswith("3 workers on ")
+    assert "3 workers, loss" in done.stdout and "3 workers on " in done.stderr
+    assert done.stderr.startswith(f"run directory: {tmp_path / 'run'}\n")
 
 
 def test_attach_in_a_persons_loop_equals_one_process(tmp_path: Path):

@@ -268,6 +268,12 @@ def test_naming_the_same_exchange_keeps_the_files_options():
     assert tree["exchange"] == {"name": "native"}
 
 
+def test_another_policy_of_the_rate_keeps_the_warm_up():
+    tree: dict = {"lr_schedule": {"name": "step", "warmup_steps": 5, "gamma": 0.5}}
+    grammar.set_key(tree, "lr_schedule", "cosine")
+    assert tree == {"lr_schedule": {"name": "cosine", "warmup_steps": 5, "gamma": 0.5}}
+
+
 def test_a_text_in_place_of_a_mapping_sets_what_it_stands_for():
     tree: dict = {"init_from": {"path": "runs/a", "ema": True}, "bad_samples": {"skip": 3}}
     grammar.set_key(tree, "init_from", "weights.pt")

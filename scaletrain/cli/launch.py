@@ -149,6 +149,8 @@ def command(
     if run_dir is None:
         directory, (job, plan) = new_directory(directory, (job, plan), planned)
     with claim.in_use(directory, "--run-dir", shared=plan.is_part) as descriptor:
-        for line in plan.explain:
-            Screen(display).say(line, error=True)  # standard output belongs to the script
+        screen = Screen(display)
+        # Standard output belongs to the script.
+        for line in [f"run directory: {directory}", *plan.explain]:
+            screen.say(line, error=True)
         sys.exit(supervise.run(plan, job, claim=descriptor, display=display))

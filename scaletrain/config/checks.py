@@ -455,7 +455,9 @@ def _mistake(error: ErrorDetails, schema: type[BaseModel], where: str, prefix: s
     if error["type"] == "extra_forbidden":
         # The keys that are allowed are those of the mapping in which the key stands.
         inner = _schema_at(schema, location[:-1])
-        return unknown(f"{where}: key {key}", str(location[-1]), inner.model_fields)
+        # What the program sets itself, people do not.
+        names = [name for name in inner.model_fields if name != "source"]
+        return unknown(f"{where}: key {key}", str(location[-1]), names)
     if error["type"] == "missing":
         return UserError(f"{where}: {key}: is missing")
     if error["type"] == "model_type":

@@ -13,6 +13,8 @@ from scaletrain.errors import UserError, unknown
 
 # Keys whose text stands for something else than the name of a plugin: the option that it sets.
 _TEXT_SETS = {"init_from": "path", "scaling": "rule", "best": "figure", "bad_samples": None}
+# Keys whose names, such as "cosine", all have the same options.
+_SHARED_OPTIONS = {"lr_schedule"}
 
 
 class Spec(NamedTuple):
@@ -144,16 +146,17 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
         tree: a run as its file holds it.
         dotted: the key; dots lead into mappings, which are made if they are missing.
         value: replaces the key's value. The name of a plugin replaces the plugin with its options,
-            unless it is the same plugin: then the options that the file gives are kept.
+            unless it is the same plugin: then the options that the file gives are kept. Policies of
+            the learning rate keep them, too.
     """
     # Without a dot the value names the plugin itself; with one it is an option of the plugin.
     is_name = "." not in dotted and isinstance(value, str) and dotted not in _TEXT_SETS
     before = tree.get(dotted)
     if is_name and isinstance(before, dict):
         named = _as_mapping(dotted, value)
-        is_same_plugin = before.get("name") == named["name"]
-        # Options of another plugin would be unknown to the new one.
-        tree[dotted] = before | named if is_same_plugin else named
+        # Options of another plugin would be unknown to the new one; policies share theirs.
+        keeps = before.get("name") == named["name"] or dotted in _SHARED_OPTIONS
+        tree[dotted] = before | named if keeps else named
         return
     *parents, last = dotted.split(".")
     for parent in parents:

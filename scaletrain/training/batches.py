@@ -166,7 +166,7 @@ def load(
             for share in shares
             if len(share.indices)
         )
-    batches = _Batches(dataset, seed, Assembler(collate, leaves_out))
+    batches = _Batches(dataset, seed, collate, leaves_out)
     if num_loaders == 0:
         return (batches[place] for place in _places(shares))
     loader = DataLoader(
@@ -195,6 +195,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 _MOST_NAMED = 8  # samples in an error
+# The end of an error about a sample that ends the run.
+LEAVE_OUT = " (bad_samples: {skip: 10} leaves up to ten such samples out)"
 
 
 class UnreadableSample(UserError):
@@ -285,32 +287,32 @@ class Assembler:
 class _Batches(Dataset):
     """Batches by (epoch, indices), read in whichever process indexes it."""
 
-    def __init__(self, dataset: Dataset, seed: int, assembler: Assembler):
+    def __init__(self, dataset: Dataset, seed: int, collate: Collate | None, leaves_out: bool):
         self._samples = Placed(dataset, seed)
-        self._assembler = assembler
+        self._leaves_out = leaves_out
+        self._assembler = Assembler(collate, leaves_out)
 
     def __getitem__(self, place: tuple[int | str, list[int]]) -> Batch:
         epoch, indices = place
-        return self._assembler.batch([(index, self._read(epoch, index)) for index in indices])
-
-    def _read(self, epoch: int | str, index: int) -> Any:
-        """Return a sample, or the error in place of it."""
-        try:
-            return read_sample(self._samples, epoch, index)
-        except UnreadableSample as error:
-            return error
+        samples = []
+        for index in indices:
+            samples.append((index, read_sample(self._samples, epoch, index, self._leaves_out)))
+        return self._assembler.batch(samples)
 
 
-def read_sample(samples: Placed, epoch: int | str, index: int) -> Any:
-    """Return a sample, read under the seed of its place.
+def read_sample(samples: Placed, epoch: int | str, index: int, leaves_out: bool) -> Any:
+    """Return a sample, read under the seed of its place; its error, if such samples are left out.
 
     Raises:
         UnreadableSample: the data set raised.
     """
+    fault = f"sample {index} cannot be read"
     try:
         return samples[epoch, index]
     except Exception as error:
-        raise UnreadableSample(f"sample {index} cannot be read", error) from error
+        if leaves_out:
+            return UnreadableSample(fault, error)
+        raise UnreadableSample(fault, error, LEAVE_OUT) from error
 
 
 class _BatchesOrErrors(Dataset):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scaletrain.training.batches import UnreadableSample, read_sample
+from scaletrain.training.batches import read_sample
 from scaletrain.training.randomness import Placed
 from scaletrain.training.stream import Stream, is_stream
 
@@ -39,23 +39,15 @@ def fingerprint(dataset: Any, leaves_out: bool = False) -> int:
     else:
         placed = Placed(dataset, seed=0)
         digest.update(b"%d" % len(placed))
-        samples = [_read(placed, index, leaves_out) for index in _spread(len(placed))]
+        samples = []
+        for index in _spread(len(placed)):
+            samples.append(read_sample(placed, "fingerprint", index, leaves_out))
     for sample in samples:
         for part in _parts(sample):
             # The length of each part comes first, so that parts cannot run into each other.
             digest.update(b"%d:" % len(part))
             digest.update(part)
     return int.from_bytes(digest.digest(), "little")
-
-
-def _read(samples: Placed, index: int, leaves_out: bool) -> Any:
-    """Return a sample; its error, if such samples are left out."""
-    try:
-        return read_sample(samples, "fingerprint", index)
-    except UnreadableSample as error:
-        if not leaves_out:
-            raise
-        return error
 
 
 def _spread(length: int) -> list[int]:

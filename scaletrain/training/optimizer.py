@@ -82,14 +82,18 @@ def split(optimizer: Optimizer, model: nn.Module) -> list[Group]:
 
 
 def describe(named: Optimizer | None, made: torch.optim.Optimizer) -> list[str]:
-    """Return a line about the groups that a configuration describes, if it does.
+    """Return lines about the optimizer that a configuration names, and about its groups.
 
     Args:
         named: of the configuration; None: the workload has its own.
         made: by ``build``.
     """
-    if named is None or not named.groups:
+    if named is None:
         return []
+    chosen = ", ".join(f"{key} {value}" for key, value in named.options.items())
+    lines = [f"optimizer: {type(made).__name__} with {chosen}"]
+    if not named.groups:
+        return lines
     sizes = [len(group["params"]) for group in made.param_groups]
     parts = []
     if len(sizes) > len(named.groups):
@@ -97,7 +101,7 @@ def describe(named: Optimizer | None, made: torch.optim.Optimizer) -> list[str]:
     for group, size in zip(named.groups, sizes, strict=True):
         options = ", ".join(f"{key} {value}" for key, value in group.options.items())
         parts.append(f"{size} of {', '.join(group.match)} with {options}")
-    return [f"parameter groups: {'; '.join(parts)}"]
+    return [*lines, f"parameter groups: {'; '.join(parts)}"]
 
 
 def _factory(config: RunConfig, name: str) -> Callable[..., Any]:

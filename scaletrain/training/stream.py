@@ -17,7 +17,15 @@ from torch.utils.data._utils import worker as loader_process
 
 from scaletrain.errors import UserError
 from scaletrain.run import progress
-from scaletrain.training.batches import Assembler, Batch, UnreadableSample, as_it_is, cut, raising
+from scaletrain.training.batches import (
+    LEAVE_OUT,
+    Assembler,
+    Batch,
+    UnreadableSample,
+    as_it_is,
+    cut,
+    raising,
+)
 from scaletrain.training.randomness import seed_generators, seed_of
 
 _ALIVE_S = 1.0  # between signs of life
@@ -176,7 +184,7 @@ class Reader:
         except Exception as error:
             fault = f"sample {self._index} of the stream cannot be read"
             if not self._stream.leaves_out:
-                raise UnreadableSample(fault, error) from error
+                raise UnreadableSample(fault, error, LEAVE_OUT) from error
             if inspect.isgenerator(self._iterator):
                 fault += (
                     ", and a generator ends there (bad_samples: skip needs an iterator with"

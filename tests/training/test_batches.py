@@ -268,6 +268,7 @@ def test_an_unreadable_sample_is_named_in_one_line(
     assert isinstance(raised.value, UserError)
     message = str(raised.value)
     assert message.startswith(f"data: sample 7 cannot be read: {text}")
+    assert message.endswith("(bad_samples: {skip: 10} leaves up to ten such samples out)")
     assert "\n" not in message
     cause = raised.value.__cause__
     if kind in (Unsendable, Closed) and workers:

@@ -80,8 +80,9 @@ def test_the_first_group_that_matches_has_a_parameter():
     ]
     assert options == [[0.2, 0.9, 0.1], [0.4, 0.5, 0.1], [0.2, 0.9, 0]]
     assert optimizer.describe(config.check(with_groups(GROUPS)).optimizer, parts.optimizer) == [
+        "optimizer: SGD with lr 0.2, momentum 0.9, weight_decay 0.1",
         "parameter groups: 2 with the optimizer's options; 1 of head.bias with lr 0.4, momentum"
-        " 0.5; 3 of bias, norm* with weight_decay 0.0"
+        " 0.5; 3 of bias, norm* with weight_decay 0.0",
     ]
 
 
