@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import scaletrain  # noqa: F401  (registers the backend)
-from scaletrain.engine.process_group import Options
+from scaletrain.engine.choice import Options
 
 CORES = os.cpu_count() or 1
 

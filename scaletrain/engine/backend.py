@@ -5,10 +5,13 @@ torch calls ``register`` whenever it is imported. The engine is loaded when a gr
 
 import functools
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+if TYPE_CHECKING:
+    from scaletrain.engine.group_calls import GroupCalls
 
 _AS = "SCALETRAIN_AS"  # the variable with another name for our backend
 
@@ -68,7 +71,8 @@ def _create(group_options: Any, backend_options: Any) -> dist.ProcessGroup:
         backend_options: ``pg_options`` of ``init_process_group``, or None.
     """
     # Not at the top: every process that imports torch runs this module.
-    from scaletrain.engine.process_group import Options, ProcessGroup
+    from scaletrain.engine.choice import Options
+    from scaletrain.engine.process_group import ProcessGroup
 
     return ProcessGroup(
         group_options.store,
@@ -81,8 +85,16 @@ def _create(group_options: Any, backend_options: Any) -> dist.ProcessGroup:
 
 
 def _create_over_mpi(group_options: Any, backend_options: Any) -> dist.ProcessGroup:
-    from scaletrain.engine.choice import NATIVE
-    from scaletrain.engine.process_group import Options
+    from scaletrain.engine.choice import NATIVE, Options
 
     is_ours = isinstance(backend_options, Options)
     return _create(group_options, backend_options if is_ours else Options(NATIVE, "mpi"))
+
+
+def calls_of(group: Any) -> "GroupCalls | None":
+    """Return our end of a group; None: the group is of another backend.
+
+    >>> calls_of(dist.group.WORLD).record()  # doctest: +SKIP
+    {'transport': 'shared_memory', 'collective': 'auto', 'chosen': ...}
+    """
+    return getattr(group, "calls", None)

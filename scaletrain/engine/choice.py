@@ -1,5 +1,6 @@
 """The algorithm of one allreduce, and how a person names an algorithm or a wire."""
 
+import os
 from typing import Any, NamedTuple
 
 AUTO = "auto"  # the engine chooses
@@ -14,6 +15,32 @@ class Choice(NamedTuple):
 
 
 WIRES_OWN = Choice(NATIVE, 1)
+
+
+class Options(NamedTuple):
+    """How allreduces run.
+
+    Each is the name of a file in ``collectives/`` or ``engine/transport/``, with options if need be
+    (``pipelined_tree:segments=8``), or ``auto``.
+    """
+
+    collective: str = AUTO
+    transport: str = AUTO
+
+    @classmethod
+    def from_env(cls) -> "Options":
+        """Return the options that the environment sets.
+
+        Raises:
+            UserError: a variable names an algorithm, wire or option that does not exist.
+        """
+        options = cls(
+            os.environ.get("SCALETRAIN_COLLECTIVE", AUTO),
+            os.environ.get("SCALETRAIN_TRANSPORT", AUTO),
+        )
+        check(options.collective, "collective", "SCALETRAIN_COLLECTIVE")
+        check(options.transport, "transport", "SCALETRAIN_TRANSPORT")
+        return options
 
 
 def check(text: str, kind: str, key: str = "") -> tuple[str, dict[str, Any]]:

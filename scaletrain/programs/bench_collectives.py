@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from scaletrain.config.grammar import split_spec
 from scaletrain.engine import backend
-from scaletrain.engine.process_group import Options
+from scaletrain.engine.backend import calls_of
+from scaletrain.engine.choice import Options
 from scaletrain.host import cores
 
 _TIMEOUT = timedelta(seconds=300)
@@ -98,7 +99,9 @@ def _measure_contender(
     copy_bytes_per_s = None
     if name not in _REFERENCES:
         # Of a single size there is a single choice.
-        [choice] = group.record(tensor.nbytes)["chosen"].values()
+        calls = calls_of(group)
+        assert calls is not None
+        [choice] = calls.record(tensor.nbytes)["chosen"].values()
         algorithm = choice["collective"]
         if choice["segments"] > 1:
             algorithm += f" in {choice['segments']} parts"

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from scaletrain.engine.process_group import Options
+from scaletrain.engine.choice import Options
 from scaletrain.parameter_server.protocol import security, sharding
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.worker.client import Client

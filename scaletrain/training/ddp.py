@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain.engine import ddp_end
-from scaletrain.engine.process_group import ProcessGroup
+from scaletrain.engine.backend import calls_of
 from scaletrain.errors import UserError
 from scaletrain.run import spans
 from scaletrain.training.exchange import Exchange, Setup, attached
@@ -183,8 +183,9 @@ class AllreduceExchange(Exchange):
     def _limit(self, timeout: timedelta) -> None:
         """Change the time that others may take from now on in collectives."""
         group: Any = dist.group.WORLD
-        if isinstance(group, ProcessGroup):
-            group.limit(timeout)
+        calls = calls_of(group)
+        if calls is not None:
+            calls.limit(timeout)
         else:
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scaletrain.engine.choice import NATIVE
+from scaletrain.engine.choice import NATIVE, Options
 from scaletrain.engine.engine import Engine
-from scaletrain.engine.process_group import Options, ProcessGroup
+from scaletrain.engine.process_group import ProcessGroup
 from scaletrain.engine.transport import Group, mixed
 
 TIMEOUT_S = 1.5  # of a collective

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scaletrain.engine import accelerator, process_group
+from scaletrain.engine import accelerator, group_calls
 from scaletrain.engine.accelerator import AcceleratorLane
+from scaletrain.engine.choice import Options
 from scaletrain.engine.lane import OPERATIONS
-from scaletrain.engine.process_group import Options
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
@@ -117,12 +117,12 @@ def test_nccl_is_refused_where_ranks_share_a_device(monkeypatch):
 
 def _group_of_one(
     options: Options, shared: bool, monkeypatch: pytest.MonkeyPatch
-) -> process_group.ProcessGroup:
-    monkeypatch.setattr(process_group, "shared", lambda group: shared)
+) -> group_calls.GroupCalls:
+    monkeypatch.setattr(group_calls, "shared", lambda group: shared)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(process_group, "AcceleratorLane", _on_cpu)
-    made = process_group.ProcessGroup(dist.HashStore(), 0, 1, timedelta(seconds=5), options)
-    made._nccl = made._nccl or object()
+    monkeypatch.setattr(group_calls, "AcceleratorLane", _on_cpu)
+    made = group_calls.GroupCalls(dist.HashStore(), 0, 1, timedelta(seconds=5), options)
+    made.nccl = made.nccl or object()
     return made
 
 

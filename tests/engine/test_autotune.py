@@ -155,7 +155,7 @@ def test_an_algorithm_and_a_wire_take_options(tmp_path: Path):
 
 
 def test_a_mistake_in_an_option_is_named(monkeypatch: pytest.MonkeyPatch):
-    from scaletrain.engine.process_group import Options
+    from scaletrain.engine.choice import Options
 
     monkeypatch.setenv("SCALETRAIN_COLLECTIVE", "pipelined_tree:segment=3")
     with pytest.raises(

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import scaletrain  # noqa: F401  (registers the backend)
 from scaletrain.engine import backend, lane
-from scaletrain.engine.process_group import Options, ProcessGroup
+from scaletrain.engine.choice import Options
+from scaletrain.engine.process_group import ProcessGroup
 from scaletrain.errors import UserError
 from tests.ranks import run_ranks
 
@@ -144,7 +145,7 @@ def mismatches(rank: int, size: int, port: str, wire: str, what: str) -> tuple[s
         operation = dist.ReduceOp.MAX
     elif rank == 1 and what == "number":
         # A collective that the other ranks do not call; gloo does not wait for them to.
-        dist.group.WORLD._forward("broadcast", [torch.ones(1)], root(1))
+        dist.group.WORLD.broadcast([torch.ones(1)], root(1))
     began = time.monotonic()
     first = error_of(lambda: dist.all_reduce(tensor, operation))
     seconds = time.monotonic() - began

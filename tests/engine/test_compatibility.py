@@ -362,7 +362,8 @@ def _waiting(rank: int, size: int, port_file: str) -> float:
     """Rank 0's first allreduce waits for rank 1, which waits at the store for what rank 0 sets
     meanwhile.
     """
-    from scaletrain.engine.process_group import Options, ProcessGroup
+    from scaletrain.engine.choice import Options
+    from scaletrain.engine.process_group import ProcessGroup
 
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)

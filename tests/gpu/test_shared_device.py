@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import scaletrain  # noqa: F401  (registers the backend)
-from scaletrain.engine.process_group import Options
+from scaletrain.engine.choice import Options
 from tests.engine.conformance import close, contribution, reference
 from tests.parameter_server import job
 from tests.ranks import run_ranks

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from annotated_types import Gt
 
-from scaletrain.engine.process_group import Options
+from scaletrain.engine.backend import calls_of
+from scaletrain.engine.choice import Options
 from scaletrain.errors import UserError
 from scaletrain.training.ddp import AllreduceExchange
 from scaletrain.training.exchange import Exchange, Setup
@@ -46,7 +47,9 @@ class ScheduledExchange(AllreduceExchange):
 
     def chosen(self) -> dict[str, Any]:
         """Return the algorithm and the wire of each size of message."""
-        return dist.group.WORLD.record()  # type: ignore[union-attr]
+        calls = calls_of(dist.group.WORLD)
+        assert calls is not None
+        return calls.record()
 
 
 def exchange(

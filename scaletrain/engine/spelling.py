@@ -1,0 +1,102 @@
+"""The spellings of collectives that torch's classes accept, brought into one form.
+
+>>> canonical("broadcast", (tensor,), {"root": 1})  # doctest: +SKIP
+([tensor], options)  # BroadcastOptions, whose rootRank is 1
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch._C import _distributed_c10d as c10d
+
+_FIELDS = {"op": "reduceOp", "root": "rootRank", "timeout": "timeout"}  # of options, by fact
+
+
+class _Spelling(NamedTuple):
+    """How a collective may be called: with an options object, or with facts in its place."""
+
+    options: Any  # the class of the options
+    parameters: tuple[str, ...]  # of the tensors
+    facts: tuple[str, ...] = ()  # parameters that stand in for the options
+    # The parameters of the form in which tensors come without lists around them.
+    without_lists: tuple[str, ...] = ()
+
+
+_SPELLINGS = {
+    "allgather": _Spelling(
+        c10d.AllgatherOptions, ("output_tensors", "input_tensors"),
+        ("timeout",), ("output_tensors", "input_tensor"),
+    ),
+    "_allgather_base": _Spelling(c10d.AllgatherOptions, ("output", "input")),
+    "allgather_coalesced": _Spelling(c10d.AllgatherOptions, ("output_lists", "input_list")),
+    "allgather_into_tensor_coalesced": _Spelling(c10d.AllgatherOptions, ("outputs", "inputs")),
+    "allreduce": _Spelling(c10d.AllreduceOptions, ("tensors",), ("op", "timeout"), ("tensor",)),
+    "allreduce_coalesced": _Spelling(c10d.AllreduceCoalescedOptions, ("tensors",)),
+    "alltoall": _Spelling(c10d.AllToAllOptions, ("output_tensors", "input_tensors")),
+    "alltoall_base": _Spelling(
+        c10d.AllToAllOptions,
+        ("output", "input", "output_split_sizes", "input_split_sizes"), ("timeout",),
+    ),
+    "barrier": _Spelling(c10d.BarrierOptions, (), ("timeout",)),
+    "broadcast": _Spelling(c10d.BroadcastOptions, ("tensors",), ("root", "timeout"), ("tensor",)),
+    "gather": _Spelling(
+        c10d.GatherOptions, ("output_tensors", "input_tensors"),
+        ("root", "timeout"), ("output_tensors", "input_tensor"),
+    ),
+    "reduce": _Spelling(c10d.ReduceOptions, ("tensors",), ("root", "op", "timeout"), ("tensor",)),
+    "reduce_scatter": _Spelling(
+        c10d.ReduceScatterOptions, ("output_tensors", "input_tensors"),
+        ("op", "timeout"), ("output", "input"),
+    ),
+    "_reduce_scatter_base": _Spelling(c10d.ReduceScatterOptions, ("outputTensor", "inputTensor")),
+    "reduce_scatter_tensor_coalesced": _Spelling(c10d.ReduceScatterOptions, ("outputs", "inputs")),
+    "scatter": _Spelling(
+        c10d.ScatterOptions, ("output_tensors", "input_tensors"),
+        ("root", "timeout"), ("output_tensor", "input_tensors"),
+    ),
+}  # fmt: skip
+
+
+def canonical(method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+    """Return a call's arguments as the methods of ``GroupCalls`` take them.
+
+    Args:
+        method: its name there.
+        arguments: of the call, by position.
+        named: of the call, by name.
+
+    Raises:
+        TypeError: torch's class has no such spelling.
+    """
+    spelling = _SPELLINGS[method]
+    unnamed = list(arguments)
+    named = dict(named)
+    tensors = []
+    other_names = spelling.without_lists or spelling.parameters
+    for names in zip(spelling.parameters, other_names, strict=True):
+        name = next((name for name in names if name in named), "")
+        if unnamed:
+            tensors.append(unnamed.pop(0))
+        elif name:
+            tensors.append(named.pop(name))
+        else:
+            raise TypeError(f"{method}() lacks an argument: {names[0]}")
+    if spelling.without_lists and any(isinstance(value, Tensor) for value in tensors):
+        tensors = [[value] for value in tensors]
+    return [*tensors, _options(method, spelling, unnamed, named)]
+
+
+def _options(method: str, spelling: _Spelling, unnamed: list[Any], named: dict[str, Any]) -> Any:
+    """Return the options of a call, of the arguments that are no tensors."""
+    given = unnamed[0] if unnamed else named.get("opts")
+    if isinstance(given, spelling.options):
+        return given
+    facts = dict(zip(spelling.facts, unnamed, strict=False)) | named
+    facts.pop("opts", None)
+    options = spelling.options()
+    for name, value in facts.items():
+        if name not in spelling.facts:
+            raise TypeError(f"{method}() has no parameter {name}")
+        if value is not None:
+            setattr(options, _FIELDS[name], value)
+    return options
