@@ -194,12 +194,29 @@ def verify_distribution(schedule: Schedule, owners: Sequence[int]) -> None:
     Raises:
         ScheduleError: as ``verify``.
     """
-    end = _follow(schedule)
     # A rank's own bit stands for the value that it begins with, so a chunk with just the owner's
     # bit is the owner's chunk.
+    wanted = []
     for rank in range(schedule.size):
         for chunk, owner in enumerate(owners):
-            end.require(rank, chunk, 1 << owner)
+            wanted.append((rank, chunk, 1 << owner))
+    verify_results(schedule, wanted)
+
+
+def verify_results(schedule: Schedule, wanted: Iterable[tuple[int, int, int]]) -> None:
+    """Prove that ranks end with the chunks that they must have.
+
+    Args:
+        schedule: any collective.
+        wanted: (rank, chunk, contributors), the last with a bit for each rank whose contribution
+            the chunk must hold, and no other.
+
+    Raises:
+        ScheduleError: as ``verify``.
+    """
+    end = _follow(schedule)
+    for rank, chunk, contributors in wanted:
+        end.require(rank, chunk, contributors)
     verify_order(schedule.per_rank())
 
 

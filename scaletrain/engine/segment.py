@@ -68,6 +68,9 @@ class Segment:
 
     Attributes:
         data: the data, to be divided up by its user.
+        words: all rows as words of 64 bits. A counter is the first word of its cache line
+            (``place``). The other seven are its rank's, too: what they say is visible before a
+            later value of the counter.
         a_core_each: there are at least as many cores as ranks.
 
     Raises:
@@ -90,7 +93,7 @@ class Segment:
         self._words_per_rank = (1 + num_counters) * _LINE
         counters_bytes = _whole_pages(_WORD_BYTES * self._words_per_rank * self.size)
         self._map = _map(group, counters_bytes + num_bytes)
-        self._words = memoryview(self._map)[:counters_bytes].cast("Q")
+        self.words = memoryview(self._map)[:counters_bytes].cast("Q")
         self.data = memoryview(self._map)[counters_bytes:]
         # As long as this exists, the memory stays at its address.
         self._anchor = ctypes.c_char.from_buffer(self._map)
@@ -107,16 +110,16 @@ class Segment:
         # for: the core is offered at once.
         self._spins = _SPINS if self.a_core_each else 1
 
-    def put(self, counter: int, value: int) -> None:
-        """Set one of this rank's counters without waking ranks: none waits for it."""
-        self._words[self.rank * self._words_per_rank + (1 + counter) * _LINE] = value
+    def place(self, rank: int, counter: int) -> int:
+        """Return where a rank's counter lies among the words."""
+        return rank * self._words_per_rank + (1 + counter) * _LINE
 
     def write(self, counter: int, value: int) -> None:
         """Set one of this rank's counters, and wake the ranks that sleep.
 
         A rank that sees the value also sees everything written to ``data`` before.
         """
-        words = self._words
+        words = self.words
         place = self.rank * self._words_per_rank + (1 + counter) * _LINE
         words[place] = value
         for other in self._others_sleep:
@@ -127,7 +130,7 @@ class Segment:
 
     def read(self, rank: int, counter: int) -> int:
         """Return the present value of a rank's counter."""
-        return self._words[rank * self._words_per_rank + (1 + counter) * _LINE]
+        return self.words[self.place(rank, counter)]
 
     def wait(self, rank: int, counter: int, value: int) -> None:
         """Wait until a rank's counter is at least ``value``.
@@ -139,7 +142,7 @@ class Segment:
             TimeoutError: the rank is late; names it.
             ConnectionError: the rank's process has ended; names it.
         """
-        words = self._words
+        words = self.words
         place = rank * self._words_per_rank + (1 + counter) * _LINE
         for _ in range(self._spins):
             if words[place] >= value:
@@ -159,11 +162,11 @@ class Segment:
             seen: its value as the caller saw it.
         """
         flag = self._sleeps[self.rank]
-        self._words[flag] = 1
+        self.words[flag] = 1
         address = ctypes.c_void_p(self._address + place)
         expected = ctypes.c_uint32(seen & 0xFFFFFFFF)
         _libc.syscall(_FUTEX, address, _FUTEX_WAIT, expected, _NAP, None, 0)
-        self._words[flag] = 0
+        self.words[flag] = 0
 
     def check_alive(self, rank: int) -> None:
         """Raise ConnectionError if the rank's process has ended."""
@@ -182,7 +185,7 @@ class Segment:
     def close(self) -> None:
         """Give the memory back. Not collective: the other ranks keep theirs."""
         del self._anchor
-        self._words.release()
+        self.words.release()
         # Tensors may still look into the data: the memory then goes with them.
         with contextlib.suppress(BufferError):
             self.data.release()

@@ -6,7 +6,7 @@
 import pytest
 
 from scaletrain import plugins
-from scaletrain.collectives import drawing, ring, tree
+from scaletrain.collectives import drawing, one_hop, ring, tree
 from scaletrain.collectives.schedule import (
     RankRound,
     Schedule,
@@ -18,6 +18,7 @@ from scaletrain.collectives.schedule import (
     verify_distribution,
     verify_order,
     verify_reduction,
+    verify_results,
 )
 from scaletrain.errors import UserError
 
@@ -252,3 +253,19 @@ def test_who_sends_to_one_after_another_is_known():
     assert in_turn(plugins.load("collective", "tree")(8).per_rank()) == expected
     for name in ("ring", "halving_doubling", "recursive_doubling", "star"):
         assert not in_turn(plugins.load("collective", name)(8).per_rank())
+
+
+@pytest.mark.parametrize("name", one_hop.COLLECTIVES)
+def test_collectives_of_one_hop_are_proved(name: str):
+    for size in (1, 2, 3, 5, 8, 16):
+        for root in range(size if name in one_hop.ROOTED else 1):
+            assert len(one_hop.proved(name, size, root).rounds) <= 1
+
+
+@pytest.mark.parametrize("name", one_hop.COLLECTIVES)
+def test_a_collective_that_lacks_a_message_is_refused(name: str):
+    whole = one_hop.schedule_of(name, 4, root=0)
+    for left_out in range(len(whole.rounds[0])):
+        messages = whole.rounds[0][:left_out] + whole.rounds[0][left_out + 1 :]
+        with pytest.raises(ScheduleError, match=r"lacks|must not have"):
+            verify_results(whole._replace(rounds=(messages,)), one_hop.results(name, 4, 0))

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaletrain import plugins
+from scaletrain.collectives import one_hop
 from scaletrain.engine.execute import execute
 from scaletrain.engine.program import RankProgram
-from scaletrain.engine.transport import Group, Receive, Transport
+from scaletrain.engine.transport import UNEVEN, Call, Ends, Group, Receive, Transport
 
 ALGORITHMS = plugins.names("collective")
 COUNTS = (1, 2, 7, 1000, 4099)
@@ -114,6 +115,79 @@ def own_allreduce(transport: Any) -> Iterator[tuple[str, Tensor]]:
             assert close(found[0], reference(size, count, dtype, reduce)), f"{what}: wrong"
             assert torch.equal(found[0], found[1]), f"{what}: another run gave other bits"
             yield what, found[0]
+
+
+def one_hop_ends(call: Call, rank: int, size: int, count: int) -> tuple[Ends, dict[int, Tensor]]:
+    """A rank's ends of a collective, and what its targets must hold at the end, by one process.
+
+    The chunk from one rank to another is what only the two of them could expect.
+    """
+    made = one_hop.schedule_of(call.collective, size, call.root)
+
+    def chunk_of(owner: int, chunk: int) -> Tensor:
+        length = count
+        if call.num_elements == UNEVEN:
+            length = (chunk * 7919) % (count + 1)
+        return contribution(owner + size * chunk, length, call.dtype)
+
+    is_pairwise = call.collective == "all_to_all"
+    sources, targets, expected = {}, {}, {}
+    for chunk in range(made.num_chunks):
+        gives = chunk // size == rank if is_pairwise else True
+        if call.collective in ("all_gather", "gather"):
+            gives = chunk == rank
+        if call.collective in ("broadcast", "scatter"):
+            gives = rank == call.root
+        if gives:
+            sources[chunk] = chunk_of(rank, chunk)
+    for receiver, chunk, contributors in one_hop.results(call.collective, size, call.root):
+        if receiver != rank:
+            continue
+        owners = [owner for owner in range(size) if contributors >> owner & 1]
+        total = chunk_of(owners[0], chunk)
+        for owner in owners[1:]:
+            total = call.reduce(total, chunk_of(owner, chunk))  # type: ignore[misc]
+        expected[chunk] = total
+        targets[chunk] = torch.zeros_like(total)
+    if call.collective in ("broadcast", "reduce") and rank == call.root:
+        targets.update({chunk: tensor for chunk, tensor in sources.items() if chunk in targets})
+    return Ends(sources, targets), expected
+
+
+def every_one_hop(transport: Any) -> Iterator[str]:
+    """Each collective of one hop, each root, in several sizes, some through many pieces."""
+    size, rank = transport.size, transport.rank
+    number = 0
+    calls = []
+    for collective in one_hop.COLLECTIVES:
+        if collective == "barrier":
+            continue
+        for root in range(size if collective in one_hop.ROOTED else 1):
+            reduces = collective in ("reduce", "reduce_scatter")
+            calls.append((collective, root, torch.int64, torch.add if reduces else None))
+            if reduces:
+                calls.append((collective, root, torch.float32, torch.maximum))
+                calls.append((collective, root, torch.bfloat16, torch.minimum))
+            else:
+                calls.append((collective, root, torch.uint8, None))
+    for count in (1, 5, 3000):
+        for collective, root, dtype, reduce in calls:
+            # Nobody waits for a broadcast's receivers: the sets of blocks are used again before.
+            for _ in range(3):
+                number += 1
+                is_uneven = collective == "all_to_all" and dtype == torch.uint8
+                num_elements = UNEVEN if is_uneven else count
+                call = Call(number, num_elements, dtype, reduce, collective, root)
+                ends, expected = one_hop_ends(call, rank, size, count)
+                transport.announce(call)
+                transport.exchange(call, ends)
+                for chunk, tensor in expected.items():
+                    assert torch.equal(ends.targets[chunk], tensor), (call, chunk)
+            yield f"{collective} {root} {dtype} {count}"
+        number += 1
+        barrier = Call(number, 0, None, None, "barrier")
+        transport.announce(barrier)
+        transport.exchange(barrier, Ends({}, {}))
 
 
 def messages_in_order(transport: Transport) -> None:

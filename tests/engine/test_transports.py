@@ -68,6 +68,19 @@ def test_threads(size: int):
     same_bits(on_threads(rank_of, size))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_collectives_of_one_hop(size: int):
+    """In shared memory, by threads, through blocks that are small: many pieces."""
+
+    def rank_of(rank: int, store: dist.Store) -> list[str]:
+        group = conformance.Group(store, rank, size, timedelta(seconds=20))
+        transport = plugins.load("transport", "shared_memory")(group, block_bytes=4096)
+        return list(conformance.every_one_hop(transport))
+
+    first, *others = on_threads(rank_of, size)
+    assert first and all(other == first for other in others)
+
+
 def _conform(rank: int, size: int, name: str, path: str) -> dict[str, bytes]:
     return conformance.conform(name, dist.FileStore(path, size), rank, size)
 

@@ -5,13 +5,15 @@ calls it (collective).
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from scaletrain.collectives.one_hop import COLLECTIVES, ROOTED
 
 
 class Member(NamedTuple):
@@ -64,37 +66,65 @@ class Receive(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A rank's request for an allreduce: the same on all ranks, unless a program is wrong."""
+    """A rank's request for a collective: the same on all ranks, unless a program is wrong."""
 
     number: int  # of the collective in its group
-    num_elements: int
-    dtype: torch.dtype
-    reduce: Reduce
+    num_elements: int  # of this rank's tensor; UNEVEN where ranks' sizes may differ
+    dtype: torch.dtype | None  # None: the collective has no data
+    reduce: Reduce | None = None  # None: nothing is reduced
+    collective: str = "allreduce"
+    root: int = 0  # the rank that sends or receives everything, where there is one
+
+    def words(self) -> tuple[int, int]:
+        """Return the call as two numbers of 63 bits, never 0; other calls have other numbers."""
+        kind = _COLLECTIVES[self.collective] << 8 | _REDUCTIONS[self.reduce] << 5
+        kind |= DTYPES[self.dtype] if self.dtype is not None else _NO_DTYPE
+        return (self.number & _LARGEST) << 28 | kind << 16 | self.root, self.num_elements
 
     def code(self) -> int:
-        """Return the call as a number of 63 bits, never 0; other calls have other numbers.
-
-        Two calls share a code only if their numbers differ by a multiple of 32,768.
-        """
-        kind = _REDUCTIONS[self.reduce] << 5 | DTYPES[self.dtype]
-        return (self.number & 0x7FFF) << 48 | kind << 40 | self.num_elements
+        """Return the call as one number."""
+        first, second = self.words()
+        return first << 63 | second
 
     @classmethod
-    def of_code(cls, code: int) -> "Call":
-        """Return the call of a code, with the number that the code holds."""
-        kind = code >> 40 & 0xFF
-        dtype = [*DTYPES][kind & 0x1F]
-        return cls(code >> 48, code & 0xFF_FFFF_FFFF, dtype, [*_REDUCTIONS][(kind >> 5) - 1])
+    def of_words(cls, first: int, second: int) -> "Call":
+        """Return the call of two numbers that ``words`` returned."""
+        kind = first >> 16 & 0xFFF
+        return cls(
+            number=first >> 28,
+            num_elements=second,
+            dtype=([*DTYPES, None])[min(kind & 0x1F, len(DTYPES))],
+            reduce=([*_REDUCTIONS])[kind >> 5 & 0x7],
+            collective=([*_COLLECTIVES])[kind >> 8],
+            root=first & 0xFFFF,
+        )
+
+    def name(self) -> str:
+        """Return the collective and its number, such as ``allreduce #7``."""
+        return f"{self.collective} #{self.number}"
 
     def wanted(self) -> str:
         """Return the request in words, such as ``of 1,000 float32 (add)``."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        reduce = self.reduce.__name__  # type: ignore[attr-defined]
-        return f"of {self.num_elements:,} {dtype} ({reduce})"
+        if self.dtype is None:
+            return ""
+        words = f"of {str(self.dtype).removeprefix('torch.')}"
+        if self.num_elements != UNEVEN:
+            words = f"of {self.num_elements:,} {str(self.dtype).removeprefix('torch.')}"
+        if self.reduce is not None:
+            words += f" ({self.reduce.__name__})"  # type: ignore[attr-defined]
+        if self.collective in ROOTED:
+            words += f", root {self.root}"
+        return words
 
 
-# What an allreduce may have, each with its number in ``Call.code``.
-_REDUCTIONS: dict[Any, int] = {torch.add: 1, torch.mul: 2, torch.minimum: 3, torch.maximum: 4}
+UNEVEN = (1 << 62) - 1  # ``Call.num_elements`` where each pair of ranks has a size of its own
+_LARGEST = (1 << 35) - 1
+_COLLECTIVES = {name: number for number, name in enumerate(("allreduce", *COLLECTIVES))}
+_NO_DTYPE = 31
+# What a collective may have, each with its number in ``Call.words``.
+_REDUCTIONS: dict[Any, int] = {
+    None: 0, torch.add: 1, torch.mul: 2, torch.minimum: 3, torch.maximum: 4,
+}  # fmt: skip
 DTYPES = {
     torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3,
     torch.int8: 4, torch.uint8: 5, torch.int16: 6, torch.int32: 7, torch.int64: 8,
@@ -156,6 +186,33 @@ class Comparing(Protocol):
         """
 
 
+class OneHop(Protocol):
+    """A method of transports that run the collectives of ``collectives.one_hop`` themselves."""
+
+    def exchange(self, call: Call, ends: "Ends") -> None:
+        """Run a collective. Collective.
+
+        Args:
+            call: the request.
+            ends: where this rank's chunks come from and go to.
+
+        Raises:
+            TimeoutError: a rank is late; names it.
+            ConnectionError: a rank is gone; names it.
+            RuntimeError: a rank makes another call; names both calls.
+        """
+
+
+class Ends(NamedTuple):
+    """Where a rank's chunks of a one-hop collective come from, and where they go.
+
+    Each is one-dimensional, contiguous and on the CPU. Chunks have the numbers of the schedule.
+    """
+
+    sources: Mapping[int, Tensor]  # by chunk: what this rank contributes, sent or not
+    targets: Mapping[int, Tensor]  # by chunk: where the result goes
+
+
 class OwnAllreduce(Protocol):
     """A method of transports that have an allreduce of their own: the collective ``native``."""
 
@@ -163,12 +220,18 @@ class OwnAllreduce(Protocol):
         """Reduce a tensor over all ranks, in place; as ``execute``. Collective."""
 
 
-def mismatch(rank: int, wanted: int, peer: int, wanted_by_peer: int) -> RuntimeError:
-    """Return the error that says two ranks want different things (each a ``Call.code``)."""
-    mine, other = Call.of_code(wanted), Call.of_code(wanted_by_peer)
+def mismatch(mine: Call, other: Call, rank: int, peer: int) -> RuntimeError:
+    """Return the error that says two ranks want different things.
+
+    Args:
+        mine: this rank's call.
+        other: the peer's.
+        rank: this rank.
+        peer: the peer.
+    """
     return RuntimeError(
-        f"the ranks' calls do not match: rank {rank} is in allreduce #{mine.number}"
-        f" {mine.wanted()}, rank {peer} in allreduce #{other.number} {other.wanted()}"
+        f"the ranks' calls do not match: rank {rank} is in {mine.name()} {mine.wanted()},"
+        f" rank {peer} in {other.name()} {other.wanted()}"
     )
 
 

@@ -1,17 +1,16 @@
 """Memory shared by the ranks of one host: no copies through the kernel, nothing left over."""
 
-import contextvars
-import ctypes
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from scaletrain.engine import blocks
 from scaletrain.engine.meeting import introduced
 from scaletrain.engine.segment import Patience, Segment
 from scaletrain.engine.transport import (
@@ -26,58 +25,32 @@ from scaletrain.engine.transport import (
 )
 from scaletrain.errors import UserError
 
-_NUMPY_OPERATIONS: dict[Reduce, Any] = {
-    torch.add: np.add,
-    torch.mul: np.multiply,
-    torch.minimum: np.minimum,
-    torch.maximum: np.maximum,
-}
-# numpy reduces these as fast as torch does, with a third of the overhead of a call, and on one
-# thread.
-_NUMPY_DTYPES = {
-    torch.float32: np.float32, torch.float64: np.float64,
-    torch.int8: np.int8, torch.uint8: np.uint8,
-    torch.int16: np.int16, torch.int32: np.int32, torch.int64: np.int64,
-}  # fmt: skip
-_NUM_SETS = 2  # of blocks: one is used while slow ranks still read the other
 _NUM_SLOTS = 2  # of a mailbox: one is filled while the other is emptied
 _LARGEST_SLOT_BYTES = 256 << 10
 _SMALLEST_SLOT_BYTES = 4096
 _ALL_SLOTS_BYTES = 32 << 20  # with many ranks, slots get smaller to stay within this
 
-# The counters of each rank in the segment. The rank itself writes them; its peers read them.
-_STAGE = 0  # phases of allreduces that the rank has behind it, over all allreduces
-_WANTED = 1  # and 2: the call for which the rank uses this set of blocks (``Call.code``)
-_PER_PEER = 2 + _NUM_SLOTS  # counters for each peer
+_PER_PEER = 2  # counters for each peer, after those of the blocks
 
 
-def _sent_to(peer: int) -> int:
-    """Return the number of the counter of pieces that its rank has sent to the peer."""
-    return 1 + _NUM_SETS + _PER_PEER * peer
+def _sent_to(peer: int, size: int) -> int:
+    """Return the number of the counter of pieces that its rank has sent to the peer.
+
+    The words beside it say for which call each slot was filled (``Call.words``).
+    """
+    return blocks.num_counters(size) + _PER_PEER * peer
 
 
-def _taken_from(peer: int) -> int:
+def _taken_from(peer: int, size: int) -> int:
     """Return the number of the counter of pieces that its rank has taken from the peer."""
-    return _sent_to(peer) + 1
-
-
-def _sent_for(peer: int, slot: int) -> int:
-    """Return the number of the counter that says for which call its rank filled a slot."""
-    return _sent_to(peer) + 2 + slot
-
-
-def _num_counters(size: int) -> int:
-    return _sent_to(size)
+    return _sent_to(peer, size) + 1
 
 
 class SharedMemory:
-    """An allreduce in shared memory, and mailboxes between every two ranks for schedules.
+    """Collectives in shared memory, and mailboxes between every two ranks for schedules.
 
-    The data area holds two parts. First come two sets of blocks, one block a rank, used in turn by
-    ``allreduce``. A rank writes its own block and reads all the others. No rank writes to a set
-    before all ranks have entered the next use of the other set, and so has left this one. That
-    spares a barrier at the end. The mailboxes follow: for every two ranks some slots, filled by the
-    sender and emptied by the receiver.
+    The data area holds the blocks of the collectives (``Blocks``). The mailboxes follow: for every
+    two ranks some slots, filled by the sender and emptied by the receiver.
 
     Args:
         block_bytes: size of a block.
@@ -89,170 +62,39 @@ class SharedMemory:
 
     def __init__(self, group: Group, block_bytes: int, at_once_bytes: int):
         self.rank = group.rank
-        self.size = group.size
+        self.size = size = group.size
         self._name = group.name
-        self._block_bytes = -(-block_bytes // 128) * 128
-        self._at_once_bytes = min(at_once_bytes // self.size, self._block_bytes)
-        self._slot_bytes = _slot_bytes(self.size)
-        blocks_bytes = _NUM_SETS * self.size * self._block_bytes
-        mail_bytes = self.size**2 * _NUM_SLOTS * self._slot_bytes
-        self._segment = Segment(group, _num_counters(self.size), blocks_bytes + mail_bytes)
-        blocks = np.frombuffer(self._segment.data, np.uint8, blocks_bytes)
-        self._blocks = blocks.reshape(_NUM_SETS, self.size, self._block_bytes)
-        self._torch_blocks = torch.from_numpy(self._blocks)
+        block_bytes = -(-block_bytes // 128) * 128
+        self._slot_bytes = _slot_bytes(size)
+        blocks_bytes = blocks.num_bytes(size, block_bytes)
+        mail_bytes = size**2 * _NUM_SLOTS * self._slot_bytes
+        num_counters = blocks.num_counters(size) + _PER_PEER * size
+        self._segment = Segment(group, num_counters, blocks_bytes + mail_bytes)
+        self._blocks = blocks.Blocks(
+            self._segment,
+            np.frombuffer(self._segment.data, np.uint8, blocks_bytes),
+            block_bytes,
+            min(at_once_bytes // size, block_bytes),
+            group.name,
+        )
         mail = np.frombuffer(self._segment.data, np.uint8, mail_bytes, blocks_bytes)
         # Shape: sender, receiver, slot, byte.
-        self._mail = torch.from_numpy(
-            mail.reshape(self.size, self.size, _NUM_SLOTS, self._slot_bytes)
-        )
-        # Overflow is as silent as torch's. A context that keeps this setting is entered in 0.1 us,
-        # numpy's errstate in 2.4.
-        self._quietly = contextvars.Context()
-        self._quietly.run(np.seterr, all="ignore")
+        self._mail = torch.from_numpy(mail.reshape(size, size, _NUM_SLOTS, self._slot_bytes))
         # All of the following belong to this rank alone.
-        self._call = 0  # this rank's present call, as ``Call.code``
-        self._stage = 0  # the value of this rank's counter _STAGE
-        self._num_uses = 0  # how often a set of blocks was used; all ranks count alike
-        self._views: dict[Any, list[Any]] = {}  # the blocks of each set and rank, by dtype
+        self._call = (0, 0)  # this rank's present call, as ``Call.words``
         self._outgoing: dict[int, deque[_Parcel]] = {}  # by receiver, in the order of the starts
         self._incoming: dict[int, deque[_Parcel]] = {}  # by sender, likewise
-        self._num_sent = [0] * self.size  # pieces put into the mailbox of each peer
-        self._num_taken = [0] * self.size  # pieces taken from each peer
-        self._taken_from_me = _taken_from(self.rank)
-        self._sent_to_me = _sent_to(self.rank)
+        self._num_sent = [0] * size  # pieces put into the mailbox of each peer
+        self._num_taken = [0] * size  # pieces taken from each peer
+        self._taken_from_me = _taken_from(self.rank, size)
+        self._sent_to_me = _sent_to(self.rank, size)
+        self.allreduce = self._blocks.allreduce
+        self.exchange = self._blocks.exchange
 
     def announce(self, call: Call) -> None:
         """Take this rank's next call. See ``Comparing.announce``."""
-        self._call = call.code()
-
-    def _check_same(self, rank: int, wanted: int) -> None:
-        """Raise RuntimeError unless a rank makes the same call as this one."""
-        if wanted != self._call:
-            raise mismatch(self._name(self.rank), self._call, self._name(rank), wanted)
-
-    # The allreduce
-
-    def allreduce(self, tensor: Tensor, reduce: Reduce) -> None:
-        """Reduce a tensor over all ranks, in place. Collective.
-
-        Each rank owns a slice of every block, reduces it, and offers the result (the schedule
-        ``direct``). Of a small tensor, every rank reads and reduces everything, in the same order,
-        after one wait instead of two.
-
-        Blocks are small enough to stay in the caches. More ranks do not have more cache, so the
-        size of a block does not depend on their number.
-
-        Args:
-            tensor: one-dimensional, contiguous, on the CPU; the same dtype and number of elements
-                on every rank.
-            reduce: associative and commutative.
-
-        Raises:
-            TimeoutError: a rank is late; names it.
-            ConnectionError: a rank is gone; names it.
-            RuntimeError: a rank makes another call; names both calls.
-        """
-        dtype = _NUMPY_DTYPES.get(tensor.dtype)
-        flat: Any = tensor
-        operation: Any = reduce
-        copy: Callable[[Any, Any], None] = _copy_tensor
-        if dtype is not None and reduce in _NUMPY_OPERATIONS:
-            flat = _array(tensor, dtype)
-            operation = _NUMPY_OPERATIONS[reduce]
-            copy = np.copyto
-            views = self._blocks_of(dtype)
-        else:
-            views = self._blocks_of(tensor.dtype)
-        if tensor.nbytes <= self._at_once_bytes:
-            self._quietly.run(self._reduce_at_once, flat, operation, views, copy)
-            return
-        # Equal blocks: a short last one would cost as much waiting as a full one.
-        count = len(flat)
-        num_blocks = -(-tensor.nbytes // self._block_bytes)
-        for index in range(num_blocks):
-            block = flat[index * count // num_blocks : (index + 1) * count // num_blocks]
-            self._quietly.run(self._reduce_by_slices, block, operation, views, copy)
-
-    def _reduce_at_once(self, flat: Any, operation: Any, views: list[Any], copy: Any) -> None:
-        """Reduce a small block: every rank reduces all of it.
-
-        1. Copy this rank's values into its block, and say so.
-        2. Wait until every rank has.
-        3. Reduce the blocks of all ranks, in the order of the ranks.
-        """
-        count = len(flat)
-        wanted = self._want()
-        blocks = views[self._num_uses & 1]
-        self._num_uses += 1
-        copy(blocks[self.rank][:count], flat)
-        self._stage += 1
-        self._segment.write(_STAGE, self._stage)
-        for distance in range(1, self.size):
-            rank = (self.rank + distance) % self.size
-            self._segment.wait(rank, _STAGE, self._stage)
-            self._check_same(rank, self._segment.read(rank, wanted))
-        operation(blocks[0][:count], blocks[1][:count], out=flat)
-        for rank in range(2, self.size):
-            operation(flat, blocks[rank][:count], out=flat)
-
-    def _reduce_by_slices(self, flat: Any, operation: Any, views: list[Any], copy: Any) -> None:
-        """Reduce a block: every rank reduces its slice.
-
-        1. Copy the slices that others reduce into this rank's block, and say so.
-        2. Take this rank's slice from each other rank as soon as that rank has done step 1.
-        3. Offer the sum, and say so.
-        4. Take the sum of each other slice as soon as its rank has done step 3.
-        """
-        count = len(flat)
-        size = self.size
-        me = self.rank
-        segment = self._segment
-        wanted = self._want()
-        blocks = views[self._num_uses & 1]
-        self._num_uses += 1
-        edges = [rank * count // size for rank in range(size + 1)]
-        low, high = edges[me], edges[me + 1]
-        my_block = blocks[me]
-        # Others reduce everything except this rank's own slice, which stays where it is.
-        if low:
-            copy(my_block[:low], flat[:low])
-        if high < count:
-            copy(my_block[high:count], flat[high:])
-        segment.write(_STAGE, self._stage + 1)
-        my_slice = flat[low:high]
-        for distance in range(1, size):
-            rank = (me + distance) % size
-            segment.wait(rank, _STAGE, self._stage + 1)
-            self._check_same(rank, segment.read(rank, wanted))
-            added = blocks[rank][low:high]
-            operation(my_slice, added, out=my_slice)
-        # The sum takes the place of the slice that was added last: this core has just fetched it,
-        # and nobody else needs it. It lies in the block of the rank before this one.
-        copy(added, my_slice)
-        self._stage += 2
-        segment.write(_STAGE, self._stage)
-        for distance in range(1, size):
-            rank = (me + distance) % size
-            segment.wait(rank, _STAGE, self._stage)
-            low, high = edges[rank], edges[rank + 1]
-            copy(flat[low:high], blocks[rank - 1][low:high])
-
-    def _want(self) -> int:
-        """Write this rank's call beside the next set of blocks; return the counter's number."""
-        counter = _WANTED + (self._num_uses & 1)
-        self._segment.put(counter, self._call)
-        return counter
-
-    def _blocks_of(self, dtype: Any) -> list[Any]:
-        """Return the blocks, by set and rank, as numpy's arrays or torch's tensors of a dtype."""
-        views = self._views.get(dtype)
-        if views is None:
-            blocks: Any = self._torch_blocks if isinstance(dtype, torch.dtype) else self._blocks
-            views = []
-            for number in range(_NUM_SETS):
-                views.append([blocks[number][rank].view(dtype) for rank in range(self.size)])
-            self._views[dtype] = views
-        return views
+        self._call = call.words()
+        self._blocks.announce(self._call)
 
     # The mailboxes
 
@@ -316,9 +158,12 @@ class SharedMemory:
         num_sent = self._num_sent[peer]
         slot = num_sent % _NUM_SLOTS
         self._mail[self.rank, peer, slot, : piece.numel()] = piece
-        self._segment.put(_sent_for(peer, slot), self._call)
+        counter = _sent_to(peer, self.size)
+        words = self._segment.words
+        place = self._segment.place(self.rank, counter) + _of_slot(slot)
+        words[place], words[place + 1] = self._call
         self._num_sent[peer] = num_sent + 1
-        self._segment.write(_sent_to(peer), num_sent + 1)
+        self._segment.write(counter, num_sent + 1)
         parcel.advance(piece.numel(), queue)
 
     def _take_piece(self, peer: int, queue: deque["_Parcel"]) -> None:
@@ -328,15 +173,23 @@ class SharedMemory:
         into = parcel.data[parcel.position : parcel.position + num_elements]
         num_taken = self._num_taken[peer]
         slot = num_taken % _NUM_SLOTS
-        self._check_same(peer, self._segment.read(peer, _sent_for(self.rank, slot)))
+        self._check_same(peer, slot)
         received = self._mail[peer, self.rank, slot, : into.nbytes].view(into.dtype)
         if parcel.reduce is None:
             into.copy_(received)
         else:
             parcel.reduce(into, received, out=into)
         self._num_taken[peer] = num_taken + 1
-        self._segment.write(_taken_from(peer), num_taken + 1)
+        self._segment.write(_taken_from(peer, self.size), num_taken + 1)
         parcel.advance(into.numel(), queue)
+
+    def _check_same(self, peer: int, slot: int) -> None:
+        """Raise RuntimeError unless the peer filled a slot for this rank's present call."""
+        place = self._segment.place(peer, self._sent_to_me) + _of_slot(slot)
+        wanted = self._segment.words[place], self._segment.words[place + 1]
+        if wanted != self._call:
+            mine, other = Call.of_words(*self._call), Call.of_words(*wanted)
+            raise mismatch(mine, other, self._name(self.rank), self._name(peer))
 
     def limit(self, timeout: timedelta) -> None:
         """Change the group's timeout. See ``Transport.limit``."""
@@ -344,8 +197,8 @@ class SharedMemory:
 
     def close(self) -> None:
         """Give the memory back. Not collective."""
-        self._views.clear()
-        del self._blocks, self._torch_blocks, self._mail
+        self._blocks.close()
+        del self._mail
         self._segment.close()
 
 
@@ -387,17 +240,9 @@ def _slot_bytes(size: int) -> int:
     return max(_SMALLEST_SLOT_BYTES, min(_LARGEST_SLOT_BYTES, share))
 
 
-def _array(tensor: Tensor, dtype: Any) -> np.ndarray:
-    """Return the elements of a contiguous tensor, for as long as the caller holds the tensor.
-
-    ``Tensor.numpy`` would keep the tensor's storage from being resized ever after.
-    """
-    memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return np.frombuffer(memory, dtype)
-
-
-def _copy_tensor(into: Tensor, source: Tensor) -> None:
-    into.copy_(source)
+def _of_slot(slot: int) -> int:
+    """Return which of the words beside a counter are a slot's."""
+    return 1 + 2 * slot
 
 
 def transport(
