@@ -20,6 +20,7 @@ from scaletrain.engine.accelerator import AcceleratorLane, shared
 from scaletrain.engine.choice import AUTO, NATIVE, Options
 from scaletrain.engine.lane import OPERATIONS, Lane, Operation, number_of
 from scaletrain.engine.meeting import introduce, known_members
+from scaletrain.engine.rendezvous import unsealed
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import DTYPES, Group, nccl
 from scaletrain.engine.work import All, Forwarded
@@ -65,14 +66,16 @@ class GroupCalls:
         self.gloo: Any = dist.ProcessGroupGloo(
             dist.PrefixStore("gloo/", store), rank, size, timeout
         )
+        place = store.get("place").decode()
+        self._job_store = _without_prefixes(store)  # groups find the connection while one holds it
         self.nccl: Any = None
         if torch.cuda.is_available() and dist.is_nccl_available():
-            self.nccl = nccl.backend(Group(dist.PrefixStore("nccl/", store), rank, size, timeout))
+            # NCCL's threads look at their store until the end, when Python may be gone.
+            plain = dist.PrefixStore(f"{place}/nccl/", unsealed(self._job_store))
+            self.nccl = nccl.backend(Group(plain, rank, size, timeout))
         self._members = known_members(store, size)
         # The group's own part of the store, over a connection that no script waits on.
-        self._job_store = _without_prefixes(store)  # groups find the connection while one holds it
-        second = _second(self._job_store)
-        self._meeting = dist.PrefixStore(f"{store.get('place').decode()}/", second)
+        self._meeting = dist.PrefixStore(f"{place}/", _second(self._job_store))
         self._roll_call = RollCall(self._meeting, rank, size, timeout)
         # By kind of device, created at the first allreduce of such tensors, by whichever thread
         # holds _creating. None: left to NCCL.

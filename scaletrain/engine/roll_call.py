@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from scaletrain.config.timeouts import ANSWER_S
 from scaletrain.engine.meeting import ranks_in_words
+from scaletrain.errors import UserError
 
 _LOOK_S = 0.05  # between looks at the store
 # Some ranks of these collectives need not wait for the others, and may have left.
@@ -68,6 +69,8 @@ class RollCall:
             failed_in = self._ask(mine, number)
         except RuntimeError:
             return "where the other ranks are is not known: the store where they meet is gone"
+        except UserError as forged:
+            return f"where the other ranks are is not known: {forged}"
         findings = []
         for rank, collective in failed_in.items():
             # A rank that failed in a later collective has this one behind it.

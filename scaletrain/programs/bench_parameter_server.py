@@ -183,7 +183,7 @@ def _bare_socket(is_server: bool, encrypted: bool, run_dir: Path) -> zmq.Socket:
     socket = zmq.Context().socket(zmq.DEALER)
     if encrypted:
         encrypt = security.encrypt_server if is_server else security.encrypt_worker
-        encrypt(socket, security.job_keys(run_dir))
+        encrypt(socket, security.CurveKeys.of_job(run_dir))
     return socket
 
 

@@ -175,9 +175,9 @@ class RunDir:
         return self.path / f"server-{index}.safetensors"
 
     @property
-    def server_keys(self) -> Path:
-        """Keys of the encrypted links, readable by their owner alone."""
-        return self.path / ".parameter_server.keys"
+    def job_key(self) -> Path:
+        """The job's key, readable by its owner alone (``run.job_key``)."""
+        return self.path / ".job.key"
 
     @property
     def sockets(self) -> Path:

@@ -57,8 +57,11 @@ def join(
     checked = config.plugin_options("exchange", name, chosen, "attach")
     timeouts = Timeouts(timeout_s)
     world = World.from_env()
-    shared = Path(run_dir or os.environ.get("SCALETRAIN_RUN_DIR") or Path.cwd())
-    store = rendezvous.join(world, shared, timeouts.join)
+    named = run_dir or os.environ.get("SCALETRAIN_RUN_DIR")
+    shared = Path(named or Path.cwd())
+    # Ranks whose current directories differ share no key.
+    is_private = bool(named) or name == "parameter_server"
+    store = rendezvous.join(world, shared, timeouts.join, is_private=is_private)
     world = rendezvous.place(world, store)
     setup = Setup(store, torch.device(device), timeouts, shared)
     joined: Exchange = plugins.load("exchange", name)(world, setup, **checked)

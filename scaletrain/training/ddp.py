@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain.engine import ddp_end
 from scaletrain.engine.backend import calls_of
+from scaletrain.engine.rendezvous import unsealed
 from scaletrain.errors import UserError
 from scaletrain.run import spans
 from scaletrain.training.exchange import Exchange, Setup, attached
@@ -54,9 +55,11 @@ class AllreduceExchange(Exchange):
                 "exchange: this process has a default process group already (allowed: one exchange a"
                 " process, and no init_process_group beside it; close() ends an exchange)"
             )
+        # NCCL's threads look at their store until the end, when Python may be gone.
+        store = unsealed(setup.store) if backend == "nccl" else setup.store
         dist.init_process_group(
             backend,
-            store=setup.store,
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=setup.timeouts.first_collective,

@@ -15,15 +15,13 @@ import pytest
 import torch
 import zmq
 
-from scaletrain.config import timeouts
 from scaletrain.config.timeouts import Timeouts
-from scaletrain.parameter_server.protocol import placement, security, wire
+from scaletrain.parameter_server.protocol import placement, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, MessageKind
 from scaletrain.parameter_server.server.server import Server
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.replica import Replica
-from scaletrain.parameter_server.worker.requests import ServerError
 from tests.parameter_server import job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -352,66 +350,6 @@ def test_messages_of_an_admitted_peer_are_checked_one_by_one(tmp_path):
         joined.step()  # of zeros: the weights are as they were
         assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
         joined.close()
-
-
-@pytest.mark.parametrize("security_option", ["curve", "trusted_network"])
-def test_peers_without_the_key_never_get_in(tmp_path, monkeypatch, security_option):
-    monkeypatch.setattr(timeouts, "_START_S", 4.0)  # else it tries for minutes
-    made = Settings(1, 4, link="tcp", security=security_option, placement="dedicated")
-    thief = tmp_path / "thief"
-    thief.mkdir()
-    with job.servers(made, tmp_path):
-        while placement.read_address(tmp_path, 0) is None:
-            time.sleep(0.01)
-        (thief / "server-0.address.json").write_text(
-            (tmp_path / "server-0.address.json").read_text()
-        )
-        net = job.model()
-        with pytest.raises(ServerError):  # its own keys are not the job's
-            job.exchange(made, thief, 0).attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
-        joined = job.exchange(made, tmp_path, 0)
-        joined.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
-        joined.close()
-
-
-def test_keys_and_sockets_are_the_owners_alone(tmp_path):
-    with job.servers(Settings(1, 5), tmp_path):
-        while placement.read_address(tmp_path, 0) is None:
-            time.sleep(0.01)
-        assert (tmp_path / ".parameter_server.keys").stat().st_mode & 0o777 == 0o600
-        assert (tmp_path / ".sockets").stat().st_mode & 0o777 == 0o700
-        assert (tmp_path / ".sockets" / "server-0").stat().st_mode & 0o177 == 0
-        keys = security.job_keys(tmp_path)
-        (tmp_path / ".parameter_server.keys").chmod(0o644)
-        with pytest.raises(security.UserError, match="can be read by others"):
-            security.job_keys(tmp_path)
-        (tmp_path / ".parameter_server.keys").chmod(0o600)
-    argv = " ".join(placement.command(Settings(1), tmp_path, 0))
-    assert not any(key in argv for key in keys)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"server-0.json"}  # keys and sockets are gone with the job
-
-
-def test_keys_outlive_the_first_server_that_ends(tmp_path):
-    """A worker that comes later proves itself to the others, or to the successor, by the same."""
-
-    def end(settings, folder):
-        folder.mkdir()
-        held = []
-        with job.servers(settings, folder) as started:
-            while any(placement.read_address(folder, i) is None for i in range(len(started))):
-                time.sleep(0.01)
-            keys = security.job_keys(folder)
-            started[0].stop()
-            while placement.read_address(folder, 0) is not None:
-                time.sleep(0.01)
-            if len(started) > 1:
-                held.append(security.job_keys(folder) == keys)
-        return held, (folder / ".parameter_server.keys").exists()
-
-    assert end(Settings(1, 5, servers=2), tmp_path / "two") == ([True], False)
-    restarted = Settings(1, 5, snapshot_updates=1, restart_servers=1)
-    assert end(restarted, tmp_path / "restarted") == ([], True)
 
 
 def test_a_server_does_not_outlive_who_started_it(tmp_path):

@@ -9,11 +9,15 @@ Workers join it by the facts that their launcher sets:
   of its addresses in RUN_DIR (``publish``). The others try them, and take one where rank 0 proves
   to be there.
 
+On one host the store listens on loopback alone. Other users of the host reach it there, so its
+values are sealed by the job's key (``sealed``).
+
 >>> store = rendezvous.join(world, run_dir, timeout)  # doctest: +SKIP
 >>> world = rendezvous.place(world, store)  # doctest: +SKIP
 """
 
+from scaletrain.engine.rendezvous.sealed import sealed, unsealed
 from scaletrain.engine.rendezvous.serve import STORE_FD, address_of, serve
 from scaletrain.engine.rendezvous.store import connect, join, place
 
-__all__ = ["STORE_FD", "address_of", "connect", "join", "place", "serve"]
+__all__ = ["STORE_FD", "address_of", "connect", "join", "place", "sealed", "serve", "unsealed"]

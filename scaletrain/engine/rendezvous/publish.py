@@ -19,12 +19,14 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from scaletrain.engine.rendezvous.serve import serve_on_free_port
+from scaletrain.engine.rendezvous.sealed import sealed
+from scaletrain.engine.rendezvous.serve import serve_at
 from scaletrain.errors import UserError
 from scaletrain.host import addresses
 from scaletrain.host.addresses import InterfaceAddress
 from scaletrain.run import progress
 from scaletrain.run.atomic import write_json
+from scaletrain.run.job_key import JobKey, job_key
 from scaletrain.run.layout import RunDir
 from scaletrain.world import UNKNOWN, World
 
@@ -64,6 +66,10 @@ class _MeetingPoint(NamedTuple):
 def publish(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
     """Serve the store and publish where. Rank 0 calls it, while the others call ``find``.
 
+    Returns:
+        The store, sealed by the job's key in the run directory. The nonce tells its values from
+        those of earlier jobs with the same key.
+
     Raises:
         TimeoutError: some ranks did not find this one; names them.
         UserError: no address is reached by every rank.
@@ -72,11 +78,13 @@ def publish(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
     path = RunDir(run_dir).rendezvous
     path.unlink(missing_ok=True)  # of an earlier job
     offered = [address for _, address in addresses_to_offer(world)]
-    store = serve_on_free_port(timeout)
+    # On one host nobody outside has any business here.
+    served = serve_at("127.0.0.1" if world.local_size == world.size else "0.0.0.0", 0, timeout)
     nonce = secrets.token_hex(16)
-    store.set(_NONCE, nonce)
+    served.set(_NONCE, nonce)
+    store = sealed(served, job_key(run_dir), nonce)
     # The file comes last: whoever reads it finds a store that holds the nonce.
-    write_json(path, _MeetingPoint(_job_name(world), offered, store.port, nonce)._asdict())
+    write_json(path, _MeetingPoint(_job_name(world), offered, served.port, nonce)._asdict())
     reached = _wait_for_reached(store, world, timeout)
     for address in offered:
         if all(address in reached_by_rank for reached_by_rank in reached.values()):
@@ -93,7 +101,7 @@ def publish(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
         )
     store.set(_ADDRESS, address)
     use_interface_of(address)
-    return dist.PrefixStore(_PREFIX, store)
+    return sealed(dist.PrefixStore(_PREFIX, served), job_key(run_dir), nonce)
 
 
 def _wait_for_reached(store: dist.Store, world: World, timeout: timedelta) -> dict[int, list[str]]:
@@ -132,7 +140,7 @@ def find(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
         left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
         stores = _stores_at(point, left)
         if stores:
-            return _agree(stores, point, world)
+            return _agree(stores, point, world, job_key(run_dir))
         seen = (
             f"{file_name}, but rank 0 answers at none of {', '.join(point.addresses)},"
             f" port {point.port}"
@@ -153,9 +161,11 @@ def _stores_at(point: _MeetingPoint, timeout: timedelta) -> dict[str, dist.TCPSt
     return stores
 
 
-def _agree(stores: dict[str, dist.TCPStore], point: _MeetingPoint, world: World) -> dist.Store:
+def _agree(
+    stores: dict[str, dist.TCPStore], point: _MeetingPoint, world: World, key: JobKey
+) -> dist.Store:
     """Tell rank 0 where it was found, and return the store at the address that it takes."""
-    any_store = next(iter(stores.values()))
+    any_store = sealed(next(iter(stores.values())), key, point.nonce)
     any_store.set(f"scaletrain/reached/{world.rank}", json.dumps([*stores]))
     try:
         address = any_store.get(_ADDRESS).decode()
@@ -164,7 +174,7 @@ def _agree(stores: dict[str, dist.TCPStore], point: _MeetingPoint, world: World)
     if not address:
         raise ConnectionError("no address of rank 0 is reached by every rank")
     use_interface_of(addresses.source_address(address, point.port))
-    return dist.PrefixStore(_PREFIX, stores[address])
+    return sealed(dist.PrefixStore(_PREFIX, stores[address]), key, point.nonce)
 
 
 def store_with_nonce(

@@ -6,7 +6,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from scaletrain.engine.rendezvous.sealed import SealedStore
 from scaletrain.launching.job import STORE_FD
+
+_BACKLOG = 1024  # connections that wait to be accepted
 
 # The store that this process serves. It lives as long as the process: other ranks may need it after
 # this one is done with it.
@@ -43,18 +46,34 @@ def serve() -> int:
     return port
 
 
-def serve_on_free_port(timeout: timedelta | None = None) -> dist.TCPStore:
-    """Serve a store at a free port of all interfaces, as torch's store always does.
+def serve_at(
+    address: str, port: int, timeout: timedelta = dist.default_pg_timeout
+) -> dist.TCPStore:
+    """Serve a store, and keep it as long as the process.
+
+    torch's own server listens on all interfaces. Under an address of loopback, nobody outside this
+    host reaches it.
 
     Args:
-        timeout: of the store's own waits; None: torch's default.
+        address: by which the ranks reach this one; ``0.0.0.0``: all of this host's.
+        port: 0: a free one.
+        timeout: of the store's own waits.
     """
-    if timeout is None:
-        store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
-    else:
-        store = dist.TCPStore(
-            "0.0.0.0", 0, None, is_master=True, timeout=timeout, wait_for_workers=False
-        )
+    listen_fd = None
+    if address == "localhost" or address.startswith("127."):
+        listening = socket.create_server((address, port), backlog=_BACKLOG)
+        address, port, *_ = listening.getsockname()
+        listen_fd = listening.detach()  # libuv's server takes the descriptor over
+    store = dist.TCPStore(
+        address,
+        port,
+        None,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listen_fd,
+        multi_tenant=False,
+    )
     return _keep(store)
 
 
@@ -63,9 +82,12 @@ def address_of(store: dist.Store) -> tuple[str, int]:
 
     The store of a world of one has no server: then one is started at a free port.
     """
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
+    while isinstance(store, dist.PrefixStore | SealedStore):
+        if isinstance(store, SealedStore):
+            store = store.unsealed
+        else:
+            store = store.underlying_store
     if not isinstance(store, dist.TCPStore):
-        store = serve_on_free_port()
+        store = serve_at("127.0.0.1", 0)
     host = "127.0.0.1" if store.host == "0.0.0.0" else store.host
     return host, store.port

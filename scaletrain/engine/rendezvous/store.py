@@ -7,11 +7,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from scaletrain.engine.rendezvous import publish
-from scaletrain.engine.rendezvous.serve import STORE_FD, serve
+from scaletrain.engine.rendezvous.sealed import sealed
+from scaletrain.engine.rendezvous.serve import STORE_FD, serve, serve_at
 from scaletrain.errors import UserError
 from scaletrain.host import addresses
 from scaletrain.host.names import host_name
 from scaletrain.run import progress
+from scaletrain.run.job_key import job_key
 from scaletrain.world import UNKNOWN, World
 
 # Launchers under which somebody serves the store, and MASTER_ADDR and MASTER_PORT say where.
@@ -19,7 +21,7 @@ _WITH_STORE = ("local", "rehearsal", "torchrun", "environment")
 _MOST_SHOWN = 16  # ranks in an error message
 
 
-def join(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
+def join(world: World, run_dir: Path, timeout: timedelta, *, is_private: bool = True) -> dist.Store:
     """Return the job's store, when every rank has joined it. Collective.
 
     The store starts empty; each restart under torchrun gets a part of its own. This also makes gloo
@@ -30,6 +32,8 @@ def join(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
         world: this worker's place.
         run_dir: the run directory, on several hosts a shared one.
         timeout: the time in which all ranks must come.
+        is_private: take only values that the job's key in ``run_dir`` has sealed. False: torch's
+            plain store, for processes that share no directory.
 
     Raises:
         TimeoutError: not all ranks arrived; names those that did not.
@@ -37,13 +41,15 @@ def join(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
         UserError: a variable is missing or wrong, several networks to choose from, or an interface
             that does not exist.
     """
-    store = connect(world, run_dir, timeout)
+    store = connect(world, run_dir, timeout, is_private=is_private)
     _wait_for_all(world, store, timeout)
     return store
 
 
 @progress.waiting("the other workers")
-def connect(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
+def connect(
+    world: World, run_dir: Path, timeout: timedelta, *, is_private: bool = True
+) -> dist.Store:
     """Return the job's store, without waiting for the other ranks. Each of them calls this.
 
     Args, Raises: as ``join``.
@@ -56,7 +62,10 @@ def connect(world: World, run_dir: Path, timeout: timedelta) -> dist.Store:
     if address and port and world.launcher in _WITH_STORE:
         if not port.isdigit():
             raise UserError(f"MASTER_PORT={port!r}: expected a port number")
-        return _connect_to(address, int(port), world, timeout)
+        store = _connect_to(address, int(port), world, timeout)
+        # One key may serve several jobs of torchrun in one directory: their values differ in this.
+        scope = os.environ.get("TORCHELASTIC_RUN_ID", "")
+        return sealed(store, job_key(run_dir), scope) if is_private else store
     if world.size == 1:
         return dist.HashStore()
     if world.launcher == "environment":
@@ -76,14 +85,10 @@ def _connect_to(address: str, port: int, world: World, timeout: timedelta) -> di
     """
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     # Not waiting for workers here: ``_wait_for_all`` does, and names those that are missing.
-    store = dist.TCPStore(
-        address,
-        port,
-        None,
-        is_master=world.rank == 0 and not served_by_agent,
-        timeout=timeout,
-        wait_for_workers=False,
-    )
+    if world.rank == 0 and not served_by_agent:
+        store = serve_at(address, port, timeout)
+    else:
+        store = dist.TCPStore(address, port, None, timeout=timeout, wait_for_workers=False)
     publish.use_interface_of(addresses.source_address(address, port))
     # Under an agent's store, keys of a failed attempt outlive it. They must not be taken for new.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -33,6 +33,7 @@ from scaletrain.launching.job import Job, Program
 from scaletrain.launching.plan import LaunchPlan
 from scaletrain.launching.supervision import screen, warm
 from scaletrain.launching.supervision.screen import Display
+from scaletrain.run import job_key
 from scaletrain.run.progress import LAUNCH_MARK
 from scaletrain.world import without_place
 
@@ -123,6 +124,9 @@ def run(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 supervisor.wait(_end_s(plan))
         kill_marked(LAUNCH_MARK, mark)
+        # Where a batch system runs the job, it may go on without us.
+        if plan.store_address:
+            job_key.forget(job.run_dir)
         supervisor.wait()
         if reported is None:
             _end_adopted(started_at)

@@ -35,7 +35,7 @@ from scaletrain.launching.supervision.ends import LateEnds
 from scaletrain.launching.supervision.evidence import Evidence
 from scaletrain.launching.supervision.processes import Process, Processes
 from scaletrain.launching.supervision.screen import Display
-from scaletrain.run import progress
+from scaletrain.run import job_key, progress
 from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import Failure, FailureKind
 from scaletrain.run.layout import RunDir
@@ -115,6 +115,7 @@ class Supervisor:
     def _forget_earlier_job(self) -> None:
         self._run_dir.first_cause.unlink(missing_ok=True)
         self._run_dir.save_request.unlink(missing_ok=True)
+        job_key.forget(self._run_dir.path)  # one key, one job
         for _, path in self._run_dir.all_failures():
             path.unlink(missing_ok=True)
         for rank in range(self.job.workers):

@@ -30,6 +30,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind, Refused
+from scaletrain.run import job_key
 from scaletrain.run.atomic import write_json
 
 log = logging.getLogger(__name__)
@@ -120,12 +121,13 @@ class Endpoint:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._set_options(self._socket)
-        self._keys = security.job_keys(self._run_dir)
+        self._key = job_key.job_key(self._run_dir)
         if self._authenticator:
+            keys = security.CurveKeys.of(self._key)
             self._authenticator.configure_curve_callback(
-                domain="*", credentials_provider=_JobKey(self._keys.worker_public)
+                domain="*", credentials_provider=_WorkersKey(keys.worker_public)
             )
-            security.encrypt_server(self._socket, self._keys)
+            security.encrypt_server(self._socket, keys)
         self._endpoints = self._bind(self._socket)
         address = {
             "endpoints": self._endpoints,
@@ -153,7 +155,7 @@ class Endpoint:
             placement.address_path(self._run_dir, index) for index in range(self._settings.servers)
         ]
         if not keep_keys and not any(address.exists() for address in addresses):
-            security.forget(self._run_dir)
+            job_key.forget(self._run_dir)
         for endpoint in self._endpoints:
             if endpoint.startswith("ipc://"):
                 path = Path(endpoint.removeprefix("ipc://"))
@@ -301,14 +303,14 @@ class Endpoint:
             raise Refused("malformed HELLO")
         peer.worker_nonce = nonce
         peer.server_nonce = security.nonce()
-        proof = self._keys.proof("server", peer.worker_nonce, peer.server_nonce)
+        proof = self._key.proof("server", peer.worker_nonce, peer.server_nonce)
         payload = wire.to_json({"nonce": peer.server_nonce, "proof": proof})
         self.answer(peer, Header(MessageKind.CHALLENGE), payload)
 
     def _proof(self, peer: Peer, message: Message) -> None:
         """Step 3: check the peer's proof."""
         role = f"worker {peer.rank}"
-        expected = self._keys.proof(role, peer.worker_nonce, peer.server_nonce)
+        expected = self._key.proof(role, peer.worker_nonce, peer.server_nonce)
         proof = message.json().get("proof")
         if not peer.server_nonce or not security.same(proof, expected):
             self._peers.pop(peer.route, None)
@@ -427,11 +429,11 @@ class Endpoint:
         return time.monotonic() - self._workers[rank].last_heard
 
 
-class _JobKey:
+class _WorkersKey:
     """Admits the workers' key of the job and no other. Called by ZeroMQ's authenticator."""
 
-    def __init__(self, public: str):
-        self._public = public.encode()
+    def __init__(self, public: bytes):
+        self._public = public
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Return True for the job's key, raw or as Z85 text."""

@@ -14,14 +14,16 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from scaletrain.engine.rendezvous import sealed
 from scaletrain.errors import UserError
-from scaletrain.parameter_server.protocol import placement, security
+from scaletrain.parameter_server.protocol import placement
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.worker.beside import ServerBeside
 from scaletrain.parameter_server.worker.client import Client, PushResult
 from scaletrain.parameter_server.worker.gradients import GradientSteps
 from scaletrain.parameter_server.worker.local_steps import LocalSteps, Rounds
 from scaletrain.parameter_server.worker.replica import Replica
+from scaletrain.run.job_key import job_key
 from scaletrain.run.layout import RunDir
 from scaletrain.world import World
 
@@ -212,8 +214,8 @@ class ParameterServerExchange:
         trained = {id(parameter) for parameter in replica.parameters}
         tensors = [*model.parameters(), *model.buffers()]
         untrained = [tensor.data for tensor in tensors if id(tensor) not in trained]
-        shared = _SealedStore(self._store, security.job_keys(self._run_dir))
-        is_writer = self.world.rank == 0 and not shared.has(_ALL_SHARED)
+        shared = sealed(self._store, job_key(self._run_dir))
+        is_writer = self.world.rank == 0 and not shared.check([_ALL_SHARED])
         for number, tensor in enumerate(untrained):
             if tensor.numel() == 0:
                 continue
@@ -229,27 +231,6 @@ class ParameterServerExchange:
                 tensor.copy_(torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape))
         if is_writer:
             shared.set(_ALL_SHARED, b"")
-
-
-class _SealedStore:
-    """The job's key-value store, for values that only holders of the job's key can write."""
-
-    def __init__(self, store: torch.distributed.Store, keys: security.Keys):
-        self._store = store
-        self._keys = keys
-
-    def has(self, name: str) -> bool:
-        """Return True if there is a value."""
-        return bool(self._store.check([name]))
-
-    def set(self, name: str, value: bytes) -> None:
-        """Write a value."""
-        # The store takes bytes, too; torch's annotation does not say so.
-        self._store.set(name, self._keys.seal(name, value))  # type: ignore[arg-type]
-
-    def get(self, name: str) -> bytes:
-        """Wait for a value, and return it. Raises ``UserError`` if somebody else wrote it."""
-        return self._keys.unseal(name, self._store.get(name))
 
 
 class _JobSteps:

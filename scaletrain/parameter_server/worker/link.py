@@ -17,6 +17,7 @@ from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block, layout, to_json
 from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind, Refused
 from scaletrain.parameter_server.worker.requests import PeerLost, ServerError, Token
+from scaletrain.run.job_key import JobKey, job_key
 
 _ANSWER_S = 2.0  # the longest wait for one answer of a handshake, before all is tried again
 
@@ -183,8 +184,8 @@ class ServerLink:
             ServerError: the server refuses, or does not hold the job's key.
         """
         identity = self._identity
-        keys = security.job_keys(identity.run_dir)
-        socket = self._make_socket(keys)
+        key = job_key(identity.run_dir)
+        socket = self._make_socket(key)
         self.sockets.append(socket)
         socket.connect(self._endpoint)
         worker_nonce = security.nonce()
@@ -199,7 +200,7 @@ class ServerLink:
         socket.send_multipart([Header(MessageKind.HELLO).pack(), wire.to_json(hello)])
         message = self._next(socket, deadline)
         if message is not None and message.header.kind == MessageKind.CHALLENGE:
-            proof = self._answer_challenge(message, keys, worker_nonce)
+            proof = self._answer_challenge(message, key, worker_nonce)
             header = Header(MessageKind.PROOF, rank=identity.rank)
             socket.send_multipart([header.pack(), wire.to_json({"proof": proof})])
             message = self._next(socket, deadline)
@@ -208,12 +209,12 @@ class ServerLink:
         self.sessions.append(message.header.session)
         return True
 
-    def _make_socket(self, keys: security.Keys) -> zmq.Socket:
+    def _make_socket(self, key: JobKey) -> zmq.Socket:
         """Return a socket with all its options, not connected yet."""
         settings = self._identity.settings
         socket = self._identity.context.socket(zmq.DEALER)
         if settings.encrypted:
-            security.encrypt_worker(socket, keys)
+            security.encrypt_worker(socket, security.CurveKeys.of(key))
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDBUF, settings.send_buffer_bytes)
         # Little room in ZeroMQ: a request that still waits here can be overtaken by a later one.
@@ -225,16 +226,16 @@ class ServerLink:
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, settings.heartbeat_ms)
         return socket
 
-    def _answer_challenge(self, message: Message, keys: security.Keys, worker_nonce: str) -> str:
+    def _answer_challenge(self, message: Message, key: JobKey, worker_nonce: str) -> str:
         """Return the worker's proof after checking the server's. Raises ``ServerError``."""
         challenge = message.json()
         server_nonce = challenge.get("nonce")
         if not isinstance(server_nonce, str):
             raise ServerError(f"{self} does not hold the job's key")
-        expected = keys.proof("server", worker_nonce, server_nonce)
+        expected = key.proof("server", worker_nonce, server_nonce)
         if not security.same(challenge.get("proof"), expected):
             raise ServerError(f"{self} does not hold the job's key")
-        return keys.proof(f"worker {self._identity.rank}", worker_nonce, server_nonce)
+        return key.proof(f"worker {self._identity.rank}", worker_nonce, server_nonce)
 
     def _join(self, deadline: float, step: int | None) -> Ready | None:
         """Describe the model and the optimizer; return the server's answer, None if it has none.

@@ -1,0 +1,168 @@
+"""Tests engine/rendezvous/sealed.py: values that others write into the store change nothing."""
+
+import threading
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from scaletrain.engine import rendezvous
+from scaletrain.engine.rendezvous.sealed import SealedStore
+from scaletrain.engine.rendezvous.serve import serve_at
+from scaletrain.engine.roll_call import RollCall
+from scaletrain.errors import UserError
+from scaletrain.run.job_key import job_key
+from scaletrain.training.stopping import Appointment
+from scaletrain.world import UNKNOWN, World
+from tests.ranks import run_ranks
+
+SOON = timedelta(seconds=10)
+REFUSED = "was not written by a process of this job"
+
+
+@pytest.fixture
+def stores(tmp_path) -> tuple[SealedStore, dist.TCPStore]:
+    """Return the job's store, and a connection that another user of the host opens to it."""
+    served = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    thief = dist.TCPStore("127.0.0.1", served.port, None, wait_for_workers=False)
+    return SealedStore(served, job_key(tmp_path)), thief
+
+
+def write(thief: dist.TCPStore, name: str, value: str | bytes) -> None:
+    """Write a value, and wait until the server has it."""
+    thief.set(name, value)
+    thief.get(name)
+
+
+def test_values_come_back_under_every_call(stores):
+    store, _ = stores
+    prefixed = dist.PrefixStore("a", store)
+    prefixed.set("x", b"\x001")
+    assert store.get("a/x") == b"\x001"
+    assert store.clone().get("a/x") == b"\x001"
+    assert prefixed.compare_set("y", "", "2") == b"2"
+    assert prefixed.compare_set("y", "", "3") == b"2"
+    assert prefixed.compare_set("y", "2", "4") == b"4"
+    prefixed.multi_set(["p", "q"], ["5", "6"])
+    assert prefixed.multi_get(["p", "q"]) == [b"5", b"6"]
+    prefixed.wait(["p", "q"], SOON)
+    assert prefixed.check(["p"]) and not prefixed.check(["r"])
+
+
+@pytest.mark.parametrize("forge", ["plain", "moved", "of another job", "short"])
+def test_values_of_others_are_refused(stores, tmp_path, forge):
+    store, thief = stores
+    store.set("weights", b"good")
+    store.set("other", b"bad")
+    other_job = job_key(tmp_path / "other")
+    forged = {
+        "plain": b"bad",
+        "moved": thief.get("other"),  # a true value, under another name
+        "of another job": other_job.seal("/weights", b"bad"),
+        "short": b"",
+    }
+    write(thief, "weights", forged[forge])
+    with pytest.raises(UserError, match=REFUSED):
+        store.get("weights")
+    with pytest.raises(UserError, match=REFUSED):
+        store.multi_get(["other", "weights"])
+    if forge == "short":  # an empty value counts as none, and gives way
+        assert store.compare_set("weights", "", "mine") == b"mine"
+        return
+    with pytest.raises(UserError, match=REFUSED):
+        store.compare_set("weights", "", "mine")
+
+
+def test_values_of_an_earlier_attempt_are_refused(tmp_path):
+    shared = dist.HashStore()
+    first, second = (SealedStore(shared, job_key(tmp_path), scope) for scope in "12")
+    first.set("stop", "50")
+    with pytest.raises(UserError, match=REFUSED):
+        second.get("stop")
+
+
+def test_others_cannot_stop_a_job(stores):
+    """The job ends with an error instead of finishing early with status 0."""
+    store, thief = stores
+    appointment = Appointment(store, "stop_at", 10)
+    assert not appointment.is_due(0, False)
+    write(thief, "stop_at", "50")
+    with pytest.raises(UserError, match=REFUSED):
+        appointment.is_due(10, False)
+
+
+def test_others_take_no_part_in_a_roll_call(stores):
+    store, thief = stores
+    roll_call = RollCall(store, 0, 2, timedelta(seconds=1))
+    write(thief, "roll//1", "allreduce #1")  # that rank 1 failed here, too
+    text = roll_call.explain("allreduce", 1, ConnectionError("lost"))
+    assert text.startswith("allreduce #1: lost; ") and REFUSED in text
+
+
+def test_others_do_not_place_ranks(stores):
+    store, thief = stores
+    write(thief, "scaletrain/host/1", "elsewhere")
+    with pytest.raises(UserError, match=REFUSED):
+        rendezvous.place(World(0, 2, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN), store)
+
+
+def test_gloo_meets_in_a_sealed_store(tmp_path):
+    """torch's own threads read and write it, and a rank without the key never gets in."""
+    served = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    sums = run_ranks(_sum, 3, tmp_path, served.port)
+    assert sums == [[0.0 + 1 + 2, 1 * 2 * 3]] * 3
+    keys = served.list_keys()
+    assert keys
+    key = job_key(tmp_path)
+    for name in keys:
+        if "gloo" in name or "member" in name or "default_pg" in name:
+            key.unseal(f"/{name}", served.get(name))
+
+
+def _sum(rank: int, size: int, run_dir, port: int) -> list[float]:
+    connection = dist.TCPStore("127.0.0.1", port, None, wait_for_workers=False, timeout=SOON)
+    store = rendezvous.sealed(connection, job_key(run_dir))
+    dist.init_process_group("scaletrain", store=store, rank=rank, world_size=size, timeout=SOON)
+    results = []
+    for operation, value in ((dist.ReduceOp.SUM, rank), (dist.ReduceOp.PRODUCT, rank + 1)):
+        tensor = torch.full((3,), float(value))
+        dist.all_reduce(tensor, operation)
+        results.append(tensor[0].item())
+    dist.barrier()
+    dist.destroy_process_group()
+    return results
+
+
+def test_on_one_host_the_store_listens_on_loopback_alone(tmp_path, monkeypatch):
+    """Whether rank 0 publishes its address, or a variable names it."""
+    ports = []
+
+    def publish() -> None:
+        world = World(0, 2, 0, 2, UNKNOWN, UNKNOWN, "openmpi")
+        with pytest.raises(TimeoutError):
+            rendezvous.connect(world, tmp_path, timedelta(seconds=1))
+
+    monkeypatch.setattr(
+        rendezvous.publish, "serve_at", lambda *a: ports.append(serve_at(*a)) or ports[-1]
+    )
+    publisher = threading.Thread(target=publish)
+    publisher.start()
+    publisher.join(20)
+    ports.append(serve_at("127.0.0.1", 0))
+    assert len(ports) == 2
+    for store in ports:
+        assert _listening_addresses(store.port) == {"0100007F"}
+
+
+def _listening_addresses(port: int) -> set[str]:
+    """Return the local addresses, in the kernel's hexadecimal form, that listen at a port."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with open(table, encoding="ascii") as file:
+            for line in list(file)[1:]:
+                _, local, _, state, *_ = line.split()
+                address, _, number = local.partition(":")
+                if state == "0A" and int(number, 16) == port:
+                    found.add(address)
+    return found
