@@ -12,7 +12,7 @@ from scaletrain.run.layout import RunDir
 from scaletrain.scaling.explain import headline, losses
 from scaletrain.scaling.explain.measurements import CellResults, Measurements
 from scaletrain.scaling.explain.rows import row_of
-from scaletrain.scaling.measure import machine, servers, sweep
+from scaletrain.scaling.measure import machine, servers, sweep, trainings
 from scaletrain.scaling.measure.run import read_run
 from scaletrain.scaling.model import BatchPoint, Cell, Report, ReportHeader, Row
 from scaletrain.scaling.predict.fit import Fit, alike_but_for_exchange, fit_report, predictions
@@ -80,7 +80,7 @@ def _read_cell(
             results.runs.append(read_run(directory))
             progress.used_by_others += machine.read(directory)
             continue
-        reason = sweep.read_failure(directory)
+        reason = trainings.read_failure(directory)
         if reason is not None:
             results.failures.append(reason)
     progress.planned += plan.repeats

@@ -5,14 +5,9 @@ its own and lies in OUT/cells/<cell>/<repeat>/. A sweep that was stopped goes on
 cell that fails loses nothing but itself.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
-import os
-import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,21 +16,12 @@ from scaletrain import config as configuration
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
 from scaletrain.host import cores as host_cores
-from scaletrain.host.forkserver import Forked
-from scaletrain.host.processes import telling_line
 from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
-from scaletrain.run.failure import FailureKind
-from scaletrain.run.failure import read_failure as read_failure_file
-from scaletrain.run.layout import RunDir
-from scaletrain.scaling.measure import machine
-from scaletrain.scaling.measure.starting import Starter
+from scaletrain.scaling.measure import trainings
 from scaletrain.scaling.model import Cell, ReportHeader, Scalar, Source, SweepPlan
 
-FAILED = "failed.json"  # in a run's directory: why the repeat failed
-# Failures of workers that had lost another process.
-CONSEQUENCES = (FailureKind.PEER, FailureKind.LAUNCHER)
 REFERENCE_STEPS = 60  # of the short runs that only the split of lost time needs
 # Settings that the sweep gives every cell itself, and the option that decides each.
 DECIDED = {
@@ -351,14 +337,6 @@ def read_header(out: Path) -> ReportHeader | None:
     return ReportHeader.from_json(json.loads(text))
 
 
-def read_failure(directory: Path) -> str | None:
-    """Return why a repeat failed; None if it did not, or has not run yet."""
-    path = directory / FAILED
-    if not path.exists():
-        return None
-    return json.loads(path.read_text(encoding="utf-8"))["reason"]
-
-
 def run_dir(out: Path, cell: Cell, repeat: int) -> Path:
     """Return the run directory of one repeat of a cell."""
     return out / "cells" / cell.name / str(repeat)
@@ -376,9 +354,7 @@ def order(cells: Sequence[Cell], repeats: int) -> Iterator[tuple[Cell, int]]:
 
 
 def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = False) -> None:
-    """Run every missing repeat of every cell.
-
-    Failures are kept as ``failed.json``. Ctrl-C or a signal ends the cell and the sweep.
+    """Run every missing repeat of every cell, as ``trainings.run`` does.
 
     Args:
         sweep: the plan.
@@ -386,117 +362,18 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         tell: is called with one line about each repeat.
         trace: whether first repeats also record the events of a trace.
     """
-    # Finished repeats stay, so a stopped sweep goes on. Failed ones run once more.
-    missing = []
+    series = []
     for cell, repeat in order(sweep.cells(), sweep.repeats):
-        if not RunDir(run_dir(out, cell, repeat)).has_finished():
-            missing.append((cell, repeat))
-    # Workers of other launchers are not forked by ours.
-    if sweep.cold or sweep.launcher != "local" or len(missing) < 2:
-        starter = Starter()
-    else:
-        starter = Starter.warm(sweep.threads)
-    with starter:
-        _run_missing(sweep, out, tell, missing, starter, trace)
-
-
-def _run_missing(
-    sweep: Sweep,
-    out: Path,
-    tell: Callable[[str], None],
-    missing: Sequence[tuple[Cell, int]],
-    starter: Starter,
-    trace: bool,
-) -> None:
-    """Run these repeats of cells, in their order (see ``run``)."""
-    started = time.monotonic()
-    for number, (cell, repeat) in enumerate(missing, 1):
         directory = run_dir(out, cell, repeat)
-        command = sweep.command(cell, directory, trace and repeat == 0)
-        try:
-            outcome = _run_repeat(sweep, command, directory, starter)
-        # Ctrl-C, too. The exception itself goes on.
-        except BaseException:
-            tell(
-                f"stopped: {len(missing) - number + 1} runs are missing;"
-                f" the same command with --out {out} goes on"
+        series.append(
+            trainings.Training(
+                title=f"{cell.name} repeat {repeat + 1}",
+                run_dir=directory,
+                command=sweep.command(cell, directory, trace and repeat == 0),
+                launcher=sweep.launcher,
+                timeout_s=sweep.cell_timeout_s,
             )
-            raise
-        left_s = (time.monotonic() - started) / number * (len(missing) - number)
-        left = f"{left_s / 60:.0f} min" if left_s > 90 else f"{left_s:.0f} s"
-        tell(
-            f"[{number}/{len(missing)}] {cell.name} repeat {repeat + 1}: {outcome}"
-            f" (about {left} to go)"
         )
-
-
-def _run_repeat(sweep: Sweep, command: Sequence[str], directory: Path, starter: Starter) -> str:
-    """Run one repeat and note how it ended. Return the same for people."""
-    if directory.exists():
-        shutil.rmtree(directory)  # half a run, which this sweep made
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    began, watch = time.monotonic(), machine.Watch()
-    reason = _run_command(command, directory, sweep.cell_timeout_s, starter)
-    if reason:
-        # A training that failed at once has not made its directory.
-        directory.mkdir(exist_ok=True)
-        write_json(directory / FAILED, {"reason": reason})
-        return f"FAILED: {reason}"
-    duration_s = time.monotonic() - began
-    # Other launchers' workers are no descendants: their work would count as that of others.
-    if sweep.launcher in machine.CHILDREN:
-        others = watch.others()
-        if others is not None:
-            machine.write(directory, others)
-    return f"{duration_s:.1f} s"
-
-
-def _run_command(
-    command: Sequence[str], directory: Path, timeout_s: float, starter: Starter
-) -> str | None:
-    """Run one training. Return why it failed; None if it did not."""
-    # Beside the run's directory, which the training makes itself.
-    log = directory.with_name(f"{directory.name}.log")
-    with open(log, "w", encoding="utf-8") as output:
-        process = starter.start(command, output.fileno())
-        try:
-            status = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            _stop(process)
-            return f"not done after the time limit of {timeout_s:g} s a cell"
-        except BaseException:
-            _stop(process)
-            raise
-    # Status 0 is not enough: the summary says whether all steps were done.
-    if status == 0 and RunDir(directory).has_finished():
-        return None
-    return _reason(directory, log, status)
-
-
-def _stop(process: subprocess.Popen[bytes] | Forked) -> None:
-    """Ask the launcher to stop its workers, then end the whole session that it leads."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            # The launcher leads its session, so its id is the group's. It may just have ended.
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _reason(directory: Path, log: Path, status: int) -> str:
-    """Return the first cause of a failed run.
-
-    That is the earliest failure that is not the loss of a peer, else the command's output.
-    """
-    failures = [read_failure_file(path) for _, path in RunDir(directory).all_failures()]
-    readable = [failure for failure in failures if failure is not None]
-    if readable:
-        # False sorts first: causes before consequences, then by time.
-        first = min(readable, key=lambda failure: (failure.kind in CONSEQUENCES, failure.time))
-        step = "" if first.step is None else f" at step {first.step}"
-        return f"rank {first.rank}{step}: {first.message}"
-    text = log.read_text(encoding="utf-8", errors="replace")
-    # Cut, since the reason becomes a cell of a table.
-    return f"exit status {status}: {telling_line(text, 'it printed nothing')[:300]}"
+    missing = trainings.missing(series)
+    with trainings.starter(missing, sweep.threads, cold=sweep.cold) as starter:
+        trainings.run(missing, starter, tell, out)
