@@ -29,6 +29,7 @@ FLOORS = {
     "scaletrain.parameter_server": 2,
     "scaletrain.training": 3,
     "scaletrain.scaling": 4,
+    "scaletrain.recipes": 4,
     "scaletrain.programs": 5,
     "scaletrain.notebook": 5,
     "scaletrain.cli": 6,

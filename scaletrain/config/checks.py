@@ -66,7 +66,7 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
     # First: the schema would take "ring@gloo" for the name of an exchange.
     tree = _with_exchange_expanded(tree, where)
     tree = _with_defaults_named(tree)
-    config = _validate(RunConfig, tree, where)
+    config = validate(RunConfig, tree, where)
     # With all defaults filled in, the written configuration says what ran, even if a later version
     # has other defaults.
     _check_workload(config, where)
@@ -302,7 +302,7 @@ def _set_options(
     """Return the options that are set, checked; all of them where there is no schema."""
     if schema is None:
         return chosen
-    checked = _validate(schema, chosen, where, prefix).model_dump()
+    checked = validate(schema, chosen, where, prefix).model_dump()
     # Only those that were set: the worker's torch fills in its own defaults.
     return {key: checked[key] for key in chosen}
 
@@ -379,7 +379,7 @@ def plugin_options(
     schema = plugins.options(kind, name, search_path)
     if schema is None:
         return chosen
-    options = _validate(schema, chosen, where, f"{place}.").model_dump()
+    options = validate(schema, chosen, where, f"{place}.").model_dump()
     for option, value in options.items():
         # A plugin inside a plugin, such as the collective of `scheduled`.
         if option in plugins.KINDS and value != "auto":
@@ -435,7 +435,18 @@ def _example_setting(kind: str, name: str) -> str:
     return ""
 
 
-def _validate(schema: type[Model], tree: dict[str, Any], where: str, prefix: str = "") -> Model:
+def validate(schema: type[Model], tree: dict[str, Any], where: str, prefix: str = "") -> Model:
+    """Return a mapping as a value of a schema.
+
+    Args:
+        schema: its keys, types and ranges.
+        tree: the mapping.
+        where: the beginning of an error's line, such as the file's name.
+        prefix: before the keys that an error names.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line.
+    """
     try:
         return schema.model_validate(tree)
     except pydantic.ValidationError as error:

@@ -45,7 +45,7 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
         ended_s=_array(kept, "time") + steps - began,
         sent_bytes=_mean_of_exchange(kept, "bytes_sent"),
         waited_s=_mean_of_exchange(kept, "wait_in_backward_s"),
-        gradient_bytes=_gradient_bytes(run_dir),
+        gradient_bytes=model_bytes(run_dir),
         servers=servers.read(run_dir),
         worker_facts=_worker_facts(run_dir, len(ranks)),
     )
@@ -96,7 +96,7 @@ def _worker_facts(run_dir: Path, ranks: int) -> tuple[WorkerFacts, ...]:
     return tuple(facts)
 
 
-def _gradient_bytes(run_dir: Path) -> int | None:
+def model_bytes(run_dir: Path) -> int | None:
     """Return the bytes of the model's tensors, by the header of a checkpoint.
 
     A safetensors file begins with the length of the header in eight bytes; the header is JSON.

@@ -3,25 +3,31 @@
 import gzip
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge
+from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 
-def data(*, test_samples: int = 360) -> tuple[Dataset, Dataset]:
-    """Return (train, test): images (1, 8, 8) float32, targets int64.
+def data(*, test_samples: int = 360, size: Annotated[int, Ge(8)] = 8) -> tuple[Dataset, Dataset]:
+    """Return (train, test): images (1, size, size) float32, targets int64.
 
     Images have zero mean and unit variance over the training images. The split is a fixed
     permutation, the same for every run and every seed. The digits come from the UCI repository.
 
     Args:
         test_samples: images of the test set; the others are for training.
+        size: pixels of each side; images of 8 pixels are enlarged, linear between their pixels.
     """
     rows = torch.from_numpy(_rows())
     pixels, labels = rows[:, :-1], rows[:, -1]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1797))
     images = pixels.float().view(-1, 1, 8, 8)[order]
+    if size != 8:
+        images = nn.functional.interpolate(images, size=(size, size), mode="bilinear")
     targets = labels.long()[order]
     train = images[test_samples:]
     # By the training images alone: the test set must not shape what the model sees.

@@ -1,0 +1,116 @@
+"""Judge a recipe's claims by the figures of its runs."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scaletrain.recipes.recipe import Claim
+from scaletrain.run.layout import RunDir
+from scaletrain.scaling.measure import intervals, trainings
+from scaletrain.scaling.measure.intervals import Mean
+from scaletrain.scaling.measure.run import model_bytes
+
+Figures = Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A claim and what the runs say about it."""
+
+    claim: Claim
+    value: Mean | None  # None: it could not be judged
+    reason: str = ""  # why not
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the whole interval lies within the claim's limits."""
+        if self.value is None:
+            return False
+        at_least, at_most = self.claim.at_least, self.claim.at_most
+        is_high_enough = at_least is None or self.value.low >= at_least
+        is_low_enough = at_most is None or self.value.high <= at_most
+        return is_high_enough and is_low_enough
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verdict for a file of results."""
+        limits = {"at_least": self.claim.at_least, "at_most": self.claim.at_most}
+        value = self.value._asdict() if self.value else None
+        return {
+            "says": self.claim.says,
+            "rule": rule(self.claim),
+            **limits,
+            "value": value,
+            "met": self.is_met,
+            "reason": self.reason,
+        }
+
+
+def figures(run_dir: Path) -> dict[str, float]:
+    """Return the figures of a finished run that claims may name.
+
+    They are the numbers of its summary, ``test_error`` (1 - ``test_accuracy``), and
+    ``model_bytes``: the size of the model's tensors, four bytes a parameter.
+    """
+    summary = json.loads(RunDir(run_dir).summary.read_text(encoding="utf-8"))
+    found = {}
+    for key, value in summary.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[key] = float(value)
+    if "test_accuracy" in found:
+        found["test_error"] = 1 - found["test_accuracy"]
+    size = model_bytes(run_dir)
+    if size is not None:
+        found["model_bytes"] = float(size)
+    return found
+
+
+def judge(claim: Claim, run_dirs: Mapping[str, Sequence[Path]]) -> Verdict:
+    """Judge a claim.
+
+    Args:
+        claim: the claim.
+        run_dirs: of each variant, by seed.
+    """
+    values: dict[str, list[float]] = {}
+    for variant in (claim.of, claim.to):
+        if variant is None:
+            continue
+        values[variant] = []
+        for seed, run_dir in enumerate(run_dirs[variant]):
+            reason = _fault(claim, run_dir)
+            if reason:
+                return Verdict(claim, None, f"{variant}, seed {seed}: {reason}")
+            values[variant].append(figures(run_dir)[claim.figure])
+    ours = values[claim.of]
+    if claim.to is None:
+        return Verdict(claim, intervals.mean(ours))
+    theirs = values[claim.to]
+    if claim.by == "difference":
+        differences = [own - other for own, other in zip(ours, theirs, strict=True)]
+        return Verdict(claim, intervals.mean(differences))
+    if sum(theirs) == 0:
+        return Verdict(claim, None, f"{claim.figure} of {claim.to} is 0")
+    return Verdict(claim, intervals.ratio(ours, theirs))
+
+
+def _fault(claim: Claim, run_dir: Path) -> str | None:
+    """Return why a run cannot be judged; None if it can."""
+    if not RunDir(run_dir).has_finished():
+        return trainings.read_failure(run_dir) or "has not run"
+    known = figures(run_dir)
+    if claim.figure not in known:
+        return f"has no figure {claim.figure} (there are: {', '.join(sorted(known))})"
+    return None
+
+
+def rule(claim: Claim) -> str:
+    """Return a claim's rule in a few words, such as ``test_error, a / b <= 0.9``."""
+    measured = claim.of
+    if claim.to is not None:
+        sign = "/" if claim.by == "ratio" else "-"
+        measured = f"{claim.of} {sign} {claim.to}"
+    left = "" if claim.at_least is None else f"{claim.at_least:g} <= "
+    right = "" if claim.at_most is None else f" <= {claim.at_most:g}"
+    return f"{claim.figure}: {left}{measured}{right}"
