@@ -67,6 +67,7 @@ def null_steps(
     if int(rank) == 0:
         for block in blocks:
             client.store(block.key, torch.zeros(block.numel))
+        client.wait_until_stored()
     exchange: Callable[[int], None]
     if is_sparse:
         exchange = _SparseStep(client, blocks, settings.servers)

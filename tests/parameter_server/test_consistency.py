@@ -176,7 +176,7 @@ def test_asynchronous_workers_never_wait(workers, blocks, steps, rng):
         for key in range(blocks)
     ]
     for rank, _, key in (rng.choice(pushes) for _ in range(40)):
-        step = rule._last_step.get((key, rank), -1) + 1
+        step = rule._last_step[key].get(rank, -1) + 1
         actions = rule.push(key, rank, step, max(0, rule.version[key] - 2))
         assert [type(action) for action in actions] == [AddGradient, ApplyUpdate, SendWeights]
         assert actions[-1].staleness == min(2, rule.version[key] - 1)

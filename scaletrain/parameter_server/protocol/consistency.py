@@ -29,6 +29,7 @@ SendWeights(key=0, rank=1, staleness=0, dropped=False)
 
 import abc
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,48 @@ class AbortJob:
 Action = AddGradient | ApplyUpdate | SendWeights | AbortJob
 
 
+@dataclass(frozen=True)
+class RuleState:
+    """The part of a rule that a server's successor goes on with.
+
+    Gradients of updates that are not complete are no part of it: their workers wait for an answer,
+    and send them again.
+    """
+
+    versions: dict[int, int]  # by block
+    last_steps: dict[int, dict[int, int]]  # by block, then rank: see ``Rule._last_step``
+    applied_steps: dict[int, int]  # by block: see ``Rule._applied_step``
+    lost: frozenset[int]  # ranks
+    left: frozenset[int]  # ranks
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the state as JSON, whose keys are texts."""
+        last_steps = {}
+        for key, by_rank in self.last_steps.items():
+            last_steps[str(key)] = {str(rank): step for rank, step in by_rank.items()}
+        return {
+            "versions": {str(key): version for key, version in self.versions.items()},
+            "last_steps": last_steps,
+            "applied_steps": {str(key): step for key, step in self.applied_steps.items()},
+            "lost": sorted(self.lost),
+            "left": sorted(self.left),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "RuleState":
+        """Return the state that ``to_json`` wrote."""
+        last_steps = {}
+        for key, by_rank in value["last_steps"].items():
+            last_steps[int(key)] = {int(rank): step for rank, step in by_rank.items()}
+        return cls(
+            versions={int(key): version for key, version in value["versions"].items()},
+            last_steps=last_steps,
+            applied_steps={int(key): step for key, step in value["applied_steps"].items()},
+            lost=frozenset(value["lost"]),
+            left=frozenset(value["left"]),
+        )
+
+
 class Rule(abc.ABC):
     """The workers that are present, which all modes keep track of.
 
@@ -80,17 +123,20 @@ class Rule(abc.ABC):
 
     def __init__(self, keys: list[int], workers: int):
         self.workers = workers
-        # By block: its updates so far. Written by the rules and after a restart from a snapshot,
-        # read by all who answer workers.
+        # By block: its updates so far. Written by the rules and by restore, read by all who answer
+        # workers.
         self.version = dict.fromkeys(keys, 0)
         # Every rank that ever joined is in exactly one of these. Written by join, leave and lose,
         # read by the server's clock (who is silent?) and its sums.
         self.live: set[int] = set()
         self.lost: set[int] = set()
         self.left: set[int] = set()
-        # By (key, rank): the last step whose gradient was taken. Written by push and join, read by
-        # push, which finds gradients that are sent again after a lost connection.
-        self._last_step: dict[tuple[int, int], int] = {}
+        # By block, then rank: the last step whose gradient was taken. Written by push, join and
+        # restore, read by push, which finds gradients that are sent again after a lost connection.
+        self._last_step: dict[int, dict[int, int]] = {key: {} for key in keys}
+        # By block: the latest step whose gradients are in an update; -1: none. Written by the rules
+        # and restore. Steps and versions differ once a snapshot has taken updates back.
+        self._applied_step = dict.fromkeys(keys, -1)
 
     def join(self, rank: int, step: int | None = None) -> int:
         """Take in a worker that comes, or comes back.
@@ -108,10 +154,28 @@ class Rule(abc.ABC):
         self.lost.discard(rank)
         self.left.discard(rank)
         if step is None:
-            for key in self.version:
-                self._last_step.pop((key, rank), None)
+            for last_step in self._last_step.values():
+                last_step.pop(rank, None)
         self._joined(rank, begin)
         return begin
+
+    def state(self) -> RuleState:
+        """Return the state for a snapshot."""
+        return RuleState(
+            versions=dict(self.version),
+            last_steps={key: dict(by_rank) for key, by_rank in self._last_step.items()},
+            applied_steps=dict(self._applied_step),
+            lost=frozenset(self.lost),
+            left=frozenset(self.left),
+        )
+
+    def restore(self, state: RuleState) -> None:
+        """Go on from a snapshot of the same blocks, before anybody has joined."""
+        self.version = dict(state.versions)
+        self._last_step = {key: dict(by_rank) for key, by_rank in state.last_steps.items()}
+        self._applied_step = dict(state.applied_steps)
+        self.lost = set(state.lost)
+        self.left = set(state.left)
 
     def leave(self, rank: int) -> list[Action]:
         """Note that a worker is done."""
@@ -146,8 +210,8 @@ class Rule(abc.ABC):
         now = self.version[key]
         if version > now:
             raise ValueError(f"version {version} of block {key} is not there yet (now {now})")
-        last_step = self._last_step.get((key, rank), -1)
-        self._last_step[key, rank] = max(step, last_step)
+        last_step = self._last_step[key].get(rank, -1)
+        self._last_step[key][rank] = max(step, last_step)
         return self._push(key, rank, step, version, repeated=step <= last_step)
 
     def _remove(self, rank: int, absent: set[int]) -> list[Action]:
@@ -187,6 +251,7 @@ class _Collection:
 
     contributors: set[int]  # ranks whose gradients are in the sum
     waiting: set[int]  # ranks that wait for the weights after the update
+    step: int = -1  # the latest of its gradients' steps
 
 
 class Synchronous(Rule):
@@ -225,8 +290,13 @@ class Synchronous(Rule):
                 awaited |= self.live - collection.contributors
         return awaited
 
+    def restore(self, state: RuleState) -> None:
+        """Go on from a snapshot; an update does not take gradients of workers that were lost."""
+        super().restore(state)
+        self._needed = max(self._least, min(self._most, self.workers - len(self.lost)))
+
     def _begin(self) -> int:
-        return min(self.version.values(), default=0)
+        return min(self._applied_step.values(), default=-1) + 1
 
     def _joined(self, rank: int, begin: int) -> None:
         # The process is new. Nobody wants the weights that its former self waits for, and the
@@ -244,8 +314,14 @@ class Synchronous(Rule):
             if repeated:  # it had arrived in time
                 return [SendWeights(key, rank)]
             return [SendWeights(key, rank, self.version[key] - version, dropped=True)]
+        if step <= self._applied_step[key]:
+            # The server has begun again with a snapshot, and knows this worker by the version that
+            # both agreed on then. The update of its step is made: the worker did not get the
+            # answer, or was a step behind the others.
+            return [SendWeights(key, rank, dropped=not repeated)]
         actions: list[Action] = []
         collection = self._collections[key]
+        collection.step = max(collection.step, step)
         if rank not in collection.contributors:
             collection.contributors.add(rank)
             actions.append(AddGradient(key, rank))
@@ -261,6 +337,7 @@ class Synchronous(Rule):
         if len(collection.contributors) < max(1, self._needed - absent):
             return []
         self.version[key] += 1
+        self._applied_step[key] = collection.step
         self._collections[key] = _Collection(set(), set())
         update = ApplyUpdate(key, len(collection.contributors), self.version[key])
         answers = [SendWeights(key, rank) for rank in sorted(collection.waiting)]
@@ -318,6 +395,12 @@ class Asynchronous(Rule):
                 awaited |= {rank for rank in self.live if next_step[rank] == slowest}
         return awaited
 
+    def restore(self, state: RuleState) -> None:
+        """Go on from a snapshot; every rank pushes next what comes after its last gradient."""
+        super().restore(state)
+        for key, by_rank in state.last_steps.items():
+            self._next_step[key] = {rank: step + 1 for rank, step in by_rank.items()}
+
     def _begin(self) -> int:
         live_steps: list[int] = []
         all_steps: list[int] = []
@@ -330,7 +413,9 @@ class Asynchronous(Rule):
 
     def _joined(self, rank: int, begin: int) -> None:
         for key in self.version:
-            self._next_step[key][rank] = begin
+            # A worker that was here before may have pushed this block in its present step.
+            after_last = self._last_step[key].get(rank, -1) + 1
+            self._next_step[key][rank] = max(begin, after_last)
             self._held[key].pop(rank, None)
 
     def _push(
@@ -344,6 +429,7 @@ class Asynchronous(Rule):
             # worker to begin with, and it took the last one.
             next_step = self._next_step[key]
             next_step[rank] = max(next_step[rank], step + 1)
+            self._applied_step[key] = max(self._applied_step[key], step)
             actions += [AddGradient(key, rank), ApplyUpdate(key, 1, self.version[key])]
         self._held[key][rank] = staleness
         return actions + self._release(key)

@@ -22,6 +22,9 @@ MAX_MESSAGE_BYTES = 64 << 20  # larger ones end the connection before anything i
 MAX_TENSOR_BYTES = 32 << 20  # larger blocks (tensors that an optimizer needs whole) travel in parts
 MAX_JSON_BYTES = 8 << 20  # the table of blocks of a very large model
 MAX_SUM_VALUES = 4096
+# A sum's number is the step after which it is made, times this, plus its place among those of that
+# step: workers that came at different times give the same number to the same sum.
+SUMS_OF_A_STEP = 1 << 14
 
 SHARED = 1  # flag: the tensor lies in shared memory, its frame is empty
 DROPPED = 2  # flag: this gradient came too late and was not used

@@ -16,6 +16,7 @@ from scaletrain.parameter_server.protocol.consistency import (
     Action,
     AddGradient,
     ApplyUpdate,
+    RuleState,
     SendWeights,
 )
 from scaletrain.parameter_server.protocol.memory import Slab
@@ -54,6 +55,7 @@ class Blocks:
         endpoint: sends the answers.
         tally: counts gradients and answers.
         abort: called when training cannot go on.
+        keep_first: called when all first values are there, before anybody hears of it.
 
     Attributes:
         rule: decides when the blocks are updated; knows which workers live.
@@ -68,11 +70,13 @@ class Blocks:
         endpoint: Endpoint,
         tally: Tally,
         abort: Callable[[AbortJob], None],
+        keep_first: Callable[[], None],
     ):
         self.shard = shard
         self._endpoint = endpoint
         self._tally = tally
         self._abort = abort
+        self._keep_first = keep_first
         keys = list(shard.blocks)
         self.rule = _rule(settings, keys)
         # A server without blocks has no weights to wait for.
@@ -80,7 +84,9 @@ class Blocks:
         # Written by the server as workers join and are lost, read by _dense_gradient and _answer.
         self.slabs: dict[int, Slab] = {}
         self._initial = InitialValues(shard)
-        # Pulls that came before the weights. Filled by _pull, emptied by _init.
+        # Rank 0's first values that were stored, but may be lost with this server; pulls that came
+        # before the weights. Filled by _init, _set_state and _pull, emptied by _init.
+        self._waiting_stores: list[tuple[Peer, Header]] = []
         self._waiting_pulls: list[tuple[Peer, Header]] = []
         self._first_key = min(keys, default=-1)  # its gradients mark the steps
         # By (rank, block): large gradients of which parts are still to come. See _assemble.
@@ -102,10 +108,10 @@ class Blocks:
         """Updates of the least updated block."""
         return min(self.rule.version.values(), default=0)
 
-    def restore(self, versions: dict[int, int]) -> None:
-        """Go on with the blocks' versions in a snapshot that was loaded into the shard."""
-        for key, version in versions.items():
-            self.rule.version[key] = version
+    def restore(self, state: RuleState) -> None:
+        """Go on with the rule's state in a snapshot that was loaded into the shard."""
+        self.rule.restore(state)
+        for key, version in state.versions.items():
             self.shard.set_version(key, version)
         self.ready = True
 
@@ -147,26 +153,48 @@ class Blocks:
     # First values, and values for checkpoints
 
     def _init(self, peer: Peer, block: Block, message: Message) -> None:
-        """Store part of the first values; after the last part answer the pulls that wait."""
-        if peer.rank != 0 or self.ready:
-            raise Refused("INIT is rank 0's, once")
-        self._initial.store(block, message)
-        header = message.header
-        stored = Header(MessageKind.STORED, key=block.key, rows=header.rows, offset=header.offset)
-        self._endpoint.answer(peer, stored)
-        if self._initial.complete():
-            self._initial.finish()
-            self.ready = True
-            waiting, self._waiting_pulls = self._waiting_pulls, []
-            for waiting_peer, pull in waiting:
-                self._pull(waiting_peer, pull)
+        """Store part of the first values. The last part answers everything that waits.
+
+        Nothing is answered before. If this server dies first, its successor gets all of them again.
+        """
+        if self._takes_first_values(peer, message.header):
+            self._initial.store(block, message)
+            self._waiting_stores.append((peer, message.header))
+        if self.ready or not self._initial.complete():
+            return
+        self._initial.finish()
+        self.ready = True
+        self._keep_first()
+        stores, self._waiting_stores = self._waiting_stores, []
+        for waiting_peer, store in stores:
+            self._say_stored(waiting_peer, store)
+        pulls, self._waiting_pulls = self._waiting_pulls, []
+        for waiting_peer, pull in pulls:
+            self._pull(waiting_peer, pull)
 
     def _set_state(self, peer: Peer, block: Block, message: Message) -> None:
         """Take the optimizer's state of a checkpoint. Its tensors follow by INIT."""
-        if peer.rank != 0 or self.ready:
-            raise Refused("SET_STATE is rank 0's, before the weights")
-        self._initial.set_state(block, message)
-        self._endpoint.answer(peer, Header(MessageKind.STORED, key=block.key))
+        if self._takes_first_values(peer, message.header):
+            self._initial.set_state(block, message)
+            self._waiting_stores.append((peer, message.header))
+
+    def _takes_first_values(self, peer: Peer, header: Header) -> bool:
+        """Return True for a first value that is to be stored.
+
+        If all of them are there, the answer was lost with a connection: rank 0 gets another one.
+
+        Raises:
+            Refused: they come from another rank.
+        """
+        if peer.rank != 0:
+            raise Refused("first values are rank 0's")
+        if self.ready:
+            self._say_stored(peer, header)
+        return not self.ready
+
+    def _say_stored(self, peer: Peer, header: Header) -> None:
+        """Answer one of rank 0's first values, by its number."""
+        self._endpoint.answer(peer, Header(MessageKind.STORED, key=header.key, step=header.step))
 
     def _send_state(self, peer: Peer, block: Block) -> None:
         """Send the optimizer's state for a checkpoint; its tensors are fetched by PULL."""

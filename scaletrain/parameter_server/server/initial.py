@@ -1,7 +1,8 @@
 """The first values of a server's blocks, which rank 0 stores before training.
 
 Order of messages for each block: SET_STATE and the tensors of the optimizer's state, if rank 0 has
-loaded a checkpoint, then the weights in parts of ascending offset.
+loaded a checkpoint, then the weights in parts of ascending offset. After a lost connection all of
+them come again.
 """
 
 import math
@@ -36,17 +37,17 @@ class InitialValues:
         """Take the numbers of a block's optimizer, and the names and shapes of its tensors.
 
         Raises:
-            Refused: the message is malformed, or the block's weights have begun to arrive.
+            Refused: the message is malformed.
         """
-        if self._stored[block.key]:
-            raise Refused("SET_STATE is rank 0's, before the weights")
         self._states[block.key] = _parse_state(message.json(), block)
+        self._stored[block.key] = 0
 
     def store(self, block: Block, message: Message) -> None:
         """Take part of a block's weights, or of its optimizer's state.
 
         Raises:
-            Refused: the part is not float32, not the next one, or not within the block.
+            Refused: the part is not float32, comes before those in front of it, or is not within
+                the block.
         """
         header = message.header
         if header.dtype != Dtype.FLOAT32 or header.flags:
@@ -56,12 +57,13 @@ class InitialValues:
             state = self._states.get(block.key, OptimizerState())
             part = state_part(state, header)
         else:
-            if header.offset != self._stored[block.key]:
+            if header.offset > self._stored[block.key]:
                 raise Refused("bad part of a block")
             part = part_of(self._shard.weights(block.key), header)
         part.copy_(codec.decode(message.payloads[0], Dtype.FLOAT32))
         if not header.rows:
-            self._stored[block.key] += header.count
+            end = header.offset + header.count
+            self._stored[block.key] = max(end, self._stored[block.key])
 
     def complete(self) -> bool:
         """Return True if the weights of all blocks are stored."""

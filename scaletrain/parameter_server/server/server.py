@@ -92,10 +92,12 @@ class Server:
                 # 4. End with the last worker.
                 if until_left and self._all_left():
                     break
+            # Nothing is lost if this server was told to end.
+            if self._may_come_back() and self._blocks is not None and self._blocks.ready:
+                self._save_snapshot()
             self._write_statistics()
         finally:
-            may_come_back = self.settings.restart_servers > 0 and not self._all_left()
-            self._endpoint.close(keep_keys=may_come_back)
+            self._endpoint.close(keep_keys=self._may_come_back())
 
     def stop(self, *_: Any) -> None:
         """End ``serve``. Also a signal handler; may be called by any thread."""
@@ -107,7 +109,9 @@ class Server:
         if header is None:
             return
         self._blocks = self._make_blocks(header.description)
-        self._blocks.restore(self._snapshots.load(self._blocks.shard))
+        self._snapshots.load(self._blocks.shard)
+        self._blocks.restore(header.rule)
+        self._tally.restore(header.tally)
         self._expected_since = time.monotonic()
         log.warning("server %d: restored at update %d", self.index, self._blocks.updates)
 
@@ -119,7 +123,20 @@ class Server:
             UserError: the schedule of the learning rate is not one of torch's.
         """
         shard = Shard(self.settings, self.index, description)
-        return Blocks(self.settings, shard, self._endpoint, self._tally, self._abort)
+        return Blocks(
+            self.settings, shard, self._endpoint, self._tally, self._abort, self._keep_first
+        )
+
+    def _keep_first(self) -> None:
+        """Write the first snapshot, if a successor may need one."""
+        if self.settings.restart_servers:
+            self._save_snapshot()
+
+    def _save_snapshot(self) -> None:
+        """Write a snapshot of all that a successor goes on with."""
+        owned = self._blocks
+        assert owned is not None
+        self._snapshots.save(owned.shard, owned.rule.state(), self._tally.counts())
 
     def _all_left(self) -> bool:
         """Return True if no worker lives and none can come back."""
@@ -127,6 +144,10 @@ class Server:
             return False
         rule = self._blocks.rule
         return self._aborted is not None or len(rule.left | rule.lost) >= self.settings.workers
+
+    def _may_come_back(self) -> bool:
+        """Return True if a successor may serve the workers that there are."""
+        return self.settings.restart_servers > 0 and not self._all_left()
 
     # Messages (called by the endpoint)
 
@@ -186,6 +207,8 @@ class Server:
         step = value.get("step")
         if type(step) is not int or not 0 <= step < _MAX_STEP:
             step = None
+        if step is None:
+            self._sums.came(peer.rank)
         begin = owned.rule.join(peer.rank, step)
         self._endpoint.answer(peer, Header(MessageKind.READY), self._ready(owned, peer.rank, begin))
 
@@ -219,7 +242,7 @@ class Server:
             {
                 "initialised": owned.ready,
                 "step": begin,
-                "sum": self._sums.next(),
+                "met": self._sums.met_step,
                 "restored": self._snapshots.restored_at,
                 "weights": weights,
                 "versions": {str(key): version for key, version in owned.rule.version.items()},
@@ -304,8 +327,8 @@ class Server:
         if not self._aborted:
             self._give_up_silent(owned)
             self._give_up_missing(owned, now)
-        if owned.ready and self._snapshots.due(owned.updates):
-            self._snapshots.save(owned.shard, owned.rule.version)
+        if owned.ready and self._snapshots.due(owned.updates, owned.rule.lost):
+            self._save_snapshot()
 
     def _give_up_silent(self, owned: Blocks) -> None:
         """Give up workers that others wait for and that have sent nothing for too long.

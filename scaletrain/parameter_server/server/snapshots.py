@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scaletrain.parameter_server.protocol.consistency import RuleState
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.server.shard import ModelDescription, OptimizerState, Shard
-from scaletrain.run.atomic import replacing
+from scaletrain.run.atomic import partial_name, replacing
 
-_FORMAT = "scaletrain-parameter-server-2"
+_FORMAT = "scaletrain-parameter-server-3"
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,27 @@ class SnapshotHeader:
 
     job: str  # the launch that the server belonged to
     description: ModelDescription
-    versions: dict[int, int]  # of each block, by key
+    rule: RuleState
+    tally: dict[str, Any]  # ``Tally.counts``
 
     def to_json(self) -> dict[str, Any]:
         """Return the header for the file's metadata."""
         return {
             "job": self.job,
             "setup": self.description.to_json(),
-            "versions": {str(key): version for key, version in self.versions.items()},
+            "rule": self.rule.to_json(),
+            "tally": self.tally,
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "SnapshotHeader":
         """Return the header in a file's metadata."""
-        versions = {int(key): version for key, version in value["versions"].items()}
-        return cls(value["job"], ModelDescription.from_json(value["setup"]), versions)
+        return cls(
+            job=value["job"],
+            description=ModelDescription.from_json(value["setup"]),
+            rule=RuleState.from_json(value["rule"]),
+            tally=value["tally"],
+        )
 
 
 class Snapshots:
@@ -65,14 +72,19 @@ class Snapshots:
         self._path = path
         self._job = _launch_mark()
         self._last_saved = time.monotonic()
+        # Workers that were absent in the last snapshot: a successor must not wait for them.
+        self._absent: frozenset[int] = frozenset()
         self.saved_at = 0
         self.restored_at: int | None = None
 
     def find(self) -> SnapshotHeader | None:
         """Return the header of a snapshot that this server wrote in an earlier life.
 
-        None if there is none, or if it belongs to another launch.
+        None if there is none, or if it belongs to another launch. Files that an earlier life was
+        writing when it was killed are removed.
         """
+        for partial in self._path.parent.glob(partial_name(self._path.name, "*")):
+            partial.unlink(missing_ok=True)
         if not self._settings.restart_servers:
             return None
         header = _read_header(self._path)
@@ -80,24 +92,30 @@ class Snapshots:
             return None
         return header
 
-    def load(self, shard: Shard) -> dict[int, int]:
+    def load(self, shard: Shard) -> SnapshotHeader:
         """Take weights and optimizer state from the snapshot of the same blocks.
 
         Returns:
-            The version of each block, by key.
+            The rest.
 
         Raises:
             ValueError: the file is damaged.
         """
         header = _load(self._path, shard)
-        self.saved_at = min(header.versions.values(), default=0)
+        self._note(header.rule)
         self.restored_at = self.saved_at
-        self._last_saved = time.monotonic()
-        return header.versions
+        return header
 
-    def due(self, updates: int) -> bool:
-        """Return True if a snapshot is due when the least updated block has so many updates."""
+    def due(self, updates: int, lost: set[int]) -> bool:
+        """Return True if a snapshot is due.
+
+        Args:
+            updates: of the least updated block.
+            lost: ranks of the workers that are lost.
+        """
         settings = self._settings
+        if settings.restart_servers and not lost <= self._absent:
+            return True
         new_updates = updates - self.saved_at
         # The file on the disk is up to date, however old it is.
         if new_updates == 0:
@@ -107,10 +125,15 @@ class Snapshots:
         age_s = time.monotonic() - self._last_saved
         return settings.snapshot_s is not None and age_s >= settings.snapshot_s
 
-    def save(self, shard: Shard, versions: dict[int, int]) -> None:
-        """Write a snapshot of blocks that have the given versions."""
-        _save(self._path, shard, SnapshotHeader(self._job, shard.description, versions))
-        self.saved_at = min(versions.values(), default=0)
+    def save(self, shard: Shard, rule: RuleState, tally: dict[str, Any]) -> None:
+        """Write a snapshot of blocks with the rule's state and the counts (``Tally.counts``)."""
+        _save(self._path, shard, SnapshotHeader(self._job, shard.description, rule, tally))
+        self._note(rule)
+
+    def _note(self, rule: RuleState) -> None:
+        """Note what the file holds now."""
+        self.saved_at = min(rule.versions.values(), default=0)
+        self._absent = rule.lost
         self._last_saved = time.monotonic()
 
 

@@ -1,11 +1,13 @@
 """Sums of small vectors over the live workers (counts of an evaluation).
 
-They become complete even when workers die.
+They become complete even when workers die, or come late.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+
+from scaletrain.parameter_server.protocol import wire
 
 # A worker asks again for a total after a lost connection, and never for an older one.
 _KEPT_TOTALS = 4
@@ -21,7 +23,11 @@ class Total:
 
 
 class Sums:
-    """The sums of one server. The n-th vectors of all workers belong together.
+    """The sums of one server. Vectors with the same number belong together.
+
+    Numbers ascend (``wire.SUMS_OF_A_STEP``). A worker owes its vector to every sum, except those
+    before one that it has sent a vector to, and those of a step at which the others had met when it
+    came.
 
     Used by the server's only thread.
     """
@@ -33,12 +39,17 @@ class Sums:
         self._parts: dict[int, dict[int, np.ndarray]] = {}
         # By number: the last few totals. Written by complete, read by add.
         self._totals: dict[int, np.ndarray] = {}
+        # By rank: the last sum that it does not owe any more. Written by came and add.
+        self._passed: dict[int, int] = {}
 
-    def next(self) -> int:
-        """Return the number of the sum with which a worker that comes (back) begins."""
-        if self._parts:
-            return min(self._parts)
-        return max(self._totals, default=-1) + 1
+    @property
+    def met_step(self) -> int:
+        """The step of the last sum that was complete; -1: none."""
+        return max(self._totals, default=-1) // wire.SUMS_OF_A_STEP
+
+    def came(self, rank: int) -> None:
+        """Note that a worker has come as a new process: the others may be in the midst of sums."""
+        self._passed[rank] = (self.met_step + 1) * wire.SUMS_OF_A_STEP - 1
 
     def add(self, number: int, rank: int, values: np.ndarray) -> np.ndarray | None:
         """Take a worker's vector.
@@ -55,6 +66,7 @@ class Sums:
         Raises:
             ValueError: another length than that of the other workers' vectors.
         """
+        self._passed[rank] = max(number, self._passed.get(rank, -1))
         if number in self._totals:
             return self._totals[number]
         parts = self._parts.setdefault(number, {})
@@ -75,25 +87,25 @@ class Sums:
             return []
         totals = []
         for number in sorted(self._parts):
-            parts = self._parts[number]
+            if self._owing(number, live):
+                continue
+            parts = self._parts.pop(number)
             ranks = sorted(parts)
-            if live <= set(ranks):
-                # In the order of the ranks, so that rounding does not depend on who came first.
-                values = np.sum([parts[rank] for rank in ranks], axis=0)
-                totals.append(Total(number, values, ranks))
-                del self._parts[number]
-                self._keep(number, values)
+            # In the order of the ranks, so that rounding does not depend on who came first.
+            values = np.sum([parts[rank] for rank in ranks], axis=0)
+            totals.append(Total(number, values, ranks))
+            self._totals[number] = values
+        for number in sorted(self._totals)[:-_KEPT_TOTALS]:
+            del self._totals[number]
         return totals
 
     def awaited(self, live: set[int]) -> set[int]:
         """Return the live workers that others wait for here."""
         awaited: set[int] = set()
-        for parts in self._parts.values():
-            awaited |= live - set(parts)
+        for number in self._parts:
+            awaited |= self._owing(number, live)
         return awaited
 
-    def _keep(self, number: int, values: np.ndarray) -> None:
-        """Remember a total, and forget old ones."""
-        oldest = number - _KEPT_TOTALS
-        self._totals = {n: total for n, total in self._totals.items() if n > oldest}
-        self._totals[number] = values
+    def _owing(self, number: int, live: set[int]) -> set[int]:
+        """Return the live workers that owe their vector to a sum."""
+        return {rank for rank in live if self._passed.get(rank, -1) < number}

@@ -38,7 +38,7 @@ class _Pace:
 
 
 class Tally:
-    """Counts of one server's life.
+    """Counts of one server, since the start of the job where it was restored from a snapshot.
 
     Written by the server's only thread as events happen, read by it when it writes statistics.
     """
@@ -75,6 +75,23 @@ class Tally:
         """Note that a worker was lost while the least updated block was at ``update``."""
         self.lost.append(LostWorker(rank, reason, time.time(), update))
 
+    def counts(self) -> dict[str, Any]:
+        """Return the counts of gradients and losses as JSON, for a snapshot, too."""
+        paces = {str(rank): pace for rank, pace in sorted(self._paces.items())}
+        return {
+            "staleness": {str(updates): n for updates, n in sorted(self._staleness.items())},
+            "pushes": {rank: pace.pushes for rank, pace in paces.items()},
+            "dropped": {rank: pace.dropped for rank, pace in paces.items()},
+            "lost": [dataclasses.asdict(loss) for loss in self.lost],
+        }
+
+    def restore(self, counts: dict[str, Any]) -> None:
+        """Go on with the ``counts`` of a snapshot."""
+        self._staleness = Counter({int(key): n for key, n in counts["staleness"].items()})
+        for rank, pushes in counts["pushes"].items():
+            self._paces[int(rank)] = _Pace(pushes=pushes, dropped=counts["dropped"][rank])
+        self.lost = [LostWorker(**loss) for loss in counts["lost"]]
+
     def as_json(self) -> dict[str, Any]:
         """Return the counts for the statistics file; numbers of ranks and updates become text."""
         paces = {str(rank): pace for rank, pace in sorted(self._paces.items())}
@@ -82,11 +99,8 @@ class Tally:
         cpu_s = time.process_time()
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
-            "staleness": {str(updates): n for updates, n in sorted(self._staleness.items())},
-            "pushes": {rank: pace.pushes for rank, pace in paces.items()},
-            "dropped": {rank: pace.dropped for rank, pace in paces.items()},
+            **self.counts(),
             "step_s": {rank: pace.median_step_s() for rank, pace in paces.items()},
-            "lost": [dataclasses.asdict(loss) for loss in self.lost],
             "cpu_s": cpu_s,
             "cpu_s_per_worker": cpu_s / max(1, len(paces)),
             "memory_bytes": _resident_bytes(),

@@ -62,6 +62,7 @@ class Client:
 
     Attributes:
         initialised: whether all servers have weights; written at the start.
+        met_step: the step at which the workers had last met for a sum; written at the start.
 
     Raises:
         ServerError: by all methods; it names the server and its trouble.
@@ -90,8 +91,11 @@ class Client:
             owned = [block for block in blocks if block.server == server]
             self._links.append(ServerLink(identity, server, owned))
         self._position = Position(step=0, versions=dict.fromkeys(self._blocks, 0))
-        self._sum_number = 0  # of the next sum
+        self._sum_number = -1  # of the last sum
+        self._storing: list[Token] = []  # first values that were sent and not answered yet
+        self._num_stored = 0  # first values that were sent so far
         self.initialised = True
+        self.met_step = -1
         self._connect()
         self._io = IoThread(identity, self._links, self._requests, self._position)
         self._io.start()
@@ -108,27 +112,39 @@ class Client:
             self.initialised = self.initialised and ready.initialised
             # Server 0 alone adds up sums (``IoThread._route``).
             if link.index == 0:
-                self._sum_number = ready.next_sum
+                self.met_step = ready.met_step
 
     # Weights and optimizer state
 
     def store(self, key: int, values: Tensor, item: int = 0) -> None:
-        """Set a block's first weights (rank 0, before training).
+        """Send a block's first weights (rank 0, before training). Does not wait.
+
+        ``wait_until_stored`` does, once all blocks were sent.
 
         Args:
             key: the block.
             values: float32, one dimension, on the CPU.
             item: 0 for weights; i to set the i-th tensor that ``set_state`` has announced.
         """
-        tokens = []
         for offset in range(0, len(values), PART_ELEMENTS):
             part = values[offset : offset + PART_ELEMENTS].contiguous().numpy()
             header = Header(
                 MessageKind.INIT, Dtype.FLOAT32, key=key, rows=item, offset=offset, count=len(part)
             )
-            tokens.append(self._requests.ask(Token(Topic.STORE, key, offset), header, [part]))
-        for token in tokens:
+            self._send_first(header, part)
+
+    def _send_first(self, header: Header, payload: Any) -> None:
+        """Send first values under a number of their own, which the answer names."""
+        self._num_stored += 1
+        token = Token(Topic.STORE, header.key, self._num_stored)
+        header = header._replace(step=self._num_stored)
+        self._storing.append(self._requests.ask(token, header, [payload]))
+
+    def wait_until_stored(self) -> None:
+        """Wait until all servers have all first values, for good where servers are restarted."""
+        for token in self._storing:
             self._requests.wait(token)
+        self._storing.clear()
 
     def pull(self, key: int, sink: Callable[[int, Tensor], None]) -> None:
         """Fetch a block's weights as they are. Waits until rank 0 has stored them.
@@ -138,21 +154,29 @@ class Client:
             sink: called part by part with the part's first element and its values (float32, one
                 dimension, read-only).
         """
-        self._position.versions[key] = self._pull(key, 0, self._blocks[key].numel, sink)
+        answered = self._pull(key, 0, self._blocks[key].numel, sink)
+        if answered is not None:
+            self._note_version(key, answered, answered.message.header.version)
 
-    def _pull(self, key: int, item: int, numel: int, sink: Callable[[int, Tensor], None]) -> int:
-        """Fetch weights (``item`` 0) or a tensor of the optimizer's state; return the version."""
+    def _pull(
+        self, key: int, item: int, numel: int, sink: Callable[[int, Tensor], None]
+    ) -> Answered | None:
+        """Fetch weights (``item`` 0) or a tensor of the optimizer's state.
+
+        Returns:
+            The last answer; None: there are no elements.
+        """
         tokens = []
         for offset in range(0, numel, PART_ELEMENTS):
             count = min(PART_ELEMENTS, numel - offset)
             header = Header(MessageKind.PULL, key=key, rows=item, offset=offset, count=count)
             tokens.append(self._requests.ask(Token(Topic.PART, key, offset), header, []))
-        version = 0
+        answered = None
         for token in tokens:
-            message = self._requests.wait(token).message
-            version = message.header.version
-            sink(token.offset, codec.decode(message.payloads[0], message.header.dtype))
-        return version
+            answered = self._requests.wait(token)
+            message = answered.message
+            sink(token.part, codec.decode(message.payloads[0], message.header.dtype))
+        return answered
 
     def state(self, key: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the optimizer's state of a block as it is on the server.
@@ -175,7 +199,7 @@ class Client:
         return tensors, description["numbers"]
 
     def set_state(self, key: int, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """Set the optimizer's state of a block (rank 0, before ``store``).
+        """Send the optimizer's state of a block (rank 0, before ``store``). Does not wait.
 
         Args:
             key: the block.
@@ -186,8 +210,7 @@ class Client:
         by_name = sorted(tensors.items())
         shapes = [[name, list(tensor.shape)] for name, tensor in by_name]
         description = wire.to_json({"tensors": shapes, "numbers": numbers})
-        header = Header(MessageKind.SET_STATE, key=key)
-        self._requests.wait(self._requests.ask(Token(Topic.STORE, key), header, [description]))
+        self._send_first(Header(MessageKind.SET_STATE, key=key), description)
         for item, (_, tensor) in enumerate(by_name, 1):
             self.store(key, tensor.reshape(-1), item)
 
@@ -229,8 +252,6 @@ class Client:
             self._dtype,
             key=key,
             step=step,
-            # Of the weights that the gradient comes from: the server finds its staleness by it.
-            version=self._position.versions[key],
             count=len(values),
             rows=len(pieces),
             lr=lr,
@@ -326,7 +347,6 @@ class Client:
             self._dtype,
             key=key,
             step=step,
-            version=self._position.versions[key],
             flags=wire.ABSENT if is_absent else 0,
             rows=len(rows),
             count=payload.size,
@@ -392,11 +412,12 @@ class Client:
         """Return how many workers live, by the first server's last word; 0 before its first."""
         return self._links[0].live_workers
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
+    def sum(self, values: np.ndarray, step: int = 0) -> np.ndarray:
         """Return the sum of a vector over all live workers. Every worker calls it.
 
         Args:
             values: float64, one dimension, at most ``wire.MAX_SUM_VALUES``.
+            step: of the job, which comes next for all of them; 0: they all begin together.
 
         Raises:
             ValueError: too many values.
@@ -406,8 +427,8 @@ class Client:
         if self.settings.backup_workers:
             # Workers that are behind go on without this worker's gradients.
             self._ask_all(Topic.PAUSE, MessageKind.PAUSE)
-        number = self._sum_number
-        self._sum_number += 1
+        number = max(self._sum_number + 1, step * wire.SUMS_OF_A_STEP)
+        self._sum_number = number
         header = Header(MessageKind.SUM, Dtype.FLOAT64, step=number, count=len(values))
         payload = np.ascontiguousarray(values, np.float64)
         token = self._requests.ask(Token(Topic.SUM, number), header, [payload])
@@ -447,8 +468,9 @@ class Client:
         An answer over an earlier connection is left out: the server's successor has begun with the
         version of its snapshot, and the I/O thread has noted that one.
         """
-        if answered.epoch == self._link(key).epoch:
-            self._position.versions[key] = version
+        with self._position.lock:
+            if answered.epoch == self._link(key).epoch:
+                self._position.versions[key] = version
 
 
 def _elements_of_a_message() -> int:

@@ -112,6 +112,7 @@ class ParameterServerExchange:
                 replica.send_state(optimizer)
             for block in replica.blocks:
                 replica.store(block)
+            client.wait_until_stored()
         for block in replica.blocks:
             replica.pull(block)
         if settings.local:
@@ -169,7 +170,7 @@ class ParameterServerExchange:
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of a small CPU tensor over the ranks that live."""
         assert self._client
-        total = self._client.sum(values.double().numpy())
+        total = self._client.sum(values.double().numpy(), self._job.reached)
         # A copy: the array lies in the received message, and is read-only.
         return torch.from_numpy(total.copy()).to(values.dtype)
 
@@ -268,6 +269,11 @@ class _JobSteps:
         ahead = max(0, updates + self._offset - self.done)
         self._missed += ahead
         self.done += ahead
+
+    @property
+    def reached(self) -> int:
+        """The job's step that this rank does next, or leaves out."""
+        return self.done - self._missed
 
     def skip(self, most: int) -> int:
         """Return how many missed steps to leave out now, at most ``most``."""

@@ -7,7 +7,7 @@ over and waits for answers (``requests``), and reads the counters here.
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
@@ -43,18 +43,17 @@ _TOPICS = {
 
 @dataclass
 class Position:
-    """How far this worker has come, as a server's successor must know it.
-
-    Both threads use it without a lock: each field is read and written as a whole, and after a lost
-    connection the training thread waits for an answer before it goes on.
-    """
+    """How far this worker has come, as a server's successor must know it."""
 
     step: int
     """The job's next step. Written by the training thread, read by the I/O thread."""
 
     versions: dict[int, int]
     """Updates in the weights that this worker has of each block, by key. The training thread writes
-    them with each answer, the I/O thread after a lost connection. Both read them."""
+    them with each answer, the I/O thread after a lost connection: both hold the lock then. The I/O
+    thread reads them without it as it sends, when no answer of that block is there to be noted."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class IoThread:
@@ -188,6 +187,10 @@ class IoThread:
         socket = link.sockets[number]
         # As late as this: a new connection has another session.
         header = header._replace(rank=self._identity.rank, session=link.sessions[number])
+        if token.topic is Topic.UPDATE:
+            # The server finds the gradient's staleness by the version of its weights. A server that
+            # was restored knows none after that of its snapshot.
+            header = header._replace(version=self._position.versions[token.key])
         try:
             socket.send_multipart([header.pack(), *payloads], zmq.NOBLOCK, copy=False)
         except zmq.Again:
@@ -250,7 +253,8 @@ class IoThread:
         1. A server may end as soon as its last worker says goodbye. Then nothing is lost.
         2. Join the successor, at the step where this worker is.
         3. Take the versions of its blocks: a snapshot may be older than the weights used so far.
-        4. Send all open requests to it once more. Pushes name the version that it knows.
+        4. Send all open requests to it once more, and what it has to know beside them: that this
+           worker pauses, and its vector of the last sum.
 
         Raises:
             PeerLost: no successor is to be expected.
@@ -268,20 +272,16 @@ class IoThread:
         if not self._settings.restart_servers:
             raise PeerLost(f"{link} {reason}")
         link.disconnect()
-        self.reconnects += 1
         deadline = time.monotonic() + self._settings.timeout_s
         ready = link.connect(deadline, self._position.step, reason, lambda: self._stopping)
-        self._position.versions.update(ready.versions)
-
-        def repeated(token: Token, header: Header) -> Header | None:
-            """Return the header for the successor; None for a request to another server."""
-            if self._route(token)[0] is not link:
-                return None
-            if token.topic is Topic.UPDATE:
-                return header._replace(version=self._position.versions[token.key])
-            return header
-
-        self._requests.send_again(repeated)
+        with self._position.lock:
+            self._position.versions.update(ready.versions)
+        self.reconnects += 1
+        if self._settings.backup_workers and self._requests.is_summing():
+            self._requests.repeat(Token(Topic.PAUSE, link.index), Header(MessageKind.PAUSE))
+        if link.index == 0:
+            self._requests.repeat_last_sum()
+        self._requests.send_again(lambda token: self._route(token)[0] is link)
         self._watch_sockets()
 
 
@@ -290,10 +290,12 @@ def _answered_token(link: ServerLink, header: Header) -> Token | None:
     topic = _TOPICS.get(header.kind)
     if topic is None:
         return None
-    if topic in (Topic.PAUSE, Topic.LEAVE):
-        key = link.index
-    elif topic is Topic.SUM:
-        key = header.step
-    else:
-        key = header.key
-    return Token(topic, key, header.offset)
+    match topic:
+        case Topic.PAUSE | Topic.LEAVE:
+            return Token(topic, link.index)
+        case Topic.SUM:
+            return Token(topic, header.step)
+        case Topic.STORE:
+            return Token(topic, header.key, header.step)
+        case _:
+            return Token(topic, header.key, header.offset)

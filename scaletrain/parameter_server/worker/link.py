@@ -49,7 +49,7 @@ class Ready(NamedTuple):
     versions: dict[int, int]  # updates of each of its blocks so far, by key
     initialised: bool  # whether its blocks have weights
     step: int  # of the job, with which the worker begins
-    next_sum: int  # number of the next sum
+    met_step: int  # of the job, at which the workers last met for a sum; -1: never
     weights: dict[str, Any] | None  # the handle of its slab; None: no shared memory
 
     @classmethod
@@ -60,7 +60,7 @@ class Ready(NamedTuple):
             versions=versions,
             initialised=bool(value.get("initialised")),
             step=int(value["step"]),
-            next_sum=int(value["sum"]),
+            met_step=int(value["met"]),
             weights=value.get("weights"),
         )
 
@@ -109,6 +109,7 @@ class ServerLink:
         self.under_way: set[Token] = set()
         self.heard_at = time.monotonic()
         self.live_workers = 0
+        self._had_weights = False  # when this worker last joined
         self._attempts = 0  # to connect; the server tells by it which sockets are outdated
         self._endpoint = "not found yet"
 
@@ -206,6 +207,9 @@ class ServerLink:
             message = self._next(socket, deadline)
         if message is None or message.header.kind != MessageKind.WELCOME:
             return False
+        # The address may be outdated, and another server of the job may have the port by now.
+        if message.json().get("server") != self.index:
+            return False
         self.sessions.append(message.header.session)
         return True
 
@@ -264,8 +268,9 @@ class ServerLink:
         # Pushes that are to be sent again say in their header where the gradient lies.
         if is_successor and was_shared != self.shared:
             raise ServerError(f"{self} came back without shared memory")
-        if is_successor and not ready.initialised:
-            raise ServerError(f"{self} came back without weights: it had no snapshot yet")
+        if self._had_weights and not ready.initialised:
+            raise ServerError(f"{self} came back without weights: its snapshot is gone")
+        self._had_weights = ready.initialised
         self.epoch += 1
         self.heard_at = time.monotonic()
         for socket in self.sockets:

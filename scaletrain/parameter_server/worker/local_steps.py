@@ -84,8 +84,8 @@ class LocalSteps:
         3. Take the new weights, which are everybody's, and make them the anchors.
         """
         self._optimizer.step()
-        rounds = self._rounds.after(self._step + 1)
-        if rounds == self._rounds.after(self._step):
+        rounds = self._rounds.after(self._step)
+        if rounds == self._rounds.after(self._step + 1):
             return []
         replica = self._replica
         with torch.no_grad():

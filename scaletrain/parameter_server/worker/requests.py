@@ -45,7 +45,7 @@ class Token(NamedTuple):
 
     topic: Topic
     key: int  # the block; for SUM the number of the sum, for PAUSE and LEAVE the server
-    offset: int = 0  # first element, where a block travels in parts
+    part: int = 0  # first element, where a block travels in parts; for STORE the request's number
 
 
 class Answered(NamedTuple):
@@ -96,6 +96,11 @@ class Requests:
         self._arrivals = 0  # entries made so far
         # Put in by ``answer``, taken out by ``wait``.
         self._answers: dict[Token, Answered] = {}
+        # Requests that were sent once more after their answer (see ``repeat``), until it comes
+        # again.
+        self._repeated: set[Token] = set()
+        # The last sum that was answered. Written by ``answer``, read by ``repeat_last_sum``.
+        self._last_sum: tuple[Token, _Request] | None = None
         # The token that the training thread waits for. Other answers do not wake it.
         self._awaited: Token | None = None
 
@@ -171,8 +176,14 @@ class Requests:
         connection, and this is its second answer.
         """
         with self._changed:
-            if self._open.pop(token, None) is None:
+            request = self._open.pop(token, None)
+            if request is None:
                 return
+            if token in self._repeated:
+                self._repeated.discard(token)
+                return
+            if token.topic is Topic.SUM:
+                self._last_sum = (token, request)
             self._answers[token] = answered
             if token == self._awaited:
                 self._changed.notify_all()
@@ -181,18 +192,49 @@ class Requests:
         """Return True if a request was asked and not answered yet."""
         return token in self._open
 
-    def send_again(self, change: Callable[[Token, Header], Header | None]) -> None:
+    def send_again(self, is_meant: Callable[[Token], bool]) -> None:
         """Queue open requests once more, after a lost connection (I/O thread).
 
         Args:
-            change: returns the header to send a request with, or None to leave that request alone.
+            is_meant: returns True for a request that the lost server has to get again.
         """
         with self._changed:
-            for token, request in self._open.items():
-                header = change(token, request.header)
-                if header is not None:
-                    self._open[token] = _Request(header, request.payloads)
-                    self._enqueue(token)
+            again = [token for token in self._open if is_meant(token)]
+            # Those that wait in the queue must not be sent twice: the second answer would be taken
+            # for the answer to the next request of the same name.
+            self._queue = [entry for entry in self._queue if entry.token not in again]
+            heapq.heapify(self._queue)
+            for token in again:
+                self._enqueue(token)
+
+    def is_summing(self) -> bool:
+        """Return True if a sum was asked for and not answered yet."""
+        with self._changed:
+            return any(token.topic is Topic.SUM for token in self._open)
+
+    def repeat(self, token: Token, header: Header) -> None:
+        """Send a request without payloads once more, though it was answered (I/O thread).
+
+        A lost server took its effect along. Nobody waits for the second answer.
+        """
+        with self._changed:
+            if token not in self._open:
+                self._repeat(token, _Request(header, []))
+
+    def repeat_last_sum(self) -> None:
+        """Send the vector of the last sum that was answered once more (I/O thread).
+
+        Other workers may not have got its total before the server was lost.
+        """
+        with self._changed:
+            if self._last_sum is not None:
+                self._repeat(*self._last_sum)
+
+    def _repeat(self, token: Token, request: _Request) -> None:
+        """Open an answered request again. The caller holds the lock."""
+        self._open[token] = request
+        self._repeated.add(token)
+        self._enqueue(token)
 
     def fail(self, error: ServerError) -> None:
         """End all waiting, now and later. The first error of several is the one that counts."""
