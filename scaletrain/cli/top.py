@@ -11,6 +11,7 @@ import click
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
     from scaletrain.run.layout import RunDir
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     help="Seconds between two looks.",
 )
 def command(run_dir: Path, once: bool, every_s: float) -> None:
-    """Show how each rank of the run in RUN_DIR is doing, live.
+    """Show how each rank of the run in RUN_DIR is doing, and who holds up the others, live.
 
     It reads the ends of the run's files, and costs the training nothing. RUN_DIR may lie on a file
     system that another machine trains on. Ctrl-C ends it, and so does the end of the run.
@@ -54,7 +55,7 @@ def command(run_dir: Path, once: bool, every_s: float) -> None:
         console = Console(width=200)  # a pipe has no width: one line a rank
     if once:
         statuses = watch.ranks(files)
-        console.print(_table(files, statuses, watch.state(files, statuses)[1]))
+        console.print(_view(files, statuses, watch.state(files, statuses)[1]))
         return
     # Ctrl-C is the usual way to leave.
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
@@ -62,11 +63,22 @@ def command(run_dir: Path, once: bool, every_s: float) -> None:
         while not is_over:
             statuses = watch.ranks(files)
             is_over, words = watch.state(files, statuses)
-            live.update(_table(files, statuses, words), refresh=True)
+            live.update(_view(files, statuses, words), refresh=True)
             if not is_over:
                 time.sleep(every_s)
     if not console.is_terminal:
         console.print()  # the last table has no end of line there
+
+
+def _view(files: "RunDir", statuses: "list[RankStatus]", words: str) -> "Group":
+    """Return the table of all ranks, and below it who holds up the others."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from scaletrain.run import watch
+
+    lines = [Text(each.sentence(), style="yellow") for each in watch.culprits(files, statuses)]
+    return Group(_table(files, statuses, words), *lines)
 
 
 def _table(files: "RunDir", statuses: "list[RankStatus]", words: str) -> "Table":

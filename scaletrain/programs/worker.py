@@ -27,7 +27,7 @@ from scaletrain.config.timeouts import Timeouts
 from scaletrain.engine import rendezvous
 from scaletrain.errors import UserError
 from scaletrain.host import cores
-from scaletrain.run import progress, spans
+from scaletrain.run import progress, spans, watch
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
@@ -121,6 +121,14 @@ def main(run_dir: Path, resume: bool = False) -> int:
     if stopped_early and progress.SUPERVISED not in os.environ:
         return 128 + stop.signal
     return 0
+
+
+def _who_was_slow(files: RunDir) -> str:
+    """Return one line about who held up the others, by the files of all ranks."""
+    culprits = watch.culprits_of_run(files)
+    if not culprits:
+        return "no rank or link stands out as slow"
+    return f"slow: {culprits[0].sentence()}"
 
 
 def _nothing_to_do(trainer: Trainer) -> str:
@@ -284,7 +292,7 @@ class _Narrator:
             print(f"step {step}/{self._trainer.num_steps}  {shown}", flush=True)
 
     def end(self, summary: dict[str, Any]) -> None:
-        """Print the run's last line."""
+        """Print the run's last lines: what was reached, and who held up the others."""
         accuracy = ""
         if summary["test_accuracy"] is not None:
             accuracy = f", test accuracy {summary['test_accuracy']:.4f}"
@@ -306,6 +314,8 @@ class _Narrator:
             f" {summary['samples_per_s']:,.0f} samples/s, {summary['wall_s']:.1f} s",
             flush=True,
         )
+        if self._trainer.world.size > 1:
+            print(_who_was_slow(RunDir(self._trainer.run_dir)), flush=True)
 
 
 class _HeaderFile:

@@ -66,6 +66,10 @@ class RunDir:
         """Buckets, rounds and waits of one worker (``run.spans``). Read for Chrome traces."""
         return self.path / f"spans-{rank}.jsonl"
 
+    def links(self, rank: int) -> Path:
+        """The kernel's counts of one worker's TCP connections, once a second (``run.links``)."""
+        return self.path / f"links-{rank}.jsonl"
+
     @property
     def summary(self) -> Path:
         """The result of the run, written by rank 0 at its end. Read by reports and by resumes."""

@@ -51,14 +51,34 @@ class StepRecord:
     loss_scale: float | None = None  # for the next step; None unless precision is fp16
     # A line for each sample that could not be read, and was left out.
     bad_samples: list[str] = dataclasses.field(default_factory=list)
+    gc_s: float = 0.0  # in Python's garbage collector, inside whichever part
+    # The training thread could run, and had no core. None: the kernel does not tell.
+    stolen_s: float | None = None
 
     @property
     def wait_s(self) -> float:
-        """Waiting for gradients or weights, as far as the exchange measures it."""
-        in_backward = self.exchange.get("wait_in_backward_s", 0.0)
-        return in_backward + self.exchange.get("wait_s", 0.0)
+        """Waiting for counts, gradients or weights, as far as it is measured."""
+        return sum(self.exchange.get(key, 0.0) for key in _WAITS.values())
+
+    def own_s(self) -> dict[str, float]:
+        """Return the seconds of each part without those waits: what this rank itself took."""
+        own = {"input": self.input_s}
+        whole = {
+            "forward": self.forward_s,
+            "backward": self.backward_s,
+            "optimizer": self.update_s,
+        }
+        for part, seconds in whole.items():
+            own[part] = max(0.0, seconds - self.exchange.get(_WAITS[part], 0.0))
+        return own
 
 
+# Keys of ``StepRecord.exchange``: waiting for other ranks or servers, inside each part.
+_WAITS = {
+    "forward": "wait_in_forward_s",
+    "backward": "wait_in_backward_s",
+    "optimizer": "wait_s",
+}
 _FIELDS = tuple(field.name for field in dataclasses.fields(StepRecord))
 _values = operator.attrgetter(*_FIELDS)
 

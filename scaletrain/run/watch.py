@@ -5,19 +5,38 @@ and the run does not notice it. The directory may lie on a file system that seve
 run may be starting, training, over or killed.
 """
 
-import statistics
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scaletrain.run import progress
-from scaletrain.run.failure import read_failure
+from scaletrain.host.names import host_name
+from scaletrain.host.processes import state as process_state
+from scaletrain.host.processes import variables
+from scaletrain.run import culprit, progress
+from scaletrain.run.culprit import Culprit, Kind, RankSteps
+from scaletrain.run.failure import FailureKind, read_failure
 from scaletrain.run.layout import RunDir
+from scaletrain.run.links import LinkSample, last_links
 from scaletrain.run.progress import Progress
-from scaletrain.run.records import StepRecord, last_records
+from scaletrain.run.records import WARMUP_STEPS, StepRecord, last_records
 
 _RECENT = 20  # steps that means are taken over
-# From where on a rank counts as slow: its own work beside the median of all ranks.
-_SLOW = 1.2
+# A rank counts as stopped after so long without a sign of life, and so many times its usual step.
+_SILENT_S = 2.0
+_SILENT_STEPS = 20
+_GONE = ("", "Z", "X")  # states of a process that has ended
+_STOPPED = ("T", "t")
+# What is read of a run's records at its end, of all ranks together: half a second of work.
+_MOST_BYTES = 16 << 20
+_FEWEST_BYTES = 64 << 10  # of each rank
+# Failures of a rank itself, and what they make it.
+_FAILED = {
+    FailureKind.EXCEPTION: Kind.DEAD,
+    FailureKind.SIGNAL: Kind.DEAD,
+    FailureKind.EXIT: Kind.DEAD,
+    FailureKind.HANG: Kind.STOPPED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +74,7 @@ def ranks(files: RunDir, now: float | None = None) -> list[RankStatus]:
             reports.append(report)
     recent = {report.rank: _recent(files, report.rank) for report in reports}
     furthest = max((report.num_steps for report in reports), default=0)
-    slow = _slow_ranks(reports, recent)
+    slow = _slow_ranks(files, reports, recent)
     statuses = []
     for report in reports:
         records = recent[report.rank]
@@ -113,7 +132,9 @@ def _recent(files: RunDir, rank: int) -> list[StepRecord]:
         return []  # not there yet, or a person's own script, which has none
 
 
-def _slow_ranks(reports: list[Progress], recent: dict[int, list[StepRecord]]) -> set[int]:
+def _slow_ranks(
+    files: RunDir, reports: list[Progress], recent: dict[int, list[StepRecord]]
+) -> set[int]:
     """Return the ranks that the others wait for."""
     live = [report for report in reports if report.reports_steps]
     if len(live) < 2:
@@ -122,16 +143,127 @@ def _slow_ranks(reports: list[Progress], recent: dict[int, list[StepRecord]]) ->
     # Where all train in step, ranks are at most a step apart.
     if max(steps) - min(steps) > 1:
         return {report.rank for report in live if report.num_steps == min(steps)}
-    own_s = {}
-    for report in live:
-        mean = _mean([record.step_s - record.wait_s for record in recent[report.rank]])
-        if mean is not None:
-            own_s[report.rank] = mean
-    if not own_s:
-        return set()
-    # The lower one: of two ranks, the slower one is not its own yardstick.
-    usual_s = statistics.median_low(own_s.values())
-    return {rank for rank, seconds in own_s.items() if seconds > _SLOW * usual_s}
+    ranks = [_steps_of(files, report.rank, report.host, recent[report.rank]) for report in live]
+    slow: set[int] = set()
+    for each in culprit.find(ranks):
+        slow.update(each.ranks)
+    return slow
+
+
+def culprits(files: RunDir, statuses: Sequence[RankStatus]) -> list[Culprit]:
+    """Return who holds up the others at this moment, by the last steps; the worst first.
+
+    Args:
+        files: of the run.
+        statuses: of its ranks, as ``ranks`` has just returned them.
+    """
+    failure = read_failure(files.first_cause)
+    if failure is not None:
+        kind = _FAILED.get(failure.kind)
+        if kind is None or failure.rank is None:
+            return []
+        return [_ended(kind, failure.rank, failure.host, failure.message.partition("\n")[0])]
+    stopped = _stopped(statuses)
+    if stopped:
+        return stopped
+    ranks = []
+    for status in statuses:
+        report = status.report
+        if report.reports_steps:
+            records = _recent(files, report.rank)
+            links = last_links(files.links(report.rank))
+            ranks.append(_steps_of(files, report.rank, report.host, records, links))
+    return culprit.find(ranks)
+
+
+def culprits_of_run(files: RunDir) -> list[Culprit]:
+    """Return who held up the others in a run that is over, by its steps; the worst first.
+
+    Of a very long run, these are the newest steps.
+    """
+    reports = []
+    for rank, _ in files.all_progress():
+        report = progress.read(files, rank)
+        if report is not None:
+            reports.append(report)
+    num_bytes = max(_FEWEST_BYTES, _MOST_BYTES // max(1, len(reports)))
+    ranks = []
+    for report in reports:
+        try:
+            records = last_records(files.records(report.rank), num_bytes)
+        except (OSError, ValueError):
+            continue
+        records = [record for record in records if record.step >= WARMUP_STEPS]
+        links = last_links(files.links(report.rank), num_bytes)
+        ranks.append(_steps_of(files, report.rank, report.host, records, links))
+    return culprit.find(ranks)
+
+
+def _steps_of(
+    files: RunDir,
+    rank: int,
+    host: str,
+    records: Sequence[StepRecord],
+    links: Sequence[LinkSample] = (),
+) -> RankSteps:
+    """Return the steps of a rank for the search for a culprit."""
+    # On a GPU, a gradient's hook runs long before the gradient is there.
+    on_cpu = True
+    measures = any("wait_in_backward_s" in record.exchange for record in records)
+    if not measures:
+        try:
+            header = json.loads(files.header(rank).read_text(encoding="utf-8"))
+            on_cpu = header.get("device", "cpu") == "cpu"
+        except (OSError, ValueError):
+            pass
+    return RankSteps(rank, host, records, links, knows_backward=measures or on_cpu)
+
+
+def _stopped(statuses: Sequence[RankStatus]) -> list[Culprit]:
+    """Return the ranks that are dead, or else the one that others have waited for too long."""
+    live = [status for status in statuses if status.report.reports_steps]
+    live = [status for status in live if status.report.step is not None]
+    if len(live) < 2:
+        return []
+    dead = []
+    halted = []
+    for status in live:
+        process = _process_state(status.report)
+        if process is not None and process in _GONE:
+            dead.append(_ended(Kind.DEAD, status.report.rank, status.report.host, "it is gone"))
+        if process in _STOPPED:
+            halted.append(_silent(status, "the process is stopped (SIGSTOP)"))
+    if dead or halted:
+        return dead or halted
+    usual_s = min((status.step_s for status in live if status.step_s), default=0.0)
+    limit_s = max(_SILENT_S, _SILENT_STEPS * usual_s)
+
+    def place(status: RankStatus) -> tuple[int, int, bool]:
+        report = status.report
+        return report.num_steps, report.num_collectives, bool(report.waiting_for)
+
+    behind, *others = sorted(live, key=place)
+    silent = min(status.silent_s for status in live) > limit_s / 2 and behind.silent_s > limit_s
+    if silent and place(behind) < place(others[0]):
+        return [_silent(behind, f"no sign of life for {behind.silent_s:.0f} s")]
+    return []
+
+
+def _process_state(report: Progress) -> str | None:
+    """Return the state of a rank's process as in ``/proc``; None if it is not on this machine."""
+    is_here = report.host == host_name()
+    # The hosts of a rehearsal have names of their own, and share this machine's processes.
+    if not is_here and variables(report.pid).get("SCALETRAIN_HOST") != report.host:
+        return None
+    return process_state(report.pid)
+
+
+def _silent(status: RankStatus, detail: str) -> Culprit:
+    return _ended(Kind.STOPPED, status.report.rank, status.report.host, detail)
+
+
+def _ended(kind: Kind, rank: int, host: str, detail: str) -> Culprit:
+    return Culprit(kind, (rank,), (host,), 0.0, 0.0, 0.0, 0.0, 0, 0, detail=detail)
 
 
 def _mean(values: list[float]) -> float | None:

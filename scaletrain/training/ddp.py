@@ -78,9 +78,11 @@ class AllreduceExchange(Exchange):
         # By the module that ``attach`` returned: models in one training have an optimizer each.
         self._optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
         self._traced: set[nn.Module] = set()  # those whose buckets are spans
-        # When backward made its last gradient; None on CUDA. Written by backward's thread.
+        # When backward made its last gradient; None on CUDA, and once the wait after it is noted.
+        # Written by backward's thread.
         self._last_gradient_at: float | None = None
-        self._waited_s: float | None = None  # of all models since the last ``record``
+        # Of all models since the last ``record``; None: not measured.
+        self._waited_s: float | None = None
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Wrap the model in DDP."""
@@ -137,12 +139,16 @@ class AllreduceExchange(Exchange):
         assert isinstance(wrapped, DistributedDataParallel)
         return wrapped.no_sync()
 
-    def step(self, model: nn.Module | None = None) -> None:
-        """Run the optimizer on gradients that are the mean over all ranks."""
+    def synchronise(self, model: nn.Module | None = None) -> None:
+        """Note how long DDP's backward waited: it returns once all means are there."""
         if self._last_gradient_at is not None:
-            # DDP's backward returns once all means are there, and this method runs right after it.
             waited_s = time.perf_counter() - self._last_gradient_at
             self._waited_s = (self._waited_s or 0.0) + waited_s
+            self._last_gradient_at = None
+
+    def step(self, model: nn.Module | None = None) -> None:
+        """Run the optimizer on gradients that are the mean over all ranks."""
+        self.synchronise(model)  # unless the caller has done so
         wrapped = attached(self._optimizers, model)
         self._optimizers[wrapped].step()
         for gradients in self._gradients:
@@ -152,14 +158,21 @@ class AllreduceExchange(Exchange):
             self._limit(self._timeouts.collective)
 
     def record(self) -> dict[str, float]:
-        """Return ``wait_in_backward_s``, over all models, since it was last asked.
+        """Return the waits for other ranks, over all models, since it was last asked.
 
-        It counts from this rank's last gradient to the end of backward, when all means are there.
+        ``wait_in_backward_s`` counts from this rank's last gradient to the end of backward, when
+        all means are there. ``wait_in_forward_s`` is the broadcast of buffers before forward.
         """
         if self._waited_s is None:
             return {}
-        waited_s, self._waited_s = self._waited_s, None
-        return {"wait_in_backward_s": waited_s}
+        waits = {"wait_in_backward_s": self._waited_s}
+        self._waited_s = None
+        in_forward_s = 0.0
+        for wrapped in self._optimizers:
+            in_forward_s += wrapped.take_wait_s()  # type: ignore[operator]
+        if in_forward_s:
+            waits["wait_in_forward_s"] = in_forward_s
+        return waits
 
     def begin_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin a sum that runs beside forward."""
@@ -242,11 +255,23 @@ class _OrderedDDP(DistributedDataParallel):
 
     def __init__(self, model: nn.Module, order: list[int], **options: Any):
         self._known_order = order
+        self._wait_s = 0.0  # before forward, since it was last asked for
         super().__init__(model, **options)
         if self._is_known:
             # As if all gradients had come once, in the order in which DDP has the parameters.
             self.reducer._push_all_rebuilt_params()
             self.reducer._rebuild_buckets()
+
+    def take_wait_s(self) -> float:
+        """Return the seconds of waiting for other ranks before forward, since the last call."""
+        wait_s, self._wait_s = self._wait_s, 0.0
+        return wait_s
+
+    def _sync_buffers(self) -> None:
+        """Broadcast rank 0's buffers, and note how long this rank waited for them."""
+        began = time.perf_counter()
+        super()._sync_buffers()
+        self._wait_s += time.perf_counter() - began
 
     def _pre_forward(self, *inputs: Any, **options: Any) -> Any:
         try:

@@ -1,6 +1,7 @@
 """The loss of a step over all ranks: the weight of this rank's part, and its record."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -129,6 +130,9 @@ class GlobalMean:
         self._finish: Callable[[], torch.Tensor] | None = None
         self._own: float = step_input.num_samples
         self._is_stand_in = step_input.is_stand_in
+        # Seconds of waiting for the other ranks' counts: in this constructor, and in ``weight``.
+        self.wait_in_forward_s = 0.0
+        self.wait_in_backward_s = 0.0
         # Samples that could not be read, of all ranks once ``weight`` has waited for them.
         self.left_out = len(step_input.left_out)
         if not workload.counts_samples and not step_input.is_stand_in:
@@ -140,7 +144,9 @@ class GlobalMean:
         is_known = workload.counts_samples and step_input.global_batch is not None
         if exchange.averages and (step_input.may_end or not is_known):
             facts = [self._own, not step_input.has_ended, self.left_out]
+            began = time.perf_counter()
             self._finish = exchange.begin_sum(torch.tensor(facts, dtype=torch.float64))
+            self.wait_in_forward_s = time.perf_counter() - began
         elif step_input.has_ended:
             raise DataEnded
         elif is_known:
@@ -156,7 +162,9 @@ class GlobalMean:
         """
         if self._weight is None:
             assert self._finish is not None
+            began = time.perf_counter()
             count, num_ranks, left_out = self._finish().tolist()
+            self.wait_in_backward_s = time.perf_counter() - began
             if not num_ranks:
                 raise DataEnded
             self.left_out = int(left_out)

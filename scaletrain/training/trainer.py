@@ -33,6 +33,7 @@ from scaletrain.training.randomness import seed_forward
 from scaletrain.training.resume import resume_lines, training_facts
 from scaletrain.training.saving import Saving
 from scaletrain.training.step_clock import StepClock
+from scaletrain.training.vitals import VitalSigns
 from scaletrain.training.workload import Update, Workload
 from scaletrain.units import plural
 from scaletrain.world import World
@@ -126,6 +127,7 @@ class Trainer:
         self._records_before = self._earlier_records() if self.resumed else []
         # A late worker may be the successor of one that died: the records of that one stay.
         self._writer = RecordWriter(run_dir, world.rank, append=self.resumed or missed > 0)
+        self._vitals: VitalSigns | None = None  # made by the first step, ended by ``fit``
         self._feed.start(self.next_step, loaded.position if loaded else {}, missed)
         self._callbacks: list[Callback] = []
         for named in config.callbacks:
@@ -156,7 +158,10 @@ class Trainer:
             TrainingError: a loss is not finite, or gradients have not been for many steps.
             DataEnded: no rank has a sample any more.
         """
+        if self._vitals is None:  # here, since it counts for the thread that it is made on
+            self._vitals = VitalSigns(self.run_dir, self.world.rank)
         began = time.time()
+        self._vitals.look()  # what came between the steps belongs to none
         clock = StepClock(self.device)
         # The rates are set before backward: a parameter server gets gradients while backward runs.
         self._set_rates()
@@ -189,6 +194,7 @@ class Trainer:
             clock.lap("update")
 
         spent = clock.stop()
+        vitals = self._vitals.look()
         for loss in losses.values():
             mean.check(loss.count)
         self._feed.count_left_out(mean.left_out)
@@ -205,12 +211,14 @@ class Trainer:
             forward_s=spent["forward"],
             backward_s=spent["backward"],
             update_s=spent["update"],
-            exchange=self.exchange.record(),
+            exchange=_with_waits(self.exchange.record(), mean),
             count=step_loss.count,
             parts=step_loss.parts(),
             skipped=is_skipped,
             loss_scale=self._precision.scale,
             bad_samples=step_input.left_out,
+            gc_s=vitals.gc_s,
+            stolen_s=vitals.stolen_s,
         )
         self.next_step += 1
         for callback in self._callbacks:
@@ -242,6 +250,9 @@ class Trainer:
         finally:
             # The stack closes all of them, also when one raises.
             with contextlib.ExitStack() as stack:
+                if self._vitals is not None:
+                    stack.callback(self._vitals.close)
+                    self._vitals = None
                 for callback in self._callbacks:
                     stack.callback(callback.close, summary)
         return summary
@@ -579,3 +590,12 @@ class Trainer:
         if self.stop_reason:
             ends["stopped"] = self.stop_reason
         return ends
+
+
+def _with_waits(record: dict[str, float], mean: GlobalMean) -> dict[str, float]:
+    """Return the exchange's numbers of a step, with the waits for the other ranks' counts."""
+    for key in ("wait_in_forward_s", "wait_in_backward_s"):
+        waited_s = getattr(mean, key)
+        if waited_s:
+            record[key] = record.get(key, 0.0) + waited_s
+    return record

@@ -52,7 +52,7 @@ def test_without_cuda(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     run = config.check(
         {"model": "mlp", "data": "digits", "batch_size": 96, "steps": 40, "workers": 3}
@@ -60,6 +60,7 @@ def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps
     world = World(0, 3, 0, 3)
     trainer = SimpleNamespace(
         world=world, num_steps=40, global_batch=96, resumed=False, device=torch.device("cpu"), describe=list,
+        run_dir=tmp_path,
         exchange=SimpleNamespace(live_workers=lambda: 2),
     )  # fmt: skip
     narrator = worker._Narrator(run, world, trainer, {"num_steps": 40})

@@ -70,6 +70,7 @@ class HorovodExchange(Exchange):
         # By parameter's name. Written by backward's hooks, emptied by ``synchronise``.
         self._under_way: dict[str, _Allreduce] = {}
         self._accumulating = False
+        self._waited_s = 0.0  # for gradients, since the last ``record``
         self._attached: dict[nn.Module, _Attached] = {}
         # Whose gradients are means. Written by ``synchronise``, emptied by ``step``.
         self._synchronised: set[nn.Module] = set()
@@ -140,6 +141,7 @@ class HorovodExchange(Exchange):
                 self._start_allreduce(name, parameter)
         progress.entering("horovod allreduce")
         wait_began = time.time()
+        clock_began = time.perf_counter()
         for name, parameter in parameters.items():
             allreduce = self._under_way.pop(name)
             reduced = self._hvd.synchronize(allreduce.handle)
@@ -149,6 +151,7 @@ class HorovodExchange(Exchange):
             # Compression, another dtype or another layout put the mean into a tensor of its own.
             parameter.grad.copy_(mean)
         spans.add("wait", "wait for gradients", wait_began)
+        self._waited_s += time.perf_counter() - clock_began
         self._synchronised.add(module)
 
     def step(self, model: nn.Module | None = None) -> None:
@@ -158,6 +161,11 @@ class HorovodExchange(Exchange):
             self.synchronise(module)
         self._synchronised.discard(module)
         self._attached[module].optimizer.step()
+
+    def record(self) -> dict[str, float]:
+        """Return ``wait_s``: waiting for the mean gradients since it was last asked."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return {"wait_s": waited_s}
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks of a small CPU tensor."""
