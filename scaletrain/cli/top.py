@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     help="Seconds between two looks.",
 )
 def command(run_dir: Path, once: bool, every_s: float) -> None:
-    """Show how each rank of the run in RUN_DIR is doing, and who holds up the others, live.
+    """Show how each rank of the run in RUN_DIR is doing, live.
 
-    It reads the ends of the run's files, and costs the training nothing. RUN_DIR may lie on a file
-    system that another machine trains on. Ctrl-C ends it, and so does the end of the run.
+    Below the table it names who holds up the others: rank, host or link, and why. It reads the
+    ends of the run's files, and costs the training nothing. RUN_DIR may lie on a file system that
+    another machine trains on. Ctrl-C ends it, and so does the end of the run.
 
     \b
     Examples:
