@@ -355,10 +355,11 @@ class Repeat(_Fields):
 
 @dataclasses.dataclass(frozen=True)
 class Row(_Fields):
-    """A cell in a report, with its figures over all finished repeats.
+    """A cell in a report, with its figures over the finished repeats that are not outlying.
 
-    All figures are None where no repeat has finished. ``..._ci95`` is half the width of the 95 %
-    interval of the mean, in the unit of the figure; None where there was one repeat.
+    Percentiles are over all finished ones. All figures are None where no repeat has finished.
+    ``..._ci95`` is half the width of the 95 % interval of the mean, in the unit of the figure; None
+    where there was one repeat.
     """
 
     config: str
@@ -399,6 +400,7 @@ class Row(_Fields):
     time_to_loss_s: float | None = None  # seconds to Report.loss_reached
     oversubscribed: str = ""  # of what the workers had too little; empty: of nothing
     repeats: int = 0  # that finished
+    outliers: tuple[int, ...] = ()  # which finished repeats are outlying, counted from 1
     failures: tuple[str, ...] = ()  # the reasons of the repeats that failed
     baseline: str | None = None  # what speedup is measured against, in words
     runs: tuple[Repeat, ...] = ()
@@ -416,7 +418,8 @@ class Row(_Fields):
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         facts = cls._known(value)
-        facts["failures"] = tuple(facts.get("failures", ()))
+        for name in ("outliers", "failures"):
+            facts[name] = tuple(facts.get(name, ()))
         # Without runs this is no row: the KeyError tells ``read_report`` so.
         facts["runs"] = tuple(Repeat.from_json(run) for run in facts["runs"])
         if facts.get("servers"):
@@ -481,7 +484,7 @@ class ReportHeader(_Fields):
     """Where, how and of what a report was measured. Fields that are None are left out of its JSON.
 
     The fields up to ``commit`` are those of ``run.environment``. ``sweep`` adds those up to
-    ``argv`` when it begins; ``explain.report`` adds the rest.
+    ``source`` when it begins; ``explain.report`` adds the rest.
     """
 
     host: str | None = None
@@ -503,6 +506,8 @@ class ReportHeader(_Fields):
     vary: Mapping[str, list[Scalar]] | None = None  # key -> its values
     config: Mapping[str, str] = dataclasses.field(default_factory=dict)  # stem -> text of the file
     argv: str | None = None  # the command that measured
+    turns: str | None = None  # equal in the two reports whose runs took turns
+    source: str | None = None  # whose runs these were, of two that took turns: a commit, a folder
     load_average: float | None = None  # of five minutes, when measuring began
     runs_planned: int | None = None
     runs_missing: int | None = None  # neither finished nor failed

@@ -10,7 +10,13 @@ from click.testing import CliRunner
 from scaletrain.cli import cli
 from scaletrain.errors import UserError
 from scaletrain.scaling.explain import report
-from scaletrain.scaling.explain.compare import CellChange, compare, differences, lines
+from scaletrain.scaling.explain.compare import (
+    CellChange,
+    compare,
+    differences,
+    lines,
+    power_in_words,
+)
 from scaletrain.scaling.measure.intervals import Change
 from scaletrain.scaling.model import Repeat, Report, ReportHeader
 
@@ -44,7 +50,8 @@ def test_noise_is_none(tmp_path):
     [
         (0.97, 1.02, "no real change"),
         (0.46, 2.19, "cannot tell"),
-        (0.96, 1.30, "cannot tell"),
+        (0.94, 1.02, "cannot tell"),
+        (0.96, 1.30, "not slower by 5%"),
         (0.6, 0.9, "REGRESSION"),
     ],
 )
@@ -125,3 +132,44 @@ def test_many_cells_are_judged_together(tmp_path):
     rows[7] = replace(rows[7], runs=runs(700 + i for i in range(4)))
     slow = replace(slow, rows=tuple(rows))
     assert [cell.regressed for cell in compare(slow, noisy("before"))].count(True) == 1
+
+
+def test_runs_in_turns_show_what_two_sessions_hide(tmp_path):
+    """3 % slower while the machine itself varies by 10 % from repeat to repeat."""
+    old = make(tmp_path / "old", 0.1)
+    pace = [1.0, 0.9, 1.1, 0.95, 1.05]
+
+    def with_rates(rates, turns):
+        row = replace(old.rows[0], runs=tuple(Repeat(rate, 0.1) for rate in rates))
+        return replace(old, rows=(row,), header=replace(old.header, turns=turns))
+
+    before = [100 * p for p in pace]
+    after = [97 * p * q for p, q in zip(pace, [1.001, 0.999, 1.0, 1.0005, 1.0], strict=True)]
+    turns = "2026-01-01T00:00:00Z"
+    (seen,) = compare(with_rates(after, turns), with_rates(before, turns))
+    assert seen.regressed and seen.change.ratio == pytest.approx(0.97, abs=0.002)
+    for new_turns, old_turns in ((turns, None), (None, None), (turns, "another")):
+        (hidden,) = compare(with_rates(after, new_turns), with_rates(before, old_turns))
+        assert not hidden.regressed and "cannot tell" in hidden.verdict
+    # A repeat that failed leaves no pairs.
+    (unpaired,) = compare(with_rates(after[:4], turns), with_rates(before, turns))
+    assert unpaired.change is not None and not unpaired.regressed
+
+
+def test_a_slow_repeat_of_the_baseline_hides_no_slowdown(tmp_path):
+    old = make(tmp_path / "old", 0.1)
+
+    def with_rates(rates):
+        row = replace(old.rows[0], runs=tuple(Repeat(rate, 0.1) for rate in rates))
+        return replace(old, rows=(row,))
+
+    (change,) = compare(with_rates([90, 90.5, 89.5, 90, 90.2]), with_rates([100, 101, 99, 100, 55]))
+    assert change.regressed
+
+
+def test_the_repeats_that_a_change_needs_are_told_before_measuring(tmp_path):
+    told = power_in_words(5, 2, in_turns=True)
+    assert "scatter by 1.0%" in told and "5% by 4" in told and "planned: 5" in told, told
+    told = power_in_words(5, 2, in_turns=False, before=make(tmp_path / "old", 0.1))
+    assert "scattered by 1.0%" in told and "1% by more than 30" in told, told
+    assert "--against" in told

@@ -5,7 +5,19 @@ import random
 
 import pytest
 
-from scaletrain.scaling.measure.intervals import change, enough, mean, percentiles, ratio
+from scaletrain.scaling.measure.intervals import (
+    SESSION,
+    chance_to_see,
+    change,
+    enough,
+    mean,
+    outlying,
+    paired_change,
+    percentiles,
+    ratio,
+    repeats_to_see,
+    typical,
+)
 
 
 def test_t_interval_of_known_values():
@@ -70,3 +82,79 @@ def test_the_interval_of_a_ratio_covers_the_truth():
         )
         covered += r.low <= 2 <= r.high
     assert 0.93 < covered / 2000 < 0.97
+
+
+def test_one_slow_repeat_is_found_and_left_out():
+    values = [100.0, 101.0, 99.5, 100.5, 61.0]
+    assert outlying(values) == [False, False, False, False, True]
+    assert typical(values) == mean(values[:4])
+    # Two cannot say which of them is wrong, and repeats that agree to 2 % are all right.
+    assert outlying([100.0, 50.0]) == [False, False]
+    assert outlying([100.0, 100.0, 100.001, 98.0]) == [False] * 4
+
+
+@pytest.mark.parametrize("slow", [0.0, 0.1])
+@pytest.mark.parametrize("repeats", [3, 5, 10])
+def test_the_interval_of_the_typical_repeat_holds_where_one_in_ten_is_slow(slow, repeats):
+    draw = random.Random(3)
+    covered, widths, plain = 0, [], []
+    for _ in range(2000):
+        rates = [draw.gauss(100, 1) for _ in range(repeats)]
+        rates = [rate * draw.uniform(0.5, 0.9) if draw.random() < slow else rate for rate in rates]
+        found = typical(rates)
+        covered += found.low <= 100 <= found.high
+        widths.append(found.ci95)
+        plain.append(mean(rates).ci95)
+    assert 0.93 < covered / 2000 < 0.965
+    if slow and repeats > 3:
+        # The plain mean's interval holds as well, but says next to nothing.
+        assert sum(widths) < 0.5 * sum(plain)
+
+
+def test_a_slow_repeat_takes_its_partner_out_of_a_ratio():
+    theirs = [10.0, 10.1, 9.9, 10.0, 10.05]
+    ours = [2 * value for value in theirs]
+    assert ratio([*ours[:4], 6.0], theirs).ci95 == pytest.approx(0, abs=0.02)
+
+
+def test_sessions_that_differ_raise_no_alarms_and_turns_need_no_allowance():
+    draw = random.Random(4)
+    between = in_turns = 0
+    for _ in range(2000):
+        old_session, new_session = draw.gauss(100, SESSION * 100), draw.gauss(100, SESSION * 100)
+        old = [draw.gauss(old_session, 0.3) for _ in range(10)]
+        new = [draw.gauss(new_session, 0.3) for _ in range(10)]
+        found = change(mean(new), mean(old), session=SESSION)
+        between += found.is_lower or found.is_higher
+        # In turns, whatever the machine does to one it does to the other.
+        pace = [draw.gauss(1, 0.05) for _ in range(5)]
+        pair = paired_change(
+            [draw.gauss(100, 0.3) * p for p in pace], [draw.gauss(100, 0.3) * p for p in pace]
+        )
+        in_turns += pair.is_lower or pair.is_higher
+        assert pair.high / pair.low < 1.1
+    assert 0.03 < between / 2000 < 0.07 and 0.03 < in_turns / 2000 < 0.07
+
+
+@pytest.mark.parametrize("session", [None, SESSION])
+def test_as_many_changes_are_seen_as_promised(session):
+    draw = random.Random(5)
+    seen = 0
+    for _ in range(2000):
+        shifts = [1.0, 1.0] if session is None else [draw.gauss(1, session) for _ in range(2)]
+        old = [draw.gauss(100, 1) * shifts[0] for _ in range(6)]
+        new = [draw.gauss(96, 0.96) * shifts[1] for _ in range(6)]
+        if session is None:
+            found = paired_change(new, old)
+        else:
+            found = change(mean(new), mean(old), session=session)
+        seen += found.is_lower
+    assert seen / 2000 == pytest.approx(chance_to_see(0.04, 0.01, 6, session=session), abs=0.04)
+
+
+def test_how_many_repeats_a_change_needs_is_known_beforehand():
+    assert repeats_to_see(0.05, 0.01) == 3 and repeats_to_see(0.02, 0.01) == 7
+    assert repeats_to_see(0.02, 0.01, together=12) > 7  # all intervals hold together
+    # A change that is smaller than what sessions differ by is seen in turns alone.
+    assert repeats_to_see(0.02, 0.005, session=SESSION) is None
+    assert repeats_to_see(0.02, 0.005) == 4

@@ -8,7 +8,7 @@ import pytest
 
 from scaletrain.errors import UserError
 from scaletrain.scaling.explain import report
-from scaletrain.scaling.measure import machine, sweep
+from scaletrain.scaling.measure import against, machine, sweep
 
 
 @pytest.fixture
@@ -25,7 +25,9 @@ import json, pathlib, sys, time
 run = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
 workers = int(sys.argv[sys.argv.index("--workers") + 1])
 exchange = sys.argv[sys.argv.index("--exchange") + 1]
-with open(sys.argv[1], "a") as log: log.write(f"{exchange} {workers}\\n")
+import os
+side = os.environ.get("PYTHONPATH", "").split(":")[0].rpartition("/")[2]
+with open(sys.argv[1], "a") as log: log.write(f"{exchange} {workers} {side}".strip() + "\\n")
 run.mkdir(parents=True)
 if exchange == "tree":
     (run / "failure-1.json").write_text(json.dumps({"rank": 1, "host": "h", "step": 3, "kind": "exception", "time": 2, "message": "boom"}))
@@ -257,3 +259,36 @@ def test_a_straggler_is_left_out_where_its_host_is_not_there(config, tmp_path):
         if cell.variant[0][1] == 2
     }
     assert told == {(1, False), (2, True)}
+
+
+def test_two_versions_take_turns(config, tmp_path, started, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    other = tmp_path / "other"
+    (other / "scaletrain").mkdir(parents=True)
+    (other / "scaletrain" / "__init__.py").touch()
+    out = tmp_path / "out"
+    plan = make(config, out, split=True)
+    version = against.find(str(other), tmp_path / "copy")
+    second = sweep.Against(version, out / "against")
+    sweep.run(plan, out, lambda line: None, against=second)
+    starts = started()
+    # References are this version's alone. The other one begins every second repeat.
+    asked_for = [line for line in starts if line.startswith("ring")]
+    assert asked_for[:4] == ["ring 1", "ring 1 other", "ring 2", "ring 2 other"]
+    assert asked_for[4:] == ["ring 2 other", "ring 2", "ring 1 other", "ring 1"]
+    assert "none 1 other" not in starts and "none 1" in starts
+    for cell in plan.cells():
+        assert sweep.run_dir(second.out, cell, 0).exists() is not cell.reference
+
+
+def test_the_other_version_is_a_commit_or_a_folder(tmp_path):
+    with pytest.raises(UserError, match="no folder scaletrain"):
+        against.find(str(tmp_path), tmp_path / "copy")
+    with pytest.raises(UserError, match="--against: no-such-commit is not allowed"):
+        against.find("no-such-commit", tmp_path / "copy")
+    if not (against.PACKAGE.parent / ".git").exists():
+        pytest.skip("scaletrain does not run from a checkout")
+    version = against.find("HEAD", tmp_path / "copy")
+    assert (version.folder / "scaletrain" / "__init__.py").exists() and len(version.name) == 12
+    assert version.environ["PYTHONPATH"].startswith(str(tmp_path / "copy"))
+    assert against.find("HEAD", tmp_path / "copy") == version  # used again

@@ -13,8 +13,9 @@ from scaletrain.cli.report import baseline_option
 from scaletrain.units import plural
 
 if TYPE_CHECKING:
+    from scaletrain.scaling.measure import sweep as sweeps
     from scaletrain.scaling.measure.sweep import Sweep
-    from scaletrain.scaling.model import Report
+    from scaletrain.scaling.model import Report, ReportHeader
 
 
 def _varied(
@@ -113,6 +114,12 @@ def _varied(
 )
 @baseline_option
 @click.option(
+    "--against",
+    metavar="COMMIT|DIR",
+    help="Run each repeat also with another version of scaletrain, in turns, and compare; exit"
+    " code 2 when a cell got slower beyond its intervals.",
+)
+@click.option(
     "--trace",
     is_flag=True,
     help="Also record and write a Chrome trace of each cell's first repeat.",
@@ -120,22 +127,34 @@ def _varied(
 @click.option("--cold", is_flag=True, help="Let each worker of each run import torch itself.")
 @click.option("--dry-run", is_flag=True, help="Print the command of every cell, and start nothing.")
 def command(
-    out: Path | None, baseline: Path | None, trace: bool, dry_run: bool, **request: Any
+    out: Path | None,
+    baseline: Path | None,
+    against: str | None,
+    trace: bool,
+    dry_run: bool,
+    **request: Any,
 ) -> None:
     """Train CONFIG's job on each number of workers, and explain how it scales.
 
     \b
-    Example:
+    Examples:
       scaletrain bench scaling examples/digits.yaml --workers 1,2 --exchange native,ring,none
+      scaletrain bench scaling examples/digits.yaml --workers 1,2 --against main --repeats 10
     """
+    from scaletrain.errors import UserError
     from scaletrain.run import claim
     from scaletrain.scaling.measure import sweep
     from scaletrain.scaling.show import publish
 
     # All other options have the names of the request's fields.
     plan = sweep.plan(sweep.Request(**request))
+    if baseline and against:
+        raise UserError("--against and --baseline are two ways to compare (allowed: one of them)")
     if baseline:
-        _check_baseline(baseline, plan)
+        before = _check_baseline(baseline, plan)
+        click.echo(_power(plan, before))
+    if against:
+        click.echo(_power(plan, None))
     directory = out or directory_name("scaling")
     if dry_run:
         for cell in plan.cells():
@@ -148,10 +167,44 @@ def command(
         sweep.write_header(out, header)
         click.echo(f"{_cells(plan)}, {plural(plan.repeats, 'repeat')} each -> {out}")
         click.echo(f"{plural(plan.threads, 'thread')} a worker{_cores(plan)}")
-        sweep.run(plan, out, click.echo, trace=trace)
+        other = None
+        if against:
+            other = _claim_against(against, plan, out, header)
+        sweep.run(plan, out, click.echo, trace=trace, against=other)
         publish.publish_sweep(out, trace=trace, console=publish.terminal())
+        if other:
+            publish.publish_sweep(other.out)
+            baseline = other.out / "report.json"
     if baseline:
         publish.compare_and_exit(out / "report.json", baseline)
+
+
+def _claim_against(text: str, plan: "Sweep", out: Path, header: "ReportHeader") -> "sweeps.Against":
+    """Make the directory of the other version's runs, below that of ours.
+
+    The headers of both say that the runs took turns.
+
+    Raises:
+        UserError: ``text`` names no version.
+    """
+    from scaletrain.scaling.measure import against, sweep
+
+    directory = out / "against"
+    version = against.find(text, out / "against-source")
+    # References are for the split of this version's lost time.
+    sweep.claim(directory, dataclasses.replace(plan, split=False))
+    ours = dataclasses.replace(header, turns=header.created, source="this version")
+    sweep.write_header(out, ours)
+    sweep.write_header(directory, dataclasses.replace(ours, source=version.name))
+    return sweep.Against(version, directory)
+
+
+def _power(plan: "Sweep", before: "Report | None") -> str:
+    """Return how many repeats show which slowdown. ``before``: None if both sides take turns."""
+    from scaletrain.scaling.explain import compare
+
+    cells = [cell for cell in plan.cells() if not cell.reference]
+    return compare.power_in_words(plan.repeats, len(cells), in_turns=before is None, before=before)
 
 
 def _cells(plan: "Sweep") -> str:
@@ -175,11 +228,11 @@ def _cores(plan: "Sweep") -> str:
     return f", bound to cores: rank {', '.join(ranks)}"
 
 
-def _check_baseline(path: Path, plan: "Sweep") -> None:
-    """Refuse a report with which nothing that is planned can be compared.
+def _check_baseline(path: Path, plan: "Sweep") -> "Report":
+    """Return the report of a baseline.
 
     Raises:
-        UserError: before anything is measured.
+        UserError: nothing that is planned can be compared with it.
     """
     from scaletrain.errors import UserError
     from scaletrain.scaling.explain import compare
@@ -193,6 +246,7 @@ def _check_baseline(path: Path, plan: "Sweep") -> None:
     if before.header.mode is None:
         raise UserError(f"--baseline {path}: not a scaling report {allowed}")
     compare.compare(_empty_report(plan), before)
+    return before
 
 
 def _empty_report(plan: "Sweep") -> "Report":

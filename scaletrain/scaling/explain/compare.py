@@ -1,19 +1,37 @@
-"""Two reports side by side: which cells became slower or faster by more than their noise."""
+"""Two reports side by side: which cells became slower or faster by more than their noise.
+
+Reports are of two sessions, or their runs took turns (``bench scaling --against``). A machine is a
+little faster in one session than in another, which the repeats of neither show.
+"""
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import yaml
 
 from scaletrain.config import parse_setting
 from scaletrain.errors import UserError
-from scaletrain.scaling.measure.intervals import Change, change, mean
+from scaletrain.scaling.measure.intervals import (
+    MANY,
+    POWER,
+    SESSION,
+    Change,
+    change,
+    paired_change,
+    relative_deviation,
+    repeats_to_see,
+    typical,
+)
 from scaletrain.scaling.model import Report, ReportHeader, Row
+from scaletrain.units import plural
 
 WORTH = 0.01  # a smaller change does not matter, however certain it is
-KNOWN = 0.10  # an interval that reaches further than this does not show that nothing changed
+SMALL = 0.05  # "no real change" is said where a change of this size, either way, is excluded
+USUAL = 0.01  # the deviation of a repeat, as a fraction, where nothing was measured yet
+AMOUNTS = (0.01, 0.02, 0.05, 0.10)  # slowdowns for which the repeats that show them are told
 # Keys of a config that every cell says of itself.
 ASIDE = ("workers", "exchange", "batch_size", "batch_mode", "run_dir")
 # Fields of the header that say how the machine was used.
@@ -51,9 +69,11 @@ class CellChange:
             return "REGRESSION"
         if self.improved:
             return "faster"
-        # So wide an interval would hide a real change: it does not show that there is none.
-        if self.change.low < 1 - KNOWN or self.change.high > 1 + KNOWN:
-            return "cannot tell (the interval is wide: more repeats, on a quiet machine)"
+        # A wide interval would hide a real change: it does not show that there is none.
+        if self.change.low <= 1 - SMALL:
+            return f"cannot tell (a slowdown of {SMALL:.0%} is not excluded: more repeats)"
+        if self.change.high >= 1 + SMALL:
+            return f"not slower by {SMALL:.0%}; whether it is faster, more repeats would tell"
         return "no real change"
 
 
@@ -62,7 +82,8 @@ def compare(new: Report, old: Report) -> list[CellChange]:
 
     A regression is real when the 95 % interval of new/old lies below 1, or when a cell fails that
     did not. The intervals hold for all cells together (Bonferroni): twenty cells without a change
-    give a false alarm in one comparison of twenty, not in most.
+    give a false alarm in one comparison of twenty, not in most. Between sessions, they allow for
+    what a machine's speed differs by (``intervals.SESSION``).
 
     Raises:
         UserError: the reports have no cell in common, or scale in different modes.
@@ -80,14 +101,71 @@ def compare(new: Report, old: Report) -> list[CellChange]:
             pairs.append((row, before))
     if not pairs:
         raise UserError("--baseline: has no cell in common with this report")
-    return [_change_of(row, before, together=len(pairs)) for row, before in pairs]
+    in_turns = took_turns(new, old)
+    return [_change_of(row, before, len(pairs), in_turns) for row, before in pairs]
 
 
-def _change_of(row: Row, before: Row, together: int) -> CellChange:
+def took_turns(new: Report, old: Report) -> bool:
+    """Return True if the runs of two reports took turns in one session."""
+    session = new.header.turns
+    return session is not None and session == old.header.turns
+
+
+def _change_of(row: Row, before: Row, together: int, in_turns: bool) -> CellChange:
     if not row.runs:  # failed, or not measured yet
         return CellChange(row.label, None, failed=bool(row.failures))
-    rate_change = change(mean(row.rates), mean(before.rates), together=together)
+    if not in_turns:
+        rate_change = change(typical(row.rates), typical(before.rates), together, SESSION)
+    elif len(row.runs) == len(before.runs):
+        rate_change = paired_change(row.rates, before.rates, together)
+    else:
+        # A repeat has failed: the others are of one session, but of no pairs.
+        rate_change = change(typical(row.rates), typical(before.rates), together)
     return CellChange(row.label, rate_change)
+
+
+def power_in_words(
+    repeats: int, cells: int, *, in_turns: bool, before: Report | None = None
+) -> str:
+    """Return how many repeats show which slowdown, before anything is measured.
+
+    Args:
+        repeats: that are planned, of each side.
+        cells: that are compared.
+        in_turns: whether both sides run in turns, or ``before`` is of another session.
+        before: says how repeats scatter; None: ``USUAL`` is assumed.
+    """
+    deviation = None if before is None else _scatter(before)
+    if deviation is None:
+        scatter = f"If repeats scatter by {USUAL:.1%}"
+        deviation = USUAL
+    else:
+        scatter = f"Repeats scattered by {deviation:.1%}"
+    session = None if in_turns else SESSION
+    needs = []
+    for amount in AMOUNTS:
+        needed = repeats_to_see(amount, deviation, together=cells, session=session)
+        count = f"more than {MANY}" if needed is None else str(needed)
+        needs.append(f"{amount:.0%} by {count}")
+    if in_turns:
+        limit = ""
+    else:
+        limit = f" Sessions differ by {SESSION:.0%}, which no repeats remove; --against does."
+    return (
+        f"{scatter}: a slowdown of {', '.join(needs)} repeats is seen in {POWER:.0%} of the"
+        f" comparisons of {plural(cells, 'cell')} (planned: {repeats}).{limit}"
+    )
+
+
+def _scatter(report: Report) -> float | None:
+    """Return the median deviation of a repeat over the cells; None if no cell has repeats."""
+    deviations = []
+    for row in report.rows:
+        if len(row.runs) > 1:
+            rate = typical(row.rates)
+            if rate.ci95 is not None:
+                deviations.append(relative_deviation(rate))
+    return float(np.median(deviations)) if deviations else None
 
 
 def _identity(row: Row) -> tuple[str, str, int, int, str]:

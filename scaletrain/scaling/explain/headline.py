@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from scaletrain.scaling.measure.intervals import ONE_RUN, change, mean
+from scaletrain.scaling.measure.intervals import ONE_RUN, change, typical
 from scaletrain.scaling.model import Loss, Report, ReportHeader, Row
 from scaletrain.units import plural
 
@@ -123,7 +123,7 @@ def _may_be_as_fast(row: Row, best: Row) -> bool:
 
     False where there are no repeats: nothing is known then.
     """
-    lead = change(mean(best.rates), mean(row.rates))
+    lead = change(typical(best.rates), typical(row.rates))
     return lead is not None and not lead.is_higher
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from scaletrain import plugins
 from scaletrain.scaling.explain import limiter
 from scaletrain.scaling.explain.limiter import Cause, Evidence, MeanStep, Steps
-from scaletrain.scaling.explain.measurements import Measurements, mean_part_s, rates
-from scaletrain.scaling.measure.intervals import mean
+from scaletrain.scaling.explain.measurements import Measurements, mean_part_s, rates, typical_runs
+from scaletrain.scaling.measure.intervals import typical
 from scaletrain.scaling.model import Cell, Loss, Row, Run
 from scaletrain.scaling.predict.fit import Fit, strategy_of
 from scaletrain.scaling.predict.step_time import StepModel
@@ -103,8 +103,8 @@ def _step_and_ideal_s(cell: Cell, runs: _Runs, *, strong: bool) -> tuple[float, 
     """
     # In weak scaling, a cell's batch size is that of one worker.
     batch = cell.batch_size if strong else cell.batch_size * cell.workers
-    real_s = float(np.mean(batch / np.array(rates(runs.real))))
-    single_s = float(np.mean(cell.batch_size / np.array(rates(runs.single))))
+    real_s = float(np.mean(batch / np.array(rates(typical_runs(runs.real)))))
+    single_s = float(np.mean(cell.batch_size / np.array(rates(typical_runs(runs.single)))))
     ideal_s = single_s / cell.workers if strong else single_s
     return real_s, ideal_s
 
@@ -131,11 +131,12 @@ def _lead_ci95(causes: Sequence[Cause], steps: Steps, runs: _Runs) -> float | No
         )
         seconds = dict(repeat_causes)
         leads.append(seconds[largest.name] - seconds[second.name])
-    return mean(leads).ci95
+    return typical(leads).ci95
 
 
 def mean_step(runs: Sequence[Run]) -> MeanStep:
-    """Return the mean step of some runs and its parts."""
+    """Return the mean step of the typical ones of some runs, and its parts."""
+    runs = typical_runs(runs)
     waits = [run.waited_s for run in runs if run.waited_s is not None]
     compute_s = [run.part_s("forward_s") + run.part_s("backward_s") for run in runs]
     # A mean wait over only some of the runs would not fit the other figures.

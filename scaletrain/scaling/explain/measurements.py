@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from scaletrain.scaling.measure.intervals import outlying
 from scaletrain.scaling.model import Cell, Run, Scalar
 
 
@@ -114,9 +115,18 @@ class Measurements:
         return []
 
 
+def typical_runs(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs whose speed is not outlying.
+
+    All means over repeats are of these, so that the parts of a step add up to the step.
+    """
+    marks = outlying(rates(runs))
+    return [run for run, out in zip(runs, marks, strict=True) if not out]
+
+
 def mean_rate(runs: Sequence[Run]) -> float:
-    """Return the mean samples per second of some runs."""
-    return float(np.mean(rates(runs)))
+    """Return the mean samples per second of the typical ones of some runs."""
+    return float(np.mean(rates(typical_runs(runs))))
 
 
 def rates(runs: Sequence[Run]) -> list[float]:
@@ -125,5 +135,5 @@ def rates(runs: Sequence[Run]) -> list[float]:
 
 
 def mean_part_s(runs: Sequence[Run], part: str) -> float:
-    """Return the mean seconds of one of PARTS over some runs."""
-    return float(np.mean([run.part_s(part) for run in runs]))
+    """Return the mean seconds of one of PARTS over the typical ones of some runs."""
+    return float(np.mean([run.part_s(part) for run in typical_runs(runs)]))

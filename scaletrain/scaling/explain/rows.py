@@ -7,8 +7,8 @@ from typing import TypeVar
 import numpy as np
 
 from scaletrain.collectives.traffic import bytes_moved
-from scaletrain.scaling.explain.measurements import Measurements, mean_part_s, rates
-from scaletrain.scaling.measure.intervals import Mean, mean, percentiles, ratio
+from scaletrain.scaling.explain.measurements import Measurements, mean_part_s, rates, typical_runs
+from scaletrain.scaling.measure.intervals import Mean, mean, outlying, percentiles, ratio, typical
 from scaletrain.scaling.model import Cell, Repeat, Row, Run, Summary
 from scaletrain.scaling.predict.fit import strategy_of
 
@@ -49,15 +49,16 @@ def row_of(cell: Cell, measurements: Measurements) -> Row:
 def _with_speed(row: Row, runs: Sequence[Run]) -> Row:
     """Add samples per second and the distribution of steps over all ranks and repeats."""
     # Intervals are over repeats, which are independent; the steps of a run are not.
-    # Percentiles are over all single steps.
-    rate = mean(rates(runs))
-    step = mean([run.step_s for run in runs])
+    # Percentiles are over all single steps, also those of outlying repeats.
+    rate = typical(rates(runs))
+    step = mean([run.step_s for run in typical_runs(runs)])
     steps = np.concatenate([run.steps.ravel() for run in runs])
     at_percent = percentiles(steps)
     return dataclasses.replace(
         row,
         samples_per_s=rate.value,
         samples_per_s_ci95=rate.ci95,
+        outliers=_outliers(runs),
         step_s_min=float(steps.min()),
         step_s_p10=at_percent[10],
         step_s_p50=at_percent[50],
@@ -68,6 +69,11 @@ def _with_speed(row: Row, runs: Sequence[Run]) -> Row:
     )
 
 
+def _outliers(runs: Sequence[Run]) -> tuple[int, ...]:
+    """Return the positions of the repeats whose speed is outlying, counted from 1."""
+    return tuple(number for number, out in enumerate(outlying(rates(runs)), 1) if out)
+
+
 def _with_parts(row: Row, runs: Sequence[Run]) -> Row:
     """Add the mean seconds of each part of a step."""
     return dataclasses.replace(
@@ -76,7 +82,7 @@ def _with_parts(row: Row, runs: Sequence[Run]) -> Row:
         forward_s=mean_part_s(runs, "forward_s"),
         backward_s=mean_part_s(runs, "backward_s"),
         update_s=mean_part_s(runs, "update_s"),
-        wait_in_backward_s=_mean_of(run.waited_s for run in runs),
+        wait_in_backward_s=_mean_of(run.waited_s for run in typical_runs(runs)),
     )
 
 
@@ -109,7 +115,7 @@ def _with_learning(row: Row, runs: Sequence[Run]) -> Row:
     times = [run.summary.target_s for run in runs if run.summary.target_s is not None]
     if not times:
         return row
-    to_target = mean(times)
+    to_target = typical(times)
     return dataclasses.replace(
         row, target_s=to_target.value, target_s_ci95=to_target.ci95, target_runs=len(times)
     )
@@ -156,7 +162,7 @@ def _with_exposed_communication(row: Row, cell: Cell, measurements: Measurements
         return row
     # Repeats at the same position ran close together: differences are taken repeat by repeat.
     pairs = zip(measurements.runs(cell), alone, strict=False)
-    exposed = mean([run.step_s - without.step_s for run, without in pairs])
+    exposed = typical([run.step_s - without.step_s for run, without in pairs])
     return dataclasses.replace(row, exposed_comm_s=exposed.value, exposed_comm_s_ci95=exposed.ci95)
 
 

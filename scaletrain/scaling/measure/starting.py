@@ -8,7 +8,7 @@ of the process that has started it.
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -59,7 +59,9 @@ class Starter:
         if self._server:
             self._server.close()
 
-    def start(self, command: Sequence[str], output: int) -> "subprocess.Popen[bytes] | Forked":
+    def start(
+        self, command: Sequence[str], output: int, environ: Mapping[str, str] | None = None
+    ) -> "subprocess.Popen[bytes] | Forked":
         """Start a command in a session of its own.
 
         Ctrl-C in the terminal then reaches the sweep alone, which stops the run in order. If the
@@ -68,10 +70,14 @@ class Starter:
         Args:
             command: the command.
             output: the descriptor of a file for both output streams.
+            environ: of a command that starts cold; None: this process's, warm if possible.
         """
-        return self._fork(command, output) or subprocess.Popen(
+        forked = None
+        if environ is None:
+            forked = self._fork(command, output)
+        return forked or subprocess.Popen(
             command,
-            env=os.environ,
+            env=os.environ if environ is None else environ,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

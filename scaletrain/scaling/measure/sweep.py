@@ -20,6 +20,7 @@ from scaletrain.launching.job import Program
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 from scaletrain.scaling.measure import trainings
+from scaletrain.scaling.measure.against import Version
 from scaletrain.scaling.model import Cell, ReportHeader, Scalar, Source, SweepPlan
 
 REFERENCE_STEPS = 60  # of the short runs that only the split of lost time needs
@@ -353,7 +354,22 @@ def order(cells: Sequence[Cell], repeats: int) -> Iterator[tuple[Cell, int]]:
             yield cell, repeat
 
 
-def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = False) -> None:
+@dataclasses.dataclass(frozen=True)
+class Against:
+    """The other side of a sweep whose runs take turns with those of another version."""
+
+    version: Version
+    out: Path  # the directory of its runs, which ``claim`` made
+
+
+def run(
+    sweep: Sweep,
+    out: Path,
+    tell: Callable[[str], None],
+    *,
+    trace: bool = False,
+    against: Against | None = None,
+) -> None:
     """Run every missing repeat of every cell, as ``trainings.run`` does.
 
     Args:
@@ -361,19 +377,33 @@ def run(sweep: Sweep, out: Path, tell: Callable[[str], None], *, trace: bool = F
         out: the sweep's directory, which ``claim`` made.
         tell: is called with one line about each repeat.
         trace: whether first repeats also record the events of a trace.
+        against: another version, which runs each repeat of each cell but the references just
+            before or after this one.
     """
-    series = []
+    series: list[trainings.Training] = []
     for cell, repeat in order(sweep.cells(), sweep.repeats):
-        directory = run_dir(out, cell, repeat)
-        series.append(
-            trainings.Training(
-                title=f"{cell.name} repeat {repeat + 1}",
-                run_dir=directory,
-                command=sweep.command(cell, directory, trace and repeat == 0),
-                launcher=sweep.launcher,
-                timeout_s=sweep.cell_timeout_s,
-            )
-        )
+        turns = [_training(sweep, out, cell, repeat, trace=trace)]
+        if against and not cell.reference:
+            other = _training(sweep, against.out, cell, repeat, trace=trace)
+            title = f"{other.title} of {against.version.name}"
+            environ = against.version.environ
+            turns.append(dataclasses.replace(other, title=title, environ=environ))
+        # Who begins changes from repeat to repeat.
+        series += turns if repeat % 2 == 0 else reversed(turns)
     missing = trainings.missing(series)
     with trainings.starter(missing, sweep.threads, cold=sweep.cold) as starter:
         trainings.run(missing, starter, tell, out)
+
+
+def _training(
+    sweep: Sweep, out: Path, cell: Cell, repeat: int, *, trace: bool
+) -> trainings.Training:
+    """Return the training of one repeat of a cell, below a sweep's directory."""
+    directory = run_dir(out, cell, repeat)
+    return trainings.Training(
+        title=f"{cell.name} repeat {repeat + 1}",
+        run_dir=directory,
+        command=sweep.command(cell, directory, trace and repeat == 0),
+        launcher=sweep.launcher,
+        timeout_s=sweep.cell_timeout_s,
+    )

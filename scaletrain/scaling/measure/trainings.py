@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from scaletrain.host.forkserver import Forked
@@ -38,6 +38,7 @@ class Training:
     command: Sequence[str]
     launcher: str  # local, ...
     timeout_s: float
+    environ: Mapping[str, str] | None = None  # None: this process's; others start cold
 
 
 def missing(trainings: Sequence[Training]) -> list[Training]:
@@ -53,9 +54,11 @@ def starter(trainings: Sequence[Training], threads: int, *, cold: bool) -> Start
         threads: of each worker.
         cold: whether each worker imports torch itself.
     """
-    # Workers of other launchers are not forked by ours.
+    # Workers of other launchers are not forked by ours. A series with other environments starts
+    # cold as a whole, so that its trainings can be compared.
+    all_alike = all(training.environ is None for training in trainings)
     all_local = all(training.launcher == "local" for training in trainings)
-    if cold or not all_local or len(trainings) < 2:
+    if cold or not all_local or not all_alike or len(trainings) < 2:
         return Starter()
     return Starter.warm(threads)
 
@@ -125,7 +128,7 @@ def _run_command(training: Training, starter: Starter) -> str | None:
     # Beside the run's directory, which the training makes itself.
     log = directory.with_name(f"{directory.name}.log")
     with open(log, "w", encoding="utf-8") as output:
-        process = starter.start(training.command, output.fileno())
+        process = starter.start(training.command, output.fileno(), training.environ)
         try:
             status = process.wait(training.timeout_s)
         except subprocess.TimeoutExpired:

@@ -154,6 +154,8 @@ def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Dra
         if any(row.oversubscribed for row in measured):
             # No points, only an entry of the legend.
             _ring(axes, [], [], INK, label="oversubscribed")
+        if any(row.outliers for row in measured):
+            axes.plot([], [], "x", ms=6, color=INK, ls="none", label="outlying repeat")
         axes.set_xlabel("workers")
         axes.set_ylabel("times the baseline" if figure == "speedup" else "speed-up / workers")
         axes.set_xticks(workers, list(map(str, workers)))
@@ -183,12 +185,22 @@ def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Dra
             label=_line_name(line[0], rows),
             zorder=3,
         )
+        for row in line:
+            _crosses(axes, row, value(row), aside=aside, colour=colour)
         marked = [row for row in line if row.oversubscribed]
         if marked:
             x = [row.workers + aside for row in marked]
             _ring(axes, x, [value(row) for row in marked], colour)
 
     return draw
+
+
+def _crosses(axes: Axes, row: Row, value: float, *, aside: float, colour: str) -> None:
+    """Draw the outlying repeats of a row, where they would be by their samples/s."""
+    for number in row.outliers:
+        assert row.samples_per_s is not None
+        own = value * row.rates[number - 1] / row.samples_per_s
+        axes.plot([row.workers + aside], [own], "x", ms=6, color=colour, ls="none", zorder=3)
 
 
 def _ring(

@@ -138,6 +138,8 @@ def compare_and_exit(new: Path, old: Path) -> None:
     """Print how every cell changed; exit with status 2 if one is slower beyond its interval."""
     new_report, old_report = read_report(new), read_report(old)
     changes = compare.compare(new_report, old_report)
+    if compare.took_turns(new_report, old_report):
+        click.echo(f"in turns with {old_report.header.source}:")
     differences = compare.differences(new_report, old_report)
     if differences:
         click.echo(differences)

@@ -68,6 +68,7 @@ def _template(name: str) -> jinja2.Template:
         "number": text.number,
         "of_servers": servers.text,
         "outcome": text.outcome,
+        "outlying": text.outlying,
         "oversubscribed": headline.oversubscribed,
     }
     return environment.get_template(name)

@@ -8,7 +8,7 @@ from scaletrain.scaling.explain.headline import oversubscribed
 from scaletrain.scaling.measure import servers
 from scaletrain.scaling.model import Report
 from scaletrain.scaling.show.columns import columns_of
-from scaletrain.scaling.show.text import UNKNOWN, note, outcome
+from scaletrain.scaling.show.text import UNKNOWN, note, outcome, outlying
 
 
 def show(report: Report, console: Console) -> None:
@@ -19,6 +19,8 @@ def show(report: Report, console: Console) -> None:
         console.print(f"* {marked}")
     if report.losses:
         console.print(_losses(report))
+    for line in outlying(report):
+        console.print(line, highlight=False, markup=False)
     for row in report.rows:
         if row.servers:
             # Without highlight and markup: rich would colour numbers and swallow brackets.

@@ -49,14 +49,31 @@ def outcome(row: Row) -> str:
     return f"failed: {'; '.join(dict.fromkeys(row.failures))}"
 
 
+def outlying(report: Report) -> list[str]:
+    """Return a line about each row with outlying repeats: which, and how far off they are."""
+    lines = []
+    for row in report.rows:
+        if not row.outliers or not row.samples_per_s:
+            continue
+        repeats = []
+        for number in row.outliers:
+            rate = row.rates[number - 1]
+            repeats.append(f"repeat {number} ({rate / row.samples_per_s - 1:+.0%})")
+        lines.append(
+            f"{row.label}: {', '.join(repeats)} of {row.repeats} left out of the means as outlying,"
+            " by samples/s."
+        )
+    return lines
+
+
 def note(report: Report) -> str:
     """Return the meaning of ± in a report. Without repeats there is none."""
     repeats = report.header.repeats
     if repeats < 2:
         return f"{ONE_RUN.capitalize()}."
     return (
-        f"± is the 95 % confidence interval of the mean over {repeats} repeats (Student's t)."
-        " A cell of one run has none. Speed-up is the ratio of the mean samples/s; its interval"
+        f"± is the 95 % confidence interval of the mean over {repeats} repeats (Student's t),"
+        " without outlying ones. A cell of one run has none. Speed-up is the ratio of the mean samples/s; its interval"
         " pairs each repeat with the baseline's."
     )
 
