@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from scaletrain.training.randomness import seed_of
+from scaletrain.training.randomness import mixed_bits, seed_of
 
 # An even number. Four are known to suffice for large sizes. With few samples a round has little to
 # choose from: with 8, some orders of 5 samples came up more often than others, with 12 none did.
@@ -38,7 +38,7 @@ class Permutation:
         # Round r adds functions[r, digit], so a round is a look-up: (rounds, rows) int64, which
         # is 0.5 MB and takes 1 ms for 30 million samples.
         keys = [seed_of(*place, index) for index in range(_ROUNDS)]
-        functions = _hash(np.arange(self._rows), np.array(keys, dtype=np.uint64)[:, None])
+        functions = mixed_bits(np.arange(self._rows), np.array(keys, dtype=np.uint64)[:, None])
         functions[0::2] %= np.uint64(self._rows)
         functions[1::2] %= np.uint64(self._columns)
         self._functions = functions.astype(np.int64)
@@ -66,26 +66,3 @@ class Permutation:
             high = (high + even[low]) % self._rows
             low = (low + odd[high]) % self._columns
         return high * self._columns + low
-
-
-def _hash(values: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return 64 well-mixed bits of each value under each key: the finaliser of SplitMix64.
-
-    Written out, since numpy's and torch's generators may draw other numbers in other versions.
-    Source: G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", 2014.
-
-    Args:
-        values: (n,) int64, not negative.
-        keys: (k, 1) uint64.
-
-    Returns:
-        (k, n) uint64.
-    """
-    # Arithmetic of numpy's arrays wraps around at 2**64, which is wanted.
-    mixed = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + keys
-    mixed ^= mixed >> np.uint64(30)
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 _NUMPY_SEEDS = 2**32  # numpy's global generator takes an int of 32 bits, or a slow array
@@ -40,6 +41,29 @@ def seed_of(*place: int | str) -> int:
             # Hexadecimal: Python refuses to write very long decimal numbers.
             digest.update(b"i%x;" % part)
     return int.from_bytes(digest.digest(), "little")
+
+
+def mixed_bits(values: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return 64 well-mixed bits of each value under each key: the finaliser of SplitMix64.
+
+    Written out, since numpy's and torch's generators may draw other numbers in other versions.
+    Source: G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", 2014.
+
+    Args:
+        values: (n,) int64, not negative.
+        keys: (k, 1) uint64.
+
+    Returns:
+        (k, n) uint64.
+    """
+    # Arithmetic of numpy's arrays wraps around at 2**64, which is wanted.
+    mixed = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + keys
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 def seed_generators(seed: int) -> None:
