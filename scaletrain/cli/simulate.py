@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from scaletrain.scaling.predict.simulate import SimulatedJob
 
 EXAMPLE = "scaletrain simulate --model nin --batch 1024 --sample-ms 8.3 --network gemini"
-MOST_WORKERS = 4096
+MOST_WORKERS = 32_768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +29,21 @@ class Options:
     model: str | None
     batch: int | None
     sample_ms: float | None
+    samples_per_s: float | None
+    precision: str | None
     layers: Path | None
     network: str
     bandwidth: str | None
+    latency_us: float | None
+    workers_per_host: int | None
+    local_bandwidth: str | None
     fit: Path | None
     half_duplex: bool
     workers: str
     strategy: str | None
+    servers_fed_by: str
     mode: str
-    no_overlap: bool
+    overlap: bool | None
     straggler_variation: float
     slow_probability: float
     slow_factor: float
@@ -49,8 +56,8 @@ class Options:
 @click.command()
 @click.option(
     "--model",
-    help="A preset (lenet, squeezenet, googlenet, nin, alexnet, vgg16, vgg19, resnet50)"
-    " or a size, such as 100MB.",
+    help="A preset (resnet50, vgg16, bert_large, gpt2, ...) or the size of the gradients, such as"
+    " 100MB.",
 )
 @click.option(
     "--batch",
@@ -61,6 +68,16 @@ class Options:
     "--sample-ms",
     type=click.FloatRange(min=0, min_open=True),
     help="Milliseconds of computation a sample, on one worker.",
+)
+@click.option(
+    "--samples-per-s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Samples (images, sentences) a second of one worker alone, in place of --sample-ms.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of gradients on the wire [default: float32, as torch.autocast keeps them].",
 )
 @click.option(
     "--layers",
@@ -76,6 +93,20 @@ class Options:
 )
 @click.option("--bandwidth", help="A bandwidth in place of the network's, such as 25Gbit.")
 @click.option(
+    "--latency-us",
+    type=click.FloatRange(min=0),
+    help="Microseconds of a message, in place of the network's.",
+)
+@click.option(
+    "--workers-per-host",
+    type=click.IntRange(min=1),
+    help="Workers that share a host's port [default: the network's, mostly 1].",
+)
+@click.option(
+    "--local-bandwidth",
+    help="Between workers of a host, such as 20GB [default: the network's, mostly the port's].",
+)
+@click.option(
     "--fit",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A calibration (fit.json) in place of --sample-ms and --network. Of --network, it takes"
@@ -86,7 +117,7 @@ class Options:
     "--workers",
     default="1,2,4,8,16,32,64,128",
     show_default=True,
-    help="Worker counts, up to 4096.",
+    help="Worker counts, up to 32768.",
 )
 @click.option(
     "--strategy",
@@ -99,7 +130,18 @@ class Options:
     show_default=True,
     help="Strong: the global batch is fixed. Weak: it grows with the workers.",
 )
-@click.option("--no-overlap", is_flag=True, help="Communication does not hide behind backward.")
+@click.option(
+    "--servers-fed-by",
+    type=click.Choice(["worker", "host"]),
+    default="worker",
+    show_default=True,
+    help="Servers get each worker's gradients, as ours do, or each host's sum, as TensorFlow's do.",
+)
+@click.option(
+    "--overlap/--no-overlap",
+    default=None,
+    help="Communication hides behind backward, or does not [default: the range between both].",
+)
 @click.option(
     "--straggler-variation",
     type=click.FloatRange(min=0),
@@ -141,13 +183,15 @@ class Options:
     "--networks", is_flag=True, help="List the known networks with their sources, and exit."
 )
 def command(networks: bool, **values: Any) -> None:
-    """Predict step time, speed-up and cost of every strategy at up to 4,096 workers.
+    """Predict step time, speed-up and cost of every strategy at up to 32,768 workers.
 
-    Predictions are computed from the schedules themselves. Nothing is started.
+    Predictions are computed from the schedules themselves. Nothing is started. A range lies between
+    no overlap of communication with backward (the first figure, to plan with) and full overlap.
 
     \b
     Examples:
       scaletrain simulate --model nin --batch 1024 --sample-ms 8.3 --network gemini
+      scaletrain simulate --model resnet50 --batch 64 --samples-per-s 360 --mode weak
       scaletrain simulate --fit runs/mine/fit.json --workers 1,2,4,8 --strategy ring,server
     """
     if networks:
@@ -246,15 +290,41 @@ def _fitted_fabric(options: Options, calibration: "Calibration", assumed: "Fabri
 
 
 def _adjusted(fabric: "Fabric", options: Options) -> "Fabric":
-    """Return the network with the bandwidth and the duplex that a person asks for."""
-    from scaletrain.scaling.predict.network import parse_bandwidth
+    """Return the network with the figures that a person gives.
+
+    Raises:
+        UserError: there is a bandwidth inside hosts, but one worker a host.
+    """
+    from scaletrain.collectives.cost import Link
+    from scaletrain.scaling.predict.network import LOCAL_LATENCY_S, parse_bandwidth
 
     network = fabric.network
+    given = []
     if options.bandwidth:
-        network = network._replace(bandwidth_bytes_per_s=parse_bandwidth(options.bandwidth))
+        bandwidth = parse_bandwidth(options.bandwidth)
+        network = network._replace(bandwidth_bytes_per_s=bandwidth)
+        given.append("bandwidth")
+    if options.latency_us is not None:
+        network = network._replace(latency_s=options.latency_us / 1e6)
+        given.append("latency")
     if options.half_duplex:
         network = network._replace(duplex=False)
-    return dataclasses.replace(fabric, network=network)
+    local = fabric.local
+    workers_per_host = options.workers_per_host or fabric.workers_per_host
+    if options.local_bandwidth:
+        if workers_per_host == 1:
+            raise UserError(
+                "--local-bandwidth: there is one worker a host (give --workers-per-host, too)"
+            )
+        latency_s = local.latency_s if local else LOCAL_LATENCY_S
+        local = Link(latency_s, parse_bandwidth(options.local_bandwidth, "--local-bandwidth"))
+    source = fabric.source
+    if given:
+        # A reader must not take a source for that of another figure.
+        source = f"{' and '.join(given)} as given; else {source}"
+    return dataclasses.replace(
+        fabric, network=network, source=source, workers_per_host=workers_per_host, local=local
+    )
 
 
 def _job(
@@ -271,7 +341,8 @@ def _job(
     Raises:
         UserError: none of them gives the model's size, the batch or the computation.
     """
-    from scaletrain.scaling.predict.simulate import SimulatedJob
+    from scaletrain.scaling.predict.network import Servers
+    from scaletrain.scaling.predict.simulate import PRECISIONS, SimulatedJob
     from scaletrain.scaling.predict.step_time import (
         USUAL_PROFILE,
         ComputeCost,
@@ -282,15 +353,20 @@ def _job(
     num_bytes: float | None = None
     compute: ComputeCost | None = None
     batch = options.batch
-    overlap = not options.no_overlap
+    overlap = options.overlap
     profile = USUAL_PROFILE
+    servers = Servers(fed_by_host=options.servers_fed_by == "host")
     if calibration:
         num_bytes = calibration.num_bytes
         compute = calibration.fit.compute
         batch = batch or calibration.batch_size
-        # A fit without overlap has put all communication into the step. Its figures only predict
-        # steps of the same kind.
+        # A fit without overlap has put all communication into the step, one with overlap what does
+        # not hide. Its figures only predict steps of the same kind.
+        if overlap is None:
+            overlap = calibration.fit.overlap
         overlap = overlap and calibration.fit.overlap
+        # The fitted bandwidth includes what the processes at its ends move.
+        servers = servers._replace(bytes_per_s=math.inf)
     if layers:
         num_bytes = float(layers.weight_bytes)
         profile = PassProfile.of_layers(layers)
@@ -300,8 +376,18 @@ def _job(
             compute = ComputeCost(layers.pass_s / layers.batch)
     if options.model:
         num_bytes = model_bytes(options.model)
+    if options.precision:
+        if num_bytes is None or is_size(options.model):
+            raise UserError(
+                "--precision: needs a model by name or --layers (a size in bytes says it already)"
+            )
+        num_bytes *= PRECISIONS[options.precision] / PRECISIONS["float32"]
+    if options.sample_ms and options.samples_per_s:
+        raise UserError("--samples-per-s: --sample-ms says the same (give one of them)")
     if options.sample_ms:
         compute = ComputeCost(options.sample_ms / 1e3)
+    if options.samples_per_s:
+        compute = ComputeCost(1 / options.samples_per_s)
     if num_bytes is None or batch is None or compute is None:
         required = {"--model": num_bytes, "--batch": batch, "--sample-ms": compute}
         missing = [option for option, value in required.items() if value is None]
@@ -322,7 +408,15 @@ def _job(
         ),
         epoch_samples=options.epoch_samples,
         price_per_worker_hour=options.price,
+        servers=servers,
     )
+
+
+def is_size(text: str | None) -> bool:
+    """Return True for a model that is given by its size, not by its name."""
+    from scaletrain.scaling.predict.simulate import MODEL_BYTES
+
+    return text is not None and text.lower() not in MODEL_BYTES
 
 
 def model_bytes(text: str) -> float:
@@ -338,7 +432,7 @@ def model_bytes(text: str) -> float:
     from scaletrain.scaling.predict.simulate import MODEL_BYTES
 
     # Presets first: none of them reads as a size.
-    if text.lower() in MODEL_BYTES:
+    if not is_size(text):
         return MODEL_BYTES[text.lower()]
     with contextlib.suppress(pydantic.ValidationError):
         size = pydantic.TypeAdapter(pydantic.ByteSize).validate_python(text)

@@ -22,13 +22,16 @@ def schedule(size: int) -> Schedule:
     return Schedule(size, size, (tuple(to_owners), sent_back(to_owners)))
 
 
-def loads(size: int) -> list[Load]:
+def loads(size: int, *, hosts_per_leaf: int = 0) -> list[Load]:
     """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
     if size == 1:
         return []
     # p - 1 slices of 1/p each.
     share = (size - 1) / size
-    return [
-        Load(repeats=1, messages=size - 1, one_way=share, both_ways=2 * share, added=share),
-        Load(repeats=1, messages=size - 1, one_way=share, both_ways=2 * share),
-    ]
+    uplink = 0.0
+    if hosts_per_leaf:
+        # Each rank of a leaf sends a slice to every rank outside. The last leaf may be smaller.
+        for inside in {min(hosts_per_leaf, size), size % hosts_per_leaf}:
+            uplink = max(uplink, inside * (size - inside) / size)
+    rounds = Load(repeats=1, messages=size - 1, one_way=share, both_ways=2 * share, uplink=uplink)
+    return [rounds._replace(added=share), rounds]

@@ -1,10 +1,12 @@
 """Double binary tree: two trees carry half the message each, with other ranks as forks."""
 
+import functools
 from typing import Annotated
 
 from annotated_types import Ge
 
-from scaletrain.collectives.schedule import Schedule, Transfer, pipeline, sent_back
+from scaletrain.collectives.cost import Load, pipelined_loads
+from scaletrain.collectives.schedule import Pipeline, Schedule, Transfer, sent_back
 
 
 def schedule(size: int, *, segments: Annotated[int, Ge(1)] = 16) -> Schedule:
@@ -22,6 +24,16 @@ def schedule(size: int, *, segments: Annotated[int, Ge(1)] = 16) -> Schedule:
         size: number of ranks.
         segments: parts into which the half of each tree is cut.
     """
+    return _pipeline(size).schedule(segments)
+
+
+def loads(size: int, *, segments: int = 16, hosts_per_leaf: int = 0) -> list[Load]:
+    """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
+    return pipelined_loads(_pipeline(size), segments, hosts_per_leaf)
+
+
+@functools.lru_cache(maxsize=4)
+def _pipeline(size: int) -> Pipeline:
     first = _parents(size)
     # For odd sizes, mirroring maps even ranks to even ones: the leaves would be the same.
     if size % 2 == 0:
@@ -37,7 +49,7 @@ def schedule(size: int, *, segments: Annotated[int, Ge(1)] = 16) -> Schedule:
             if parent is not None:
                 up.append(Transfer(rank, parent, tree, True))
         transfers += [*up, *sent_back(reversed(up))]
-    return pipeline(transfers, size, segments)
+    return Pipeline.of(transfers, size)
 
 
 def _parents(size: int) -> list[int | None]:

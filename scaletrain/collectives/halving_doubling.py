@@ -1,7 +1,7 @@
 """Recursive halving and doubling (Rabenseifner): bandwidth-optimal in 2 log2(p) rounds."""
 
-from scaletrain.collectives.cost import Load
-from scaletrain.collectives.recursive_doubling import core_of
+from scaletrain.collectives.cost import Load, crossings
+from scaletrain.collectives.recursive_doubling import core_of, pair_crossings
 from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
@@ -45,23 +45,24 @@ def _largest_power_of_two(size: int) -> int:
     return 1 << (size.bit_length() - 1)
 
 
-def loads(size: int) -> list[Load]:
+def loads(size: int, *, hosts_per_leaf: int = 0) -> list[Load]:
     """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
     largest = _largest_power_of_two(size)
+    core, extra = core_of(size, 1)
     halving: list[Load] = []
     doubling: list[Load] = []
     distance = largest // 2
     while distance:
         # Each rank sends ``distance`` of its ``largest`` chunks, and receives as many.
         share = distance / largest
-        both_ways = 2 * share
-        halving.append(Load(1, messages=1, one_way=share, both_ways=both_ways, added=share))
-        doubling.append(Load(1, messages=1, one_way=share, both_ways=both_ways))
+        uplink = share * pair_crossings(core, distance, hosts_per_leaf)
+        load = Load(1, messages=1, one_way=share, both_ways=2 * share, uplink=uplink)
+        halving.append(load._replace(added=share))
+        doubling.append(load)
         distance //= 2
     rounds = [*halving, *reversed(doubling)]
     if size == largest:
         return rounds
     # A rank outside the core hands over its whole message, and gets the whole sum at the end.
-    before = Load(1, messages=1, one_way=1, both_ways=1, added=1)
-    after = Load(1, messages=1, one_way=1, both_ways=1)
-    return [before, *rounds, after]
+    after = Load(1, messages=1, one_way=1, both_ways=1, uplink=crossings(extra, hosts_per_leaf))
+    return [after._replace(added=1), *rounds, after]

@@ -1,10 +1,12 @@
 """Pipelined chain tree: segments flow along a chain and back, so every link is busy."""
 
+import functools
 from typing import Annotated
 
 from annotated_types import Ge
 
-from scaletrain.collectives.schedule import Schedule, Transfer, pipeline, sent_back
+from scaletrain.collectives.cost import Load, pipelined_loads
+from scaletrain.collectives.schedule import Pipeline, Schedule, Transfer, sent_back
 
 
 def schedule(
@@ -23,6 +25,18 @@ def schedule(
         segments: parts into which the message is cut.
         fan_out: children of a node; 1 is the chain, which moves the fewest bytes through a port.
     """
+    return _pipeline(size, fan_out).schedule(segments)
+
+
+@functools.lru_cache(maxsize=4)
+def _pipeline(size: int, fan_out: int) -> Pipeline:
     # Numbered as a heap. From the last rank down, every rank comes before its parent.
     up = [Transfer(rank, (rank - 1) // fan_out, 0, True) for rank in range(size - 1, 0, -1)]
-    return pipeline([*up, *sent_back(reversed(up))], size, segments)
+    return Pipeline.of([*up, *sent_back(reversed(up))], size)
+
+
+def loads(
+    size: int, *, segments: int = 16, fan_out: int = 1, hosts_per_leaf: int = 0
+) -> list[Load]:
+    """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
+    return pipelined_loads(_pipeline(size, fan_out), segments, hosts_per_leaf)

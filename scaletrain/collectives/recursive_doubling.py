@@ -1,5 +1,6 @@
 """Recursive doubling: pairs swap and add the whole message; few rounds, for small ones."""
 
+from scaletrain.collectives.cost import Load, crossings
 from scaletrain.collectives.schedule import Schedule, Transfer, sent_back
 
 
@@ -48,3 +49,34 @@ def core_of(size: int, num_chunks: int = 1) -> tuple[list[int], tuple[Transfer, 
         for chunk in range(num_chunks):
             transfers.append(Transfer(rank, rank - 1, chunk, True))
     return core, tuple(transfers)
+
+
+def pair_crossings(core: list[int], distance: int, hosts_per_leaf: int) -> int:
+    """Return the most messages that leave a leaf when pairs at a distance swap.
+
+    Args:
+        core: the ranks that swap.
+        distance: between the two of a pair, in ``core``.
+        hosts_per_leaf: as in ``Network``.
+    """
+    # Pairs closer than a leaf is wide may cross a border as well: every pair is looked at.
+    swaps = []
+    if hosts_per_leaf:
+        for index, rank in enumerate(core):
+            swaps.append((rank, core[index ^ distance]))
+    return crossings(swaps, hosts_per_leaf)
+
+
+def loads(size: int, *, hosts_per_leaf: int = 0) -> list[Load]:
+    """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
+    core, extra = core_of(size)
+    rounds = []
+    distance = 1
+    while distance < len(core):
+        uplink = pair_crossings(core, distance, hosts_per_leaf)
+        rounds.append(Load(1, messages=1, one_way=1, both_ways=2, added=1, uplink=uplink))
+        distance *= 2
+    if not extra:
+        return rounds
+    after = Load(1, messages=1, one_way=1, both_ways=1, uplink=crossings(extra, hosts_per_leaf))
+    return [after._replace(added=1), *rounds, after]

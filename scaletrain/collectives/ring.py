@@ -31,13 +31,14 @@ def _round(size: int, offset: int, *, add: bool) -> tuple[Transfer, ...]:
     return tuple(transfers)
 
 
-def loads(size: int) -> list[Load]:
+def loads(size: int, *, hosts_per_leaf: int = 0) -> list[Load]:
     """Return the loads of the rounds, for so many ranks that the schedule is slow to make."""
     num_rounds = size - 1
     if num_rounds == 0:
         return []
     share = 1 / size
-    return [
-        Load(num_rounds, messages=1, one_way=share, both_ways=2 / size, added=share),
-        Load(num_rounds, messages=1, one_way=share, both_ways=2 / size),
-    ]
+    # Neighbours share a leaf, but for one chunk that leaves it and one that enters.
+    has_several_leaves = 0 < hosts_per_leaf < size
+    uplink = share if has_several_leaves else 0.0
+    rounds = Load(num_rounds, messages=1, one_way=share, both_ways=2 / size, uplink=uplink)
+    return [rounds._replace(added=share), rounds]

@@ -462,41 +462,69 @@ def in_turn(rounds_of_ranks: list[list[RankRound]]) -> set[tuple[int, int]]:
 # Pipelines
 
 
-def pipeline(transfers: Sequence[Transfer], size: int, segments: int) -> Schedule:
-    """Return a schedule that repeats transfers for every segment of the message.
+class Pipeline(NamedTuple):
+    """Transfers that are repeated for every segment of the message.
 
     Each segment starts a fixed number of rounds after the one before (the period). In a round every
     rank sends at most one message and receives at most one, over all segments: one port, both
     directions at once.
 
-    Transfers are put into the earliest rounds with free ports, modulo the period. Compilers
-    pipeline loops in the same way (modulo scheduling). The period is the shortest that any order
-    has: the messages of the busiest port.
-
-    Args:
-        transfers: of one segment, in an order that is right one by one.
+    Attributes:
         size: number of ranks.
-        segments: chunk c of ``transfers`` becomes chunk ``c * segments + i`` in segment i.
+        transfers: of one segment, in an order that is right one by one.
+        starts: for each of them, its round in the first segment.
+        period: rounds from one segment to the next.
     """
-    if not transfers:
-        return Schedule(size, segments, ())
-    num_sends = Counter(transfer.src for transfer in transfers)
-    num_receives = Counter(transfer.dst for transfer in transfers)
-    period = max(*num_sends.values(), *num_receives.values())
-    # The earliest rounds make the shortest pipeline, but may run out of free ports. With a
-    # coloring of the ports, each transfer's place in the period is free for certain.
-    starts = _starts(transfers, period, None)
-    if starts is None:
-        starts = _starts(transfers, period, _colors(transfers, period))
-    assert starts is not None
-    rounds: list[list[Transfer]] = [[] for _ in range(max(starts) + 1 + period * (segments - 1))]
-    for segment in range(segments):
-        for transfer, start in zip(transfers, starts, strict=True):
-            src, dst, chunk, add = transfer
-            moved = Transfer(src, dst, chunk * segments + segment, add)
-            rounds[start + period * segment].append(moved)
-    num_chunks = (1 + max(transfer.chunk for transfer in transfers)) * segments
-    return Schedule(size, num_chunks, tuple(tuple(transfers) for transfers in rounds if transfers))
+
+    size: int
+    transfers: tuple[Transfer, ...]
+    starts: tuple[int, ...]
+    period: int
+
+    @classmethod
+    def of(cls, transfers: Sequence[Transfer], size: int) -> "Pipeline":
+        """Return the shortest pipeline of these transfers.
+
+        Transfers are put into the earliest rounds with free ports, modulo the period. Compilers
+        pipeline loops in the same way (modulo scheduling). The period is the shortest that any
+        order has: the messages of the busiest port.
+        """
+        if not transfers:
+            return cls(size, (), (), 1)
+        num_sends = Counter(transfer.src for transfer in transfers)
+        num_receives = Counter(transfer.dst for transfer in transfers)
+        period = max(*num_sends.values(), *num_receives.values())
+        # The earliest rounds make the shortest pipeline, but may run out of free ports. With a
+        # coloring of the ports, each transfer's place in the period is free for certain.
+        starts = _starts(transfers, period, None)
+        if starts is None:
+            starts = _starts(transfers, period, _colors(transfers, period))
+        assert starts is not None
+        return cls(size, tuple(transfers), tuple(starts), period)
+
+    def num_rounds(self, segments: int) -> int:
+        """Return how many rounds so many segments take."""
+        if not self.transfers:
+            return 0
+        return max(self.starts) + 1 + self.period * (segments - 1)
+
+    def num_chunks(self, segments: int) -> int:
+        """Return into how many chunks the message is cut."""
+        return (1 + max((transfer.chunk for transfer in self.transfers), default=0)) * segments
+
+    def schedule(self, segments: int) -> Schedule:
+        """Return the schedule of so many segments.
+
+        Chunk c of a segment's transfers becomes chunk ``c * segments + i`` in segment i.
+        """
+        rounds: list[list[Transfer]] = [[] for _ in range(self.num_rounds(segments))]
+        for segment in range(segments):
+            for transfer, start in zip(self.transfers, self.starts, strict=True):
+                src, dst, chunk, add = transfer
+                moved = Transfer(src, dst, chunk * segments + segment, add)
+                rounds[start + self.period * segment].append(moved)
+        filled = tuple(tuple(transfers) for transfers in rounds if transfers)
+        return Schedule(self.size, self.num_chunks(segments), filled)
 
 
 def _starts(

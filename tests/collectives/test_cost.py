@@ -9,7 +9,15 @@ import time
 import pytest
 
 from scaletrain import plugins
-from scaletrain.collectives.cost import Link, Network, loads_of, predict, predict_seconds
+from scaletrain.collectives.cost import (
+    Link,
+    Network,
+    crossings,
+    loads_of,
+    predict,
+    predict_seconds,
+)
+from scaletrain.collectives.schedule import Schedule, Transfer
 
 ETHERNET = Network(50e-6, 125e6)
 SIZE = 25_000_000
@@ -56,6 +64,35 @@ def test_stated_loads_are_those_of_the_schedule(name: str):
     for p in range(1, 65):
         stated = predict_seconds(plugins.companion("collective", name, "loads")(p), SIZE, network)
         assert stated == pytest.approx(predict_seconds(loads_of(factory(p)), SIZE, network)), p
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in plugins.names("collective") if plugins.companion("collective", n, "loads")],
+)
+@pytest.mark.parametrize("leaf", [3, 8])
+def test_stated_loads_count_what_crosses_the_uplinks(name: str, leaf: int):
+    factory = plugins.load("collective", name)
+    loads = plugins.companion("collective", name, "loads")
+    network = Network(0.0, 125e6, hosts_per_leaf=leaf, oversubscription=leaf)
+    for p in range(1, 65):
+        counted = predict_seconds(loads_of(factory(p), leaf), SIZE, network)
+        stated = predict_seconds(loads(p, hosts_per_leaf=leaf), SIZE, network)
+        assert stated == pytest.approx(counted), p
+
+
+def test_uplinks_carry_what_is_counted_by_hand():
+    """Two leaves of two: 0 -> 1 stays inside, 1 -> 2 and 0 -> 3 leave the first."""
+    transfers = (Transfer(0, 1, 0, True), Transfer(1, 2, 0, True), Transfer(0, 3, 0, True))
+    assert crossings(transfers, 2) == 2 and crossings(transfers, 4) == 0
+    network = Network(0.0, 1e6, hosts_per_leaf=2, oversubscription=2.0)
+    # Two messages of 1 MB over uplinks as wide as one port, where rank 0's port has two as well.
+    assert predict_seconds(Schedule(4, 1, (transfers,)), 10**6, network) == pytest.approx(2.0)
+    narrow = network._replace(oversubscription=8.0)
+    assert predict_seconds(Schedule(4, 1, (transfers,)), 10**6, narrow) == pytest.approx(8.0)
+    # The same with two ranks a host and one host a leaf: both messages cross the same uplink.
+    hosts = narrow._replace(ranks_per_host=2, hosts_per_leaf=1)
+    assert predict_seconds(Schedule(4, 1, (transfers,)), 10**6, hosts) == pytest.approx(16.0)
 
 
 def test_four_thousand_ranks_are_predicted_quickly():

@@ -21,7 +21,7 @@ from scaletrain.errors import UserError
 from scaletrain.run.atomic import write_json
 from scaletrain.scaling.model import Prediction, Report, Row
 from scaletrain.scaling.predict import step_time
-from scaletrain.scaling.predict.network import Fabric
+from scaletrain.scaling.predict.network import Fabric, Servers
 from scaletrain.scaling.predict.step_time import ComputeCost, StepModel
 
 FAR = 8  # times the measured workers; a prediction beyond that has to be asked for
@@ -33,6 +33,8 @@ _LATENCY_BOUNDS_S = (1e-7, 0.1)
 _BANDWIDTH_BOUNDS = (1e4, 1e12)
 # Residuals beyond 5 % weigh less than their square: an outlier is no reason to miss the others.
 _OUTLIER = 0.05
+# What a server's process moves is part of the bandwidth that is fitted.
+_AS_MEASURED = Servers(bytes_per_s=math.inf)
 
 
 class Estimate(NamedTuple):
@@ -203,7 +205,7 @@ def fit_exchanges(timings: Sequence[Timing]) -> FittedNetwork:
             # One worker exchanges nothing: its predicted 0 s has no logarithm.
             if timing.workers > 1:
                 predicted_s = step_time.exchange_s(
-                    timing.strategy, timing.workers, timing.num_bytes, fabric
+                    timing.strategy, timing.workers, timing.num_bytes, fabric, _AS_MEASURED
                 )
                 errors.append(math.log(predicted_s / timing.seconds))
         return errors
@@ -411,7 +413,7 @@ def fit_report(
         )
 
     def residuals(network: Network) -> list[float]:
-        model = StepModel(num_bytes, compute, Fabric(network, ""), overlap)
+        model = StepModel(num_bytes, compute, Fabric(network, ""), overlap, servers=_AS_MEASURED)
         # Logarithms of ratios: short steps weigh as much as long ones.
         return [math.log(step.predicted_s(model) / step.measured_s) for step in steps]
 
@@ -451,7 +453,9 @@ def predictions(fitted: Fit, report: Report, num_bytes: float) -> list[Predictio
 
 
 def _predicted(fitted: Fit, steps: Sequence[_ExchangeStep], num_bytes: float) -> list[Prediction]:
-    model = StepModel(num_bytes, fitted.compute, fitted.fabric, fitted.overlap)
+    model = StepModel(
+        num_bytes, fitted.compute, fitted.fabric, fitted.overlap, servers=_AS_MEASURED
+    )
     results = []
     for step in steps:
         results.append(

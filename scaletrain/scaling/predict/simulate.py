@@ -1,5 +1,6 @@
 """Simulate a job: step time, speed-up and cost of every strategy, from the models alone."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,9 +8,10 @@ from scaletrain import plugins
 from scaletrain.collectives.schedule import proved
 from scaletrain.config.grammar import split_spec
 from scaletrain.errors import UserError, unknown
-from scaletrain.scaling.predict import step_time
-from scaletrain.scaling.predict.network import Fabric
+from scaletrain.scaling.predict import network, step_time
+from scaletrain.scaling.predict.network import OUR_SERVERS, Fabric, Servers
 from scaletrain.scaling.predict.step_time import (
+    Band,
     ComputeCost,
     PassProfile,
     StepModel,
@@ -17,10 +19,19 @@ from scaletrain.scaling.predict.step_time import (
     Strategy,
 )
 
-MODEL_BYTES = {  # float32 weights; googlenet with both auxiliary heads, as it is trained
-    "lenet": 431_080 * 4, "squeezenet": 1_248_424 * 4, "googlenet": 13_378_280 * 4, "nin": 7_595_176 * 4,
-    "alexnet": 60_965_224 * 4, "vgg16": 138_357_544 * 4, "vgg19": 143_667_240 * 4, "resnet50": 25_557_032 * 4,
+# Parameters; googlenet with both auxiliary heads, as it is trained. Counts of torchvision, but for
+# nin (Caffe's model zoo), inception_v3 (TensorFlow's, without its head) and bert (for pretraining).
+MODEL_PARAMETERS = {
+    "lenet": 431_080, "squeezenet": 1_248_424, "googlenet": 13_378_280, "nin": 7_595_176, "alexnet": 60_965_224,
+    "vgg16": 138_357_544, "vgg19": 143_667_240, "inception_v3": 23_834_568,
+    "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
+    "densenet121": 7_978_856, "mobilenet_v2": 3_504_872, "efficientnet_b0": 5_288_548, "vit_b_16": 86_567_656,
+    "bert_base": 110_106_428, "bert_large": 336_226_108, "gpt2": 124_439_808,
 }  # fmt: skip
+MODEL_BYTES = {name: 4 * count for name, count in MODEL_PARAMETERS.items()}  # in float32
+
+# Bytes of a gradient on the wire. torch.autocast keeps float32 weights and so float32 gradients.
+PRECISIONS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class SimulatedJob(NamedTuple):
@@ -32,11 +43,13 @@ class SimulatedJob(NamedTuple):
         compute: a worker's computation.
         network: the machine's network.
         mode: ``strong`` or ``weak``.
-        overlap: collectives run while backward goes on.
+        overlap: exchanges run while backward goes on; None: not known, so that the prediction is
+            the band between both.
         profile: when gradients become complete during a pass.
         stragglers: how the computation varies from step to step.
         epoch_samples: samples an epoch; None: no price is shown.
         price_per_worker_hour: of every machine; None: no price is shown.
+        servers: what parameter servers are like.
     """
 
     num_bytes: float
@@ -44,11 +57,12 @@ class SimulatedJob(NamedTuple):
     compute: ComputeCost
     network: Fabric
     mode: str = "strong"
-    overlap: bool = True
+    overlap: bool | None = None
     profile: PassProfile = step_time.USUAL_PROFILE
     stragglers: Stragglers = Stragglers()
     epoch_samples: int | None = None
     price_per_worker_hour: float | None = None
+    servers: Servers = OUR_SERVERS
 
     def share(self, workers: int) -> float:
         """Return the samples of one worker in a step."""
@@ -63,27 +77,36 @@ PointValue = str | float | int | None  # of a field of ``Point``
 class Point(NamedTuple):
     """One strategy at one number of workers.
 
+    Every figure is of the slow end of the band, on which a plan can rely. ``fast_`` figures are of
+    the other end, where the exchange hides as well as it can.
+
     Attributes:
         strategy: as a person types it.
         workers: workers whose gradients a step waits for.
         step_s: seconds of a step.
-        exposed_s: of these, the seconds that the exchange and stragglers add.
+        fast_step_s: the same at the fast end.
+        exposed_s: of ``step_s``, the seconds that the exchange and stragglers add.
         samples_per_s: of all workers together.
         speedup: over one worker without an exchange.
-        efficiency: speed-up per worker.
+        fast_speedup: the same at the fast end.
+        efficiency: speed-up per worker that computes, backup workers included.
         cost_per_epoch: price of all machines; None: no price is known.
         machines: the workers, the backup workers and the servers.
+        segments: that a pipelined tree needs for this; None: it is no such tree.
     """
 
     strategy: str
     workers: int
     step_s: float
+    fast_step_s: float
     exposed_s: float
     samples_per_s: float
     speedup: float
+    fast_speedup: float
     efficiency: float
     cost_per_epoch: float | None
     machines: int
+    segments: int | None = None
 
 
 def strategies() -> list[str]:
@@ -100,14 +123,24 @@ def check(names: Sequence[str]) -> None:
     """
     collectives = plugins.names("collective")
     for name in names:
-        strategy, _, backups = name.partition("+")
-        if backups and not backups.isdigit():
+        strategy, plus, backups = name.partition("+")
+        if plus and not backups.isdigit():
             raise UserError(f"--strategy: {name!r}: backup workers are a number, as in server+4")
         spec = split_spec(strategy)
-        kind, servers = spec.name, spec.rest
-        if kind == "server" and _is_count(servers or "1"):
+        kind, option = spec.name, spec.rest
+        if kind == "server" and _is_count(option or "1"):
             continue
-        if kind not in [*collectives, "none"] or servers:
+        if plus and kind in collectives:
+            # A collective adds up every rank's gradient: it cannot go on without the slowest.
+            raise UserError(
+                f"--strategy: {name!r}: backup workers need a server, which can drop the late"
+                " gradients (allowed: server+4, server:4+4)"
+            )
+        is_segmented = kind in collectives and network.has_segments(kind)
+        segments = option.removeprefix("segments=")
+        if option and is_segmented and option != segments and _is_count(segments):
+            option = ""
+        if kind not in [*collectives, "none"] or option:
             raise unknown("--strategy", name, [*collectives, "none", "server", "server:4"])
         if kind in collectives:
             # The smallest size, an odd one and a power of two: algorithms treat them differently.
@@ -125,32 +158,60 @@ def simulate_one(job: SimulatedJob, strategy: str, workers: int) -> Point:
     share = job.share(workers)
     slowest = step_time.slowest_factor(workers, parsed.backups, job.stragglers)
     compute = job.compute.slowed(slowest)
-    # Backup workers send their gradients to a server, too. A collective has no backup workers.
-    senders = workers + parsed.backups if parsed.has_servers else workers
-    model = StepModel(job.num_bytes, compute, job.network, job.overlap, job.profile)
-    step_s = model.step_s(strategy, senders, share)
+    # Backup workers send their gradients to the servers, too.
+    computing = workers + parsed.backups
+    model = StepModel(job.num_bytes, compute, job.network, profile=job.profile, servers=job.servers)
+    parsed = _with_segments(parsed, computing, job)
+    band = _band(job, model, parsed, computing, share)
     # The same computation without an exchange, and the whole batch on one worker.
     quiet_s = StepModel(job.num_bytes, compute, job.network).step_s("none", 1, share)
-    alone = StepModel(job.num_bytes, job.compute, job.network)
+    alone_compute = job.compute.slowed(step_time.slowest_factor(1, 0, job.stragglers))
+    alone = StepModel(job.num_bytes, alone_compute, job.network)
     alone_s = alone.step_s("none", 1, job.batch_size)
     # By throughput, which compares strong and weak scaling with one worker alike.
     # The gradients of backup workers that come late do not count.
-    samples_per_s = share * workers / step_s
+    samples_per_s = share * workers / band.high
     speedup = samples_per_s / (job.batch_size / alone_s)
-    machines = workers + parsed.backups
+    machines = computing
     if machines > 1:  # one worker alone has nobody to exchange with, and needs no server
         machines += parsed.servers
     return Point(
         strategy=strategy,
         workers=workers,
-        step_s=step_s,
-        exposed_s=step_s - quiet_s,
+        step_s=band.high,
+        fast_step_s=band.low,
+        exposed_s=band.high - quiet_s,
         samples_per_s=samples_per_s,
         speedup=speedup,
-        efficiency=speedup / workers,
+        fast_speedup=speedup * band.high / band.low,
+        efficiency=speedup / computing,
         cost_per_epoch=_cost_per_epoch(job, machines, samples_per_s),
         machines=machines,
+        segments=parsed.segments,
     )
+
+
+def _band(
+    job: SimulatedJob, model: StepModel, strategy: Strategy, workers: int, share: float
+) -> Band:
+    if job.overlap is None:
+        return model.band(strategy, workers, share)
+    step_s = dataclasses.replace(model, overlap=job.overlap).step_s(strategy, workers, share)
+    return Band(step_s, step_s)
+
+
+def _with_segments(strategy: Strategy, workers: int, job: SimulatedJob) -> Strategy:
+    """Return a pipelined tree with the fastest number of segments, unless one was typed.
+
+    It is one for all buckets, since a person sets one: that of the largest bucket.
+    """
+    if strategy.segments or strategy.has_servers or strategy.name == "none":
+        return strategy
+    if not network.has_segments(strategy.name):
+        return strategy
+    largest = max(step_time.buckets(job.num_bytes))
+    best = network.best_segments(strategy.name, workers, largest, job.network)
+    return strategy._replace(segments=best)
 
 
 def _cost_per_epoch(job: SimulatedJob, machines: int, samples_per_s: float) -> float | None:

@@ -10,7 +10,16 @@ import numpy as np
 
 from scaletrain.config.grammar import split_spec
 from scaletrain.scaling.predict.layers import ModelTimes
-from scaletrain.scaling.predict.network import Fabric, allreduce_s, server_s
+from scaletrain.scaling.predict.network import (
+    INCAST_S,
+    INCAST_SENDERS,
+    OUR_SERVERS,
+    Fabric,
+    Servers,
+    allreduce_s,
+    is_crowded,
+    server_s,
+)
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default bucket
 FIRST_BUCKET_BYTES = 2.0**20  # DDP's, smaller so that communication starts early
@@ -147,6 +156,7 @@ class Strategy(NamedTuple):
     name: str  # a collective, ``server`` or ``none``
     servers: int = 0  # parameter servers beside the workers
     backups: int = 0  # workers beyond those whose gradients a step waits for
+    segments: int | None = None  # of a pipelined tree; None: its default
 
     @property
     def has_servers(self) -> bool:
@@ -158,33 +168,66 @@ class Strategy(NamedTuple):
         """Return the strategy that a text names.
 
         >>> Strategy.parse("server:4+3")
-        Strategy(name='server', servers=4, backups=3)
+        Strategy(name='server', servers=4, backups=3, segments=None)
+        >>> Strategy.parse("double_tree:segments=64").segments
+        64
 
         Raises:
-            ValueError: a number of servers or of backup workers is not a number.
+            ValueError: a number of servers, of backup workers or of segments is not a number.
         """
         kind, _, backups = text.partition("+")
         spec = split_spec(kind)
         if spec.name == "server":
             return cls(spec.name, int(spec.rest or 1), int(backups or 0))
-        return cls(spec.name, 0, int(backups or 0))
+        segments = spec.rest.removeprefix("segments=")
+        return cls(spec.name, 0, int(backups or 0), int(segments) if segments else None)
 
 
-def exchange_s(strategy: str, workers: int, num_bytes: float, fabric: Fabric) -> float:
+def exchange_s(
+    strategy: str | Strategy,
+    workers: int,
+    num_bytes: float,
+    fabric: Fabric,
+    servers: Servers = OUR_SERVERS,
+) -> float:
     """Return the seconds of one exchange.
 
     Args:
-        strategy: as ``Strategy.parse`` takes it.
+        strategy: itself, or as ``Strategy.parse`` takes it.
         workers: workers that exchange.
         num_bytes: size of the gradients.
         fabric: the network.
+        servers: what servers are like; the strategy says how many.
     """
-    if strategy == "none" or workers <= 1:
+    parsed = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+    if parsed.name == "none" or workers <= 1:
         return 0.0
-    parsed = Strategy.parse(strategy)
     if parsed.has_servers:
-        return server_s(workers, num_bytes, fabric, servers=parsed.servers)
-    return allreduce_s(parsed.name, workers, num_bytes, fabric)
+        return server_s(workers, num_bytes, fabric, servers._replace(number=parsed.servers))
+    return allreduce_s(parsed.name, workers, num_bytes, fabric, parsed.segments)
+
+
+def incast_s(strategy: Strategy, workers: int, fabric: Fabric) -> float:
+    """Return the seconds that TCP may lose where many hosts send to one port at once."""
+    if strategy.name == "none" or not fabric.drops_packets:
+        return 0.0
+    if strategy.has_servers:
+        crowded = -(-workers // fabric.workers_per_host) > INCAST_SENDERS
+    else:
+        crowded = is_crowded(strategy.name, workers, fabric)
+    return INCAST_S if crowded else 0.0
+
+
+class Band(NamedTuple):
+    """The seconds of a step between two assumptions."""
+
+    low: float  # all of the exchange that can hide behind backward does
+    high: float  # none of it does, and TCP times out where it may
+
+    @property
+    def middle(self) -> float:
+        """The geometric mean: as many times ``low`` as ``high`` is as many times it."""
+        return math.sqrt(self.low * self.high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +238,9 @@ class StepModel:
         num_bytes: size of the gradients.
         compute: a worker's computation.
         fabric: the network.
-        overlap: collectives run while backward goes on. Servers never overlap.
+        overlap: exchanges run while backward goes on.
         profile: when gradients become complete.
+        servers: what parameter servers are like.
     """
 
     num_bytes: float
@@ -204,16 +248,24 @@ class StepModel:
     fabric: Fabric
     overlap: bool = True
     profile: PassProfile = USUAL_PROFILE
+    servers: Servers = OUR_SERVERS
 
-    def step_s(self, strategy: str, workers: int, share: float) -> float:
+    def step_s(self, strategy: str | Strategy, workers: int, share: float) -> float:
         """Return the seconds of a step of ``workers``, each on ``share`` samples."""
         pass_s = self.compute.pass_s(share)
-        overlap = self.overlap and not Strategy.parse(strategy).has_servers
         # Without overlap, all gradients leave as one message after backward.
-        sizes = buckets(self.num_bytes) if overlap else [self.num_bytes]
-        costs = [exchange_s(strategy, workers, size, self.fabric) for size in sizes]
-        exposed = exposed_s(pass_s, costs, sizes, self.profile, overlap=overlap)
+        sizes = buckets(self.num_bytes) if self.overlap else [self.num_bytes]
+        costs = [exchange_s(strategy, workers, size, self.fabric, self.servers) for size in sizes]
+        exposed = exposed_s(pass_s, costs, sizes, self.profile, overlap=self.overlap)
         return pass_s + exposed + self.compute.update_s
+
+    def band(self, strategy: Strategy, workers: int, share: float) -> Band:
+        """Return the step between full overlap and none, where TCP may also time out."""
+        overlapped_s = dataclasses.replace(self, overlap=True).step_s(strategy, workers, share)
+        apart_s = dataclasses.replace(self, overlap=False).step_s(strategy, workers, share)
+        # Where latency counts most, many buckets are slower than one message after backward.
+        low, high = sorted((overlapped_s, apart_s))
+        return Band(low, high + incast_s(strategy, workers, self.fabric))
 
 
 @functools.lru_cache(maxsize=4096)

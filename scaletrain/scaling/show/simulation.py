@@ -1,5 +1,6 @@
 """Write a simulation: the terminal's table, simulation.json, .csv and images."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,9 +9,11 @@ from rich.table import Table
 
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
-from scaletrain.scaling.predict import simulate
+from scaletrain.scaling.predict import simulate, step_time
 from scaletrain.scaling.predict.fit import FAR
+from scaletrain.scaling.predict.network import INCAST_S, INCAST_SENDERS
 from scaletrain.scaling.predict.simulate import Point, SimulatedJob
+from scaletrain.scaling.predict.step_time import Strategy
 from scaletrain.scaling.show import plots
 from scaletrain.scaling.show.publish import write_csv
 from scaletrain.units import plural
@@ -60,12 +63,19 @@ def _table(
             point = at[strategy, workers]
             # Where all are equally fast none is marked.
             beats_some = workers > 1 and len(fastest[workers]) < len(strategies)
+            speedup = _range(point.speedup, point.fast_speedup, ".1f", "-")
             if beats_some and point in fastest[workers]:
-                cells.append(f"[bold]{point.speedup:.1f}*[/bold]")
+                cells.append(f"[bold]{speedup}*[/bold]")
             else:
-                cells.append(f"{point.speedup:.1f}")
+                cells.append(speedup)
         table.add_row(strategy, *cells)
     return table
+
+
+def _range(low: float, high: float, form: str, between: str) -> str:
+    """Return two figures as a range, or as one where they read the same."""
+    first, last = format(low, form), format(high, form)
+    return first if first == last else f"{first}{between}{last}"
 
 
 def _remarks(job: SimulatedJob, points: Sequence[Point], left_out: Sequence[int]) -> list[str]:
@@ -77,7 +87,7 @@ def _remarks(job: SimulatedJob, points: Sequence[Point], left_out: Sequence[int]
             f"left out: {counts} workers cannot share a batch of {job.batch_size}"
             " (a larger --batch, or --mode weak)"
         )
-    remarks.append(f"network: {job.network.source}")
+    remarks += _assumptions(job, points)
     has_price = job.price_per_worker_hour is not None
     if has_price:
         remarks.append(f"an epoch is {job.epoch_samples:,} samples (--epoch-samples)")
@@ -88,6 +98,51 @@ def _remarks(job: SimulatedJob, points: Sequence[Point], left_out: Sequence[int]
             f" +N takes N backup workers{price}"
         )
     return remarks
+
+
+def _assumptions(job: SimulatedJob, points: Sequence[Point]) -> list[str]:
+    """Return what the prediction rests on, with the sources of its figures."""
+    fabric = job.network
+    lines = [f"network: {fabric.source}"]
+    if fabric.workers_per_host > 1:
+        inside = "as fast as its port (ASSUMED; --local-bandwidth)"
+        if fabric.local:
+            inside = f"{fabric.local.bandwidth_bytes_per_s / 1e9:,.1f} GB/s"
+        lines.append(f"hosts: {fabric.workers_per_host} workers each; inside a host {inside}")
+    if job.overlap is None:
+        lines.append(
+            "a range: from no overlap of communication with backward (* and the price go by it)"
+            " to full overlap (--overlap, --no-overlap)"
+        )
+    elif job.overlap:
+        lines.append("all of the communication that can hide behind backward does (--overlap)")
+    if job.overlap is not False and job.profile == step_time.USUAL_PROFILE:
+        lines.append(
+            "ASSUMED: forward is a third of a pass, gradients come in proportion to their bytes"
+            " (--layers)"
+        )
+    if any(Strategy.parse(point.strategy).has_servers for point in points):
+        lines += _about_servers(job)
+    most_hosts = max(point.workers for point in points) / fabric.workers_per_host
+    if job.overlap is None and fabric.drops_packets and most_hosts > INCAST_SENDERS:
+        lines.append(
+            f"where more than {INCAST_SENDERS} hosts send to one port at once, TCP may time out"
+            f" once a step ({1e3 * INCAST_S:.0f} ms, in the first figure)"
+        )
+    return lines
+
+
+def _about_servers(job: SimulatedJob) -> list[str]:
+    feeder = "host" if job.servers.fed_by_host else "worker"
+    fed = ""
+    if job.network.workers_per_host > 1:
+        fed = f", which gets a message from every {feeder} (--servers-fed-by)"
+    if job.servers.bytes_per_s == math.inf:
+        return [f"server: moves what the network does, as measured{fed}"] if fed else []
+    return [
+        f"server: moves {job.servers.bytes_per_s / 1e9:.2f} GB/s in and out together, as ours did"
+        f" over TCP on two cores (benchmarks/results/parameter_server.md){fed}"
+    ]
 
 
 def _best_line(points: Sequence[Point], workers: int, equal: Sequence[Point]) -> str:
@@ -106,10 +161,14 @@ def _best_line(points: Sequence[Point], workers: int, equal: Sequence[Point]) ->
         without = _without_more_machines(points, workers)
     if best.cost_per_epoch is not None:
         price = f", {best.cost_per_epoch:,.2f} an epoch"
+    segments = f" in {plural(best.segments, 'segment')}" if best.segments else ""
+    step_ms = _range(1e3 * best.step_s, 1e3 * best.fast_step_s, ".2f", " to ")
+    fast_efficiency = best.efficiency * best.step_s / best.fast_step_s
+    efficiency = _range(best.efficiency, fast_efficiency, ".2f", " to ")
     count, noun = plural(workers, "worker").split()
     return (
-        f"{count:>5} {noun}: {names}{machines}, {1e3 * best.step_s:.2f} ms a step,"
-        f" efficiency {best.efficiency:.2f}{price}{without}"
+        f"{count:>5} {noun}: {names}{segments}{machines}, {step_ms} ms a step,"
+        f" efficiency {efficiency}{price}{without}"
     )
 
 
@@ -138,7 +197,10 @@ def write_simulation(
     rows = simulate.as_rows(points)
     network = {"network": job.network.network._asdict(), "source": job.network.source}
     # JSON has no form for a ``Fabric``: its figures and their source stand for it.
-    header = {**environment(), "job": job._asdict() | {"network": network}}
+    header = {
+        **environment(),
+        "job": job._asdict() | {"network": network, "servers": job.servers._asdict()},
+    }
     write_json(out / "simulation.json", {"header": header, "rows": rows})
     write_csv(out / "simulation.csv", rows)
     reach = None if measured is None else measured * FAR
