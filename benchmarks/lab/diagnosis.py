@@ -66,7 +66,7 @@ class Outcome:
     """What was named in one run."""
 
     case: Case
-    named: str  # live, once the fault had begun, in words; empty: nobody
+    named: str  # first, live, once the fault had begun, in words; empty: nobody
     is_right: bool  # kind and rank, in time
     after_s: float | None  # since the fault began
     after_steps: int | None
@@ -292,7 +292,7 @@ class _Watched:
         if case.kind in (Kind.STOPPED, Kind.DEAD):
             at_the_end = watch.culprits(self._files, [])
         end = at_the_end[0] if at_the_end else None
-        named = self._named or self._wrong
+        named = self._wrong or self._named
         in_time = self._after is not None and (
             self._after[0] <= WITHIN_S or self._after[1] <= WITHIN_STEPS
         )

@@ -88,8 +88,9 @@ class Faults(Callback):
 
     def _in_backward(self, gradient: Tensor) -> None:
         if self._is_on and self._kind == "backward":
-            until = time.perf_counter() + self._seconds
-            while time.perf_counter() < until:  # busy, as computation is
+            # Busy, as computation is: on a core that others want, it takes longer.
+            until = time.thread_time() + self._seconds
+            while time.thread_time() < until:
                 pass
 
     def after_backward(self) -> None:

@@ -23,7 +23,7 @@ import enum
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from scaletrain.run.links import Connection, LinkSample
 from scaletrain.run.records import StepRecord
@@ -34,7 +34,7 @@ _FEWEST = 10  # steps: with fewer, one odd step could decide
 _LEAST_S = 2e-4  # a step: less than this is bookkeeping
 # One-sided error of the bounds of a median, for each rank, part and window. There are many of them.
 _ERROR = 0.0005
-_MOST = 0.5  # of the lost time: what takes this much of it is its kind
+_MOST = 0.7  # of the lost time: what takes this much of it is its kind
 # A rank is held up now and then if it takes this many times its usual time longer ...
 _STALL = 0.5
 _STALLS = 3  # ... in so many steps of a window, ...
@@ -303,8 +303,7 @@ def _slow_rank(window: _Table, place: int) -> Culprit | None:
         if part_cost.low >= floor_s and part_cost.value > largest_s:
             kind, cost = _PARTS[part], part_cost
             largest_s = part_cost.value
-    lost_s = statistics.fmean(excess)
-    taken = _taken_by(window.steps, place, lost_s)
+    taken = _taken_by(window.steps, place, statistics.median(excess), statistics.median)
     if taken is not None and _median(excess).low >= floor_s:
         return window.culprit(taken, [place], _median(excess))
     if kind is None:
@@ -312,10 +311,15 @@ def _slow_rank(window: _Table, place: int) -> Culprit | None:
     return window.culprit(kind, [place], cost)
 
 
-def _taken_by(steps: Sequence[_Step], place: int, lost_s: float) -> Kind | None:
+def _taken_by(
+    steps: Sequence[_Step],
+    place: int,
+    lost_s: float,
+    middle: Callable[[list[float]], float] = statistics.fmean,
+) -> Kind | None:
     """Return what took most of a rank's lost time from it; None: its own work did."""
-    gc_s = statistics.fmean(_excess(step.gc_s, place) for step in steps)
-    stolen_s = statistics.fmean(_excess(step.stolen_s, place) for step in steps)
+    gc_s = middle([_excess(step.gc_s, place) for step in steps])
+    stolen_s = middle([_excess(step.stolen_s, place) for step in steps])
     if gc_s >= _MOST * lost_s:
         return Kind.GARBAGE
     if stolen_s >= _MOST * lost_s:
@@ -325,6 +329,8 @@ def _taken_by(steps: Sequence[_Step], place: int, lost_s: float) -> Kind | None:
 
 def _stalls(window: _Table) -> Culprit | None:
     """Return the culprit of steps that take much longer than the median one, if there is one."""
+    if len(window.steps) < WINDOW:
+        return None  # a start has odd steps
     # The usual own time of the usual rank: where every step stalls, so does the median step.
     usual_s = statistics.median(statistics.median_low(step.own_s) for step in window.steps)
     stalled: list[tuple[int, _Step]] = []  # (place of the slowest rank, step)

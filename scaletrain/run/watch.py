@@ -5,6 +5,7 @@ and the run does not notice it. The directory may lie on a file system that seve
 run may be starting, training, over or killed.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -171,6 +172,7 @@ def culprits(files: RunDir, statuses: Sequence[RankStatus]) -> list[Culprit]:
         report = status.report
         if report.reports_steps:
             records = _recent(files, report.rank)
+            records = [record for record in records if record.step >= WARMUP_STEPS]
             links = last_links(files.links(report.rank))
             ranks.append(_steps_of(files, report.rank, report.host, records, links))
     return culprit.find(ranks)
@@ -181,22 +183,35 @@ def culprits_of_run(files: RunDir) -> list[Culprit]:
 
     Of a very long run, these are the newest steps.
     """
-    reports = []
-    for rank, _ in files.all_progress():
-        report = progress.read(files, rank)
-        if report is not None:
-            reports.append(report)
-    num_bytes = max(_FEWEST_BYTES, _MOST_BYTES // max(1, len(reports)))
+    paths = files.all_records()
+    num_bytes = max(_FEWEST_BYTES, _MOST_BYTES // max(1, len(paths)))
     ranks = []
-    for report in reports:
-        try:
-            records = last_records(files.records(report.rank), num_bytes)
-        except (OSError, ValueError):
-            continue
-        records = [record for record in records if record.step >= WARMUP_STEPS]
-        links = last_links(files.links(report.rank), num_bytes)
-        ranks.append(_steps_of(files, report.rank, report.host, records, links))
-    return culprit.find(ranks)
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            records = last_records(path, num_bytes)
+            ranks.append([record for record in records if record.step >= WARMUP_STEPS])
+    return culprits_of(files, [records for records in ranks if records])
+
+
+def culprits_of(files: RunDir, ranks: Sequence[Sequence[StepRecord]]) -> list[Culprit]:
+    """Return who held up the others in these steps of a run; the worst first.
+
+    Args:
+        files: of the run.
+        ranks: records of each rank, without warm-up; at least one each.
+    """
+    steps = []
+    for records in ranks:
+        rank = records[0].rank
+        links = last_links(files.links(rank), _MOST_BYTES // len(ranks))
+        steps.append(_steps_of(files, rank, host_of(files, rank), records, links))
+    return culprit.find(steps)
+
+
+def host_of(files: RunDir, rank: int) -> str:
+    """Return the name of the host that a rank ran on; empty if it is not known."""
+    report = progress.read(files, rank)
+    return report.host if report else ""
 
 
 def _steps_of(

@@ -17,6 +17,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from scaletrain.run.culprit import Culprit
+
 Scalar = str | int | float | bool | None
 """A value of ``--vary`` or ``--set``: a number or a word."""
 
@@ -255,6 +257,22 @@ class ServerStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
+class RankTimes(_Fields):
+    """One rank's mean seconds of a step: what it took itself, and what it waited for others."""
+
+    rank: int
+    host: str
+    step_s: float
+    input_s: float  # this and the next three: without the waits inside
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    wait_s: float  # for other ranks and servers, inside the parts
+    gc_s: float  # in Python's garbage collector, inside the parts
+    stolen_s: float | None  # ready to run without a core; None: the kernel does not count
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """One finished run as numbers.
 
@@ -273,6 +291,8 @@ class Run:
     gradient_bytes: int | None  # of the model's parameters; None: there is no checkpoint
     servers: ServerCounts | None  # None: it had no parameter servers
     worker_facts: tuple[WorkerFacts, ...]  # of the ranks that wrote them
+    ranks: tuple[RankTimes, ...] = ()
+    culprits: tuple[Culprit, ...] = ()  # who held up the others; the most expensive first
 
     @property
     def workers(self) -> int:
@@ -404,6 +424,8 @@ class Row(_Fields):
     failures: tuple[str, ...] = ()  # the reasons of the repeats that failed
     baseline: str | None = None  # what speedup is measured against, in words
     runs: tuple[Repeat, ...] = ()
+    culprit: str | None = None  # who held up the others, and why, in words; None: nobody stood out
+    ranks: tuple[RankTimes, ...] = ()  # means over the repeats
 
     @property
     def label(self) -> str:
@@ -422,6 +444,7 @@ class Row(_Fields):
             facts[name] = tuple(facts.get(name, ()))
         # Without runs this is no row: the KeyError tells ``read_report`` so.
         facts["runs"] = tuple(Repeat.from_json(run) for run in facts["runs"])
+        facts["ranks"] = tuple(RankTimes.from_json(rank) for rank in facts.get("ranks", ()))
         if facts.get("servers"):
             facts["servers"] = ServerCounts.from_json(facts["servers"])
         return cls(**facts)

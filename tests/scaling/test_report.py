@@ -19,6 +19,10 @@ from rich.console import Console
 from scaletrain.cli import cli
 from scaletrain.errors import UserError
 from scaletrain.rehearsal import Cluster
+from scaletrain.run.culprit import Kind
+from scaletrain.run.layout import RunDir
+from scaletrain.run.progress import Progress
+from scaletrain.run.records import RecordWriter
 from scaletrain.scaling.explain import headline, losses, report
 from scaletrain.scaling.measure import sweep
 from scaletrain.scaling.measure.run import read_run
@@ -27,6 +31,7 @@ from scaletrain.scaling.predict.fit import Estimate, Fit
 from scaletrain.scaling.predict.step_time import ComputeCost
 from scaletrain.scaling.show import plots, publish, render, results, table, text, trace
 
+from ..run.made_up import made_up
 from .runs import write_run
 
 # What each cell of a made-up sweep takes: 100 ms alone, 55 ms of work for half, 5 ms of
@@ -802,3 +807,25 @@ def test_a_better_collective_is_predicted_where_none_was_measured(measured):
         loss.sentence,
     ).groups()
     assert better.lower() != "tree" and float(high) > 1.5 * float(low) == 1.5 * 0.2
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_a_slow_loader_is_named_with_its_rank_in_summary_table_and_per_rank_view(tmp_path, workers):
+    directory = tmp_path / "slow"
+    write_run(directory, steps=[[0.1]] * workers)
+    for each in made_up(workers, 60, seed=0, slow={1: (Kind.INPUT, 0.0283)}):
+        writer = RecordWriter(directory, each.rank)
+        for record in each.records:
+            writer.write(record)
+        writer.close()
+        sign = Progress(each.rank, 1, each.host, doing="finished")
+        RunDir(directory).progress(each.rank).write_text(json.dumps(sign.to_json()))
+    made = report.of_runs([directory])
+    [row] = made.rows
+    assert "rank 1 on h0: input takes 28." in row.culprit
+    assert f"ring on {workers} workers: {row.culprit}." in made.summary
+    slow, other = row.ranks[1], row.ranks[0]
+    assert (slow.rank, slow.host) == (1, "h0")
+    assert slow.input_s == pytest.approx(0.030, rel=0.1)
+    assert other.wait_s - slow.wait_s == pytest.approx(0.028, rel=0.1)
+    assert report.Report.from_json(json.loads(json.dumps(made.to_json()))) == made

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from scaletrain.scaling.explain.limiter import capitalized
 from scaletrain.scaling.measure.intervals import ONE_RUN, change, typical
 from scaletrain.scaling.model import Loss, Report, ReportHeader, Row
 from scaletrain.units import plural
@@ -28,9 +29,22 @@ def of(report: Report) -> str:
         sentences += _speedups(exchanging or with_speedup, report.losses)
     else:
         sentences += _speed_alone([row for row in report.rows if row.runs])
+    sentences += _culprit(report.rows, sentences)
     sentences += _missing(report.header)
     sentences += _failures(report.rows)
     return " ".join(sentences) or "Nothing was measured."
+
+
+def _culprit(rows: Sequence[Row], sentences: Sequence[str]) -> list[str]:
+    """Return who held up the others in the row of most workers, unless a sentence says it."""
+    held_up = [row for row in rows if row.culprit is not None]
+    if not held_up:
+        return []
+    row = max(held_up, key=lambda row: row.workers)
+    told = f"{capitalized(row.culprit or '')}."
+    if any(told in sentence for sentence in sentences):
+        return []
+    return [f"{_name(row)}: {row.culprit}."]
 
 
 def _cautions(header: ReportHeader) -> list[str]:

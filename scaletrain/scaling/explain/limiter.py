@@ -1,9 +1,11 @@
 """Where the time went: a step's time beyond its ideal, split by cause, from records alone."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from scaletrain.run.culprit import Culprit, Kind
 from scaletrain.scaling.measure.intervals import MANY, ONE_RUN, enough
 from scaletrain.units import plural
 
@@ -101,6 +103,7 @@ class Evidence:
     lead_ci95: float | None = None  # of the seconds by which the largest cause leads the second
     repeats: int = 2  # of the least measured of the runs that it rests on
     workers: int = 2
+    culprit: str | None = None  # who held up the others, in words; None: nobody stood out
 
     @property
     def loss_s(self) -> float:
@@ -174,6 +177,35 @@ def split(steps: Steps, loss_s: float | None = None) -> list[Cause]:
     return [*causes, Cause("unexplained", loss_s - explained_s)]
 
 
+def culprit_of(repeats: Sequence[Sequence[Culprit]]) -> str | None:
+    """Return who held up the others in most repeats, in words; None if nobody did.
+
+    Args:
+        repeats: the culprits of each repeat.
+    """
+    seen: Counter[tuple[Kind, tuple[int, ...], bool]] = Counter()
+    for culprits in repeats:
+        # Once a repeat: a fault may come and go.
+        seen.update({(each.kind, each.ranks, each.rotates) for each in culprits})
+    for key, count in seen.most_common():
+        if 2 * count > len(repeats):
+            same = [
+                each
+                for culprits in repeats
+                for each in culprits
+                if (each.kind, each.ranks, each.rotates) == key
+            ]
+            worst = max(same, key=lambda each: each.total_s)
+            times = "" if len(repeats) == 1 else f", in {count} of {len(repeats)} repeats"
+            return f"{worst.sentence()}{times}"
+    return None
+
+
+def capitalized(text: str) -> str:
+    """Return a text with its first letter as a capital; the others stay."""
+    return text[:1].upper() + text[1:]
+
+
 def limiter(causes: Sequence[Cause]) -> Cause | None:
     """Return the cause that costs most; None if nothing is lost."""
     worst = max(causes, key=lambda cause: cause.seconds)
@@ -240,6 +272,9 @@ def sentence(evidence: Evidence, alternative: str | None = None) -> str:
             advice.
     """
     sentences = [unidentified(evidence) or _verdict(evidence, alternative)]
+    # Whoever holds up the others is known from their own times, however noisy the repeats are.
+    if evidence.culprit is not None:
+        sentences.append(f"{capitalized(evidence.culprit)}.")
     if evidence.repeats < 2:
         sentences.append(f"{ONE_RUN.capitalize()}.")
     return " ".join(sentences)

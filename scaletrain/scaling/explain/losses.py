@@ -74,6 +74,7 @@ def loss_of(cell: Cell, row: Row, measurements: Measurements) -> Loss | None:
         lead_ci95=_lead_ci95(causes, steps, runs),
         repeats=runs.repeats,
         workers=cell.workers,
+        culprit=row.culprit,
     )
     largest = limiter.limiter(causes)
     is_identified = limiter.unidentified(evidence) is None
@@ -175,7 +176,7 @@ def _with_alternative(loss: Loss, rows: Sequence[Row], fitted: Fit | None) -> Lo
     # Noise is no advice: the two speeds must differ by more than their intervals.
     if best is not None and _is_clearly_faster(best, row):
         alternative = (
-            f"{_capitalized(best.exchange)} instead of {loss.exchange} raised efficiency"
+            f"{limiter.capitalized(best.exchange)} instead of {loss.exchange} raised efficiency"
             f" from {row.efficiency:.2f} to {best.efficiency:.2f}."
         )
     elif fitted is not None and not fitted.unidentified:
@@ -184,7 +185,13 @@ def _with_alternative(loss: Loss, rows: Sequence[Row], fitted: Fit | None) -> Lo
         return loss
     causes = [Cause(name, seconds) for name, seconds in loss.causes.items()]
     # The limiter is known, and its intervals need no second look.
-    evidence = Evidence(causes, loss.efficiency, repeats=loss.repeats, workers=loss.workers)
+    evidence = Evidence(
+        causes,
+        loss.efficiency,
+        repeats=loss.repeats,
+        workers=loss.workers,
+        culprit=row.culprit,
+    )
     return dataclasses.replace(loss, sentence=limiter.sentence(evidence, alternative))
 
 
@@ -227,11 +234,6 @@ def _predicted_alternative(row: Row, fitted: Fit) -> str | None:
     # Only the ratio is the model's: an error that both predictions share cancels.
     efficiency = row.efficiency * gain
     return (
-        f"{_capitalized(best)} instead of {row.exchange} should raise efficiency"
+        f"{limiter.capitalized(best)} instead of {row.exchange} should raise efficiency"
         f" from {row.efficiency:.2f} to {efficiency:.2f}."
     )
-
-
-def _capitalized(exchange: str) -> str:
-    """Return an exchange's label at the beginning of a sentence."""
-    return exchange[:1].upper() + exchange[1:]

@@ -7,9 +7,10 @@ from typing import TypeVar
 import numpy as np
 
 from scaletrain.collectives.traffic import bytes_moved
+from scaletrain.scaling.explain import limiter
 from scaletrain.scaling.explain.measurements import Measurements, mean_part_s, rates, typical_runs
 from scaletrain.scaling.measure.intervals import Mean, mean, outlying, percentiles, ratio, typical
-from scaletrain.scaling.model import Cell, Repeat, Row, Run, Summary
+from scaletrain.scaling.model import Cell, RankTimes, Repeat, Row, Run, Summary
 from scaletrain.scaling.predict.fit import strategy_of
 
 _Value = TypeVar("_Value")
@@ -43,7 +44,21 @@ def row_of(cell: Cell, measurements: Measurements) -> Row:
         row,
         emulation=_first(_emulation(run.summary) for run in runs),
         servers=_first(run.servers for run in runs),
+        culprit=limiter.culprit_of([run.culprits for run in runs]),
+        ranks=_ranks_of(runs),
     )
+
+
+def _ranks_of(runs: Sequence[Run]) -> tuple[RankTimes, ...]:
+    """Return the times of each rank, as means over the repeats."""
+    means = []
+    for times in zip(*[run.ranks for run in runs], strict=False):
+        values: dict[str, float | None] = {}
+        for field in dataclasses.fields(RankTimes):
+            if field.name not in ("rank", "host"):
+                values[field.name] = _mean_of(getattr(each, field.name) for each in times)
+        means.append(dataclasses.replace(times[0], **values))
+    return tuple(means)
 
 
 def _with_speed(row: Row, runs: Sequence[Run]) -> Row:

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from scaletrain.errors import UserError
+from scaletrain.run import watch
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, StepRecord, read_records
 from scaletrain.scaling.measure import servers
-from scaletrain.scaling.model import PARTS, Run, Summary, WorkerFacts
+from scaletrain.scaling.model import PARTS, RankTimes, Run, Summary, WorkerFacts
 
 MAX_HEADER_BYTES = 100_000_000  # a longer header of a checkpoint is taken for damage
 
@@ -24,6 +25,7 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
     Raises:
         UserError: the directory holds no finished run, or a rank has no records.
     """
+    files = RunDir(run_dir)
     summary = _summary(run_dir)
     ranks = [_records(run_dir, rank) for rank in range(summary.workers)]
     shortest = min(len(records) for records in ranks)
@@ -47,7 +49,32 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
         waited_s=_mean_of_exchange(kept, "wait_in_backward_s"),
         gradient_bytes=model_bytes(run_dir),
         servers=servers.read(run_dir),
+        ranks=tuple(_rank_times(records, files) for records in kept),
+        culprits=tuple(watch.culprits_of(files, kept)),
         worker_facts=_worker_facts(run_dir, len(ranks)),
+    )
+
+
+def _rank_times(records: list[StepRecord], files: RunDir) -> RankTimes:
+    """Return one rank's mean times over its steps."""
+    own = [record.own_s() for record in records]
+    stolen = [record.stolen_s for record in records if record.stolen_s is not None]
+    rank = records[0].rank
+
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values))
+
+    return RankTimes(
+        rank=rank,
+        host=watch.host_of(files, rank),
+        step_s=mean([record.step_s for record in records]),
+        input_s=mean([parts["input"] for parts in own]),
+        forward_s=mean([parts["forward"] for parts in own]),
+        backward_s=mean([parts["backward"] for parts in own]),
+        optimizer_s=mean([parts["optimizer"] for parts in own]),
+        wait_s=mean([record.wait_s for record in records]),
+        gc_s=mean([record.gc_s for record in records]),
+        stolen_s=mean(stolen) if stolen else None,
     )
 
 
