@@ -26,6 +26,7 @@ FLOORS = {
     "scaletrain.rehearsal": 1,
     "scaletrain.launching": 1,
     "scaletrain.engine": 2,
+    "scaletrain.compression": 2,
     "scaletrain.parameter_server": 2,
     "scaletrain.training": 3,
     "scaletrain.scaling": 4,
@@ -36,6 +37,7 @@ FLOORS = {
 }
 # Rooms where torch may be imported at the top of a module.
 WITH_TORCH = (
+    "scaletrain.compression",
     "scaletrain.engine",
     "scaletrain.parameter_server",
     "scaletrain.training",

@@ -19,11 +19,15 @@ from scaletrain.errors import UserError
 @click.option("--step", type=int, help="Of the checkpoint after this step [default: the newest].")
 @click.option("--best", is_flag=True, help="Of the checkpoint that checkpoint.best has kept.")
 @click.option("--ema", is_flag=True, help="The averages of the callback ema, not the weights.")
-def command(run_dir: Path, out: Path, step: int | None, best: bool, ema: bool) -> None:
+@click.option("--compress", is_flag=True, help="Zeros and equal weights take few bits.")
+def command(
+    run_dir: Path, out: Path, step: int | None, best: bool, ema: bool, compress: bool
+) -> None:
     """Write the weights of the run in RUN_DIR as a plain PyTorch state dict.
 
     Reading the file needs no scaletrain: model.load_state_dict takes the result of
-    safetensors.torch.load_file or torch.load(weights_only=True).
+    safetensors.torch.load_file or torch.load(weights_only=True). A compressed file is read by
+    scaletrain.compression.load(path).
 
     \b
     Examples:
@@ -34,4 +38,4 @@ def command(run_dir: Path, out: Path, step: int | None, best: bool, ema: bool) -
         raise UserError("--best: is not allowed beside --step (remove one of them)")
     from scaletrain.training import weights
 
-    click.echo(weights.export(run_dir, out, step=step, best=best, ema=ema))
+    click.echo(weights.export(run_dir, out, step=step, best=best, ema=ema, compress=compress))

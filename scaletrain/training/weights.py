@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from scaletrain import compression
 from scaletrain.config.schema import InitFrom
 from scaletrain.errors import UserError
 from scaletrain.run.atomic import replacing
@@ -77,7 +78,13 @@ def load(settings: InitFrom, model: nn.Module) -> list[str]:
 
 
 def export(
-    run_dir: Path, out: Path, *, step: int | None = None, best: bool = False, ema: bool = False
+    run_dir: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    best: bool = False,
+    ema: bool = False,
+    compress: bool = False,
 ) -> str:
     """Write a run's weights as a state dict that needs no scaletrain; return a line about it.
 
@@ -87,33 +94,52 @@ def export(
         step: of the checkpoint; default: the newest.
         best: the checkpoint with the best figure.
         ema: the averages instead of the weights.
+        compress: write a file that ``compression.load`` reads.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
+    if compress and out.suffix != ".safetensors":
+        raise UserError(
+            f"--out: {out} is not allowed beside --compress (allowed: a name that ends in"
+            " .safetensors)"
+        )
     if out.suffix not in _SUFFIXES:
         raise UserError(
             f"--out: {out} is not allowed (allowed: a name that ends in .safetensors or .pt)"
         )
     path, content = _chosen(RunDir(run_dir), step, best)
     weights = _weights_of(content, path, ema)
+    line = f"{out}: {plural(len(weights), 'tensor')} of {path}"
     with replacing(out) as partial:
         if out.suffix == ".pt":
             torch.save(weights, partial)
+        elif compress:
+            sizes = compression.save(_only_tensors(weights), partial)
+            line += (
+                f", {sizes.file_bytes:,} bytes in place of {sizes.dense_bytes:,}"
+                f" ({sizes.ratio:.1f} times smaller)"
+            )
         else:
-            tensors = {}
-            for name, value in weights.items():
-                if not isinstance(value, Tensor):
-                    raise UserError(f"--out: safetensors cannot hold {name} (allowed: a .pt file)")
-                tensors[name] = value
-            safetensors.torch.save_file(tensors, partial)
-    line = f"{out}: {plural(len(weights), 'tensor')} of {path}"
+            safetensors.torch.save_file(_only_tensors(weights), partial)
     figure = content.state.get("best")
     if figure:
         line += f", {figure['figure']} {figure['value']:.6g}"
         if _EMA in content.state["parts"] and not ema:
             line += " with averaged weights (--ema exports those)"
     return line
+
+
+def _only_tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights, all of which have to be tensors.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"--out: safetensors cannot hold {name} (allowed: a .pt file)")
+    return dict(weights)
 
 
 def _chosen(files: RunDir, step: int | None, best: bool) -> tuple[Path, Content]:
@@ -161,10 +187,12 @@ def _read(path: Path, ema: bool) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, "pt") as file:
-                is_own = (file.metadata() or {}).get("format", "").startswith("scaletrain-")
+                kind = (file.metadata() or {}).get("format", "")
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"init_from: {path} cannot be read: {error}") from None
-        if is_own:
+        if kind == compression.FORMAT:
+            return compression.load(path)
+        if kind.startswith("scaletrain-"):  # a checkpoint
             return _tensors(_weights_of(checkpoint.read(path), path, ema))
     if ema:
         raise UserError("init_from.ema: only checkpoints of this program hold averages")
