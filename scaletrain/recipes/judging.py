@@ -51,7 +51,9 @@ def figures(run_dir: Path) -> dict[str, float]:
     """Return the figures of a finished run that claims may name.
 
     They are the numbers of its summary, ``test_error`` (1 - ``test_accuracy``), and
-    ``model_bytes``: the size of the model's tensors, four bytes a parameter.
+    ``model_bytes``: the size of the model's tensors, four bytes a parameter. With the callback
+    ``compress`` they are also ``compressed_bytes``, the size of its file, and ``compression``, the
+    times that this is smaller.
     """
     summary = json.loads(RunDir(run_dir).summary.read_text(encoding="utf-8"))
     found = {}
@@ -63,6 +65,11 @@ def figures(run_dir: Path) -> dict[str, float]:
     size = model_bytes(run_dir)
     if size is not None:
         found["model_bytes"] = float(size)
+    compressed = RunDir(run_dir).compressed
+    if compressed.exists():
+        found["compressed_bytes"] = float(compressed.stat().st_size)
+        if size is not None:
+            found["compression"] = size / compressed.stat().st_size
     return found
 
 

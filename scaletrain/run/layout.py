@@ -200,6 +200,11 @@ class RunDir:
         """The emulated links, and the bytes that crossed each. Read by summaries and reports."""
         return self.path / "emulation.json"
 
+    @property
+    def compressed(self) -> Path:
+        """The final weights, written by the callback ``compress``. Read by recipes and people."""
+        return self.path / "compressed.safetensors"
+
     # Written for SLURM.
 
     @property

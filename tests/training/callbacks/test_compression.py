@@ -137,10 +137,15 @@ def test_masks_and_clusters_survive_a_resume(stop_at: int, tmp_path: Path):
 
 
 def test_the_export_is_small_and_begins_another_run(tmp_path: Path):
-    job = JOB | {"model": {"name": "mlp", "sizes": [8, 600, 4]}, "callbacks": [PRUNE, SHARE]}
+    job = JOB | {
+        "model": {"name": "mlp", "sizes": [8, 600, 4]},
+        "callbacks": [PRUNE, SHARE, "compress"],
+    }
     trained = jobs.train_rank(0, 1, job, tmp_path)["state"]
     out = tmp_path / "small.safetensors"
     line = weights.export(tmp_path, out, compress=True)
+    # The callback writes the same at the end of a run.
+    assert (tmp_path / "compressed.safetensors").read_bytes() == out.read_bytes()
     dense = sum(value.nbytes for value in trained.values())
     ratio = dense / out.stat().st_size
     assert ratio > 5 and f"({ratio:.1f} times smaller)" in line

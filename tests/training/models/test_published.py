@@ -10,6 +10,7 @@ from scaletrain import plugins
 
 # name, options, input of a sample -> parameters, output of a sample
 PUBLISHED = {
+    "lenet5": ("lenet5", {}, (1, 28, 28), 431_080, (10,)),
     "lenet1989": ("lenet1989", {}, (1, 16, 16), 9_760, (10,)),
 }
 
