@@ -17,6 +17,8 @@ from zmq.utils import z85
 
 from scaletrain.run.job_key import JobKey, job_key
 
+_GATE_USER = "worker"
+
 
 class CurveKeys(NamedTuple):
     """The CURVE pairs of a job's servers and workers (Z85 text)."""
@@ -56,6 +58,21 @@ def encrypt_worker(socket: zmq.Socket, keys: CurveKeys) -> None:
     socket.curve_serverkey = keys.server_public
     socket.curve_publickey = keys.worker_public
     socket.curve_secretkey = keys.worker_secret
+
+
+def gate_password(key: JobKey) -> dict[str, str]:
+    """Return the user and password that a peer needs before ZeroMQ takes a message from it.
+
+    It keeps out everybody who neither holds the key nor reads the network. The proof of the key
+    comes after it, and does not rest on it.
+    """
+    return {_GATE_USER: key.derive("gate").hex()}
+
+
+def pass_gate(socket: zmq.Socket, key: JobKey) -> None:
+    """Let a worker's socket, before it connects, give the password."""
+    socket.plain_username = _GATE_USER.encode()
+    socket.plain_password = gate_password(key)[_GATE_USER].encode()
 
 
 def nonce() -> str:

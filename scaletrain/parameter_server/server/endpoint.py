@@ -30,6 +30,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind, Refused
+from scaletrain.parameter_server.server.doorkeeper import Doorkeeper
 from scaletrain.run import job_key
 from scaletrain.run.atomic import write_json
 
@@ -39,6 +40,8 @@ _MAX_FRAMES = 3  # of a message, without its route
 _MAX_MESSAGES = 64  # handled between two looks at the clock
 _MAX_CONNECTIONS = 64  # of a worker
 _HANDSHAKE_MS = 5000
+_MAX_HANDSHAKE_BYTES = 4096  # of a HELLO or PROOF: nobody has proved anything by then
+_LOOK_S = 0.05  # between looks at strangers, while there are any
 _LOG_AGAIN_S = 10.0  # rubbish in masses must not fill the disk
 _CURVE_KEY_BYTES = 32  # a key that is not text
 
@@ -114,20 +117,26 @@ class Endpoint:
 
     def open(self) -> None:
         """Listen, and write the address to the run directory."""
-        if self._settings.encrypted:
-            self._authenticator = ThreadAuthenticator(self._context)
+        settings = self._settings
+        if not settings.on_one_host:
+            self._authenticator = ThreadAuthenticator(self._context, log=_quiet())
             self._authenticator.start()
         self._socket = self._context.socket(zmq.ROUTER)
+        self._doorkeeper = Doorkeeper(self._socket, settings.workers * settings.num_connections)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._doorkeeper.news, zmq.POLLIN)
         self._set_options(self._socket)
         self._key = job_key.job_key(self._run_dir)
-        if self._authenticator:
+        if self._authenticator and settings.encrypted:
             keys = security.CurveKeys.of(self._key)
             self._authenticator.configure_curve_callback(
                 domain="*", credentials_provider=_WorkersKey(keys.worker_public)
             )
             security.encrypt_server(self._socket, keys)
+        elif self._authenticator:
+            self._authenticator.configure_plain(passwords=security.gate_password(self._key))
+            self._socket.plain_server = True
         self._endpoints = self._bind(self._socket)
         address = {
             "endpoints": self._endpoints,
@@ -137,6 +146,11 @@ class Endpoint:
         }
         write_json(placement.address_path(self._run_dir, self._index), address)
 
+    @property
+    def turned_away(self) -> int:
+        """Connections that were ended because strangers were too many or too loud."""
+        return self._doorkeeper.turned_away
+
     def close(self, keep_keys: bool) -> None:
         """Leave nothing behind: no address, no socket, and no keys, which served this job alone.
 
@@ -145,6 +159,7 @@ class Endpoint:
         Args:
             keep_keys: let them stay in any case, for a successor.
         """
+        self._doorkeeper.close()
         self._socket.close(linger=1000)
         if self._authenticator:
             self._authenticator.stop()
@@ -212,8 +227,12 @@ class Endpoint:
 
     def serve(self, seconds: float) -> None:
         """Wait at most ``seconds`` for messages, and handle (some of) those that came."""
+        if self._doorkeeper.has_strangers:
+            seconds = min(seconds, _LOOK_S)
         wait_ms = int(max(0.0, seconds) * 1000)
-        if not self._poller.poll(wait_ms):
+        ready = dict(self._poller.poll(wait_ms))
+        self._doorkeeper.look()
+        if self._socket not in ready:
             return
         for _ in range(_MAX_MESSAGES):
             try:
@@ -227,6 +246,20 @@ class Endpoint:
                 self.accept(route, wire.parse([frame.buffer for frame in frames]))
             except Refused as refusal:
                 self.refuse(route, peer, str(refusal))
+            else:
+                self._note_proof(route, peer, frames)
+
+    def _note_proof(self, route: bytes, before: Peer | None, frames: list[zmq.Frame]) -> None:
+        """Tell the doorkeeper when a message has turned a stranger into a worker.
+
+        Args:
+            route: of the connection.
+            before: its peer before the message, None: there was none.
+            frames: of the message.
+        """
+        peer = self._peers.get(route)
+        if peer is not None and peer.session and peer is not before:
+            self._doorkeeper.admit(frames[0].get(zmq.SRCFD))
 
     def _receive(self) -> tuple[bytes, list[zmq.Frame], bool]:
         """Receive one message.
@@ -265,7 +298,7 @@ class Endpoint:
 
     def _hello(self, route: bytes, message: Message) -> None:
         """Step 1: a peer says which worker it is."""
-        value = message.json()
+        value = _handshake_json(message)
         peer = Peer(
             route,
             rank=_number(value, "rank"),
@@ -287,11 +320,19 @@ class Endpoint:
             self._challenge(peer, value.get("nonce"))
 
     def _make_room(self, route: bytes) -> None:
-        """Raise ``Refused`` if there are more connections than the job needs."""
+        """Forget the oldest peer that has proved nothing, if there are too many peers.
+
+        Raises:
+            Refused: all of them have proved that they belong to the job.
+        """
         # Each worker may come back before its old connections are noticed to be closed.
         most = 2 * self._settings.workers * self._settings.num_connections + 8
         if route in self._peers or len(self._peers) < most:
             return
+        for other, peer in list(self._peers.items()):
+            if not peer.session:
+                del self._peers[other]
+                return
         for other in list(self._peers):  # a send finds those that are closed, and forgets them
             self.send(other, Header(MessageKind.PING))
         if len(self._peers) >= most:
@@ -311,7 +352,7 @@ class Endpoint:
         """Step 3: check the peer's proof."""
         role = f"worker {peer.rank}"
         expected = self._key.proof(role, peer.worker_nonce, peer.server_nonce)
-        proof = message.json().get("proof")
+        proof = _handshake_json(message).get("proof")
         if not peer.server_nonce or not security.same(proof, expected):
             self._peers.pop(peer.route, None)
             raise Refused("wrong proof of the job's key")
@@ -440,6 +481,20 @@ class _WorkersKey:
         if len(key) == _CURVE_KEY_BYTES:
             key = zmq.utils.z85.encode(key)
         return key == self._public
+
+
+def _handshake_json(message: Message) -> dict[str, Any]:
+    """Return the payload of a message from a peer that may be anybody. Raises ``Refused``."""
+    if message.payloads[0].nbytes > _MAX_HANDSHAKE_BYTES:
+        raise Refused("JSON too long")
+    return message.json()
+
+
+def _quiet() -> logging.Logger:
+    """Return a logger for ZeroMQ's authenticator, which would log passwords."""
+    quiet = logging.Logger("authenticator")
+    quiet.disabled = True
+    return quiet
 
 
 def _number(value: dict[str, Any], name: str) -> int:

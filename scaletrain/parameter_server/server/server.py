@@ -62,6 +62,7 @@ class Server:
         self._expected_since: float | None = None
         # Why training cannot go on. Written by _abort once, read by all who answer workers.
         self._aborted: str | None = None
+        self._has_lost_statistics = False  # and has said so; see _write_statistics
         # The only state that others write: signal handlers and, in tests, other threads (stop).
         # Read by serve.
         self._stop = False
@@ -355,7 +356,7 @@ class Server:
     # Statistics
 
     def _write_statistics(self) -> None:
-        """Write the counts to the run directory."""
+        """Write the counts to the run directory; a full disk, or no descriptors, end no server."""
         value: dict[str, Any] = {
             "server": self.index,
             "mode": self.settings.mode,
@@ -364,6 +365,7 @@ class Server:
             "owned_bytes": 0,
             "mapped_bytes": 0,
             "refused": dict(self._endpoint.refused),
+            "turned_away": self._endpoint.turned_away,
             "restored_at_update": self._snapshots.restored_at,
             "snapshot_at_update": self._snapshots.saved_at,
             "aborted": self._aborted,
@@ -376,7 +378,13 @@ class Server:
             value["owned_bytes"] = owned.shard.num_bytes
             value["mapped_bytes"] = sum(slab.num_bytes for slab in owned.slabs.values())
         path = self.run_dir.server_statistics(self.index)
-        write_json(path, value | self._tally.as_json())
+        try:
+            write_json(path, value | self._tally.as_json())
+        except OSError as error:
+            # Tried again in a second; the line need not be.
+            if not self._has_lost_statistics:
+                log.warning("server %d: statistics are not written: %s", self.index, error)
+            self._has_lost_statistics = True
 
 
 def _total_header(number: int, values: np.ndarray) -> Header:

@@ -219,6 +219,8 @@ class ServerLink:
         socket = self._identity.context.socket(zmq.DEALER)
         if settings.encrypted:
             security.encrypt_worker(socket, security.CurveKeys.of(key))
+        elif not settings.on_one_host:
+            security.pass_gate(socket, key)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDBUF, settings.send_buffer_bytes)
         # Little room in ZeroMQ: a request that still waits here can be overtaken by a later one.
