@@ -42,7 +42,7 @@ def training(hosts: Cluster, made: Settings, run_dir, steps: int, delay_s: float
 
 def test_a_cut_link_is_noticed_by_both_ends_which_name_each_other(tmp_path):
     made = Settings(2, 4, mode="async", hosts=3, placement="dedicated")
-    assert made.encrypted
+    assert made.cipher == "aes"
     with Cluster(3, bandwidth=None) as hosts, training(hosts, made, tmp_path, 200, 0.05) as started:
         started[1].wait_for(10)
         hosts.cut(2)

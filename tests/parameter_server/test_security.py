@@ -26,7 +26,7 @@ from tests.parameter_server import job
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
-@pytest.mark.parametrize("security_option", ["curve", "trusted_network"])
+@pytest.mark.parametrize("security_option", ["aes", "curve", "trusted_network"])
 def test_peers_without_the_key_never_get_in(tmp_path, monkeypatch, security_option):
     monkeypatch.setattr(timeouts, "_START_S", 4.0)  # else it tries for minutes
     made = Settings(1, 4, link="tcp", security=security_option, placement="dedicated")
@@ -149,6 +149,23 @@ def test_connections_that_say_nothing_shut_nobody_out(tmp_path):
             assert time.monotonic() < deadline, job.statistics(tmp_path)["turned_away"]
             time.sleep(0.1)
         assert server.num_fds() < 256
+
+
+def test_workers_may_send_more_than_strangers(tmp_path):
+    """Whatever proves that they are workers."""
+    for option in ("aes", "curve", "trusted_network"):
+        settings = Settings(1, 20, security=option, **OPTIONS)
+        folder = tmp_path / option
+        with job.servers(settings, folder) as [server]:
+            joined = job.exchange(settings, folder, 0)
+            model = torch.nn.Linear(400, 400)  # 640 KB, ten times as much
+            joined.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            for _ in range(3):
+                model(torch.ones(400)).sum().backward()
+                joined.step()
+                time.sleep(0.1)
+            joined.close()
+            assert server._endpoint.turned_away == 0
 
 
 def speak_zmtp(port: int, password: dict[str, str]) -> socket.socket:

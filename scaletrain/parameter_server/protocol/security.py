@@ -1,14 +1,13 @@
 """Access to a job's servers, by the job's key (``run.job_key``).
 
-- ``curve`` (between hosts): CurveZMQ encrypts and authenticates both ends. Servers admit one client
-  key, the job's.
-- ``trusted_network``: both ends prove that they hold the job's key (HMAC-SHA256 over both nonces).
-  The data is not encrypted.
+- ``aes`` (between hosts): both ends prove that they hold the job's key, and agree on keys for
+  AES-GCM (``channel``).
+- ``curve``: CurveZMQ encrypts and authenticates both ends. Servers admit one client key, the job's.
+- ``trusted_network``: both ends prove that they hold the job's key. The data is not encrypted.
 - Unix sockets (one host): the socket lies in a directory of mode 0700.
 """
 
 import hmac
-import secrets
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,11 +72,6 @@ def pass_gate(socket: zmq.Socket, key: JobKey) -> None:
     """Let a worker's socket, before it connects, give the password."""
     socket.plain_username = _GATE_USER.encode()
     socket.plain_password = gate_password(key)[_GATE_USER].encode()
-
-
-def nonce() -> str:
-    """Return a random text of 32 characters that is used once."""
-    return secrets.token_hex(16)
 
 
 def same(received: object, expected: str) -> bool:

@@ -7,7 +7,8 @@ A peer is admitted in these steps:
 
 1. The worker sends HELLO with its rank. With CurveZMQ, or over a Unix socket, the connection itself
    proves that it belongs to the job, and step 4 follows.
-2. The server answers CHALLENGE: a nonce, and the proof that it holds the job's key.
+2. The server answers CHALLENGE: its half of the handshake (``channel``), and the proof that it
+   holds the job's key.
 3. The worker sends PROOF that it holds the key, too.
 4. The server answers WELCOME with a session number, which all later messages of this peer carry.
 """
@@ -28,6 +29,7 @@ import zmq.utils.z85
 from zmq.auth.thread import ThreadAuthenticator
 
 from scaletrain.parameter_server.protocol import placement, security, wire
+from scaletrain.parameter_server.protocol.channel import Channel, Handshake, Subject
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind, Refused
 from scaletrain.parameter_server.server.doorkeeper import Doorkeeper
@@ -41,6 +43,7 @@ _MAX_MESSAGES = 64  # handled between two looks at the clock
 _MAX_CONNECTIONS = 64  # of a worker
 _HANDSHAKE_MS = 5000
 _MAX_HANDSHAKE_BYTES = 4096  # of a HELLO or PROOF: nobody has proved anything by then
+_PUBLIC_CHARACTERS = 64  # of a half of a handshake
 _LOOK_S = 0.05  # between looks at strangers, while there are any
 _LOG_AGAIN_S = 10.0  # rubbish in masses must not fill the disk
 _CURVE_KEY_BYTES = 32  # a key that is not text
@@ -56,8 +59,10 @@ class Peer:
     incarnation: int  # of the worker's process: a random number
     attempt: int  # of the worker's process to connect
     session: int = 0  # 0: not admitted yet
-    worker_nonce: str = ""
-    server_nonce: str = ""  # empty: no CHALLENGE was sent
+    worker_public: str = ""  # the worker's half of the handshake
+    handshake: Handshake | None = None  # this end's; None: no CHALLENGE was sent
+    channel: Channel | None = None  # None: the connection is not encrypted here
+    is_noted: bool = False  # the doorkeeper knows that it is no stranger's
 
 
 @dataclass
@@ -128,7 +133,7 @@ class Endpoint:
         self._poller.register(self._doorkeeper.news, zmq.POLLIN)
         self._set_options(self._socket)
         self._key = job_key.job_key(self._run_dir)
-        if self._authenticator and settings.encrypted:
+        if self._authenticator and settings.cipher == "curve":
             keys = security.CurveKeys.of(self._key)
             self._authenticator.configure_curve_callback(
                 domain="*", credentials_provider=_WorkersKey(keys.worker_public)
@@ -197,7 +202,7 @@ class Endpoint:
         """Bind the socket; return the ZeroMQ addresses that workers may connect to."""
         if self._settings.on_one_host:
             return [self._bind_unix(socket)]
-        if not self._settings.encrypted:
+        if self._settings.cipher is None:
             log.warning(
                 "server %d: security: trusted_network: peers are authenticated,"
                 " data is NOT encrypted",
@@ -243,23 +248,21 @@ class Endpoint:
             try:
                 if not complete:
                     raise Refused("wrong number of frames")
-                self.accept(route, wire.parse([frame.buffer for frame in frames]))
+                buffers = [frame.buffer for frame in frames]
+                if peer is not None and peer.channel is not None:
+                    buffers = peer.channel.open(buffers)
+                self.accept(route, wire.parse(buffers))
             except Refused as refusal:
                 self.refuse(route, peer, str(refusal))
             else:
-                self._note_proof(route, peer, frames)
+                self._note_proof(route, frames)
 
-    def _note_proof(self, route: bytes, before: Peer | None, frames: list[zmq.Frame]) -> None:
-        """Tell the doorkeeper when a message has turned a stranger into a worker.
-
-        Args:
-            route: of the connection.
-            before: its peer before the message, None: there was none.
-            frames: of the message.
-        """
+    def _note_proof(self, route: bytes, frames: list[zmq.Frame]) -> None:
+        """Tell the doorkeeper once when a connection has proved that it is a worker's."""
         peer = self._peers.get(route)
-        if peer is not None and peer.session and peer is not before:
-            self._doorkeeper.admit(frames[0].get(zmq.SRCFD))
+        if peer is not None and peer.session and not peer.is_noted:
+            peer.is_noted = True
+            self._doorkeeper.admit(int(frames[0].get(zmq.SRCFD)))
 
     def _receive(self) -> tuple[bytes, list[zmq.Frame], bool]:
         """Receive one message.
@@ -314,10 +317,10 @@ class Endpoint:
         self._make_room(route)
         self._peers[route] = peer
         self._given_up.pop(route, None)
-        if self._settings.on_one_host or self._settings.encrypted:
+        if self._settings.on_one_host or self._settings.cipher == "curve":
             self._admit(peer)
         else:
-            self._challenge(peer, value.get("nonce"))
+            self._challenge(peer, value.get("public"))
 
     def _make_room(self, route: bytes) -> None:
         """Forget the oldest peer that has proved nothing, if there are too many peers.
@@ -338,24 +341,30 @@ class Endpoint:
         if len(self._peers) >= most:
             raise Refused("too many clients")
 
-    def _challenge(self, peer: Peer, nonce: Any) -> None:
+    def _challenge(self, peer: Peer, public: Any) -> None:
         """Step 2: let the peer prove that it holds the job's key, and prove it to the peer."""
-        if not isinstance(nonce, str) or len(nonce) != 32:
+        if not isinstance(public, str) or len(public) != _PUBLIC_CHARACTERS:
             raise Refused("malformed HELLO")
-        peer.worker_nonce = nonce
-        peer.server_nonce = security.nonce()
-        proof = self._key.proof("server", peer.worker_nonce, peer.server_nonce)
-        payload = wire.to_json({"nonce": peer.server_nonce, "proof": proof})
+        peer.worker_public = public
+        peer.handshake = Handshake()
+        proof = peer.handshake.proof("server", self._key, self._subject(peer), public)
+        payload = wire.to_json({"public": peer.handshake.public, "proof": proof})
         self.answer(peer, Header(MessageKind.CHALLENGE), payload)
+
+    def _subject(self, peer: Peer) -> Subject:
+        """Return the connection that a handshake with a peer is about."""
+        return Subject(self._index, peer.rank, peer.connection, peer.incarnation)
 
     def _proof(self, peer: Peer, message: Message) -> None:
         """Step 3: check the peer's proof."""
-        role = f"worker {peer.rank}"
-        expected = self._key.proof(role, peer.worker_nonce, peer.server_nonce)
         proof = _handshake_json(message).get("proof")
-        if not peer.server_nonce or not security.same(proof, expected):
+        handshake = peer.handshake
+        arguments = (self._key, self._subject(peer), peer.worker_public)
+        if handshake is None or not security.same(proof, handshake.proof("worker", *arguments)):
             self._peers.pop(peer.route, None)
             raise Refused("wrong proof of the job's key")
+        if self._settings.cipher == "aes":
+            peer.channel = handshake.channel("server", *arguments)
         self._admit(peer)
 
     def _admit(self, peer: Peer) -> None:
@@ -391,9 +400,11 @@ class Endpoint:
             self._last_logged[reason] = now
             rank = peer.rank if peer else "?"
             log.warning("server %d: refused a message (rank %s): %s", self._index, rank, reason)
-        frames = [route, Header(MessageKind.REFUSED).pack(), wire.to_json({"reason": reason})]
+        frames: list[Any] = [Header(MessageKind.REFUSED).pack(), wire.to_json({"reason": reason})]
+        if peer is not None and peer.channel is not None:
+            frames = peer.channel.seal(frames)
         with contextlib.suppress(zmq.ZMQError):
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            self._socket.send_multipart([route, *frames], zmq.NOBLOCK)
 
     # Sending
 
@@ -419,16 +430,19 @@ class Endpoint:
         return self.send(route, header._replace(rank=rank), payload)
 
     def send(self, route: bytes, header: Header, payload: Any = None) -> bool:
-        """Send over one connection; the payload is not copied.
+        """Send over one connection; without encryption the payload is not copied.
 
         Returns:
             False if the connection is closed; its worker is lost then.
         """
-        frames = [route, header.pack()]
+        frames: list[Any] = [header.pack()]
         if payload is not None:
             frames.append(payload)
+        peer = self._peers.get(route)
+        if peer is not None and peer.channel is not None:
+            frames = peer.channel.seal(frames)
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            self._socket.send_multipart([route, *frames], zmq.NOBLOCK, copy=False)
             return True
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):

@@ -165,7 +165,7 @@ class IoThread:
             for number, socket in enumerate(link.sockets):
                 events = ready.get(socket, 0)
                 if events & zmq.POLLIN:
-                    self._receive(link, socket)
+                    self._receive(link, number)
                     link.heard_at = time.monotonic()
                 if events & zmq.POLLOUT:
                     link.blocked.discard(number)
@@ -184,19 +184,16 @@ class IoThread:
             return False
         if token.topic is Topic.UPDATE and not link.may_push(token):
             return False
-        socket = link.sockets[number]
         # As late as this: a new connection has another session.
         header = header._replace(rank=self._identity.rank, session=link.sessions[number])
         if token.topic is Topic.UPDATE:
             # The server finds the gradient's staleness by the version of its weights. A server that
             # was restored knows none after that of its snapshot.
             header = header._replace(version=self._position.versions[token.key])
-        try:
-            socket.send_multipart([header.pack(), *payloads], zmq.NOBLOCK, copy=False)
-        except zmq.Again:
+        if not link.send(number, [header.pack(), *payloads]):
             # POLLOUT only while the queue is full: otherwise each poll would return at once.
             link.blocked.add(number)
-            self._poller.register(socket, zmq.POLLIN | zmq.POLLOUT)
+            self._poller.register(link.sockets[number], zmq.POLLIN | zmq.POLLOUT)
             return False
         if token.topic is Topic.UPDATE:
             link.under_way.add(token)
@@ -222,12 +219,13 @@ class IoThread:
 
     # Receiving
 
-    def _receive(self, link: ServerLink, socket: zmq.Socket) -> None:
+    def _receive(self, link: ServerLink, number: int) -> None:
         """Handle the messages that a connection holds, or the first of them if there are many.
 
         Raises:
             ServerError: the server refuses a request, or says that training cannot go on.
         """
+        socket = link.sockets[number]
         for _ in range(_RECEIVED_AT_ONCE):
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -235,7 +233,7 @@ class IoThread:
                 return
             for frame in frames:
                 self.bytes_received += len(frame)
-            message = link.parse(frames)
+            message = link.parse(number, frames)
             if message is None:  # a sign of life
                 continue
             if message.header.flags & wire.SHARED:

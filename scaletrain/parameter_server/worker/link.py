@@ -12,6 +12,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from scaletrain.parameter_server.protocol import placement, security, wire
+from scaletrain.parameter_server.protocol.channel import Channel, Handshake, Subject
 from scaletrain.parameter_server.protocol.memory import SUPPORTED, Slab
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block, layout, to_json
@@ -83,6 +84,7 @@ class ServerLink:
         sockets: one for each connection.
         monitors: for each socket, the one that tells of its end.
         sessions: for each socket, the number that the server gave it.
+        channels: for each socket, its encryption; None: ZeroMQ's, or none.
         blocked: numbers of the connections whose queue is full.
         under_way: pushes that were sent and not answered yet.
         heard_at: time of the server's last sign of life (``time.monotonic``).
@@ -105,6 +107,7 @@ class ServerLink:
         self.sockets: list[zmq.Socket] = []
         self.monitors: list[zmq.Socket] = []
         self.sessions: list[int] = []
+        self.channels: list[Channel | None] = []
         self.blocked: set[int] = set()
         self.under_way: set[Token] = set()
         self.heard_at = time.monotonic()
@@ -176,9 +179,9 @@ class ServerLink:
         """Open one connection; return False if the server has not answered by the deadline.
 
         1. HELLO names the worker and the connection.
-        2. With ``trusted_network`` the server answers CHALLENGE, which proves that it holds the
-           job's key. PROOF proves the same of the worker. Otherwise CurveZMQ or the directory of
-           the Unix socket has made sure of both.
+        2. With ``aes`` and ``trusted_network`` the server answers CHALLENGE, which proves that it
+           holds the job's key. PROOF proves the same of the worker. Otherwise CurveZMQ or the
+           directory of the Unix socket has made sure of both.
         3. WELCOME holds the session, which every later message names.
 
         Raises:
@@ -189,22 +192,21 @@ class ServerLink:
         socket = self._make_socket(key)
         self.sockets.append(socket)
         socket.connect(self._endpoint)
-        worker_nonce = security.nonce()
+        self.channels.append(None)
+        handshake = Handshake()
         hello = {
             "rank": identity.rank,
             "workers": identity.settings.workers,
             "connection": number,
             "incarnation": identity.incarnation,
-            "nonce": worker_nonce,
+            "public": handshake.public,
             "attempt": self._attempts,
         }
         socket.send_multipart([Header(MessageKind.HELLO).pack(), wire.to_json(hello)])
-        message = self._next(socket, deadline)
+        message = self._next(number, deadline)
         if message is not None and message.header.kind == MessageKind.CHALLENGE:
-            proof = self._answer_challenge(message, key, worker_nonce)
-            header = Header(MessageKind.PROOF, rank=identity.rank)
-            socket.send_multipart([header.pack(), wire.to_json({"proof": proof})])
-            message = self._next(socket, deadline)
+            self._answer_challenge(message, key, number, handshake)
+            message = self._next(number, deadline)
         if message is None or message.header.kind != MessageKind.WELCOME:
             return False
         # The address may be outdated, and another server of the job may have the port by now.
@@ -217,7 +219,7 @@ class ServerLink:
         """Return a socket with all its options, not connected yet."""
         settings = self._identity.settings
         socket = self._identity.context.socket(zmq.DEALER)
-        if settings.encrypted:
+        if settings.cipher == "curve":
             security.encrypt_worker(socket, security.CurveKeys.of(key))
         elif not settings.on_one_host:
             security.pass_gate(socket, key)
@@ -232,16 +234,28 @@ class ServerLink:
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, settings.heartbeat_ms)
         return socket
 
-    def _answer_challenge(self, message: Message, key: JobKey, worker_nonce: str) -> str:
-        """Return the worker's proof after checking the server's. Raises ``ServerError``."""
+    def _answer_challenge(
+        self, message: Message, key: JobKey, number: int, handshake: Handshake
+    ) -> None:
+        """Check the server's proof, send the worker's, and encrypt from now on.
+
+        Raises:
+            ServerError: the server does not hold the job's key.
+        """
+        identity = self._identity
         challenge = message.json()
-        server_nonce = challenge.get("nonce")
-        if not isinstance(server_nonce, str):
+        subject = Subject(self.index, identity.rank, number, identity.incarnation)
+        theirs = challenge.get("public")
+        if not isinstance(theirs, str):
             raise ServerError(f"{self} does not hold the job's key")
-        expected = key.proof("server", worker_nonce, server_nonce)
+        expected = handshake.proof("server", key, subject, theirs)
         if not security.same(challenge.get("proof"), expected):
             raise ServerError(f"{self} does not hold the job's key")
-        return key.proof(f"worker {self._identity.rank}", worker_nonce, server_nonce)
+        proof = handshake.proof("worker", key, subject, theirs)
+        header = Header(MessageKind.PROOF, rank=identity.rank)
+        self.send(number, [header.pack(), wire.to_json({"proof": proof})])
+        if identity.settings.cipher == "aes":
+            self.channels[number] = handshake.channel("worker", key, subject, theirs)
 
     def _join(self, deadline: float, step: int | None) -> Ready | None:
         """Describe the model and the optimizer; return the server's answer, None if it has none.
@@ -257,8 +271,9 @@ class ServerLink:
             "step": step,
         }
         header = Header(MessageKind.SETUP, rank=self._identity.rank, session=self.sessions[0])
-        self.sockets[0].send_multipart([header.pack(), wire.to_json(setup)])
-        message = self._next(self.sockets[0], deadline)
+        if not self.send(0, [header.pack(), wire.to_json(setup)]):
+            return None
+        message = self._next(0, deadline)
         if message is None or message.header.kind != MessageKind.READY:
             return None
         ready = Ready.from_json(message.json())
@@ -286,29 +301,56 @@ class ServerLink:
         except (ValueError, OSError) as error:
             raise ServerError(f"{self}: its shared memory cannot be mapped: {error}") from None
 
-    def _next(self, socket: zmq.Socket, deadline: float) -> Message | None:
-        """Return the next message that is no sign of life; None at the deadline.
+    def _next(self, number: int, deadline: float) -> Message | None:
+        """Return the next message of a connection that is no sign of life; None at the deadline.
 
         Raises:
             ServerError: the message is a refusal.
         """
+        socket = self.sockets[number]
         while socket.poll(int(max(0.0, deadline - time.monotonic()) * 1000)):
-            message = self.parse(socket.recv_multipart(copy=False))
+            message = self.parse(number, socket.recv_multipart(copy=False))
             if message is not None:
                 return message
         return None
 
     # Connected
 
-    def parse(self, frames: list[zmq.Frame]) -> Message | None:
+    def send(self, number: int, frames: list[Any]) -> bool:
+        """Send a message over a connection without waiting; return False if there is no room.
+
+        The frames are not copied, unless they are encrypted.
+        """
+        socket = self.sockets[number]
+        channel = self.channels[number]
+        if channel is not None:
+            # A message that was sealed has to leave, so there must be room before.
+            if not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
+                return False
+            frames = channel.seal(frames)
+        try:
+            socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        return True
+
+    def parse(self, number: int, frames: list[zmq.Frame]) -> Message | None:
         """Return a message of this server; None for a sign of life.
+
+        Args:
+            number: of the connection.
+            frames: of the message.
 
         Raises:
             PeerLost: the server says that training cannot go on without a lost worker.
             ServerError: the server refuses a request, or its message is not acceptable.
         """
         try:
-            message = wire.parse([frame.buffer for frame in frames])
+            buffers = [frame.buffer for frame in frames]
+            channel = self.channels[number]
+            if channel is not None:
+                buffers = channel.open(buffers)
+            message = wire.parse(buffers)
             if message.header.kind == MessageKind.PING:
                 self.live_workers = message.header.count
                 return None
@@ -357,6 +399,7 @@ class ServerLink:
         self.sockets = []
         self.monitors = []
         self.sessions = []
+        self.channels = []
         self.blocked.clear()
         self.under_way.clear()
 
