@@ -71,6 +71,7 @@ results: setup horovod peers
 	for name in overlap strong weak; do $(BIN)/scaletrain report runs/results/$$name --format md,html --out $(RESULTS)/scaling/$$name || exit 1; done
 	$(BIN)/scaletrain bench parameter-server --output $(RESULTS)/parameter_server
 	$(BIN)/python -m benchmarks.lab prediction
+	$(BIN)/python -m benchmarks.lab published
 	$(BIN)/python -m benchmarks.lab firecaffe
 	$(BIN)/python -m benchmarks.lab overhead
 	$(BIN)/python -m benchmarks.lab start

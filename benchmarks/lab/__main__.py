@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from benchmarks.lab import diagnosis, firecaffe, overhead, prediction, start
+from benchmarks.lab import cases, diagnosis, firecaffe, overhead, prediction, start
 from scaletrain.errors import UserError
 
 
@@ -19,6 +19,7 @@ def lab() -> None:
 
 
 lab.add_command(diagnosis.command)
+lab.add_command(cases.command)
 lab.add_command(firecaffe.command)
 lab.add_command(overhead.command)
 lab.add_command(prediction.command)

@@ -299,7 +299,7 @@ def predict(
 def loads_by_name(
     collective: str, size: int, hosts_per_leaf: int = 0, **options: object
 ) -> list[Load]:
-    """Return an algorithm's loads: stated ones for many ranks, else those of its schedule.
+    """Return an algorithm's loads: stated ones for large schedules, else those of the schedule.
 
     Args:
         collective: the algorithm.
@@ -308,7 +308,8 @@ def loads_by_name(
         options: of the algorithm.
     """
     stated = plugins.companion("collective", collective, "loads")
-    if stated is not None and size >= LOADS_FROM_RANKS:
+    # Segments make a schedule of few ranks large, too.
+    if stated is not None and (size >= LOADS_FROM_RANKS or options):
         loads: list[Load] = stated(size, hosts_per_leaf=hosts_per_leaf, **options)
         return loads
     schedule = plugins.load("collective", collective)

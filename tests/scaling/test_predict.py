@@ -7,10 +7,11 @@ import math
 import time
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from rich.console import Console
 
-from benchmarks.lab import emulated, extrapolate, published
+from benchmarks.lab import cases, emulated, extrapolate, published
 from scaletrain.cli import cli
 from scaletrain.collectives.cost import Link, Network
 from scaletrain.collectives.traffic import bytes_moved
@@ -100,7 +101,7 @@ def test_servers_share_the_load():
     # A worker's own port stays.
     assert server_s(2, 1e8, GBIT, servers(64)) >= 1e8 / 125e6
     # A tensor that one server has alone is not shared.
-    undivided = servers(64, largest_bytes=5e7)
+    undivided = servers(64, largest_share=0.5)
     assert server_s(32, 1e8, GBIT, undivided) == pytest.approx(
         server_s(32, 1e8, GBIT, servers(2)), rel=0.01
     )
@@ -589,3 +590,65 @@ def test_one_worker_stars_no_strategy_and_more_machines_are_told_and_paid():
     )
     plain = show(job, [8], ["ring", "tree"])
     assert "beside the workers" not in plain and "without more" not in plain
+
+
+def test_a_published_case_is_predicted_from_its_baseline_alone(tmp_path):
+    """A made-up job whose truth is the model's own: the band's slow end has no error."""
+    fabric = Fabric(Network(1e-5, 1e9), "", workers_per_host=4, local=Link(5e-6, 1e10))
+    truth = StepModel(1e8, ComputeCost(0.002), fabric, overlap=False)
+
+    def rate(workers):
+        return 32 * workers / truth.step_s("ring", workers, 32)
+
+    path = tmp_path / "published.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "sources": {"us": "made up"},
+                "left_out": ["nothing"],
+                "series": [
+                    {
+                        "name": "made up",
+                        "source": "us",
+                        "gradient_mb": 100,
+                        "batch": 32,
+                        "exchange": "ring",
+                        "network": "infiniband-edr",
+                        "bandwidth": "1GB",
+                        "latency_us": 10,
+                        "workers_per_host": 4,
+                        "local_gb_per_s": 10,
+                        "baseline": {"workers": 1, "rate": rate(1)},
+                        "host": {"workers": 4, "rate": rate(4)},
+                        "points": [
+                            {"workers": 8, "rate": rate(8)},
+                            {"workers": 64, "efficiency": rate(64) / 64 / rate(1)},
+                        ],
+                    }
+                ],
+            }
+        )
+    )
+    (series,), left_out = cases.read(path)
+    made = cases.evaluate(series)
+    assert [(case.origin, case.workers) for case in made] == [(1, 4), (4, 8), (4, 64)]
+    for case in made:
+        assert case.error == pytest.approx(0, abs=1e-6) and case.fast > case.slow
+    text = cases.page([series], made, left_out, cases.Speed(1, 0.0))
+    assert all(f"| {case.published:,.0f} | {case.slow:,.0f} |" in text for case in made)
+    # A rate above the band is not inside it, and its error has the right sign.
+    (fast,) = cases.evaluate(dataclasses.replace(series, points=(cases.Measured(4, 1e6),)))
+    assert fast.place == "above" and fast.error < -0.9
+
+
+def test_published_cases_keep_their_median_error():
+    """The page's aim where every input is known: 5 % in the median. The worst is missed there."""
+    series, left_out = cases.read()
+    assert len(series) > 30 and len(left_out) > 3
+    made = [case for one in series for case in cases.evaluate(one)]
+    known, *_, predicted = cases.summaries(made)
+    assert known.count >= 40 and known.median < 0.05
+    assert predicted.count >= 100 and predicted.median < 0.06
+    # Nothing is fitted but what says so, and no point is left out.
+    assert {case.inputs for case in made} == {"known", "assumed", "fitted"}
+    assert len(made) == sum(len(one.points) for one in series)

@@ -148,7 +148,7 @@ class Servers(NamedTuple):
 
     Attributes:
         number: servers that share the model equally.
-        largest_bytes: of a tensor that is not divided between servers; 0: all are.
+        largest_share: of the model, in a tensor that one server has alone; 0: all are divided.
         bytes_per_s: what one server receives and sends a second, both counted, over TCP.
         beside_workers: they run on the workers' hosts, not on hosts of their own.
         fed_by_host: a host adds up its workers' gradients and sends the sum, as TensorFlow and
@@ -156,7 +156,7 @@ class Servers(NamedTuple):
     """
 
     number: int = 1
-    largest_bytes: float = 0.0
+    largest_share: float = 0.0
     bytes_per_s: float = SERVER_BYTES_PER_S
     beside_workers: bool = False
     fed_by_host: bool = False
@@ -298,7 +298,7 @@ def server_s(
         feeders = workers
         through_port = workers_inside * num_bytes
         inside_s = 0.0
-    at_server = feeders * max(num_bytes / servers.number, min(num_bytes, servers.largest_bytes))
+    at_server = feeders * num_bytes * max(1 / servers.number, servers.largest_share)
     all_hosts = hosts if servers.beside_workers else hosts + servers.number
     at_worker_s = through_port / _port_bytes_per_s(hosts, all_hosts, network)
     at_server_s = at_server / _port_bytes_per_s(servers.number, all_hosts, network)
