@@ -8,8 +8,8 @@ the last steps, the end of every run and the report on all of them.
    other ranks. A rank is slow if the median of these differences costs a tenth of a step or more,
    beyond doubt: the interval of the median comes from order statistics, so a few odd steps of a
    busy machine do not matter.
-2. If the garbage collector, or waiting for a core, took most of what the rank was slower by, then
-   that is the kind.
+2. What the garbage collector and other processes took from each part is measured, too. It is
+   compared by itself, and left out of the parts: noise of a busy machine is no work of a rank.
 3. A rank that is held up only now and then counts if it is the same rank again and again. If it is
    another rank each time, the slowness rotates, and no rank is to blame.
 4. A link is slow if the kernel moved less over it, while it had data, than over the others.
@@ -23,7 +23,7 @@ import enum
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from scaletrain.run.links import Connection, LinkSample
 from scaletrain.run.records import StepRecord
@@ -34,7 +34,6 @@ _FEWEST = 10  # steps: with fewer, one odd step could decide
 _LEAST_S = 2e-4  # a step: less than this is bookkeeping
 # One-sided error of the bounds of a median, for each rank, part and window. There are many of them.
 _ERROR = 0.0005
-_MOST = 0.7  # of the lost time: what takes this much of it is its kind
 # A rank is held up now and then if it takes this many times its usual time longer ...
 _STALL = 0.5
 _STALLS = 3  # ... in so many steps of a window, ...
@@ -93,6 +92,10 @@ class RankSteps:
     links: Sequence[LinkSample] = ()
     # Whether the wait inside backward was measured; not so on GPUs.
     knows_backward: bool = True
+
+    def newest(self, count: int) -> "RankSteps":
+        """Return the same with its newest steps alone."""
+        return dataclasses.replace(self, records=self.records[-count:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +187,8 @@ class _Step:
 
     number: int
     step_s: float  # of the slowest rank
-    parts: Mapping[str, Sequence[float]]
-    gc_s: Sequence[float]
-    stolen_s: Sequence[float]
-    own_s: Sequence[float]  # the parts' sum
+    by_kind: Mapping[Kind, Sequence[float]]  # work in each part, and what was taken from it
+    own_s: Sequence[float]  # all of it together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,15 +206,16 @@ class _Table:
             parts = [*_PARTS]
         steps = []
         for number, records in _side_by_side([each.records for each in ranks]):
+            work = [record.work_s() for record in records]
             own = [record.own_s() for record in records]
-            by_part = {part: [each[part] for each in own] for part in parts}
+            by_kind = {_PARTS[part]: [each[part] for each in work] for part in parts}
+            by_kind[Kind.GARBAGE] = [record.gc_s for record in records]
+            by_kind[Kind.STOLEN_CORES] = [record.stolen_s or 0.0 for record in records]
             steps.append(
                 _Step(
                     number=number,
                     step_s=max(record.step_s for record in records),
-                    parts=by_part,
-                    gc_s=[record.gc_s for record in records],
-                    stolen_s=[record.stolen_s or 0.0 for record in records],
+                    by_kind=by_kind,
                     own_s=[sum(each[part] for part in parts) for each in own],
                 )
             )
@@ -296,35 +298,12 @@ def _slow_rank(window: _Table, place: int) -> Culprit | None:
     # A rank that is slow in one part and as much faster in another holds up nobody.
     if statistics.median(excess) < floor_s:
         return None
-    kind, cost = None, _median(excess)
-    largest_s = 0.0
-    for part in window.steps[0].parts:
-        part_cost = _median([_excess(step.parts[part], place) for step in window.steps])
-        if part_cost.low >= floor_s and part_cost.value > largest_s:
-            kind, cost = _PARTS[part], part_cost
-            largest_s = part_cost.value
-    taken = _taken_by(window.steps, place, statistics.median(excess), statistics.median)
-    if taken is not None and _median(excess).low >= floor_s:
-        return window.culprit(taken, [place], _median(excess))
-    if kind is None:
-        return None
-    return window.culprit(kind, [place], cost)
-
-
-def _taken_by(
-    steps: Sequence[_Step],
-    place: int,
-    lost_s: float,
-    middle: Callable[[list[float]], float] = statistics.fmean,
-) -> Kind | None:
-    """Return what took most of a rank's lost time from it; None: its own work did."""
-    gc_s = middle([_excess(step.gc_s, place) for step in steps])
-    stolen_s = middle([_excess(step.stolen_s, place) for step in steps])
-    if gc_s >= _MOST * lost_s:
-        return Kind.GARBAGE
-    if stolen_s >= _MOST * lost_s:
-        return Kind.STOLEN_CORES
-    return None
+    culprit = None
+    for kind in window.steps[0].by_kind:
+        cost = _median([_excess(step.by_kind[kind], place) for step in window.steps])
+        if cost.low >= floor_s and (culprit is None or cost.value > culprit.cost_s):
+            culprit = window.culprit(kind, [place], cost)
+    return culprit
 
 
 def _stalls(window: _Table) -> Culprit | None:
@@ -347,9 +326,7 @@ def _stalls(window: _Table) -> Culprit | None:
     steps = [step for place, step in stalled if place == most or not is_one_rank]
     kinds: Counter[Kind] = Counter()
     for place, step in stalled:
-        lost_s = _excess(step.own_s, place)
-        part = max(step.parts, key=lambda each: _excess(step.parts[each], place))
-        kinds[_taken_by([step], place, lost_s) or _PARTS[part]] += 1
+        kinds[max(step.by_kind, key=lambda each: _excess(step.by_kind[each], place))] += 1
     kind = kinds.most_common(1)[0][0]
     # Shares count against the mean: a step that stalls is far from the median.
     mean_s = statistics.fmean(step.step_s for step in window.steps)

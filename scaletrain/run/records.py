@@ -54,6 +54,8 @@ class StepRecord:
     gc_s: float = 0.0  # in Python's garbage collector, inside whichever part
     # The training thread could run, and had no core. None: the kernel does not tell.
     stolen_s: float | None = None
+    # Both of these together, by part: input, forward, backward, update.
+    taken_s: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def wait_s(self) -> float:
@@ -62,15 +64,20 @@ class StepRecord:
 
     def own_s(self) -> dict[str, float]:
         """Return the seconds of each part without those waits: what this rank itself took."""
-        own = {"input": self.input_s}
-        whole = {
-            "forward": self.forward_s,
-            "backward": self.backward_s,
-            "optimizer": self.update_s,
+        return {
+            "input": self.input_s,
+            "forward": max(0.0, self.forward_s - self.exchange.get(_WAITS["forward"], 0.0)),
+            "backward": max(0.0, self.backward_s - self.exchange.get(_WAITS["backward"], 0.0)),
+            "optimizer": max(0.0, self.update_s - self.exchange.get(_WAITS["optimizer"], 0.0)),
         }
-        for part, seconds in whole.items():
-            own[part] = max(0.0, seconds - self.exchange.get(_WAITS[part], 0.0))
-        return own
+
+    def work_s(self) -> dict[str, float]:
+        """Return ``own_s`` without what the collector and other processes took of each part."""
+        work = self.own_s()
+        for part, taken_s in self.taken_s.items():
+            name = "optimizer" if part == "update" else part
+            work[name] = max(0.0, work[name] - taken_s)
+        return work
 
 
 # Keys of ``StepRecord.exchange``: waiting for other ranks or servers, inside each part.

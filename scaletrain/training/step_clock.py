@@ -1,6 +1,7 @@
 """Splits the time of a training step into its parts, without slowing the step."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,10 @@ import torch
 class StepClock:
     """Times one step: host time on the CPU; events on the stream, read at the end, on CUDA.
 
+    Args:
+        device: of the model.
+        on_lap: called with the part at each lap.
+
     >>> clock = StepClock(torch.device("cpu"))
     >>> clock.lap("forward")
     >>> clock.lap("backward")
@@ -16,7 +21,8 @@ class StepClock:
     ['backward', 'forward']
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, on_lap: Callable[[str], None] = lambda part: None):
+        self._on_lap = on_lap
         self._cuda = device.type == "cuda"
         self._start = self._now()
         self._laps: list[tuple[str, Any]] = []  # (part, moment of its end)
@@ -24,6 +30,7 @@ class StepClock:
     def lap(self, part: str) -> None:
         """Note that ``part`` ends now. A part may have several laps."""
         self._laps.append((part, self._now()))
+        self._on_lap(part)
 
     def stop(self) -> dict[str, float]:
         """Return the seconds spent in each part."""

@@ -161,8 +161,8 @@ class Trainer:
         if self._vitals is None:  # here, since it counts for the thread that it is made on
             self._vitals = VitalSigns(self.run_dir, self.world.rank)
         began = time.time()
-        self._vitals.look()  # what came between the steps belongs to none
-        clock = StepClock(self.device)
+        self._vitals.begin()
+        clock = StepClock(self.device, self._vitals.lap)
         # The rates are set before backward: a parameter server gets gradients while backward runs.
         self._set_rates()
         if not self.module.training:  # it visits every layer, and is needed after evaluation alone
@@ -194,7 +194,7 @@ class Trainer:
             clock.lap("update")
 
         spent = clock.stop()
-        vitals = self._vitals.look()
+        vitals = self._vitals.end()
         for loss in losses.values():
             mean.check(loss.count)
         self._feed.count_left_out(mean.left_out)
@@ -219,6 +219,7 @@ class Trainer:
             bad_samples=step_input.left_out,
             gc_s=vitals.gc_s,
             stolen_s=vitals.stolen_s,
+            taken_s=vitals.by_part,
         )
         self.next_step += 1
         for callback in self._callbacks:

@@ -19,6 +19,7 @@ class Vitals(NamedTuple):
 
     gc_s: float  # in Python's garbage collector, of whichever thread: it holds up all of them
     stolen_s: float | None  # the training thread could run and had no core; None: not known
+    by_part: dict[str, float]  # both together, by the part of the step
 
 
 class VitalSigns:
@@ -33,8 +34,8 @@ class VitalSigns:
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self._links = LinkWriter(run_dir, rank)
-        # Seconds in collections since the last look. Written by ``_note``, in whichever thread
-        # collects, and emptied by ``look``: a lost update costs one step's figure.
+        # Seconds in collections since the last lap. Written by ``_note``, in whichever thread
+        # collects, and emptied by ``lap``: a lost update costs one part's figure.
         self._collecting_s = 0.0
         self._collection_began: float | None = None
         gc.callbacks.append(self._note)
@@ -42,15 +43,33 @@ class VitalSigns:
         with contextlib.suppress(OSError):
             self._schedstat = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
         self._delay_s = self._read_delay_s()
+        # Of the step under way. Only the training thread uses them.
+        self._gc_s, self._stolen_s = 0.0, 0.0
+        self._by_part: dict[str, float] = {}
 
-    def look(self) -> Vitals:
-        """Return what was taken since the last look."""
-        self._links.sample()
+    def begin(self) -> None:
+        """Begin a step: what was taken until now belongs to none."""
+        self._collecting_s = 0.0
+        self._delay_s = self._read_delay_s()
+        self._gc_s, self._stolen_s = 0.0, 0.0
+        self._by_part = {}
+
+    def lap(self, part: str) -> None:
+        """Note that ``part`` of the step ends now. A part may have several laps."""
         gc_s, self._collecting_s = self._collecting_s, 0.0
+        taken_s = gc_s
+        self._gc_s += gc_s
         before, self._delay_s = self._delay_s, self._read_delay_s()
-        if before is None or self._delay_s is None:
-            return Vitals(gc_s, None)
-        return Vitals(gc_s, self._delay_s - before)
+        if before is not None and self._delay_s is not None:
+            self._stolen_s += self._delay_s - before
+            taken_s += self._delay_s - before
+        self._by_part[part] = self._by_part.get(part, 0.0) + taken_s
+
+    def end(self) -> Vitals:
+        """Return what was taken from the step."""
+        self._links.sample()
+        stolen_s = None if self._delay_s is None else self._stolen_s
+        return Vitals(self._gc_s, stolen_s, self._by_part)
 
     def close(self) -> None:
         """Stop counting."""

@@ -35,6 +35,7 @@ def made_up(
     records: list[list[StepRecord]] = [[] for _ in range(size)]
     for step in range(steps):
         own, gc_s, stolen_s = [], [0.0] * size, [0.0] * size
+        taken: list[dict[str, float]] = [{} for _ in range(size)]
         for rank in range(size):
             parts = {name: s * noises.lognormvariate(0, noise) for name, s in USUAL.items()}
             kind, extra_s = (slow or {}).get(rank, (None, 0.0))
@@ -42,9 +43,11 @@ def made_up(
                 extra_s *= noises.lognormvariate(0, noise)
                 if kind is Kind.GARBAGE:
                     gc_s[rank] = extra_s
+                    taken[rank] = {"forward": extra_s}
                     parts["forward"] += extra_s
                 elif kind is Kind.STOLEN_CORES:
-                    stolen_s[rank] = 0.9 * extra_s
+                    stolen_s[rank] = extra_s
+                    taken[rank] = {"forward": extra_s / 3, "backward": extra_s * 2 / 3}
                     parts["forward"] += extra_s / 3
                     parts["backward"] += extra_s * 2 / 3
                 else:
@@ -69,6 +72,7 @@ def made_up(
                     exchange={"wait_in_backward_s": wait_s},
                     gc_s=gc_s[rank],
                     stolen_s=stolen_s[rank],
+                    taken_s=taken[rank],
                 )
             )
     return [RankSteps(rank, f"h{rank // 2}", records[rank]) for rank in range(size)]

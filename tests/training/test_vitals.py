@@ -25,11 +25,15 @@ def signs(tmp_path: Path):
 
 def test_collections_are_timed(signs: VitalSigns):
     garbage = [[] for _ in range(300_000)]
-    signs.look()
+    signs.begin()
+    signs.lap("input")
     began = time.perf_counter()
     gc.collect()
     elapsed_s = time.perf_counter() - began
-    assert 0.5 * elapsed_s < signs.look().gc_s <= elapsed_s
+    signs.lap("forward")
+    vitals = signs.end()
+    assert 0.5 * elapsed_s < vitals.gc_s <= elapsed_s
+    assert vitals.by_part["forward"] >= vitals.gc_s > 10 * vitals.by_part["input"]
     assert len(garbage) == 300_000
     before = len(gc.callbacks)
     other = VitalSigns(RunDir(Path("/nowhere")).path, 1)
@@ -38,13 +42,12 @@ def test_collections_are_timed(signs: VitalSigns):
 
 
 def test_waiting_for_a_core_is_stolen_and_sleep_is_not(signs: VitalSigns):
-    if signs.look().stolen_s is None:
+    if signs.end().stolen_s is None:
         pytest.skip("this kernel does not count the waits of threads (CONFIG_SCHED_INFO)")
     allowed = os.sched_getaffinity(0)
     children = []
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        signs.look()
         for _ in range(2):  # busy on the same core as this thread
             child = os.fork()
             if child == 0:
@@ -53,18 +56,22 @@ def test_waiting_for_a_core_is_stolen_and_sleep_is_not(signs: VitalSigns):
                     pass
                 os._exit(0)
             children.append(child)
+        signs.begin()
         began = time.monotonic()
         while time.monotonic() - began < 0.6:
             pass
-        assert signs.look().stolen_s > 0.2  # type: ignore[operator]
+        signs.lap("backward")
+        stolen_s = signs.end().by_part["backward"]
+        assert 0.2 < stolen_s < 0.6 + 1.0
         time.sleep(0.1)
         for child in children:
             os.kill(child, 9)
             os.waitpid(child, 0)
         children.clear()
-        signs.look()
+        signs.begin()
         time.sleep(0.3)
-        assert signs.look().stolen_s < 0.1  # type: ignore[operator]
+        signs.lap("input")
+        assert signs.end().stolen_s < 0.2  # type: ignore[operator]
     finally:
         os.sched_setaffinity(0, allowed)
         for child in children:
@@ -72,11 +79,14 @@ def test_waiting_for_a_core_is_stolen_and_sleep_is_not(signs: VitalSigns):
             os.waitpid(child, 0)
 
 
-def test_a_look_takes_microseconds(signs: VitalSigns):
+def test_a_step_pays_few_microseconds(signs: VitalSigns):
     def one_s() -> float:
         began = time.perf_counter()
         for _ in range(200):
-            signs.look()
+            signs.begin()
+            for part in ("input", "forward", "backward", "update"):
+                signs.lap(part)
+            signs.end()
         return (time.perf_counter() - began) / 200
 
     assert min(one_s() for _ in range(20)) < 10e-6
