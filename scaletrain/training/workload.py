@@ -27,6 +27,7 @@ from scaletrain.training.stream import is_stream
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+_MANY_CLASSES = 20  # from which on the five likeliest are a figure, too
 IGNORED = -100  # torch's default for ``ignore_index``: a target that counts for nothing
 
 
@@ -162,6 +163,10 @@ class Workload:
 class Supervised(Workload):
     """The simple job: batches are (input, target), and a function compares output and target.
 
+    A model with auxiliary heads returns a tuple of outputs in training, its own first, and has an
+    attribute ``loss_weights`` with as many numbers. Its loss is the sum of their losses, each times
+    its weight, and the records hold each of them.
+
     Args:
         model: a sample's output must not depend on its neighbours, or N workers differ from one.
         loss: (output, target) -> scalar, the mean over the batch.
@@ -184,6 +189,7 @@ class Supervised(Workload):
         self.data = data
         self._sums = sums
         self._ignored = ignored
+        self._loss_weights: Sequence[float] = getattr(model, "loss_weights", ())
         self._counts_samples = sums is None or _has_one_class_a_sample(data.train, ignored)
 
     @property
@@ -202,7 +208,10 @@ class Supervised(Workload):
         return self._loss_of(self.model(inputs), targets)
 
     def evaluate(self, batch: Any) -> dict[str, Mean]:
-        """Return ``loss``, and ``accuracy`` if the targets are classes."""
+        """Return ``loss``, and ``accuracy`` if the targets are classes.
+
+        With many classes also ``top5_accuracy``: the part whose class is among the five likeliest.
+        """
         inputs, targets = _pair(batch)
         output = self.model(inputs)
         loss = self._loss_of(output, targets)
@@ -214,9 +223,28 @@ class Supervised(Workload):
             judged = targets != self._ignored
             right = (output.argmax(1) == targets) & judged
             figures["accuracy"] = Mean(right.sum(), judged.sum())
+            if output.shape[1] >= _MANY_CLASSES:
+                ranked = output.topk(5, dim=1).indices
+                near = (ranked == targets.unsqueeze(1)).any(1) & judged
+                figures["top5_accuracy"] = Mean(near.sum(), judged.sum())
         return figures
 
     def _loss_of(self, output: Any, targets: Tensor) -> Loss:
+        if not self._loss_weights or not isinstance(output, tuple):
+            return self._loss_of_one(output, targets)
+        if len(output) != len(self._loss_weights):
+            raise UserError(
+                f"model: returns {len(output)} outputs in training, and its loss_weights has"
+                f" {len(self._loss_weights)} (allowed: a weight for each output)"
+            )
+        losses = [self._loss_of_one(each, targets) for each in output]
+        weighted = [
+            weight * loss.total for weight, loss in zip(self._loss_weights, losses, strict=True)
+        ]
+        parts = {f"output_{index}": loss.total for index, loss in enumerate(losses)}
+        return Loss(torch.stack(weighted).sum(), losses[0].count, parts)
+
+    def _loss_of_one(self, output: Any, targets: Tensor) -> Loss:
         output = _in_full_precision(output)
         if self._sums is None or targets.is_floating_point():
             # A mean over elements is one over samples: they have as many elements each.

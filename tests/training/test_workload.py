@@ -156,3 +156,59 @@ def test_options_of_a_workload_are_checked(tmp_path: Path):
         config.check(tree | {"workload": {"name": "own:Own", "widht": 3}})
     checked = config.check(tree | {"workload": {"name": "own:Own", "width": "8"}})
     assert checked.workload is not None and checked.workload.options == {"width": 8}
+
+
+class TwoHeads(torch.nn.Module):
+    """Outputs in training: its own, and a head's; two numbers of each weight's outputs."""
+
+    def __init__(self, weights: tuple[float, ...] = (1.0, 0.3)):
+        super().__init__()
+        self.own = torch.nn.Linear(3, 25)
+        self.head = torch.nn.Linear(3, 25)
+        self.loss_weights = weights
+
+    def forward(self, inputs):
+        return (self.own(inputs), self.head(inputs)) if self.training else self.own(inputs)
+
+
+def supervised(model: torch.nn.Module) -> workload.Supervised:
+    loss = torch.nn.functional.cross_entropy
+    pairs = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.arange(8))
+    return workload.Supervised(model, loss, workload.Data(pairs, pairs))
+
+
+def test_auxiliary_heads_add_their_weighted_losses_in_training_alone():
+    torch.manual_seed(0)
+    job = supervised(TwoHeads())
+    batch = job.data.train.tensors
+    loss = job.forward(batch)
+    own, head = job.model(batch[0])
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = 8 * (cross_entropy(own, batch[1]) + 0.3 * cross_entropy(head, batch[1]))
+    torch.testing.assert_close(loss.total, expected)
+    assert set(loss.parts) == {"output_0", "output_1"} and loss.count == 8
+    # A sum: two halves of the batch, as of two workers, add up to the whole.
+    halves = [job.forward((batch[0][part], batch[1][part])) for part in (slice(5), slice(5, 8))]
+    torch.testing.assert_close(halves[0].total + halves[1].total, loss.total)
+    job.model.eval()
+    figures = job.evaluate(batch)
+    own = job.model(batch[0])
+    torch.testing.assert_close(figures["loss"].total, 8 * cross_entropy(own, batch[1]))
+    with pytest.raises(
+        UserError, match="returns 2 outputs in training, and its loss_weights has 3"
+    ):
+        supervised(TwoHeads((1.0, 0.3, 0.3))).forward(batch)
+
+
+def test_the_five_likeliest_classes_count_where_there_are_many():
+    job = supervised(torch.nn.Linear(3, 25))
+    inputs, targets = job.data.train.tensors
+    job.model.eval()
+    figures = job.evaluate((inputs, targets))
+    ranks = (-job.model(inputs)).argsort(1).argsort(1)[range(8), targets]
+    assert (
+        figures["top5_accuracy"].total == (ranks < 5).sum() and figures["top5_accuracy"].count == 8
+    )
+    assert figures["accuracy"].total == (ranks == 0).sum()
+    few = supervised(torch.nn.Linear(3, 10))
+    assert "top5_accuracy" not in few.evaluate((inputs, targets))
