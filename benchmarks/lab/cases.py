@@ -26,11 +26,14 @@ from scaletrain.scaling.predict.network import (
 )
 from scaletrain.scaling.predict.step_time import (
     USUAL_PROFILE,
+    USUAL_STRAGGLERS,
     ComputeCost,
     PassProfile,
     StepModel,
+    Stragglers,
     Strategy,
     incast_s,
+    slowest_factor,
 )
 from scaletrain.scaling.show import results
 
@@ -187,8 +190,8 @@ class Case:
         origin: number of workers of the rate that it is predicted from.
         inputs: ``known``, ``assumed`` or ``fitted``.
         published: the published rate.
-        slow: the simulator's without overlap: the first figure of ``simulate``.
-        fast: the simulator's with full overlap.
+        slow: the simulator's without overlap and with stragglers: its first figure.
+        fast: the simulator's with full overlap and without stragglers.
     """
 
     series: str
@@ -251,12 +254,18 @@ def _rates(series: Series, point: Measured, origin: Measured) -> list[float]:
     rates = []
     for overlap in (False, True):
         if series.overlap in (None, overlap):
-            compute = _compute(series, origin, overlap)
-            step_s = _model(series, compute, overlap).step_s(*_job(series, point))
-            if not overlap:
-                step_s += incast_s(_job(series, point)[0], point.workers, series.fabric)
-            rates.append(samples / step_s)
+            for stragglers in (Stragglers(), USUAL_STRAGGLERS):
+                compute = _compute(series, origin, stragglers, overlap)
+                model = _model(series, _slowed(compute, point, stragglers), overlap)
+                step_s = model.step_s(*_job(series, point))
+                if not overlap and stragglers == USUAL_STRAGGLERS:
+                    step_s += incast_s(_job(series, point)[0], point.workers, series.fabric)
+                rates.append(samples / step_s)
     return rates
+
+
+def _slowed(compute: ComputeCost, point: Measured, stragglers: Stragglers) -> ComputeCost:
+    return compute.slowed(slowest_factor(point.workers, 0, stragglers))
 
 
 def _model(series: Series, compute: ComputeCost, overlap: bool) -> StepModel:
@@ -276,16 +285,20 @@ def _job(series: Series, point: Measured) -> tuple[Strategy, int, float]:
     return Strategy.parse(text), point.workers, series.share(point.workers)
 
 
-def _compute(series: Series, origin: Measured, overlap: bool) -> ComputeCost:
+def _compute(
+    series: Series, origin: Measured, stragglers: Stragglers, overlap: bool
+) -> ComputeCost:
     """Return the computation with which the origin takes as long as was published."""
     share = series.share(origin.workers)
     longest = origin.workers / origin.rate  # seconds a sample of one worker, with the exchange
 
     def excess_s(sample_s: float) -> float:
-        model = _model(series, ComputeCost(sample_s), overlap)
+        compute = _slowed(ComputeCost(sample_s), origin, stragglers)
+        model = _model(series, compute, overlap)
         return model.step_s(*_job(series, origin)) - share * longest
 
-    return ComputeCost(float(optimize.brentq(excess_s, 1e-3 * longest, longest * (1 + 1e-9))))
+    # Drawn stragglers are only near their mean.
+    return ComputeCost(float(optimize.brentq(excess_s, 1e-3 * longest, 1.1 * longest)))
 
 
 @dataclasses.dataclass(frozen=True)

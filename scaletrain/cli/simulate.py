@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from scaletrain.scaling.predict.layers import ModelTimes
     from scaletrain.scaling.predict.network import Fabric
     from scaletrain.scaling.predict.simulate import SimulatedJob
+    from scaletrain.scaling.predict.step_time import Stragglers
 
 EXAMPLE = "scaletrain simulate --model nin --batch 1024 --sample-ms 8.3 --network gemini"
 MOST_WORKERS = 32_768
@@ -44,7 +45,7 @@ class Options:
     servers_fed_by: str
     mode: str
     overlap: bool | None
-    straggler_variation: float
+    straggler_variation: float | None
     slow_probability: float
     slow_factor: float
     epoch_samples: int
@@ -145,8 +146,8 @@ class Options:
 @click.option(
     "--straggler-variation",
     type=click.FloatRange(min=0),
-    default=0.0,
-    help="Standard deviation / mean of a worker's computation (lognormal).",
+    help="Standard deviation / mean of a worker's computation (lognormal)"
+    " [default: from 0 to 0.036, as TensorFlow's on a shared cluster].",
 )
 @click.option(
     "--slow-probability",
@@ -186,7 +187,8 @@ def command(networks: bool, **values: Any) -> None:
     """Predict step time, speed-up and cost of every strategy at up to 32,768 workers.
 
     Predictions are computed from the schedules themselves. Nothing is started. A range lies between
-    no overlap of communication with backward (the first figure, to plan with) and full overlap.
+    no overlap of communication with backward and late workers (the first figure, to plan with) and
+    full overlap without stragglers.
 
     \b
     Examples:
@@ -347,7 +349,6 @@ def _job(
         USUAL_PROFILE,
         ComputeCost,
         PassProfile,
-        Stragglers,
     )
 
     num_bytes: float | None = None
@@ -403,12 +404,23 @@ def _job(
         mode=options.mode,
         overlap=overlap,
         profile=profile,
-        stragglers=Stragglers(
-            options.straggler_variation, options.slow_probability, options.slow_factor
-        ),
+        stragglers=_stragglers(options, is_measured=calibration is not None),
         epoch_samples=options.epoch_samples,
         price_per_worker_hour=options.price,
         servers=servers,
+    )
+
+
+def _stragglers(options: Options, *, is_measured: bool) -> "Stragglers | None":
+    """Return how workers vary; None: nobody has said or measured it."""
+    from scaletrain.scaling.predict.step_time import Stragglers
+
+    is_typed = options.straggler_variation is not None or options.slow_probability > 0
+    # A calibration has the stragglers of its own measurements.
+    if not (is_typed or is_measured):
+        return None
+    return Stragglers(
+        options.straggler_variation or 0.0, options.slow_probability, options.slow_factor
     )
 
 

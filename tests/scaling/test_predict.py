@@ -92,6 +92,11 @@ def test_only_what_crosses_its_uplinks_suffers_from_an_oversubscribed_tree():
     assert allreduce_s("direct", 16, 1e9, tree) == allreduce_s("direct", 16, 1e9, flat)
 
 
+def calm_job(*arguments, **fields):
+    """A job whose workers are known not to vary."""
+    return simulate.SimulatedJob(*arguments, **{"stragglers": Stragglers(), **fields})
+
+
 def servers(number, **figures):
     return OUR_SERVERS._replace(number=number, **figures)
 
@@ -147,7 +152,7 @@ def test_a_servers_process_moves_less_than_a_fast_port():
 
 
 def test_tcp_may_time_out_where_many_send_to_one_port():
-    job = simulate.SimulatedJob(1e8, 1, ComputeCost(1.0), FABRICS["10gbit"], mode="weak")
+    job = calm_job(1e8, 1, ComputeCost(1.0), FABRICS["10gbit"], mode="weak")
     few, many = (simulate.simulate_one(job, "server:16", n) for n in (32, 33))
     assert many.step_s - few.step_s > 0.2 and many.fast_step_s - few.fast_step_s < 0.2
     ring = simulate.simulate_one(job, "ring", 64)
@@ -156,7 +161,7 @@ def test_tcp_may_time_out_where_many_send_to_one_port():
 
 
 def test_a_prediction_is_a_band_from_no_overlap_to_full_overlap():
-    job = simulate.SimulatedJob(1e8, 64, ComputeCost(0.01), GBIT, mode="weak")
+    job = calm_job(1e8, 64, ComputeCost(0.01), GBIT, mode="weak")
     point = simulate.simulate_one(job, "ring", 8)
     ends = [
         simulate.simulate_one(job._replace(overlap=overlap), "ring", 8).step_s
@@ -166,9 +171,21 @@ def test_a_prediction_is_a_band_from_no_overlap_to_full_overlap():
     assert point.fast_speedup / point.speedup == pytest.approx(ends[0] / ends[1])
 
 
+def test_stragglers_that_nobody_measured_are_in_the_first_figure():
+    """200 workers that vary as TensorFlow's did take about 10 % longer for the slowest."""
+    job = simulate.SimulatedJob(8.0, 1, ComputeCost(1.0), GBIT, mode="weak")
+    point = simulate.simulate_one(job, "none", 200)
+    assert point.step_s == pytest.approx(1.10, abs=0.01) and point.fast_step_s == 1
+    assert point.exposed_s == pytest.approx(point.step_s - 1)
+    alone = simulate.simulate_one(job, "none", 1)
+    assert alone.step_s == alone.fast_step_s == alone.speedup == 1
+    told = simulate.simulate_one(job._replace(stragglers=Stragglers(variation=0.2)), "none", 200)
+    assert told.step_s == told.fast_step_s > 1.5
+
+
 def test_a_pipelined_trees_segments_are_chosen_and_told():
     """Large messages want more than the default of 16, small ones fewer."""
-    job = simulate.SimulatedJob(2.5e7, 1, ComputeCost(0.1), GBIT, mode="weak", overlap=False)
+    job = calm_job(2.5e7, 1, ComputeCost(0.1), GBIT, mode="weak", overlap=False)
     chosen = simulate.simulate_one(job, "double_tree", 64)
     by_hand = {
         count: simulate.simulate_one(job, f"double_tree:segments={count}", 64).step_s
@@ -183,9 +200,7 @@ def test_a_pipelined_trees_segments_are_chosen_and_told():
 
 def test_backup_workers_count_as_workers_and_need_a_server():
     noisy = Stragglers(variation=0.5)
-    job = simulate.SimulatedJob(
-        1e3, 8, ComputeCost(0.1), GBIT, mode="weak", stragglers=noisy, overlap=False
-    )
+    job = calm_job(1e3, 8, ComputeCost(0.1), GBIT, mode="weak", stragglers=noisy, overlap=False)
     alone, spare = (simulate.simulate_one(job, name, 2) for name in ("server", "server+3"))
     # The first two of five are fast, but five compute.
     assert spare.speedup > 2 and spare.efficiency == pytest.approx(spare.speedup / 5)
@@ -239,7 +254,7 @@ def test_simulate_is_quick_at_4096_workers():
 
     ``python -m benchmarks.lab published`` measures 32,768.
     """
-    job = simulate.SimulatedJob(
+    job = calm_job(
         simulate.MODEL_BYTES["nin"],
         8,
         ComputeCost(0.008),
@@ -259,7 +274,7 @@ def test_simulate_is_quick_at_4096_workers():
 
 
 def test_simulate_refuses_what_it_does_not_know():
-    job = simulate.SimulatedJob(1e6, 8, ComputeCost(0.01), GBIT)
+    job = calm_job(1e6, 8, ComputeCost(0.01), GBIT)
     with pytest.raises(UserError, match="did you mean 'ring'"):
         simulate.simulate(job, [2], ["rings"])
     with pytest.raises(UserError, match="cannot share"):
@@ -558,9 +573,7 @@ def show(job, counts, names):
 
 
 def test_one_worker_stars_no_strategy_and_more_machines_are_told_and_paid():
-    job = simulate.SimulatedJob(
-        4e6, 64, ComputeCost(0.01), GBIT, price_per_worker_hour=1, epoch_samples=10**6
-    )
+    job = calm_job(4e6, 64, ComputeCost(0.01), GBIT, price_per_worker_hour=1, epoch_samples=10**6)
     text = show(job, [1, 8], ["ring", "tree", "server:16"])
     assert text.count("*│") + text.count("* │") == 1 and "1 worker: nothing to exchange" in text
     assert (
@@ -595,9 +608,11 @@ def test_one_worker_stars_no_strategy_and_more_machines_are_told_and_paid():
 def test_a_published_case_is_predicted_from_its_baseline_alone(tmp_path):
     """A made-up job whose truth is the model's own: the band's slow end has no error."""
     fabric = Fabric(Network(1e-5, 1e9), "", workers_per_host=4, local=Link(5e-6, 1e10))
-    truth = StepModel(1e8, ComputeCost(0.002), fabric, overlap=False)
+    slow = step_time.USUAL_STRAGGLERS
 
     def rate(workers):
+        compute = ComputeCost(0.002).slowed(step_time.slowest_factor(workers, 0, slow))
+        truth = StepModel(1e8, compute, fabric, overlap=False)
         return 32 * workers / truth.step_s("ring", workers, 32)
 
     path = tmp_path / "published.yaml"
@@ -647,8 +662,8 @@ def test_published_cases_keep_their_median_error():
     assert len(series) > 30 and len(left_out) > 3
     made = [case for one in series for case in cases.evaluate(one)]
     known, *_, predicted = cases.summaries(made)
-    assert known.count >= 40 and known.median < 0.05
-    assert predicted.count >= 100 and predicted.median < 0.06
+    assert known.count >= 40 and known.median < 0.04
+    assert predicted.count >= 100 and predicted.median < 0.05
     # Nothing is fitted but what says so, and no point is left out.
     assert {case.inputs for case in made} == {"known", "assumed", "fitted"}
     assert len(made) == sum(len(one.points) for one in series)

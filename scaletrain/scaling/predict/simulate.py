@@ -1,6 +1,5 @@
 """Simulate a job: step time, speed-up and cost of every strategy, from the models alone."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,16 +36,17 @@ PRECISIONS = {"float32": 4, "float16": 2, "bfloat16": 2}
 class SimulatedJob(NamedTuple):
     """The job to simulate, and the machine that it would run on.
 
+    What is not known spans a band, from one assumption to the other.
+
     Attributes:
         num_bytes: size of the gradients.
         batch_size: samples a step, of all workers (strong scaling) or of each (weak scaling).
         compute: a worker's computation.
         network: the machine's network.
         mode: ``strong`` or ``weak``.
-        overlap: exchanges run while backward goes on; None: not known, so that the prediction is
-            the band between both.
+        overlap: exchanges run while backward goes on; None: not known.
         profile: when gradients become complete during a pass.
-        stragglers: how the computation varies from step to step.
+        stragglers: how the computation varies from step to step; None: not known.
         epoch_samples: samples an epoch; None: no price is shown.
         price_per_worker_hour: of every machine; None: no price is shown.
         servers: what parameter servers are like.
@@ -59,7 +59,7 @@ class SimulatedJob(NamedTuple):
     mode: str = "strong"
     overlap: bool | None = None
     profile: PassProfile = step_time.USUAL_PROFILE
-    stragglers: Stragglers = Stragglers()
+    stragglers: Stragglers | None = None
     epoch_samples: int | None = None
     price_per_worker_hour: float | None = None
     servers: Servers = OUR_SERVERS
@@ -156,18 +156,14 @@ def simulate_one(job: SimulatedJob, strategy: str, workers: int) -> Point:
     """Simulate one strategy, such as ``ring`` or ``server:4+3``, at one number of workers."""
     parsed = Strategy.parse(strategy)
     share = job.share(workers)
-    slowest = step_time.slowest_factor(workers, parsed.backups, job.stragglers)
-    compute = job.compute.slowed(slowest)
     # Backup workers send their gradients to the servers, too.
     computing = workers + parsed.backups
-    model = StepModel(job.num_bytes, compute, job.network, profile=job.profile, servers=job.servers)
     parsed = _with_segments(parsed, computing, job)
-    band = _band(job, model, parsed, computing, share)
-    # The same computation without an exchange, and the whole batch on one worker.
-    quiet_s = StepModel(job.num_bytes, compute, job.network).step_s("none", 1, share)
-    alone_compute = job.compute.slowed(step_time.slowest_factor(1, 0, job.stragglers))
-    alone = StepModel(job.num_bytes, alone_compute, job.network)
-    alone_s = alone.step_s("none", 1, job.batch_size)
+    band = _band(job, parsed, workers, share)
+    # The same computation without an exchange or stragglers, and the whole batch on one worker.
+    quiet_s = _step_s(job, Strategy("none"), 1, share, Stragglers(), overlap=True)
+    alone_stragglers = job.stragglers or Stragglers()
+    alone_s = _step_s(job, Strategy("none"), 1, job.batch_size, alone_stragglers, overlap=True)
     # By throughput, which compares strong and weak scaling with one worker alike.
     # The gradients of backup workers that come late do not count.
     samples_per_s = share * workers / band.high
@@ -191,13 +187,44 @@ def simulate_one(job: SimulatedJob, strategy: str, workers: int) -> Point:
     )
 
 
-def _band(
-    job: SimulatedJob, model: StepModel, strategy: Strategy, workers: int, share: float
-) -> Band:
+def _band(job: SimulatedJob, strategy: Strategy, workers: int, share: float) -> Band:
+    """Return the step between the best and the worst of what is not known of the job."""
+    steps = []
+    overlaps = (True, False) if job.overlap is None else (job.overlap,)
+    # Where latency counts most, many buckets are slower than one message after backward.
+    for overlap in overlaps:
+        best_s = _step_s(
+            job, strategy, workers, share, job.stragglers or Stragglers(), overlap=overlap
+        )
+        late = job.stragglers or step_time.USUAL_STRAGGLERS
+        late_s = _step_s(job, strategy, workers, share, late, overlap=overlap)
+        steps += [best_s, late_s]
+    incast_s = 0.0
     if job.overlap is None:
-        return model.band(strategy, workers, share)
-    step_s = dataclasses.replace(model, overlap=job.overlap).step_s(strategy, workers, share)
-    return Band(step_s, step_s)
+        incast_s = step_time.incast_s(strategy, workers + strategy.backups, job.network)
+    return Band(min(steps), max(steps) + incast_s)
+
+
+def _step_s(
+    job: SimulatedJob,
+    strategy: Strategy,
+    workers: int,
+    share: float,
+    stragglers: Stragglers,
+    *,
+    overlap: bool,
+) -> float:
+    """Return the step under one assumption about overlap and stragglers."""
+    slowest = step_time.slowest_factor(workers, strategy.backups, stragglers)
+    model = StepModel(
+        job.num_bytes,
+        job.compute.slowed(slowest),
+        job.network,
+        overlap=overlap,
+        profile=job.profile,
+        servers=job.servers,
+    )
+    return model.step_s(strategy, workers + strategy.backups, share)
 
 
 def _with_segments(strategy: Strategy, workers: int, job: SimulatedJob) -> Strategy:

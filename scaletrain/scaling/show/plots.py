@@ -335,6 +335,8 @@ def traffic(rows: Sequence[Row]) -> Drawing:
 def simulation(points: Sequence[Point], reach: int | None) -> Drawing:
     """Draw predicted speed-up against workers, both logarithmic.
 
+    A line is the first figure of a strategy's range, and the shade above it reaches to the second.
+
     Args:
         points: of all strategies and worker counts.
         reach: beyond so many workers lines are dashed. None: nowhere.
@@ -355,6 +357,14 @@ def simulation(points: Sequence[Point], reach: int | None) -> Drawing:
             }
             # Points come in the order of their workers, so the near ones are the first.
             near = [point for point in line if reach is None or point.workers <= reach]
+            axes.fill_between(
+                [point.workers for point in line],
+                [point.speedup for point in line],
+                [point.fast_speedup for point in line],
+                color=style["color"],
+                alpha=0.12,
+                lw=0,
+            )
             far = line[len(near) :]
             _stroke(axes, near, "-", label=strategy + _extra_machines(line), **style)
             if far:

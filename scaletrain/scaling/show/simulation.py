@@ -109,10 +109,17 @@ def _assumptions(job: SimulatedJob, points: Sequence[Point]) -> list[str]:
         if fabric.local:
             inside = f"{fabric.local.bandwidth_bytes_per_s / 1e9:,.1f} GB/s"
         lines.append(f"hosts: {fabric.workers_per_host} workers each; inside a host {inside}")
+    if job.stragglers is None or job.overlap is None:
+        lines.append("a range: * and the price go by its first figure, with which to plan")
+    if job.stragglers is None:
+        lines.append(
+            f"  workers vary by {step_time.USUAL_STRAGGLERS.variation:.1%} from step to step, as in"
+            " TensorFlow's synchronous steps (OSDI 2016), to not at all (--straggler-variation)"
+        )
     if job.overlap is None:
         lines.append(
-            "a range: from no overlap of communication with backward (* and the price go by it)"
-            " to full overlap (--overlap, --no-overlap)"
+            "  communication is not hidden behind backward, to all of it that can be"
+            " (--overlap, --no-overlap)"
         )
     elif job.overlap:
         lines.append("all of the communication that can hide behind backward does (--overlap)")
