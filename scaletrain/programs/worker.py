@@ -85,12 +85,12 @@ def main(run_dir: Path, resume: bool = False) -> int:
             header.add("clock_offset_s", spans.clock_offset_s(store, world.rank, world.size))
         # Before the first step: the progress bar waits for it.
         header.write()
-        narrator = None
+        narrator = _Narrator(config, world, trainer, header.facts)
         if world.rank == 0:
             files.summary.unlink(missing_ok=True)  # of the part before: not true any more
             if resume and not trainer.resumed:
                 print(f"no checkpoint in {run_dir}: training begins anew", flush=True)
-            narrator = _Narrator(config, world, trainer, header.facts)
+            narrator.begin()
             done = trainer.next_step if trainer.resumed else 0
             cut_lines(files.evaluations, lambda evaluation: evaluation["step"] <= done)
 
@@ -98,17 +98,15 @@ def main(run_dir: Path, resume: bool = False) -> int:
         def on_step(record: StepRecord) -> None:
             report(record.step + 1)
             header.add_choice()
-            if narrator:
-                narrator.step(record)
+            narrator.step(record)
 
         programs.done()
-        on_evaluation = narrator.evaluated if narrator else None
         save = SaveTogether(store, config.log_every, files, world.rank)
-        summary = trainer.fit(on_step, stop, on_evaluation, save)
+        summary = trainer.fit(on_step, stop, narrator.evaluated, save)
         stop.over()
 
         # 5. Say what was reached.
-        if narrator:
+        if trainer.leads:
             write_json(files.summary, summary | _emulation(files, config))
             narrator.end(summary)
         # Still inside `reporting`: an exchange that cannot close is a failure of this worker.
@@ -232,12 +230,13 @@ def threads(config: RunConfig, world: World) -> int:
 
 
 class _Narrator:
-    """Rank 0's lines for people.
+    """The lines for people, of the rank that leads (``Trainer.leads``).
 
     It leaves the steps out if a progress bar follows the records (SCALETRAIN_FOLLOWED).
     """
 
     def __init__(self, config: RunConfig, world: World, trainer: Trainer, header: dict[str, Any]):
+        self._world = world
         self._trainer = trainer
         self._num_steps = trainer.num_steps  # as planned: data may end earlier
         self._every = config.log_every
@@ -246,10 +245,15 @@ class _Narrator:
         self._time_left = TimeLeft.of_header(header)
         self._samples = 0  # of this rank since the last line
         self._seconds = 0.0  # that they took
+
+    def begin(self) -> None:
+        """Say what is trained, and how."""
+        trainer = self._trainer
+        config = trainer.config
         if trainer.resumed:
             print(f"resumed at step {trainer.next_step}", flush=True)
         print(
-            f"workers: {world.size} ({world.launcher}),"
+            f"workers: {self._world.size} ({self._world.launcher}),"
             f" exchange {configuration.exchange_label(config.exchange)}, {trainer.device.type},"
             f" {plural(torch.get_num_threads(), 'thread')} a worker"
         )
@@ -257,6 +261,8 @@ class _Narrator:
 
     def step(self, record: StepRecord) -> None:
         """Print a line now and then: at most one a second, and always one at the end."""
+        if not self._trainer.leads:
+            return
         if record.skipped:
             back = ""
             if self._trainer.config.nonfinite == "roll_back":
@@ -284,6 +290,8 @@ class _Narrator:
 
     def evaluated(self, step: int, figures: dict[str, float | None]) -> None:
         """Record an evaluation, and print it unless it is the last: the end says that one."""
+        if not self._trainer.leads:
+            return
         known = {name: value for name, value in figures.items() if value is not None}
         with open(RunDir(self._trainer.run_dir).evaluations, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | known) + "\n")

@@ -1,6 +1,7 @@
 """The checkpoints of one run, as the trainer sees them: due, put off, finished, loaded.
 
-Rank 0 writes them. A method that all ranks call together says so.
+Rank 0 writes them, or another rank once rank 0 is lost (``Saving.lead``). A method that all ranks
+call together says so.
 """
 
 from collections.abc import Mapping
@@ -45,13 +46,15 @@ class Saving:
         self._exchange = exchange
         self._state = state
         self._loaded: Loaded | None = None
-        self._writer: CheckpointWriter | None = None  # on rank 0, from ``begin`` on
+        self._leads = world.rank == 0  # whether this rank writes
+        self._writer: CheckpointWriter | None = None  # from ``begin`` or ``lead`` on
         self._best: Best | None = None
         if settings.best:
             self._best = Best(settings.best.figure, settings.best.mode, key="checkpoint.best")
-        # Rank 0 sets it while the checkpoint before is being written, and saves in a later step.
+        # Set by the rank that writes, while the checkpoint before is being written: it saves in a
+        # later step.
         self._is_put_off = False
-        self._saved_step: int | None = None  # the step of the last checkpoint, on rank 0
+        self._saved_step: int | None = None  # the step of this rank's last checkpoint
 
     def load(self) -> Loaded | None:
         """Load the newest checkpoint that is whole, if there is one. ``add`` restores the parts."""
@@ -97,9 +100,14 @@ class Saving:
             lines += _differences(self._loaded, self._state.parts)
             lines += self._resume_best()
         self._loaded = None  # its tensors are not needed any more
-        if self._world.rank == 0:
-            self._writer = CheckpointWriter(self._run_dir, self._settings, progress.alive)
+        self.lead(self._leads)
         return lines
+
+    def lead(self, leads: bool) -> None:
+        """Write from now on, or leave it to another rank."""
+        self._leads = leads
+        if leads and self._writer is None:
+            self._writer = CheckpointWriter(self._run_dir, self._settings, progress.alive)
 
     def _resume_best(self) -> list[str]:
         """Go on from the best figure so far; return lines about a checkpoint that does not tell."""
@@ -129,12 +137,12 @@ class Saving:
         return every is not None and step % every == 0
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of the steps done so far, on rank 0, while training goes on.
+        """Write a checkpoint of the steps done so far while training goes on, if this rank leads.
 
         While the one before is still being written, it is put off: waiting here for a slow disk
         would let the other ranks' collectives time out.
         """
-        if not self._writer or step == self._saved_step:
+        if not self._writer or not self._leads or step == self._saved_step:
             return
         self._is_put_off = self._writer.is_writing()
         if not self._is_put_off:
@@ -142,13 +150,13 @@ class Saving:
             self._saved_step = step
 
     def save_best(self, step: int, figures: Mapping[str, float | None]) -> None:
-        """Also write a checkpoint, on rank 0, if these figures are the best so far.
+        """Also write a checkpoint, if this rank leads and these figures are the best so far.
 
         Args:
             step: steps done.
             figures: of the evaluation after them.
         """
-        if self._best and self._best.improves(step, figures) and self._writer:
+        if self._best and self._best.improves(step, figures) and self._writer and self._leads:
             figure = {"figure": self._best.figure, "value": self._best.value}
             self._writer.save_best(step, self._state, figure)
 

@@ -118,9 +118,9 @@ class Trainer:
         self._parameters = [*self.module.parameters()]
         self.saving.add("gradient order", exchange)  # before it has a model
         self._attach()
-        # A worker that joins a running job, such as one that was started again, begins where it is.
-        missed = exchange.skip(self.num_steps - self.next_step)
-        self.next_step += missed
+        missed = self._join_running_job()
+        # Whether this rank writes what one rank writes for all: checkpoints, the summary.
+        self.leads = world.rank == 0
 
         self.records: list[StepRecord] = []
         # Of the part before a resume.
@@ -284,12 +284,15 @@ class Trainer:
             if self.next_step >= self.num_steps:
                 break  # the last step's evaluation and checkpoint come below
             evaluates = self._is_due(self.config.evaluate_every)
+            is_planned = self.saving.is_due(self.next_step)
             is_asked = snapshot is not None and snapshot(self.next_step)
-            saves = self.saving.is_due(self.next_step) or is_asked
-            # Ranks meet in an evaluation under every exchange. Where they may be at different steps
-            # they cannot meet for a checkpoint: rank 0's statistics count then.
-            if evaluates or (saves and self.exchange.averages):
+            saves = is_planned or is_asked
+            # Ranks meet at planned steps under every exchange. Where they may be at different steps
+            # they cannot meet when somebody asks: one rank's statistics count then.
+            if evaluates or is_planned or (is_asked and self.exchange.averages):
                 self._meet()
+            if evaluates:
+                self._choose_leader()
             figures = self._evaluate_into(evaluation, began) if evaluates else None
             if saves:
                 self.saving.save(self.next_step)
@@ -297,6 +300,7 @@ class Trainer:
                 self.saving.save_put_off(self.next_step)
             if figures:
                 self.saving.save_best(self.next_step, figures)
+        self._choose_leader()
         if self._evaluated_at == self.next_step:
             self.saving.save(self.next_step)
         else:
@@ -348,6 +352,17 @@ class Trainer:
             self._modules[update.model] = module
             self._attached[update.model] = self.exchange.attach(module, update.optimizer)
 
+    def _join_running_job(self) -> int:
+        """Begin where the job is; return the steps that it has done without this worker.
+
+        They are 0 unless the worker came late, such as one that was started again.
+        """
+        missed = self.exchange.skip(self.num_steps - self.next_step)
+        self.next_step += missed
+        # It may land where the others are about to meet.
+        self._owes_meeting = missed > 0 and self.exchange.owes_meeting()
+        return missed
+
     def _earlier_records(self) -> list[StepRecord]:
         """Return this rank's records of the part before; cut off steps that are done anew.
 
@@ -363,6 +378,19 @@ class Trainer:
         for callback in self._callbacks:
             callback.meet()
 
+    def _choose_leader(self) -> None:
+        """Let the first rank that lives lead (collective).
+
+        Only where a job may go on without rank 0.
+        """
+        if self.exchange.averages or self.world.size == 1:
+            return
+        present = torch.zeros(self.world.size, dtype=torch.float64)
+        present[self.world.rank] = 1.0
+        living = self.exchange.sum(present).nonzero()
+        self.leads = int(living[0]) == self.world.rank
+        self.saving.lead(self.leads)
+
     def _evaluate(self) -> dict[str, float | None]:
         with contextlib.ExitStack() as weights:
             for callback in self._callbacks:
@@ -373,15 +401,15 @@ class Trainer:
         """Make a callback, and restore its state.
 
         Raises:
-            UserError: it changes gradients, which have left for the servers when it is called.
+            UserError: it changes gradients, and the exchange has none to change.
         """
         factory = plugins.load("callback", named.name, self.config.search_path)
         made: Callback = factory(self, **named.options)
-        if made.changes_gradients and not self.exchange.updates_locally:
-            raise UserError(
-                f"callbacks: {named.name} changes gradients, and under {self.config.exchange.name}"
-                " they have left for the servers by then (allowed: an exchange whose workers update)"
-            )
+        if made.changes_gradients:
+            try:
+                self.exchange.hold_gradients()
+            except UserError as mistake:
+                raise UserError(f"callbacks: {named.name} changes gradients: {mistake}") from None
         self._callbacks.append(made)
         self.saving.add(f"callbacks.{named.name}", made)
 
@@ -505,12 +533,17 @@ class Trainer:
     def _catch_up(self) -> bool:
         """Leave out steps that the job has done without this rank; return True if there were any.
 
-        At most up to the next evaluation, where all ranks meet.
+        At most up to the next evaluation or planned checkpoint, where all ranks meet.
         """
-        # A rank that ran past an evaluation would leave the others waiting in its ``sum``.
-        every = self.config.evaluate_every or self.num_steps
-        next_meeting = (self.next_step // every + 1) * every
-        skipped = self.exchange.skip(min(self.num_steps, next_meeting) - self.next_step)
+        if self._owes_meeting:
+            self._owes_meeting = False
+            return True
+        # A rank that ran past a meeting would leave the others waiting in its ``sum``.
+        next_meeting = self.num_steps
+        for every in (self.config.evaluate_every, self.config.checkpoint.every_steps):
+            if every is not None:
+                next_meeting = min(next_meeting, (self.next_step // every + 1) * every)
+        skipped = self.exchange.skip(next_meeting - self.next_step)
         for _ in range(skipped):
             self._feed.next()  # and drop it
         self.next_step += skipped

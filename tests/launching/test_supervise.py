@@ -234,6 +234,24 @@ def test_the_job_goes_on_while_enough_workers_live(tmp_path: Path):
     assert carry_out(plan, job)[0] == 137
 
 
+@pytest.mark.parametrize("how", ["while they train", "after they have finished"])
+def test_the_job_goes_on_without_a_worker_that_is_stopped(tmp_path: Path, how: str):
+    steps = 60 if how == "while they train" else 1
+    body = f"""
+    report(0)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    for step in range({steps}):
+        time.sleep(0.1)
+        report(step + 1)
+    """
+    plan, job = job_of(tmp_path, body, timeout_s=2.0, min_workers=2)
+    status, output = carry_out(plan, job)
+    assert status == 0, output
+    assert "rank 1" in output and "stopped (SIGSTOP)" in output and "it is ended" in output
+    assert "goes on with 2 of 3" in output
+
+
 def test_a_companion_is_started_again_as_often_as_allowed(tmp_path: Path):
     plan, job = job_of(tmp_path, "time.sleep(60)", workers=1)
     server = Companion("server 0", (sys.executable, "-c", "import sys; sys.exit(3)"), restarts=2)

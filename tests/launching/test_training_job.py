@@ -158,3 +158,14 @@ def test_a_warning_in_a_workers_last_moments_does_not_end_it(tmp_path: Path):
             [sys.executable, "-c", program, *arguments], env=clean(), cwd=ROOT, timeout=60
         )
         assert done.returncode == status
+
+
+def test_another_rank_saves_once_rank_0_is_lost(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    process = started(run_dir, "--exchange", "parameter_server:async")
+    os.kill(pid_of(run_dir, 0), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "the job goes on with 2 of 3" in output
+    assert summary(run_dir)["finished"] and summary(run_dir)["steps"] == 40
+    assert (run_dir / "step-40.safetensors").exists()

@@ -1,13 +1,17 @@
 """Tests of training/statistics.py: what is evaluated is what the checkpoint holds."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from scaletrain.parameter_server.protocol.settings import settings_from_options
 from scaletrain.run.layout import RunDir
+from scaletrain.training import statistics
+from tests.parameter_server import job
 from tests.ranks import run_ranks
 from tests.training import jobs
 
@@ -54,3 +58,51 @@ def test_statistics_come_from_all_ranks_samples(tmp_path: Path):
     torch.testing.assert_close(
         torch.from_numpy(both), torch.from_numpy(one["state"]["1.running_mean"])
     )
+
+
+def train_and_note(rank: int, size: int, tree: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Train as a rank, and note its own statistics whenever they are averaged."""
+    noted = []
+    average = statistics.average
+
+    def note(module: nn.Module, exchange: Any) -> None:
+        noted.append(module[1].running_mean.numpy().copy())
+        average(module, exchange)
+
+    statistics.average = note
+    return jobs.train_rank(rank, size, tree, run_dir) | {"noted": noted}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "sync"},
+        {"mode": "sync", "backup_workers": 1},
+        {"mode": "async"},
+        {"mode": "bounded"},
+        {"mode": "local_sgd", "local_steps": 2},
+        {"mode": "post_local", "local_steps": 2, "local_after": 2},
+    ],
+    ids=lambda options: " ".join(str(value) for value in options.values()),
+)
+def test_servers_let_all_ranks_average_before_each_checkpoint(
+    options: dict[str, Any], tmp_path: Path
+):
+    size = 2 + options.get("backup_workers", 0)
+    options = options | {"placement": "dedicated"}
+    keys = {
+        "exchange": {"name": "parameter_server"} | options,
+        "checkpoint": {"every_steps": 3},
+    }
+    with job.servers(settings_from_options(options, size, 20.0), tmp_path):
+        results = run_ranks(train_and_note, size, NORMALISED | keys, tmp_path)
+    checkpoints = RunDir(tmp_path).checkpoints()
+    assert [step for step, _ in checkpoints] == [3, 6]
+    for number, (_, path) in enumerate(checkpoints):
+        saved = load_file(path)["model.1.running_mean"]
+        own = [torch.from_numpy(result["noted"][number]) for result in results]
+        assert not torch.allclose(own[0], own[1], rtol=1e-3)
+        torch.testing.assert_close(saved, torch.stack(own).mean(0))
+    for result in results:
+        assert torch.equal(torch.from_numpy(result["state"]["1.running_mean"]), saved)

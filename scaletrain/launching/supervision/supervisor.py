@@ -325,7 +325,7 @@ class Supervisor:
         if not self._hang_watch.is_hanging(self._lost):
             return None
         hang = self._find_culprit()
-        if hang is None:
+        if hang is None or self._end_hung(hang):
             return None
         # Where no rank is behind, the workers' own time-outs may say more than that the job hangs,
         # for example that the network is cut.
@@ -333,6 +333,26 @@ class Supervisor:
             self._wait_for_first_report(self._timeouts.reports_s)
         self._wait_for_reports(GRACE_S)
         return first_cause.choose([hang.failure, *self._evidence.reports()])
+
+    def _end_hung(self, hang: hangs.Hang) -> bool:
+        """End a worker that hangs, if the job can go on without it; return True if it was ended."""
+        can_lose = self.job.min_workers is not None and not hang.is_ambiguous
+        if not can_lose or self._num_living() <= max(1, self.job.min_workers or 1):
+            return False
+        for process in self._processes.workers:
+            if process.rank == hang.failure.rank and process.is_running:
+                self._processes.say(f"{first_cause.headline(hang.failure)}: it is ended")
+                process.signal(signal.SIGKILL)
+                self._wait_for_end(process)
+                if not process.is_running:
+                    self._lose(process)
+                return True
+        return False
+
+    def _wait_for_end(self, process: Process) -> None:
+        until = time.monotonic() + GRACE_S
+        while time.monotonic() < until and process.is_running:
+            self._processes.read(0.05)
 
     def _find_culprit(self) -> hangs.Hang | None:
         restarting = self._processes.restart_workers()

@@ -426,7 +426,7 @@ class Asynchronous(Rule):
         if not repeated:
             self.version[key] += 1
             # Not simply one more: each of several servers may have named another step for this
-            # worker to begin with, and it took the last one.
+            # worker to begin with, and it took the first one.
             next_step = self._next_step[key]
             next_step[rank] = max(next_step[rank], step + 1)
             self._applied_step[key] = max(self._applied_step[key], step)

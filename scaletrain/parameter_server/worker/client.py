@@ -103,16 +103,19 @@ class Client:
     def _connect(self) -> None:
         """Join all servers, one after the other, and learn how far the job has come."""
         deadline = time.monotonic() + Timeouts(self.settings.timeout_s).join_s
+        steps = []
         for link in self._links:
             with progress.waiting("the parameter servers"):
                 ready = link.connect(deadline, None)
             self._position.versions.update(ready.versions)
-            # Servers that this worker reaches later may have let the others do more steps.
-            self._position.step = max(self._position.step, ready.step)
+            steps.append(ready.step)
             self.initialised = self.initialised and ready.initialised
             # Server 0 alone adds up sums (``IoThread._route``).
             if link.index == 0:
                 self.met_step = ready.met_step
+        # Some may have done a step without this worker before it reached them: its gradient comes
+        # too late there. Another one waits for it.
+        self._position.step = min(steps)
 
     # Weights and optimizer state
 

@@ -47,7 +47,6 @@ class ParameterServerExchange:
 
     # Servers may go on without a worker, and apply a gradient before others have theirs.
     averages = False
-    updates_locally = False
 
     def __init__(
         self,
@@ -63,6 +62,7 @@ class ParameterServerExchange:
         self._server = self._start_server()
         self._job = _JobSteps()
         self._record: dict[str, float] = {}
+        self._owes_meeting = False
         # Bytes of the client up to the last step.
         self._sent = 0
         self._received = 0
@@ -122,6 +122,7 @@ class ParameterServerExchange:
             self._job.join(client.step)
             self._steps = GradientSteps(settings, replica, model, optimizer)
         self._steps.begin(self._job.done)
+        self._owes_meeting = client.met_step < self._job.done
         # The first weights are not the traffic of a step.
         self._sent = client.bytes_sent
         self._received = client.bytes_received
@@ -131,6 +132,24 @@ class ParameterServerExchange:
         """Let backward passes inside only add to the gradients."""
         assert self._steps
         return self._steps.accumulate()
+
+    def hold_gradients(self) -> None:
+        """Let gradients leave at ``step``, and not during backward.
+
+        Raises:
+            UserError: an update takes the mean of several workers' gradients, which none of them
+                has. Its norm is known once all blocks of all workers are there, and servers update
+                each block before.
+        """
+        settings = self._settings
+        if settings.mode == "sync" and settings.workers > 1:
+            raise UserError(
+                "exchange.mode: sync takes the mean of all workers' gradients on the servers, where"
+                " it cannot be changed (allowed: async, bounded, local_sgd, post_local, or another"
+                " exchange)"
+            )
+        assert self._steps
+        self._steps.hold()
 
     def synchronise(self, model: nn.Module | None = None) -> None:
         """Do nothing: gradients have left for the servers by the end of backward."""
@@ -166,6 +185,10 @@ class ParameterServerExchange:
     def skip(self, most: int) -> int:
         """Return how many of the next ``most`` steps this rank has to leave out."""
         return self._job.skip(most)
+
+    def owes_meeting(self) -> bool:
+        """Return True if this rank came late, and the others have yet to meet after that step."""
+        return self._owes_meeting
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of a small CPU tensor over the ranks that live."""

@@ -59,6 +59,7 @@ class GradientSteps:
         self._optimizer = optimizer
         self._step = 0  # of the job, that the next gradients belong to
         self._accumulating = False
+        self._holding = False  # all gradients leave at the end of a step
         # The gradients that have left in this step, by the parameter's index. Written by ``_push``,
         # which backward's thread calls, too; emptied by ``begin``.
         self._pushed: dict[int, _Pushed] = {}
@@ -87,6 +88,10 @@ class GradientSteps:
         finally:
             self._accumulating = False
 
+    def hold(self) -> None:
+        """Let all gradients leave at the end of a step, as they are then."""
+        self._holding = True
+
     def finish(self) -> list[PushResult]:
         """Wait for the new weights, after backward; return the results of all blocks.
 
@@ -113,7 +118,7 @@ class GradientSteps:
 
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
         """Push a gradient that backward has just completed (a hook of the parameter)."""
-        if not self._accumulating:
+        if not self._accumulating and not self._holding:
             self._push(index, parameter.grad)
 
     def _push(self, index: int, gradient: Tensor | None) -> None:

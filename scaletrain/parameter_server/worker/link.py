@@ -20,6 +20,7 @@ from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKi
 from scaletrain.parameter_server.worker.requests import PeerLost, ServerError, Token
 from scaletrain.run.job_key import JobKey, job_key
 
+_LOOK_S = 0.1  # between two looks for another address, while no answer comes
 _ANSWER_S = 2.0  # the longest wait for one answer of a handshake, before all is tried again
 
 
@@ -115,6 +116,7 @@ class ServerLink:
         self._had_weights = False  # when this worker last joined
         self._attempts = 0  # to connect; the server tells by it which sockets are outdated
         self._endpoint = "not found yet"
+        self._address: dict[str, object] = {}  # that the server wrote, with its process id
 
     def __str__(self) -> str:
         return f"parameter server {self.index} ({self._endpoint})"
@@ -154,6 +156,7 @@ class ServerLink:
             if address is None:
                 time.sleep(0.02)
                 continue
+            self._address = address
             endpoints = [str(endpoint) for endpoint in address["endpoints"]]  # type: ignore[attr-defined]
             self._endpoint = nearest(endpoints)
             trouble = "does not answer"
@@ -302,16 +305,22 @@ class ServerLink:
             raise ServerError(f"{self}: its shared memory cannot be mapped: {error}") from None
 
     def _next(self, number: int, deadline: float) -> Message | None:
-        """Return the next message of a connection that is no sign of life; None at the deadline.
+        """Return the next message of a connection that is no sign of life.
+
+        None at the deadline, or once the server's successor has written another address.
 
         Raises:
             ServerError: the message is a refusal.
         """
         socket = self.sockets[number]
-        while socket.poll(int(max(0.0, deadline - time.monotonic()) * 1000)):
-            message = self.parse(number, socket.recv_multipart(copy=False))
-            if message is not None:
-                return message
+        while time.monotonic() < deadline:
+            left_s = max(0.0, deadline - time.monotonic())
+            if socket.poll(int(min(_LOOK_S, left_s) * 1000)):
+                message = self.parse(number, socket.recv_multipart(copy=False))
+                if message is not None:
+                    return message
+            elif placement.read_address(self._identity.run_dir, self.index) != self._address:
+                return None
         return None
 
     # Connected

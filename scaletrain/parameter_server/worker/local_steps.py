@@ -76,6 +76,9 @@ class LocalSteps:
         """Let backward passes inside only add to the gradients, as they do anyway."""
         return contextlib.nullcontext()
 
+    def hold(self) -> None:
+        """Do nothing: this worker's optimizer takes gradients as they are."""
+
     def finish(self) -> list[PushResult]:
         """Step, after backward. At the end of a round push, and return the results of all blocks.
 

@@ -20,8 +20,8 @@ class Callback:
     rank, once the callback is made.
 
     Attributes:
-        changes_gradients: whether ``after_backward`` does. Exchanges that have sent gradients by
-            then refuse it.
+        changes_gradients: whether ``after_backward`` does. Exchanges that send gradients during
+            backward hold them back then, or refuse it.
     """
 
     changes_gradients = False
@@ -36,7 +36,11 @@ class Callback:
         return ""
 
     def after_backward(self) -> None:
-        """Act on gradients that all ranks have agreed on, before the optimizer uses them."""
+        """Act on the gradients of the next update, before the optimizer uses them.
+
+        They are the mean over all ranks, or where each rank's gradient is an update of its own (in
+        some modes of the parameter server), this rank's.
+        """
 
     def after_step(self, record: StepRecord) -> None:
         """Act on new weights, after the optimizer's step.

@@ -1,4 +1,4 @@
-"""Clips gradients: by their global norm, or each value. Both are over all ranks."""
+"""Clips the gradient of an update: by its global norm, or each value."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 class Clip(Callback):
-    """Clips averaged gradients, so every rank clips alike and none communicates."""
+    """Clips the gradients that the optimizer gets.
+
+    They are averaged, so every rank clips alike and none communicates. Where each worker's gradient
+    is an update of its own (parameter server, asynchronous and local modes), each is clipped.
+    """
 
     changes_gradients = True
 

@@ -59,12 +59,10 @@ class Exchange(Protocol):
         world: this worker's place.
         averages: whether every step's gradient is the mean over all ranks. Then a rank may weigh
             its loss by the counts of all, and all see the same gradient before the update.
-        updates_locally: whether ``step`` runs the worker's own optimizer on gradients in ``.grad``.
     """
 
     world: World
     averages: bool = True
-    updates_locally: bool = True
 
     @abc.abstractmethod
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -83,6 +81,17 @@ class Exchange(Protocol):
         Raises:
             UserError: this exchange trains one model, and has one already.
         """
+
+    def hold_gradients(self) -> None:
+        """Let gradients that are changed between backward and ``step`` count as they are then.
+
+        It is called once, after ``attach``, if something will change them. By default it does
+        nothing: ``step`` takes gradients as they are.
+
+        Raises:
+            UserError: no worker has the gradient that an update takes.
+        """
+        return
 
     def synchronise(self, model: nn.Module | None = None) -> None:
         """Wait until a model's gradients are those that ``step`` will use.
@@ -134,6 +143,14 @@ class Exchange(Protocol):
         each rank may call it at any time.
         """
         return 0
+
+    def owes_meeting(self) -> bool:
+        """Return True if this rank came late, and has to begin with a meeting.
+
+        ``skip`` has led it to a step after which the others have not met yet (in an evaluation, or
+        before a checkpoint). Local.
+        """
+        return False
 
     def live_workers(self) -> int:
         """Return how many workers train, as far as this rank knows. Local.

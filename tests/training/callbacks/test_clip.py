@@ -9,7 +9,9 @@ from torch import nn
 
 from scaletrain import config
 from scaletrain.errors import UserError
+from scaletrain.parameter_server.protocol.settings import settings_from_options
 from scaletrain.training import workload
+from tests.parameter_server import job
 from tests.ranks import run_ranks
 from tests.training import jobs
 
@@ -57,13 +59,36 @@ def test_gradients_are_clipped_over_all_ranks(
         ({"callbacks": ["clip"]}, "clip needs a norm or a value"),
         (
             {"callbacks": [{"name": "clip", "norm": 1.0}], "exchange": "parameter_server"},
-            "clip changes gradients, and under parameter_server they have left",
+            "clip changes gradients: exchange.mode: sync takes the mean of all workers' gradients",
         ),
     ],
 )
 def test_what_cannot_be_clipped_is_told(keys: dict[str, Any], told: str, tmp_path: Path):
     with pytest.raises(AssertionError, match=told):
-        run_ranks(jobs.train_rank, 1, JOB | {"exchange": "none"} | keys, tmp_path)
+        run_ranks(jobs.train_rank, 2, JOB | {"exchange": "none"} | keys, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sync", "async", "local_sgd"])
+def test_servers_get_clipped_gradients(mode: str, tmp_path: Path):
+    """One worker, whose every gradient is an update: as torch alone."""
+    options: dict[str, Any] = {"mode": mode, "placement": "dedicated"}
+    if mode == "local_sgd":
+        options["local_steps"] = 1
+    clipped = {"norm": 0.3, "value": 0.02}
+    tree = JOB | {
+        "exchange": {"name": "parameter_server"} | options,
+        "callbacks": [{"name": "clip"} | clipped],
+    }
+    with job.servers(settings_from_options(options, 1, 20.0), tmp_path):
+        [result] = run_ranks(jobs.train_rank, 1, tree, tmp_path)
+    expected = by_torch_alone(clipped)
+    unclipped = by_torch_alone({})
+    for name, value in expected.items():
+        assert not torch.allclose(value, unclipped[name], rtol=1e-3)
+        torch.testing.assert_close(
+            torch.from_numpy(result["state"][name]), value, rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.slow
