@@ -116,6 +116,7 @@ class ServerLink:
         self._had_weights = False  # when this worker last joined
         self._attempts = 0  # to connect; the server tells by it which sockets are outdated
         self._endpoint = "not found yet"
+        self._trouble = ""  # why the last attempt to connect has failed
         self._address: dict[str, object] = {}  # that the server wrote, with its process id
 
     def __str__(self) -> str:
@@ -150,7 +151,7 @@ class ServerLink:
             ServerError: the server cannot be reached, refuses, lacks the job's key, or came back
                 without weights.
         """
-        trouble = "is not up (no address file)"
+        self._trouble = "is not up (no address file)"
         while time.monotonic() < deadline and not is_stopping():
             address = placement.read_address(self._identity.run_dir, self.index)
             if address is None:
@@ -159,7 +160,7 @@ class ServerLink:
             self._address = address
             endpoints = [str(endpoint) for endpoint in address["endpoints"]]  # type: ignore[attr-defined]
             self._endpoint = nearest(endpoints)
-            trouble = "does not answer"
+            self._trouble = "does not answer"
             self._attempts += 1
             if self._open_all(deadline):
                 ready = self._join(deadline, step)
@@ -168,7 +169,7 @@ class ServerLink:
             self.disconnect()
             time.sleep(0.05)
         history = f"{lost_because}, and its successor " if lost_because else ""
-        raise ServerError(f"{self} {history}{trouble} in time")
+        raise ServerError(f"{self} {history}{self._trouble} in time")
 
     def _open_all(self, deadline: float) -> bool:
         """Open all connections; return False at the first that fails."""
@@ -188,7 +189,7 @@ class ServerLink:
         3. WELCOME holds the session, which every later message names.
 
         Raises:
-            ServerError: the server refuses, or does not hold the job's key.
+            ServerError: the server refuses.
         """
         identity = self._identity
         key = job_key(identity.run_dir)
@@ -208,7 +209,8 @@ class ServerLink:
         socket.send_multipart([Header(MessageKind.HELLO).pack(), wire.to_json(hello)])
         message = self._next(number, deadline)
         if message is not None and message.header.kind == MessageKind.CHALLENGE:
-            self._answer_challenge(message, key, number, handshake)
+            if not self._answer_challenge(message, key, number, handshake):
+                return False
             message = self._next(number, deadline)
         if message is None or message.header.kind != MessageKind.WELCOME:
             return False
@@ -239,26 +241,30 @@ class ServerLink:
 
     def _answer_challenge(
         self, message: Message, key: JobKey, number: int, handshake: Handshake
-    ) -> None:
+    ) -> bool:
         """Check the server's proof, send the worker's, and encrypt from now on.
 
-        Raises:
-            ServerError: the server does not hold the job's key.
+        Returns:
+            False if the proof is wrong. The address may be outdated: another server of this job, or
+            of another one, has the port by now.
         """
         identity = self._identity
         challenge = message.json()
         subject = Subject(self.index, identity.rank, number, identity.incarnation)
         theirs = challenge.get("public")
+        self._trouble = "does not hold the job's key"
         if not isinstance(theirs, str):
-            raise ServerError(f"{self} does not hold the job's key")
+            return False
         expected = handshake.proof("server", key, subject, theirs)
         if not security.same(challenge.get("proof"), expected):
-            raise ServerError(f"{self} does not hold the job's key")
+            return False
+        self._trouble = "does not answer"
         proof = handshake.proof("worker", key, subject, theirs)
         header = Header(MessageKind.PROOF, rank=identity.rank)
         self.send(number, [header.pack(), wire.to_json({"proof": proof})])
         if identity.settings.cipher == "aes":
             self.channels[number] = handshake.channel("worker", key, subject, theirs)
+        return True
 
     def _join(self, deadline: float, step: int | None) -> Ready | None:
         """Describe the model and the optimizer; return the server's answer, None if it has none.
