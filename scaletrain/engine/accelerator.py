@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaletrain.engine.lane import Lane, Operation
+from scaletrain.engine.lane import Lane, Request
 from scaletrain.engine.meeting import values_of_all
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import Group, Reduce
@@ -68,7 +68,7 @@ class AcceleratorLane(Lane):
         self._host = Landing(0)  # page-locked; grows with the messages
 
     def _task(
-        self, future: torch.futures.Future, tensors: list[Tensor], operation: Operation, number: int
+        self, future: torch.futures.Future, request: Request, number: int
     ) -> Callable[[], None]:
         """Return the task for the lane's thread, which runs after the caller's present stream."""
         # Recorded now, on the caller's thread: the lane's thread has a present stream of its own.
@@ -79,10 +79,10 @@ class AcceleratorLane(Lane):
                 self._stream.wait_event(computed)
                 if self._accelerated:
                     # Their memory is not given to others before this stream is through.
-                    for tensor in tensors:
+                    for tensor in request.tensors:
                         tensor.record_stream(self._stream)
                 with self._engine_lock:
-                    outcome = self._run(tensors, operation, number)
+                    outcome = self._run(request, number)
                 future.set_result(outcome)
 
         return task

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,7 @@ from scaletrain.engine.choice import AUTO, NATIVE, WIRES_OWN, Choice, check
 from scaletrain.engine.execute import execute
 from scaletrain.engine.meeting import host_of_each_rank, introduced
 from scaletrain.engine.program import RankProgram
-from scaletrain.engine.transport import Call, Group, Reduce, Transport
+from scaletrain.engine.transport import Call, Ends, Group, Reduce, Transport
 from scaletrain.errors import unknown
 from scaletrain.host import shared_memory
 
@@ -50,7 +50,7 @@ class Engine:
         self._group = group
         self._hosts = host_of_each_rank(group)
         if transport_name == AUTO:
-            transport_name = self._fitting_transport()
+            transport_name = fitting_transport(self._hosts)
         self.transport_name = transport_name
         connect = plugins.load("transport", transport_name)
         self._transport: Transport = connect(group, **transport_options)
@@ -78,6 +78,17 @@ class Engine:
         if self._announce is not None:
             self._announce(Call(number, tensor.numel(), tensor.dtype, reduce))
         self.run(self.choose(tensor.nbytes), tensor, reduce)
+
+    def exchange(self, call: Call, ends: Ends) -> None:
+        """Run a collective of one hop. Collective, in the same order on every rank.
+
+        Only wires with an ``OneHop`` do (``runs_one_hop``).
+
+        Args, Raises: as ``OneHop.exchange``.
+        """
+        if self._announce is not None:
+            self._announce(call)
+        self._transport.exchange(call, ends)  # type: ignore[attr-defined]
 
     def run(self, choice: Choice, tensor: Tensor, reduce: Reduce = torch.add) -> None:
         """Do as ``allreduce``, with this algorithm. Collective."""
@@ -148,14 +159,6 @@ class Engine:
         """Return True if the wire has an allreduce of its own (``transport.OwnAllreduce``)."""
         return hasattr(self._transport, "allreduce")
 
-    def _fitting_transport(self) -> str:
-        """Return the wire for where the ranks are."""
-        num_hosts = len(set(self._hosts))
-        # One rank a host: there is nobody to share memory with.
-        if not shared_memory.SUPPORTED or num_hosts == self._group.size:
-            return "gloo"
-        return "shared_memory" if num_hosts == 1 else "mixed"
-
     def _compile(self, collective: str) -> RankProgram:
         """Return this rank's program of an algorithm, which is proved first."""
         options = self._options_of(collective)
@@ -188,3 +191,25 @@ class Engine:
     def close(self) -> None:
         """Give back the wire. Not collective."""
         self._transport.close()
+
+
+def fitting_transport(hosts: Sequence[str]) -> str:
+    """Return the wire for where the ranks are, by a name of each rank's host."""
+    num_hosts = len(set(hosts))
+    # One rank a host: there is nobody to share memory with.
+    if not shared_memory.SUPPORTED or num_hosts == len(hosts):
+        return "gloo"
+    return "shared_memory" if num_hosts == 1 else "mixed"
+
+
+def runs_one_hop(hosts: Sequence[str], transport: str) -> bool:
+    """Return True if the engine's wire runs the collectives of one hop.
+
+    Args:
+        hosts: a name of each rank's host.
+        transport: the wire as a person writes it.
+    """
+    name, _ = check(transport, "transport")
+    if name == AUTO:
+        name = fitting_transport(hosts)
+    return name == "shared_memory"

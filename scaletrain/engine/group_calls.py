@@ -7,19 +7,22 @@ torch knows a group as an object of one of its own classes: ``process_group`` is
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaletrain.engine import one_hop_calls
 from scaletrain.engine.accelerator import AcceleratorLane, shared
 from scaletrain.engine.choice import AUTO, NATIVE, Options
-from scaletrain.engine.lane import OPERATIONS, Lane, Operation, number_of
+from scaletrain.engine.engine import runs_one_hop
+from scaletrain.engine.lane import Lane
 from scaletrain.engine.meeting import introduce, known_members
+from scaletrain.engine.operations import OPERATIONS, Operation, number_of
 from scaletrain.engine.rendezvous import unsealed
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import DTYPES, Group, nccl
@@ -77,7 +80,12 @@ class GroupCalls:
         # The group's own part of the store, over a connection that no script waits on.
         self._meeting = dist.PrefixStore(f"{place}/", _second(self._job_store))
         self._roll_call = RollCall(self._meeting, rank, size, timeout)
-        # By kind of device, created at the first allreduce of such tensors, by whichever thread
+        self._place = one_hop_calls.Place(rank, size)
+        hosts = [member.host for member in self._members]
+        self._one_hop = runs_one_hop(hosts, options.transport)
+        # What gloo may still be doing. The callers' threads write and read it.
+        self._forwarded: WeakSet[Forwarded] = WeakSet()
+        # By kind of device, created at the first collective of such tensors, by whichever thread
         # holds _creating. None: left to NCCL.
         self._lanes: dict[str, Lane | None] = {}
         self._creating = threading.Lock()
@@ -163,17 +171,39 @@ class GroupCalls:
             if lane is not None:
                 lane.limit(timeout)
 
-    # Everything else goes to gloo or NCCL.
+    # In shared memory, collectives of CPU tensors take one hop. Everything else goes to gloo or
+    # NCCL.
+
+    def _call(self, method: str, *arguments: Any) -> dist.Work:
+        """Run a collective on the lane of CPU tensors if the engine does it, else forward it.
+
+        Args:
+            method: its name in torch's C++.
+            arguments: of that method, with its options as the last.
+        """
+        options = arguments[-1]
+        request = None
+        # gloo ends a collective after a time of its own, the engine after the group's.
+        if self._one_hop and options.timeout == _NO_TIMEOUT:
+            request = _REQUESTS[method](self._place, *arguments)
+        if request is None:
+            return self._forward(method, *arguments)
+        lane = self._lane([])
+        assert lane is not None
+        if torch.autograd._profiler_enabled():
+            with torch.profiler.record_function(f"scaletrain:{request.collective}"):
+                return lane.call(request, not options.asyncOp)
+        return lane.call(request, not options.asyncOp)
 
     def allgather(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any
     ) -> dist.Work:
         """Gather a tensor of each rank into a list, on every rank. Collective."""
-        return self._forward("allgather", outputs, inputs, options)
+        return self._call("allgather", outputs, inputs, options)
 
     def _allgather_base(self, output: Tensor, source: Tensor, options: Any) -> dist.Work:
         """Gather a tensor of each rank into one tensor, on every rank. Collective."""
-        return self._forward("_allgather_base", output, source, options)
+        return self._call("_allgather_base", output, source, options)
 
     def allgather_into_tensor_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], options: Any
@@ -194,7 +224,7 @@ class GroupCalls:
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], options: Any) -> dist.Work:
         """Send a tensor to each rank, and receive one from each. Collective."""
-        return self._forward("alltoall", outputs, inputs, options)
+        return self._call("alltoall", outputs, inputs, options)
 
     def alltoall_base(
         self,
@@ -213,33 +243,39 @@ class GroupCalls:
             input_splits: likewise in ``source``.
             options: ``AllToAllOptions``.
         """
-        return self._forward("alltoall_base", output, source, output_splits, input_splits, options)
+        return self._call("alltoall_base", output, source, output_splits, input_splits, options)
 
     def barrier(self, options: Any) -> dist.Work:
         """Wait until every rank has come. Collective."""
-        return self._forward("barrier", options)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # a barrier waits for the work of devices, too
+        # Like gloo's, for what was called before it, too. The lane's order does that for its own.
+        for work in [*self._forwarded]:
+            if not work.is_completed():
+                work.wait()
+        return self._call("barrier", options)
 
     def broadcast(self, tensors: list[Tensor], options: Any) -> dist.Work:
         """Send a rank's tensor to all others. Collective."""
-        return self._forward("broadcast", tensors, options)
+        return self._call("broadcast", tensors, options)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any) -> dist.Work:
         """Gather a tensor of each rank on one of them; only there is ``outputs`` not empty."""
-        return self._forward("gather", outputs, inputs, options)
+        return self._call("gather", outputs, inputs, options)
 
     def reduce(self, tensors: list[Tensor], options: Any) -> dist.Work:
         """Reduce a tensor over all ranks, on one of them. Collective."""
-        return self._forward("reduce", tensors, options)
+        return self._call("reduce", tensors, options)
 
     def reduce_scatter(
         self, outputs: list[Tensor], inputs: list[list[Tensor]], options: Any
     ) -> dist.Work:
         """Reduce a list of tensors over all ranks; each rank gets one of them. Collective."""
-        return self._forward("reduce_scatter", outputs, inputs, options)
+        return self._call("reduce_scatter", outputs, inputs, options)
 
     def _reduce_scatter_base(self, output: Tensor, source: Tensor, options: Any) -> dist.Work:
         """Reduce a tensor over all ranks; each rank gets a slice of it. Collective."""
-        return self._forward("_reduce_scatter_base", output, source, options)
+        return self._call("_reduce_scatter_base", output, source, options)
 
     def reduce_scatter_tensor_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], options: Any
@@ -250,7 +286,7 @@ class GroupCalls:
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], options: Any) -> dist.Work:
         """Send one of a rank's tensors to each rank; only there is ``inputs`` not empty."""
-        return self._forward("scatter", outputs, inputs, options)
+        return self._call("scatter", outputs, inputs, options)
 
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
         """Send a tensor to a rank, which calls ``recv``."""
@@ -271,8 +307,6 @@ class GroupCalls:
         interpreter lock while it waits for gloo's thread, which may wait for that lock to let go of
         a tensor: ranks would hang for ever, now and then.
         """
-        if method == "barrier" and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # a barrier waits for the work of devices, too
         on_cpu = all(tensor.is_cpu for tensor in _tensors(arguments))
         over_nccl = not on_cpu and self.nccl is not None and not self._shares_device()
         backend = self.nccl if over_nccl else self.gloo
@@ -284,7 +318,9 @@ class GroupCalls:
         number = self._roll_call.next()
         # As a person knows it: ``_allgather_base`` is an allgather.
         name = method.removeprefix("_").removesuffix("_base")
-        return Forwarded(work, lambda error: self._roll_call.explain(name, number, error))
+        forwarded = Forwarded(work, lambda error: self._roll_call.explain(name, number, error))
+        self._forwarded.add(forwarded)
+        return forwarded
 
     # The group itself
 
@@ -330,6 +366,22 @@ class GroupCalls:
 
     def _backends(self) -> list[Any]:
         return [backend for backend in (self.nccl, self.gloo) if backend]
+
+
+# By torch's method: how its arguments become a request.
+_REQUESTS: dict[str, Callable[..., one_hop_calls.OneHop | None]] = {
+    "allgather": one_hop_calls.allgather,
+    "_allgather_base": one_hop_calls.allgather_base,
+    "alltoall": one_hop_calls.alltoall,
+    "alltoall_base": one_hop_calls.alltoall_base,
+    "barrier": lambda place, options: one_hop_calls.barrier(place),
+    "broadcast": one_hop_calls.broadcast,
+    "gather": one_hop_calls.gather,
+    "reduce": one_hop_calls.reduce,
+    "reduce_scatter": one_hop_calls.reduce_scatter,
+    "_reduce_scatter_base": one_hop_calls.reduce_scatter_base,
+    "scatter": one_hop_calls.scatter,
+}
 
 
 # A second connection for each store that a group of this process holds; its groups share it.

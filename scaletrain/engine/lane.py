@@ -1,4 +1,4 @@
-"""The thread of a process group's allreduces, which lets them overlap with backward."""
+"""The thread of a process group's collectives, which lets them overlap with backward."""
 
 import queue
 import threading
@@ -11,41 +11,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaletrain.engine.engine import Engine
+from scaletrain.engine.one_hop_calls import OneHop
+from scaletrain.engine.operations import Operation, wide_dtype
 from scaletrain.engine.roll_call import RollCall
-from scaletrain.engine.transport import Call, Group, Reduce
+from scaletrain.engine.transport import UNEVEN, Call, Ends, Group, Reduce
 from scaletrain.engine.work import Done, FutureWork, future_of, result_of
 from scaletrain.run import progress
 
 
-class Operation(NamedTuple):
-    """A reduce operation that the engine runs."""
+class AllReduce(NamedTuple):
+    """A request for an allreduce."""
 
-    reduce: Reduce
-    average: bool = False  # the sum is divided at the end
-
-
-def number_of(operation: Any) -> int:
-    """Return the number of one of torch's reduce operations, a ``ReduceOp`` or its inner enum."""
-    return int(getattr(operation, "op", operation))
+    name: str
+    tensors: list[Tensor]  # reduced in place
+    operation: Operation
 
 
-# By number: looking up torch's enumeration itself takes 2 us more.
-OPERATIONS = {
-    number_of(dist.ReduceOp.SUM): Operation(torch.add),
-    number_of(dist.ReduceOp.AVG): Operation(torch.add, average=True),
-    number_of(dist.ReduceOp.PRODUCT): Operation(torch.mul),
-    number_of(dist.ReduceOp.MIN): Operation(torch.minimum),
-    number_of(dist.ReduceOp.MAX): Operation(torch.maximum),
-}
-# Half-precision terms are summed in float32: with more than two, rounding after each would grow
-# with the number of ranks.
-WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+Request = AllReduce | OneHop
 
 
 class Lane:
-    """Runs a group's allreduces in the order of the calls, which is the same on every rank.
+    """Runs a group's collectives in the order of the calls, which is the same on every rank.
 
-    An allreduce takes one of two ways:
+    A collective takes one of two ways:
 
     1. The caller waits for the result anyway, and none is under way: it runs on the caller's
        thread.
@@ -65,7 +53,7 @@ class Lane:
         self._roll_call = roll_call
         self._collective = collective
         self._transport = transport
-        # Held while an allreduce gets its number and its place: they run in the order of numbers.
+        # Held while a collective gets its number and its place: they run in the order of numbers.
         self._ordering = threading.Lock()
         # Callers put tasks in, the lane's thread takes them out. None ends the thread.
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -76,7 +64,7 @@ class Lane:
         self._engine_lock = threading.Lock()
         # Both of these are written and read under _engine_lock. Exceptions: record reads the engine
         # without it, and close ends the engine when the thread has ended.
-        self._engine: Engine | None = None  # created by the first allreduce
+        self._engine: Engine | None = None  # created by the first collective
         self._failure: BaseException | None = None  # of an exchange, the first: none runs after it
         self._thread: threading.Thread | None = None  # started by the first task
 
@@ -88,29 +76,33 @@ class Lane:
 
         Args:
             tensors: of any shape and strides, and of one of ``transport.DTYPES``.
-            operation: one of ``OPERATIONS``.
+            operation: one of ``operations.OPERATIONS``.
             at_once: the caller waits for the result anyway.
 
         Returns:
             The work; its ``wait`` raises RuntimeError if the collective failed.
         """
+        return self.call(AllReduce("allreduce", tensors, operation), at_once)
+
+    def call(self, request: Request, at_once: bool) -> dist.Work:
+        """Run a collective. Collective; see ``allreduce``."""
         if self._is_lane_thread():
             # In a callback. A task would never start: this thread runs the callback.
             with self._engine_lock:
-                return Done(self._run(tensors, operation, self._roll_call.next()))
+                return Done(self._run(request, self._roll_call.next()))
         with self._ordering:
             number = self._roll_call.next()
             may_run = at_once and not self._num_unfinished
             if not (may_run and self._engine_lock.acquire(blocking=False)):
-                return self._queue(tensors, operation, number)
+                return self._queue(request, number)
         try:
-            return Done(self._run(tensors, operation, number))
+            return Done(self._run(request, number))
         finally:
             self._engine_lock.release()
 
-    def _queue(self, tensors: list[Tensor], operation: Operation, number: int) -> dist.Work:
-        """Give an allreduce to the lane's thread. The caller holds ``_ordering``."""
-        future = future_of(tensors)
+    def _queue(self, request: Request, number: int) -> dist.Work:
+        """Give a collective to the lane's thread. The caller holds ``_ordering``."""
+        future = future_of(request.tensors)
         self._num_unfinished += 1
         # Started on demand: a script that waits for each result needs no thread.
         if self._thread is None:
@@ -118,45 +110,46 @@ class Lane:
                 target=self._run_tasks, name="scaletrain-lane", daemon=True
             )
             self._thread.start()
-        self._tasks.put(self._task(future, tensors, operation, number))
+        self._tasks.put(self._task(future, request, number))
         # Python's Future.set_exception only wraps a value, which DDP's C++ takes for tensors and
         # crashes on. An exception of a callback is an error in C++ too: a RuntimeError there and
         # for wait(), with our message.
         return FutureWork(future.then(result_of), self._help_on)
 
     def _task(
-        self, future: torch.futures.Future, tensors: list[Tensor], operation: Operation, number: int
+        self, future: torch.futures.Future, request: Request, number: int
     ) -> Callable[[], None]:
         """Return the task for the lane's thread: it completes the future, and raises nothing."""
 
         def task() -> None:
             with self._engine_lock:
-                outcome = self._run(tensors, operation, number)
+                outcome = self._run(request, number)
             # Its callbacks run here, and may need the engine.
             future.set_result(outcome)
 
         return task
 
-    def _run(
-        self, tensors: list[Tensor], operation: Operation, number: int
-    ) -> list[Tensor] | BaseException:
-        """Return the reduced tensors, or the failure. The caller holds ``_engine_lock``."""
+    def _run(self, request: Request, number: int) -> list[Tensor] | BaseException:
+        """Return the result's tensors, or the failure. The caller holds ``_engine_lock``."""
         if self._failure is not None:
             reason = self._failure or type(self._failure).__name__
             return ConnectionError(
-                f"allreduce #{number}: not run, since an earlier one failed: {reason}"
+                f"{request.name} #{number}: not run, since an earlier one failed: {reason}"
             )
         try:
             # Tensors may require gradients, or be made in this mode. Buffers that are made now are
             # used later, in whatever mode the caller is then.
             with torch.inference_mode():
-                for tensor in tensors:
-                    self._reduce(tensor, operation, number)
+                if isinstance(request, AllReduce):
+                    for tensor in request.tensors:
+                        self._reduce(tensor, request.operation, number)
+                else:
+                    self._pass_on(request, number)
         except BaseException as error:
             if not isinstance(error, Exception) and not self._is_lane_thread():
                 raise  # Ctrl-C: the program is to end, not the collective to fail
             return self._failure or error
-        return tensors
+        return request.tensors
 
     def _reduce(self, tensor: Tensor, operation: Operation, number: int) -> None:
         """Reduce one tensor of any shape and strides, in place.
@@ -171,16 +164,10 @@ class Lane:
         is_contiguous = tensor.is_contiguous()
         if not is_contiguous:
             tensor = _without_repetitions(tensor)
-        # Two half-precision terms are rounded once either way.
-        rounds_twice = self._group.size > 2 or operation.average
-        wide = WIDE.get(tensor.dtype) if rounds_twice else None
+        wide = wide_dtype(tensor.dtype, operation, self._group.size)
         in_place = wide is None and is_contiguous and not tensor.is_neg()
-        if in_place and tensor.dim() == 1 and tensor.numel() > 1:
-            flat = tensor
-        elif in_place:
-            # A single element may have any stride and still count as contiguous, which a view as
-            # bytes does not accept.
-            flat = tensor.as_strided((tensor.numel(),), (1,))
+        if in_place:
+            flat = _as_flat(tensor)
         else:
             flat = tensor.resolve_neg().to(wide or tensor.dtype).contiguous().view(-1)
             if flat.data_ptr() == tensor.data_ptr():
@@ -191,19 +178,60 @@ class Lane:
         if not in_place:
             tensor.copy_(flat.view(tensor.shape))
 
+    def _pass_on(self, request: OneHop, number: int) -> None:
+        """Run a collective of one hop.
+
+        1. Take flat views of the chunks, or flat copies, as ``_reduce`` does.
+        2. Exchange them, and divide for an average.
+        3. Copy results back where they are no views.
+        """
+        chunks = [*request.sources.values(), *request.targets.values()]
+        num_bytes = sum(chunk.nbytes for chunk in chunks)
+        if not num_bytes and chunks and request.num_elements != UNEVEN:
+            return
+        progress.entering(request.name, num_bytes)
+        operation = request.operation
+        dtype = chunks[0].dtype if chunks else None
+        wide = None
+        if operation is not None and dtype is not None:
+            wide = wide_dtype(dtype, operation, self._group.size)
+        sources = {chunk: _flat(tensor, wide) for chunk, tensor in request.sources.items()}
+        targets: dict[int, Tensor] = {}
+        copied = []  # (target, flat tensor) of those that are no views
+        for chunk, target in request.targets.items():
+            if wide is None and target.is_contiguous() and not target.is_neg():
+                targets[chunk] = _as_flat(target)
+            else:
+                targets[chunk] = target.new_empty(target.numel(), dtype=wide or dtype)
+                copied.append((target, targets[chunk]))
+        reduce = operation.reduce if operation is not None else None
+        call = Call(
+            number, request.num_elements, wide or dtype, reduce, request.collective, request.root
+        )
+        self._guard(call, lambda engine: engine.exchange(call, Ends(sources, targets)))
+        if operation is not None and operation.average:
+            for flat in targets.values():
+                flat /= self._group.size
+        for target, flat in copied:
+            target.copy_(flat.view(target.shape))
+
     def _exchange(self, flat: Tensor, reduce: Reduce, number: int) -> None:
-        """Reduce a flat, contiguous tensor over all ranks, in place.
+        """Reduce a flat, contiguous tensor over all ranks, in place."""
+        call = Call(number, flat.numel(), flat.dtype, reduce)
+        self._guard(call, lambda engine: self._sum(flat, reduce, number))
+
+    def _guard(self, call: Call, exchange: Callable[[Engine], None]) -> None:
+        """Run an exchange with the engine.
 
         A failure here ends the lane: the other ranks' messages may be anywhere. A failure before
-        or after it concerns this rank's tensor alone.
+        or after it concerns this rank's tensors alone.
         """
         try:
             if self._engine is None:
                 self._engine = Engine(self._group, self._collective, self._transport)
-            self._sum(flat, reduce, number)
+            exchange(self._engine)
         except (TimeoutError, ConnectionError) as error:
-            wanted = Call(number, flat.numel(), flat.dtype, reduce).wanted()
-            explained = self._roll_call.explain("allreduce", number, error, wanted)
+            explained = self._roll_call.explain(call.collective, call.number, error, call.wanted())
             self._failure = type(error)(explained)
             raise self._failure from error
         except BaseException as error:
@@ -234,7 +262,7 @@ class Lane:
             task = self._tasks.get()
             if task is None:
                 self._tasks.put(None)  # for ``_run_tasks``
-                raise ConnectionError("allreduce: not run, since its group was destroyed")
+                raise ConnectionError("not run, since its group was destroyed")
             self._finish(task)
 
     def _is_lane_thread(self) -> bool:
@@ -270,6 +298,23 @@ class Lane:
         if self._engine:
             self._engine.close()
             self._engine = None
+
+
+def _as_flat(tensor: Tensor) -> Tensor:
+    """Return a one-dimensional view of a contiguous tensor."""
+    if tensor.dim() == 1 and tensor.numel() != 1:
+        return tensor
+    # A single element may have any stride and still count as contiguous, which a view as bytes
+    # does not accept.
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _flat(tensor: Tensor, wide: torch.dtype | None) -> Tensor:
+    """Return a one-dimensional, contiguous tensor with these values: a view, or a copy."""
+    tensor = tensor.resolve_neg()
+    if wide is not None:
+        tensor = tensor.to(wide)
+    return _as_flat(tensor.contiguous())
 
 
 def _without_repetitions(tensor: Tensor) -> Tensor:

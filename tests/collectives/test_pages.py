@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from scaletrain import plugins
 from scaletrain.cli import cli
-from scaletrain.collectives import drawing
+from scaletrain.collectives import drawing, one_hop
 
 PAGES = Path(__file__).parents[2] / "docs" / "algorithms"
 # What is drawn where it is not 4 ranks without options: few ranks, so that the picture can be read
@@ -34,6 +34,14 @@ def test_page_and_drawing_are_those_of_the_code(name: str):
     page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
     assert drawing.as_text(schedule) in page and "**Cost**" in page and "**Source:**" in page
     assert f"({name}.md)" in (PAGES / "README.md").read_text(encoding="utf-8")
+
+
+def test_page_of_one_hop_is_that_of_the_code():
+    page = (PAGES / "one_hop.md").read_text(encoding="utf-8")
+    for name in one_hop.COLLECTIVES:
+        assert f"## {name}\n\n```\n{drawing.as_text(one_hop.proved(name, 4))}\n```" in page
+    picture = drawing.as_svg(one_hop.proved("reduce_scatter", 4), "reduce_scatter, 4 ranks")
+    assert (PAGES / "one_hop.svg").read_text(encoding="utf-8") == picture
 
 
 def test_draw_shows_what_it_proved_and_writes_the_picture(tmp_path: Path):

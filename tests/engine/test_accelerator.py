@@ -13,7 +13,7 @@ import torch.distributed as dist
 from scaletrain.engine import accelerator, group_calls
 from scaletrain.engine.accelerator import AcceleratorLane
 from scaletrain.engine.choice import Options
-from scaletrain.engine.lane import OPERATIONS
+from scaletrain.engine.operations import OPERATIONS
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError

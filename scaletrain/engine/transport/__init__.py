@@ -78,7 +78,7 @@ class Call(NamedTuple):
     def words(self) -> tuple[int, int]:
         """Return the call as two numbers of 63 bits, never 0; other calls have other numbers."""
         kind = _COLLECTIVES[self.collective] << 8 | _REDUCTIONS[self.reduce] << 5
-        kind |= DTYPES[self.dtype] if self.dtype is not None else _NO_DTYPE
+        kind |= _DTYPES_OF_CALLS[self.dtype]
         return (self.number & _LARGEST) << 28 | kind << 16 | self.root, self.num_elements
 
     def code(self) -> int:
@@ -93,7 +93,7 @@ class Call(NamedTuple):
         return cls(
             number=first >> 28,
             num_elements=second,
-            dtype=([*DTYPES, None])[min(kind & 0x1F, len(DTYPES))],
+            dtype=([*_DTYPES_OF_CALLS])[kind & 0x1F],
             reduce=([*_REDUCTIONS])[kind >> 5 & 0x7],
             collective=([*_COLLECTIVES])[kind >> 8],
             root=first & 0xFFFF,
@@ -120,7 +120,6 @@ class Call(NamedTuple):
 UNEVEN = (1 << 62) - 1  # ``Call.num_elements`` where each pair of ranks has a size of its own
 _LARGEST = (1 << 35) - 1
 _COLLECTIVES = {name: number for number, name in enumerate(("allreduce", *COLLECTIVES))}
-_NO_DTYPE = 31
 # What a collective may have, each with its number in ``Call.words``.
 _REDUCTIONS: dict[Any, int] = {
     None: 0, torch.add: 1, torch.mul: 2, torch.minimum: 3, torch.maximum: 4,
@@ -129,6 +128,8 @@ DTYPES = {
     torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3,
     torch.int8: 4, torch.uint8: 5, torch.int16: 6, torch.int32: 7, torch.int64: 8,
 }  # fmt: skip
+# bool is copied, never reduced. None: no data.
+_DTYPES_OF_CALLS: dict[Any, int] = {**DTYPES, torch.bool: 9, None: 10}
 
 Wait = Callable[[], None]  # call it to wait until everything that was started has happened
 
