@@ -95,6 +95,7 @@ class Blocks:
         self._others = [(rank, self._places[rank]) for rank in others]
         # All of the following belong to this rank alone.
         self._call = (0, 0)  # this rank's present call, as ``Call.words``
+        self._used_for = (0, 0)  # the call of the last use
         self._stage = 0  # the value of this rank's counter _STAGE
         self._entered = 0  # the value with which it entered the present use, or the last
         self._all_entered = 0  # a value that all ranks' counters are known to have reached
@@ -336,11 +337,13 @@ class Blocks:
 
     def _enter(self, views: list[Any]) -> Any:
         """Begin to use the next set, and return its blocks: this rank's may be written to now."""
-        if self._all_entered < self._entered:
-            for rank, _ in self._others:
-                self._segment.wait(rank, _STAGE, self._entered)
-            self._all_entered = self._entered
         number = self._num_uses & 1
+        if self._all_entered < self._entered:
+            for rank, place in self._others:
+                self._segment.wait(rank, _STAGE, self._entered)
+                self._check_same(self._used_for, rank, place + _CALL[1 - number])
+            self._all_entered = self._entered
+        self._used_for = self._call
         self._num_uses += 1
         place = self._my_place + _CALL[number]
         self._words[place], self._words[place + 1] = self._call
@@ -362,13 +365,21 @@ class Blocks:
         Raises:
             RuntimeError: it makes another call than this rank.
         """
-        words = self._words
-        if words[place] < self._entered:
+        if self._words[place] < self._entered:
             self._segment.wait(rank, _STAGE, self._entered)
-        place += _CALL[(self._num_uses - 1) & 1]
-        wanted = words[place], words[place + 1]
-        if wanted != self._call:
-            mine, other = Call.of_words(*self._call), Call.of_words(*wanted)
+        self._check_same(self._call, rank, place + _CALL[(self._num_uses - 1) & 1])
+
+    def _check_same(self, call: tuple[int, int], rank: int, place: int) -> None:
+        """Raise RuntimeError unless a rank used a set for the same call as this rank.
+
+        Args:
+            call: of this rank, as ``Call.words``.
+            rank: the rank.
+            place: of the words with its call.
+        """
+        wanted = self._words[place], self._words[place + 1]
+        if wanted != call:
+            mine, other = Call.of_words(*call), Call.of_words(*wanted)
             raise mismatch(mine, other, self._name(self.rank), self._name(rank))
 
     def _blocks_of(self, dtype: Any) -> list[Any]:

@@ -29,6 +29,12 @@ _SPINS = 300  # looks at a counter before the core is offered to others; about 2
 # For this long, the core is offered between looks: others compute on it. Waking a rank up costs
 # tens of microseconds, so that sleeping at once would be slower.
 _YIELD_S = 300e-6
+# Unless the offer is accepted for as long as this: then it was not another rank that ran, but a
+# process that computes (a scheduler's slice is some milliseconds), and offering costs its slice
+# each time. For a while, the rank sleeps instead: a sleeper that is woken runs before such a
+# process.
+_NEIGHBOUR_S = 1e-3
+_BESIDE_NEIGHBOURS_S = 1.0
 # Then the rank sleeps, longer and longer: one that waits must not take a core from one that
 # computes.
 _SHORTEST_SLEEP_S = 20e-6
@@ -109,6 +115,8 @@ class Segment:
         # With fewer cores than ranks, spinning keeps the very rank from running that this one waits
         # for: the core is offered at once.
         self._spins = _SPINS if self.a_core_each else 1
+        # Until then, processes of others compute on this rank's core. Its thread alone uses it.
+        self.neighbours_until = 0.0  # as ``time.monotonic``
 
     def place(self, rank: int, counter: int) -> int:
         """Return where a rank's counter lies among the words."""
@@ -197,7 +205,7 @@ class Patience:
 
     Each ``pause`` is one of these, by how long the wait has lasted:
 
-    1. In the first moments, offer the core and come back.
+    1. In the first moments, offer the core and come back; unless others compute on it.
     2. After that, sleep: until the counter changes, or longer and longer.
     3. Ten times a second, look whether the ranks' processes are alive and the time is over.
 
@@ -229,20 +237,23 @@ class Patience:
         if self._gone:
             raise self._gone
         now = time.monotonic()
-        if now - self._began < _YIELD_S:
+        segment = self._segment
+        if now - self._began < _YIELD_S and now > segment.neighbours_until:
             _sched_yield()
+            if time.monotonic() - now > _NEIGHBOUR_S:
+                segment.neighbours_until = now + _BESIDE_NEIGHBOURS_S
             return
         if place >= 0:
-            self._segment.sleep(place, seen)
+            segment.sleep(place, seen)
         else:
             time.sleep(self._sleep_s)
             self._sleep_s = min(_SLEEP_GROWTH * self._sleep_s, _LONGEST_SLEEP_S)
         if now - self._checked_at > _CHECK_ALIVE_S:
             self._checked_at = now
-            self._segment.check_not_ended()
+            segment.check_not_ended()
             self._check_alive()
-            if now - self._began > self._segment.timeout_s:
-                raise self._segment.late(self._ranks)
+            if now - self._began > segment.timeout_s:
+                raise segment.late(self._ranks)
 
     def _check_alive(self) -> None:
         try:

@@ -144,7 +144,7 @@ def mismatches(rank: int, size: int, port: str, wire: str, what: str) -> tuple[s
     elif rank == 1 and what == "operation":
         operation = dist.ReduceOp.MAX
     elif rank == 1 and what == "number":
-        # A collective that the other ranks do not call; gloo does not wait for them to.
+        # A collective that the other ranks do not call; its root does not wait for them to.
         dist.group.WORLD.broadcast([torch.ones(1)], root(1))
     began = time.monotonic()
     first = error_of(lambda: dist.all_reduce(tensor, operation))
@@ -164,7 +164,7 @@ def test_ranks_that_want_different_things_are_named(tmp_path: Path, what: str):
         "elements": "#2 of 1,001 float32 (add)",
         "dtype": "#2 of 1,000 int32 (add)",
         "operation": "#2 of 1,000 float32 (maximum)",
-        "number": "#3 of 1,000 float32 (add)",
+        "number": "broadcast #2 of 1 float32, root 1",
     }[what]
     ends = run_ranks(mismatches, 2, str(tmp_path / "port"), "shared_memory", what)
     for first, later, seconds in ends:
