@@ -50,6 +50,7 @@ class GroupCalls:
     Attributes:
         gloo: torch's backend for what the engine does not run.
         nccl: likewise for CUDA tensors; None: there is no GPU, or no NCCL.
+        runs_one_hop: the engine also runs the collectives beside allreduce, of CPU tensors.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class GroupCalls:
         self._roll_call = RollCall(self._meeting, rank, size, timeout)
         self._place = one_hop_calls.Place(rank, size)
         hosts = [member.host for member in self._members]
-        self._one_hop = runs_one_hop(hosts, options.transport)
+        self.runs_one_hop = runs_one_hop(hosts, options.transport)
         # What gloo may still be doing. The callers' threads write and read it.
         self._forwarded: WeakSet[Forwarded] = WeakSet()
         # By kind of device, created at the first collective of such tensors, by whichever thread
@@ -184,7 +185,7 @@ class GroupCalls:
         options = arguments[-1]
         request = None
         # gloo ends a collective after a time of its own, the engine after the group's.
-        if self._one_hop and options.timeout == _NO_TIMEOUT:
+        if self.runs_one_hop and options.timeout == _NO_TIMEOUT:
             request = _REQUESTS[method](self._place, *arguments)
         if request is None:
             return self._forward(method, *arguments)

@@ -25,6 +25,7 @@ from scaletrain.engine import backend
 from scaletrain.engine.backend import calls_of
 from scaletrain.engine.choice import Options
 from scaletrain.host import cores
+from scaletrain.programs import bench_cases
 
 _TIMEOUT = timedelta(seconds=300)
 _REFERENCES = ("gloo", "nccl")  # torch's own backends; the other contenders are ours
@@ -49,10 +50,12 @@ def main(folder: Path) -> None:
     groups = {name: _group(name) for name in task["contenders"]}
     results = []
     # Contenders at one size run right after one another, so that a slow minute hits all alike.
-    for num_bytes in task["sizes"]:
-        for name, group in groups.items():
-            tensor = torch.empty(max(1, num_bytes // 4), device=device)
-            results.append(_measure_contender(name, group, tensor, num_bytes, task["seconds"]))
+    for collective in task["collectives"]:
+        # A barrier has one size: none.
+        for num_bytes in task["sizes"] if collective != "barrier" else (0,):
+            for name, group in groups.items():
+                case = bench_cases.CASES[collective](group, num_bytes, device)
+                results.append(_measure_case(name, case, num_bytes, task["seconds"]))
     folder.joinpath(f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
     # A rank that left early would close connections that others still use.
     dist.barrier()
@@ -81,55 +84,56 @@ def _group(contender: str) -> Any:
     return dist.new_group(backend="scaletrain", timeout=_TIMEOUT, pg_options=options)
 
 
-def _measure_contender(
-    name: str, group: Any, tensor: torch.Tensor, num_bytes: int, seconds: float
+def _measure_case(
+    name: str, case: bench_cases.Case, num_bytes: int, seconds: float
 ) -> dict[str, Any]:
-    """Check a contender's sums, then time it; return the facts that the benchmark reads."""
-
-    def allreduce() -> None:
-        dist.all_reduce(tensor, group=group)
-        _finish(tensor)
-
+    """Check a contender's results, then time it; return the facts that the benchmark reads."""
     # The checks also open connections, and let `auto` calibrate.
-    wrong = _wrong_elements(tensor, allreduce) + _wrong_elements(tensor, allreduce)
-    # Each allreduce sums into the tensor. Zeros stay zeros; other values would overflow.
-    tensor.zero_()
-    times = measure(allreduce, dist.barrier, seconds, _largest)
+    wrong = case.wrong_elements() + case.wrong_elements()
+    case.rest()
+    device = case.tensor.device
+
+    def run() -> None:
+        case.run()
+        _finish(case.tensor)
+
+    times = measure(run, dist.barrier, seconds, _largest)
+    # As training meets it: ranks arrive apart, and the caches hold other things.
+    after_s = measure(run, dist.barrier, seconds, _largest, barrier_before_each=True)
     algorithm = ""
     copy_bytes_per_s = None
     if name not in _REFERENCES:
-        # Of a single size there is a single choice.
-        calls = calls_of(group)
-        assert calls is not None
-        [choice] = calls.record(tensor.nbytes)["chosen"].values()
-        algorithm = choice["collective"]
-        if choice["segments"] > 1:
-            algorithm += f" in {choice['segments']} parts"
-        copy = functools.partial(_copy, tensor, torch.empty_like(tensor))
-        # All ranks copy at once, as they do in an allreduce: they share the memory's bandwidth.
-        copies = measure(copy, dist.barrier, _COPY_S, _largest)
-        copy_bytes_per_s = num_bytes / sorted(copies)[len(copies) // 2]
+        algorithm = _algorithm(case)
+        if num_bytes:
+            copy = functools.partial(_copy, case.tensor, torch.empty_like(case.tensor))
+            # All ranks copy at once, as they do in a collective: they share the memory's bandwidth.
+            copies = measure(copy, dist.barrier, _COPY_S, _largest)
+            copy_bytes_per_s = num_bytes / sorted(copies)[len(copies) // 2]
     return {
         "contender": name,
+        "collective": case.collective,
         "size_bytes": num_bytes,
         "times_s": times,
+        "after_s": after_s,
         "wrong": wrong,
         "copy_bytes_per_s": copy_bytes_per_s,
         "ran": algorithm,
-        "device": torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else "cpu",
+        "device": torch.cuda.get_device_name(device) if case.tensor.is_cuda else "cpu",
     }
 
 
-def _wrong_elements(tensor: torch.Tensor, allreduce: Callable[[], None]) -> int:
-    """Sum values that differ between the ranks, and return how many elements came out wrong."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    # 251 is prime: chunks whose lengths are powers of two begin with different values, so one that
-    # lands in a wrong place shows. The sums are small enough to be exact in float32.
-    pattern = torch.arange(tensor.numel()) % 251
-    tensor.copy_((pattern + rank).float())
-    allreduce()
-    expected = size * pattern + size * (size - 1) // 2
-    return int((tensor.cpu() != expected).sum())
+def _algorithm(case: bench_cases.Case) -> str:
+    """Return what our backend ran."""
+    calls = calls_of(case.group)
+    assert calls is not None
+    if case.collective != "all_reduce":
+        return "one hop" if calls.runs_one_hop and not case.tensor.is_cuda else "torch's"
+    # Of a single size there is a single choice.
+    [choice] = calls.record(case.tensor.nbytes)["chosen"].values()
+    algorithm = str(choice["collective"])
+    if choice["segments"] > 1:
+        algorithm += f" in {choice['segments']} parts"
+    return algorithm
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -155,6 +159,8 @@ def measure(
     barrier: Callable[[], Any],
     seconds: float,
     largest: Callable[[float], float],
+    *,
+    barrier_before_each: bool = False,
 ) -> list[float]:
     """Return the seconds of single runs (collective).
 
@@ -163,6 +169,7 @@ def measure(
         barrier: waits for all ranks.
         seconds: as many runs as fit into it, 3 to 400, the same number on every rank.
         largest: returns the largest of all ranks' values.
+        barrier_before_each: the ranks wait for one another before each run, which is not timed.
     """
     barrier()
     began = time.perf_counter()
@@ -172,8 +179,9 @@ def measure(
     first_s = largest(time.perf_counter() - began)
     times = []
     barrier()
-    # No barrier between runs: in training, exchanges follow one another as well.
     for _ in range(max(3, min(400, int(seconds / first_s)))):
+        if barrier_before_each:
+            barrier()
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 
-from scaletrain.cli.bench.collectives import command
+from scaletrain.cli.bench.collectives import BUS_FACTORS, command
 from scaletrain.engine import autotune
 from scaletrain.engine.autotune import SIZES, Tuning
 from scaletrain.engine.choice import NATIVE, Choice
@@ -172,8 +172,10 @@ def test_the_measurement_runs(tmp_path: Path):
         "2",
         "--sizes",
         "4K",
-        "--peers",
-        "gloo",
+        "--collectives",
+        "all",
+        "--neighbours",
+        "1",
         "--repeats",
         "1",
         "--seconds",
@@ -184,10 +186,14 @@ def test_the_measurement_runs(tmp_path: Path):
     )
     assert result.exit_code == 0
     found = json.loads((tmp_path / "found.json").read_text())
-    rows = {row["contender"]: row for row in found["rows"]}
-    assert rows.keys() == {"auto:auto", "gloo"} and not found["notes"]
-    assert all(
-        row["wrong"] == 0 and row["runs"] >= 3 and row["time_s_min"] > 0 for row in rows.values()
-    )
-    assert rows["auto:auto"]["ran"] == NATIVE
-    assert "| 2 | 4 KiB | 1024 | float32 | auto:auto | native |" in result.output
+    rows = {(row["collective"], row["contender"]): row for row in found["rows"]}
+    assert rows.keys() == {
+        (name, contender) for name in BUS_FACTORS for contender in ("auto:auto", "gloo")
+    }
+    assert not found["notes"] and found["header"]["neighbours"] == 1
+    for row in rows.values():
+        assert row["wrong"] == 0 and row["runs"] >= 3 and row["time_s_min"] > 0, row
+        assert row["after_s_p99"] >= row["after_s_p50"] > 0, row
+    assert rows["all_reduce", "auto:auto"]["ran"] == NATIVE
+    assert rows["reduce_scatter", "auto:auto"]["ran"] == "one hop"
+    assert "| 2 | all_reduce | 4 KiB | 1024 | float32 | auto:auto | native |" in result.output

@@ -1,14 +1,15 @@
-"""How fast allreduces are: our algorithms beside gloo, MPI and Horovod, and their bounds."""
+"""How fast collectives are: our algorithms beside gloo, MPI and others, and their bounds."""
 
 import dataclasses
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,22 +31,45 @@ PEERS = {"cpu": ("gloo", "mpi", "horovod"), "cuda": ("gloo", "nccl")}  # by wher
 _TORCH_LIMIT_S = 900  # for one world in one round
 _MPI_LIMIT_S = 600
 
+# The cases of ``programs/bench_cases.py``, each with the share of its size that a rank moves at
+# least, for a number of ranks (nccl-tests' factors of busbw).
+BUS_FACTORS: dict[str, Callable[[int], float]] = {
+    "all_reduce": lambda size: 2 * (size - 1) / size,
+    "broadcast": lambda size: 1.0,
+    "reduce": lambda size: 1.0,
+    "all_gather": lambda size: (size - 1) / size,
+    "reduce_scatter": lambda size: (size - 1) / size,
+    "all_to_all": lambda size: (size - 1) / size,
+    "gather": lambda size: (size - 1) / size,
+    "scatter": lambda size: (size - 1) / size,
+    "barrier": lambda size: 0.0,
+    # Two gathers of the weights, and a scatter of the gradients.
+    "fsdp_step": lambda size: 3 * (size - 1) / size,
+}
+
 
 @dataclasses.dataclass(frozen=True)
-class AllreduceTimes:
+class CollectiveTimes:
     """One contender at one size: the slowest rank's seconds, over all repeats."""
 
+    collective: str
     contender: str
     workers: int
     size_bytes: int
     count: int  # elements
     dtype: str
+    # In a loop of calls, one right after another.
     time_s_p50: float
-    time_s_p95: float
+    time_s_p99: float
     time_s_min: float
     time_s_max: float
+    time_cv: float  # standard deviation / mean
+    # After a barrier each: ranks arrive apart, caches hold other things. None: not measured.
+    after_s_p50: float | None
+    after_s_p99: float | None
+    after_cv: float | None
     algbw_bytes_per_s: float  # size / time
-    busbw_bytes_per_s: float  # algbw x 2(n - 1)/n
+    busbw_bytes_per_s: float  # algbw x the collective's factor
     # The algorithm cannot be faster: the link's rate, or the measured speed of the copies it needs.
     bound_s: float | None
     wrong: int  # elements
@@ -61,20 +85,23 @@ class Measurement:
     size_bytes: int
     times_s: list[float]  # of each run
     wrong: int  # elements
-    # The scripts of MPI and Horovod write none of these.
+    # The scripts of the peers may write none of these.
+    collective: str = "all_reduce"
+    after_s: list[float] = dataclasses.field(default_factory=list)  # of each run after a barrier
     copy_bytes_per_s: float | None = None  # while all ranks copy at once
     ran: str = ""  # ours: the algorithm
     device: str = "cpu"
 
 
-# (contender, bytes) -> the measurement of each round.
-Results = dict[tuple[str, int], list[Measurement]]
+# (collective, bytes, contender) -> the measurement of each round.
+Results = dict[tuple[str, int, str], list[Measurement]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """The part of the options that every rank reads, whichever library it measures."""
 
+    collectives: tuple[str, ...]
     sizes: tuple[int, ...]
     seconds: float
     bind: bool
@@ -89,6 +116,7 @@ class Header:
     time: str  # UTC, when the measurement began
     repeats: int
     network: str
+    neighbours: int  # processes that computed meanwhile
     bound: bool  # workers are kept on a core each
     devices: list[str]  # filled in at the end: the ranks report where their tensors were
 
@@ -104,10 +132,12 @@ class Options:
     """The options of the command (see their help texts)."""
 
     workers: tuple[str, ...]
+    collectives: tuple[str, ...]
     algorithms: tuple[str, ...]
     transports: tuple[str, ...]
     sizes: tuple[int, ...]
     peers: tuple[str, ...]
+    neighbours: int
     repeats: int
     seconds: float
     bind: bool
@@ -116,6 +146,11 @@ class Options:
     mpi_python: tuple[str, ...]
     horovod_python: str | None
     out: Path | None
+
+    @property
+    def all_collectives(self) -> tuple[str, ...]:
+        """The collectives, with ``all`` spelled out."""
+        return tuple(BUS_FACTORS) if self.collectives == ("all",) else self.collectives
 
     @property
     def all_algorithms(self) -> tuple[str, ...]:
@@ -149,6 +184,13 @@ def _size_bytes(word: str) -> int:
     "--workers", default="2", show_default=True, callback=names, help="Worker counts, such as 2,4."
 )
 @click.option(
+    "--collectives",
+    default="all_reduce",
+    show_default=True,
+    callback=names,
+    help=f"all, or some of {', '.join(BUS_FACTORS)}.",
+)
+@click.option(
     "--algorithms",
     default="auto",
     show_default=True,
@@ -171,6 +213,13 @@ def _size_bytes(word: str) -> int:
     show_default=True,
     callback=names,
     help="gloo, mpi, horovod; gloo, nccl with --device cuda; empty for none.",
+)
+@click.option(
+    "--neighbours",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Processes that compute meanwhile, as beside other jobs.",
 )
 @click.option(
     "--repeats",
@@ -215,20 +264,21 @@ def _size_bytes(word: str) -> int:
     help="Write NAME.json, and the table beside it as NAME.md.",
 )
 def command(**values: Any) -> None:
-    """Measure allreduces side by side.
+    """Measure collectives side by side.
 
     Every contender runs in each of --repeats rounds, so that a slow minute of the machine hits all
     alike. Times are the slowest rank's.
 
     \b
-    Example:
+    Examples:
       scaletrain bench collectives --workers 2,4 --algorithms ring,tree --sizes 4K,25M
+      scaletrain bench collectives --collectives all --neighbours 2
     """
     options = Options(**values)
     counts = _check(options)
     header = _header(options)
     worlds = _worlds(options)
-    rows: list[AllreduceTimes] = []
+    rows: list[CollectiveTimes] = []
     notes: list[str] = []
     devices: set[str] = set()
     for count in counts:
@@ -254,6 +304,9 @@ def _check(options: Options) -> list[int]:
     Raises:
         UserError: an option names something that there is not, or options exclude each other.
     """
+    for collective in options.all_collectives:
+        if collective not in BUS_FACTORS:
+            raise unknown("--collectives", collective, ("all", *BUS_FACTORS))
     for peer in options.peers:
         if peer not in PEERS[options.device]:
             raise unknown(f"--peers with --device {options.device}", peer, PEERS[options.device])
@@ -285,13 +338,14 @@ def _header(options: Options) -> Header:
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         repeats=options.repeats,
         network=network,
+        neighbours=options.neighbours,
         bound=options.bind,
         devices=[],
     )
 
 
 def _write(
-    out: Path, rows: Sequence[AllreduceTimes], header: Header, notes: Sequence[str], text: str
+    out: Path, rows: Sequence[CollectiveTimes], header: Header, notes: Sequence[str], text: str
 ) -> None:
     """Write the figures as JSON, and the page beside them."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -331,6 +385,8 @@ def _worlds(options: Options) -> list[_World]:
             contenders.append(f"{transport}:{algorithm}")
     contenders += [peer for peer in options.peers if peer in ("gloo", "nccl")]
     worlds: list[_World] = [_TorchWorld(contenders, options.bandwidth)]
+    if "all_reduce" not in options.all_collectives:
+        return worlds
     if "mpi" in options.peers:
         for python in options.mpi_python or [sys.executable]:
             worlds.append(_MpiWorld("mpi", python, "allreduce_mpi.py"))
@@ -342,21 +398,37 @@ def _worlds(options: Options) -> list[_World]:
 
 def _measure(options: Options, worlds: Sequence[_World], count: int, notes: list[str]) -> Results:
     """Run every contender in every round. A failure becomes a note."""
-    task = Task(options.sizes, options.seconds, options.bind, options.device)
+    task = Task(
+        options.all_collectives, options.sizes, options.seconds, options.bind, options.device
+    )
     results: Results = {}
     for repeat in range(options.repeats):
         for world in worlds:
             progress = f"{count} workers, round {repeat + 1} of {options.repeats}: {world.name}"
             click.echo(progress, err=True)
             try:
-                measurements = world.run(task, count)
+                with _neighbours(options.neighbours):
+                    measurements = world.run(task, count)
             except (RuntimeError, UserError) as error:
                 notes.append(f"{world.name}, {count} workers: {error}")
                 continue
             for measurement in measurements:
-                key = (measurement.contender, measurement.size_bytes)
+                key = (measurement.collective, measurement.size_bytes, measurement.contender)
                 results.setdefault(key, []).append(measurement)
     return results
+
+
+@contextmanager
+def _neighbours(count: int) -> Iterator[None]:
+    """Let processes compute meanwhile."""
+    argv = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(argv) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -488,8 +560,12 @@ def _merge(ranks: Sequence[Sequence[Measurement]]) -> list[Measurement]:
     for of_ranks in zip(*ranks, strict=True):
         times_of_ranks = [measurement.times_s for measurement in of_ranks]
         slowest_s = [max(times_s) for times_s in zip(*times_of_ranks, strict=True)]
+        after_of_ranks = [measurement.after_s for measurement in of_ranks]
+        after_s = [max(times_s) for times_s in zip(*after_of_ranks, strict=True)]
         wrong = sum(measurement.wrong for measurement in of_ranks)
-        merged.append(dataclasses.replace(of_ranks[0], times_s=slowest_s, wrong=wrong))
+        merged.append(
+            dataclasses.replace(of_ranks[0], times_s=slowest_s, after_s=after_s, wrong=wrong)
+        )
     return merged
 
 
@@ -509,51 +585,72 @@ def _last_line(text: str) -> str:
 # Rows and their bounds
 
 
-def _rows(results: Results, workers: int, bandwidth: str | None) -> list[AllreduceTimes]:
+def _rows(results: Results, workers: int, bandwidth: str | None) -> list[CollectiveTimes]:
     """Return a row for each contender at each size, the smallest size first."""
     rows = []
-    for contender, size in sorted(results, key=lambda key: (key[1], key[0])):
-        rounds = results[contender, size]
-        bound_s: float | None
-        if bandwidth:
+    order = [*BUS_FACTORS]
+    for key in sorted(results, key=lambda key: (order.index(key[0]), key[1:])):
+        collective, size, contender = key
+        rounds = results[key]
+        bound_s: float | None = None
+        if not bandwidth:
+            bound_s = _bound_on_one_host(collective, size, workers, rounds)
+        elif collective == "all_reduce":
             bound_s = _bound_on_links(contender, size, workers, bandwidth)
-        else:
-            bound_s = _bound_on_one_host(size, workers, rounds)
         rows.append(_row(rounds, workers, bound_s))
     return rows
 
 
-def _row(rounds: Sequence[Measurement], workers: int, bound_s: float | None) -> AllreduceTimes:
+def _row(rounds: Sequence[Measurement], workers: int, bound_s: float | None) -> CollectiveTimes:
     """Return the row of one contender at one size."""
     size = rounds[0].size_bytes
+    collective = rounds[0].collective
     times: list[float] = []
+    after: list[float] = []
     wrong = 0
     algorithms: dict[str, None] = {}  # each once, in the order of the rounds
     for measurement in rounds:
         times += measurement.times_s
+        after += measurement.after_s
         wrong += measurement.wrong
         if measurement.ran:
             algorithms[measurement.ran] = None
     times.sort()
-    median_s = times[len(times) // 2]
+    after.sort()
+    median_s = _quantile(times, 0.5)
     bandwidth_of_message = size / median_s
-    return AllreduceTimes(
+    return CollectiveTimes(
+        collective=collective,
         contender=rounds[0].contender,
         workers=workers,
         size_bytes=size,
         count=size // 4,
         dtype="float32",
         time_s_p50=median_s,
-        time_s_p95=times[int(0.95 * (len(times) - 1))],
+        time_s_p99=_quantile(times, 0.99),
         time_s_min=times[0],
         time_s_max=times[-1],
+        time_cv=_variation(times),
+        after_s_p50=_quantile(after, 0.5) if after else None,
+        after_s_p99=_quantile(after, 0.99) if after else None,
+        after_cv=_variation(after) if after else None,
         algbw_bytes_per_s=bandwidth_of_message,
-        busbw_bytes_per_s=bandwidth_of_message * 2 * (workers - 1) / workers,
+        busbw_bytes_per_s=bandwidth_of_message * BUS_FACTORS[collective](workers),
         bound_s=bound_s,
         wrong=wrong,
         runs=len(times),
         ran=", ".join(algorithms),
     )
+
+
+def _quantile(times: Sequence[float], share: float) -> float:
+    """Return a quantile of sorted times."""
+    return times[int(share * (len(times) - 1) + 0.5)]
+
+
+def _variation(times: Sequence[float]) -> float:
+    """Return the coefficient of variation, the standard deviation over the mean."""
+    return statistics.pstdev(times) / statistics.fmean(times)
 
 
 def _bound_on_links(contender: str, size: int, workers: int, bandwidth: str) -> float:
@@ -571,35 +668,60 @@ def _bound_on_links(contender: str, size: int, workers: int, bandwidth: str) -> 
     return predict(name, workers, size, links, **options)
 
 
-def _bound_on_one_host(size: int, workers: int, rounds: Sequence[Measurement]) -> float | None:
+def _bound_on_one_host(
+    collective: str, size: int, workers: int, rounds: Sequence[Measurement]
+) -> float | None:
     """Return the seconds of the bytes alone; None if no rank measured how fast it copies.
 
     Any allreduce moves 2(n - 1)/n of the message a rank between the ranks, at best at the speed at
-    which all ranks copy at once.
+    which all ranks copy at once. The other collectives have factors of their own.
     """
     speeds = [measurement.copy_bytes_per_s for measurement in rounds]
     fastest = max(filter(None, speeds), default=None)
-    if fastest is None:
+    if fastest is None or not size:
         return None
-    return 2 * (workers - 1) / workers * size / fastest
+    return BUS_FACTORS[collective](workers) * size / fastest
 
 
 # The page
 
+_COLUMNS = (
+    "workers", "collective", "size", "count", "type", "contender", "ran", "tight p50", "p99", "cv",
+    "after p50", "p99", "cv", "algbw GB/s", "busbw GB/s", "bound", "p50 / bound",
+    "times gloo", "after", "wrong",
+)  # fmt: skip
 
-def table(rows: Sequence[AllreduceTimes], header: Header, notes: Sequence[str]) -> str:
+
+def table(rows: Sequence[CollectiveTimes], header: Header, notes: Sequence[str]) -> str:
     """Return the page of results as Markdown."""
     lines = [
-        f"# Allreduce, {header.network}", "",
+        f"# {_title(rows)}, {header.network}", "",
         _machine_line(header),
         _conditions_line(rows, header), "",
-        "| workers | size | count | type | contender | ran | p50 | p95 | min | max | algbw GB/s | busbw GB/s | bound | p50 / bound | wrong |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{'---|' * len(_COLUMNS)}",
     ]  # fmt: skip
-    lines += [_line(row) for row in rows]
+    lines += [_line(row, _gloo_of(row, rows)) for row in rows]
     for note in dict.fromkeys(notes):
         lines.append(f"\nNot measured: {note}")
     return "\n".join(lines)
+
+
+def _title(rows: Sequence[CollectiveTimes]) -> str:
+    only_allreduce = all(row.collective == "all_reduce" for row in rows)
+    return "Allreduce" if only_allreduce else "Collectives"
+
+
+def _gloo_of(row: CollectiveTimes, rows: Sequence[CollectiveTimes]) -> CollectiveTimes | None:
+    """Return gloo's row of the same case; None: there is none."""
+    case = (row.workers, row.collective, row.size_bytes)
+    for other in rows:
+        if (
+            other.contender == "gloo"
+            and (other.workers, other.collective, other.size_bytes) == case
+        ):
+            return other
+    return None
 
 
 def _machine_line(header: Header) -> str:
@@ -622,7 +744,7 @@ def _versions(versions: Mapping[str, str | None]) -> str:
     return ", ".join(installed)
 
 
-def _conditions_line(rows: Sequence[AllreduceTimes], header: Header) -> str:
+def _conditions_line(rows: Sequence[CollectiveTimes], header: Header) -> str:
     """Return how the workers ran, and the meaning of the columns."""
     sentences = []
     if header.bound:
@@ -635,44 +757,54 @@ def _conditions_line(rows: Sequence[AllreduceTimes], header: Header) -> str:
         sentences.append(
             f"OVERSUBSCRIBED: {', '.join(map(str, crowded))} workers on {cores} cores."
         )
+    if header.neighbours:
+        sentences.append(f"BESIDE {header.neighbours} PROCESSES THAT COMPUTE.")
     sentences += [
-        "Times of the slowest rank, in milliseconds.",
+        "Times of the slowest rank, in milliseconds: tight, one call right after another, and after a barrier before each call.",
+        "cv: standard deviation over mean.",
+        "times gloo: how many times as fast as gloo, tight and after a barrier (p50).",
         "ran: what `auto` chose; native is the wire's own.",
-        "busbw = size / time x 2(n - 1)/n.",
+        "busbw = size / time x the share of the size that a rank moves: of an allreduce 2(n - 1)/n.",
         "bound: what the algorithm's bytes alone take, at the links' rate, or on one host at the speed at which all ranks copy at once.",
     ]  # fmt: skip
     return " ".join(sentences)
 
 
-def _line(row: AllreduceTimes) -> str:
+def _line(row: CollectiveTimes, gloo: CollectiveTimes | None) -> str:
     """Return the table's line of a row."""
-    bound = "-"
-    share = "-"
-    if row.bound_s:
-        bound = _milliseconds(row.bound_s)
-        share = f"{row.time_s_p50 / row.bound_s:.2f}"
     cells = [
         row.workers,
+        row.collective,
         _size(row.size_bytes),
         row.count,
         row.dtype,
         row.contender,
         row.ran or "-",
         _milliseconds(row.time_s_p50),
-        _milliseconds(row.time_s_p95),
-        _milliseconds(row.time_s_min),
-        _milliseconds(row.time_s_max),
+        _milliseconds(row.time_s_p99),
+        f"{row.time_cv:.0%}",
+        _milliseconds(row.after_s_p50),
+        _milliseconds(row.after_s_p99),
+        "-" if row.after_cv is None else f"{row.after_cv:.0%}",
         f"{row.algbw_bytes_per_s / 1e9:.3f}",
         f"{row.busbw_bytes_per_s / 1e9:.3f}",
-        bound,
-        share,
+        _milliseconds(row.bound_s),
+        _ratio(row.time_s_p50, row.bound_s),
+        _ratio(gloo.time_s_p50, row.time_s_p50) if gloo else "-",
+        _ratio(gloo.after_s_p50, row.after_s_p50) if gloo else "-",
         row.wrong,
     ]
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3f}"
+def _ratio(above: float | None, below: float | None) -> str:
+    if not above or not below:
+        return "-"
+    return f"{above / below:.2f}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return f"{1e3 * seconds:.3f}" if seconds else "-"
 
 
 def _size(num_bytes: int) -> str:
