@@ -89,10 +89,18 @@ def _show(fitted: "Fit") -> None:
 
 def _in_words(estimate: "Estimate", unit: str, scale: float) -> str:
     # A fit returns a number in any case. One that no measurement depends on must not be shown.
-    if not estimate.is_identified or estimate.low is None or estimate.high is None:
+    if not estimate.is_identified:
+        bounds = []
+        if estimate.low is not None:
+            bounds.append(f"at least {scale * estimate.low:.3g} {unit}")
+        if estimate.high is not None:
+            bounds.append(f"at most {scale * estimate.high:.3g} {unit}")
+        known = f"{' and '.join(bounds)}, no more is " if bounds else "not "
         return (
-            "not told by these measurements (more worker counts, exchanges or repeats may tell it)"
+            f"{known}told by these measurements (more worker counts, exchanges or repeats may tell"
+            " it)"
         )
+    assert estimate.low is not None and estimate.high is not None
     low = scale * estimate.low
     high = scale * estimate.high
     return f"{scale * estimate.value:.4g} {unit} (95 %: {low:.4g} to {high:.4g})"

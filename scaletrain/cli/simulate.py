@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from scaletrain.scaling.predict.fit import Calibration
     from scaletrain.scaling.predict.layers import ModelTimes
     from scaletrain.scaling.predict.network import Fabric
-    from scaletrain.scaling.predict.simulate import SimulatedJob
+    from scaletrain.scaling.predict.simulate import Point, SimulatedJob
     from scaletrain.scaling.predict.step_time import Stragglers
 
 EXAMPLE = "scaletrain simulate --model nin --batch 1024 --sample-ms 8.3 --network gemini"
@@ -238,6 +239,8 @@ def _simulate(options: Options) -> None:
     else:
         names = simulate.strategies()
     points = simulate.simulate(job, counts, names)
+    if calibration and not _names_network():
+        _check_decided(options, calibration, job, points)
     # The counts as they were asked for: those that the batch is too small for are listed.
     simulation.show_simulation(job, points, publish.terminal(), counts)
     if options.out:
@@ -274,8 +277,9 @@ def _fitted_fabric(options: Options, calibration: "Calibration", assumed: "Fabri
     figures = " and ".join(missing)
     # The default network is a guess of ours. Only one that a person names may stand in for a
     # measurement.
-    source = click.get_current_context().get_parameter_source("network")
-    if missing and source is ParameterSource.DEFAULT:
+    if missing and not _names_network():
+        if calibration.fit.plausible:
+            return calibration.fit.fabric  # `_check_decided` judges the predictions themselves
         raise UserError(
             f"--fit {options.fit}: its measurements do not tell the network's {figures}"
             " (give --network, to assume that network's)"
@@ -289,6 +293,47 @@ def _fitted_fabric(options: Options, calibration: "Calibration", assumed: "Fabri
         )
         fabric = dataclasses.replace(fabric, source=note)
     return fabric
+
+
+def _names_network() -> bool:
+    """Return True if a person has named a network, to assume what was not measured."""
+    source = click.get_current_context().get_parameter_source("network")
+    return source is not ParameterSource.DEFAULT
+
+
+def _check_decided(
+    options: Options, calibration: "Calibration", job: "SimulatedJob", points: "Sequence[Point]"
+) -> None:
+    """Check that what the calibration does not tell of the network decides no prediction.
+
+    Raises:
+        UserError: networks that explain the measurements equally well disagree about a step.
+    """
+    from scaletrain.scaling.predict import simulate
+    from scaletrain.scaling.predict.fit import DECIDES
+
+    undecided = []
+    for point in points:
+
+        def step_s(fabric: "Fabric", point: "Point" = point) -> float:
+            on_fabric = job._replace(network=_adjusted(fabric, options))
+            return simulate.simulate_one(on_fabric, point.strategy, point.workers).step_s
+
+        low, high = calibration.fit.step_range(step_s)
+        if high > DECIDES * low:
+            undecided.append((point, low, high))
+    if not undecided:
+        return
+    fewest = min(point.workers for point, _, _ in undecided)
+    worst, low, high = max(undecided, key=lambda each: each[2] / each[1])
+    decided = [point.workers for point in points if 1 < point.workers < fewest]
+    up_to = f"--workers up to {max(decided)}, or " if decided else ""
+    raise UserError(
+        f"--fit {options.fit}: a step of {worst.strategy} on {worst.workers} workers takes"
+        f" {1e3 * low:,.3g} to {1e3 * high:,.3g} ms: the measurements do not tell the network well"
+        f" enough (allowed: {up_to}--network, to assume that network's; measure more hosts and"
+        " sizes)"
+    )
 
 
 def _adjusted(fabric: "Fabric", options: Options) -> "Fabric":

@@ -495,6 +495,8 @@ class Prediction(_Fields):
     measured_s: float
     predicted_s: float
     in_fit: bool  # whether the model was calibrated on this row, so that it cannot test the model
+    low_s: float | None = None  # of the 95 % interval of a step that is going to be measured
+    high_s: float | None = None
 
     @property
     def error(self) -> float:

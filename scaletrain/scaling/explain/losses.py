@@ -12,6 +12,7 @@ from scaletrain.scaling.explain.measurements import Measurements, mean_part_s, r
 from scaletrain.scaling.measure.intervals import typical
 from scaletrain.scaling.model import Cell, Loss, Row, Run
 from scaletrain.scaling.predict.fit import Fit, strategy_of
+from scaletrain.scaling.predict.network import Fabric
 from scaletrain.scaling.predict.step_time import StepModel
 
 # Exchanges whose steps do not wait for the slowest worker.
@@ -179,7 +180,7 @@ def _with_alternative(loss: Loss, rows: Sequence[Row], fitted: Fit | None) -> Lo
             f"{limiter.capitalized(best.exchange)} instead of {loss.exchange} raised efficiency"
             f" from {row.efficiency:.2f} to {best.efficiency:.2f}."
         )
-    elif fitted is not None and not fitted.unidentified:
+    elif fitted is not None and (fitted.plausible or not fitted.unidentified):
         alternative = _predicted_alternative(row, fitted)
     if alternative is None:
         return loss
@@ -220,20 +221,23 @@ def _predicted_alternative(row: Row, fitted: Fit) -> str | None:
     # A row has the batch of all workers; the model takes the samples of one.
     share = row.batch_size / row.workers
 
-    model = StepModel(gradient_bytes, fitted.compute, fitted.fabric, fitted.overlap)
-
-    def predicted_s(name: str) -> float:
+    def predicted_s(name: str, fabric: Fabric) -> float:
+        model = StepModel(gradient_bytes, fitted.compute, fabric, fitted.overlap)
         return model.step_s(name, row.workers, share)
 
     # ``two_level`` needs to know which workers share a host, which a row does not say.
     collectives = [name for name in plugins.names("collective") if name != "two_level"]
-    best = min(collectives, key=predicted_s)
-    gain = predicted_s(strategy) / predicted_s(best)
-    if best == strategy or gain < WORTH:
+    best = min(collectives, key=lambda name: predicted_s(name, fitted.fabric))
+    if best == strategy:
         return None
-    # Only the ratio is the model's: an error that both predictions share cancels.
+    # Every network that explains the measurements has to agree, so the least gain counts. Only the
+    # ratio is the model's: an error that both predictions share cancels.
+    networks = [fitted.fabric, *[Fabric(network, "") for network in fitted.plausible]]
+    gain = min(predicted_s(strategy, on) / predicted_s(best, on) for on in networks)
+    if gain < WORTH:
+        return None
     efficiency = row.efficiency * gain
     return (
         f"{limiter.capitalized(best)} instead of {row.exchange} should raise efficiency"
-        f" from {row.efficiency:.2f} to {efficiency:.2f}."
+        f" from {row.efficiency:.2f} to {efficiency:.2f} or more (predicted)."
     )

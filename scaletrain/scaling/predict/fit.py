@@ -2,6 +2,13 @@
 
 The network is fitted to the time that exchanges add. Residuals are kept, so that a reader can judge
 the fit.
+
+A handful of steps on two numbers of hosts nearly always has a best network, and rarely tells both
+of its figures. So every figure is tested: the interval holds all values with which the best network
+of that value explains the measurements hardly worse (a profile likelihood; Venzon and Moolgavkar
+1988). A latency is known only if no latency at all explains them clearly worse. The networks at the
+ends of the intervals are kept, and a prediction on which they disagree is refused
+(``Fit.step_range``).
 """
 
 import dataclasses
@@ -29,19 +36,27 @@ FAR = 8  # times the measured workers; a prediction beyond that has to be asked 
 # Where the search for a network begins (bytes/s), and where it ends (seconds; bytes/s).
 _STARTS = (1e7, 1e8, 1e9, 1e10)
 _START_LATENCY_S = 1e-4
-_LATENCY_BOUNDS_S = (1e-7, 0.1)
+_LATENCY_BOUNDS_S = (1e-8, 0.1)  # the least is as good as none
 _BANDWIDTH_BOUNDS = (1e4, 1e12)
+_LOWEST = np.log([_LATENCY_BOUNDS_S[0], _BANDWIDTH_BOUNDS[0]])
+_HIGHEST = np.log([_LATENCY_BOUNDS_S[1], _BANDWIDTH_BOUNDS[1]])
+_NORMAL_975 = 1.96  # quantile of the normal distribution
 # Residuals beyond 5 % weigh less than their square: an outlier is no reason to miss the others.
 _OUTLIER = 0.05
 # What a server's process moves is part of the bandwidth that is fitted.
 _AS_MEASURED = Servers(bytes_per_s=math.inf)
+# By how much, as a standard deviation, the model of an exchange misses a step even if its network
+# is right. A few residuals may agree better by luck, and would bound the network too narrowly.
+MODEL_ERROR = 0.05
+SHARED_ERROR = 0.02  # of that, what all steps share, so that no residual shows it
+DECIDES = 1.5  # times from end to end: beyond that, what is not known decides a prediction
 
 
 class Estimate(NamedTuple):
     """A fitted value with its 95 % interval.
 
-    ``low`` and ``high`` are None if there are too few measurements, or if they do not depend on the
-    value.
+    ``low`` is None if none at all explains the measurements as well, ``high`` if any large value
+    does; both are None if there are too few measurements.
     """
 
     value: float
@@ -56,10 +71,18 @@ class Estimate(NamedTuple):
 
 
 class FittedNetwork(NamedTuple):
-    """A network as a fit finds it."""
+    """A network as a fit finds it.
+
+    Attributes:
+        latency_s: of each message.
+        bandwidth_bytes_per_s: of each host's port.
+        plausible: networks at the ends of both intervals, each the best of its latency or
+            bandwidth; empty if the measurements are too few to judge.
+    """
 
     latency_s: Estimate
     bandwidth_bytes_per_s: Estimate
+    plausible: tuple[Network, ...] = ()
 
     @property
     def fabric(self) -> Fabric:
@@ -77,6 +100,8 @@ class Fit(NamedTuple):
         overlap: communication hides behind backward.
         residuals: every measurement that was used, beside its prediction.
         max_workers: the largest number of workers in these measurements.
+        plausible: networks that explain the measurements about as well (see ``FittedNetwork``).
+        spread: how far from the model 95 % of the measured steps lie at most, as logarithms.
     """
 
     compute: ComputeCost
@@ -85,6 +110,8 @@ class Fit(NamedTuple):
     overlap: bool
     residuals: list[Prediction]
     max_workers: int
+    plausible: tuple[Network, ...] = ()
+    spread: float = _NORMAL_975 * MODEL_ERROR
 
     @property
     def fabric(self) -> Fabric:
@@ -106,6 +133,29 @@ class Fit(NamedTuple):
         if not self.bandwidth_bytes_per_s.is_identified:
             bandwidth = assumed.bandwidth_bytes_per_s
         return Fabric(Network(latency_s, bandwidth), "fitted")
+
+    def step_range(self, step_s: Callable[[Fabric], float]) -> tuple[float, float]:
+        """Return the shortest and the longest step that the measurements leave possible.
+
+        Args:
+            step_s: predicts a step on a network.
+        """
+        steps = [step_s(self.fabric)]
+        for network in self.plausible:
+            steps.append(step_s(Fabric(network, "")))
+        return min(steps), max(steps)
+
+    def interval(self, step_s: Callable[[Fabric], float]) -> tuple[float, float]:
+        """Return the 95 % interval of a step that is going to be measured.
+
+        It holds what is not known of the network and how far steps are from the model.
+        """
+        best = step_s(self.fabric)
+        low, high = self.step_range(step_s)
+        # As errors of the logarithm, independent of each other.
+        below = math.hypot(math.log(best / low), self.spread)
+        above = math.hypot(math.log(high / best), self.spread)
+        return best * math.exp(-below), best * math.exp(above)
 
     @property
     def error(self) -> float:
@@ -133,6 +183,8 @@ class Fit(NamedTuple):
             "bandwidth_bytes_per_s": self.bandwidth_bytes_per_s._asdict(),
             "overlap": self.overlap,
             "max_workers": self.max_workers,
+            "plausible": [[at.latency_s, at.bandwidth_bytes_per_s] for at in self.plausible],
+            "spread": self.spread,
             "residuals": [residual.to_json() for residual in self.residuals],
         }
 
@@ -150,6 +202,8 @@ class Fit(NamedTuple):
             overlap=value["overlap"],
             residuals=[Prediction.from_json(residual) for residual in value["residuals"]],
             max_workers=value["max_workers"],
+            plausible=tuple(Network(*figures) for figures in value.get("plausible", ())),
+            spread=value.get("spread", _NORMAL_975 * MODEL_ERROR),
         )
 
 
@@ -213,40 +267,151 @@ def fit_exchanges(timings: Sequence[Timing]) -> FittedNetwork:
     return _least_squares(residuals)
 
 
-def _least_squares(residuals: Callable[[Network], list[float]]) -> FittedNetwork:
-    """Fit latency and bandwidth, as logarithms since both are positive.
+class _ModelError(NamedTuple):
+    """How far measured steps are from the model, as a standard deviation of logarithms."""
 
-    Intervals come from the Jacobian where freedom is left. A figure that the measurements do not
-    tell (the latency, if all messages are large) ends anywhere or at a bound, and has no interval.
-    """
+    deviation: float
+    quantile: float  # of the deviations that a 95 % interval reaches to, each way
+
+    @classmethod
+    def of(cls, errors: np.ndarray, freedom: int) -> "_ModelError":
+        """Return the error that residuals show, but no less than what they may hide.
+
+        Args:
+            errors: the residuals, logarithms.
+            freedom: their number less that of the fitted figures.
+        """
+        shown = math.sqrt(float(np.square(errors).sum()) / freedom)
+        # The deviation below which such residuals would be luck of one case in 20.
+        possible = shown * math.sqrt(freedom / float(stats.chi2.ppf(0.05, freedom)))
+        least = min(MODEL_ERROR, max(SHARED_ERROR, possible))
+        by_residuals = cls(shown, float(stats.t.ppf(0.975, freedom)))
+        by_model = cls(least, _NORMAL_975)
+        return max(by_residuals, by_model, key=lambda error: error.deviation * error.quantile)
+
+
+_Vector = Callable[[np.ndarray], np.ndarray]  # logarithms of latency and bandwidth -> residuals
+
+
+def _least_squares(residuals: Callable[[Network], list[float]]) -> FittedNetwork:
+    """Fit latency and bandwidth, as logarithms since both are positive."""
 
     def vector(logs: np.ndarray) -> np.ndarray:
-        latency_s = float(np.exp(logs[0]))
-        bandwidth = float(np.exp(logs[1]))
-        return np.array(residuals(Network(latency_s, bandwidth)))
+        return np.array(residuals(_network(logs)))
 
-    lowest = [math.log(_LATENCY_BOUNDS_S[0]), math.log(_BANDWIDTH_BOUNDS[0])]
-    highest = [math.log(_LATENCY_BOUNDS_S[1]), math.log(_BANDWIDTH_BOUNDS[1])]
     # A search may end in a local minimum: it begins at several bandwidths, the best counts.
     results = []
     for start in _STARTS:
-        results.append(
-            optimize.least_squares(
-                vector,
-                [math.log(_START_LATENCY_S), math.log(start)],
-                bounds=(lowest, highest),
-                loss="soft_l1",
-                f_scale=_OUTLIER,
-            )
-        )
+        begin = np.log([_START_LATENCY_S, start])
+        results.append(_search(vector, begin))
     best = min(results, key=lambda result: result.cost)
-    estimates = estimates_of(best.x, best.jac, vector(best.x))
-    to_nearest_bound = np.minimum(best.x - lowest, highest - best.x)
-    for index, distance in enumerate(to_nearest_bound):
-        # In logarithms, so within 1 % of a bound: the bound has decided, not the measurements.
-        if distance < 0.01:
-            estimates[index] = Estimate(estimates[index].value, None, None)
-    return FittedNetwork(*estimates)
+    values = _network(best.x)
+    freedom = len(best.fun) - len(best.x)
+    # As many unknowns as measurements: the fit is exact and leaves no error to judge by.
+    if freedom <= 0:
+        return FittedNetwork(
+            Estimate(values.latency_s, None, None),
+            Estimate(values.bandwidth_bytes_per_s, None, None),
+        )
+    error = _ModelError.of(vector(best.x), freedom)
+    worse = (error.quantile * error.deviation) ** 2
+    profile = _Profile(vector, best.x, 2 * best.cost + worse)
+    ends = [profile.ends(0), profile.ends(1)]
+    (least_latency, most_latency), (least_bandwidth, most_bandwidth) = ends
+    plausible = [_network(end.logs) for pair in ends for end in pair]
+    return FittedNetwork(
+        Estimate(values.latency_s, least_latency.bound, most_latency.bound),
+        Estimate(values.bandwidth_bytes_per_s, least_bandwidth.bound, most_bandwidth.bound),
+        tuple(dict.fromkeys(plausible)),
+    )
+
+
+def _network(logs: np.ndarray) -> Network:
+    """Return the network of the logarithms of its latency and bandwidth."""
+    return Network(math.exp(logs[0]), math.exp(logs[1]))
+
+
+def _search(vector: _Vector, begin: np.ndarray, fixed: int | None = None) -> Any:
+    """Return the result of a least-squares search; its ``x`` holds both logarithms.
+
+    Args:
+        vector: the residuals.
+        begin: where the search begins.
+        fixed: the index of a logarithm that keeps its value; None: both are free.
+    """
+    free = [index for index in range(len(begin)) if index != fixed]
+
+    def of_free(values: np.ndarray) -> np.ndarray:
+        logs = begin.copy()
+        logs[free] = values
+        return vector(logs)
+
+    result = optimize.least_squares(
+        of_free,
+        np.clip(begin[free], _LOWEST[free], _HIGHEST[free]),
+        bounds=(_LOWEST[free], _HIGHEST[free]),
+        loss="soft_l1",
+        f_scale=_OUTLIER,
+    )
+    logs = begin.copy()
+    logs[free] = result.x
+    result.x = logs
+    return result
+
+
+class _End(NamedTuple):
+    """An end of an interval."""
+
+    bound: float | None  # the value there; None: the interval has no end on this side
+    logs: np.ndarray  # of the network there
+
+
+class _Profile:
+    """The values of one figure that explain the measurements hardly worse than the best.
+
+    Args:
+        vector: the residuals.
+        best: the logarithms that fit best.
+        limit: the sum of squares beyond which an explanation is clearly worse.
+    """
+
+    def __init__(self, vector: _Vector, best: np.ndarray, limit: float):
+        self._vector = vector
+        self._best = best
+        self._limit = limit
+
+    def ends(self, index: int) -> tuple[_End, _End]:
+        """Return both ends of the interval of one figure."""
+        return self._end(index, _LOWEST[index]), self._end(index, _HIGHEST[index])
+
+    def _end(self, index: int, bound: float) -> _End:
+        """Return the end of the interval towards a bound of the search."""
+        outermost = self._at(index, bound, self._best)
+        if 2 * outermost.cost <= self._limit:
+            return _End(None, outermost.x)
+        # The end lies between the last value that is good enough and the first that is not. Steps
+        # grow from 1 % on, then halve the distance.
+        inside, outside = self._best, bound
+        step = math.copysign(0.01, bound - self._best[index])
+        while abs(outside - inside[index]) > max(
+            0.01, 0.05 * abs(inside[index] - self._best[index])
+        ):
+            value = inside[index] + step
+            if abs(value - inside[index]) >= abs(outside - inside[index]):
+                value = (inside[index] + outside) / 2
+            found = self._at(index, value, inside)
+            if 2 * found.cost <= self._limit:
+                inside = found.x
+                step *= 2
+            else:
+                outside = value
+        return _End(math.exp(inside[index]), inside)
+
+    def _at(self, index: int, value: float, near: np.ndarray) -> Any:
+        """Return the best fit with one logarithm fixed, searched from a point nearby."""
+        begin = near.copy()
+        begin[index] = value
+        return _search(self._vector, begin, fixed=index)
 
 
 def estimates_of(logs: np.ndarray, jacobian: np.ndarray, errors: np.ndarray) -> list[Estimate]:
@@ -425,8 +590,14 @@ def fit_report(
         overlap=overlap,
         residuals=[],
         max_workers=max(row.workers for row in used),
+        plausible=network.plausible,
     )
     # Residuals are the finished fit's own predictions, so they come last.
+    # The spread is part of their intervals, so it comes before them.
+    errors = np.array(residuals(fitted.fabric.network))
+    # Latency and bandwidth have taken two.
+    error = _ModelError.of(errors, max(1, len(errors) - 2))
+    fitted = fitted._replace(spread=error.quantile * error.deviation)
     return fitted._replace(residuals=_predicted(fitted, steps, num_bytes))
 
 
@@ -453,18 +624,21 @@ def predictions(fitted: Fit, report: Report, num_bytes: float) -> list[Predictio
 
 
 def _predicted(fitted: Fit, steps: Sequence[_ExchangeStep], num_bytes: float) -> list[Prediction]:
-    model = StepModel(
-        num_bytes, fitted.compute, fitted.fabric, fitted.overlap, servers=_AS_MEASURED
+    return [_prediction(fitted, step, num_bytes) for step in steps]
+
+
+def _prediction(fitted: Fit, step: _ExchangeStep, num_bytes: float) -> Prediction:
+    def step_s(fabric: Fabric) -> float:
+        model = StepModel(num_bytes, fitted.compute, fabric, fitted.overlap, servers=_AS_MEASURED)
+        return step.predicted_s(model)
+
+    low_s, high_s = fitted.interval(step_s)
+    return Prediction(
+        exchange=step.row.exchange,
+        workers=step.row.workers,
+        measured_s=step.measured_s,
+        predicted_s=step_s(fitted.fabric),
+        in_fit=step.row.workers <= fitted.max_workers,
+        low_s=low_s,
+        high_s=high_s,
     )
-    results = []
-    for step in steps:
-        results.append(
-            Prediction(
-                exchange=step.row.exchange,
-                workers=step.row.workers,
-                measured_s=step.measured_s,
-                predicted_s=step.predicted_s(model),
-                in_fit=step.row.workers <= fitted.max_workers,
-            )
-        )
-    return results
