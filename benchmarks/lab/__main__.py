@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from benchmarks.lab import cases, diagnosis, firecaffe, overhead, prediction, start
+from benchmarks.lab import cases, diagnosis, firecaffe, overhead, prediction, start, statistics
 from scaletrain.errors import UserError
 
 
@@ -24,6 +24,7 @@ lab.add_command(firecaffe.command)
 lab.add_command(overhead.command)
 lab.add_command(prediction.command)
 lab.add_command(start.command)
+lab.add_command(statistics.command)
 
 
 def main() -> None:
