@@ -65,8 +65,8 @@ class Form(Strict):
     job: dict[str, Any] = {}
     """Changes of the job by dotted key, as with --set."""
 
-    variants: list[str] | None = None
-    """The variants that are trained; null: all."""
+    variants: list[str] | dict[str, dict[str, Any]] | None = None
+    """The variants that are trained, by name, or with other changes than at `small`; null: all."""
 
     seeds: Annotated[int, Field(ge=1)] | None = None
     """Trainings of each variant; null: as many as at `small`."""
@@ -120,7 +120,7 @@ class Recipe(Strict):
 
     def variant_names(self, scale: str) -> list[str]:
         """Return the names of the variants at a scale, in the order of training."""
-        return self.form(scale).variants or list(self.variants)
+        return list(self.form(scale).variants or self.variants)
 
     def num_seeds(self, scale: str) -> int:
         """Return how often each variant is trained at a scale."""
@@ -152,7 +152,11 @@ class Recipe(Strict):
         tree = copy.deepcopy(self.job)
         tree["name"] = f"{self.name}-{variant}"
         tree["source"] = str(self.path)
-        changes = {**self.form(scale).job, **(settings or {}), **self.variants[variant]}
+        form = self.form(scale)
+        own = self.variants[variant]
+        if isinstance(form.variants, dict):
+            own = form.variants[variant]
+        changes = {**form.job, **(settings or {}), **own}
         for key, value in changes.items():
             set_key(tree, key, self._with_run_dirs(value, variant, run_dirs))
         return configuration.check(tree, f"{self.path}: {variant}")

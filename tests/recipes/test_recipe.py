@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 
+from scaletrain import Data
 from scaletrain.errors import UserError
 from scaletrain.recipes import judging, page, recipe, running
 from scaletrain.recipes.recipe import Claim
+from scaletrain.training.workload import Supervised
 
 RECIPE = """
 title: Wide beats narrow
@@ -59,6 +63,38 @@ def test_later_changes_win_and_variants_have_the_last_word(tmp_path: Path):
     assert of.run_config("narrow", scale="tiny", settings={"steps": 7}).steps == 7
     wide = of.run_config("wide", settings={"model.sizes": [64, 10]})
     assert wide.model.options["sizes"] == [64, 32, 10]
+
+
+def test_a_form_may_change_the_variants_too(tmp_path: Path):
+    text = RECIPE.replace("variants: [narrow],", "variants: {wide: {model.sizes: [64, 48, 10]}},")
+    of = loaded(tmp_path, text)
+    assert of.variant_names("tiny") == ["wide"]
+    assert of.run_config("wide", scale="tiny").model.options["sizes"] == [64, 48, 10]
+    assert of.run_config("wide").model.options["sizes"] == [64, 32, 10]
+
+
+def full_variants() -> list[tuple[str, str]]:
+    pairs = []
+    for name in recipe.names():
+        of = recipe.load(name)
+        if "full" in of.forms:
+            pairs += [(name, variant) for variant in of.variant_names("full")]
+    return pairs
+
+
+@pytest.mark.parametrize(("name", "variant"), full_variants())
+def test_the_full_form_of_a_recipe_makes_a_step_on_the_meta_device(name: str, variant: str):
+    """Networks take pictures of the size that the data has; every weight gets a gradient."""
+    run = recipe.load(name).run_config(variant, scale="full")
+    if run.model is None or run.data is None or run.data.name != "image_folder":
+        pytest.skip("not a network for pictures")
+    with torch.device("meta"):
+        network = run.load("model")(**run.model.options).train()
+        pictures = torch.zeros(2, 3, run.data.options["size"], run.data.options["size"])
+        job = Supervised(network, cross_entropy, Data([], []), None)
+        loss = job.forward((pictures, torch.zeros(2, dtype=torch.int64)))
+        loss.total.backward()
+    assert all(each.grad is not None for each in network.parameters())
 
 
 def test_a_variant_begins_with_the_run_of_the_same_seed(tmp_path: Path):

@@ -47,6 +47,9 @@ def model(
         nn.Flatten(),
     )
     initialise(network)
+    # As in Caffe's: from large logits, ReLU would leave most maps at 0 for good.
+    last = [module for module in network if isinstance(module, nn.Conv2d)][-1]
+    nn.init.normal_(last.weight, std=0.01)
     return network
 
 
