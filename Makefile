@@ -1,9 +1,9 @@
-# make setup | bench | test | test-fast | lint | docs | horovod | peers | firecaffe | results. Everything goes into .venv; nothing outside this folder is touched.
+# make setup | bench | test | test-fast | fuzz | lint | docs | horovod | peers | firecaffe | results. Everything goes into .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup bench test test-fast lint docs horovod peers firecaffe results results-gpu clean
+.PHONY: setup bench test test-fast lint fuzz docs horovod peers firecaffe results results-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,9 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
+
+fuzz: setup # an hour; SECONDS=60 for less
+	$(BIN)/python -m tests.parameter_server.fuzz --seconds $(or $(SECONDS),3600)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

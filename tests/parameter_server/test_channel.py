@@ -1,4 +1,7 @@
-"""Tests protocol/channel.py: messages open once, in order, at the other end, and nowhere else."""
+"""Tests protocol/channel.py: messages open once, in order, at the other end, and nowhere else.
+
+And a server takes or refuses whatever is in them.
+"""
 
 import itertools
 
@@ -12,6 +15,7 @@ from scaletrain.parameter_server.protocol import channel
 from scaletrain.parameter_server.protocol.channel import Channel, Handshake, Subject
 from scaletrain.parameter_server.protocol.wire import Refused
 from scaletrain.run.job_key import JobKey
+from tests.parameter_server.fuzz import fuzz
 
 KEY = JobKey(bytes(range(32)))
 SUBJECT = Subject(server=0, rank=1, connection=2, incarnation=3)
@@ -123,6 +127,13 @@ def test_the_jobs_key_alone_opens_nothing():
 def test_halves_that_give_no_secret_are_refused(public):
     with pytest.raises(Refused):
         Handshake().channel("server", KEY, SUBJECT, public)
+
+
+def test_ten_thousand_mutated_messages_are_taken_or_refused(tmp_path):
+    """None ends the server, admits a stranger or lets one change weights: ``fuzz`` checks it."""
+    fuzzer = fuzz(seed=24, run_dir=tmp_path, frames=10_000)
+    # It reaches deep: most reasons to refuse a message have come up, and many were taken.
+    assert len(fuzzer.refused) > 15 and fuzzer.taken > 500
 
 
 def test_no_nonce_is_used_twice_under_a_key(monkeypatch):

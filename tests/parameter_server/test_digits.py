@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 @pytest.mark.parametrize(
     "settings",
     [
-        {"mode": "async"},
-        {"mode": "bounded"},
+        {"mode": "async", "link": "tcp", "security": "aes"},
+        {"mode": "bounded", "link": "tcp", "security": "curve"},
         {"mode": "sync", "backup_workers": 1, "placement": "beside", "servers": 2},
         {"mode": "local_sgd"},
         {"mode": "local_sgd", "outer": "nesterov"},

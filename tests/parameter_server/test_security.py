@@ -1,10 +1,12 @@
 """Tests the lines of SECURITY.md: others on the host or the network change nothing."""
 
 import contextlib
+import re
 import resource
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 import zmq
 
 from scaletrain.config import timeouts
@@ -84,6 +87,51 @@ def test_keys_outlive_the_first_server_that_ends(tmp_path):
     assert end(Settings(1, 5, servers=2), tmp_path / "two") == ([True], False)
     restarted = Settings(1, 5, snapshot_updates=1, restart_servers=1)
     assert end(restarted, tmp_path / "restarted") == ([], True)
+
+
+def others_write_into_the_store(run: subprocess.Popen, stop_at: str) -> None:
+    """Write what would stop a job, as another user of this host can, once its store is there."""
+    deadline = time.monotonic() + 60
+    while run.poll() is None and time.monotonic() < deadline:
+        for process in psutil.Process(run.pid).children(recursive=True):
+            # The attacker scans the ports of loopback; the test need not.
+            with contextlib.suppress(psutil.Error):
+                environ = process.environ()
+                if environ.get("RANK") != "1":
+                    continue
+                port = int(environ["MASTER_PORT"])
+                store = dist.TCPStore("127.0.0.1", port, None, wait_for_workers=False)
+                store.set("scaletrain/0/scaletrain/stop_at", stop_at)
+                return
+        time.sleep(0.05)
+    raise AssertionError("no worker was found")
+
+
+def test_a_job_whose_store_others_write_into_fails_instead_of_stopping(tmp_path):
+    """The whole command. It ended early with status 0 before values had to be the job's own."""
+    argv = ["-m", "scaletrain.cli", "train", "examples/digits.yaml", "--workers", "2"]
+    options = {"exchange.link": "tcp", "exchange.security": "curve", "epochs": "1000"}
+    settings = [text for name in options for text in ("--set", f"{name}={options[name]}")]
+    run = subprocess.Popen(
+        [
+            *(sys.executable, *argv, "--exchange", "parameter_server"),
+            *("--run-dir", str(tmp_path / "run"), *settings),
+        ],
+        cwd=job.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        others_write_into_the_store(run, stop_at="20")
+        output, _ = run.communicate(timeout=90)
+    finally:
+        run.kill()
+        run.wait()
+    assert run.returncode not in (0, None)
+    assert "scaletrain/stop_at was not written by a process of this job" in output, output[-2000:]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / ".job.key").exists()  # it went with the job
 
 
 OPTIONS = {"link": "tcp", "placement": "dedicated"}
@@ -248,3 +296,16 @@ def test_statistics_that_cannot_be_written_end_no_server(tmp_path):
     (tmp_path / "server-0.json").mkdir()
     with job.servers(settings, tmp_path):
         train_alone(settings, tmp_path)
+
+
+def test_every_test_that_the_threat_model_names_exists():
+    text = (job.ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    folders = {"test_sealed": "engine"}
+    for line in text.splitlines():
+        module = ""
+        for name in re.findall(r"test_\w+", line):
+            path = job.ROOT / "tests" / folders.get(name, "parameter_server") / f"{name}.py"
+            if path.exists():
+                module = path.read_text(encoding="utf-8")
+            else:
+                assert f"def {name}(" in module, name

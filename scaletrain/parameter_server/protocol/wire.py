@@ -29,7 +29,6 @@ SUMS_OF_A_STEP = 1 << 14
 SHARED = 1  # flag: the tensor lies in shared memory, its frame is empty
 DROPPED = 2  # flag: this gradient came too late and was not used
 ABSENT = 4  # flag of PUSH_ROWS: the table has no gradient in this step
-_FLAGS = SHARED | DROPPED | ABSENT
 
 
 class MessageKind(enum.IntEnum):
@@ -133,6 +132,15 @@ PAYLOADS: dict[MessageKind, tuple[Payload, ...]] = {
 }
 
 
+# The flags that a kind may have; all others have none.
+_FLAGS: dict[MessageKind, int] = {
+    MessageKind.PUSH: SHARED,
+    MessageKind.PUSH_ROWS: ABSENT,
+    MessageKind.WEIGHTS: SHARED | DROPPED,
+    MessageKind.APPLIED: DROPPED,
+}
+
+
 class Refused(Exception):
     """A message that is not acceptable.
 
@@ -211,7 +219,7 @@ def parse(frames: Sequence[memoryview | bytes]) -> Message:
     contents = PAYLOADS[header.kind]
     if len(frames) != 1 + len(contents):
         raise Refused("wrong number of frames")
-    if math.isnan(header.lr) or header.flags & ~_FLAGS:
+    if math.isnan(header.lr) or header.flags & ~_FLAGS.get(header.kind, 0):
         raise Refused("bad header field")
     payloads = tuple(memoryview(frame) for frame in frames[1:])
     for content, payload in zip(contents, payloads, strict=True):
