@@ -105,7 +105,10 @@ def _read(path: Path) -> JobKey:
         text = file.read(2 * _SECRET_BYTES + 1)
     # Any right of the group or of others is too much.
     others_may_read = stat.S_IMODE(status.st_mode) & 0o077
-    if status.st_uid != os.getuid() or others_may_read:
+    # A network file system may show another owner of all that we write, the directory included.
+    # Whoever owns the directory has the run's configuration, which is code, in hand anyway.
+    owners = (os.getuid(), path.parent.stat().st_uid)
+    if status.st_uid not in owners or others_may_read:
         raise UserError(
             f"{path}: can be read by others (allowed: mode 0600, owned by you); "
             "delete it to have a new key made"

@@ -1,5 +1,6 @@
 """Tests engine/rendezvous/sealed.py: values that others write into the store change nothing."""
 
+import os
 import threading
 from datetime import timedelta
 
@@ -80,6 +81,17 @@ def test_values_of_an_earlier_attempt_are_refused(tmp_path):
     first.set("stop", "50")
     with pytest.raises(UserError, match=REFUSED):
         second.get("stop")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to give files to others")
+def test_a_key_that_somebody_else_wrote_is_refused(tmp_path):
+    """Unless all of the run directory is theirs, as on a network file system that maps owners."""
+    key = job_key(tmp_path)
+    os.chown(tmp_path / ".job.key", 1234, -1)
+    with pytest.raises(UserError, match="owned by you"):
+        job_key(tmp_path)
+    os.chown(tmp_path, 1234, -1)
+    assert job_key(tmp_path) == key
 
 
 def test_others_cannot_stop_a_job(stores):

@@ -352,7 +352,7 @@ def _measure_memory(options: Options) -> Iterator[Row]:
     workers = max(options.workers)
     links: dict[str, Mapping[str, str]] = {
         "one host, shared memory": {},
-        "tcp, curve": {"link": "tcp"},
+        "tcp, curve": {"link": "tcp", "security": "curve"},
     }
     for link, settings in links.items():
         job = _run_job(workers, "momentum", 100 * MB, options.steps, settings)

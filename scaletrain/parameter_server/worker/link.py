@@ -206,7 +206,9 @@ class ServerLink:
             "public": handshake.public,
             "attempt": self._attempts,
         }
-        socket.send_multipart([Header(MessageKind.HELLO).pack(), wire.to_json(hello)])
+        # Without waiting: ZeroMQ has no room for it if the server has turned this key away by now.
+        if not self.send(number, [Header(MessageKind.HELLO).pack(), wire.to_json(hello)]):
+            return False
         message = self._next(number, deadline)
         if message is not None and message.header.kind == MessageKind.CHALLENGE:
             if not self._answer_challenge(message, key, number, handshake):
