@@ -47,6 +47,9 @@ PEERS = {
 }
 BASES = {"TCP": "torch RPC, TCP, plain", "one host": "torch RPC, one host"}
 
+TARGETS = {"scaletrain, TCP, plain": 1.5, "scaletrain, TCP, AES-GCM": 1.0}
+BUSY_LOAD = 2.5  # for each core: the benchmark's own processes make up to 2
+
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -124,6 +127,15 @@ def subjects(peers_python: str | None) -> list[str]:
     return found
 
 
+def step_of(name: str, num_bytes: int, options: argparse.Namespace) -> float:
+    """Return the seconds of a step of one subject."""
+    if name in OURS:
+        return ours(OURS[name], options.workers, num_bytes, options.steps)
+    script, argument, needs_peers = PEERS[name]
+    python = options.peers_python if needs_peers else sys.executable
+    return peer(script, argument, python, options.workers, num_bytes, options.steps)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all subjects in turns; return the times of each."""
     num_bytes = options.mb * 1000 * 1000
@@ -135,12 +147,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.repeats):
         for name in names:
             loads.append(os.getloadavg()[0])
-            if name in OURS:
-                step_s = ours(OURS[name], options.workers, num_bytes, options.steps)
-            else:
-                script, argument, needs_peers = PEERS[name]
-                python = options.peers_python if needs_peers else sys.executable
-                step_s = peer(script, argument, python, options.workers, num_bytes, options.steps)
+            try:
+                step_s = step_of(name, num_bytes, options)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                continue
             times[name].append(step_s)
             print(f"{name}: {1000 * step_s:.0f} ms", file=sys.stderr, flush=True)
     return {
@@ -157,7 +168,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def page(result: dict[str, Any]) -> str:
     """Return the table of a measurement."""
-    medians = {name: statistics.median(times) for name, times in result["times_s"].items()}
+    medians = {}
+    for name, times in result["times_s"].items():
+        if times:
+            medians[name] = statistics.median(times)
     load = result["load_average"]
     repeats = max(len(times) for times in result["times_s"].values())
     lines = [
@@ -173,14 +187,36 @@ def page(result: dict[str, Any]) -> str:
         "| subject | ms a step | fastest to slowest | speed beside torch RPC |",
         "|---|---|---|---|",
     ]
-    for name, median in medians.items():
+    for name in result["times_s"]:
+        if name not in medians:
+            lines.append(f"| {name} | did not end in {TIMEOUT_S} s | | |")
+            continue
+        median = medians[name]
         times = [1000 * step_s for step_s in result["times_s"][name]]
         base = BASES["TCP" if "TCP" in name or "gRPC" in name else "one host"]
         ratio = f"{medians[base] / median:.2f}" if base in medians else ""
         span = f"{min(times):.0f} to {max(times):.0f}"
         lines.append(f"| {name} | {1000 * median:.0f} | {span} | {ratio} |")
+    lines += ["", *targets(medians)]
+    if load["median"] > BUSY_LOAD * result["cores"]:
+        lines += [
+            "",
+            "**The machine did much other work at the same time.** These figures are a first"
+            " indication, to be measured again on a quiet machine.",
+        ]
     lines += ["", "Again: `python -m benchmarks.peers.push_pull --peers-python PYTHON`.", ""]
     return "\n".join(lines)
+
+
+def targets(medians: dict[str, float]) -> list[str]:
+    """Return a line for each target, and whether it was met."""
+    lines = []
+    for name, factor in TARGETS.items():
+        if name in medians and BASES["TCP"] in medians:
+            ratio = medians[BASES["TCP"]] / medians[name]
+            outcome = "met" if ratio >= factor else "missed"
+            lines.append(f"- {name}: at least {factor:g} times torch RPC over TCP: {outcome}.")
+    return lines
 
 
 def main() -> None:

@@ -43,7 +43,8 @@ def main(backend: str, run_dir: Path) -> None:
     """
     programs.done()
     world = World.from_env()
-    store = rendezvous.join(world, run_dir, _TIMEOUT)
+    # It moves nothing that matters, and hosts without a shared directory are to be probed, too.
+    store = rendezvous.join(world, run_dir, _TIMEOUT, is_private=False)
     # Some launchers do not say the local rank, which chooses the GPU.
     world = rendezvous.place(world, store)
     device = torch.device("cpu")

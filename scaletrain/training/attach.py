@@ -34,8 +34,9 @@ def join(
         device: this worker's, where its models will be.
         timeout_s: how long a rank may be silent between two steps, in seconds. Collectives and the
             start get more time (``config.timeouts``).
-        run_dir: where rank 0 publishes its address if the launcher serves no store (mpirun or srun
-            by hand): a directory that all hosts share.
+        run_dir: a directory that all hosts share. The job's key lies there (``run.job_key``), and
+            rank 0 publishes its address there if the launcher serves no store (mpirun or srun by
+            hand).
         options: further options of the exchange.
 
     Raises:
@@ -59,8 +60,10 @@ def join(
     world = World.from_env()
     named = run_dir or os.environ.get("SCALETRAIN_RUN_DIR")
     shared = Path(named or Path.cwd())
-    # Ranks whose current directories differ share no key.
-    is_private = bool(named) or name == "parameter_server"
+    # Ranks whose directories differ share no key: the current ones, or those of several hosts that
+    # nobody has named. A parameter server needs a shared one in any case.
+    on_one_host = bool(named) and world.num_nodes == 1
+    is_private = bool(run_dir) or on_one_host or name == "parameter_server"
     store = rendezvous.join(world, shared, timeouts.join, is_private=is_private)
     world = rendezvous.place(world, store)
     setup = Setup(store, torch.device(device), timeouts, shared)
