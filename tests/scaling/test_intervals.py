@@ -10,6 +10,7 @@ from scaletrain.scaling.measure.intervals import (
     chance_to_see,
     change,
     enough,
+    luck,
     mean,
     outlying,
     paired_change,
@@ -158,3 +159,18 @@ def test_how_many_repeats_a_change_needs_is_known_beforehand():
     # A change that is smaller than what sessions differ by is seen in turns alone.
     assert repeats_to_see(0.02, 0.005, session=SESSION) is None
     assert repeats_to_see(0.02, 0.005) == 4
+
+
+def test_the_luck_of_a_winner_is_what_it_exceeds_the_truth_by():
+    """Four equal rivals, five repeats of 1 %: the largest mean is 0.46 % too large."""
+    draw = random.Random(5)
+    excess = []
+    told = []
+    for _ in range(1000):
+        means = [mean([draw.gauss(100, 1) for _ in range(5)]) for _ in range(4)]
+        excess.append(max(m.value for m in means) / 100 - 1)
+        told.append(luck(means))
+    expected = 1.0294 * 0.01 / math.sqrt(5)  # the largest of four normal values
+    assert sum(excess) / 1000 == pytest.approx(expected, rel=0.1)
+    assert sum(told) / 1000 == pytest.approx(expected, rel=0.1)
+    assert luck([mean([1.0, 1.1]), mean([1.0])]) == 0  # nothing is known of a single repeat

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from scaletrain.scaling.explain.limiter import capitalized
-from scaletrain.scaling.measure.intervals import ONE_RUN, change, typical
+from scaletrain.scaling.measure.intervals import ONE_RUN, change, luck, typical
 from scaletrain.scaling.model import Loss, Report, ReportHeader, Row
 from scaletrain.units import plural
+
+LUCK_WORTH = 0.002  # a smaller part of a figure is not worth a sentence
 
 
 def oversubscribed(report: Report) -> str:
@@ -70,10 +72,11 @@ def _speedups(rows: Sequence[Row], losses: Sequence[Loss]) -> list[str]:
     ]
     equals = _maybe_equals(best, rows)
     if equals:
+        names = " and ".join(row.exchange for row in equals)
         sentences.append(
-            f"{' and '.join(equals)} may be as fast:"
-            f" {plural(len(best.runs), 'repeat')} cannot tell them apart."
+            f"{names} may be as fast: {plural(len(best.runs), 'repeat')} cannot tell them apart."
         )
+        sentences += _luck([best, *equals])
     # Scaling has turned: the most workers are slower than some number below.
     if _speedup(largest) < _speedup(best):
         crowded = f", {largest.oversubscribed}" if largest.oversubscribed else ""
@@ -141,14 +144,24 @@ def _may_be_as_fast(row: Row, best: Row) -> bool:
     return lead is not None and not lead.is_higher
 
 
-def _maybe_equals(best: Row, rows: Sequence[Row]) -> list[str]:
-    """Return the exchanges that may be as fast as the best one with as many workers."""
+def _maybe_equals(best: Row, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that may be as fast as the best one with as many workers."""
     equals = []
     for row in rows:
         comparable = _is_same_job(row, best) and row.workers == best.workers
         if row is not best and comparable and _may_be_as_fast(row, best):
-            equals.append(row.exchange)
+            equals.append(row)
     return equals
+
+
+def _luck(alike: Sequence[Row]) -> list[str]:
+    """Return how much of the winner's figure is luck: it was chosen for being the largest."""
+    part = luck([typical(row.rates) for row in alike])
+    if part < LUCK_WORTH:
+        return []
+    return [
+        f"If all {len(alike)} are equally fast, the winner's figure is {part:.1%} too high by luck."
+    ]
 
 
 def _is_same_job(row: Row, other: Row) -> bool:

@@ -9,13 +9,14 @@ run in ten that are slow is there. So the figure of repeats is that of the undis
 ``benchmarks/results/statistics.md``.
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import integrate, stats
 
 ONE_RUN = "single runs: no interval"
 MANY = 30  # repeats, more than which no report asks for
@@ -317,6 +318,31 @@ def chance_to_see(
     needed = _t(1 - 0.025 / together, freedom)
     shift = -math.log1p(-amount) / math.sqrt(variance)
     return float(stats.nct.sf(needed, min(freedom, 1e6), shift))
+
+
+def luck(means: Sequence[Mean]) -> float:
+    """Return by which part the largest of some means is too large, if all are really equal.
+
+    Whoever is fastest of several that cannot be told apart was also lucky: its mean exceeds the
+    true value by the expected maximum of as many standard errors.
+
+    Args:
+        means: of the largest and its rivals; those of single repeats do not count.
+    """
+    errors = [_relative_error(each) for each in means if each.ci95 is not None]
+    if len(errors) < 2:
+        return 0.0
+    return _expected_maximum(len(errors)) * math.sqrt(statistics.fmean(e * e for e in errors))
+
+
+@functools.cache
+def _expected_maximum(n: int) -> float:
+    """Return the mean of the largest of ``n`` standard normal values."""
+
+    def density(x: float) -> float:
+        return float(x * n * stats.norm.pdf(x) * stats.norm.cdf(x) ** (n - 1))
+
+    return float(integrate.quad(density, -10, 10)[0])
 
 
 def _relative_error(mean: Mean) -> float:
