@@ -454,11 +454,15 @@ def _check_optimizer(workload: Workload) -> None:
                 " freeze it with requires_grad_(False))"
             )
     for name, value in vars(workload).items():
-        is_other = isinstance(value, nn.Module) and value is not workload.model
-        if is_other and not {id(p) for p in value.parameters()} <= names.keys():
+        if not isinstance(value, nn.Module) or value is workload.model:
+            continue
+        # Frozen ones need neither: a teacher's come from its own run.
+        trained = {id(each) for each in value.parameters() if each.requires_grad}
+        if not trained <= names.keys():
             raise UserError(
                 f"workload: self.{name} has parameters outside self.model: they would be neither"
-                " exchanged nor saved (make it a part of self.model)"
+                " exchanged nor saved (make it a part of self.model, or freeze it with"
+                " requires_grad_(False))"
             )
 
 
