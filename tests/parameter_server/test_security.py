@@ -6,6 +6,7 @@ import resource
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 import zmq
 
 from scaletrain.config import timeouts
@@ -85,6 +87,53 @@ def test_keys_outlive_the_first_server_that_ends(tmp_path):
     assert end(Settings(1, 5, servers=2), tmp_path / "two") == ([True], False)
     restarted = Settings(1, 5, snapshot_updates=1, restart_servers=1)
     assert end(restarted, tmp_path / "restarted") == ([], True)
+
+
+def others_write_into_the_store(run: subprocess.Popen, stop_at: str) -> None:
+    """Write what would stop a job, as another user of this host can, once its store is there."""
+    deadline = time.monotonic() + 150
+    while run.poll() is None and time.monotonic() < deadline:
+        for process in psutil.Process(run.pid).children(recursive=True):
+            # The attacker scans the ports of loopback; the test need not.
+            with contextlib.suppress(psutil.Error):
+                environ = process.environ()
+                if environ.get("RANK") != "1":
+                    continue
+                port = int(environ["MASTER_PORT"])
+                store = dist.TCPStore("127.0.0.1", port, None, wait_for_workers=False)
+                store.set("scaletrain/0/scaletrain/stop_at", stop_at)
+                return
+        time.sleep(0.05)
+    raise AssertionError("no worker was found")
+
+
+@pytest.mark.timeout(300)
+def test_a_job_whose_store_others_write_into_fails_instead_of_stopping(tmp_path):
+    """The whole command. It ended early with status 0 before values had to be the job's own."""
+    argv = ["-m", "scaletrain.cli", "train", "examples/digits.yaml", "--workers", "2"]
+    options = {"exchange.link": "tcp", "exchange.security": "curve", "epochs": "1000"}
+    settings = [text for name in options for text in ("--set", f"{name}={options[name]}")]
+    run = subprocess.Popen(
+        [
+            *(sys.executable, *argv, "--exchange", "parameter_server"),
+            # Cold: the environment of a process that was forked tells no port.
+            *("--cold", "--run-dir", str(tmp_path / "run"), *settings),
+        ],
+        cwd=job.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        others_write_into_the_store(run, stop_at="20")
+        output, _ = run.communicate(timeout=200)
+    finally:
+        run.kill()
+        run.wait()
+    assert run.returncode not in (0, None)
+    assert "scaletrain/stop_at was not written by a process of this job" in output, output[-2000:]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / ".job.key").exists()  # it went with the job
 
 
 OPTIONS = {"link": "tcp", "placement": "dedicated"}
