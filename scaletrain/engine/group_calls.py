@@ -80,7 +80,7 @@ class GroupCalls:
         self._members = known_members(store, size)
         # The group's own part of the store, over a connection that no script waits on.
         self._meeting = dist.PrefixStore(f"{place}/", _second(self._job_store))
-        self._roll_call = RollCall(self._meeting, rank, size, timeout)
+        self._roll_call = RollCall(self._meeting, rank, size, timeout, place)
         self._place = one_hop_calls.Place(rank, size)
         hosts = [member.host for member in self._members]
         self.runs_one_hop = runs_one_hop(hosts, options.transport)
@@ -319,7 +319,15 @@ class GroupCalls:
         number = self._roll_call.next()
         # As a person knows it: ``_allgather_base`` is an allgather.
         name = method.removeprefix("_").removesuffix("_base")
-        forwarded = Forwarded(work, lambda error: self._roll_call.explain(name, number, error))
+        tensors = list(_tensors(arguments))  # outputs come before inputs
+        count = min((tensor.numel() for tensor in tensors), default=0)
+        dtype = tensors[-1].dtype if tensors else None
+        record = self._roll_call.began(name, number, count, dtype)
+        forwarded = Forwarded(
+            work,
+            lambda error: self._roll_call.explain(name, number, error),
+            lambda: self._roll_call.ended(record),
+        )
         self._forwarded.add(forwarded)
         return forwarded
 

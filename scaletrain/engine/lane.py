@@ -226,6 +226,7 @@ class Lane:
         A failure here ends the lane: the other ranks' messages may be anywhere. A failure before
         or after it concerns this rank's tensors alone.
         """
+        record = self._roll_call.began(call.collective, call.number, call.num_elements, call.dtype)
         try:
             if self._engine is None:
                 self._engine = Engine(self._group, self._collective, self._transport)
@@ -237,6 +238,7 @@ class Lane:
         except BaseException as error:
             self._failure = error
             raise
+        self._roll_call.ended(record)
 
     def _sum(self, flat: Tensor, reduce: Reduce, number: int) -> None:
         """Reduce a flat, contiguous tensor over all ranks, in place."""

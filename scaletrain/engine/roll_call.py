@@ -4,11 +4,13 @@ import threading
 import time
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from scaletrain.config.timeouts import ANSWER_S
 from scaletrain.engine.meeting import ranks_in_words
 from scaletrain.errors import UserError
+from scaletrain.run import flight
 
 _LOOK_S = 0.05  # between looks at the store
 # Some ranks of these collectives need not wait for the others, and may have left.
@@ -33,9 +35,17 @@ class RollCall:
         rank: this rank in the group.
         size: number of ranks in the group.
         timeout: of the group.
+        name: of the group, the same on all of its ranks and no other group's.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        name: str = "group",
+    ):
         self._store = store
         self._rank = rank
         self._size = size
@@ -43,12 +53,40 @@ class RollCall:
         self._answer_s = min(ANSWER_S, timeout.total_seconds())
         # Collectives called so far. Every thread that calls one adds to it, under _counting.
         self.num_called = 0
+        self._name = name
+        # The group's number for the recorder of this process; None: not asked for yet.
+        self._recorded_as: int | None = None
 
     def next(self) -> int:
         """Return the number of the collective that is being called."""
         with self._counting:
             self.num_called += 1
             return self.num_called
+
+    def began(
+        self, name: str, number: int, num_elements: int, dtype: torch.dtype | None
+    ) -> int | None:
+        """Record a collective that begins (``run.flight``); return its record, for ``ended``.
+
+        Args:
+            name: of the collective.
+            number: as ``next`` returned it.
+            num_elements: of this rank's tensor, or of its part of a larger one.
+            dtype: of the tensor; None: there is no data.
+        """
+        recorder = flight.recorder
+        # Only of groups of all ranks are the ranks known.
+        if recorder is None or recorder.size != self._size or recorder.rank != self._rank:
+            return None
+        if self._recorded_as is None:
+            self._recorded_as = recorder.group(self._name, range(self._size))
+        in_words = str(dtype or torch.uint8).removeprefix("torch.")
+        return recorder.began(self._recorded_as, name, number, num_elements, in_words)
+
+    def ended(self, record: int | None) -> None:
+        """Record that a collective has ended well."""
+        if record is not None and flight.recorder is not None:
+            flight.recorder.ended(record)
 
     def explain(self, name: str, number: int, error: BaseException, wanted: str = "") -> str:
         """Return a message with the failure of a collective, and where the other ranks are.

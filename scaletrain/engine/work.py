@@ -141,12 +141,19 @@ class Forwarded(dist.Work):
     Args:
         work: that work.
         explain: returns the message for its failure.
+        on_end: called when a wait for it has ended well.
     """
 
-    def __init__(self, work: dist.Work, explain: Callable[[BaseException], str]):
+    def __init__(
+        self,
+        work: dist.Work,
+        explain: Callable[[BaseException], str],
+        on_end: Callable[[], None] = lambda: None,
+    ):
         super().__init__()
         self._work = work
         self._explain = explain
+        self._on_end = on_end
 
     def wait(self, timeout: timedelta = _NO_LIMIT) -> bool:
         """Wait for the result.
@@ -155,9 +162,11 @@ class Forwarded(dist.Work):
             RuntimeError: the collective failed.
         """
         try:
-            return self._work.wait(timeout)
+            is_done = self._work.wait(timeout)
         except RuntimeError as error:
             raise RuntimeError(self._explain(error)) from error
+        self._on_end()
+        return is_done
 
     def get_future(self) -> torch.futures.Future:
         """Return that work's future."""

@@ -135,6 +135,10 @@ class RunDir:
         """The Python stacks of one worker, written on request. Read by the supervisor."""
         return self.path / f"stacks-{rank}.txt"
 
+    def collectives(self, rank: int) -> Path:
+        """The last collectives of one worker, a ring in shared memory (``run.flight``)."""
+        return self.path / f"collectives-{rank}.ring"
+
     @property
     def rendezvous(self) -> Path:
         """Where rank 0 serves the store, if no launcher says so. Read by the other ranks."""
@@ -146,6 +150,11 @@ class RunDir:
     def first_cause(self) -> Path:
         """The first cause of the job's failure. Read by people and by sweeps."""
         return self.path / "failure.json"
+
+    @property
+    def flight(self) -> Path:
+        """Collectives of all ranks after a failure, for torchfrtrace. Read by torch alone."""
+        return self.path / "flight"
 
     def rank_log(self, rank: int) -> Path:
         """The newest output of one worker, both streams as they came. Read by people."""

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from scaletrain.host.names import host_name
+from scaletrain.run import flight
 from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import failure_from_exception
 from scaletrain.run.layout import RunDir
@@ -232,7 +233,10 @@ def reporting(
         _forget_ranks_beyond(files, world.size)
     reporter = _reporter = _Reporter(files, world)
     reporter.write()
-    with open(files.stacks(world.rank), "w", encoding="utf-8") as stacks:
+    with (
+        open(files.stacks(world.rank), "w", encoding="utf-8") as stacks,
+        flight.recorded(files, world.rank, world.size),
+    ):
         faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
         try:
             yield step

@@ -65,7 +65,7 @@ def test_kill_9_of_one_worker_of_three(options: tuple[str, ...], tmp_path: Path)
 
 def test_a_stopped_worker_is_a_hang(tmp_path: Path):
     run_dir = tmp_path / "run"
-    process = started(run_dir, "--set", "timeout_s=5")
+    process = started(run_dir, "--set", "timeout_s=5", "--exchange", "ring")
     began = time.monotonic()
     os.kill(pid_of(run_dir, 1), signal.SIGSTOP)
     output, _ = process.communicate(timeout=40)
@@ -73,6 +73,16 @@ def test_a_stopped_worker_is_a_hang(tmp_path: Path):
     assert process.returncode == 124, output
     assert "rank 1 on" in output and "hangs" in output and "SIGSTOP" in output, output
     assert gone(run_dir)
+    # torch's own analyser reads the ranks' collectives, and finds the same rank.
+    told = output.split("the last collectives of each rank: ")[1].splitlines()[0]
+    assert told == f"torchfrtrace {run_dir / 'flight'} -p rank_"
+    module = "torch.distributed.flight_recorder.fr_trace"
+    argv = [sys.executable, "-m", module, *told.split()[1:]]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    # A slow machine may stop it at its end, where it has entered all that the others have.
+    assert "missing ranks: {1}" in said or (run_dir / "summary.json").exists(), said
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path):

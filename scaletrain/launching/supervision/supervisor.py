@@ -35,7 +35,7 @@ from scaletrain.launching.supervision.ends import LateEnds
 from scaletrain.launching.supervision.evidence import Evidence
 from scaletrain.launching.supervision.processes import Process, Processes
 from scaletrain.launching.supervision.screen import Display
-from scaletrain.run import job_key, progress
+from scaletrain.run import flight, job_key, progress
 from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import Failure, FailureKind
 from scaletrain.run.layout import RunDir
@@ -410,6 +410,9 @@ class Supervisor:
         shown_by_batch_script = f"scaletrain: rank {failure.rank} on "
         if shown_by_batch_script not in self._processes.launcher_output:
             self._processes.say(first_cause.text(failure, stopped))
+            dumps = self._collectives_of(failure)
+            if dumps:
+                self._processes.say(f"scaletrain: {dumps}")
             checkpoint = leftovers.checkpoint_line(self.job)
             if checkpoint:
                 self._processes.say(f"scaletrain: {checkpoint}")
@@ -418,6 +421,21 @@ class Supervisor:
             if hidden:
                 self._processes.say(f"scaletrain: the output of rank {failure.rank}: {hidden}")
         return failure.exit_code or 1
+
+    def _collectives_of(self, failure: Failure) -> str:
+        """Write the ranks' last collectives after a hang or a lost peer; return how to read them.
+
+        Empty if no rank has called one.
+        """
+        if failure.kind not in (FailureKind.HANG, FailureKind.PEER, FailureKind.CUT):
+            return ""
+        try:
+            folder = flight.write_dumps(self._run_dir, self.job.workers)
+        except OSError as error:
+            return f"{error.filename} cannot be written: {error.strerror}"
+        if folder is None:
+            return ""
+        return f"the last collectives of each rank: torchfrtrace {folder} -p rank_"
 
     def _write_first_cause(self, failure: Failure) -> None:
         path = self._run_dir.first_cause
