@@ -23,6 +23,7 @@ from scaletrain.run import progress, watch
 from scaletrain.run.culprit import Culprit, Kind
 from scaletrain.run.environment import Environment, environment
 from scaletrain.run.layout import RunDir
+from scaletrain.run.records import read_records
 from scaletrain.scaling.show import results
 
 FAULTS = Path("benchmarks/suites/diagnosis_faults.py")
@@ -71,10 +72,11 @@ class Outcome:
     after_s: float | None  # since the fault began
     after_steps: int | None
     at_the_end: str  # the last line of the run, or its first cause
-    is_right_at_the_end: bool
+    is_right_at_the_end: bool | None  # None: the job was ended before it could say
     early_alarms: list[str]  # named before the fault began
     step_ms: float | None  # before the fault, a median
     load: float  # average of a minute
+    commit: str  # that was measured
 
     def to_json(self) -> dict[str, Any]:
         """Return it as the file of results holds it."""
@@ -135,8 +137,8 @@ def cases(clean: int) -> list[Case]:
     """Return all cases: each kind under each launcher and exchange, and the clean runs."""
     every = []
     for at, launcher in enumerate(LAUNCHERS):
-        for number, kind in enumerate(Kind):
-            for index, exchange in enumerate(EXCHANGES):
+        for index, exchange in enumerate(EXCHANGES):
+            for number, kind in enumerate(Kind):
                 key = (kind, launcher)
                 if key in IMPOSSIBLE or (*key, exchange) in IMPOSSIBLE:
                     continue
@@ -233,8 +235,8 @@ class _Watched:
     def __init__(self, case: Case, files: RunDir):
         self._case = case
         self._files = files
-        self._began_at: float | None = None  # when the fault did, on the monotonic clock
-        self._began_step = 0
+        self._began_at: float | None = None  # when the fault did, in unix seconds
+        self._began_step = AT_STEP
         self._early: list[str] = []
         self._named: Culprit | None = None
         self._wrong: Culprit | None = None
@@ -247,7 +249,7 @@ class _Watched:
         """Whether a job that would hang has shown all it can."""
         if self._case.kind != Kind.STOPPED or self._began_at is None:
             return False
-        return self._after is not None or time.monotonic() - self._began_at > 2 * WITHIN_S
+        return self._after is not None or time.time() - self._began_at > 2 * WITHIN_S
 
     def look(self) -> None:
         """Look once: begin the fault if it is time, and note who is named."""
@@ -257,8 +259,7 @@ class _Watched:
         culprits = watch.culprits(self._files, statuses)
         if self._began_at is None and len(steps) == WORKERS and min(steps) >= AT_STEP:
             self._step_s = statuses[0].step_s
-            self._began_at = time.monotonic()
-            self._began_step = self._num_steps
+            self._began_at = self._first_slow_step_at()
             self._play()
         if not culprits:
             return
@@ -267,14 +268,24 @@ class _Watched:
             self._early.append(first.sentence())
         elif self._after is None and _is_right(self._case, first):
             self._named = first
-            after_s = time.monotonic() - self._began_at
+            after_s = time.time() - self._began_at
             self._after = (after_s, self._num_steps - self._began_step)
         elif self._after is None and self._wrong is None:
             self._wrong = first
 
+    def _first_slow_step_at(self) -> float:
+        """Return when the fault began: with a step, or else now."""
+        for record in read_records(self._files.records(self._case.rank % WORKERS)):
+            if record.step >= AT_STEP:
+                return record.time
+        return time.time()
+
     def _play(self) -> None:
         """Play a fault that comes from outside the worker."""
         case = self._case
+        if case.kind in (Kind.LOSS, Kind.STOPPED, Kind.DEAD):
+            self._began_at = time.time()
+            self._began_step = self._num_steps
         if case.kind == Kind.LOSS:
             entrances = Entrances.read(self._files.rehearsal.cluster)
             rule = f"-A INPUT -i eth0 -m statistic --mode random --probability {LOSS} -j DROP"
@@ -298,10 +309,12 @@ class _Watched:
         )
         if case.kind == "clean":
             right = not self._early
-            right_at_end = end is None
+            right_at_end: bool | None = end is None
         else:
             right = in_time and self._wrong is None
             right_at_end = end is not None and _is_right(case, end)
+        if case.kind == Kind.STOPPED:
+            right_at_end = None
         if self._began_at is None:
             lines = output.strip().splitlines()
             raise click.ClickException(f"{case.name}: {lines[-1] if lines else 'no output'}")
@@ -316,6 +329,7 @@ class _Watched:
             early_alarms=self._early[:3],
             step_ms=1e3 * self._step_s if self._step_s else None,
             load=os.getloadavg()[0],
+            commit=environment()["commit"] or "",
         )
 
 
@@ -352,6 +366,14 @@ def page(header: Environment, outcomes: dict[str, Outcome]) -> str:
         share=len(right) / len(faults) if faults else 0.0,
         at_the_end=len([outcome for outcome in faults if outcome.is_right_at_the_end]),
         clean=clean,
+        commits=list(dict.fromkeys(outcome.commit for outcome in outcomes.values())),
+        stolen=[outcome for outcome in faults if _names_stolen_cores(outcome)],
+        stolen_alarms=[
+            outcome
+            for outcome in clean
+            if any("stolen cores takes" in alarm for alarm in outcome.early_alarms)
+        ],
+        ended=len([outcome for outcome in faults if outcome.is_right_at_the_end is not None]),
         alarms=[outcome for outcome in clean if not outcome.is_right],
         alarms_at_the_end=[outcome for outcome in clean if not outcome.is_right_at_the_end],
         target=TARGET,
@@ -366,6 +388,12 @@ def page(header: Environment, outcomes: dict[str, Outcome]) -> str:
         loads=(min(loads), max(loads)),
         where=results.measured_on(header),
     )
+
+
+def _names_stolen_cores(outcome: Outcome) -> bool:
+    """Return True if a wrong answer was that cores are stolen, where more wanted them than are."""
+    is_busy = outcome.load > (os.cpu_count() or 1)
+    return not outcome.is_right and is_busy and "stolen cores takes" in outcome.named
 
 
 def _cell(kind: str, launcher: str, exchange: str, faults: list[Outcome]) -> str:

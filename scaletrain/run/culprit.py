@@ -38,6 +38,8 @@ _ERROR = 0.0005
 _STALL = 0.5
 _STALLS = 3  # ... in so many steps of a window, ...
 _SAME = 0.8  # ... and this part of them is one rank's
+_TURNS = 6  # steps: slowness rotates if so many stall, and ...
+_MOST_OF_TURNS = 0.6  # ... no rank has more of them
 _ROTATING_SHARE = 0.3  # of a step: noise that rotates is usual below
 _SLOW_LINK = 2.5  # times slower than the median link: fan-out alone makes links unequal
 _LINK_BYTES = 256 << 10  # moved in a window: less says nothing about a speed
@@ -323,16 +325,18 @@ def _stalls(window: _Table) -> Culprit | None:
     cost = _mean([*costs, *[0.0] * (len(window.steps) - len(costs))])
     (most, count), *_ = Counter(place for place, _ in stalled).most_common(1)
     is_one_rank = count >= max(_STALLS, _SAME * len(stalled))
-    steps = [step for place, step in stalled if place == most or not is_one_rank]
     kinds: Counter[Kind] = Counter()
     for place, step in stalled:
         kinds[max(step.by_kind, key=lambda each: _excess(step.by_kind[each], place))] += 1
     kind = kinds.most_common(1)[0][0]
     # Shares count against the mean: a step that stalls is far from the median.
     mean_s = statistics.fmean(step.step_s for step in window.steps)
-    if is_one_rank and steps and cost.value >= SHARE * mean_s:
+    if cost.low <= 0:
+        return None
+    if is_one_rank and cost.value >= SHARE * mean_s:
         return window.culprit(kind, [most], cost)
-    if not is_one_rank and cost.value >= _ROTATING_SHARE * mean_s:
+    rotates = len(stalled) >= _TURNS and count <= _MOST_OF_TURNS * len(stalled)
+    if rotates and cost.value >= _ROTATING_SHARE * mean_s:
         return dataclasses.replace(window.culprit(kind, [], cost), rotates=True)
     return None
 
