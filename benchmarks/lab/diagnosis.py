@@ -112,8 +112,11 @@ def command(only: str, clean: int, again: bool, minutes: float, out: Path) -> No
     out.mkdir(parents=True, exist_ok=True)
     path = out / "diagnosis.json"
     outcomes: dict[str, Outcome] = {}
+    remark = ""
     if path.exists():
-        for value in json.loads(path.read_text(encoding="utf-8"))["outcomes"]:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        remark = before.get("remark", "")
+        for value in before["outcomes"]:
             outcome = Outcome.from_json(value)
             outcomes[outcome.case.name] = outcome
     header = environment()
@@ -127,10 +130,23 @@ def command(only: str, clean: int, again: bool, minutes: float, out: Path) -> No
         outcomes[case.name] = outcome
         verdict = "right" if outcome.is_right else "WRONG"
         click.echo(f"{case.name}: {verdict}: {outcome.named or 'nobody named'}")
-        values = [each.to_json() for each in outcomes.values()]
-        text = json.dumps({"environment": header, "outcomes": values}, indent=2)
-        path.write_text(text + "\n", encoding="utf-8")
-        (out / "diagnosis.md").write_text(page(header, outcomes), encoding="utf-8")
+        write(out, header, outcomes, remark)
+
+
+def write(out: Path, header: Environment, outcomes: dict[str, Outcome], remark: str) -> None:
+    """Write the results and the page.
+
+    Args:
+        out: the directory.
+        header: the facts about the machine.
+        outcomes: by the names of their cases.
+        remark: on how some of them were measured; empty: all alike.
+    """
+    values = [each.to_json() for each in outcomes.values()]
+    document = {"environment": header, "remark": remark, "outcomes": values}
+    text = json.dumps(document, indent=2) + "\n"
+    (out / "diagnosis.json").write_text(text, encoding="utf-8")
+    (out / "diagnosis.md").write_text(page(header, outcomes, remark), encoding="utf-8")
 
 
 def cases(clean: int) -> list[Case]:
@@ -342,7 +358,7 @@ def _is_right(case: Case, culprit: Culprit) -> bool:
     return culprit.ranks == (case.rank,)
 
 
-def page(header: Environment, outcomes: dict[str, Outcome]) -> str:
+def page(header: Environment, outcomes: dict[str, Outcome], remark: str = "") -> str:
     """Return the page."""
     faults = [outcome for outcome in outcomes.values() if outcome.case.kind != "clean"]
     clean = [outcome for outcome in outcomes.values() if outcome.case.kind == "clean"]
@@ -366,6 +382,7 @@ def page(header: Environment, outcomes: dict[str, Outcome]) -> str:
         share=len(right) / len(faults) if faults else 0.0,
         at_the_end=len([outcome for outcome in faults if outcome.is_right_at_the_end]),
         clean=clean,
+        remark=remark,
         commits=list(dict.fromkeys(outcome.commit for outcome in outcomes.values())),
         stolen=[outcome for outcome in faults if _names_stolen_cores(outcome)],
         stolen_alarms=[
