@@ -49,6 +49,8 @@ class AcceleratorLane(Lane):
         device: where the tensors are.
     """
 
+    _helps = False  # tasks run on streams of the lane's thread
+
     def __init__(
         self,
         group: Group,

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ class Lane:
 
     1. The caller waits for the result anyway, and none is under way: it runs on the caller's
        thread.
-    2. Otherwise it becomes a task of the lane's thread, and the caller gets a future.
+    2. Otherwise it becomes a task, and the caller gets a future. The lane's thread runs the tasks,
+       or a thread that waits for one does.
 
     Args:
         group: the ranks.
@@ -45,6 +47,8 @@ class Lane:
         collective: the algorithm as a person writes it.
         transport: the wire likewise.
     """
+
+    _helps = True  # threads that wait run tasks themselves
 
     def __init__(self, group: Group, roll_call: RollCall, collective: str, transport: str):
         # Set by ``abort``, read by the threads that wait for peers.
@@ -55,10 +59,17 @@ class Lane:
         self._transport = transport
         # Held while a collective gets its number and its place: they run in the order of numbers.
         self._ordering = threading.Lock()
-        # Callers put tasks in, the lane's thread takes them out. None ends the thread.
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Tasks that are not done, callbacks included. Callers add to it and the lane's thread
-        # subtracts, both under _ordering.
+        # The thread that runs a task holds it: the lane's, or one that waits (``_help_on``).
+        self._turn = threading.Lock()
+        # Callers append tasks; the thread that holds _turn takes them out.
+        self._tasks: deque[Callable[[], None]] = deque()
+        # One for each task. Callers put them in, the lane's thread takes them out. False ends it.
+        self._tokens: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        # The thread that runs a task, 0 if there is none. The thread that holds _turn writes it;
+        # others only ask whether it is they.
+        self._runner = 0
+        # Tasks that are not done, callbacks included. Callers add to it and the thread that runs
+        # the task subtracts, both under _ordering.
         self._num_unfinished = 0
         # The thread that uses the engine holds it: a caller, or the lane's thread.
         self._engine_lock = threading.Lock()
@@ -86,7 +97,7 @@ class Lane:
 
     def call(self, request: Request, at_once: bool) -> dist.Work:
         """Run a collective. Collective; see ``allreduce``."""
-        if self._is_lane_thread():
+        if self._is_running_task():
             # In a callback. A task would never start: this thread runs the callback.
             with self._engine_lock:
                 return Done(self._run(request, self._roll_call.next()))
@@ -110,7 +121,8 @@ class Lane:
                 target=self._run_tasks, name="scaletrain-lane", daemon=True
             )
             self._thread.start()
-        self._tasks.put(self._task(future, request, number))
+        self._tasks.append(self._task(future, request, number))
+        self._tokens.put(True)
         # Python's Future.set_exception only wraps a value, which DDP's C++ takes for tensors and
         # crashes on. An exception of a callback is an error in C++ too: a RuntimeError there and
         # for wait(), with our message.
@@ -119,13 +131,15 @@ class Lane:
     def _task(
         self, future: torch.futures.Future, request: Request, number: int
     ) -> Callable[[], None]:
-        """Return the task for the lane's thread: it completes the future, and raises nothing."""
+        """Return the task: it completes the future. It raises Ctrl-C alone, where that came."""
 
         def task() -> None:
             with self._engine_lock:
                 outcome = self._run(request, number)
             # Its callbacks run here, and may need the engine.
             future.set_result(outcome)
+            if isinstance(outcome, KeyboardInterrupt):
+                raise outcome
 
         return task
 
@@ -146,7 +160,7 @@ class Lane:
                 else:
                     self._pass_on(request, number)
         except BaseException as error:
-            if not isinstance(error, Exception) and not self._is_lane_thread():
+            if not isinstance(error, Exception) and not self._is_running_task():
                 raise  # Ctrl-C: the program is to end, not the collective to fail
             return self._failure or error
         return request.tensors
@@ -246,29 +260,50 @@ class Lane:
         self._engine.allreduce(flat, reduce, number)
 
     def _run_tasks(self) -> None:
-        """Run the tasks, one after another, until None comes. This is the lane's thread."""
-        while task := self._tasks.get():
-            self._finish(task)
+        """Run a task for each token, until the token that ends it. This is the lane's thread."""
+        while self._tokens.get():
+            with self._turn:
+                # Else a thread that waits has run it.
+                if self._tasks:
+                    self._run_next()
 
-    def _finish(self, task: Callable[[], None]) -> None:
-        task()
-        with self._ordering:
-            self._num_unfinished -= 1
+    def _run_next(self) -> None:
+        """Run the next task. The caller holds ``_turn``."""
+        outer, self._runner = self._runner, threading.get_ident()
+        try:
+            self._tasks.popleft()()
+        finally:
+            self._runner = outer
+            with self._ordering:
+                self._num_unfinished -= 1
 
-    def _help_on(self, future: torch.futures.Future) -> None:
-        """Run tasks until the future is done, if this is the lane's thread.
+    def _help_on(self, future: torch.futures.Future, has_limit: bool) -> None:
+        """Run tasks until the future is done, if this thread may run them.
 
-        A callback of an allreduce waits for a later one, whose task this thread has not run yet.
+        1. In a callback, this thread runs the tasks: one waits for a later one, whose task nobody
+           else will run.
+        2. Else the lane's thread might. But to wake it, and to pass the interpreter's lock to and
+           fro, takes longer than a short collective.
+
+        Args:
+            future: of a task.
+            has_limit: the wait ends after a time of its own, which a task would overrun.
         """
-        while self._is_lane_thread() and not future.done():
-            task = self._tasks.get()
-            if task is None:
-                self._tasks.put(None)  # for ``_run_tasks``
-                raise ConnectionError("not run, since its group was destroyed")
-            self._finish(task)
+        if self._is_running_task():
+            while not future.done():
+                if not self._tasks:
+                    raise ConnectionError("not run, since its group was destroyed")
+                self._run_next()
+        elif self._helps and not has_limit and self._turn.acquire(blocking=False):
+            try:
+                while self._tasks and not future.done():
+                    self._run_next()
+            finally:
+                self._turn.release()
 
-    def _is_lane_thread(self) -> bool:
-        return threading.current_thread() is self._thread
+    def _is_running_task(self) -> bool:
+        """Return True if this thread runs a task now: then it is in a callback."""
+        return self._runner == threading.get_ident()
 
     def record(self, *sizes: int) -> dict[str, Any]:
         """Return the ``Engine.record``, for the run's header; empty before the first use."""
@@ -294,7 +329,7 @@ class Lane:
         Safe to call again: torch ends groups once by itself.
         """
         if self._thread:
-            self._tasks.put(None)
+            self._tokens.put(False)
             self._thread.join(self._group.timeout.total_seconds())
             self._thread = None
         if self._engine:

@@ -19,14 +19,14 @@ class FutureWork(dist.Work):
 
     Args:
         future: of the tensors.
-        help_on: called before a wait. If the present thread is the one that completes the future,
-            it does so now; waiting would last for ever.
+        help_on: called before a wait, with the future and whether the wait has a time limit. If
+            the present thread can complete the future, it does so now.
     """
 
     def __init__(
         self,
         future: torch.futures.Future,
-        help_on: Callable[[torch.futures.Future], None] = lambda future: None,
+        help_on: Callable[[torch.futures.Future, bool], None] = lambda future, has_limit: None,
     ):
         super().__init__()
         self._future = future
@@ -38,7 +38,7 @@ class FutureWork(dist.Work):
         Raises:
             RuntimeError: the collective failed, or ``timeout`` is over.
         """
-        self._help_on(self._future)
+        self._help_on(self._future, timeout > _NO_LIMIT)
         if not self._future.done():
             self._wait_until_done(timeout.total_seconds() if timeout > _NO_LIMIT else None)
         self._future.wait()
