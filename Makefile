@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup bench test test-fast lint fuzz docs horovod peers firecaffe results results-gpu clean
+.PHONY: setup bench test test-fast lint fuzz docs horovod peers firecaffe results results-collectives results-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -61,10 +61,12 @@ build/%/bin/mpirun: constraints.txt
 # Every figure in benchmarks/results/, with hardware, versions and commit in each header (root; about three hours on a machine that does nothing
 # else). The training sweeps, predictions and FireCaffe's curves go on from what they left in runs/ when they were stopped.
 RESULTS := benchmarks/results
+comma := ,
 COLLECTIVES := $(BIN)/scaletrain bench collectives
 SCALING := $(BIN)/scaletrain bench scaling
 results: setup horovod peers
 	$(COLLECTIVES) --workers 2,4 --sizes 4K,64K,1M,25M,100M --peers gloo,mpi,horovod --mpi-python build/openmpi/bin/python --mpi-python build/mpich/bin/python --out $(RESULTS)/collectives/one_host.json
+	$(MAKE) results-collectives
 	$(COLLECTIVES) --workers 2,4 --algorithms all --out $(RESULTS)/collectives/algorithms.json
 	$(COLLECTIVES) --workers 4,8,16 --bandwidth 1Gbit --algorithms auto,native,ring,pipelined_tree,double_tree --sizes 4K,25000000 --seconds 2 --out $(RESULTS)/collectives/1Gbit.json
 	for hosts in 4 8 16; do $(COLLECTIVES) --workers $$hosts --bandwidth 100Mbit --algorithms auto,native,ring,pipelined_tree,double_tree --sizes 4K,25000000 --repeats 1 --out $(RESULTS)/collectives/100Mbit_$$hosts.json || exit 1; done
@@ -79,6 +81,13 @@ results: setup horovod peers
 	$(BIN)/python -m benchmarks.lab overhead
 	$(BIN)/python -m benchmarks.lab start
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(MAKE) results-gpu; else echo "no CUDA device: the tables of GPUs stay as they are"; fi
+
+# Every collective, alone and beside 2 and 4 processes that compute: five minutes on two cores that do nothing else. With DEEPSPEED=DIR (unpacked
+# sources) its allreduce is measured, too.
+EVERY := all_reduce,broadcast,all_gather,reduce_scatter,all_to_all,barrier
+results-collectives: setup
+	$(COLLECTIVES) --workers 2,4 --collectives all --sizes 4K,1M,25M --repeats 2 --seconds 0.1 $(if $(DEEPSPEED),--peers gloo$(comma)deepspeed --deepspeed-sources $(DEEPSPEED)) --out $(RESULTS)/collectives/every.json
+	for n in 2 4; do $(COLLECTIVES) --workers 2 --collectives $(EVERY) --neighbours $$n --sizes 4K,1M,25M --repeats 1 --seconds 0.2 --out $(RESULTS)/collectives/neighbours_$$n.json || exit 1; done
 
 results-gpu: setup
 	$(COLLECTIVES) --device cuda --workers 2,4 --sizes 4K,64K,1M,25M,100M --repeats 2 --seconds 0.2 --out $(RESULTS)/collectives/shared_gpu.json

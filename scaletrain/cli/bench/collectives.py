@@ -1,6 +1,7 @@
 """How fast collectives are: our algorithms beside gloo, MPI and others, and their bounds."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -27,7 +28,10 @@ from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import Environment, environment
 from scaletrain.scaling.show import results as pages
 
-PEERS = {"cpu": ("gloo", "mpi", "horovod"), "cuda": ("gloo", "nccl")}  # by where the tensors are
+PEERS = {
+    "cpu": ("gloo", "mpi", "horovod", "deepspeed"),
+    "cuda": ("gloo", "nccl"),
+}  # by where the tensors are
 _TORCH_LIMIT_S = 900  # for one world in one round
 _MPI_LIMIT_S = 600
 
@@ -145,6 +149,7 @@ class Options:
     bandwidth: str | None
     mpi_python: tuple[str, ...]
     horovod_python: str | None
+    deepspeed_sources: Path | None
     out: Path | None
 
     @property
@@ -212,7 +217,7 @@ def _size_bytes(word: str) -> int:
     default="gloo",
     show_default=True,
     callback=names,
-    help="gloo, mpi, horovod; gloo, nccl with --device cuda; empty for none.",
+    help="gloo, mpi, horovod, deepspeed; gloo, nccl with --device cuda; empty for none.",
 )
 @click.option(
     "--neighbours",
@@ -258,6 +263,11 @@ def _size_bytes(word: str) -> int:
     help="A Python with mpi4py whose folder has its mpirun; repeatable [default: this one].",
 )
 @click.option("--horovod-python", help="A Python with Horovod [default: this one].")
+@click.option(
+    "--deepspeed-sources",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The unpacked sources of DeepSpeed's package, from which its operator is built.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -322,9 +332,14 @@ def _check(options: Options) -> list[int]:
         raise UserError(
             f"--workers: {','.join(options.workers)!r}: expected numbers with commas, such as 2,4"
         )
-    if options.bandwidth and ("mpi" in options.peers or "horovod" in options.peers):
+    if options.bandwidth and {"mpi", "horovod", "deepspeed"} & {*options.peers}:
         raise UserError(
-            "--peers: mpi and horovod are measured on one host only (leave out --bandwidth)"
+            "--peers: mpi, horovod and deepspeed are measured on one host only (leave out --bandwidth)"
+        )
+    if "deepspeed" in options.peers and options.deepspeed_sources is None:
+        raise UserError(
+            "--peers: deepspeed is built from sources: unpack what `pip download --no-deps"
+            " --no-binary :all: deepspeed` brings, and name the folder with --deepspeed-sources"
         )
     return counts
 
@@ -384,7 +399,8 @@ def _worlds(options: Options) -> list[_World]:
         for algorithm in options.all_algorithms:
             contenders.append(f"{transport}:{algorithm}")
     contenders += [peer for peer in options.peers if peer in ("gloo", "nccl")]
-    worlds: list[_World] = [_TorchWorld(contenders, options.bandwidth)]
+    program = Program.BENCH_COLLECTIVES
+    worlds: list[_World] = [_TorchWorld("torch", program.command, contenders, options.bandwidth)]
     if "all_reduce" not in options.all_collectives:
         return worlds
     if "mpi" in options.peers:
@@ -393,6 +409,8 @@ def _worlds(options: Options) -> list[_World]:
     if "horovod" in options.peers:
         python = options.horovod_python or sys.executable
         worlds.append(_MpiWorld("horovod", python, "allreduce_horovod.py"))
+    if "deepspeed" in options.peers:
+        worlds.append(_TorchWorld("deepspeed", functools.partial(_deepspeed, options), []))
     return worlds
 
 
@@ -433,11 +451,12 @@ def _neighbours(count: int) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _TorchWorld:
-    """One process of ``programs/bench_collectives.py`` a worker."""
+    """Processes that meet by torch, one a worker."""
 
-    contenders: list[str]
-    bandwidth: str | None  # of the links between emulated hosts; None for one host
-    name: str = "torch"
+    name: str
+    command: Callable[[Path], Sequence[str]]  # of a rank, by the task's folder
+    contenders: list[str]  # which the command finds in its task
+    bandwidth: str | None = None  # of the links between emulated hosts; None for one host
 
     def run(self, task: Task, count: int) -> list[Measurement]:
         """Return what the ranks measured (see ``_World``)."""
@@ -451,7 +470,7 @@ class _TorchWorld:
 
     def _run_ranks(self, folder: Path, log: Path, count: int) -> list[int]:
         """Run all ranks to their end, and return their exit codes."""
-        argv = Program.BENCH_COLLECTIVES.command(folder)
+        argv = self.command(folder)
         with ExitStack() as stack:
             output = stack.enter_context(open(log, "wb"))
             cluster = None
@@ -493,9 +512,7 @@ class _MpiWorld:
 
     def run(self, task: Task, count: int) -> list[Measurement]:
         """Return what the ranks measured (see ``_World``)."""
-        path = Path(__file__).parents[3] / "benchmarks" / "peers" / self.script
-        if not path.exists():
-            raise UserError(f"--peers: {path} is missing: peers are measured from a checkout")
+        path = _script(self.script)
         with _task_folder(dataclasses.asdict(task)) as folder:
             argv = [*_mpirun(self.python), "-n", str(count), self.python, str(path), str(folder)]
             done = subprocess.run(
@@ -509,6 +526,24 @@ class _MpiWorld:
                 output = done.stderr or done.stdout or f"exit status {done.returncode}"
                 raise RuntimeError(_last_line(output))
             return _read_ranks(folder, count)
+
+
+def _script(name: str) -> Path:
+    """Return the path of a peer's script.
+
+    Raises:
+        UserError: it is not there.
+    """
+    path = Path(__file__).parents[3] / "benchmarks" / "peers" / name
+    if not path.exists():
+        raise UserError(f"--peers: {path} is missing: peers are measured from a checkout")
+    return path
+
+
+def _deepspeed(options: Options, folder: Path) -> list[str]:
+    """Return the command of a rank with DeepSpeed's operator."""
+    script = _script("allreduce_deepspeed.py")
+    return [sys.executable, str(script), str(folder), str(options.deepspeed_sources)]
 
 
 def _mpirun(python: str) -> list[str]:
