@@ -137,7 +137,7 @@ def cases(rank: int, size: int, n: int) -> dict[str, Callable[[Any], list[Tensor
 def beside_gloo(rank: int, size: int, path: str) -> list[str]:
     ours, gloo = join(rank, size, path)
     wrong = []
-    for n in (1, 5, 1000):
+    for n in (1, 700):
         for name, call in cases(rank, size, n).items():
             for got, expected in zip(call(ours), call(gloo), strict=True):
                 if not torch.equal(got, expected):
