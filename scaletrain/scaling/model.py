@@ -433,6 +433,19 @@ class Row(_Fields):
         return f"{self.exchange} on {self.workers}"
 
     @property
+    def bus_bytes_per_s(self) -> float | None:
+        """The bus bandwidth of an allreduce, at least: bytes a second of each worker's port.
+
+        2(N - 1)/N of the gradients' bytes (NCCL tests, PERFORMANCE.md) over the time of backward,
+        in which they are exchanged. None for one worker, servers, and no exchange.
+        """
+        if self.workers < 2 or not self.gradient_bytes or not self.backward_s:
+            return None
+        if self.exchange == "none" or self.servers is not None:
+            return None
+        return 2 * (self.workers - 1) / self.workers * self.gradient_bytes / self.backward_s
+
+    @property
     def rates(self) -> list[float]:
         """Samples per second of each finished repeat."""
         return [run.samples_per_s for run in self.runs]
@@ -467,7 +480,18 @@ class Loss(_Fields):
     causes: Mapping[str, float]  # cause -> seconds a step; negative: it gains time
     lead_ci95: float | None  # of the seconds by which the largest cause leads the second
     limiter: str | None  # the cause that costs most; None: the measurements do not tell
-    sentence: str  # the same for people, with advice
+    finding: str  # the same for people, or why none can be named
+    advice: str = ""  # what to change, with the gain; empty: nothing is known
+
+    @property
+    def sentence(self) -> str:
+        """Finding and advice."""
+        return " ".join(filter(None, [self.finding, self.advice]))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        # Reports of earlier versions have one sentence for both.
+        return cls(**{"finding": value.get("sentence", "")} | cls._known(value))
 
     @property
     def label(self) -> str:

@@ -61,7 +61,7 @@ def test_a_report_is_the_same_after_it_was_written_and_read():
     row = model.dataclasses.replace(row, failures=("boom",), runs=(Repeat(10.0, 0.1, 1.0),))
     loss = Loss(
         "job", "ring", 2, {}, 1, step_s=0.1, ideal_s=0.05, loss_s=0.05, efficiency=0.5, efficiency_ci95=None,
-        causes={"input": 0.05}, lead_ci95=None, limiter="input", sentence="Input.",
+        causes={"input": 0.05}, lead_ci95=None, limiter="input", finding="Input.",
     )  # fmt: skip
     report = Report(
         version=1,

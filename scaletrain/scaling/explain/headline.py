@@ -17,105 +17,138 @@ def oversubscribed(report: Report) -> str:
 
 
 def of(report: Report) -> str:
-    """Return the first sentences of a report.
+    """Return the first lines of a report, each with its name before a colon.
 
-    They name the best that was reached, the most workers where they are no faster, the limiter and
-    the failures.
+    They say how fast it is, what limits it and who, what to change, and how sure that is.
     """
-    # Doubts come first: no figure should be read before them.
-    sentences = [*_cautions(report.header)]
-    with_speedup = [row for row in report.rows if row.speedup is not None]
-    # Workers with ``none`` train apart. Their speed-up counts only if there is no other.
-    exchanging = [row for row in with_speedup if row.exchange != "none"]
-    if with_speedup:
-        sentences += _speedups(exchanging or with_speedup, report.losses)
+    rows = _asked_for(report)
+    if not rows:
+        lines = {"Result": "Nothing was measured."}
     else:
-        sentences += _speed_alone([row for row in report.rows if row.runs])
-    sentences += _culprit(report.rows, sentences)
-    sentences += _missing(report.header)
-    sentences += _failures(report.rows)
-    return " ".join(sentences) or "Nothing was measured."
+        best = max(rows, key=_speed)
+        loss = _loss_of(best, rows, report.losses)
+        lines = {
+            "Result": _result(best, rows),
+            "Cause": _cause(best, report.rows, loss),
+            "Change": _change(best, rows, loss),
+        }
+        lines["How sure"] = _certainty(best, rows, report)
+    if report.header.emulated and report.header.emulation:
+        # Before every figure: nobody may take it for a measurement of a cluster.
+        lines["Result"] = f"EMULATED: {'; '.join(report.header.emulation)}. {lines['Result']}"
+    lines["How sure"] = " ".join(
+        [
+            *filter(None, [lines.get("How sure"), report.header.busy]),
+            *_missing(report.header),
+            *_failures(report.rows),
+        ]
+    )
+    return "\n".join(f"{name}: {text}" for name, text in lines.items() if text)
 
 
-def _culprit(rows: Sequence[Row], sentences: Sequence[str]) -> list[str]:
-    """Return who held up the others in the row of most workers, unless a sentence says it."""
-    held_up = [row for row in rows if row.culprit is not None]
-    if not held_up:
-        return []
-    row = max(held_up, key=lambda row: row.workers)
-    told = f"{capitalized(row.culprit or '')}."
-    if any(told in sentence for sentence in sentences):
-        return []
-    return [f"{_name(row)}: {row.culprit}."]
+def _asked_for(report: Report) -> list[Row]:
+    """Return the rows that the first line may be about.
+
+    One worker is no answer where several were asked for. Workers with ``none`` train apart: they
+    count only if there is no other exchange.
+    """
+    rows = [row for row in report.rows if row.runs]
+    several = [row for row in rows if row.workers > 1]
+    rows = several or rows
+    return [row for row in rows if row.exchange != "none"] or rows
 
 
-def _cautions(header: ReportHeader) -> list[str]:
-    cautions = []
-    if header.emulated and header.emulation:
-        cautions.append("EMULATED: " + "; ".join(header.emulation) + ".")
-    if header.busy:
-        cautions.append(header.busy)
-    return cautions
+def _speed(row: Row) -> tuple[float, float]:
+    """Return what rows are ranked by: the speed-up if there is one, then samples/s."""
+    return row.speedup or 0.0, row.samples_per_s or 0.0
 
 
-def _speedups(rows: Sequence[Row], losses: Sequence[Loss]) -> list[str]:
-    """Return sentences about the best row, the most workers beside it, and the limiter."""
-    best = max(rows, key=_speedup)
-    # Other configs and variants are other jobs: their worker counts say nothing here.
-    comparable = [row for row in rows if _is_same_job(row, best)]
-    most = max(row.workers for row in comparable)
-    largest = max((row for row in comparable if row.workers == most), key=_speedup)
-
-    sentences = [
-        f"Fastest is {_name(best)}: {_times(best)} the speed of {best.baseline}"
-        f" (efficiency {best.efficiency:.2f}, {_rate(best)})."
-    ]
-    equals = _maybe_equals(best, rows)
-    if equals:
-        names = " and ".join(row.exchange for row in equals)
-        sentences.append(
-            f"{names} may be as fast: {plural(len(best.runs), 'repeat')} cannot tell them apart."
+def _result(best: Row, rows: Sequence[Row]) -> str:
+    """Return the best row's speed, and that of the most workers if they are slower."""
+    if best.speedup is None:
+        return (
+            f"Fastest is {_name(best)}: {_rate(best)}. No other number of workers to compare with."
         )
-        sentences += _luck([best, *equals])
-    # Scaling has turned: the most workers are slower than some number below.
-    if _speedup(largest) < _speedup(best):
+    # Scaling that does not pay is the first thing to know.
+    lead = "Fastest is"
+    if best.workers > 1 and best.speedup < 1:
+        lead = "More workers are slower than one. The fastest of them,"
+    crowded = f"; {best.oversubscribed}" if best.oversubscribed else ""
+    verb = ":" if lead == "Fastest is" else ", reaches"
+    sentences = [
+        f"{lead} {_name(best)}{verb} {_times(best)} the speed of {best.baseline}"
+        f" (efficiency {best.efficiency:.2f}, {_rate(best)}{crowded})."
+    ]
+    # Other configs and variants are other jobs: their worker counts say nothing here.
+    largest = max(_same_job(best, rows), key=lambda row: (row.workers, _speed(row)))
+    if _speed(largest) < _speed(best) and largest.workers > best.workers:
         crowded = f", {largest.oversubscribed}" if largest.oversubscribed else ""
         sentences.append(
             f"{_name(largest)}, the most measured, reaches {_times(largest)}"
             f" (efficiency {largest.efficiency:.2f}{crowded})."
         )
-        if _may_be_as_fast(largest, best):
-            sentences.append("The repeats cannot tell it from the fastest.")
-    sentences += _limiter(best, largest, losses)
-    return sentences + _oversubscription(best)
+    return " ".join(sentences)
 
 
-def _speed_alone(rows: Sequence[Row]) -> list[str]:
-    """Return sentences about the fastest row, where there is nothing to be faster than."""
-    if not rows:
-        return []
-    # An exchange goes before ``none``, which is faster only because it trains apart.
-    best = max(rows, key=lambda row: (row.exchange != "none", row.samples_per_s))
-    return [
-        f"Fastest is {_name(best)}: {_rate(best)}.",
-        "There is no other number of workers to compare with.",
-        *_oversubscription(best),
-    ]
+def _same_job(best: Row, rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if _is_same_job(row, best) and row.speedup is not None]
 
 
-def _limiter(best: Row, largest: Row, losses: Sequence[Loss]) -> list[str]:
-    """Return the limiter of the best row; if its loss was not split, of the most workers."""
+def _loss_of(best: Row, rows: Sequence[Row], losses: Sequence[Loss]) -> Loss | None:
+    """Return the loss of the best row; if it was not split, that of the most workers."""
+    largest = max(_same_job(best, rows) or [best], key=lambda row: row.workers)
     for row in (best, largest):
         for loss in losses:
             if loss.label == row.label and (loss.config, loss.variant) == (row.config, row.variant):
-                return [loss.sentence]
-    return []
+                return loss
+    return None
 
 
-def _oversubscription(row: Row) -> list[str]:
-    if not row.oversubscribed:
-        return []
-    return [f"There were {row.oversubscribed}: these figures are of an oversubscribed machine."]
+def _cause(best: Row, rows: Sequence[Row], loss: Loss | None) -> str:
+    """Return what limits the best row, and who held up the others there or on more workers."""
+    finding = "" if loss is None else loss.finding
+    culprit = ""
+    held_up = [row for row in rows if row.culprit is not None]
+    if held_up:
+        row = max(held_up, key=lambda row: (row is best, row.workers))
+        assert row.culprit is not None
+        if f"{capitalized(row.culprit)}." not in finding:
+            culprit = f"{_name(row)}: {row.culprit}."
+    if not finding and not culprit and best.workers > 1:
+        finding = "not known: the short references of --split were not measured."
+    return " ".join(filter(None, [finding, culprit]))
+
+
+def _change(best: Row, rows: Sequence[Row], loss: Loss | None) -> str:
+    """Return what to change."""
+    if loss is not None and loss.advice:
+        return loss.advice
+    if best.speedup is not None and best.workers > 1 and best.speedup < 1:
+        return "Use one worker, or give each more work (a larger batch), until the cause is known."
+    return ""
+
+
+def _certainty(best: Row, rows: Sequence[Row], report: Report) -> str:
+    """Return how well the first line is known."""
+    repeats = len(best.runs) - len(best.outliers)
+    if repeats < 2:
+        sentences = [f"{capitalized(ONE_RUN)}."]
+    elif best.speedup_ci95 is None:
+        sentences = [f"{plural(repeats, 'repeat')}."]
+    else:
+        share = best.speedup_ci95 / (best.speedup or 1.0)
+        sentences = [f"The speed-up is known to ± {share:.0%} (95 %, {plural(repeats, 'repeat')})."]
+    if best.outliers:
+        sentences.append(f"{plural(len(best.outliers), 'outlying repeat')} left out.")
+    equals = _maybe_equals(best, rows)
+    if equals:
+        names = " and ".join(row.exchange for row in equals)
+        sentences.append(f"{names} may be as fast.")
+        sentences += _luck([best, *equals])
+    largest = max(_same_job(best, rows) or [best], key=lambda row: (row.workers, _speed(row)))
+    if largest is not best and _may_be_as_fast(largest, best):
+        sentences.append(f"{_name(largest)} may be as fast.")
+    return " ".join(sentences)
 
 
 def _missing(header: ReportHeader) -> list[str]:
@@ -166,12 +199,6 @@ def _luck(alike: Sequence[Row]) -> list[str]:
 
 def _is_same_job(row: Row, other: Row) -> bool:
     return (row.config, row.variant) == (other.config, other.variant)
-
-
-def _speedup(row: Row) -> float:
-    """Return the speed-up of a row that has one."""
-    assert row.speedup is not None
-    return row.speedup
 
 
 def _name(row: Row) -> str:

@@ -271,7 +271,12 @@ def sentence(evidence: Evidence, alternative: str | None = None) -> str:
         alternative: a sentence about a measured or predicted better exchange, in place of general
             advice.
     """
-    sentences = [unidentified(evidence) or _verdict(evidence, alternative)]
+    return " ".join(filter(None, [finding(evidence), advice(evidence, alternative)]))
+
+
+def finding(evidence: Evidence) -> str:
+    """Return the limiter and its share of the lost time, or why none can be named."""
+    sentences = [unidentified(evidence) or _verdict(evidence)]
     # Whoever holds up the others is known from their own times, however noisy the repeats are.
     if evidence.culprit is not None:
         sentences.append(f"{capitalized(evidence.culprit)}.")
@@ -280,8 +285,24 @@ def sentence(evidence: Evidence, alternative: str | None = None) -> str:
     return " ".join(sentences)
 
 
-def _verdict(evidence: Evidence, alternative: str | None) -> str:
-    """Return the limiter, its share of the lost time, and advice."""
+def advice(evidence: Evidence, alternative: str | None = None) -> str:
+    """Return what to change, with the gain; empty where no cause is named or nothing is lost."""
+    worst = limiter(evidence.causes)
+    if unidentified(evidence) is not None or worst is None or evidence.efficiency >= WELL:
+        return ""
+    if alternative is not None:
+        return alternative
+    # The ideal step takes ``efficiency`` of the step, and the lost time the rest.
+    step_s = evidence.loss_s / (1 - evidence.efficiency)
+    better = min(1.0, evidence.efficiency * step_s / (step_s - worst.seconds))
+    return (
+        f"{WORDINGS[worst.name].advice} Without this loss, efficiency would be {better:.2f} instead"
+        f" of {evidence.efficiency:.2f}."
+    )
+
+
+def _verdict(evidence: Evidence) -> str:
+    """Return the limiter and its share of the lost time."""
     on_workers = f"on {plural(evidence.workers, 'worker')}"
     worst = limiter(evidence.causes)
     if worst is None or evidence.efficiency >= WELL:
@@ -294,7 +315,7 @@ def _verdict(evidence: Evidence, alternative: str | None) -> str:
         share = f"{_percent(worst.seconds / loss_s)} of the lost time."
     else:
         share = f"{_ms(worst.seconds)} a step. Other parts gain some back: {_ms(loss_s)} are lost."
-    sentences = [f"{wording.verdict} {on_workers}: {share}", alternative or wording.advice]
+    sentences = [f"{wording.verdict} {on_workers}: {share}"]
     rest = dict(evidence.causes).get("unexplained", 0.0) / loss_s
     if abs(rest) > WHOLE and worst.name != "unexplained":
         sentences.append(f"The causes add up to {_percent(1 - rest)} of the lost time.")

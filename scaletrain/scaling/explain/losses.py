@@ -93,7 +93,8 @@ def loss_of(cell: Cell, row: Row, measurements: Measurements) -> Loss | None:
         causes=dict(causes),
         lead_ci95=evidence.lead_ci95,
         limiter=largest.name if largest and is_identified else None,
-        sentence=limiter.sentence(evidence),
+        finding=limiter.finding(evidence),
+        advice=limiter.advice(evidence),
     )
 
 
@@ -193,7 +194,7 @@ def _with_alternative(loss: Loss, rows: Sequence[Row], fitted: Fit | None) -> Lo
         workers=loss.workers,
         culprit=row.culprit,
     )
-    return dataclasses.replace(loss, sentence=limiter.sentence(evidence, alternative))
+    return dataclasses.replace(loss, advice=limiter.advice(evidence, alternative))
 
 
 def _is_beside(row: Row, loss: Loss) -> bool:

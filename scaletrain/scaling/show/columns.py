@@ -40,6 +40,14 @@ def _is_timed(report: Report) -> bool:
     return any(row.target_s is not None for row in report.rows)
 
 
+def _bus_bandwidth(row: Row) -> str:
+    return number(row.bus_bytes_per_s and row.bus_bytes_per_s / 1e6, ",.0f")
+
+
+def _has_busbw(report: Report) -> bool:
+    return any(row.bus_bytes_per_s is not None for row in report.rows)
+
+
 PAGES: tuple[Place, ...] = ("md", "html")
 HTML: tuple[Place, ...] = ("html",)
 
@@ -58,16 +66,11 @@ COLUMNS = (
     Column("p90", lambda row: ms(row.step_s_p90)),
     Column("p95", lambda row: ms(row.step_s_p95), html="p95 (ms)"),
     Column(
-        "exposed comm ms",
+        "exchange adds ms",
         lambda row: ms(row.exposed_comm_s, row.exposed_comm_s_ci95),
-        html="exposed comm (ms)",
+        html="exchange adds (ms)",
     ),
-    Column(
-        "waits in backward ms",
-        lambda row: ms(row.wait_in_backward_s),
-        html="waits in backward (ms)",
-        places=PAGES,
-    ),
+    Column("busbw MB/s", _bus_bandwidth, html="busbw (MB/s)", places=PAGES, is_wanted=_has_busbw),
     Column("loss", lambda row: number(row.final_loss, ".4f"), places=HTML),
     Column("accuracy", lambda row: number(row.test_accuracy, ".4f")),
     Column(

@@ -4,13 +4,17 @@ import dataclasses
 import io
 import math
 import re
+import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
+from scaletrain.config.grammar import split_spec, without_transport
 from scaletrain.scaling.model import Loss, Prediction, Report, Row
 from scaletrain.scaling.predict.simulate import Point
 
@@ -32,6 +36,9 @@ MARKERS = "os^vDPX*"  # of strategies beyond the colours
 DODGE = 0.015  # of the axis' length, between the points that several lines have at one place
 THIN = 0.005  # of the largest ideal step: a thinner layer of a bar cannot be seen
 
+# Exchanges that every report has in the same colour; the others get one by their names.
+_COLOURED = ("native", "ring", "tree", "parameter_server", "none", "scheduled", "horovod")
+
 Drawing = Callable[[Axes], None]
 
 
@@ -44,6 +51,16 @@ class Plot:
     draw: Drawing
 
 
+def colour_of(exchange: str) -> str:
+    """Return the colour of an exchange, which is the same in every report."""
+    name = without_transport(exchange)
+    known = split_spec(name).name
+    if known in _COLOURED:
+        return SERIES[_COLOURED.index(known)]
+    # A sum over the name, since Python's own hash differs from process to process.
+    return SERIES[zlib.crc32(name.encode()) % len(SERIES)]
+
+
 def of_report(report: Report) -> list[Plot]:
     """Return the plots that a report has the figures for."""
     rows = report.rows
@@ -53,6 +70,11 @@ def of_report(report: Report) -> list[Plot]:
         plots.append(Plot("efficiency", "Efficiency", curves(rows, "efficiency")))
     if report.losses:
         plots.append(Plot("anatomy", "Anatomy of a step", anatomy(report.losses)))
+    with_ranks = [row for row in rows if len(row.ranks) > 1]
+    if with_ranks:
+        # Where somebody holds up the others, that is the row to look at.
+        row = max(with_ranks, key=lambda row: (row.culprit is not None, row.workers))
+        plots.append(Plot("ranks", "Each rank", each_rank(row)))
     if report.predictions:
         plots.append(Plot("predicted", "Predicted against measured", predicted(report.predictions)))
     if any(row.bytes_sent for row in rows):
@@ -134,6 +156,11 @@ def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Dra
         assert number is not None
         return number
 
+    def error(row: Row) -> float:
+        # Efficiency is speed-up over workers, and so is its interval.
+        speedup_ci95 = row.speedup_ci95 or 0.0
+        return speedup_ci95 if figure == "speedup" else speedup_ci95 / row.workers
+
     def draw(axes: Axes) -> None:
         measured = [row for row in rows if getattr(row, figure) is not None]
         workers = sorted({row.workers for row in measured})
@@ -147,10 +174,15 @@ def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Dra
         for row in measured:
             lines.setdefault(_line_name(row, rows), []).append(row)
         length = max(workers[-1] - workers[0], 1) if workers else 1
+        same: Counter[str] = Counter()  # lines of each colour so far
         for index, line in enumerate(lines.values()):
             aside = DODGE * length * (index - (len(lines) - 1) / 2)
             line.sort(key=lambda row: row.workers)
-            _curve(axes, line, value, aside=aside, colour=SERIES[index % len(SERIES)])
+            colour = colour_of(line[0].exchange)
+            # Variants of an exchange share its colour and differ in their marks.
+            marker = MARKERS[same[colour] % len(MARKERS)]
+            same[colour] += 1
+            _curve(axes, line, value, aside=aside, colour=colour, marker=marker)
         if any(row.oversubscribed for row in measured):
             # No points, only an entry of the legend.
             _ring(axes, [], [], INK, label="oversubscribed")
@@ -159,25 +191,27 @@ def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Dra
         axes.set_xlabel("workers")
         axes.set_ylabel("times the baseline" if figure == "speedup" else "speed-up / workers")
         axes.set_xticks(workers, list(map(str, workers)))
-        # The height follows the values alone: a wide interval must not flatten the curves.
+        # Whole intervals: a reader must see how wide they are.
         least_top = most if figure == "speedup" else 1.0
-        axes.set_ylim(0, 1.12 * max([least_top, *(value(row) for row in measured)]))
+        axes.set_ylim(0, 1.06 * max([least_top, *(value(row) + error(row) for row in measured)]))
         _legend(axes)
 
     def _curve(
-        axes: Axes, line: Sequence[Row], value: Callable[[Row], float], *, aside: float, colour: str
+        axes: Axes,
+        line: Sequence[Row],
+        value: Callable[[Row], float],
+        *,
+        aside: float,
+        colour: str,
+        marker: str,
     ) -> None:
         """Draw the line of one exchange, ``aside`` of those of the others."""
-        errors = []
-        for row in line:
-            # Efficiency is speed-up over workers, and so is its interval.
-            speedup_ci95 = row.speedup_ci95 or 0.0
-            errors.append(speedup_ci95 if figure == "speedup" else speedup_ci95 / row.workers)
+        errors = [error(row) for row in line]
         axes.errorbar(
             [row.workers + aside for row in line],
             [value(row) for row in line],
             yerr=errors,
-            marker="o",
+            marker=marker,
             ms=4.5,
             lw=1.7,
             capsize=3,
@@ -274,25 +308,36 @@ def predicted(points: Sequence[Prediction]) -> Drawing:
         times: list[float] = []
         for point in points:
             times += [point.measured_s, point.predicted_s]
-        ends = [1000 * min(times) * 0.8, 1000 * max(times) * 1.25]
+            # An interval of decades says that nothing is known. It would hide all other points.
+            if _is_drawn(point):
+                times += [point.low_s or point.predicted_s, point.high_s or point.predicted_s]
+        ends = [1000 * min(times) * 0.9, 1000 * max(times) * 1.1]
         axes.plot(ends, ends, "--", color=PALE, label="predicted = measured")
         exchanges = list(dict.fromkeys(point.exchange for point in points))
-        for index, exchange in enumerate(exchanges):
-            colour = SERIES[index % len(SERIES)]
+        for exchange in exchanges:
+            colour = colour_of(exchange)
             # The legend shows each colour once, whether its points are hollow or not.
             axes.plot([], [], "o", color=colour, label=exchange)
             for in_fit in (False, True):
                 some = [p for p in points if p.exchange == exchange and p.in_fit is in_fit]
                 x = [1000 * point.measured_s for point in some]
                 y = [1000 * point.predicted_s for point in some]
+                for point in filter(_is_drawn, some):
+                    interval = [1000 * (point.low_s or 0.0), 1000 * (point.high_s or 0.0)]
+                    axes.plot([1000 * point.measured_s] * 2, interval, lw=1, color=colour)
                 axes.plot(x, y, "o", color=colour, mfc="none" if in_fit else colour)
         if any(point.in_fit for point in points):
             axes.plot([], [], "o", color=INK, mfc="none", label="hollow: residual of the fit")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.set_minor_formatter(lambda value, _: _minor_tick(value))
+        # Below a decade, linear axes have the better ticks.
+        if ends[1] > 10 * ends[0]:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(lambda value, _: f"{value:g}")
+                axis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(ends[0], ends[1])
+        axes.set_ylim(ends[0], ends[1])
         axes.set_xlabel("measured, ms a step")
         axes.set_ylabel("predicted, ms a step")
         _legend(axes)
@@ -300,10 +345,38 @@ def predicted(points: Sequence[Prediction]) -> Drawing:
     return draw
 
 
-def _minor_tick(value: float) -> str:
-    """Label twos and fives of each decade alone."""
-    leading = value / 10 ** math.floor(math.log10(value))
-    return f"{value:g}" if leading in (2, 5) else ""
+def _is_drawn(point: Prediction) -> bool:
+    """Return True if the interval of a prediction says something: it spans less than a decade."""
+    return point.low_s is not None and point.high_s is not None and point.high_s < 10 * point.low_s
+
+
+def each_rank(row: Row) -> Drawing:
+    """Draw what each rank of a row took itself in a step, and how long it waited for others."""
+
+    def draw(axes: Axes) -> None:
+        places = [rank.rank for rank in row.ranks]
+        bottom = [0.0] * len(places)
+        parts = {
+            "input": [rank.input_s for rank in row.ranks],
+            "forward": [rank.forward_s for rank in row.ranks],
+            "backward": [rank.backward_s for rank in row.ranks],
+            "optimizer": [rank.optimizer_s for rank in row.ranks],
+            "waits for others": [rank.wait_s for rank in row.ranks],
+        }
+        colours = {**LOSSES, "forward": SERIES[0], "backward": SERIES[5], "waits for others": PALE}
+        for name, seconds in parts.items():
+            heights = [1000 * value for value in seconds]
+            axes.bar(places, heights, bottom=bottom, label=name, color=colours[name], width=0.7)
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+        # Names of a dozen ranks fit; of more, some.
+        step = math.ceil(len(places) / 12)
+        axes.set_xticks(places[::step])
+        axes.set_xlabel(f"rank ({row.label})")
+        axes.set_ylabel("ms a step")
+        axes.grid(axis="x", visible=False)
+        _legend(axes)
+
+    return draw
 
 
 def traffic(rows: Sequence[Row]) -> Drawing:
