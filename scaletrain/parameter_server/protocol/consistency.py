@@ -28,6 +28,7 @@ SendWeights(key=0, rank=1, staleness=0, dropped=False)
 """
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,13 +139,17 @@ class Rule(abc.ABC):
         # and restore. Steps and versions differ once a snapshot has taken updates back.
         self._applied_step = dict.fromkeys(keys, -1)
 
-    def join(self, rank: int, step: int | None = None) -> int:
+    def join(
+        self, rank: int, step: int | None = None, answered: Mapping[int, int] | None = None
+    ) -> int:
         """Take in a worker that comes, or comes back.
 
         Args:
             rank: of the worker.
             step: the step at which a worker is that was here before and lost its connection, or
                 its server; None: it is a new process.
+            answered: by block, the last step of this worker whose gradient was answered. A server
+                that has begun again with a snapshot does not know the updates since then.
 
         Returns:
             The step with which it begins. A new process begins where the slowest worker is.
@@ -156,8 +161,14 @@ class Rule(abc.ABC):
         if step is None:
             for last_step in self._last_step.values():
                 last_step.pop(rank, None)
+        for key, answered_step in (answered or {}).items():
+            self._applied_step[key] = max(self._applied_step[key], answered_step)
         self._joined(rank, begin)
         return begin
+
+    def settle(self) -> list[Action]:
+        """Answer gradients whose update is known to be made, after a worker has joined."""
+        return []
 
     def state(self) -> RuleState:
         """Return the state for a snapshot."""
@@ -306,6 +317,19 @@ class Synchronous(Rule):
         self._paused.discard(rank)
         present = len(self.live) + len(self.left)
         self._needed = max(self._needed, min(self._most, present))
+
+    def settle(self) -> list[Action]:
+        """Let workers go on that wait for an update which others have seen already.
+
+        They came to a server that had begun again with a snapshot, before those others.
+        """
+        actions: list[Action] = []
+        for key, collection in self._collections.items():
+            for rank in sorted(collection.waiting):
+                if self._last_step[key].get(rank, -1) <= self._applied_step[key]:
+                    collection.waiting.discard(rank)
+                    actions.append(SendWeights(key, rank, dropped=True))
+        return actions
 
     def _push(
         self, key: int, rank: int, step: int, version: int, *, repeated: bool

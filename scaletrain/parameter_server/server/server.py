@@ -7,6 +7,7 @@ it counts). All of them run on the one thread that calls ``Server.serve``, so no
 
 import logging
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,9 @@ class Server:
             step = None
         if step is None:
             self._sums.came(peer.rank)
-        begin = owned.rule.join(peer.rank, step)
+        answered = _answered_steps(value.get("answered"), owned.rule.version)
+        begin = owned.rule.join(peer.rank, step, answered)
+        owned.perform(owned.rule.settle())
         self._endpoint.answer(peer, Header(MessageKind.READY), self._ready(owned, peer.rank, begin))
 
     def _map_gradients(self, owned: Blocks, rank: int, handle: Any) -> None:
@@ -385,6 +388,18 @@ class Server:
             if not self._has_lost_statistics:
                 log.warning("server %d: statistics are not written: %s", self.index, error)
             self._has_lost_statistics = True
+
+
+def _answered_steps(value: Any, keys: Collection[int]) -> dict[int, int]:
+    """Return the steps that a worker names for blocks in SETUP; those that make sense."""
+    steps: dict[int, int] = {}
+    if not isinstance(value, dict):
+        return steps
+    for key in keys:
+        step = value.get(str(key))
+        if type(step) is int and 0 <= step < _MAX_STEP:
+            steps[key] = step
+    return steps
 
 
 def _total_header(number: int, values: np.ndarray) -> Header:

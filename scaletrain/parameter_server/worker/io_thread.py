@@ -241,7 +241,9 @@ class IoThread:
             token = _answered_token(link, message.header)
             if token is not None:
                 link.under_way.discard(token)
-                self._requests.answer(token, Answered(message, link.epoch, link.weights))
+                asked = self._requests.answer(token, Answered(message, link.epoch, link.weights))
+                if asked is not None and token.topic is Topic.UPDATE:
+                    link.answered_steps[token.key] = asked.step
 
     # Lost servers
 

@@ -87,6 +87,7 @@ class ServerLink:
         sessions: for each socket, the number that the server gave it.
         channels: for each socket, its encryption; None: ZeroMQ's, or none.
         blocked: numbers of the connections whose queue is full.
+        answered_steps: by block, the last step whose gradient was answered.
         under_way: pushes that were sent and not answered yet.
         heard_at: time of the server's last sign of life (``time.monotonic``).
         live_workers*: how many workers live, by the server's last sign of life.
@@ -110,6 +111,7 @@ class ServerLink:
         self.sessions: list[int] = []
         self.channels: list[Channel | None] = []
         self.blocked: set[int] = set()
+        self.answered_steps: dict[int, int] = {}
         self.under_way: set[Token] = set()
         self.heard_at = time.monotonic()
         self.live_workers = 0
@@ -220,6 +222,8 @@ class ServerLink:
         if message.json().get("server") != self.index:
             return False
         self.sessions.append(message.header.session)
+        # Before READY: a server that ends right after it is missed otherwise.
+        self.monitors.append(socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
         return True
 
     def _make_socket(self, key: JobKey) -> zmq.Socket:
@@ -280,6 +284,7 @@ class ServerLink:
             "optimizer": self._identity.optimizer,
             "gradients": self.gradients.handle() if self.gradients else None,
             "step": step,
+            "answered": {str(key): done for key, done in self.answered_steps.items()},
         }
         header = Header(MessageKind.SETUP, rank=self._identity.rank, session=self.sessions[0])
         if not self.send(0, [header.pack(), wire.to_json(setup)]):
@@ -301,8 +306,6 @@ class ServerLink:
         self._had_weights = ready.initialised
         self.epoch += 1
         self.heard_at = time.monotonic()
-        for socket in self.sockets:
-            self.monitors.append(socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
         return ready
 
     def _map_weights(self, handle: dict[str, Any] | None) -> Slab:

@@ -169,24 +169,25 @@ class Requests:
             for entry in delayed:
                 heapq.heappush(self._queue, entry)
 
-    def answer(self, token: Token, answered: Answered) -> None:
-        """Close a request (I/O thread).
+    def answer(self, token: Token, answered: Answered) -> Header | None:
+        """Close a request (I/O thread); return the header that it was asked with.
 
-        An answer to a request that is not open is ignored. The request was sent again after a lost
-        connection, and this is its second answer.
+        An answer to a request that is not open is ignored, and nothing is returned. The request was
+        sent again after a lost connection, and this is its second answer.
         """
         with self._changed:
             request = self._open.pop(token, None)
             if request is None:
-                return
+                return None
             if token in self._repeated:
                 self._repeated.discard(token)
-                return
+                return None
             if token.topic is Topic.SUM:
                 self._last_sum = (token, request)
             self._answers[token] = answered
             if token == self._awaited:
                 self._changed.notify_all()
+        return request.header
 
     def is_open(self, token: Token) -> bool:
         """Return True if a request was asked and not answered yet."""

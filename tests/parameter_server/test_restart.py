@@ -1,0 +1,248 @@
+"""Tests what a server's successor, and workers that come late, go on with.
+
+Servers and workers are threads. ``benchmarks.lab faults`` kills processes at random moments.
+"""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from scaletrain.parameter_server.protocol import wire
+from scaletrain.parameter_server.protocol.consistency import (
+    AddGradient,
+    RuleState,
+    SendWeights,
+    Synchronous,
+)
+from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.parameter_server.server.server import Server
+from scaletrain.parameter_server.server.sums import Sums
+from scaletrain.parameter_server.worker.requests import Answered, Requests, Token, Topic
+from tests.parameter_server import job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+STEPS = 24
+
+
+def normalised() -> nn.Module:
+    with job.SEEDING:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(12, 30), nn.BatchNorm1d(30), nn.Tanh(), nn.Linear(30, 4))
+
+
+def train(settings: Settings, run_dir, restart_at: int | None) -> tuple[list[dict], dict]:
+    """Train two workers; end the server at a step of rank 0, and start another one."""
+    run_dir.mkdir()
+    reached = threading.Event()
+    servers = [Server(settings, run_dir, 0)]
+
+    def serve() -> None:
+        servers[0].serve()
+        if restart_at is not None:
+            servers.append(Server(settings, run_dir, 0))
+            servers[1].serve()
+
+    def end_server() -> None:
+        reached.wait(60)
+        servers[0].stop()
+
+    def work(rank: int) -> dict:
+        net = normalised()
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        joined = job.exchange(settings, run_dir, rank)
+        joined.attach(net, optimizer)
+        for step in range(STEPS):
+            if rank == 0 and step == restart_at:
+                reached.set()
+            optimizer.zero_grad()
+            job.loss(net, step, rank).backward()
+            joined.step()
+            if step % 5 == 0:
+                total = joined.sum(torch.tensor([10.0**rank]))
+                assert total.item() == 11.0
+        state = {name: value.clone() for name, value in net.state_dict().items()}
+        for index, entry in optimizer.state_dict()["state"].items():
+            state |= {f"{index}.{name}": value.clone() for name, value in entry.items()}
+        joined.close()
+        return state
+
+    serving = threading.Thread(target=serve, daemon=True)
+    serving.start()
+    jobs = [lambda: work(0), lambda: work(1)]
+    if restart_at is not None:
+        jobs.append(end_server)
+    states = job.threads(jobs)[:2]
+    servers[-1].stop()
+    serving.join(20)
+    assert len(servers) == (1 if restart_at is None else 2)
+    return states, job.statistics(run_dir)
+
+
+@pytest.mark.parametrize("link", ["unix", "tcp"])
+def test_a_successor_goes_on_as_if_nothing_had_happened(tmp_path, link):
+    """Weights, running statistics, Adam's state, the schedule, the counts: bit by bit."""
+    settings = Settings(
+        2,
+        20,
+        link=link,
+        placement="dedicated",
+        block_mb=0.001,
+        server_lr={"name": "StepLR", "step_size": 7, "gamma": 0.5},
+        snapshot_updates=1000,  # none but the first one, and the one at the server's end
+        restart_servers=1,
+    )
+    undisturbed, counts = train(settings, tmp_path / "undisturbed", None)
+    restarted, counts_after = train(settings, tmp_path / "restarted", 9)
+    assert counts_after["restored_at_update"] >= 8
+    for before, after in zip(undisturbed, restarted, strict=True):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            assert torch.equal(value, after[name]), name
+    for name in ("staleness", "dropped", "updates", "lost"):
+        assert counts[name] == counts_after[name], name
+
+
+def test_a_server_may_die_before_its_first_snapshot(tmp_path, monkeypatch):
+    settings = Settings(
+        2, 20, placement="dedicated", block_mb=0.002, snapshot_updates=50, restart_servers=1
+    )
+    first = Server(settings, tmp_path, 0)
+
+    def die() -> None:
+        raise KeyError("dead")
+
+    monkeypatch.setattr(first, "_keep_first", die)
+    first._blocks = None
+    partial = tmp_path / ".server-0.safetensors.1"
+
+    def serve() -> None:
+        with pytest.raises(KeyError, match="dead"):
+            first.serve()
+        partial.write_bytes(b"half")  # what a killed server was writing
+        second.serve()
+
+    second = Server(settings, tmp_path, 0)
+    serving = threading.Thread(target=serve, daemon=True)
+    serving.start()
+    results = job.threads(
+        [lambda: job.work(settings, tmp_path, 0, 10), lambda: job.work(settings, tmp_path, 1, 10)]
+    )
+    second.stop()
+    serving.join(20)
+    assert not partial.exists()
+    for weights, _ in results:
+        for weight, reference in zip(weights, job.single(10, 2), strict=True):
+            torch.testing.assert_close(weight, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_a_worker_that_comes_late_begins_with_the_meeting_of_the_others(tmp_path):
+    settings = Settings(2, 20, mode="async", placement="dedicated")
+    meets, met = threading.Event(), threading.Event()
+
+    def join(rank: int):
+        net = job.model()
+        joined = job.exchange(settings, tmp_path, rank)
+        joined.attach(net, torch.optim.SGD(net.parameters(), lr=0.01))
+        return net, joined
+
+    def first() -> list[float]:
+        net, joined = join(0)
+        for step in range(10):
+            job.loss(net, step, 0).backward()
+            joined.step()
+        meets.set()
+        totals = [joined.sum(torch.ones(1)).item()]
+        met.wait(60)
+        # The other worker has come again, as a process that was started again does.
+        job.loss(net, 10, 0).backward()
+        joined.step()
+        totals.append(joined.sum(torch.ones(1)).item())
+        joined.close()
+        return totals
+
+    def late() -> None:
+        meets.wait(60)
+        _, joined = join(1)
+        assert (joined.skip(99), joined.owes_meeting()) == (10, True)
+        assert joined.sum(torch.ones(1)).item() == 2.0
+        _, again = join(1)
+        assert (again.skip(99), again.owes_meeting()) == (10, False)
+        met.set()
+        again.close()
+
+    with job.servers(settings, tmp_path):
+        totals, _ = job.threads([first, late])
+    assert totals == [2.0, 1.0]
+
+
+def test_sums_wait_for_workers_that_owe_them_alone():
+    sums = Sums(3)
+    number = 5 * wire.SUMS_OF_A_STEP
+    everybody = {0, 1, 2}
+    one = np.ones(1)
+    for rank in everybody:
+        sums.came(rank)
+    assert sums.add(number, 0, one) is None and sums.add(number, 1, one) is None
+    assert sums.complete(everybody, everybody) == [] and sums.awaited(everybody) == {2}
+    sums.add(number, 2, one)
+    [total] = sums.complete(everybody, everybody)
+    assert total.values == [3.0] and sums.met_step == 5
+    # A process in the place of rank 2 has no part in what is left of this meeting.
+    sums.came(2)
+    for rank in (0, 1):
+        sums.add(number + 1, rank, one)
+    [total] = sums.complete(everybody, everybody)
+    assert total.ranks == [0, 1]
+    # Rank 0 has gone past a sum that rank 1 asks for alone.
+    sums.add(number + 3, 0, one)
+    sums.add(number + 2, 1, one)
+    assert [each.number for each in sums.complete(everybody, everybody)] == [number + 2]
+
+
+def test_a_restored_rule_answers_workers_that_the_others_are_ahead_of():
+    rule = Synchronous([0], 2)
+    for rank in (0, 1):
+        rule.join(rank)
+    for step in range(3):
+        for rank in (0, 1):
+            rule.push(0, rank, step, step)
+    restored = Synchronous([0], 2)
+    restored.restore(RuleState.from_json(rule.state().to_json()))
+    assert restored.join(1, 2) == 2
+    # Rank 1 did not get the answer to step 2, which the snapshot holds.
+    assert restored.push(0, 1, 2, 3) == [SendWeights(0, 1)]
+    # From an older snapshot: rank 0 comes after rank 1, and has seen step 6 done.
+    assert restored.push(0, 1, 6, 3) == [AddGradient(0, 1)]
+    restored.join(0, 6, {0: 6})
+    assert restored.settle() == [SendWeights(0, 1, dropped=True)]
+    assert restored.settle() == []
+
+
+def test_a_request_that_is_sent_again_waits_in_the_queue_once():
+    requests = Requests()
+    token = Token(Topic.UPDATE, 0)
+    sent = []
+
+    def send(token, header, payloads) -> bool:
+        sent.append(token)
+        return True
+
+    requests.ask(token, wire.Header(wire.MessageKind.PUSH), [])
+    requests.send_again(lambda token: True)
+    requests.send(send)
+    assert sent == [token]
+    # A sum that was answered goes to a successor once more; nobody waits for its answer.
+    total = Token(Topic.SUM, 4)
+    answer = Answered(wire.Message(wire.Header(wire.MessageKind.TOTAL), ()), 1, None)
+    requests.ask(total, wire.Header(wire.MessageKind.SUM), [])
+    requests.answer(total, answer)
+    assert requests.wait(total) is answer
+    requests.repeat_last_sum()
+    requests.send(send)
+    assert sent == [token, total, total]
+    requests.answer(total, answer)
+    assert not requests.is_open(total) and total not in requests._answers
+    requests.close()
