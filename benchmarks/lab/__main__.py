@@ -4,7 +4,16 @@ import sys
 
 import click
 
-from benchmarks.lab import cases, diagnosis, firecaffe, overhead, prediction, start, statistics
+from benchmarks.lab import (
+    cases,
+    diagnosis,
+    faults,
+    firecaffe,
+    overhead,
+    prediction,
+    start,
+    statistics,
+)
 from scaletrain.errors import UserError
 
 
@@ -18,6 +27,7 @@ def lab() -> None:
     """
 
 
+lab.add_command(faults.command)
 lab.add_command(diagnosis.command)
 lab.add_command(cases.command)
 lab.add_command(firecaffe.command)

@@ -1,0 +1,222 @@
+"""How parameter servers' jobs survive faults: ``benchmarks/results/faults.md``."""
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.lab import pages
+from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.run.atomic import write_json, write_text
+from scaletrain.run.environment import environment
+from scaletrain.scaling.show import results
+
+_FAULTS_OF_A_JOB = 8
+_ROUND_STEPS = 4
+_SNAPSHOT_UPDATES = 10
+# A name for people, and the options. Without ``min_workers`` a job of mode sync needs all workers.
+MODES: dict[str, dict[str, Any]] = {
+    "sync": {"workers": 2, "mode": "sync"},
+    "sync, one may be lost": {"workers": 2, "mode": "sync", "min_workers": 1},
+    "sync, a spare worker": {"workers": 3, "mode": "sync", "backup_workers": 1},
+    "async": {"workers": 2, "mode": "async"},
+    "bounded": {"workers": 2, "mode": "bounded"},
+    "local_sgd": {"workers": 2, "mode": "local_sgd", "local_steps": _ROUND_STEPS, "min_workers": 1},
+    "post_local": {
+        "workers": 2,
+        "mode": "post_local",
+        "local_steps": _ROUND_STEPS,
+        "local_after": 5 * _ROUND_STEPS,
+        "min_workers": 1,
+    },
+}
+WIRES: dict[str, dict[str, Any]] = {
+    "Unix socket, shared memory": {"link": "unix"},
+    "TCP": {"link": "tcp", "security": "trusted_network"},
+    "TCP, AES": {"link": "tcp", "security": "aes"},
+    "TCP, CURVE": {"link": "tcp", "security": "curve"},
+}
+SERVERS = (1, 2)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A kind of job."""
+
+    mode: str  # of MODES
+    wire: str  # of WIRES
+    servers: int
+
+    @property
+    def settings(self) -> Settings:
+        """The job's settings; the model is cut into several blocks."""
+        from benchmarks.lab import fault_job
+
+        return Settings(
+            timeout_s=fault_job.TIMEOUT_S,
+            servers=self.servers,
+            placement="dedicated",
+            snapshot_updates=_SNAPSHOT_UPDATES,
+            restart_servers=1_000_000,
+            block_mb=0.0005,
+            **MODES[self.mode],
+            **WIRES[self.wire],
+        )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of faults that such a job has to survive."""
+        from benchmarks.lab import fault_job
+
+        if self.mode == "sync":
+            return tuple(kind for kind in fault_job.KINDS if kind != "worker killed")
+        return fault_job.KINDS
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault to a job of a cell."""
+
+    mode: str
+    wire: str
+    servers: int
+    kind: str
+    recovery_s: float  # until all workers had done three more steps
+    trouble: str  # empty: the job survived
+
+
+@dataclass(frozen=True)
+class Row:
+    """The faults to jobs of one cell."""
+
+    mode: str
+    wire: str
+    servers: int
+    survived: list[str]  # by kind: "9 of 9", or nothing where there was none
+    total: str
+    median_s: float
+    most_s: float
+
+
+@click.command("faults")
+@click.option("--repeats", default=100, show_default=True, help="Faults to each kind of job.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("benchmarks/results"),
+    show_default=True,
+    help="Where faults.md and faults.json go. What the second one holds is not done again.",
+)
+def command(repeats: int, out: Path) -> None:
+    """Kill, end and stop servers and workers at random moments, in every mode and over every wire.
+
+    \b
+    Example:
+      python -m benchmarks.lab faults --repeats 8
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "faults.json"
+    header, faults = _earlier(path)
+    # One job of each cell in turn: an interrupted command has tried all of them.
+    for cell, number in _jobs(faults, repeats):
+        faults += _run(cell, number)
+        write_json(path, {"environment": header, "faults": [asdict(fault) for fault in faults]})
+        _write_page(out, header, faults, repeats)
+
+
+def _earlier(path: Path) -> tuple[Any, list[Fault]]:
+    """Return the header and the faults of an earlier run that was interrupted, or new ones."""
+    if path.exists():
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return value["environment"], [Fault(**fault) for fault in value["faults"]]
+    header = environment()
+    header["load_average"] = os.getloadavg()[1]
+    return header, []
+
+
+def _jobs(faults: list[Fault], repeats: int) -> Iterator[tuple[Cell, int]]:
+    """Yield jobs, each with its number among those of its cell, until all cells are done."""
+    cells = []
+    for mode in MODES:
+        for wire in WIRES:
+            cells += [Cell(mode, wire, servers) for servers in SERVERS]
+    while True:
+        # ``faults`` grows as the jobs are run.
+        missing = [cell for cell in cells if len(_of_cell(faults, cell)) < repeats]
+        if not missing:
+            return
+        for cell in missing:
+            yield cell, len(_of_cell(faults, cell))
+
+
+def _of_cell(faults: Iterable[Fault], cell: Cell) -> list[Fault]:
+    return [
+        fault
+        for fault in faults
+        if (fault.mode, fault.wire, fault.servers) == (cell.mode, cell.wire, cell.servers)
+    ]
+
+
+def _run(cell: Cell, seed: int) -> list[Fault]:
+    from benchmarks.lab import fault_job
+
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        done = fault_job.run(cell.settings, Path(folder), _FAULTS_OF_A_JOB, cell.kinds, seed)
+    faults = []
+    for fault in done:
+        faults.append(Fault(cell.mode, cell.wire, cell.servers, *fault))
+        if fault.trouble:
+            click.echo(f"{cell.mode}, {cell.wire}, {cell.servers}: {fault.kind}: {fault.trouble}")
+    click.echo(f"{cell.mode}, {cell.wire}, {cell.servers}: {len(done)} faults")
+    return faults
+
+
+def _write_page(out: Path, header: Any, faults: list[Fault], repeats: int) -> None:
+    from benchmarks.lab import fault_job
+
+    rows = []
+    for mode in MODES:
+        for wire in WIRES:
+            for servers in SERVERS:
+                of_cell = _of_cell(faults, Cell(mode, wire, servers))
+                if of_cell:
+                    rows.append(_row(of_cell, fault_job.KINDS))
+    failed = [fault for fault in faults if fault.trouble]
+    page = pages.markdown(
+        "faults.md",
+        kinds=fault_job.KINDS,
+        rows=rows,
+        failed=failed,
+        total=len(faults),
+        repeats=repeats,
+        snapshot_updates=_SNAPSHOT_UPDATES,
+        recovery_s=fault_job.RECOVERY_S,
+        where=results.measured_on(header),
+    )
+    write_text(out / "faults.md", page)
+
+
+def _row(faults: list[Fault], kinds: tuple[str, ...]) -> Row:
+    first = faults[0]
+    seconds = [fault.recovery_s for fault in faults]
+    survived = [_count([fault for fault in faults if fault.kind == kind]) for kind in kinds]
+    return Row(
+        mode=first.mode,
+        wire=first.wire,
+        servers=first.servers,
+        survived=survived,
+        total=_count(faults),
+        median_s=statistics.median(seconds),
+        most_s=max(seconds),
+    )
+
+
+def _count(faults: list[Fault]) -> str:
+    survived = [fault for fault in faults if not fault.trouble]
+    return f"{len(survived)} of {len(faults)}" if faults else ""
