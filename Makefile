@@ -1,9 +1,9 @@
-# make setup | bench | test | test-fast | fuzz | lint | docs | horovod | peers | firecaffe | results. Everything goes into .venv; nothing outside this folder is touched.
+# make setup | bench | test | test-fast | test-torch | fuzz | lint | docs | horovod | peers | firecaffe | results. Everything goes into .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup bench test test-fast lint fuzz docs horovod peers firecaffe results results-collectives results-gpu clean
+.PHONY: setup bench test test-fast test-torch lint fuzz docs horovod peers firecaffe results results-collectives results-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -22,6 +22,19 @@ bench: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The tests of the backend and of the exchanges under another torch, in a virtual environment of its
+# own: make test-torch TORCH=2.14.1 (5.5 GB). TESTS says which.
+TORCH ?= 2.14.1
+TESTS ?= tests/engine/test_torch_backend.py tests/engine/test_calls.py tests/engine/test_compatibility.py tests/training/test_ddp.py tests/training/test_updates.py
+test-torch: .venv-$(TORCH)/.ready
+	.venv-$(TORCH)/bin/python -m pytest $(TESTS)
+
+.venv-%/.ready: pyproject.toml constraints.txt
+	@.venv-$*/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-$*
+	@mkdir -p build && sed 's/^torch==.*/torch==$*/' constraints.txt >build/constraints-torch-$*.txt
+	@.venv-$*/bin/python -m pip install --quiet --constraint build/constraints-torch-$*.txt --editable '.[dev]' >.venv-$*/setup.log 2>&1 || { cat .venv-$*/setup.log; exit 1; }
+	@touch $@
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu"

@@ -40,9 +40,14 @@ def register() -> None:
 def _take_the_name_gloo() -> None:
     """Make groups of the backend ``gloo`` ours, under that name. Safe to call again.
 
-    It is for scripts and frameworks that insist on gloo. torch makes its own backends by name, so
-    the function that makes groups is wrapped.
+    It is for scripts and frameworks that insist on gloo. torch 2.14 looks gloo up among the
+    registered backends. Before, it makes its own backends by name, so the function that makes
+    groups is wrapped.
     """
+    registered = dist.Backend._plugins
+    if "GLOO" in registered:
+        registered["GLOO"] = registered["SCALETRAIN"]
+        return
     make_group = distributed_c10d._new_process_group_helper
     if hasattr(make_group, "__wrapped__"):
         return
@@ -63,18 +68,22 @@ def _take_the_name_gloo() -> None:
     distributed_c10d._new_process_group_helper = make  # type: ignore[assignment]
 
 
-def _create(group_options: Any, backend_options: Any) -> dist.ProcessGroup:
-    """Create a process group. torch calls it on every rank (collective).
+def _create(group_options: Any, backend_options: Any) -> Any:
+    """Create our end of a group, of the class that this torch calls (collective).
 
     Args:
         group_options: the ranks of the group and their store, from torch.
         backend_options: ``pg_options`` of ``init_process_group``, or None.
     """
     # Not at the top: every process that imports torch runs this module.
+    from scaletrain.engine import ddp_hooks
     from scaletrain.engine.choice import Options
     from scaletrain.engine.process_group import ProcessGroup
+    from scaletrain.engine.torch_backend import SUPPORTED, TorchBackend
 
-    return ProcessGroup(
+    ddp_hooks.mend()
+    end_of_group = TorchBackend if SUPPORTED else ProcessGroup
+    return end_of_group(
         group_options.store,
         group_options.group_rank,
         group_options.group_size,
@@ -84,7 +93,7 @@ def _create(group_options: Any, backend_options: Any) -> dist.ProcessGroup:
     )
 
 
-def _create_over_mpi(group_options: Any, backend_options: Any) -> dist.ProcessGroup:
+def _create_over_mpi(group_options: Any, backend_options: Any) -> Any:
     from scaletrain.engine.choice import NATIVE, Options
 
     is_ours = isinstance(backend_options, Options)
@@ -97,4 +106,12 @@ def calls_of(group: Any) -> "GroupCalls | None":
     >>> calls_of(dist.group.WORLD).record()  # doctest: +SKIP
     {'transport': 'shared_memory', 'collective': 'auto', 'chosen': ...}
     """
-    return getattr(group, "calls", None)
+    if hasattr(group, "calls"):  # process_group.ProcessGroup
+        return group.calls
+    for device in group._device_types:
+        backend = group._get_backend(device)
+        # With TORCH_DISTRIBUTED_DEBUG=DETAIL, torch puts a backend of its own around ours.
+        backend = getattr(backend, "wrapped_pg", backend)
+        if hasattr(backend, "calls"):  # torch_backend.TorchBackend
+            return backend.calls
+    return None

@@ -285,6 +285,10 @@ class GroupCalls:
         pairs = zip(outputs, inputs, strict=True)
         return All([self._reduce_scatter_base(*pair, options) for pair in pairs])
 
+    def monitored_barrier(self, timeout: timedelta, wait_all_ranks: bool) -> None:
+        """Wait until every rank has come, and name those that did not. Collective."""
+        self.gloo.monitored_barrier(timeout, wait_all_ranks)
+
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], options: Any) -> dist.Work:
         """Send one of a rank's tensors to each rank; only there is ``inputs`` not empty."""
         return self._call("scatter", outputs, inputs, options)
@@ -315,7 +319,7 @@ class GroupCalls:
         # Only two ranks take part in a message: counting it would make the ranks' numbers differ.
         # NCCL's failures do not surface in wait() but in its watchdog.
         if over_nccl or method in ("recv", "recv_anysource", "send"):
-            return work
+            return Forwarded(work, str)
         number = self._roll_call.next()
         # As a person knows it: ``_allgather_base`` is an allgather.
         name = method.removeprefix("_").removesuffix("_base")

@@ -19,30 +19,17 @@ The backend ``mpi4py`` is the same with MPI's own allreduce over mpi4py, since t
 no MPI. It is for scripts under mpirun.
 """
 
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllreduceOptions
 
 from scaletrain.engine.choice import Options
 from scaletrain.engine.group_calls import GroupCalls
-from scaletrain.engine.spelling import canonical
+from scaletrain.engine.spelling import collective
 
 BackendType = dist.ProcessGroup.BackendType
-
-
-def _collective(name: str) -> Callable[..., dist.Work]:
-    """Return the method that runs a collective of ``GroupCalls``, however it is spelled."""
-
-    def method(self: "ProcessGroup", *arguments: Any, **named: Any) -> dist.Work:
-        return getattr(self.calls, name)(*canonical(name, arguments, named))
-
-    method.__doc__ = getattr(GroupCalls, name).__doc__
-    return method
 
 
 class ProcessGroup(dist.ProcessGroup):
@@ -73,34 +60,27 @@ class ProcessGroup(dist.ProcessGroup):
         """Return the name under which torch knows this backend."""
         return "scaletrain"
 
-    def allreduce(self, *arguments: Any, **named: Any) -> dist.Work:
-        """Reduce tensors over all ranks, in place. Collective."""
-        # The form that torch itself uses, without the detour.
-        if len(arguments) == 2 and isinstance(arguments[1], AllreduceOptions) and not named:
-            if isinstance(arguments[0], list):
-                return self.calls.allreduce(*arguments)
-        return self.calls.allreduce(*canonical("allreduce", arguments, named))
-
-    allgather = _collective("allgather")
-    _allgather_base = _collective("_allgather_base")
-    all_gather_single = _collective("_allgather_base")
-    allgather_coalesced = _collective("allgather_coalesced")
-    allgather_into_tensor_coalesced = _collective("allgather_into_tensor_coalesced")
-    all_gather_single_coalesced = _collective("allgather_into_tensor_coalesced")
-    allreduce_coalesced = _collective("allreduce_coalesced")
-    alltoall = _collective("alltoall")
-    alltoall_base = _collective("alltoall_base")
-    all_to_all_single = _collective("alltoall_base")
-    barrier = _collective("barrier")
-    broadcast = _collective("broadcast")
-    gather = _collective("gather")
-    reduce = _collective("reduce")
-    reduce_scatter = _collective("reduce_scatter")
-    _reduce_scatter_base = _collective("_reduce_scatter_base")
-    reduce_scatter_single = _collective("_reduce_scatter_base")
-    reduce_scatter_tensor_coalesced = _collective("reduce_scatter_tensor_coalesced")
-    reduce_scatter_single_coalesced = _collective("reduce_scatter_tensor_coalesced")
-    scatter = _collective("scatter")
+    allreduce = collective("allreduce")
+    allgather = collective("allgather")
+    _allgather_base = collective("_allgather_base")
+    all_gather_single = collective("_allgather_base")
+    allgather_coalesced = collective("allgather_coalesced")
+    allgather_into_tensor_coalesced = collective("allgather_into_tensor_coalesced")
+    all_gather_single_coalesced = collective("allgather_into_tensor_coalesced")
+    allreduce_coalesced = collective("allreduce_coalesced")
+    alltoall = collective("alltoall")
+    alltoall_base = collective("alltoall_base")
+    all_to_all_single = collective("alltoall_base")
+    barrier = collective("barrier")
+    broadcast = collective("broadcast")
+    gather = collective("gather")
+    reduce = collective("reduce")
+    reduce_scatter = collective("reduce_scatter")
+    _reduce_scatter_base = collective("_reduce_scatter_base")
+    reduce_scatter_single = collective("_reduce_scatter_base")
+    reduce_scatter_tensor_coalesced = collective("reduce_scatter_tensor_coalesced")
+    reduce_scatter_single_coalesced = collective("reduce_scatter_tensor_coalesced")
+    scatter = collective("scatter")
 
     def send(self, tensors: list[Tensor], dstRank: int, tag: int) -> dist.Work:
         """Send a tensor to a rank, which calls ``recv``."""

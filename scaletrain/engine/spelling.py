@@ -4,8 +4,12 @@
 ([tensor], options)  # BroadcastOptions, whose rootRank is 1
 """
 
+from collections.abc import Callable
+from types import CodeType
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
@@ -57,7 +61,34 @@ _SPELLINGS = {
 }  # fmt: skip
 
 
-def canonical(method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+def collective(name: str) -> Callable[..., dist.Work]:
+    """Return a method of a face: it runs a collective of ``GroupCalls``, however it is spelled."""
+    options = _SPELLINGS[name].options
+    num_tensors = len(_SPELLINGS[name].parameters)
+
+    def method(self: Any, *arguments: Any, **named: Any) -> dist.Work:
+        # torch itself calls it like this, most of the time.
+        is_canonical = len(arguments) == num_tensors + 1 and type(arguments[-1]) is options
+        if not is_canonical:
+            arguments = canonical(name, arguments, named)
+        return getattr(self.calls, name)(*arguments)
+
+    _leave_uncompiled(method.__code__)
+    return method
+
+
+def _leave_uncompiled(code: CodeType) -> None:
+    """Let torch.compile run a function as it is, and everything that it calls.
+
+    It does as ``torch.compiler.disable``, without loading the compiler. DDP's C++ calls collectives
+    amidst functions that are compiled.
+    """
+    eval_frame = torch._C._dynamo.eval_frame
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
+
+
+def canonical(method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
     """Return a call's arguments as the methods of ``GroupCalls`` take them.
 
     Args:
@@ -83,7 +114,7 @@ def canonical(method: str, arguments: tuple[Any, ...], named: dict[str, Any]) ->
             raise TypeError(f"{method}() lacks an argument: {names[0]}")
     if spelling.without_lists and any(isinstance(value, Tensor) for value in tensors):
         tensors = [[value] for value in tensors]
-    return [*tensors, _options(method, spelling, unnamed, named)]
+    return (*tensors, _options(method, spelling, unnamed, named))
 
 
 def _options(method: str, spelling: _Spelling, unnamed: list[Any], named: dict[str, Any]) -> Any:

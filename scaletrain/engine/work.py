@@ -3,18 +3,87 @@
 torch's C++ calls the methods of these classes, too.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_UNKNOWN = 100  # torch's number of a collective that a holder does not know
 _NO_LIMIT = timedelta(0)  # the limit is the group's, which ends the work itself
 
 
-class FutureWork(dist.Work):
+class _Seeker(threading.local):
+    """What a thread knows while it seeks the work in a holder (``show_held``)."""
+
+    is_seeking = False
+    found: "Work | None" = None
+
+
+_seeker = _Seeker()
+
+
+class Work(dist.Work):
+    """Work of a Python backend."""
+
+    def get_future(self) -> torch.futures.Future:
+        """Return the future of the tensors."""
+        if _seeker.is_seeking:
+            _seeker.found = self
+            return torch.futures.Future()
+        return self.future()
+
+    def future(self) -> torch.futures.Future:
+        """Return the future of the tensors."""
+        raise NotImplementedError
+
+
+def _held(holder: dist.Work) -> Work | None:
+    """Return the work in a holder; None: it is a work of torch's own."""
+    # gloo's and NCCL's say which collective they are.
+    op_type = holder._get_op_type()  # type: ignore[attr-defined]
+    if op_type != _UNKNOWN:
+        return None
+    _seeker.is_seeking = True
+    try:
+        holder.get_future()
+        return _seeker.found
+    except RuntimeError:
+        return None
+    finally:
+        _seeker.is_seeking = False
+        _seeker.found = None
+
+
+def _passed_on(name: str) -> Callable[..., Any]:
+    """Return a method of torch's class that asks the work in a holder."""
+    of_torch = getattr(dist.Work, name)
+
+    @functools.wraps(of_torch)
+    def method(self: dist.Work, *arguments: Any) -> Any:
+        work = _held(self)
+        return of_torch(self, *arguments) if work is None else getattr(work, name)(*arguments)
+
+    return method
+
+
+@functools.cache  # once a process
+def show_held() -> None:
+    """Let scripts ask the work of a Python backend everything.
+
+    torch 2.14 hands them a holder, which passes on ``wait`` and ``get_future`` alone. It gives the
+    answers of an empty work to the rest, so that a script that polls ``is_completed`` would poll
+    for ever.
+    """
+    for name in ("is_completed", "is_success", "exception", "result", "_source_rank"):
+        setattr(dist.Work, name, _passed_on(name))
+
+
+class FutureWork(Work):
     """Work backed by a future. ``wait`` re-raises a failure; the Work torch builds hides it.
 
     Args:
@@ -51,7 +120,7 @@ class FutureWork(dist.Work):
         if not done.wait(seconds):
             raise RuntimeError(f"allreduce: not done within the {seconds:g} s that wait was given")
 
-    def get_future(self) -> torch.futures.Future:
+    def future(self) -> torch.futures.Future:
         """Return the future of the tensors."""
         return self._future
 
@@ -81,7 +150,7 @@ class FutureWork(dist.Work):
         self.wait()
 
 
-class Done(dist.Work):
+class Done(Work):
     """Work that is over: its tensors, or its failure.
 
     After a large message the caches hold data, so that each further line of Python is slow. This is
@@ -110,7 +179,7 @@ class Done(dist.Work):
             ) from self._outcome
         return self._outcome
 
-    def get_future(self) -> torch.futures.Future:
+    def future(self) -> torch.futures.Future:
         """Return a future that is done."""
         failed = isinstance(self._outcome, BaseException)
         future = future_of([] if failed else self._outcome)  # type: ignore[arg-type]
@@ -135,7 +204,7 @@ class Done(dist.Work):
         self.wait()
 
 
-class Forwarded(dist.Work):
+class Forwarded(Work):
     """Another backend's work. ``wait`` raises its failure in our words.
 
     Args:
@@ -168,7 +237,7 @@ class Forwarded(dist.Work):
         self._on_end()
         return is_done
 
-    def get_future(self) -> torch.futures.Future:
+    def future(self) -> torch.futures.Future:
         """Return that work's future."""
         return self._work.get_future()
 
@@ -188,12 +257,16 @@ class Forwarded(dist.Work):
         """Return that work's tensors."""
         return self._work.result()
 
+    def _source_rank(self) -> int:
+        """Return the rank from which a message came, after ``recv`` from any."""
+        return self._work._source_rank()
+
     def synchronize(self) -> None:
         """Wait for the result."""
         self.wait()
 
 
-class All(dist.Work):
+class All(Work):
     """Several works as one."""
 
     def __init__(self, works: list[dist.Work]):
@@ -206,7 +279,7 @@ class All(dist.Work):
             work.wait(timeout)
         return True
 
-    def get_future(self) -> torch.futures.Future:
+    def future(self) -> torch.futures.Future:
         """Return a future of the tensors of all of them."""
         futures = [work.get_future() for work in self._works]
         return torch.futures.collect_all(futures).then(_tensors_of_all)

@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 import scaletrain  # noqa: F401  (registers the backend)
 from scaletrain.engine import backend, lane
 from scaletrain.engine.choice import Options
-from scaletrain.engine.process_group import ProcessGroup
 from scaletrain.errors import UserError
 from tests.ranks import run_ranks
 
@@ -190,7 +189,9 @@ def local_errors(rank: int, size: int, port: str) -> dict[str, Any]:
     dist.all_reduce(base.expand(4))
     found["expanded"] = base.tolist()
     negative = torch._neg_view(torch.full((3,), rank + 1.0))
-    dist.all_reduce(negative)
+    # torch 2.14 hands backends a copy of such a view, and forgets it: gloo's sum is lost, too.
+    calls = backend.calls_of(dist.group.WORLD)
+    calls.allreduce([negative], dist.AllreduceOptions()).wait()
     found["negative"] = negative.tolist()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lane, "_without_repetitions", _no_memory)
@@ -388,6 +389,10 @@ def test_other_spellings_of_calls_do_as_under_gloo(tmp_path: Path):
         assert mine == expected
 
 
+def is_ours(group: Any) -> bool:
+    return group is not dist.GroupMember.NON_GROUP_MEMBER and backend.calls_of(group) is not None
+
+
 def named_gloo(rank: int, size: int, port: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCALETRAIN_AS", "gloo")
@@ -400,8 +405,8 @@ def named_gloo(rank: int, size: int, port: str) -> dict[str, Any]:
     dist.monitored_barrier()
     return {
         "names": [dist.get_backend(), dist.get_backend(pair)],
-        "ours": isinstance(pair, ProcessGroup),
-        "alone": isinstance(alone, ProcessGroup),
+        "ours": is_ours(pair),
+        "alone": is_ours(alone),
         "sum": float(tensor),
     }
 
