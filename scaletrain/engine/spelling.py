@@ -5,13 +5,13 @@
 """
 
 from collections.abc import Callable
-from types import CodeType
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
+
+from scaletrain.engine.work import leave_uncompiled
 
 _FIELDS = {"op": "reduceOp", "root": "rootRank", "timeout": "timeout"}  # of options, by fact
 
@@ -73,19 +73,8 @@ def collective(name: str) -> Callable[..., dist.Work]:
             arguments = canonical(name, arguments, named)
         return getattr(self.calls, name)(*arguments)
 
-    _leave_uncompiled(method.__code__)
+    leave_uncompiled(method.__code__)
     return method
-
-
-def _leave_uncompiled(code: CodeType) -> None:
-    """Let torch.compile run a function as it is, and everything that it calls.
-
-    It does as ``torch.compiler.disable``, without loading the compiler. DDP's C++ calls collectives
-    amidst functions that are compiled.
-    """
-    eval_frame = torch._C._dynamo.eval_frame
-    skip = eval_frame._FrameAction.SKIP
-    eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
 
 
 def canonical(method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import functools
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from types import CodeType
 from typing import Any
 
 import torch
@@ -27,8 +28,23 @@ class _Seeker(threading.local):
 _seeker = _Seeker()
 
 
+def leave_uncompiled(code: CodeType) -> None:
+    """Let torch.compile run a function as it is, and everything that it calls.
+
+    It does as ``torch.compiler.disable``, without loading the compiler. DDP's C++ calls
+    collectives, and waits for them, amidst functions that are compiled.
+    """
+    eval_frame = torch._C._dynamo.eval_frame
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
+
+
 class Work(dist.Work):
     """Work of a Python backend."""
+
+    def __init_subclass__(cls) -> None:
+        # A thread that waits may run the collective.
+        leave_uncompiled(cls.wait.__code__)
 
     def get_future(self) -> torch.futures.Future:
         """Return the future of the tensors."""
