@@ -99,6 +99,10 @@ def show_held() -> None:
         setattr(dist.Work, name, _passed_on(name))
 
 
+# The beginning of an error that a future's callback raised, in torch's words.
+_OF_CALLBACKS = "Got the following error when running the callback: "
+
+
 class FutureWork(Work):
     """Work backed by a future. ``wait`` re-raises a failure; the Work torch builds hides it.
 
@@ -126,7 +130,12 @@ class FutureWork(Work):
         self._help_on(self._future, timeout > _NO_LIMIT)
         if not self._future.done():
             self._wait_until_done(timeout.total_seconds() if timeout > _NO_LIMIT else None)
-        self._future.wait()
+        try:
+            self._future.wait()
+        except RuntimeError as error:
+            # torch adds where it called back, and Python's stack there.
+            words = str(error).removeprefix(_OF_CALLBACKS).partition("\n")[0]
+            raise RuntimeError(words) from None
         return True
 
     def _wait_until_done(self, seconds: float | None) -> None:
