@@ -38,6 +38,7 @@ def join(settings: Settings, run_dir: Path, rank: int) -> Client:
     if rank == 0:
         for block in blocks:
             client.store(block.key, torch.zeros(NUMEL))
+        client.wait_until_stored()
     client.sum(torch.zeros(1).double().numpy())
     return client
 

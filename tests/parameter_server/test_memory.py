@@ -47,7 +47,9 @@ def test_send_buffers_share_a_servers_link():
         assert settings.send_buffer_bytes * workers == 1 << 20
     # No smaller: a packet has up to 64 KiB.
     assert Settings(64, hosts=2, security="trusted_network").send_buffer_bytes == 1 << 16
-    assert Settings(8, hosts=2).send_buffer_bytes == 1 << 16  # four connections with encryption
+    # Four connections under CURVE, one under AES.
+    assert Settings(8, hosts=2, security="curve").send_buffer_bytes == 1 << 16
+    assert Settings(8, hosts=2, security="aes").send_buffer_bytes == 1 << 17
     assert (
         Settings(2, hosts=2, security="trusted_network").send_buffer_bytes == -1
     )  # as the system lets it grow

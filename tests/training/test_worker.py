@@ -60,7 +60,7 @@ def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps
     world = World(0, 3, 0, 3)
     trainer = SimpleNamespace(
         world=world, num_steps=40, global_batch=96, resumed=False, device=torch.device("cpu"), describe=list,
-        run_dir=tmp_path,
+        run_dir=tmp_path, leads=True,
         exchange=SimpleNamespace(live_workers=lambda: 2),
     )  # fmt: skip
     narrator = worker._Narrator(run, world, trainer, {"num_steps": 40})
