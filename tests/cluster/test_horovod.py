@@ -47,9 +47,9 @@ def test_the_three_traps(python: str, tmp_path: Path):
     """No hidden optimizer step, no dropped state, no hang after one operation more on one rank; odd
     gradients, accumulation.
     """
-    done = scaletrain(
-        "launch", "-n", "2", "--run-dir", str(tmp_path / "run"), "--", TRAPS, python=python
-    )
+    run_dir = tmp_path / "run"
+    script = (TRAPS, str(run_dir))
+    done = scaletrain("launch", "-n", "2", "--run-dir", str(run_dir), "--", *script, python=python)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     passed = [line.split()[-1] for line in output.splitlines() if "passed" in line]
