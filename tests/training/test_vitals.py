@@ -125,7 +125,9 @@ def test_the_speed_of_a_link_is_known_apart_from_waits(tmp_path: Path, monkeypat
     with open(path, "a") as file:
         file.write('{"time": 1, "conn')  # cut by a kill
     first, last = read_links(path)
-    assert last_links(path) == [first, last] and last_links(path, 300)[-1] == last
+    assert last_links(path) == [first, last]
+    # From the middle of the first line on: a process with many connections has long lines.
+    assert last_links(path, path.stat().st_size - 10) == [last]
     [before] = [each for each in first.connections if each.local == own]
     [after] = [each for each in last.connections if each.local == own]
     assert after.acked_bytes - before.acked_bytes == pytest.approx(2_000_000, abs=10)
