@@ -90,7 +90,7 @@ def _late(rank: int, size: int, name: str, path: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])  # threads try 7, too
 @pytest.mark.parametrize("name", PROCESSES)
 def test_processes(name: str, size: int, tmp_path: Path):
     same_bits(run_ranks(_conform, size, name, str(tmp_path / "store"), timeout_s=90))
