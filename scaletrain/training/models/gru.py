@@ -1,26 +1,20 @@
 """A gated recurrent unit (Cho et al. 2014), torch's own."""
 
-from typing import Annotated
+from typing import Any
 
-from annotated_types import Ge
 from torch import nn
 
-from scaletrain.training.models.recurrent import Readout
+from scaletrain.training.models.recurrent import Readout, RecurrentOptions
+
+OPTIONS = RecurrentOptions
 
 
-def model(
-    *,
-    inputs: Annotated[int, Ge(1)] = 1,
-    hidden: Annotated[int, Ge(1)] = 64,
-    classes: Annotated[int, Ge(1)] = 10,
-    every_step: bool = False,
-) -> nn.Module:
+def model(**options: Any) -> nn.Module:
     """Return the network: (n, t, inputs) -> (n, classes) logits.
 
     Args:
-        inputs: features of each step.
-        hidden: units.
-        classes: number of logits.
-        every_step: logits after every step, (n, classes, t), not after the last alone.
+        options: those of ``RecurrentOptions``.
     """
-    return Readout(nn.GRU(inputs, hidden, batch_first=True), hidden, classes, every_step)
+    chosen = RecurrentOptions(**options)
+    layer = nn.GRU(chosen.inputs, chosen.hidden, batch_first=True)
+    return Readout(layer, chosen.hidden, chosen.classes, chosen.every_step)

@@ -38,14 +38,14 @@ class LeNet1989(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 1, 16, 16) float32 -> (n, classes) logits."""
-        maps = _squash(self.h1(_padded(images)) + self.h1_bias)
+        maps = squash(self.h1(_padded(images)) + self.h1_bias)
         # The maps that follow the last one are the first ones.
         ring = _padded(torch.cat([maps, maps], dim=1))
         thirds = [
             layer(ring[:, 4 * third : 4 * third + _SEEN]) for third, layer in enumerate(self.h2)
         ]
-        maps = _squash(torch.cat(thirds, dim=1) + self.h2_bias)
-        hidden = _squash(self.h3(maps.flatten(1)))
+        maps = squash(torch.cat(thirds, dim=1) + self.h2_bias)
+        hidden = squash(self.h3(maps.flatten(1)))
         return self.output(hidden)
 
 
@@ -54,7 +54,7 @@ def _padded(images: Tensor) -> Tensor:
     return nn.functional.pad(images, (2, 2, 2, 2), value=_BACKGROUND)
 
 
-def _squash(sums: Tensor) -> Tensor:
+def squash(sums: Tensor) -> Tensor:
     """Return 1.7159 tanh(2/3 x), which is 1 at 1 and -1 at -1."""
     return 1.7159 * torch.tanh(2 / 3 * sums)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from scaletrain.training.models.lenet1989 import squash
+
 # Which of the six maps of S2 each of the sixteen maps of C3 sees (table I).
 _SEEN = (
     (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (0, 4, 5), (0, 1, 5),
@@ -22,7 +24,7 @@ class Subsample(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """(n, maps, side, side) -> (n, maps, side / 2, side / 2)."""
         sums = 4 * nn.functional.avg_pool2d(maps, 2)
-        return _squash(sums * self.weight + self.bias)
+        return squash(sums * self.weight + self.bias)
 
 
 class LeNet5(nn.Module):
@@ -47,16 +49,11 @@ class LeNet5(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 1, 32, 32) float32 -> (n, classes) logits."""
-        maps = self.s2(_squash(self.c1(images)))
+        maps = self.s2(squash(self.c1(images)))
         each = [layer(maps[:, seen]) for layer, seen in zip(self.c3, _SEEN, strict=True)]
-        maps = self.s4(_squash(torch.cat(each, dim=1)))
-        features = _squash(self.c5(maps)).flatten(1)
-        return self.output(_squash(self.f6(features)))
-
-
-def _squash(sums: Tensor) -> Tensor:
-    """Return 1.7159 tanh(2/3 x), which is 1 at 1 and -1 at -1."""
-    return 1.7159 * torch.tanh(2 / 3 * sums)
+        maps = self.s4(squash(torch.cat(each, dim=1)))
+        features = squash(self.c5(maps)).flatten(1)
+        return self.output(squash(self.f6(features)))
 
 
 def model(*, classes: int = 10) -> nn.Module:

@@ -1,6 +1,27 @@
-"""What recurrent models have in common: logits from the outputs of their steps."""
+"""What recurrent models have in common: options, and logits from the outputs of their steps."""
 
+import dataclasses
+from typing import Annotated
+
+from annotated_types import Ge
 from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentOptions:
+    """The options of a recurrent network: (n, t, inputs) -> (n, classes) logits.
+
+    Attributes:
+        inputs: features of each step.
+        hidden: units.
+        classes: number of logits.
+        every_step: logits after every step, (n, classes, t), not after the last alone.
+    """
+
+    inputs: Annotated[int, Ge(1)] = 1
+    hidden: Annotated[int, Ge(1)] = 64
+    classes: Annotated[int, Ge(1)] = 10
+    every_step: bool = False
 
 
 class Readout(nn.Module):
