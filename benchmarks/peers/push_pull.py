@@ -12,7 +12,6 @@ to the variables one after the other, and read them. Its row says so.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -22,10 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from scaletrain.host import processes
 from scaletrain.launching.job import Program
 from scaletrain.parameter_server.protocol import placement
 from scaletrain.parameter_server.protocol.settings import Settings
@@ -57,22 +56,6 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-@contextlib.contextmanager
-def ended(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        for process in processes:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
 def last_line(process: subprocess.Popen) -> dict[str, Any]:
     output, _ = process.communicate(timeout=TIMEOUT_S)
     if process.returncode:
@@ -93,7 +76,7 @@ def ours(settings: dict[str, Any], workers: int, num_bytes: int, steps: int) -> 
                 "null", folder, rank, made.to_json(), "dense", num_bytes, steps
             )
             clients.append(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
-        with ended([server, *clients]):
+        with processes.ended([server, *clients]):
             return max(last_line(client)["step_s"] for client in clients)
 
 
@@ -110,7 +93,7 @@ def peer(
         text=True,
         env=environ,
     )
-    with ended([process]):
+    with processes.ended([process]):
         return last_line(process)["step_s"]
 
 

@@ -8,12 +8,14 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_END_S = 10  # that a process has after SIGTERM
 
 
 def start_ticks(pid: int) -> int | None:
@@ -116,6 +118,23 @@ def kill_marked(variable: str, mark: str) -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def ended(started: Sequence[subprocess.Popen]) -> Iterator[None]:
+    """End processes after the body, whether it succeeds or not; kill those that ignore SIGTERM."""
+    try:
+        yield
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+        for process in started:
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def reset_signals(blocked: Collection[int] = ()) -> None:

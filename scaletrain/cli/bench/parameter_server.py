@@ -1,6 +1,5 @@
 """The parameter server's speed, beside bare sockets, gloo, TensorFlow's null step and FireCaffe."""
 
-import contextlib
 import dataclasses
 import json
 import subprocess
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from scaletrain.cli.options import numbers
+from scaletrain.host import processes
 from scaletrain.launching.job import Program
 
 if TYPE_CHECKING:
@@ -417,7 +417,7 @@ def _server_on_cluster_s(cluster: "Cluster", workers: int, size: int, steps: int
     with tempfile.TemporaryDirectory(prefix="scaletrain-") as folder:
         argv = cluster.command(workers, placement.command(settings, Path(folder), 0))
         server = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
-        with _ended([server]):
+        with processes.ended([server]):
             commands = []
             for rank in range(workers):
                 command = _null_command(folder, rank, settings, "placed", size, steps)
@@ -485,7 +485,7 @@ def _run_job(
         for index in range(of_servers.servers):
             argv = placement.command(of_servers, run.path, index)
             servers.append(subprocess.Popen(argv, stderr=subprocess.DEVNULL))
-        with _ended(servers):
+        with processes.ended(servers):
             commands = []
             for rank in range(workers):
                 commands.append(_null_command(folder, rank, of_servers, mode, size, steps))
@@ -533,26 +533,9 @@ def _program(*arguments: Any) -> tuple[str, ...]:
 def _run(commands: Sequence[Sequence[str]], timeout_s: float = 300.0) -> list[dict[str, float]]:
     """Run programs side by side, and return the last line that each printed."""
     started = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for argv in commands]
-    with _ended(started):
+    with processes.ended(started):
         outputs = [process.communicate(timeout=timeout_s)[0] for process in started]
         for process, argv, output in zip(started, commands, outputs, strict=True):
             if process.returncode:
                 raise click.ClickException(f"{' '.join(argv)[:200]} failed: {output[-300:]}")
         return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
-
-
-@contextlib.contextmanager
-def _ended(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
-    """End processes after the body, whether it succeeds or not."""
-    try:
-        yield
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        for process in processes:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
