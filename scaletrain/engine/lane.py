@@ -222,7 +222,8 @@ class Lane:
         call = Call(
             number, request.num_elements, wide or dtype, reduce, request.collective, request.root
         )
-        self._guard(call, lambda engine: engine.exchange(call, Ends(sources, targets)))
+        ends = Ends(sources, targets)
+        self._guard(request.name, call, lambda engine: engine.exchange(call, ends))
         if operation is not None and operation.average:
             for flat in targets.values():
                 flat /= self._group.size
@@ -232,15 +233,15 @@ class Lane:
     def _exchange(self, flat: Tensor, reduce: Reduce, number: int) -> None:
         """Reduce a flat, contiguous tensor over all ranks, in place."""
         call = Call(number, flat.numel(), flat.dtype, reduce)
-        self._guard(call, lambda engine: self._sum(flat, reduce, number))
+        self._guard(call.collective, call, lambda engine: self._sum(flat, reduce, number))
 
-    def _guard(self, call: Call, exchange: Callable[[Engine], None]) -> None:
-        """Run an exchange with the engine.
+    def _guard(self, name: str, call: Call, exchange: Callable[[Engine], None]) -> None:
+        """Run an exchange with the engine, recorded under a name.
 
         A failure here ends the lane: the other ranks' messages may be anywhere. A failure before
         or after it concerns this rank's tensors alone.
         """
-        record = self._roll_call.began(call.collective, call.number, call.num_elements, call.dtype)
+        record = self._roll_call.began(name, call.number, call.num_elements, call.dtype)
         try:
             if self._engine is None:
                 self._engine = Engine(self._group, self._collective, self._transport)

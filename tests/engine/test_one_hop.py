@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaletrain.run import flight
+from scaletrain.run.layout import RunDir
 from tests.ranks import run_ranks
 
 COPIED = [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.int64, torch.bool]
@@ -291,3 +293,22 @@ def test_a_wait_for_a_rank_ends(tmp_path: Path, end: str, words: str):
     (error, seconds), _ = run_ranks(left_alone, 2, str(tmp_path / "store"), end)
     assert words in error and "all_gather #2" in error
     assert seconds < 10
+
+
+def _record(rank: int, size: int, path: str, run_dir: Path) -> list[str]:
+    files = RunDir(run_dir)
+    with flight.recorded(files, rank, size):
+        group, _ = join(rank, size, path)
+        dist.all_gather([torch.zeros(2) for _ in range(size)], torch.ones(2), group=group)
+        dist.all_to_all_single(torch.zeros(size), torch.ones(size), group=group)
+        dist.broadcast(torch.ones(3), 0, group=group)
+    dump = flight.read_dump(files.collectives(rank))
+    assert dump is not None
+    dist.destroy_process_group()
+    return [entry["profiling_name"] for entry in dump["entries"]]
+
+
+def test_torchs_analyser_knows_every_collective_by_name(tmp_path: Path):
+    """Bug it catches: a collective under a name that the recorder leaves out of its dumps."""
+    for found in run_ranks(_record, 2, str(tmp_path / "store"), tmp_path):
+        assert found == ["gloo:all_gather", "gloo:all_to_all", "gloo:broadcast"]
