@@ -23,16 +23,15 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from scaletrain.engine.choice import Options
 from scaletrain.engine.group_calls import GroupCalls
-from scaletrain.engine.spelling import collective
+from scaletrain.engine.spelling import Face, collective
 
 BackendType = dist.ProcessGroup.BackendType
 
 
-class ProcessGroup(dist.ProcessGroup):
+class ProcessGroup(Face, dist.ProcessGroup):
     """A group as torch 2.11 to 2.13 know it. Every rank creates one (collective).
 
     Scripts and torch's C++ call these methods, in all the spellings of torch's class.
@@ -56,56 +55,12 @@ class ProcessGroup(dist.ProcessGroup):
             self._register_backend(torch.device("cuda"), BackendType.NCCL, self.calls.nccl)
             self._set_default_backend(BackendType.NCCL)
 
-    def getBackendName(self) -> str:
-        """Return the name under which torch knows this backend."""
-        return "scaletrain"
-
-    allreduce = collective("allreduce")
-    allgather = collective("allgather")
     _allgather_base = collective("_allgather_base")
-    all_gather_single = collective("_allgather_base")
-    allgather_coalesced = collective("allgather_coalesced")
     allgather_into_tensor_coalesced = collective("allgather_into_tensor_coalesced")
-    all_gather_single_coalesced = collective("allgather_into_tensor_coalesced")
-    allreduce_coalesced = collective("allreduce_coalesced")
-    alltoall = collective("alltoall")
     alltoall_base = collective("alltoall_base")
-    all_to_all_single = collective("alltoall_base")
-    barrier = collective("barrier")
-    broadcast = collective("broadcast")
-    gather = collective("gather")
-    reduce = collective("reduce")
-    reduce_scatter = collective("reduce_scatter")
     _reduce_scatter_base = collective("_reduce_scatter_base")
-    reduce_scatter_single = collective("_reduce_scatter_base")
     reduce_scatter_tensor_coalesced = collective("reduce_scatter_tensor_coalesced")
-    reduce_scatter_single_coalesced = collective("reduce_scatter_tensor_coalesced")
-    scatter = collective("scatter")
-
-    def send(self, tensors: list[Tensor], dstRank: int, tag: int) -> dist.Work:
-        """Send a tensor to a rank, which calls ``recv``."""
-        return self.calls.send(tensors, dstRank, tag)
-
-    def recv(self, tensors: list[Tensor], srcRank: int, tag: int) -> dist.Work:
-        """Receive a tensor from a rank, which calls ``send``."""
-        return self.calls.recv(tensors, srcRank, tag)
-
-    def recv_anysource(self, tensors: list[Tensor], tag: int) -> dist.Work:
-        """Receive a tensor from any rank that calls ``send``."""
-        return self.calls.recv_anysource(tensors, tag)
 
     def get_group_store(self) -> dist.Store:
         """Return the group's own part of the job's store."""
         return self.calls.store
-
-    def _get_sequence_number_for_group(self) -> int:
-        """Return how many collectives this rank has called; torch's logs compare the ranks'."""
-        return self.calls.num_called()
-
-    def shutdown(self) -> None:
-        """End the engine's threads after the collectives under way. Not collective."""
-        self.calls.shutdown()
-
-    def abort(self) -> None:
-        """End everything at once: threads that wait for peers get an error. Not collective."""
-        self.calls.abort()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
+from scaletrain.engine.group_calls import GroupCalls
 from scaletrain.engine.work import leave_uncompiled
 
 _FIELDS = {"op": "reduceOp", "root": "rootRank", "timeout": "timeout"}  # of options, by fact
@@ -75,6 +76,57 @@ def collective(name: str) -> Callable[..., dist.Work]:
 
     leave_uncompiled(method.__code__)
     return method
+
+
+class Face:
+    """What scripts and torch's C++ call on a rank's end of a group, whichever class torch wants."""
+
+    calls: GroupCalls  # that everything is passed on to
+
+    def getBackendName(self) -> str:
+        """Return the name under which torch knows this backend."""
+        return "scaletrain"
+
+    allreduce = collective("allreduce")
+    allreduce_coalesced = collective("allreduce_coalesced")
+    allgather = collective("allgather")
+    all_gather_single = collective("_allgather_base")
+    all_gather_single_coalesced = collective("allgather_into_tensor_coalesced")
+    allgather_coalesced = collective("allgather_coalesced")
+    alltoall = collective("alltoall")
+    all_to_all_single = collective("alltoall_base")
+    barrier = collective("barrier")
+    broadcast = collective("broadcast")
+    gather = collective("gather")
+    reduce = collective("reduce")
+    reduce_scatter = collective("reduce_scatter")
+    reduce_scatter_single = collective("_reduce_scatter_base")
+    reduce_scatter_single_coalesced = collective("reduce_scatter_tensor_coalesced")
+    scatter = collective("scatter")
+
+    def send(self, tensors: list[Tensor], dstRank: int, tag: int) -> dist.Work:
+        """Send a tensor to a rank, which calls ``recv``."""
+        return self.calls.send(tensors, dstRank, tag)
+
+    def recv(self, tensors: list[Tensor], srcRank: int, tag: int) -> dist.Work:
+        """Receive a tensor from a rank, which calls ``send``."""
+        return self.calls.recv(tensors, srcRank, tag)
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> dist.Work:
+        """Receive a tensor from any rank that calls ``send``."""
+        return self.calls.recv_anysource(tensors, tag)
+
+    def _get_sequence_number_for_group(self) -> int:
+        """Return how many collectives this rank has called; torch's logs compare the ranks'."""
+        return self.calls.num_called()
+
+    def shutdown(self) -> None:
+        """End the engine's threads after the collectives under way. Not collective."""
+        self.calls.shutdown()
+
+    def abort(self) -> None:
+        """End everything at once: threads that wait for peers get an error. Not collective."""
+        self.calls.abort()
 
 
 def canonical(method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:

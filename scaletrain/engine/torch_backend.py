@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
 from scaletrain.engine import work
 from scaletrain.engine.choice import Options
 from scaletrain.engine.group_calls import GroupCalls
-from scaletrain.engine.spelling import collective
+from scaletrain.engine.spelling import Face
 
 # Before, torch's C++ called no methods of a Python subclass.
 _VERSION = torch.torch_version.TorchVersion(torch.__version__)
@@ -47,7 +46,7 @@ class _BackendOptions(c10d.Backend.Options):
 _open: set["TorchBackend"] = set()
 
 
-class TorchBackend(c10d.Backend):
+class TorchBackend(Face, c10d.Backend):
     """One rank's end of a group. torch.distributed creates it on every rank (collective).
 
     Args:
@@ -80,46 +79,9 @@ class TorchBackend(c10d.Backend):
         """Return the name and the timeout, as torch wants to know them."""
         return self._options
 
-    def getBackendName(self) -> str:
-        """Return the name under which torch knows this backend."""
-        return "scaletrain"
-
-    allreduce = collective("allreduce")
-    allreduce_coalesced = collective("allreduce_coalesced")
-    allgather = collective("allgather")
-    all_gather_single = collective("_allgather_base")
-    all_gather_single_coalesced = collective("allgather_into_tensor_coalesced")
-    allgather_coalesced = collective("allgather_coalesced")
-    alltoall = collective("alltoall")
-    all_to_all_single = collective("alltoall_base")
-    barrier = collective("barrier")
-    broadcast = collective("broadcast")
-    gather = collective("gather")
-    reduce = collective("reduce")
-    reduce_scatter = collective("reduce_scatter")
-    reduce_scatter_single = collective("_reduce_scatter_base")
-    reduce_scatter_single_coalesced = collective("reduce_scatter_tensor_coalesced")
-    scatter = collective("scatter")
-
-    def send(self, tensors: list[Tensor], dstRank: int, tag: int) -> dist.Work:
-        """Send a tensor to a rank, which calls ``recv``."""
-        return self.calls.send(tensors, dstRank, tag)
-
-    def recv(self, tensors: list[Tensor], srcRank: int, tag: int) -> dist.Work:
-        """Receive a tensor from a rank, which calls ``send``."""
-        return self.calls.recv(tensors, srcRank, tag)
-
-    def recv_anysource(self, tensors: list[Tensor], tag: int) -> dist.Work:
-        """Receive a tensor from any rank that calls ``send``."""
-        return self.calls.recv_anysource(tensors, tag)
-
     def monitored_barrier(self, options: Any, wait_all_ranks: bool = False) -> None:
         """Wait until every rank has come, and name those that did not. Collective."""
         self.calls.monitored_barrier(options.timeout, wait_all_ranks)
-
-    def _get_sequence_number_for_group(self) -> int:
-        """Return how many collectives this rank has called; torch's logs compare the ranks'."""
-        return self.calls.num_called()
 
     def _set_sequence_number_for_group(self) -> None:
         """Do nothing: the collectives are numbered from the start."""
@@ -131,8 +93,4 @@ class TorchBackend(c10d.Backend):
     def shutdown(self) -> None:
         """End the engine's threads after the collectives under way. Not collective."""
         _open.discard(self)
-        self.calls.shutdown()
-
-    def abort(self) -> None:
-        """End everything at once: threads that wait for peers get an error. Not collective."""
-        self.calls.abort()
+        super().shutdown()
