@@ -6,9 +6,8 @@ import torch
 from annotated_types import Gt
 from torch import Tensor, nn
 
-from scaletrain.errors import UserError
 from scaletrain.run.records import StepRecord
-from scaletrain.training.callbacks import Callback
+from scaletrain.training.callbacks import Callback, check_workers_own_weights
 
 if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
@@ -44,11 +43,7 @@ def callback(trainer: "Trainer", *, limit: Annotated[float, Gt(0)] = 3.0) -> Cal
     Raises:
         UserError: the weights are the parameter server's.
     """
-    if trainer.config.exchange.name == "parameter_server":
-        raise UserError(
-            "callbacks: max_norm changes weights on every rank, and here they are the servers'"
-            " (allowed: an exchange that averages all workers' gradients)"
-        )
+    check_workers_own_weights(trainer, "max_norm")
     weights: list[Tensor] = []
     for module in trainer.module.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from scaletrain.run.records import StepRecord
-from scaletrain.training.callbacks import Callback
+from scaletrain.training.callbacks import Callback, check_workers_own_weights
 from scaletrain.training.layer_weights import by_layer, layer_weights
 
 if TYPE_CHECKING:
@@ -111,5 +111,9 @@ def callback(
         begin: steps before the first weights are pruned.
         end: steps after which no more are; up to then their number grows.
         every: steps between two choices.
+
+    Raises:
+        UserError: the weights are the parameter server's.
     """
+    check_workers_own_weights(trainer, "prune")
     return Prune(trainer, keep, layers, begin, end, every)

@@ -1,5 +1,6 @@
 """Tests of prune and share_weights against plain loops of torch, and of the export."""
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from scaletrain import compression, config
+from scaletrain import compression, config, plugins
 from scaletrain.errors import UserError
 from scaletrain.training import weights, workload
 from scaletrain.training.batches import GlobalBatches
@@ -164,3 +165,14 @@ def test_a_pattern_that_matches_no_weight_is_refused(name: str, tmp_path: Path):
     job = JOB | {"callbacks": [{"name": name, "layers": {"1.bias": 1}}], "exchange": "none"}
     with pytest.raises(UserError, match=f"{name}.layers: '1.bias' matches no weight"):
         jobs.train_rank(0, 1, job, tmp_path)
+
+
+@pytest.mark.parametrize("named", [PRUNE, SHARE], ids=["prune", "share_weights"])
+@pytest.mark.parametrize("mode", ["sync", "async", "local_sgd"])
+def test_weights_of_servers_are_refused(named: dict[str, Any], mode: str):
+    """Bug it catches: zeros on the workers, and the servers' own weights in the next step."""
+    job = JOB | {"exchange": {"name": "parameter_server", "mode": mode}}
+    trainer = types.SimpleNamespace(config=config.check(job))
+    options = {key: value for key, value in named.items() if key != "name"}
+    with pytest.raises(UserError, match=f"{named['name']} changes weights .* the servers'"):
+        plugins.load("callback", named["name"])(trainer, **options)
