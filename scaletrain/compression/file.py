@@ -77,7 +77,8 @@ def save(tensors: dict[str, Tensor], path: Path) -> Sizes:
             continue
         coded[name] = head
         written[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    metadata = {"format": FORMAT, "coded": json.dumps(coded, separators=(",", ":"))}
+    # One entry: safetensors writes several in any order, and equal tensors should give equal files.
+    metadata = {FORMAT: json.dumps(coded, separators=(",", ":"))}
     safetensors.torch.save_file(written, path, metadata)
     return Sizes(sum(each.nbytes for each in tensors.values()), path.stat().st_size)
 
@@ -94,12 +95,12 @@ def load(path: Path) -> dict[str, Tensor]:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise UserError(
             f"{path} is not compressed (allowed: a file of scaletrain export --compress)"
         )
     try:
-        heads = json.loads(metadata.get("coded", ""))
+        heads = json.loads(metadata[FORMAT])
         for name, head in heads.items():
             tensors[name] = _decode(_Coded.model_validate(head), tensors[name])
     except (ValueError, KeyError, AttributeError, MemoryError) as error:  # pydantic's are values

@@ -187,12 +187,12 @@ def _read(path: Path, ema: bool) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, "pt") as file:
-                kind = (file.metadata() or {}).get("format", "")
+                metadata = file.metadata() or {}
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"init_from: {path} cannot be read: {error}") from None
-        if kind == compression.FORMAT:
+        if compression.FORMAT in metadata:
             return compression.load(path)
-        if kind.startswith("scaletrain-"):  # a checkpoint
+        if metadata.get("format", "").startswith("scaletrain-"):  # a checkpoint
             return _tensors(_weights_of(checkpoint.read(path), path, ema))
     if ema:
         raise UserError("init_from.ema: only checkpoints of this program hold averages")

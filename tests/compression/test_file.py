@@ -115,6 +115,13 @@ def test_very_rare_symbols_get_no_longer_codes_than_the_tables_have():
     assert (0.5 ** lengths.astype(float)).sum() == 1
 
 
+def test_equal_tensors_give_equal_files(tmp_path: Path):
+    tensors = {"weights": pruned((40, 30), 0.2, 8), "bias": torch.ones(3)}
+    for number in range(12):
+        compression.save(tensors, tmp_path / str(number))
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_a_damaged_file_is_refused_wherever_the_damage_is(tmp_path: Path):
     """Bug it catches: a flipped bit becomes another weight, or an index far outside."""
     path = tmp_path / "file"
@@ -137,9 +144,9 @@ def test_a_damaged_file_is_refused_wherever_the_damage_is(tmp_path: Path):
         ('"float32"', '"object"'),
         ('{"weights"', '{"other"'),
     ):
-        coded = metadata["coded"].replace(*change)
-        assert coded != metadata["coded"]
-        safetensors.torch.save_file(tensors, path, metadata | {"coded": coded})
+        coded = metadata[compression.FORMAT].replace(*change)
+        assert coded != metadata[compression.FORMAT]
+        safetensors.torch.save_file(tensors, path, {compression.FORMAT: coded})
         with pytest.raises(UserError, match="is damaged"):
             compression.load(path)
 
