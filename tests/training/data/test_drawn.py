@@ -1,6 +1,9 @@
 """Tests of the data sets that are drawn: glyphs, canvases, paired views, topics and MNIST-1D."""
 
+import hashlib
 import importlib.util
+import pydoc_data.topics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,19 +95,26 @@ def test_a_tone_tells_its_class():
     assert 0.5 < right < 0.99, "it can be heard, and not without mistakes"
 
 
-def test_topics_are_pinned(monkeypatch):
-    train, test = topics.data(length=32)
+def test_topics_are_a_text_in_order():
+    train, test = topics.data(length=32, pinned=False)
     tokens, following = train[0]
     assert torch.equal(tokens[1:], following[:-1]) and tokens.shape == (32,)
     text = "".join(chr(31 + code) if code else "\n" for code in tokens.tolist())
     assert text.startswith('The "assert" statement')
     assert len(train) > 8 * len(test) > 0
-    words, _ = topics.data(tokens="words", words=50, length=16)
+    words, _ = topics.data(tokens="words", words=50, length=16, pinned=False)
     assert max(int(words[index][0].max()) for index in range(len(words))) == 49
+
+
+def test_topics_are_pinned(monkeypatch):
     monkeypatch.setattr(topics, "_KNOWN", {"00": "3.0.0"})
-    with pytest.raises(UserError, match=r"has another text than Python 3\.0\.0"):
+    with pytest.raises(UserError, match=r"has another text than Python 3\.0\.0") as raised:
         topics.data()
-    topics.data(pinned=False)
+    assert "--set data.pinned=false" in str(raised.value)
+    text = Path(pydoc_data.topics.__file__).read_bytes()
+    monkeypatch.setattr(topics, "_KNOWN", {hashlib.sha256(text).hexdigest(): "this one"})
+    pinned, _ = topics.data()
+    assert torch.equal(pinned[0][0], topics.data(pinned=False)[0][0][0])
 
 
 def test_mnist1d_leaves_the_generators_alone():
