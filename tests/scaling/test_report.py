@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from html import escape
+from html.parser import HTMLParser
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
@@ -304,7 +306,7 @@ def test_tables_in_markdown_are_tables(measured, timed: bool, several: bool):
     tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3 and page.endswith(".\n")
     for head, dashes, *rows in tables:
-        assert set(dashes) == {"|", "-"} and rows
+        assert set(dashes) == {"|", "-", ":"} and rows
         assert {line.count("|") for line in (head, dashes, *rows)} == {head.count("|")}, head
     assert ("time to accuracy" in tables[0][0]) == timed
 
@@ -862,6 +864,77 @@ def test_the_lead_is_of_several_workers_and_says_what_limits_who_and_what_to_do(
     assert lead["Cause"] == f"Input is the bottleneck. ring on 2 workers: {culprit}."
     assert lead["Change"] == "Use more loader_workers."
     assert lead["How sure"].startswith("The speed-up is known to ± 2% (95 %, 3 repeats).")
+
+
+class Tables(HTMLParser):
+    """The cells of a page's tables: of each line, (the column that each cell names, its title)."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.titles, self.lines, self._in_title = [], [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        if tag == "table":
+            self.titles.append([])
+        elif tag == "th":
+            self._in_title = True
+        elif tag == "tr":
+            self.lines.append([])
+        elif tag == "td" and "colspan" not in named:
+            line = self.lines[-1]
+            line.append((named["data-name"], self.titles[-1][len(line)]))
+
+    def handle_endtag(self, tag):
+        self._in_title = self._in_title and tag != "th"
+
+    def handle_data(self, data):
+        if self._in_title:
+            self.titles[-1].append(data)
+
+
+def test_on_narrow_screens_each_cell_names_its_column_and_no_table_is_cut_in_print(measured):
+    page = render.html(report.of_sweep(measured))
+    tables = Tables(page)
+    assert [len(titles) for titles in tables.titles] == [14, 12, 3]
+    assert sum(map(len, tables.lines)) > 60
+    assert all(name == title for line in tables.lines for name, title in line)
+    style = page[page.index("<style>") : page.index("</style>")]
+    narrow = style[style.index("(max-width: 64rem)") : style.index("(max-width: 30rem)")]
+    assert "td::before { content: attr(data-name)" in narrow and "tr { display: grid" in narrow
+    on_paper = style[style.index("@media print") :]
+    assert "overflow: visible" in on_paper and "nowrap" not in on_paper
+    assert re.search(r"th, td {[^}]*white-space: normal", on_paper)
+
+
+WIDTHS = (390, 800, 1100, 1400)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt install chromium")
+def test_no_width_of_screen_hides_a_column(measured, tmp_path):
+    """Nothing is wider than its frame, from a phone to a desktop."""
+    page = escape(render.html(report.of_sweep(measured)), quote=True)
+    frames = "".join(
+        f'<iframe width="{width}" height="900" srcdoc="{page}"></iframe>' for width in WIDTHS
+    )
+    script = """
+      onload = () => { for (const frame of document.querySelectorAll("iframe")) {
+        const page = frame.contentDocument;
+        const cut = [...page.querySelectorAll(".wide, html")]
+          .filter(part => part.scrollWidth > part.clientWidth).length;
+        document.body.append(`[${frame.width}: ${cut} cut]`); } }
+    """
+    harness = tmp_path / "harness.html"
+    harness.write_text(f"<!doctype html><body>{frames}<script>{script}</script>")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", harness.as_uri()],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    found = re.findall(r"\[(\d+): (\d+) cut\]", done.stdout)
+    assert found == [(str(width), "0") for width in WIDTHS], done.stderr
 
 
 def test_an_exchange_has_one_colour_in_every_report():

@@ -6,10 +6,8 @@ from pathlib import Path
 import jinja2
 
 from scaletrain.scaling.explain import headline
-from scaletrain.scaling.measure import servers
 from scaletrain.scaling.model import Report
-from scaletrain.scaling.show import plots, text
-from scaletrain.scaling.show.columns import columns_of
+from scaletrain.scaling.show import page_tables, plots, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +37,14 @@ def html(report: Report) -> str:
     return _template("report.html").render(
         report=report,
         facts=report.header.to_json(),
-        columns=columns_of(report, "html"),
+        tables=page_tables,
         figures=figures,
     )
 
 
 def markdown(report: Report) -> str:
     """Return the report as Markdown."""
-    return _template("report.md").render(report=report, columns=columns_of(report, "md"))
+    return _template("report.md").render(report=report, tables=page_tables)
 
 
 def _template(name: str) -> jinja2.Template:
@@ -62,12 +60,8 @@ def _template(name: str) -> jinja2.Template:
     )
     environment.filters |= {
         "calibration": text.calibration,
-        "cell_name": text.cell_name,
-        "ms": text.ms,
         "note": text.note,
         "number": text.number,
-        "of_servers": servers.text,
-        "outcome": text.outcome,
         "outlying": text.outlying,
         "oversubscribed": headline.oversubscribed,
     }
