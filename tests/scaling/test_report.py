@@ -866,6 +866,18 @@ def test_the_lead_is_of_several_workers_and_says_what_limits_who_and_what_to_do(
     assert lead["How sure"].startswith("The speed-up is known to ± 2% (95 %, 3 repeats).")
 
 
+def test_the_lead_speaks_of_several_workers_even_if_only_one_was_measured():
+    """What was asked for has failed: the speed of one worker is no answer to it."""
+    failed = Row("job", "ring", 2, 96, {}, failures=("rank 1: no memory",))
+    alone, apart = cell("ring", 1, 1.0, 0.01), cell("none", 2, 1.9, 0.01)
+    lead = lead_of(alone, apart, failed)
+    assert lead["Result"] == "No run of ring on 2 workers has finished: rank 1: no memory."
+    assert "1 of 3 cells had failures: ring on 2." in lead["How sure"]
+    missing = replace(failed, failures=())
+    assert lead_of(alone, missing)["Result"] == "No run of ring on 2 workers has finished."
+    assert lead_of(alone)["Result"].startswith("Fastest is ring on 1 worker")
+
+
 class Tables(HTMLParser):
     """The cells of a page's tables: of each line, (the column that each cell names, its title)."""
 
@@ -941,6 +953,14 @@ def test_an_exchange_has_one_colour_in_every_report():
     assert plots.colour_of("ring") == plots.colour_of("ring@gloo") != plots.colour_of("native")
     assert plots.colour_of("parameter_server:async") == plots.colour_of("parameter_server")
     assert plots.colour_of("package.mine:factory") in plots.SERIES
+
+
+def test_the_ranks_that_are_shown_wait_for_each_other(measured):
+    """Workers without an exchange come first in a table, and never wait."""
+    made = report.of_sweep(measured)
+    (view,) = [plot for plot in plots.of_report(made) if plot.name == "ranks"]
+    _, axes = drawn(view.draw)
+    assert axes.get_xlabel() == "rank (ring on 2)"
 
 
 def test_intervals_are_drawn_whole():

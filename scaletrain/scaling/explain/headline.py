@@ -21,9 +21,10 @@ def of(report: Report) -> str:
 
     They say how fast it is, what limits it and who, what to change, and how sure that is.
     """
-    rows = _asked_for(report)
+    asked_for = _asked_for(report.rows)
+    rows = [row for row in asked_for if row.runs]
     if not rows:
-        lines = {"Result": "Nothing was measured."}
+        lines = {"Result": _nothing(asked_for)}
     else:
         best = max(rows, key=_speed)
         loss = _loss_of(best, rows, report.losses)
@@ -46,16 +47,26 @@ def of(report: Report) -> str:
     return "\n".join(f"{name}: {text}" for name, text in lines.items() if text)
 
 
-def _asked_for(report: Report) -> list[Row]:
-    """Return the rows that the first line may be about.
+def _asked_for(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that the first line may be about, measured or not.
 
     One worker is no answer where several were asked for. Workers with ``none`` train apart: they
     count only if there is no other exchange.
     """
-    rows = [row for row in report.rows if row.runs]
     several = [row for row in rows if row.workers > 1]
-    rows = several or rows
-    return [row for row in rows if row.exchange != "none"] or rows
+    candidates = several or list(rows)
+    return [row for row in candidates if row.exchange != "none"] or candidates
+
+
+def _nothing(asked_for: Sequence[Row]) -> str:
+    """Return which cells have no finished run, and why if that is known."""
+    if not asked_for:
+        return "Nothing was measured."
+    reasons: dict[str, None] = {}
+    for row in asked_for:
+        reasons.update(dict.fromkeys(row.failures))
+    because = f": {'; '.join(reasons)}" if reasons else ""
+    return f"No run of {', '.join(map(_name, asked_for))} has finished{because}."
 
 
 def _speed(row: Row) -> tuple[float, float]:

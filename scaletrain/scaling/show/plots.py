@@ -72,14 +72,18 @@ def of_report(report: Report) -> list[Plot]:
         plots.append(Plot("anatomy", "Anatomy of a step", anatomy(report.losses)))
     with_ranks = [row for row in rows if len(row.ranks) > 1]
     if with_ranks:
-        # Where somebody holds up the others, that is the row to look at.
-        row = max(with_ranks, key=lambda row: (row.culprit is not None, row.workers))
+        row = max(with_ranks, key=_interest_of_ranks)
         plots.append(Plot("ranks", "Each rank", each_rank(row)))
     if report.predictions:
         plots.append(Plot("predicted", "Predicted against measured", predicted(report.predictions)))
     if any(row.bytes_sent for row in rows):
         plots.append(Plot("traffic", "Traffic", traffic(rows)))
     return plots
+
+
+def _interest_of_ranks(row: Row) -> tuple[bool, bool, int]:
+    """Return what decides whose ranks are shown: a culprit, then waits for others, then workers."""
+    return row.culprit is not None, row.exchange != "none", row.workers
 
 
 def image(
