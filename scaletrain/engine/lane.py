@@ -151,6 +151,7 @@ class Lane:
                 f"{request.name} #{number}: not run, since an earlier one failed: {reason}"
             )
         try:
+            self._group.check_not_ended()
             # Tensors may require gradients, or be made in this mode. Buffers that are made now are
             # used later, in whatever mode the caller is then.
             with torch.inference_mode():

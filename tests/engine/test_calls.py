@@ -283,6 +283,21 @@ def test_abort_ends_a_wait_for_peers(tmp_path: Path, wire: str, earlier: int):
     assert seconds < 10
 
 
+def after_abort(rank: int, size: int, port: str, wire: str) -> tuple[str, list[float]]:
+    group = join(rank, size, port, 60, collective="ring", transport=wire)
+    tensor = torch.full((3,), rank + 1.0)
+    dist.all_reduce(tensor)
+    group.abort()
+    return error_of(lambda: dist.all_reduce(tensor)), tensor.tolist()
+
+
+@pytest.mark.parametrize("wire", ["shared_memory", "gloo"])
+def test_no_allreduce_runs_after_abort(tmp_path: Path, wire: str):
+    for error, values in run_ranks(after_abort, 2, str(tmp_path / "port"), wire):
+        assert "this rank has ended the group (abort)" in error
+        assert values == [3.0] * 3
+
+
 def interrupted(rank: int, size: int, port: str) -> float:
     join(rank, size, port, 60)
     if rank == 1:
