@@ -15,12 +15,14 @@ import importlib.util
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import annotated_types
-import pydantic
 
 from scaletrain.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 _ROOT = Path(__file__).parent
 # The default of an option if only importing the module would tell it.
@@ -95,9 +97,7 @@ def describe(kind: str, name: str) -> str:
     return docstring.partition("\n")[0]
 
 
-def options(
-    kind: str, name: str, search_path: Path | None = None
-) -> type[pydantic.BaseModel] | None:
+def options(kind: str, name: str, search_path: Path | None = None) -> "type[BaseModel] | None":
     """Return a pydantic model of a plugin's options, read from its source.
 
     They are its factory's parameters, or the fields of the class that it names with ``OPTIONS``.
@@ -126,9 +126,7 @@ def options(
     return signature(factory, KINDS[kind].provided)
 
 
-def _users_options(
-    kind: str, name: str, search_path: Path | None
-) -> type[pydantic.BaseModel] | None:
+def _users_options(kind: str, name: str, search_path: Path | None) -> "type[BaseModel] | None":
     module, _, factory_name = name.partition(":")
     path = _users_file(module, search_path)
     if path is None:
@@ -260,7 +258,7 @@ def _bound_names(path: Path) -> set[str]:
     return bound
 
 
-def signature(function: ast.FunctionDef, provided: int) -> type[pydantic.BaseModel]:
+def signature(function: ast.FunctionDef, provided: int) -> "type[BaseModel]":
     """Return a pydantic model of a function's options.
 
     Args:
@@ -279,11 +277,7 @@ def signature(function: ast.FunctionDef, provided: int) -> type[pydantic.BaseMod
         # An ellipsis makes pydantic require the option.
         value = ... if default is None else _literal(default)
         fields[parameter.arg] = (_annotation(parameter.annotation), value)
-    # No protected names: pydantic would warn about an option like model_size.
-    config = pydantic.ConfigDict(
-        extra="allow" if arguments.kwarg else "forbid", protected_namespaces=()
-    )
-    return pydantic.create_model(function.name, __config__=config, **fields)
+    return _model(function.name, fields, "allow" if arguments.kwarg else "forbid")
 
 
 def _declared_options(path: Path) -> ast.ClassDef | None:
@@ -308,15 +302,27 @@ def _declared_options(path: Path) -> ast.ClassDef | None:
     return classes[0] if classes else None
 
 
-def _class_fields(node: ast.ClassDef) -> type[pydantic.BaseModel]:
+def _class_fields(node: ast.ClassDef) -> "type[BaseModel]":
     """Return a pydantic model with the fields of a dataclass."""
     fields: dict[str, Any] = {}
     for statement in node.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             default = ... if statement.value is None else _literal(statement.value)
             fields[statement.target.id] = (_annotation(statement.annotation), default)
-    config = pydantic.ConfigDict(extra="forbid", protected_namespaces=())
-    return pydantic.create_model(node.name, __config__=config, **fields)
+    return _model(node.name, fields, "forbid")
+
+
+def _model(
+    name: str, fields: dict[str, Any], extra: Literal["allow", "forbid"]
+) -> "type[BaseModel]":
+    """Return a pydantic model with these fields."""
+    # Not at the top: a process group's engine loads plugins, checks no options, and should not wait
+    # 0.2 s for it.
+    import pydantic
+
+    # No protected names: pydantic would warn about an option like model_size.
+    config = pydantic.ConfigDict(extra=extra, protected_namespaces=())
+    return pydantic.create_model(name, __config__=config, **fields)
 
 
 def _annotation(node: ast.expr | None) -> Any:

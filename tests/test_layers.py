@@ -17,6 +17,7 @@ FLOORS = {
     "scaletrain.errors": 0,
     "scaletrain.units": 0,
     "scaletrain.plugins": 0,
+    "scaletrain.timeouts": 0,
     "scaletrain.torch_names": 0,
     "scaletrain.world": 0,
     "scaletrain.config": 0,

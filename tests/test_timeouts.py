@@ -1,4 +1,4 @@
-"""config/timeouts.py: one order of all limits. Bug it catches: a limit that ends a healthy job, or
+"""timeouts.py: one order of all limits. Bug it catches: a limit that ends a healthy job, or
 that hides a better message.
 """
 
@@ -13,10 +13,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaletrain import plugins
-from scaletrain.config import timeouts
-from scaletrain.config.timeouts import LONGEST_S, Timeouts
+from scaletrain import plugins, timeouts
 from scaletrain.errors import UserError
+from scaletrain.timeouts import LONGEST_S, Timeouts
 from scaletrain.training.exchange import Setup
 from scaletrain.world import World
 from tests.ranks import run_ranks

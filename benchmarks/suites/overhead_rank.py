@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain import World
 from scaletrain import config as configuration
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.engine import rendezvous
 from scaletrain.run import progress
 from scaletrain.run.records import StepRecord
+from scaletrain.timeouts import Timeouts
 from scaletrain.training import workload
 from scaletrain.training.exchange import Setup
 from scaletrain.training.precision import Precision

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import click
 
-from scaletrain.config.timeouts import STOP_S
 from scaletrain.errors import UserError
 from scaletrain.host import comparison
 from scaletrain.host import cores as host_cores
@@ -24,6 +23,7 @@ from scaletrain.host.processes import telling_line
 from scaletrain.launching import reach
 from scaletrain.launching.job import Program
 from scaletrain.launching.launchers.mpirun import ALLOW_ROOT
+from scaletrain.timeouts import STOP_S
 
 _COLOURS = {OK: "green", ABSENT: "yellow", BROKEN: "red"}
 

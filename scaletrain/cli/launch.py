@@ -9,8 +9,8 @@ import click
 
 from scaletrain import plugins
 from scaletrain.cli.options import directory_name, new_directory, output_options
-from scaletrain.config.timeouts import LONGEST_S
 from scaletrain.errors import UserError
+from scaletrain.timeouts import LONGEST_S
 
 if TYPE_CHECKING:
     from scaletrain.launching.job import Job

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from scaletrain import plugins
-from scaletrain.config.timeouts import LONGEST_S
+from scaletrain.timeouts import LONGEST_S
 
 
 def _as_list(value: Any) -> Any:

@@ -7,10 +7,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from scaletrain.config.timeouts import ANSWER_S
 from scaletrain.engine.meeting import ranks_in_words
 from scaletrain.errors import UserError
 from scaletrain.run import flight
+from scaletrain.timeouts import ANSWER_S
 
 _LOOK_S = 0.05  # between looks at the store
 # Some ranks of these collectives need not wait for the others, and may have left.

@@ -22,10 +22,10 @@ from scaletrain import programs
 
 programs.begin(__name__)  # before torch is imported
 
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.engine import ddp_end, rendezvous
 from scaletrain.errors import UserError
 from scaletrain.run import progress
+from scaletrain.timeouts import Timeouts
 from scaletrain.world import World
 
 # Frames of these files run the program and explain nothing. The second is "<frozen runpy>".

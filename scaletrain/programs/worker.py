@@ -23,7 +23,6 @@ import torch.distributed as dist
 
 from scaletrain import config as configuration
 from scaletrain.config import RunConfig
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.engine import rendezvous
 from scaletrain.errors import UserError
 from scaletrain.host import cores
@@ -33,6 +32,7 @@ from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord, cut_lines
 from scaletrain.run.time_left import TimeLeft
+from scaletrain.timeouts import Timeouts
 from scaletrain.training import weights, workload
 from scaletrain.training.compiling import explained
 from scaletrain.training.exchange import Setup

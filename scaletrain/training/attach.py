@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from scaletrain import config, plugins
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.engine import rendezvous
+from scaletrain.timeouts import Timeouts
 from scaletrain.training.exchange import Exchange, Setup
 from scaletrain.world import World
 
@@ -33,7 +33,7 @@ def join(
         exchange: as on the command line: ``native``, ``ring``, ``scheduled:tree@gloo``, ...
         device: this worker's, where its models will be.
         timeout_s: how long a rank may be silent between two steps, in seconds. Collectives and the
-            start get more time (``config.timeouts``).
+            start get more time (``timeouts``).
         run_dir: a directory that all hosts share. The job's key lies there (``run.job_key``), and
             rank 0 publishes its address there if the launcher serves no store (mpirun or srun by
             hand).

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from scaletrain import plugins
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.engine import rendezvous
+from scaletrain.timeouts import Timeouts
 from scaletrain.training.exchange import Setup
 from scaletrain.world import World
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 import zmq
 
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.parameter_server.protocol import placement, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, MessageKind
 from scaletrain.parameter_server.server.server import Server
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.replica import Replica
+from scaletrain.timeouts import Timeouts
 from tests.parameter_server import job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from scaletrain.config import timeouts
+from scaletrain import timeouts
 from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol import placement, security, wire
 from scaletrain.parameter_server.protocol.settings import Settings

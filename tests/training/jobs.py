@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from scaletrain import Data, Loss, Mean, Workload, config
-from scaletrain.config.timeouts import Timeouts
+from scaletrain.timeouts import Timeouts
 from scaletrain.training import workload
 from scaletrain.training.batches import GlobalBatches
 from scaletrain.training.exchange import Setup

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from scaletrain import plugins
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.errors import UserError
+from scaletrain.timeouts import Timeouts
 from scaletrain.training.exchange import Setup
 from scaletrain.world import World
 from tests.ranks import run_ranks

@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from scaletrain import config
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.run.records import StepRecord
+from scaletrain.timeouts import Timeouts
 from scaletrain.training import tensor_file
 from scaletrain.training.checkpoint_writer import CheckpointWriter
 from scaletrain.training.exchange import Setup

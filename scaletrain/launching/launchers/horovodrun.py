@@ -4,10 +4,10 @@ import os
 import shutil
 from typing import Literal
 
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.launching.hosts import SHARE_RUN_DIR, from_options
 from scaletrain.launching.job import Job, environment
 from scaletrain.launching.plan import Command, LaunchPlan, threads_each
+from scaletrain.timeouts import Timeouts
 from scaletrain.units import plural
 
 # With gloo, and with MPI, whose mpirun writes the number of its job first.

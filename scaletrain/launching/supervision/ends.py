@@ -8,12 +8,12 @@ process, which then has the status that it reported.
 import signal
 import time
 
-from scaletrain.config.timeouts import FAILED_S, LOOK_S, Timeouts
 from scaletrain.launching.job import Job
 from scaletrain.launching.supervision.processes import Process, Processes
 from scaletrain.run import progress
 from scaletrain.run.layout import RunDir
 from scaletrain.run.progress import Progress
+from scaletrain.timeouts import FAILED_S, LOOK_S, Timeouts
 
 
 class LateEnds:

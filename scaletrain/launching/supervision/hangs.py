@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from scaletrain.config.timeouts import LOOK_S, STACKS_S
 from scaletrain.host.names import host_name
 from scaletrain.host.processes import handles_signal, state
 from scaletrain.launching.job import Program
@@ -31,6 +30,7 @@ from scaletrain.run import progress
 from scaletrain.run.failure import Failure, FailureKind
 from scaletrain.run.layout import RunDir
 from scaletrain.run.progress import STACKS_SIGNAL, Progress
+from scaletrain.timeouts import LOOK_S, STACKS_S
 
 HUNG_STATUS = 124  # the exit status of a job that hangs, as timeout(1) has it
 

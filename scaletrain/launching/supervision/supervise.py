@@ -17,7 +17,6 @@ from typing import Any
 
 import pydantic
 
-from scaletrain.config.timeouts import COMPANION_STOP_S, MARGIN_S
 from scaletrain.errors import UserError
 from scaletrain.host import descendants
 from scaletrain.host.forkserver import Forked
@@ -35,6 +34,7 @@ from scaletrain.launching.supervision import screen, warm
 from scaletrain.launching.supervision.screen import Display
 from scaletrain.run import job_key
 from scaletrain.run.progress import LAUNCH_MARK
+from scaletrain.timeouts import COMPANION_STOP_S, MARGIN_S
 from scaletrain.world import without_place
 
 # The supervisor reads its order from standard input, as one line of JSON. The number is the

@@ -16,14 +16,6 @@ import signal
 import socket
 import time
 
-from scaletrain.config.timeouts import (
-    COMPANION_STOP_S,
-    GRACE_S,
-    LAUNCHER_S,
-    PEERS_S,
-    STOP_S,
-    Timeouts,
-)
 from scaletrain.host.forkserver import Server
 from scaletrain.host.names import host_name
 from scaletrain.host.processes import signal_name
@@ -40,6 +32,14 @@ from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import Failure, FailureKind
 from scaletrain.run.layout import RunDir
 from scaletrain.run.progress import LAUNCH_MARK
+from scaletrain.timeouts import (
+    COMPANION_STOP_S,
+    GRACE_S,
+    LAUNCHER_S,
+    PEERS_S,
+    STOP_S,
+    Timeouts,
+)
 from scaletrain.units import plural
 
 _TICK_S = 0.1

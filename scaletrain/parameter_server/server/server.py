@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.errors import UserError
 from scaletrain.host import cores
 from scaletrain.parameter_server.protocol import wire
@@ -30,6 +29,7 @@ from scaletrain.parameter_server.server.sums import Sums
 from scaletrain.parameter_server.server.tally import Tally
 from scaletrain.run.atomic import write_json
 from scaletrain.run.layout import RunDir
+from scaletrain.timeouts import Timeouts
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.parameter_server.protocol import codec, memory, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block
@@ -27,6 +26,7 @@ from scaletrain.parameter_server.worker.requests import (
     Topic,
 )
 from scaletrain.run import progress
+from scaletrain.timeouts import Timeouts
 
 PART_ELEMENTS = 1 << 20  # first weights and whole tables travel in parts of 4 MiB
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed
 from torch import nn
 
-from scaletrain.config.timeouts import Timeouts
 from scaletrain.errors import UserError
+from scaletrain.timeouts import Timeouts
 from scaletrain.world import World
 
 
