@@ -433,6 +433,11 @@ class Row(_Fields):
         return f"{self.exchange} on {self.workers}"
 
     @property
+    def efficiency_ci95(self) -> float | None:
+        """Half the width of the efficiency's interval: the speed-up's, over as many workers."""
+        return None if self.speedup_ci95 is None else self.speedup_ci95 / self.workers
+
+    @property
     def bus_bytes_per_s(self) -> float | None:
         """The bus bandwidth of an allreduce, at least: bytes a second of each worker's port.
 

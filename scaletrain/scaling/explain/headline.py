@@ -23,10 +23,10 @@ def of(report: Report) -> str:
     """
     asked_for = _asked_for(report.rows)
     rows = [row for row in asked_for if row.runs]
-    if not rows:
+    best = fastest(report)
+    if best is None:
         lines = {"Result": _nothing(asked_for)}
     else:
-        best = max(rows, key=_speed)
         loss = _loss_of(best, rows, report.losses)
         lines = {
             "Result": _result(best, rows),
@@ -37,13 +37,7 @@ def of(report: Report) -> str:
     if report.header.emulated and report.header.emulation:
         # Before every figure: nobody may take it for a measurement of a cluster.
         lines["Result"] = f"EMULATED: {'; '.join(report.header.emulation)}. {lines['Result']}"
-    lines["How sure"] = " ".join(
-        [
-            *filter(None, [lines.get("How sure"), report.header.busy]),
-            *_missing(report.header),
-            *_failures(report.rows),
-        ]
-    )
+    lines["How sure"] = " ".join([*filter(None, [lines.get("How sure")]), *doubts(report)])
     return "\n".join(f"{name}: {text}" for name, text in lines.items() if text)
 
 
@@ -160,6 +154,21 @@ def _certainty(best: Row, rows: Sequence[Row], report: Report) -> str:
     if largest is not best and _may_be_as_fast(largest, best):
         sentences.append(f"{_name(largest)} may be as fast.")
     return " ".join(sentences)
+
+
+def fastest(report: Report) -> Row | None:
+    """Return the row that the first line is about; None if nothing that was asked for has run."""
+    rows = [row for row in _asked_for(report.rows) if row.runs]
+    return max(rows, key=_speed) if rows else None
+
+
+def doubts(report: Report) -> list[str]:
+    """Return what makes all figures of a report doubtful, a sentence each."""
+    return [
+        *filter(None, [report.header.busy]),
+        *_missing(report.header),
+        *_failures(report.rows),
+    ]
 
 
 def _missing(header: ReportHeader) -> list[str]:

@@ -70,8 +70,7 @@ def loss_of(cell: Cell, row: Row, measurements: Measurements) -> Loss | None:
     evidence = Evidence(
         causes=causes,
         efficiency=row.efficiency,
-        # Efficiency is speed-up over workers, and so is its interval.
-        ci95=None if row.speedup_ci95 is None else row.speedup_ci95 / cell.workers,
+        ci95=row.efficiency_ci95,
         lead_ci95=_lead_ci95(causes, steps, runs),
         repeats=runs.repeats,
         workers=cell.workers,

@@ -15,7 +15,7 @@ from scaletrain.scaling.explain.rows import row_of
 from scaletrain.scaling.measure import machine, servers, sweep, trainings
 from scaletrain.scaling.measure.run import read_run
 from scaletrain.scaling.model import BatchPoint, Cell, Report, ReportHeader, Row
-from scaletrain.scaling.predict.fit import Fit, alike_but_for_exchange, fit_report, predictions
+from scaletrain.scaling.predict.fit import Fit, alike_but_for_exchange, best_fit, predictions
 
 VERSION = 1  # of the format of report.json
 
@@ -250,13 +250,9 @@ def _fitted(report: Report) -> Fit | None:
     counts = sorted({row.workers for row in rows if row.workers > 1})
     fitted_to = counts[-2] if len(counts) > 2 else None
     try:
-        # Once as if communication hid behind backward, once as if it did not.
-        hidden = fit_report(report, gradient_bytes, overlap=True, max_workers=fitted_to)
-        exposed = fit_report(report, gradient_bytes, overlap=False, max_workers=fitted_to)
+        return best_fit(report, gradient_bytes, max_workers=fitted_to)
     except UserError:
         return None
-    # The measurements tell whether communication hides behind backward.
-    return min(hidden, exposed, key=lambda fit: fit.error)
 
 
 def _with_predictions(report: Report, fitted: Fit) -> Report:

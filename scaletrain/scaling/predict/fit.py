@@ -601,6 +601,38 @@ def fit_report(
     return fitted._replace(residuals=_predicted(fitted, steps, num_bytes))
 
 
+def best_fit(report: Report, num_bytes: float, max_workers: int | None = None) -> Fit:
+    """Calibrate once as if communication hid behind backward, once as if it did not.
+
+    The measurements tell which of the two it was: the better fit is returned. Arguments and errors
+    are those of ``fit_report``.
+    """
+    hidden = fit_report(report, num_bytes, overlap=True, max_workers=max_workers)
+    exposed = fit_report(report, num_bytes, overlap=False, max_workers=max_workers)
+    return min(hidden, exposed, key=lambda fit: fit.error)
+
+
+def for_other_workers(fitted: Fit, report: Report, num_bytes: float) -> Fit:
+    """Return a fit whose intervals hold for numbers of workers that were not measured.
+
+    A measured row is predicted from the computation of the same workers without an exchange. For
+    other workers there is none, and the computation of one worker has to do. What that misses at
+    the measured rows becomes part of the spread: cores that workers share, for example.
+
+    Args:
+        fitted: the calibrated models.
+        report: rows of several workers.
+        num_bytes: size of the gradients.
+    """
+    model = step_model(fitted, num_bytes, fitted.fabric)
+    errors = []
+    # Without runs of the workers alone, their computation is the model's.
+    for step in _exchange_steps(_with_runs(report.rows), []):
+        errors.append(math.log(step.predicted_s(model) / step.measured_s))
+    error = _ModelError.of(np.array(errors), max(1, len(errors) - 2))
+    return fitted._replace(spread=max(fitted.spread, error.quantile * error.deviation))
+
+
 def alike_but_for_exchange(rows: Sequence[Row]) -> bool:
     """Return True if one calibration can hold for all rows.
 
@@ -623,14 +655,18 @@ def predictions(fitted: Fit, report: Report, num_bytes: float) -> list[Predictio
     return _predicted(fitted, steps, num_bytes)
 
 
+def step_model(fitted: Fit, num_bytes: float, fabric: Fabric) -> StepModel:
+    """Return the model of a step on a network, which may be one of the plausible ones."""
+    return StepModel(num_bytes, fitted.compute, fabric, fitted.overlap, servers=_AS_MEASURED)
+
+
 def _predicted(fitted: Fit, steps: Sequence[_ExchangeStep], num_bytes: float) -> list[Prediction]:
     return [_prediction(fitted, step, num_bytes) for step in steps]
 
 
 def _prediction(fitted: Fit, step: _ExchangeStep, num_bytes: float) -> Prediction:
     def step_s(fabric: Fabric) -> float:
-        model = StepModel(num_bytes, fitted.compute, fabric, fitted.overlap, servers=_AS_MEASURED)
-        return step.predicted_s(model)
+        return step.predicted_s(step_model(fitted, num_bytes, fabric))
 
     low_s, high_s = fitted.interval(step_s)
     return Prediction(
