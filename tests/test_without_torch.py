@@ -50,6 +50,7 @@ def test_the_guard_guards():
         "report --help",
         "simulate --help",
         "fit --help",
+        "proposal --help",
         "doctor --help",
         "list",
         "top tests/golden/sweep/cells/digits-native-w2-b96/0 --once",

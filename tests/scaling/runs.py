@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from scaletrain.run.records import StepRecord
+
+PARTS = {"input_s": 0.1, "forward_s": 0.3, "backward_s": 0.5, "update_s": 0.1}
 
 
 def write_run(
@@ -16,12 +19,12 @@ def write_run(
     samples: int = 48,
     cores: int = 64,
     commit: str = "abc",
+    parts: Mapping[str, float] = PARTS,
     **summary: Any,
 ) -> Path:
     """Of ranks that compute on a thread each, on a machine of ``cores``.
 
-    ``steps[rank][i]``: seconds of a rank's step i; a tenth of it is input, three tenths forward, a
-    half backward, a tenth update.
+    ``steps[rank][i]``: seconds of a rank's step i; ``parts``: the share of each part in them.
     """
     directory.mkdir(parents=True, exist_ok=True)
     workers = len(steps)
@@ -30,8 +33,8 @@ def write_run(
         lines = []
         for index, step_s in enumerate(seconds):
             record = StepRecord(
-                step=index, rank=rank, time=clock, loss=1.0, samples=samples, lr=0.1, step_s=step_s, input_s=0.1 * step_s,
-                forward_s=0.3 * step_s, backward_s=0.5 * step_s, update_s=0.1 * step_s,
+                step=index, rank=rank, time=clock, loss=1.0, samples=samples, lr=0.1, step_s=step_s,
+                **{part: share * step_s for part, share in parts.items()},
             )  # fmt: skip
             lines.append(json.dumps(dataclasses.asdict(record)))
             clock += step_s

@@ -133,7 +133,7 @@ def inline(svg: bytes, label: str) -> str:
     return text
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """Put the legend below the axes, where it covers nothing.
 
     The figure grows for more than two lines of it.
@@ -161,9 +161,7 @@ def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Dra
         return number
 
     def error(row: Row) -> float:
-        # Efficiency is speed-up over workers, and so is its interval.
-        speedup_ci95 = row.speedup_ci95 or 0.0
-        return speedup_ci95 if figure == "speedup" else speedup_ci95 / row.workers
+        return getattr(row, f"{figure}_ci95") or 0.0
 
     def draw(axes: Axes) -> None:
         measured = [row for row in rows if getattr(row, figure) is not None]
@@ -198,7 +196,7 @@ def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Dra
         # Whole intervals: a reader must see how wide they are.
         least_top = most if figure == "speedup" else 1.0
         axes.set_ylim(0, 1.06 * max([least_top, *(value(row) + error(row) for row in measured)]))
-        _legend(axes)
+        legend(axes)
 
     def _curve(
         axes: Axes,
@@ -287,7 +285,7 @@ def anatomy(losses: Sequence[Loss]) -> Drawing:
         axes.set_xticks(places, [_bar_name(loss) for loss in losses], fontsize=8.5)
         axes.set_ylabel("ms a step")
         axes.grid(axis="x", visible=False)
-        _legend(axes)
+        legend(axes)
 
     return draw
 
@@ -344,7 +342,7 @@ def predicted(points: Sequence[Prediction]) -> Drawing:
         axes.set_ylim(ends[0], ends[1])
         axes.set_xlabel("measured, ms a step")
         axes.set_ylabel("predicted, ms a step")
-        _legend(axes)
+        legend(axes)
 
     return draw
 
@@ -378,7 +376,7 @@ def each_rank(row: Row) -> Drawing:
         axes.set_xlabel(f"rank ({row.label})")
         axes.set_ylabel("ms a step")
         axes.grid(axis="x", visible=False)
-        _legend(axes)
+        legend(axes)
 
     return draw
 
@@ -402,7 +400,7 @@ def traffic(rows: Sequence[Row]) -> Drawing:
                 axes.barh(places, widths, color=SERIES[0], label=kind, **look)
         labels = [f"{_line_name(row, rows)}, {row.workers} w" for row in bars]
         axes.set_yticks(range(len(bars)), labels)
-        _legend(axes)
+        legend(axes)
         axes.set_xlabel("MB sent by a worker in a step")
         axes.grid(axis="y", visible=False)
 
@@ -456,7 +454,7 @@ def simulation(points: Sequence[Point], reach: int | None) -> Drawing:
         has_extra = any(point.machines > point.workers for point in points)
         axes.set_xlabel("workers; (+N): N machines beside them" if has_extra else "workers")
         axes.set_ylabel("speed-up")
-        _legend(axes)
+        legend(axes)
 
     return draw
 

@@ -34,7 +34,7 @@ def html(report: Report) -> str:
     for plot in plots.of_report(report):
         svg = plots.inline(plots.image(plot.draw, watermark=mark), plot.title)
         figures.append(Figure(plot.name, plot.title, svg))
-    return _template("report.html").render(
+    return template("report.html").render(
         report=report,
         facts=report.header.to_json(),
         tables=page_tables,
@@ -44,10 +44,11 @@ def html(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """Return the report as Markdown."""
-    return _template("report.md").render(report=report, tables=page_tables)
+    return template("report.md").render(report=report, tables=page_tables)
 
 
-def _template(name: str) -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """Return a page's template, with the filters for a report."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         # Markdown would show the escapes.
