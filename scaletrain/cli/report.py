@@ -1,6 +1,7 @@
 """``scaletrain report``: write reports again from measurements that are there."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,6 +83,11 @@ class Sources:
 )
 @baseline_option
 @click.option(
+    "--reference-samples",
+    metavar="N,...",
+    help="Samples that reference runs needed to target_accuracy [default: those of one worker].",
+)
+@click.option(
     "--trace",
     is_flag=True,
     help="Also write Chrome traces of all ranks (runs with trace: true recorded the most).",
@@ -91,6 +97,7 @@ def command(
     out: Path | None,
     formats: str,
     baseline: Path | None,
+    reference_samples: str | None,
     trace: bool,
 ) -> None:
     """Render reports again, from the directories of sweeps or of single runs.
@@ -101,6 +108,7 @@ def command(
     Examples:
       scaletrain report runs/bench-1 --format html,md --trace
       scaletrain report runs/a runs/b --out runs/both
+      scaletrain report runs/bench-1 --reference-samples 41000,42500,40800
     """
     from scaletrain.scaling.explain import report as reports
     from scaletrain.scaling.show import publish
@@ -114,20 +122,43 @@ def command(
             " (allowed: one sweep, or single runs)"
         )
     wanted = [word.strip() for word in formats.split(",") if word.strip()]
+    stated = _samples(reference_samples)
     console = publish.terminal()
     target = out or directories[0]
     for directory in sources.sweeps:
-        publish.publish_sweep(directory, out, trace=trace, formats=wanted, console=console)
+        report = reports.with_reference(reports.of_sweep(directory), stated)
+        publish.publish(report, out or directory, formats=wanted, console=console)
+        if trace:
+            publish.write_traces(directory)
     for directory in sources.reports:
         target = out or directory
         report = publish.read_report(directory / "report.json")
+        if stated:
+            report = reports.with_reference(report, stated)
         publish.publish(report, target, formats=wanted, console=console)
     if sources.runs:
         target = out or sources.runs[0]
-        publish.publish(reports.of_runs(sources.runs), target, formats=wanted, console=console)
+        report = reports.with_reference(reports.of_runs(sources.runs), stated)
+        publish.publish(report, target, formats=wanted, console=console)
         if trace:
             for directory in sources.runs:
                 traces.write(directory, directory / "trace.json")
     # Last, since it ends the process with status 2 if something got slower.
     if baseline:
         publish.compare_and_exit(target / "report.json", baseline)
+
+
+def _samples(text: str | None) -> list[float]:
+    """Return the samples of reference runs; none if none are stated."""
+    if text is None:
+        return []
+    try:
+        samples = [float(word) for word in text.split(",")]
+    except ValueError:
+        samples = []
+    if not samples or not all(0 < each < math.inf for each in samples):
+        raise UserError(
+            f"--reference-samples: {text!r} is not allowed (allowed: numbers with commas, such as"
+            " 41000,42500)"
+        )
+    return samples

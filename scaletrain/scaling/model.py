@@ -273,6 +273,14 @@ class RankTimes(_Fields):
 
 
 @dataclasses.dataclass(frozen=True)
+class Reached(_Fields):
+    """Between which two evaluations a run has reached its target accuracy."""
+
+    samples: int  # of all workers, at the evaluation that found it reached
+    samples_before: int  # at the evaluation before: it was not reached yet
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """One finished run as numbers.
 
@@ -291,12 +299,22 @@ class Run:
     gradient_bytes: int | None  # of the model's parameters; None: there is no checkpoint
     servers: ServerCounts | None  # None: it had no parameter servers
     worker_facts: tuple[WorkerFacts, ...]  # of the ranks that wrote them
+    evaluated_steps: tuple[int, ...] = ()  # after which the test set was evaluated
     ranks: tuple[RankTimes, ...] = ()
     culprits: tuple[Culprit, ...] = ()  # who held up the others; the most expensive first
 
     @property
     def workers(self) -> int:
         return self.steps.shape[1]
+
+    @property
+    def convergence(self) -> "Reached | None":
+        """The samples until the target accuracy; None if it was not reached or not looked at."""
+        step, batch_size = self.summary.target_step, self.summary.batch_size
+        if step is None or batch_size is None or step not in self.evaluated_steps:
+            return None
+        before = max([0, *(each for each in self.evaluated_steps if each < step)])
+        return Reached(step * batch_size, before * batch_size)
 
     @property
     def commit(self) -> str | None:
@@ -365,12 +383,18 @@ class Repeat(_Fields):
     samples_per_s: float
     step_s: float  # mean seconds of a step
     wall_s: float | None = None  # seconds from the first step to the last
+    reached: Reached | None = None  # None: not the target accuracy, or there was none
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         # NaN, since these fields are plain numbers: a figure made of it is visibly unknown.
         samples_per_s = value.get("samples_per_s", math.nan)
-        return cls(samples_per_s, value.get("step_s", math.nan), value.get("wall_s"))
+        reached = value.get("reached")
+        if reached:
+            reached = Reached.from_json(reached)
+        return cls(
+            samples_per_s, value.get("step_s", math.nan), value.get("wall_s"), reached or None
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,6 +439,7 @@ class Row(_Fields):
     target_s: float | None = None  # seconds until then, over the repeats that reached it
     target_s_ci95: float | None = None
     target_runs: int = 0  # how many repeats reached it
+    is_too_fast: bool = False  # reached in fewer samples than the reference allows (Convergence)
     emulation: str | None = None  # what was emulated, in words; None: nothing
     servers: ServerCounts | None = None  # of the first repeat that had parameter servers
     time_to_loss_s: float | None = None  # seconds to Report.loss_reached
@@ -505,6 +530,36 @@ class Loss(_Fields):
 
 
 @dataclasses.dataclass(frozen=True)
+class Convergence(_Fields):
+    """The samples that a row needed to the target accuracy, beside those of its reference.
+
+    A change of speed leaves the samples as they are. A row that needs clearly fewer trains
+    something else, so its time to accuracy is no result of scaling.
+    """
+
+    config: str
+    exchange: str
+    workers: int
+    batch_size: int  # of all workers together
+    variant: Variant
+    samples: float  # mean over the repeats
+    samples_ci95: float | None
+    reference: str  # whose samples it is held against, in words
+    reference_samples: float
+    reference_ci95: float | None
+    is_too_fast: bool  # whether it needed fewer samples than the reference allows
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**cls._known(value))
+
+    @property
+    def label(self) -> str:
+        """Exchange and workers in two words, such as ``ring on 4``."""
+        return f"{self.exchange} on {self.workers}"
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchPoint(_Fields):
     """How long one worker computes on a sample at one batch size."""
 
@@ -571,12 +626,13 @@ class ReportHeader(_Fields):
     emulated: bool | None = None
     emulation: tuple[str, ...] | None = None  # what was emulated, in words
     devices: tuple[str, ...] | None = None  # names of the GPUs
+    reference_samples: tuple[float, ...] | None = None  # to the target, of reference runs elsewhere
     calibrated_on: str | None = None  # the rows that the predictions' model was fitted to
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         facts = cls._known(value)
-        for name in ("settings", "emulation", "devices"):
+        for name in ("settings", "emulation", "devices", "reference_samples"):
             if facts.get(name) is not None:
                 facts[name] = tuple(facts[name])
         return cls(**facts)
@@ -603,6 +659,7 @@ class Report(_Fields):
     batches: tuple[BatchPoint, ...] = ()
     predictions: tuple[Prediction, ...] = ()
     loss_reached: float | None = None  # the lowest training loss that every run reached
+    convergence: tuple[Convergence, ...] = ()  # of rows that have a reference
 
     @property
     def has_variants(self) -> bool:
@@ -626,6 +683,7 @@ class Report(_Fields):
             batches=tuple(BatchPoint.from_json(point) for point in value.get("batches", ())),
             predictions=tuple(Prediction.from_json(p) for p in value.get("predictions", ())),
             loss_reached=value.get("loss_reached"),
+            convergence=tuple(Convergence.from_json(c) for c in value.get("convergence", ())),
         )
 
 

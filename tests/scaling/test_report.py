@@ -277,7 +277,8 @@ def test_the_page_is_one_file_that_asks_for_nothing(measured):
 
 
 def test_every_format_is_written(measured):
-    publish.publish_sweep(measured, formats=publish.FORMATS)
+    made = report.of_sweep(measured)
+    publish.publish(made, measured, formats=publish.FORMATS)
     assert {p.suffix for p in measured.iterdir() if p.is_file()} >= {
         ".html",
         ".md",
@@ -288,7 +289,7 @@ def test_every_format_is_written(measured):
     }
     assert "± " in (measured / "report.md").read_text()
     with pytest.raises(UserError, match="allowed"):
-        publish.publish_sweep(measured, formats=["pdf"])
+        publish.publish(made, measured, formats=["pdf"])
 
 
 @pytest.mark.parametrize("timed", [False, True])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from scaletrain.scaling.explain import convergence
 from scaletrain.scaling.explain.limiter import capitalized
 from scaletrain.scaling.measure.intervals import ONE_RUN, change, luck, typical
 from scaletrain.scaling.model import Loss, Report, ReportHeader, Row
@@ -166,6 +167,7 @@ def doubts(report: Report) -> list[str]:
     """Return what makes all figures of a report doubtful, a sentence each."""
     return [
         *filter(None, [report.header.busy]),
+        *convergence.too_fast(report),
         *_missing(report.header),
         *_failures(report.rows),
     ]

@@ -9,7 +9,7 @@ import numpy as np
 from scaletrain.errors import UserError
 from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
-from scaletrain.scaling.explain import headline, losses
+from scaletrain.scaling.explain import convergence, headline, losses
 from scaletrain.scaling.explain.measurements import CellResults, Measurements
 from scaletrain.scaling.explain.rows import row_of
 from scaletrain.scaling.measure import machine, servers, sweep, trainings
@@ -158,6 +158,28 @@ def _report(measurements: Measurements, header: ReportHeader) -> Report:
     # 4. The sentences for people.
     report = dataclasses.replace(
         report, losses=losses.with_alternatives(report.losses, rows, fitted)
+    )
+    return with_reference(report)
+
+
+def with_reference(report: Report, stated: Sequence[float] = ()) -> Report:
+    """Return a report whose samples to the target accuracy are held against a reference.
+
+    Args:
+        report: the report.
+        stated: the samples that reference runs needed; empty: one worker is the reference.
+    """
+    found = convergence.of(report, stated)
+    too_fast = [(each.config, each.variant, each.label) for each in found if each.is_too_fast]
+    rows = []
+    for row in report.rows:
+        is_too_fast = (row.config, row.variant, row.label) in too_fast
+        rows.append(dataclasses.replace(row, is_too_fast=is_too_fast))
+    report = dataclasses.replace(
+        report,
+        header=dataclasses.replace(report.header, reference_samples=tuple(stated) or None),
+        rows=tuple(rows),
+        convergence=found,
     )
     return dataclasses.replace(report, summary=headline.of(report))
 

@@ -30,7 +30,7 @@ def row_of(cell: Cell, measurements: Measurements) -> Row:
         oversubscribed=_scarce(runs),
         repeats=len(runs),
         failures=tuple(results.failures),
-        runs=tuple(Repeat(run.samples_per_s, run.step_s, run.summary.wall_s) for run in runs),
+        runs=tuple(_repeat(run) for run in runs),
     )
     if not runs:
         return row
@@ -47,6 +47,11 @@ def row_of(cell: Cell, measurements: Measurements) -> Row:
         culprit=limiter.culprit_of([run.culprits for run in runs]),
         ranks=_ranks_of(runs),
     )
+
+
+def _repeat(run: Run) -> Repeat:
+    reached = run.convergence if run.learns else None
+    return Repeat(run.samples_per_s, run.step_s, run.summary.wall_s, reached)
 
 
 def _ranks_of(runs: Sequence[Run]) -> tuple[RankTimes, ...]:

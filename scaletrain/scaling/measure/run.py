@@ -52,7 +52,18 @@ def read_run(run_dir: Path, warmup_steps: int = WARMUP_STEPS) -> Run:
         ranks=tuple(_rank_times(records, files) for records in kept),
         culprits=tuple(watch.culprits_of(files, kept)),
         worker_facts=_worker_facts(run_dir, len(ranks)),
+        evaluated_steps=_evaluated_steps(files),
     )
+
+
+def _evaluated_steps(files: RunDir) -> tuple[int, ...]:
+    """Return the steps after which a run was evaluated; none if no file says so."""
+    try:
+        lines = files.evaluations.read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError:
+        return ()
+    # A line without an end was cut: the worker was killed.
+    return tuple(json.loads(line)["step"] for line in lines if line.endswith("\n"))
 
 
 def _rank_times(records: list[StepRecord], files: RunDir) -> RankTimes:

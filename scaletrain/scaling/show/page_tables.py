@@ -92,6 +92,32 @@ def time_to_loss(report: Report) -> Table:
     return Table(tuple(titles), tuple(lines))
 
 
+def convergence(report: Report) -> Table:
+    """Return the samples to the target accuracy beside those of the reference."""
+    titles = [
+        Title("exchange", is_left=True),
+        *map(Title, ["workers", "batch", "samples", "reference", "ratio"]),
+        Title("verdict", is_left=True),
+    ]
+    lines = []
+    for each in report.convergence:
+        job = [each.config, *map(str, each.variant.values())] if report.has_variants else []
+        verdict = "as the reference, or more"
+        if each.is_too_fast:
+            verdict = "! fewer than the reference allows"
+        line = [
+            " ".join([*job, each.exchange]),
+            str(each.workers),
+            f"{each.batch_size:,}",
+            number(each.samples, ",.0f", each.samples_ci95),
+            f"{number(each.reference_samples, ',.0f', each.reference_ci95)} ({each.reference})",
+            number(each.samples / each.reference_samples),
+            verdict,
+        ]
+        lines.append(Line(tuple(line)))
+    return Table(tuple(titles), tuple(lines))
+
+
 def batches(report: Report) -> Table:
     """Return how long one worker computes on a sample at each batch size."""
     titles = [Title("batch"), Title("forward and backward a sample (ms)")]

@@ -36,16 +36,9 @@ def terminal() -> Console:
     return Console(width=max(console.width, MIN_COLUMNS))
 
 
-def publish_sweep(
-    directory: Path,
-    out: Path | None = None,
-    *,
-    trace: bool = False,
-    formats: Sequence[str] = ("html",),
-    console: Console | None = None,
-) -> None:
-    """Read a sweep's directory and write its report to ``out``, or beside it."""
-    publish(report.of_sweep(directory), out or directory, formats=formats, console=console)
+def publish_sweep(directory: Path, *, trace: bool = False, console: Console | None = None) -> None:
+    """Read a sweep's directory, and write its report there."""
+    publish(report.of_sweep(directory), directory, console=console)
     if trace:
         write_traces(directory)
 

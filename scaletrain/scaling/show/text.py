@@ -35,8 +35,13 @@ def cell_name(row: Row) -> str:
 
 
 def to_target(row: Row) -> str:
-    """Return the seconds until the target accuracy, over the repeats that reached it."""
+    """Return the seconds until the target accuracy, over the repeats that reached it.
+
+    An exclamation mark says that they rest on fewer samples than the reference allows.
+    """
     seconds = number(row.target_s, ".1f", row.target_s_ci95)
+    if row.is_too_fast:
+        seconds = f"{seconds} !"
     if row.target_s is None or row.target_runs == row.repeats:
         return seconds
     return f"{seconds} ({row.target_runs} of {row.repeats} runs)"
