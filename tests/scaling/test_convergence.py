@@ -69,6 +69,7 @@ def test_one_evaluation_earlier_is_no_evidence():
 def test_repeats_of_one_seed_are_taken_to_scatter_as_seeds_do():
     """Equal repeats know nothing of other seeds: 6 % fewer samples may be luck, 15 % are not."""
     alone = row("none", 1, [40_000] * 3)
+    assert of(alone, row("ring", 2, [40_000] * 3))[0].samples_ci95 is None
     assert not of(alone, row("ring", 2, [37_500] * 3))[0].is_too_fast
     assert of(alone, row("ring", 2, [34_000] * 3))[0].is_too_fast
     assert of(row("none", 1, [40_000]), row("ring", 2, [34_000]))[0].is_too_fast
@@ -78,6 +79,7 @@ def test_only_rows_whose_repeats_all_reached_the_target_are_judged():
     alone = row("none", 1, [40_000, 41_000])
     assert of(alone, row("ring", 2, [20_000, None])) == ()
     assert of(row("none", 1, [40_000, None]), row("ring", 2, [20_000, 20_000])) == ()
+    assert of(alone, row("none", 2, [20_000, 20_500])) == (), "each trains a model of its own"
     other = replace(row("ring", 2, [20_000, 20_500]), config="other")
     assert of(alone, other) == (), "another job is no reference"
 

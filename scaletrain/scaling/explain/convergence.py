@@ -33,6 +33,9 @@ def of(report: Report, stated: Sequence[float] = ()) -> tuple[Convergence, ...]:
     """
     found = []
     for row in report.rows:
+        # Workers without an exchange train a model each.
+        if row.exchange == "none" and row.workers > 1:
+            continue
         ours = _reached(row)
         theirs = _stated(stated) if stated else _reference(row, report.rows)
         if ours and theirs:
@@ -97,10 +100,11 @@ def _convergence(
         batch_size=row.batch_size,
         variant=row.variant,
         samples=samples.value,
-        samples_ci95=samples.ci95,
+        # Equal repeats share a seed. Their interval of 0 would claim a precision nobody measured.
+        samples_ci95=samples.ci95 or None,
         reference=name,
         reference_samples=reference.value,
-        reference_ci95=reference.ci95,
+        reference_ci95=reference.ci95 or None,
         is_too_fast=_is_fewer(samples, earliest),
     )
 
