@@ -79,8 +79,8 @@ class Point:
 
     @property
     def power(self) -> float:
-        """Efficiency over the time of a step, but for a factor that all points share."""
-        return self.samples_per_s.value**2 / self.workers
+        """Efficiency of the nodes over the time of a step, but for a factor that all share."""
+        return self.samples_per_s.value**2 / self.nodes
 
 
 class Knee(NamedTuple):
@@ -348,8 +348,8 @@ def _knee(points: Sequence[Point]) -> Knee:
     """Return where adding workers stops paying.
 
     The knee is where efficiency over the time of a step is highest (Eager, Zahorjan and Lazowska
-    1989, "Speedup versus efficiency in parallel systems"). From there on, twice the workers are
-    less than 1.41 times as fast.
+    1989, "Speedup versus efficiency in parallel systems"). From there on, twice the nodes are less
+    than 1.41 times as fast. A worker more on a node that is paid for costs nothing.
     """
     measured = [point for point in points if point.is_measured]
     best = max(measured, key=lambda point: point.power)
@@ -384,8 +384,8 @@ def _doubt(best: Point, measured: Sequence[Point]) -> str:
         faster = change(typical(point.rates), typical(best.rates))
         if faster is None:
             return f" ({ONE_RUN})"
-        # Both are as good where the ratio of the speeds is the root of the workers' ratio.
-        if faster.high >= math.sqrt(point.workers / best.workers):
+        # Both are as good where the ratio of the speeds is the root of the nodes' ratio.
+        if faster.high >= math.sqrt(point.nodes / best.nodes):
             rivals.append(str(point.workers))
     if not rivals:
         return ""
