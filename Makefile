@@ -87,6 +87,7 @@ results: setup horovod peers
 	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --set target_accuracy=0.95 --repeats 5 --out runs/results/strong
 	$(SCALING) examples/digits.yaml --workers 1,2 --exchange native,ring,tree,none --mode weak --set epochs=12 --repeats 5 --out runs/results/weak
 	for name in overlap strong weak; do $(BIN)/scaletrain report runs/results/$$name --format md,html --out $(RESULTS)/scaling/$$name || exit 1; done
+	$(BIN)/scaletrain proposal $(RESULTS)/scaling/strong $(RESULTS)/scaling/weak --samples 1e8 --runs 10 --workers-per-node 2 --format md --out $(RESULTS)/scaling/proposal
 	$(BIN)/scaletrain bench parameter-server --output $(RESULTS)/parameter_server
 	$(BIN)/python -m benchmarks.lab prediction
 	$(BIN)/python -m benchmarks.lab published
