@@ -14,12 +14,14 @@ import importlib
 import importlib.util
 import sys
 from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import annotated_types
 
 from scaletrain.errors import UserError, unknown
+from scaletrain.needs import IsFile, IsFolder, Needs, is_installed
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -62,6 +64,7 @@ _TYPES = {
     "int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "tuple": tuple, "Any": Any,
     "Literal": Literal, "Annotated": Annotated, "None": None,
     "Ge": annotated_types.Ge, "Gt": annotated_types.Gt, "Le": annotated_types.Le, "Lt": annotated_types.Lt,
+    "IsFile": IsFile, "IsFolder": IsFolder,
 }  # fmt: skip
 
 
@@ -146,6 +149,42 @@ def _users_options(kind: str, name: str, search_path: Path | None) -> "type[Base
     return None
 
 
+def needs(kind: str, name: str) -> Needs:
+    """Return what a plugin needs, as its line ``NEEDS = Needs(...)`` says; nothing without one."""
+    if kind not in KINDS or not exists(kind, name):
+        return Needs()
+    for node in _parse(_path(kind, name)).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if targets == ["NEEDS"]:
+                keywords = node.value.keywords
+                return Needs(**{str(each.arg): ast.literal_eval(each.value) for each in keywords})
+    return Needs()
+
+
+def path_options(
+    kind: str, name: str, search_path: Path | None = None
+) -> dict[str, IsFile | IsFolder]:
+    """Return the options of a plugin that name files or folders, by their names.
+
+    Args:
+        kind: of the plugin.
+        name: of the plugin, or ``package.module:factory``.
+        search_path: where a person's modules are looked for.
+    """
+    # Torch's own optimizers and losses are no plugins, and have no files.
+    if ":" not in name and (kind not in KINDS or not exists(kind, name)):
+        return {}
+    schema = options(kind, name, search_path)
+    marked: dict[str, IsFile | IsFolder] = {}
+    if schema is not None:
+        for option, field in schema.model_fields.items():
+            for mark in field.metadata:
+                if isinstance(mark, IsFile | IsFolder):
+                    marked[option] = mark
+    return marked
+
+
 def load(kind: str, name: str, search_path: Path | None = None) -> Any:
     """Import a plugin and return its factory.
 
@@ -175,9 +214,7 @@ def _load_users(kind: str, name: str, search_path: Path | None) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists; something that it imports does not
-        raise UserError(
-            f"{kind}: {name!r}: no module {error.name!r} (looked in {folder} and on Python's path)"
-        ) from None
+        raise _no_module(kind, name, error.name, folder) from None
     factory = getattr(module, factory_name, None)
     if callable(factory):
         return factory
@@ -187,6 +224,50 @@ def _load_users(kind: str, name: str, search_path: Path | None) -> Any:
             functions.append(key)
     raise unknown(
         f"{kind}: {name!r}: no such function in {module.__file__}", factory_name, functions
+    )
+
+
+def check_module(place: str, name: str, search_path: Path | None = None) -> None:
+    """Raise ``UserError`` if the module of ``package.module:factory`` cannot be there.
+
+    No code runs. A module that a package may make when it is imported is left to Python.
+
+    Args:
+        place: the key of the configuration, for the error's line.
+        name: the module and its factory.
+        search_path: where it is looked for first; default: the working directory.
+    """
+    module = name.partition(":")[0]
+    folder = str(search_path or Path.cwd())
+    first, *rest = module.split(".")
+    found = first
+    spec = PathFinder.find_spec(first, [folder, *sys.path])
+    if spec is None:
+        # Other finders, such as those of packages that are installed for editing, know no folder.
+        if not is_installed(first):
+            raise _no_module(place, name, first, folder)
+        return
+    for part in rest:
+        if spec.submodule_search_locations is None or _makes_modules(spec):
+            return
+        found = f"{found}.{part}"
+        # Without its package's name: for a namespace, Python would look for that among loaded ones.
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
+        if spec is None:
+            raise _no_module(place, name, found, folder)
+
+
+def _makes_modules(package: ModuleSpec) -> bool:
+    """Return True if a package may bring modules from elsewhere when it is imported."""
+    if package.origin is None or not package.origin.endswith(".py"):
+        return False
+    source = Path(package.origin).read_text(encoding="utf-8", errors="replace")
+    return "__path__" in source or "sys.modules" in source
+
+
+def _no_module(place: str, name: str, module: str, folder: str) -> UserError:
+    return UserError(
+        f"{place}: {name!r}: no module {module!r} (looked in {folder} and on Python's path)"
     )
 
 

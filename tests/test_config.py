@@ -298,3 +298,23 @@ def test_the_schema_for_editors_accepts_what_the_examples_hold():
         key for key, field in schema["properties"].items() if not field.get("description")
     ]
     assert undescribed == []
+
+
+@pytest.mark.parametrize(
+    ("device", "hint"),
+    [
+        ("gpu", "; did you mean 'cuda'?"),
+        ("GPU:0", "; did you mean 'cuda'?"),
+        ("cuda:1", "; did you mean 'cuda'?"),
+        ("rocm", "; did you mean 'cuda'?"),
+        ("cpuu", "; did you mean 'cpu'?"),
+        ("tpu", ""),
+        ("mps", ""),
+    ],
+)
+def test_a_device_by_another_name(device: str, hint: str):
+    with pytest.raises(UserError) as caught:
+        config.check({"model": "mlp", "data": "digits", "batch_size": 8, "device": device})
+    assert str(caught.value) == (
+        f"config: device: {device!r} is not allowed{hint} (allowed: 'auto', 'cpu' or 'cuda')"
+    )

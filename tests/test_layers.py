@@ -16,6 +16,7 @@ FLOORS = {
     "scaletrain._version": 0,
     "scaletrain.errors": 0,
     "scaletrain.units": 0,
+    "scaletrain.needs": 0,
     "scaletrain.plugins": 0,
     "scaletrain.timeouts": 0,
     "scaletrain.torch_names": 0,

@@ -98,6 +98,67 @@ def test_a_key_given_twice(tmp_path: Path):
     )
 
 
+JOB = "model: mlp\ndata: digits\nbatch_size: 8\nsteps: 1\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        (
+            "device=gpu",
+            "device: 'gpu' is not allowed; did you mean 'cuda'? (allowed: 'auto', 'cpu' or 'cuda')",
+        ),
+        (
+            "callbacks=[clip]",
+            "callbacks[0]: clip needs norm or value (such as {name: clip, norm: 1.0})",
+        ),
+        (
+            "init_from=gone.pt",
+            "init_from: there is no FOLDER/gone.pt (allowed: a file, or the directory of a run)",
+        ),
+        (
+            "data={name: image_folder, folder: gone}",
+            "data.folder: 'gone' is not allowed (allowed: a folder; there is no FOLDER/gone)",
+        ),
+        (
+            "optimizer=json.gone:Adam",
+            "optimizer: 'json.gone:Adam': no module 'json.gone' (looked in FOLDER and on Python's"
+            " path)",
+        ),
+    ],
+)
+def test_what_is_missing_is_told_before_workers_start(tmp_path: Path, setting: str, told: str):
+    (tmp_path / "job.yaml").write_text(JOB)
+    expected = f"scaletrain: error: job.yaml: {told.replace('FOLDER', str(tmp_path))}\n"
+    assert mistake(tmp_path, "train", "job.yaml", "--set", setting) == expected
+
+
+@pytest.mark.parametrize(
+    ("workload", "told"),
+    [
+        ("gone:Job", "job.yaml: workload: 'gone:Job': no module 'gone' (looked in FOLDER and on"),
+        (
+            "here:Jib",
+            "workload: 'here:Jib': no such function in FOLDER/here.py: 'Jib' is not known",
+        ),
+    ],
+)
+def test_a_workload_that_does_not_exist(tmp_path: Path, workload: str, told: str):
+    (tmp_path / "here.py").write_text("class Job: ...\n")
+    (tmp_path / "job.yaml").write_text(f"workload: {workload}\nbatch_size: 8\nsteps: 1\n")
+    assert told.replace("FOLDER", str(tmp_path)) in mistake(tmp_path, "train", "job.yaml")
+
+
+def test_what_a_recipe_or_a_sweep_lacks_is_told_before_its_first_training(tmp_path: Path):
+    (tmp_path / "job.yaml").write_text(JOB)
+    lacking = ("--set", "data={name: text_file, file: gone}", "--out", "sweep")
+    told = "data.file: 'gone' is not allowed (allowed: a file; there is no "
+    assert told in mistake(tmp_path, "bench", "scaling", "job.yaml", *lacking)
+    assert not (tmp_path / "sweep").exists()
+    assert told in mistake(tmp_path, "recipes", "run", "dropout", *lacking)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_report_is_no_calibration(tmp_path: Path):
     (tmp_path / "report.json").write_text(json.dumps({"rows": []}))
     arguments = ("simulate", "--fit", "report.json", "--workers", "2")

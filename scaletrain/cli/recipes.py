@@ -100,6 +100,8 @@ def run(
             for training in plan.series:
                 click.echo(shlex.join(training.command))
         return
+    for plan in plans:
+        running.check_presence(plan)
     if out is None:
         made = claim.new_directory(directory)
         plans = [running.plan(each, request, made / each.name) for each in recipes]

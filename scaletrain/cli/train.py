@@ -83,11 +83,15 @@ def command(
     if dry_run:
         click.echo(str(plan))
         return
+    from scaletrain.config import presence
     from scaletrain.launching.supervision import supervise
     from scaletrain.launching.supervision.screen import Display, Screen
     from scaletrain.run import claim
+    from scaletrain.run.layout import RunDir
 
     check_start(plan)
+    if plan.is_local:
+        presence.check(run, f"{path}: ", begins=not (resume and RunDir(directory).checkpoints()))
     display = Display(log_format, show)
     supervise.check_display(plan, display)
     if run_dir is None:

@@ -380,6 +380,12 @@ def plugin_options(
     if schema is None:
         return chosen
     options = validate(schema, chosen, where, f"{place}.").model_dump()
+    one_of = plugins.needs(kind, name).one_of
+    if one_of and all(options[option] is None for option in one_of):
+        raise UserError(
+            f"{where}: {place}: {name} needs {' or '.join(one_of)} (such as"
+            f" {{name: {name}, {one_of[0]}: 1.0}})"
+        )
     for option, value in options.items():
         # A plugin inside a plugin, such as the collective of `scheduled`.
         if option in plugins.KINDS and value != "auto":
@@ -483,10 +489,27 @@ def _mistake(error: ErrorDetails, schema: type[BaseModel], where: str, prefix: s
     hint = ""
     if error["type"] == "literal_error":
         choices = re.findall("'([^']*)'", allowed)
-        hint = did_you_mean(str(error["input"]), choices)
+        hint = _hint(str(error["input"]), choices)
     return UserError(
         f"{where}: {key}: {error['input']!r} is not allowed{hint} (allowed: {allowed})"
     )
+
+
+# Words for accelerators, whose meaning counts more than their letters: "gpu" looks like "cpu".
+# Empty: torch knows it by no name that is allowed.
+_ACCELERATORS = {
+    "gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", "amd": "cuda",
+    "tpu": "", "xpu": "", "npu": "", "hpu": "", "mps": "",
+}  # fmt: skip
+
+
+def _hint(value: str, choices: Sequence[str]) -> str:
+    """Return the choice that a person may have meant, as part of a sentence."""
+    word = re.sub(r"\W.*", "", value.lower())  # without a number: gpu:0
+    meant = _ACCELERATORS.get(word)
+    if meant is None or "cuda" not in choices:
+        return did_you_mean(value, choices)
+    return f"; did you mean {meant!r}?" if meant else ""
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

@@ -54,6 +54,8 @@ class LaunchPlan(NamedTuple):
     companions: tuple[Companion, ...] = ()  # the job's, as this launcher starts them
     # Other hosts start their parts of the same job, in the same run directory.
     is_part: bool = False
+    # All workers run on this host, with its files: what a run needs can be looked for here.
+    is_local: bool = False
     # If set: this host cannot carry the plan out, and the error says why.
     missing: str = ""
     # Workers run in images of their own: a script need not be a file of this host.

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from scaletrain import config as configuration
-from scaletrain.config import RunConfig
+from scaletrain.config import RunConfig, presence
 from scaletrain.engine import rendezvous
 from scaletrain.errors import UserError
 from scaletrain.host import cores
@@ -59,8 +59,10 @@ def main(run_dir: Path, resume: bool = False) -> int:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             resume = True  # torchrun has started all workers once more
         # Rank 0 alone, and before the ranks meet: nothing has been written by then.
-        if world.rank == 0 and not resume:
-            _check_unused(files)
+        if world.rank == 0:
+            if not resume:
+                _check_unused(files)
+            presence.check(config, begins=not (resume and files.checkpoints()))
         timeouts = Timeouts(config.timeout_s)
         store = rendezvous.join(world, run_dir, timeouts.join)
         world = rendezvous.place(world, store)

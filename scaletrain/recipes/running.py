@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scaletrain.config import RunConfig
+from scaletrain.config import RunConfig, presence
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Program
 from scaletrain.recipes import judging
@@ -104,6 +104,15 @@ def plan(of: Recipe, request: Request, out: Path) -> Plan:
             run_dirs[variant] += (run_dir,)
             series.append(_training(of, variant, seed, run, run_dir, request))
     return Plan(of, request, out, configs, tuple(series), run_dirs)
+
+
+def check_presence(plan: Plan) -> None:
+    """Raise ``UserError`` if this host lacks something that a training needs."""
+    for run in plan.configs.values():
+        # Other launchers may start workers elsewhere. A variant may begin with the weights of an
+        # earlier one, which are not there yet.
+        if run.launcher.name == "local":
+            presence.check(run, f"{plan.recipe.name}: ", begins=False)
 
 
 def _training(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scaletrain import plugins
-from scaletrain.config import RunConfig
+from scaletrain.config import RunConfig, presence
 from scaletrain.config.grammar import is_users_own
 from scaletrain.errors import UserError, unknown
 from scaletrain.training.exchange import Exchange
@@ -54,10 +54,9 @@ def _factory(config: RunConfig, figure: str, name: str) -> "Callable[..., Metric
 
 def _torchmetrics_classes() -> "dict[str, type[Metric]]":
     """Return the metrics for outputs and targets by their names in lower case."""
-    try:
-        from torchmetrics import Metric
-    except ImportError:
-        raise UserError('metrics: needs torchmetrics (pip install "scaletrain[metrics]")') from None
+    presence.TORCHMETRICS.check_installed("metrics:")
+    from torchmetrics import Metric
+
     classes = {}
     for module in _MODULES:
         for value in vars(importlib.import_module(module)).values():

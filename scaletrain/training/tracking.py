@@ -6,7 +6,6 @@ library that fails ends the tracking and never the training.
 """
 
 import abc
-import importlib.util
 import queue
 import sys
 import threading
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scaletrain.config import RunConfig
-from scaletrain.errors import UserError
+from scaletrain.needs import Needs
 from scaletrain.run import progress
 from scaletrain.run.atomic import write_text
 from scaletrain.run.layout import RunDir
@@ -93,7 +92,7 @@ class Tracker(Callback):
         trainer: of this worker.
         name: of the tracker.
         start: opens the run in the tracker.
-        library: the module that must be there.
+        needs: the package that must be there.
         every: steps between figures.
     """
 
@@ -102,7 +101,7 @@ class Tracker(Callback):
         trainer: "Trainer",
         name: str,
         start: Callable[[Place], TrackerRun],
-        library: str,
+        needs: Needs,
         every: int,
     ):
         self._exchange = trainer.exchange
@@ -111,10 +110,7 @@ class Tracker(Callback):
         self._writer: _Writer | None = None
         if trainer.world.rank != 0:
             return
-        if importlib.util.find_spec(library) is None:
-            raise UserError(
-                f'callbacks: {name} needs {library} (pip install "scaletrain[trackers]")'
-            )
+        needs.check_installed(f"callbacks: {name}")
         config = trainer.config
         place = Place(name, config, trainer.run_dir, trainer.next_step)
         self._writer = _Writer(name, lambda: start(place))

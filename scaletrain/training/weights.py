@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain import compression
+from scaletrain.config import presence
 from scaletrain.config.schema import InitFrom
 from scaletrain.errors import UserError
 from scaletrain.run.atomic import replacing
@@ -179,8 +180,7 @@ def _weights_of(content: Content, path: Path, ema: bool) -> dict[str, Any]:
 
 def _read(path: Path, ema: bool) -> dict[str, Tensor]:
     """Return the tensors of a file, or of a run's newest checkpoint, on the CPU."""
-    if not path.exists():
-        raise UserError(f"init_from: there is no {path}")
+    presence.check_weights(path)
     if path.is_dir():
         path, content = _chosen(RunDir(path), None, False)
         return _tensors(_weights_of(content, path, ema))

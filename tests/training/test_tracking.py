@@ -24,6 +24,7 @@ import pytest
 import torch.distributed as dist
 
 from scaletrain.errors import UserError
+from scaletrain.needs import Needs
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord
 from scaletrain.training import tracking
@@ -207,15 +208,15 @@ class Stuck(TrackerRun):
 
 
 def failing(trainer: Trainer) -> Callback:
-    return Tracker(trainer, "full", Failing, "torch", 1)
+    return Tracker(trainer, "full", Failing, Needs(package="torch"), 1)
 
 
 def stuck(trainer: Trainer) -> Callback:
-    return Tracker(trainer, "away", Stuck, "torch", 1)
+    return Tracker(trainer, "away", Stuck, Needs(package="torch"), 1)
 
 
 def absent(trainer: Trainer) -> Callback:
-    return Tracker(trainer, "absent", Failing, "no_such_library", 1)
+    return Tracker(trainer, "absent", Failing, Needs("no_such_library", "pip install it"), 1)
 
 
 class Ends(Callback):
@@ -279,7 +280,9 @@ def test_a_server_that_is_away_does_not_hold_up_the_training(
 
 
 def test_a_missing_library_is_one_line(tmp_path: Path):
-    with pytest.raises(UserError, match=r'needs no_such_library \(pip install "scaletrain\[tr'):
+    with pytest.raises(
+        UserError, match=r"^callbacks: absent needs no_such_library \(pip install it\)$"
+    ):
         train(own("absent"), tmp_path)
 
 

@@ -12,8 +12,11 @@ import torch
 
 from scaletrain import config
 from scaletrain.config import RunConfig
+from scaletrain.config.schema import InitFrom, Named
 from scaletrain.errors import UserError
 from scaletrain.programs import worker
+from scaletrain.run.failure import FailureKind, read_failure
+from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord
 from scaletrain.training import workload
 from scaletrain.world import World
@@ -49,6 +52,33 @@ def test_without_cuda(monkeypatch: pytest.MonkeyPatch):
     assert worker.choose_device(on("auto"), World()) == torch.device("cpu")
     with pytest.raises(UserError, match="allowed here: cpu, auto"):
         worker.choose_device(on("cuda"), World())
+
+
+def test_rank_0_says_what_its_host_lacks_before_it_looks_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The other rank never comes: waiting for it would end this test by its time limit."""
+    run = on("cpu").model_copy(
+        update={"model": Named(name="mlp"), "init_from": InitFrom(path="/gone.pt")}
+    )
+    RunDir(tmp_path).config.write_text(run.to_yaml(), encoding="utf-8")
+    monkeypatch.setattr(World, "from_env", lambda: World(rank=0, size=2))
+    with pytest.raises(SystemExit):
+        worker.main(tmp_path)
+    failure = read_failure(RunDir(tmp_path).failure(0))
+    assert failure is not None and failure.kind is FailureKind.USER
+    assert failure.message.startswith("init_from: there is no /gone.pt")
+    RunDir(tmp_path).checkpoint(3).touch()
+
+    def no_lack(run: RunConfig, *, begins: bool) -> None:
+        raise UserError(f"begins: {begins}")
+
+    monkeypatch.setattr(worker.presence, "check", no_lack)
+    for resume in (False, True):
+        with pytest.raises(SystemExit):
+            worker.main(tmp_path, resume=resume)
+        failure = read_failure(RunDir(tmp_path).failure(0))
+        assert failure is not None and failure.message == f"begins: {not resume}"
 
 
 def test_speed_counts_the_workers_that_live_and_time_left_is_of_this_ranks_steps(

@@ -53,4 +53,5 @@ def plan(job: Job, *, bind: bool = False) -> LaunchPlan:
         # All workers are on this host: the store need not be open to a network.
         store_address="127.0.0.1",
         companions=job.companions,
+        is_local=True,
     )

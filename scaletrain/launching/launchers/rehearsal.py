@@ -68,6 +68,7 @@ def plan(
         files=tuple(texts),
         explain=_explain(scenario, job.threads or 1),
         companions=layout.companions(),
+        is_local=True,
     )
 
 

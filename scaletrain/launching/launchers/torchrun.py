@@ -93,7 +93,11 @@ def plan(
         stop_s=15.0,  # torchrun ends its workers within 30 s of a SIGTERM; ours leave sooner
     )
     return LaunchPlan(
-        (torchrun,), explain=tuple(explain), companions=job.companions, is_part=most > 1
+        (torchrun,),
+        explain=tuple(explain),
+        companions=job.companions,
+        is_part=most > 1,
+        is_local=most == 1,
     )
 
 

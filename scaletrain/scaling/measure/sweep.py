@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from scaletrain import config as configuration
-from scaletrain.config import RunConfig
+from scaletrain.config import RunConfig, presence
 from scaletrain.errors import UserError
 from scaletrain.host import cores as host_cores
 from scaletrain.launching.job import Program
@@ -92,6 +92,13 @@ class Sweep(SweepPlan):
         # A cell that is measured in full length is its own reference.
         measured = {dataclasses.replace(cell, reference=True) for cell in cells}
         return [cell for cell in dict.fromkeys(wanted) if cell not in measured]
+
+    def check_presence(self) -> None:
+        """Raise ``UserError`` if this host lacks something that a cell needs."""
+        for source in self.configs.values():
+            for variant in variants(self.vary):
+                run = self._resolve(source, variant, self.workers[0])
+                presence.check(run, f"{source.path}: ")
 
     def _resolve(
         self, source: Source, variant: Sequence[tuple[str, Scalar]], workers: int
@@ -242,6 +249,8 @@ def plan(request: Request) -> Sweep:
         cold=request.cold,
     )
     sweep.cells()  # resolves every cell's configuration, which finds the other mistakes
+    if launcher == "local":  # others may start workers elsewhere
+        sweep.check_presence()
     return sweep
 
 

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Gt
 from torch import nn
 
-from scaletrain.errors import UserError
+from scaletrain.needs import Needs
 from scaletrain.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
+
+NEEDS = Needs(one_of=("norm", "value"))
 
 
 class Clip(Callback):
@@ -45,10 +47,5 @@ def callback(
     Args:
         norm: the largest Euclidean norm of all gradients together.
         value: the largest absolute value of a gradient's element.
-
-    Raises:
-        UserError: neither is given.
     """
-    if norm is None and value is None:
-        raise UserError("callbacks: clip needs a norm or a value, such as {name: clip, norm: 1.0}")
     return Clip(trainer.module, norm, value)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
+from scaletrain.needs import Needs
 from scaletrain.training.callbacks import Callback
 from scaletrain.training.tracking import Place, Tracker, TrackerRun
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
 
 _MOST_PARAMETERS = 100  # in one call
+
+NEEDS = Needs(package="mlflow", fix='pip install "scaletrain[trackers]"')
 
 
 class MLflowRun(TrackerRun):
@@ -85,6 +88,4 @@ def callback(
         experiment: that the run belongs to.
         every: steps between figures.
     """
-    return Tracker(
-        trainer, "mlflow", lambda place: MLflowRun(place, uri, experiment), "mlflow", every
-    )
+    return Tracker(trainer, "mlflow", lambda place: MLflowRun(place, uri, experiment), NEEDS, every)

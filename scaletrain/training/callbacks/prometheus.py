@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Le
 
 from scaletrain.errors import UserError
+from scaletrain.needs import Needs
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import StepRecord
 from scaletrain.training.callbacks import Callback
@@ -15,6 +16,7 @@ from scaletrain.training.callbacks import Callback
 if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
 
+NEEDS = Needs(package="prometheus_client", fix='pip install "scaletrain[trackers]"')
 _WRITE_S = 1.0  # seconds between two states of the file
 
 
@@ -22,12 +24,9 @@ class Prometheus(Callback):
     """Keeps the gauges of this rank, and writes them into the run directory once a second."""
 
     def __init__(self, trainer: "Trainer", port: int | None, host: str):
-        try:
-            import prometheus_client as client
-        except ImportError:
-            raise UserError(
-                'callbacks: prometheus needs prometheus_client (pip install "scaletrain[trackers]")'
-            ) from None
+        NEEDS.check_installed("callbacks: prometheus")
+        import prometheus_client as client
+
         self._write = client.write_to_textfile
         self._registry = client.CollectorRegistry()
         self._path = str(RunDir(trainer.run_dir).prometheus(trainer.world.rank))

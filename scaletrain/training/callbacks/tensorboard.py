@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
+from scaletrain.needs import Needs
 from scaletrain.training.callbacks import Callback
 from scaletrain.training.tracking import Place, Tracker, TrackerRun
 
 if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
+
+NEEDS = Needs(package="tensorboard", fix='pip install "scaletrain[trackers]"')
 
 
 class TensorBoardRun(TrackerRun):
@@ -35,4 +38,4 @@ def callback(trainer: "Trainer", *, every: Annotated[int, Ge(1)] = 10) -> Callba
     Args:
         every: steps between figures.
     """
-    return Tracker(trainer, "tensorboard", TensorBoardRun, "tensorboard", every)
+    return Tracker(trainer, "tensorboard", TensorBoardRun, NEEDS, every)

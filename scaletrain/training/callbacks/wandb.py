@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
+from scaletrain.needs import Needs
 from scaletrain.training.callbacks import Callback
 from scaletrain.training.tracking import Place, Tracker, TrackerRun
 
 if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
+
+NEEDS = Needs(package="wandb", fix='pip install "scaletrain[trackers]"')
 
 
 class WandbRun(TrackerRun):
@@ -56,4 +59,4 @@ def callback(
         mode: online, offline; None: as WANDB_MODE says, else online.
         every: steps between figures.
     """
-    return Tracker(trainer, "wandb", lambda place: WandbRun(place, project, mode), "wandb", every)
+    return Tracker(trainer, "wandb", lambda place: WandbRun(place, project, mode), NEEDS, every)

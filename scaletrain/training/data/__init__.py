@@ -3,25 +3,11 @@
 Each of the two is a ``torch.utils.data.Dataset`` of (input, target), or a stream of them.
 """
 
-from pathlib import Path
-
 import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from scaletrain.errors import UserError
 from scaletrain.training.permutation import Permutation
-
-
-def readable_file(key: str, name: str) -> Path:
-    """Return the path of a file that a person named.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise UserError(f"{key}: {name!r} is not allowed (allowed: a file, here {path.absolute()})")
-    return path
 
 
 def held_out(dataset: Dataset, length: int, share: float) -> tuple[Dataset, Dataset]:

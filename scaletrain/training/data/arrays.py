@@ -9,15 +9,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scaletrain.errors import UserError
-from scaletrain.training.data import held_out, readable_file
+from scaletrain.needs import IsFile
+from scaletrain.training.data import held_out
 
 
 def data(
     *,
-    inputs: str,
-    targets: str,
-    test_inputs: str = "",
-    test_targets: str = "",
+    inputs: Annotated[str, IsFile()],
+    targets: Annotated[str, IsFile()],
+    test_inputs: Annotated[str, IsFile()] = "",
+    test_targets: Annotated[str, IsFile()] = "",
     test_share: Annotated[float, Gt(0), Lt(1)] = 0.1,
     input_type: Literal["float32", "int64"] = "float32",
 ) -> tuple[Dataset, Dataset]:
@@ -85,7 +86,7 @@ def _open(prefix: str, inputs: str, targets: str, input_type: str) -> Rows:
 
 def _array(key: str, name: str) -> np.ndarray:
     """Return the array in a file, which stays on the disk."""
-    path = readable_file(key, name)
+    path = IsFile().check(key, name)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

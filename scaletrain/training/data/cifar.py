@@ -1,7 +1,7 @@
 """CIFAR-10 or CIFAR-100 from their binary files: 32 x 32 pixels in colour."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, TensorDataset
 
 from scaletrain.errors import UserError
-from scaletrain.training.data import readable_file
+from scaletrain.needs import IsFile, IsFolder
 
 _PIXELS = 3 * 32 * 32
 _FILES = {
@@ -18,7 +18,9 @@ _FILES = {
 }
 
 
-def data(*, folder: str, classes: Literal[10, 100] = 10) -> tuple[Dataset, Dataset]:
+def data(
+    *, folder: Annotated[str, IsFolder()], classes: Literal[10, 100] = 10
+) -> tuple[Dataset, Dataset]:
     """Return (train, test): images (3, 32, 32) float32, targets int64.
 
     Each colour has zero mean and unit variance over the training images.
@@ -48,7 +50,7 @@ def data(*, folder: str, classes: Literal[10, 100] = 10) -> tuple[Dataset, Datas
 
 def _records(folder: str, name: str, labels: int, classes: int) -> NDArray[np.uint8]:
     """Return the records of a file: (n, labels + 3072)."""
-    path = readable_file("data.folder", str(Path(folder).expanduser() / name))
+    path = IsFile().check("data.folder", str(Path(folder).expanduser() / name))
     content = np.fromfile(path, dtype=np.uint8)
     length = labels + _PIXELS
     if len(content) == 0 or len(content) % length:

@@ -2,6 +2,7 @@
 
 import gzip
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, TensorDataset
 
 from scaletrain.errors import UserError
-from scaletrain.training.data import readable_file
+from scaletrain.needs import IsFile
 
 _UNSIGNED_BYTE = 8  # the only type of elements that is read
 _GZIP = b"\x1f\x8b"
@@ -17,7 +18,11 @@ _MAX_BYTES = 2**33  # more is taken for damage
 
 
 def data(
-    *, images: str, labels: str, test_images: str, test_labels: str
+    *,
+    images: Annotated[str, IsFile()],
+    labels: Annotated[str, IsFile()],
+    test_images: Annotated[str, IsFile()],
+    test_labels: Annotated[str, IsFile()],
 ) -> tuple[Dataset, Dataset]:
     """Return (train, test): images (1, rows, columns) float32, targets int64.
 
@@ -69,7 +74,7 @@ def read(key: str, name: str, dimensions: int) -> NDArray[np.uint8]:
     Raises:
         UserError: the file does not exist, or is no such file.
     """
-    content = _content(key, readable_file(key, name))
+    content = _content(key, IsFile().check(key, name))
     expected = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
     begin = 4 + 4 * dimensions
     if content[:4] != expected or len(content) < begin:

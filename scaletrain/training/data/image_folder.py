@@ -3,7 +3,6 @@
 import math
 import os
 import random
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scaletrain.errors import UserError
+from scaletrain.needs import IsFolder
 from scaletrain.training.data import held_out
 
 _ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -22,8 +22,8 @@ _TRIES = 10  # for a random crop that fits into the picture
 
 def data(
     *,
-    folder: str,
-    test_folder: str = "",
+    folder: Annotated[str, IsFolder()],
+    test_folder: Annotated[str, IsFolder()] = "",
     test_share: Annotated[float, Gt(0), Lt(1)] = 0.1,
     size: Annotated[int, Ge(1)] = 224,
     crop: Annotated[float, Gt(0), Le(1)] = 0.35,
@@ -152,9 +152,7 @@ def _pictures(key: str, folder: str) -> tuple[list[tuple[str, int]], list[str]]:
     Raises:
         UserError: there is no such folder, or no class, or a class without pictures.
     """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise UserError(f"{key}: {folder!r} is not allowed (allowed: a folder that exists)")
+    root = IsFolder().check(key, folder)
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not classes:
         raise UserError(f"{key}: {folder!r} has no classes (allowed: a folder for each, in it)")

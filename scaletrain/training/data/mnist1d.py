@@ -7,7 +7,9 @@ import torch
 from annotated_types import Ge
 from torch.utils.data import Dataset, TensorDataset
 
-from scaletrain.errors import UserError
+from scaletrain.needs import Needs
+
+NEEDS = Needs(package="mnist1d", fix='pip install "scaletrain[data]"')
 
 
 def data(*, samples: Annotated[int, Ge(50)] = 5000, seed: int = 42) -> tuple[Dataset, Dataset]:
@@ -23,10 +25,9 @@ def data(*, samples: Annotated[int, Ge(50)] = 5000, seed: int = 42) -> tuple[Dat
     Raises:
         UserError: the package is not installed.
     """
-    try:
-        from mnist1d.data import get_dataset_args, make_dataset
-    except ImportError:
-        raise UserError('data: mnist1d: is missing (pip install "scaletrain[data]")') from None
+    NEEDS.check_installed("data: mnist1d")
+    from mnist1d.data import get_dataset_args, make_dataset
+
     options = get_dataset_args()
     options.num_samples = samples
     options.seed = seed

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scaletrain.errors import UserError
-from scaletrain.training.data import readable_file
+from scaletrain.needs import IsFile
 
 
 def data(
     *,
-    file: str,
-    test_file: str = "",
+    file: Annotated[str, IsFile()],
+    test_file: Annotated[str, IsFile()] = "",
     test_share: Annotated[float, Gt(0), Lt(1)] = 0.1,
     tokens: Literal["bytes", "characters"] = "bytes",
     length: Annotated[int, Ge(1)] = 128,
@@ -35,8 +35,8 @@ def data(
         UserError: a file does not exist, is shorter than a sequence, or is not in UTF-8, or the
             test has a character that training has not.
     """
-    path = readable_file("data.file", file)
-    test_path = readable_file("data.test_file", test_file) if test_file else None
+    path = IsFile().check("data.file", file)
+    test_path = IsFile().check("data.test_file", test_file) if test_file else None
     if tokens == "bytes":
         text = _bytes(path)
         test_text = _bytes(test_path) if test_path else None

@@ -1,0 +1,86 @@
+"""A plugin says what it needs, so that a lack shows before workers start.
+
+A plugin's file says it as text, which is read without importing the file (``plugins.needs``):
+
+    NEEDS = Needs(package="mnist1d", fix='pip install "scaletrain[data]"')
+
+    def data(*, file: Annotated[str, IsFile()]) -> ...
+
+What each host has is looked at by ``config.presence``.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from scaletrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a plugin needs besides options of the right types."""
+
+    package: str = ""  # a module that has to be installed
+    fix: str = ""  # the command that installs it
+    one_of: tuple[str, ...] = ()  # options, at least one of which has to be set
+
+    def check_installed(self, who: str) -> None:
+        """Raise ``UserError`` if the package is not installed here. Imports nothing.
+
+        Args:
+            who: needs it: the beginning of the error's line.
+        """
+        if self.package and not is_installed(self.package):
+            raise UserError(f"{who} needs {self.package} ({self.fix})")
+
+
+@dataclass(frozen=True)
+class IsFile:
+    """Marks an option that names a file, which has to exist. It may be empty."""
+
+    def check(self, key: str, name: str) -> Path:
+        """Return the path of the file.
+
+        Args:
+            key: that named the file.
+            name: the file.
+
+        Raises:
+            UserError: there is no such file.
+        """
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"{key}: {name!r} is not allowed (allowed: a file; there is no {path.absolute()})"
+            )
+        return path
+
+
+@dataclass(frozen=True)
+class IsFolder:
+    """Marks an option that names a folder, which has to exist. It may be empty."""
+
+    def check(self, key: str, name: str) -> Path:
+        """Return the path of the folder.
+
+        Args:
+            key: that named the folder.
+            name: the folder.
+
+        Raises:
+            UserError: there is no such folder.
+        """
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            raise UserError(
+                f"{key}: {name!r} is not allowed (allowed: a folder; there is no {path.absolute()})"
+            )
+        return path
+
+
+def is_installed(package: str) -> bool:
+    """Return True if a module without dots can be imported, by all signs; runs no code of it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it is loaded, and was made in an unusual way
+        return True
