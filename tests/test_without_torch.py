@@ -64,6 +64,14 @@ def test_command_runs_without_torch(arguments: str):
     assert done.stdout.strip()
 
 
+def test_a_proposal_is_written_without_torch(tmp_path: Path):
+    sweep = "benchmarks/results/scaling/strong"
+    asked = ["--samples", "1e8", "--workers-per-node", "2"]
+    done = run("proposal", sweep, *asked, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "node hours" in done.stdout and (tmp_path / "proposal.html").exists()
+
+
 @pytest.mark.parametrize("launcher", plugins.names("launcher"))
 def test_a_plan_is_made_without_torch(launcher: str, tmp_path: Path):
     needed = []
