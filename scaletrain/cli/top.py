@@ -117,7 +117,7 @@ def _cells(status: "RankStatus", num_steps: int | None) -> list[str]:
     if num_steps:
         step += f"/{num_steps:,}"
     age = "-"
-    if status.record_age_s is not None and not report.ended:
+    if status.record_age_s is not None and not status.end:
         age = f"{status.record_age_s:.1f} s ago"
     return [
         str(report.rank),
@@ -148,8 +148,8 @@ def _share(part_s: float | None, step_s: float | None) -> str:
 def _remark(status: "RankStatus") -> str:
     """Return a remark on a rank that is special, in a few words."""
     report = status.report
-    if report.ended:
-        return report.doing
+    if status.end:
+        return status.end
     remarks = []
     if status.num_behind > 1:
         remarks.append(f"{status.num_behind:,} steps behind")

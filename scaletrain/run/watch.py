@@ -7,6 +7,7 @@ run may be starting, training, over or killed.
 
 import contextlib
 import json
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from scaletrain.host.processes import state as process_state
 from scaletrain.host.processes import variables
 from scaletrain.run import culprit, progress
 from scaletrain.run.culprit import Culprit, Kind, RankSteps
-from scaletrain.run.failure import FailureKind, read_failure
+from scaletrain.run.failure import Failure, FailureKind, read_failure
 from scaletrain.run.layout import RunDir
 from scaletrain.run.links import LinkSample, last_links
 from scaletrain.run.progress import Progress
@@ -58,6 +59,7 @@ class RankStatus:
     update_s: float | None  # of the optimizer, or until a server's weights are there
     num_behind: int  # steps behind the rank that is furthest; 1 is usual
     holds_up: bool  # whether the others wait for it, as far as the files tell
+    end: str  # how it ended, in words; empty: it has not, as far as the files tell
 
 
 def ranks(files: RunDir, now: float | None = None) -> list[RankStatus]:
@@ -76,6 +78,7 @@ def ranks(files: RunDir, now: float | None = None) -> list[RankStatus]:
     recent = {report.rank: _recent(files, report.rank) for report in reports}
     furthest = max((report.num_steps for report in reports), default=0)
     slow = _slow_ranks(files, reports, recent)
+    cause = read_failure(files.first_cause)
     statuses = []
     for report in reports:
         records = recent[report.rank]
@@ -93,6 +96,7 @@ def ranks(files: RunDir, now: float | None = None) -> list[RankStatus]:
                 update_s=_mean([record.update_s for record in records]),
                 num_behind=furthest - report.num_steps,
                 holds_up=report.rank in slow,
+                end=_end(files, report, cause),
             )
         )
     return statuses
@@ -112,6 +116,8 @@ def state(files: RunDir, statuses: list[RankStatus]) -> tuple[bool, str]:
     if not statuses:
         return False, "starting"
     failed = [status.report.rank for status in statuses if status.report.doing == progress.FAILED]
+    # A rank that lost another one is no cause, unless nobody else has said more yet.
+    failed = [rank for rank in failed if not _lost_peer(files, rank)] or failed
     if failed:
         return False, f"failing: rank {', '.join(map(str, failed))}"
     if all(status.report.ended for status in statuses):
@@ -124,6 +130,34 @@ def state(files: RunDir, statuses: list[RankStatus]) -> tuple[bool, str]:
     if all(status.report.step is None for status in statuses):
         return False, "starting"
     return False, "running"
+
+
+def _end(files: RunDir, report: Progress, cause: Failure | None) -> str:
+    """Return how a rank ended, in words; empty if it has not."""
+    if report.doing == progress.FINISHED:
+        return progress.FINISHED
+    lost_peer = report.doing == progress.FAILED and _lost_peer(files, report.rank)
+    if cause is None:
+        if lost_peer:
+            return "lost another rank"
+        return progress.FAILED if report.ended else ""
+    if cause.rank == report.rank:
+        if cause.kind is FailureKind.HANG:
+            return "hung"
+        # "was ended by SIGKILL", without the guesses behind it.
+        is_about_its_end = cause.kind in (FailureKind.SIGNAL, FailureKind.EXIT)
+        return cause.message.partition(" (")[0] if is_about_its_end else progress.FAILED
+    # The supervisor ends the ranks that still run.
+    if not report.ended or lost_peer or report.status == 128 + signal.SIGTERM:
+        who = "another process" if cause.rank is None else f"rank {cause.rank}"
+        return f"ended because of {who}"
+    return progress.FAILED
+
+
+def _lost_peer(files: RunDir, rank: int) -> bool:
+    """Return True if a rank that failed says that it lost another one: a consequence."""
+    failure = read_failure(files.failure(rank))
+    return failure is not None and failure.kind is FailureKind.PEER
 
 
 def _recent(files: RunDir, rank: int) -> list[StepRecord]:

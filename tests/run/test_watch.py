@@ -127,6 +127,43 @@ def test_the_states_of_a_run(tmp_path: Path):
     assert state() == (True, "finished")
 
 
+def test_who_died_and_who_was_ended_because_of_it(tmp_path: Path):
+    files = RunDir(tmp_path)
+    write_rank(files, 0, 5, doing="failed", status=1)
+    write_rank(files, 1, 5)  # killed: it could not say so
+    write_rank(files, 2, 5)
+    write_rank(files, 3, 5, doing="failed", status=143)
+    write_rank(files, 4, 5, doing="failed", status=3)
+    write_rank(files, 5, 5, doing="finished", status=0)
+    lost = Failure(0, "host0", 5, NOW, FailureKind.PEER, "peer rank 1 is lost")
+    write_json(files.failure(0), lost._asdict())
+    statuses = watch.ranks(files, NOW)
+    assert watch.state(files, statuses) == (False, "failing: rank 3, 4"), "rank 0 blames another"
+    assert statuses[0].end == "lost another rank" and statuses[1].end == ""
+    message = "was ended by SIGKILL (by another process; memory did not run out)"
+    cause = Failure(1, "host1", 5, NOW, FailureKind.SIGNAL, message)
+    write_json(files.first_cause, cause._asdict())
+    assert [status.end for status in watch.ranks(files, NOW)] == [
+        "ended because of rank 1",
+        "was ended by SIGKILL",
+        "ended because of rank 1",
+        "ended because of rank 1",
+        "failed",
+        "finished",
+    ]
+    lines = top(tmp_path, "--once").splitlines()
+    assert [line.split("-  ")[-1].strip() for line in lines[2:4]] == [
+        "ended because of rank 1",
+        "was ended by SIGKILL",
+    ]
+    hung = cause._replace(kind=FailureKind.HANG, message="no progress for 60 s")
+    write_json(files.first_cause, hung._asdict())
+    assert watch.ranks(files, NOW)[1].end == "hung"
+    nobody = cause._replace(rank=None, message="server 0 was ended by SIGKILL")
+    write_json(files.first_cause, nobody._asdict())
+    assert watch.ranks(files, NOW)[1].end == "ended because of another process"
+
+
 def test_a_directory_without_a_run(tmp_path: Path):
     result = CliRunner().invoke(cli, ["top", str(tmp_path), "--once"])
     assert "holds no run (allowed: the --run-dir of a run)" in str(result.exception)
