@@ -331,3 +331,34 @@ def test_a_worker_that_began_later_than_this_server_said_holds_nobody_back():
     for step in range(10):
         answered = rule.push(0, 0, step, rule.version[0])
         assert SendWeights(0, 0) in answered, f"step {step}: rank 0 waits for a worker that is done"
+
+
+def restored_after(steps: int, bound: int) -> Asynchronous:
+    """The successor of a server that two workers have pushed two blocks to."""
+    rule = Asynchronous([0, 1], 2, bound=bound)
+    rule.join(0), rule.join(1)
+    for step in range(steps):
+        for rank in (0, 1):
+            for key in (0, 1):
+                rule.push(key, rank, step, rule.version[key])
+    successor = Asynchronous([0, 1], 2, bound=bound)
+    successor.restore(rule.state())
+    return successor
+
+
+def test_a_worker_that_pushes_before_another_has_come_is_answered_when_it_comes():
+    rule = restored_after(steps=9, bound=3)
+    rule.join(1, 9)
+    assert SendWeights(0, 1) not in rule.push(0, 1, 9, rule.version[0])
+    rule.join(0, 9)
+    assert rule.settle() == [SendWeights(0, 1)]
+    assert rule.settle() == []
+
+
+def test_workers_whose_last_gradients_a_snapshot_lacks_do_not_wait_for_each_other():
+    """Each has the answer for another block of step 9, and sends the other one again."""
+    rule = restored_after(steps=9, bound=0)
+    rule.join(0, 9, {0: 9})
+    rule.join(1, 9, {1: 9})
+    assert SendWeights(1, 0) in rule.push(1, 0, 9, rule.version[1])
+    assert SendWeights(0, 1) in rule.push(0, 1, 9, rule.version[0])

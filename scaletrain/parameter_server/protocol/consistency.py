@@ -159,15 +159,17 @@ class Rule(abc.ABC):
         self.lost.discard(rank)
         self.left.discard(rank)
         if step is None:
-            for last_step in self._last_step.values():
-                last_step.pop(rank, None)
+            for by_rank in self._last_step.values():
+                by_rank.pop(rank, None)
         for key, answered_step in (answered or {}).items():
             self._applied_step[key] = max(self._applied_step[key], answered_step)
+            by_rank = self._last_step[key]
+            by_rank[rank] = max(by_rank.get(rank, -1), answered_step)
         self._joined(rank, begin)
         return begin
 
     def settle(self) -> list[Action]:
-        """Answer gradients whose update is known to be made, after a worker has joined."""
+        """Answer those who waited for what a worker has told that has joined."""
         return []
 
     def state(self) -> RuleState:
@@ -418,6 +420,13 @@ class Asynchronous(Rule):
                 slowest = min(next_step[rank] for rank in self.live)
                 awaited |= {rank for rank in self.live if next_step[rank] == slowest}
         return awaited
+
+    def settle(self) -> list[Action]:
+        """Answer workers that waited for one that has joined: it may be as far as they are."""
+        actions: list[Action] = []
+        for key in self.version:
+            actions += self._release(key)
+        return actions
 
     def restore(self, state: RuleState) -> None:
         """Go on from a snapshot; every rank pushes next what comes after its last gradient."""
