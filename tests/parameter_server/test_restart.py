@@ -4,6 +4,7 @@ Servers and workers are threads. ``benchmarks.lab faults`` kills processes at ra
 """
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from scaletrain.parameter_server.protocol.consistency import (
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.server.server import Server
 from scaletrain.parameter_server.server.sums import Sums
+from scaletrain.parameter_server.worker.client import Client
+from scaletrain.parameter_server.worker.io_thread import IoThread
 from scaletrain.parameter_server.worker.requests import Answered, Requests, Token, Topic
 from tests.parameter_server import job
 
@@ -103,6 +106,73 @@ def test_a_successor_goes_on_as_if_nothing_had_happened(tmp_path, link):
             assert torch.equal(value, after[name]), name
     for name in ("staleness", "dropped", "updates", "lost"):
         assert counts[name] == counts_after[name], name
+
+
+def test_weights_come_from_the_successor_of_a_server_that_died_in_mid_update(tmp_path, monkeypatch):
+    """Bug it catches: a worker that waits for ever for an update to end, in the dead's memory."""
+    settings = Settings(
+        1, 20, mode="async", placement="dedicated", block_mb=0.002, restart_servers=1
+    )
+    servers = [Server(settings, tmp_path, 0), Server(settings, tmp_path, 0)]
+    take = Client._take_shared
+    killed = []
+
+    def take_from_the_dead(client, key, answered, sink) -> int:
+        if client.step == 6 and not killed:
+            killed.append(key)
+            servers[0]._blocks.shard.slab.sequence[:] += 1  # odd: an update is under way
+            servers[0].stop()
+        return take(client, key, answered, sink)
+
+    def serve() -> None:
+        for server in servers:
+            server.serve()
+
+    monkeypatch.setattr(Client, "_take_shared", take_from_the_dead)
+    serving = threading.Thread(target=serve, daemon=True)
+    serving.start()
+    [(weights, _)] = job.threads([lambda: job.work(settings, tmp_path, 0, 12)])
+    servers[1].stop()
+    serving.join(20)
+    assert killed
+    for ours, expected in zip(weights, job.single(12, 1), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_successor_that_refuses_the_old_session_is_joined(tmp_path, monkeypatch):
+    """ZeroMQ reconnects by itself; a busy worker sees its push refused before it sees the end.
+
+    Bug it catches: a worker that gives up because the successor does not know its session.
+    """
+    attend = IoThread._attend
+
+    def attend_blindly(thread, ready) -> None:
+        monitors = [monitor for link in thread._links for monitor in link.monitors]
+        attend(thread, {socket: ready[socket] for socket in ready if socket not in monitors})
+
+    monkeypatch.setattr(IoThread, "_attend", attend_blindly)
+    settings = Settings(1, 20, mode="async", placement="dedicated", restart_servers=1)
+    first, second = Server(settings, tmp_path, 0), Server(settings, tmp_path, 0)
+
+    def serve() -> None:
+        first.serve()
+        second.serve()
+
+    def restart(step: int, joined) -> None:
+        if step == 6:
+            first.stop()
+            while second._blocks is None:
+                time.sleep(0.01)
+            time.sleep(0.5)  # ZeroMQ tries again every 50 ms
+
+    serving = threading.Thread(target=serve, daemon=True)
+    serving.start()
+    [(weights, _)] = job.threads([lambda: job.work(settings, tmp_path, 0, 12, on_step=restart)])
+    second.stop()
+    serving.join(20)
+    assert job.statistics(tmp_path)["refused"] == {"unknown session": 1}
+    for ours, expected in zip(weights, job.single(12, 1), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_a_server_may_die_before_its_first_snapshot(tmp_path, monkeypatch):

@@ -294,7 +294,8 @@ class Client:
         The server may update them meanwhile (in asynchronous modes). The sequence number tells: it
         is odd during an update, and each update adds two.
 
-        1. Read the number; try again while it is odd.
+        1. Read the number; try again while it is odd. If the server was killed in mid-update, it
+           stays odd: take the weights of the server's successor instead.
         2. Hand the weights to ``sink``.
         3. Read the number again. If it has changed, the weights may be a mixture: back to step 1.
         """
@@ -310,7 +311,24 @@ class Client:
                 sink(values)
                 if int(slab.sequence[place]) == before:
                     return before // 2
+            elif link.epoch != answered.epoch:
+                return self._take_from_successor(key, sink)
+            self._requests.check()
             time.sleep(0)  # let another thread or process run
+
+    def _take_from_successor(self, key: int, sink: Callable[[Tensor], None]) -> int:
+        """Hand over a block's weights as the server's successor has them; return their version."""
+        values = torch.empty(self._blocks[key].numel)
+
+        def write(offset: int, part: Tensor) -> None:
+            values[offset : offset + len(part)] = part
+
+        answered = self._pull(key, 0, len(values), write)
+        assert answered is not None  # no block is empty
+        version = answered.message.header.version
+        self._note_version(key, answered, version)
+        sink(values)
+        return version
 
     def _take_parts(self, key: int, answered: Answered) -> Tensor:
         """Return weights that came in messages, the first of which is ``answered``."""

@@ -165,7 +165,9 @@ class IoThread:
             for number, socket in enumerate(link.sockets):
                 events = ready.get(socket, 0)
                 if events & zmq.POLLIN:
-                    self._receive(link, number)
+                    if not self._receive(link, number):
+                        self._lost(link, "closed the connection")
+                        return
                     link.heard_at = time.monotonic()
                 if events & zmq.POLLOUT:
                     link.blocked.discard(number)
@@ -219,8 +221,11 @@ class IoThread:
 
     # Receiving
 
-    def _receive(self, link: ServerLink, number: int) -> None:
+    def _receive(self, link: ServerLink, number: int) -> bool:
         """Handle the messages that a connection holds, or the first of them if there are many.
+
+        Returns:
+            False if the server has a successor, and this message is its.
 
         Raises:
             ServerError: the server refuses a request, or says that training cannot go on.
@@ -230,10 +235,19 @@ class IoThread:
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                return
+                return True
             for frame in frames:
                 self.bytes_received += len(frame)
-            message = link.parse(number, frames)
+            try:
+                message = link.parse(number, frames)
+            except PeerLost:
+                raise
+            except ServerError:
+                # ZeroMQ has connected to the same address again by itself, before this thread saw
+                # that the connection was closed. The successor knows nothing of its session.
+                if self._settings.restart_servers and link.is_closed():
+                    return False
+                raise
             if message is None:  # a sign of life
                 continue
             if message.header.flags & wire.SHARED:
@@ -244,6 +258,7 @@ class IoThread:
                 asked = self._requests.answer(token, Answered(message, link.epoch, link.weights))
                 if asked is not None and token.topic is Topic.UPDATE:
                     link.answered_steps[token.key] = asked.step
+        return True
 
     # Lost servers
 

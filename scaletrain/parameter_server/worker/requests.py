@@ -135,9 +135,15 @@ class Requests:
                     self._changed.wait_for(is_over)
             if token in self._answers:
                 return self._answers.pop(token)
-            assert self.failure
+        self.check()
+        raise AssertionError("neither an answer nor a failure")
+
+    def check(self) -> None:
+        """Raise the failure, if there is one. Any thread may call it."""
+        failure = self.failure
+        if failure is not None:
             # A copy: another thread may raise it, too, and each needs a traceback of its own.
-            raise type(self.failure)(*self.failure.args)
+            raise type(failure)(*failure.args)
 
     def notify(self) -> None:
         """Make the I/O thread look at its requests."""
