@@ -21,6 +21,7 @@ from scaletrain.parameter_server.protocol.wire import Dtype, Header, MessageKind
 from scaletrain.parameter_server.server.server import Server
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.replica import Replica
+from scaletrain.parameter_server.worker.requests import ServerError
 from scaletrain.timeouts import Timeouts
 from tests.parameter_server import job
 
@@ -149,6 +150,24 @@ def test_a_killed_server_goes_on_from_its_snapshot(tmp_path, mode):
         <= (killed_at + 1) * updates_a_step
     )
     assert restored % 1 == 0 and statistics["updates"] >= 120 * updates_a_step - 30 * updates_a_step
+
+
+def test_a_worker_that_was_given_up_is_told_why_over_an_encrypted_connection(tmp_path):
+    """Bug it catches: the refusal travels in the clear, and the worker reports forged frames."""
+    made = Settings(
+        2, 2, link="tcp", security="aes", mode="bounded", staleness=0, placement="dedicated"
+    )
+
+    def sleepy(step: int, joined) -> None:
+        if step == 3:
+            time.sleep(4)
+
+    with job.servers(made, tmp_path):
+        others = threading.Thread(target=job.work, args=(made, tmp_path, 0, 8), daemon=True)
+        others.start()
+        with pytest.raises(ServerError, match="given up: silent for 2 s while others waited"):
+            job.threads([lambda: job.work(made, tmp_path, 1, 8, on_step=sleepy)])
+        others.join(20)
 
 
 def test_a_restored_server_gives_workers_time_to_come_back(tmp_path):

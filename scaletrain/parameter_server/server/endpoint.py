@@ -63,6 +63,7 @@ class Peer:
     handshake: Handshake | None = None  # this end's; None: no CHALLENGE was sent
     channel: Channel | None = None  # None: the connection is not encrypted here
     is_noted: bool = False  # the doorkeeper knows that it is no stranger's
+    refused_since: str = ""  # why everything that it sends is refused; empty: it is not
 
 
 @dataclass
@@ -110,11 +111,8 @@ class Endpoint:
         self._authenticator: ThreadAuthenticator | None = None
         self._endpoints: list[str] = []  # ZeroMQ addresses, where it listens
         # By route: connections that said HELLO. Written by _hello; entries go when a proof is
-        # wrong, a connection is closed or a worker is given up.
+        # wrong or a connection is closed.
         self._peers: dict[bytes, Peer] = {}
-        # By route: connections of workers that were given up, and the reason, for peers that speak
-        # again. Written by forget and _hello, read by accept.
-        self._given_up: dict[bytes, str] = {}
         # By rank: workers that were admitted. Written by _admit, read by all who send.
         self._workers: dict[int, _Connections] = {}
         self._last_logged: dict[str, float] = {}  # by reason, on the monotonic clock; see refuse
@@ -290,7 +288,9 @@ class Endpoint:
             return
         peer = self._peers.get(route)
         if peer is None:
-            raise Refused(self._given_up.get(route, "unknown session"))
+            raise Refused("unknown session")
+        if peer.refused_since:
+            raise Refused(peer.refused_since)
         if header.kind == MessageKind.PROOF and not peer.session:
             self._proof(peer, message)
             return
@@ -316,7 +316,6 @@ class Endpoint:
             raise Refused("rank or number of workers does not fit the job")
         self._make_room(route)
         self._peers[route] = peer
-        self._given_up.pop(route, None)
         if self._settings.on_one_host or self._settings.cipher == "curve":
             self._admit(peer)
         else:
@@ -475,8 +474,9 @@ class Endpoint:
         if worker is None:
             return
         for route in worker.routes.values():
-            self._peers.pop(route, None)
-            self._given_up[route] = f"given up: {reason}"
+            # It stays known, so that it is told why, encrypted as everything before.
+            if route in self._peers:
+                self._peers[route].refused_since = f"given up: {reason}"
         worker.routes.clear()
 
     def silent_s(self, rank: int) -> float:
