@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 
-from scaletrain.cli.bench.collectives import BUS_FACTORS, command
+from scaletrain.cli.bench.collectives import command
 from scaletrain.engine import autotune
 from scaletrain.engine.autotune import SIZES, Tuning
 from scaletrain.engine.choice import NATIVE, Choice
 from scaletrain.engine.engine import Engine
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
+from scaletrain.scaling.measure.collectives import BUS_FACTORS
 from tests.ranks import run_ranks
 
 DIRECT, RING = Choice("direct", 1), Choice("ring", 4)
