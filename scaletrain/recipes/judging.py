@@ -10,7 +10,7 @@ from scaletrain.recipes.recipe import Claim
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure import intervals, trainings
 from scaletrain.scaling.measure.intervals import Mean
-from scaletrain.scaling.measure.run import model_bytes
+from scaletrain.scaling.measure.run import model_bytes, sent_bytes
 
 Figures = Mapping[str, float]
 
@@ -51,7 +51,8 @@ def figures(run_dir: Path) -> dict[str, float]:
     """Return the figures of a finished run that claims may name.
 
     They are the numbers of its summary, ``test_error`` (1 - ``test_accuracy``), and
-    ``model_bytes``: the size of the model's tensors, four bytes a parameter. With the callback
+    ``model_bytes``: the size of the model's tensors, four bytes a parameter. Where the exchange
+    counts them, ``sent_bytes`` are those that rank 0 sends in a step. With the callback
     ``compress`` they are also ``compressed_bytes``, the size of its file, and ``compression``, the
     times that this is smaller.
     """
@@ -65,6 +66,9 @@ def figures(run_dir: Path) -> dict[str, float]:
     size = model_bytes(run_dir)
     if size is not None:
         found["model_bytes"] = float(size)
+    sent = sent_bytes(run_dir)
+    if sent is not None:
+        found["sent_bytes"] = sent
     compressed = RunDir(run_dir).compressed
     if compressed.exists():
         found["compressed_bytes"] = float(compressed.stat().st_size)

@@ -1,5 +1,6 @@
 """Tests of ``recipes/recipe.py``, ``judging.py`` and the shipped recipes' files."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from scaletrain import Data
 from scaletrain.errors import UserError
 from scaletrain.recipes import judging, page, recipe, running
 from scaletrain.recipes.recipe import Claim
+from scaletrain.run.records import StepRecord
 from scaletrain.training.workload import Supervised
 
 RECIPE = """
@@ -169,6 +171,17 @@ def test_a_run_that_failed_leaves_its_claims_unjudged(tmp_path: Path):
     claim = Claim(says="", figure="test_f1", of="ours", at_most=1.0)
     found = judging.judge(claim, {"ours": run_dirs["ours"][:1]})
     assert "has no figure test_f1 (there are: test_accuracy, test_error, workers)" in found.reason
+
+
+def test_sent_bytes_are_a_mean_over_the_steps_that_count_them(tmp_path: Path):
+    run_dir = finished(tmp_path / "0")
+    assert "sent_bytes" not in judging.figures(run_dir)
+    steps = []
+    for step, sent in enumerate((100.0, 300.0)):
+        steps.append(StepRecord(step, 0, 0.0, 0.5, 8, 0.1, 0.2, 0, 0, 0, 0, {"bytes_sent": sent}))
+    lines = [json.dumps(dataclasses.asdict(each)) + "\n" for each in steps]
+    (run_dir / "rank-0.jsonl").write_text("".join(lines))
+    assert judging.figures(run_dir)["sent_bytes"] == 200
 
 
 def test_the_page_keeps_other_recipes_and_names_misses(tmp_path: Path):

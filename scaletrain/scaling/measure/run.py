@@ -8,7 +8,7 @@ import numpy as np
 from scaletrain.errors import UserError
 from scaletrain.run import watch
 from scaletrain.run.layout import RunDir
-from scaletrain.run.records import WARMUP_STEPS, StepRecord, read_records
+from scaletrain.run.records import WARMUP_STEPS, StepRecord, last_records, read_records
 from scaletrain.scaling.measure import servers
 from scaletrain.scaling.model import PARTS, RankTimes, Run, Summary, WorkerFacts
 
@@ -132,6 +132,17 @@ def _worker_facts(run_dir: Path, ranks: int) -> tuple[WorkerFacts, ...]:
         if path.exists():
             facts.append(WorkerFacts.from_json(json.loads(path.read_text(encoding="utf-8"))))
     return tuple(facts)
+
+
+def sent_bytes(run_dir: Path) -> float | None:
+    """Return the bytes that rank 0 sent in a step, as a mean over its last steps.
+
+    None if its exchange does not count them, or there are no records.
+    """
+    path = RunDir(run_dir).records(0)
+    if not path.exists():
+        return None
+    return _mean_of_exchange([last_records(path)], "bytes_sent")
 
 
 def model_bytes(run_dir: Path) -> int | None:

@@ -45,7 +45,8 @@ def model(
         classes: number of logits; each has a map of its own, whose mean it is.
         width: factor of all channels.
         channels: of an image.
-        small: the first convolution is 3 x 3 and keeps the resolution.
+        small: the first convolution is 3 x 3 and keeps the resolution, and no ReLU follows the last
+            layer: few and narrow maps would soon all end at 0, where they learn nothing.
         dropout: the part of the last layer's inputs that is left out in training.
     """
     inputs = scaled(96, width)
@@ -59,9 +60,10 @@ def model(
         if index in _POOLED_AFTER:
             layers.append(nn.MaxPool2d(3, 2, ceil_mode=True))
     last = nn.Conv2d(inputs, classes, 1)
-    network = nn.Sequential(
-        *layers, nn.Dropout(dropout), last, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
+    layers += [nn.Dropout(dropout), last]
+    if not small:
+        layers.append(nn.ReLU())
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     initialise(network)
     # As in the authors' own: large logits at the start would end most of the maps at 0.
     nn.init.normal_(last.weight, std=0.01)
