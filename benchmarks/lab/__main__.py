@@ -9,6 +9,7 @@ from benchmarks.lab import (
     diagnosis,
     faults,
     firecaffe,
+    fsdp,
     overhead,
     prediction,
     start,
@@ -31,6 +32,7 @@ lab.add_command(faults.command)
 lab.add_command(diagnosis.command)
 lab.add_command(cases.command)
 lab.add_command(firecaffe.command)
+lab.add_command(fsdp.command)
 lab.add_command(overhead.command)
 lab.add_command(prediction.command)
 lab.add_command(start.command)
