@@ -257,6 +257,16 @@ def test_plain_sync_stops_when_a_worker_is_lost_and_names_it():
     assert rule.lose(2) == [AbortJob(2, 2, 3)]
 
 
+def test_a_spare_worker_that_has_not_come_yet_stands_in_for_one_that_is_lost():
+    rule = Synchronous([0], 3, backup_workers=1)
+    rule.join(0), rule.join(1)
+    rule.push(0, 0, 0, 0)
+    assert rule.lose(1) == []
+    rule.join(2)
+    assert ApplyUpdate(0, 2, 1) in rule.push(0, 2, 0, 0)
+    assert rule.lose(2) == [AbortJob(2, 1, 2)]
+
+
 def test_sync_with_min_workers_shrinks_and_grows_again():
     rule = Synchronous([0, 1], 3, min_workers=2)
     for rank in range(3):

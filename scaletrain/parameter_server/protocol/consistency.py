@@ -306,7 +306,11 @@ class Synchronous(Rule):
     def restore(self, state: RuleState) -> None:
         """Go on from a snapshot; an update does not take gradients of workers that were lost."""
         super().restore(state)
-        self._needed = max(self._least, min(self._most, self.workers - len(self.lost)))
+        self._needed = max(self._least, min(self._most, self._num_expected()))
+
+    def _num_expected(self) -> int:
+        """Return how many workers push, have pushed all, or have not come yet."""
+        return self.workers - len(self.lost)
 
     def _begin(self) -> int:
         return min(self._applied_step.values(), default=-1) + 1
@@ -317,8 +321,7 @@ class Synchronous(Rule):
         for collection in self._collections.values():
             collection.waiting.discard(rank)
         self._paused.discard(rank)
-        present = len(self.live) + len(self.left)
-        self._needed = max(self._needed, min(self._most, present))
+        self._needed = max(self._needed, min(self._most, self._num_expected()))
 
     def settle(self) -> list[Action]:
         """Let workers go on that wait for an update which others have seen already.
@@ -384,11 +387,11 @@ class Synchronous(Rule):
             collection.waiting.discard(rank)
         if not self.live:
             return []
-        present = len(self.live) + len(self.left)
-        if rank in self.lost and present < self._needed:
-            if not self.left and present < self._least:
-                return [AbortJob(rank, present, self._least)]
-            self._needed = present
+        expected = self._num_expected()
+        if rank in self.lost and expected < self._needed:
+            if not self.left and expected < self._least:
+                return [AbortJob(rank, expected, self._least)]
+            self._needed = expected
         return self._complete_all()
 
 
