@@ -197,6 +197,7 @@ def test_backup_workers_the_first_gradients_win_and_late_ones_never_count(
         rule.join(rank)
     version = {(key, rank): 0 for key in range(blocks) for rank in range(workers)}
     waiting: set[tuple[int, int]] = set()
+    stale: dict[tuple[int, int], int] = {}  # gradients that do not count, by updates
     for turn in range(steps * blocks * workers * 2):
         free = [
             (key, rank)
@@ -212,11 +213,14 @@ def test_backup_workers_the_first_gradients_win_and_late_ones_never_count(
         actions = rule.push(key, rank, turn, version[key, rank])
         waiting.add((key, rank))
         if late:
-            assert actions == [SendWeights(key, rank, before - version[key, rank], dropped=True)]
+            stale[key, rank] = before - version[key, rank]
+            assert not any(isinstance(action, AddGradient) for action in actions)
         for action in actions:
             if isinstance(action, ApplyUpdate):
                 assert action.num_gradients == workers - spare
             if isinstance(action, SendWeights):
+                staleness = stale.pop((action.key, action.rank), 0)
+                assert (action.staleness, action.dropped) == (staleness, staleness > 0)
                 waiting.discard((action.key, action.rank))
                 version[action.key, action.rank] = rule.version[action.key]
 
@@ -247,6 +251,45 @@ def test_backup_workers_that_came_too_late_do_not_wait_for_those_who_wait_for_th
         AddGradient(0, 1),
         ApplyUpdate(0, 2, rule.version[0]),
     ]
+
+
+def spare_rule() -> Synchronous:
+    """Three workers, one to spare; rank 0 left out step 0."""
+    rule = Synchronous([0], 3, backup_workers=1)
+    for rank in range(3):
+        rule.join(rank)
+    for rank in (1, 2):
+        rule.push(0, rank, 0, 0)
+    return rule
+
+
+def test_a_gradient_of_older_weights_does_not_count_and_waits_for_its_step():
+    """Bug it catches: weights from before the update, with which it is late in every step."""
+    rule = spare_rule()
+    assert rule.push(0, 0, 1, 0) == []
+    assert rule.awaited() == {1, 2}
+    rule.push(0, 1, 1, 1)
+    assert rule.push(0, 2, 1, 1)[1:] == [
+        ApplyUpdate(0, 2, 2),
+        SendWeights(0, 1),
+        SendWeights(0, 2),
+        SendWeights(0, 0, 1, dropped=True),
+    ]
+
+
+@pytest.mark.parametrize("end", ["late", "paused", "lost"])
+def test_late_workers_do_not_wait_for_gradients_that_nobody_will_send(end: str):
+    rule = spare_rule()
+    rule.push(0, 0, 1, 0)
+    if end == "late":
+        actions = rule.push(0, 1, 1, 0)
+        assert SendWeights(0, 1, 1, dropped=True) in actions
+    elif end == "paused":
+        assert rule.pause(1) == []
+        actions = rule.pause(2)
+    else:
+        actions = rule.lose(1)
+    assert SendWeights(0, 0, 1, dropped=True) in actions
 
 
 def test_plain_sync_stops_when_a_worker_is_lost_and_names_it():
@@ -372,3 +415,20 @@ def test_workers_whose_last_gradients_a_snapshot_lacks_do_not_wait_for_each_othe
     rule.join(1, 9, {1: 9})
     assert SendWeights(1, 0) in rule.push(1, 0, 9, rule.version[1])
     assert SendWeights(0, 1) in rule.push(0, 1, 9, rule.version[0])
+
+
+def test_a_rule_tells_the_jobs_step_whatever_a_snapshot_took_back():
+    """Bug it catches: steps counted by updates, of which blocks have lost different numbers."""
+    rule = Synchronous([0, 1], 2)
+    rule.join(0), rule.join(1)
+    assert rule.next_step(0) == 0
+    for step in range(4):
+        for rank in (0, 1):
+            rule.push(0, rank, step, step)
+    restored = Synchronous([0, 1], 2)
+    restored.restore(rule.state())
+    assert (restored.next_step(0), restored.next_step(1)) == (4, 0)
+    restored.join(0, 9, {0: 8, 1: 7})
+    restored.join(1, 9, {0: 8, 1: 8})
+    assert (restored.next_step(0), restored.next_step(1)) == (9, 9)
+    assert restored.version == {0: 4, 1: 0}

@@ -29,7 +29,7 @@ SendWeights(key=0, rank=1, staleness=0, dropped=False)
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -168,6 +168,10 @@ class Rule(abc.ABC):
         self._joined(rank, begin)
         return begin
 
+    def next_step(self, key: int) -> int:
+        """Return the job's step that a block's next update belongs to."""
+        return self._applied_step[key] + 1
+
     def settle(self) -> list[Action]:
         """Answer those who waited for what a worker has told that has joined."""
         return []
@@ -262,9 +266,17 @@ class Rule(abc.ABC):
 class _Collection:
     """The gradients of one block's next update."""
 
-    contributors: set[int]  # ranks whose gradients are in the sum
-    waiting: set[int]  # ranks that wait for the weights after the update
+    contributors: set[int] = field(default_factory=set)  # ranks whose gradients are in the sum
+    waiting: set[int] = field(default_factory=set)  # that wait for the weights after the update
+    # Ranks that wait for it, too, with gradients of older weights, which do not count: by rank, how
+    # many updates older.
+    late: dict[int, int] = field(default_factory=dict)
     step: int = -1  # the latest of its gradients' steps
+
+    def forget(self, rank: int) -> None:
+        """Note that a rank does not wait any more. Its gradient stays in the sum."""
+        self.waiting.discard(rank)
+        self.late.pop(rank, None)
 
 
 class Synchronous(Rule):
@@ -287,7 +299,7 @@ class Synchronous(Rule):
         self._most = workers - backup_workers
         self._least = min(self._most, min_workers or self._most)
         self._needed = self._most
-        self._collections = {key: _Collection(set(), set()) for key in keys}
+        self._collections = {key: _Collection() for key in keys}
         self._paused: set[int] = set()  # live ranks that push nothing now; cleared when all have
 
     def pause(self, rank: int) -> list[Action]:
@@ -299,8 +311,8 @@ class Synchronous(Rule):
         """Return the live workers that owe a gradient to an update for which others wait."""
         awaited: set[int] = set()
         for collection in self._collections.values():
-            if collection.waiting:
-                awaited |= self.live - collection.contributors
+            if collection.waiting or collection.late:
+                awaited |= self.live - collection.contributors - collection.late.keys()
         return awaited
 
     def restore(self, state: RuleState) -> None:
@@ -319,7 +331,7 @@ class Synchronous(Rule):
         # The process is new. Nobody wants the weights that its former self waits for, and the
         # gradients that its former self pushed stay in the sum.
         for collection in self._collections.values():
-            collection.waiting.discard(rank)
+            collection.forget(rank)
         self._paused.discard(rank)
         self._needed = max(self._needed, min(self._most, self._num_expected()))
 
@@ -339,17 +351,20 @@ class Synchronous(Rule):
     def _push(
         self, key: int, rank: int, step: int, version: int, *, repeated: bool
     ) -> list[Action]:
+        collection = self._collections[key]
         if version < self.version[key]:
             if repeated:  # it had arrived in time
                 return [SendWeights(key, rank)]
-            return [SendWeights(key, rank, self.version[key] - version, dropped=True)]
+            collection.late[rank] = self.version[key] - version
+            # The update of its step is made, or it waits for that. Weights from before that update
+            # would let it be late in every step, and in the end an update behind the others.
+            return self._release(key) if step <= self._applied_step[key] else self._complete(key)
         if step <= self._applied_step[key]:
             # The server has begun again with a snapshot, and knows this worker by the version that
             # both agreed on then. The update of its step is made: the worker did not get the
             # answer, or was a step behind the others.
             return [SendWeights(key, rank, dropped=not repeated)]
         actions: list[Action] = []
-        collection = self._collections[key]
         collection.step = max(collection.step, step)
         if rank not in collection.contributors:
             collection.contributors.add(rank)
@@ -363,14 +378,22 @@ class Synchronous(Rule):
         # Spare workers that came late would wait for ever for gradients of workers that are done,
         # or that wait for them elsewhere.
         absent = len(self._paused) + len(self.left)
-        if len(collection.contributors) < max(1, self._needed - absent):
-            return []
+        needed = max(1, self._needed - absent)
+        if len(collection.contributors) < needed:
+            able = self.live - self._paused - collection.late.keys()
+            can_do_without = len(collection.contributors | able) >= needed
+            return [] if can_do_without else self._release(key)
         self.version[key] += 1
         self._applied_step[key] = collection.step
-        self._collections[key] = _Collection(set(), set())
+        self._collections[key] = _Collection()
         update = ApplyUpdate(key, len(collection.contributors), self.version[key])
         answers = [SendWeights(key, rank) for rank in sorted(collection.waiting)]
-        return [update, *answers]
+        return [update, *answers, *_dropped(key, collection.late)]
+
+    def _release(self, key: int) -> list[Action]:
+        """Answer those that were late with the weights as they are."""
+        late, self._collections[key].late = self._collections[key].late, {}
+        return _dropped(key, late)
 
     def _complete_all(self) -> list[Action]:
         """Complete every block that can be, after a change of the workers that push."""
@@ -384,7 +407,7 @@ class Synchronous(Rule):
     def _without(self, rank: int) -> list[Action]:
         self._paused.discard(rank)
         for collection in self._collections.values():
-            collection.waiting.discard(rank)
+            collection.forget(rank)
         if not self.live:
             return []
         expected = self._num_expected()
@@ -393,6 +416,11 @@ class Synchronous(Rule):
                 return [AbortJob(rank, expected, self._least)]
             self._needed = expected
         return self._complete_all()
+
+
+def _dropped(key: int, late: Mapping[int, int]) -> list[Action]:
+    """Return the answers to gradients that were late, by rank with their staleness."""
+    return [SendWeights(key, rank, late[rank], dropped=True) for rank in sorted(late)]
 
 
 class Asynchronous(Rule):

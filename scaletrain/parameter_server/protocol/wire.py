@@ -164,7 +164,9 @@ class Header(NamedTuple):
     # Row numbers in a sparse message. In PUSH: pieces without a gradient. In PULL and INIT: 0 for
     # weights, i for the i-th tensor of the optimizer's state.
     rows: int = 0
-    step: int = 0  # of the worker; in SUM and TOTAL: the number of the sum
+    # Of the worker; in SUM and TOTAL: the number of the sum. In the answer to a gradient: the job's
+    # step that the block's next update belongs to.
+    step: int = 0
     # Answers: updates of the block's weights so far. Pushes: of the weights the gradient came from.
     version: int = 0
     session: int = 0  # chosen by the server in WELCOME

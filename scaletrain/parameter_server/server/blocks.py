@@ -352,6 +352,7 @@ class Blocks:
             flags=wire.DROPPED if action.dropped else 0,
             key=action.key,
             staleness=action.staleness,
+            step=self.rule.next_step(action.key),
             version=self.rule.version[action.key],
         )
         if block.sparse:

@@ -91,6 +91,8 @@ class Client:
             owned = [block for block in blocks if block.server == server]
             self._links.append(ServerLink(identity, server, owned))
         self._position = Position(step=0, versions=dict.fromkeys(self._blocks, 0))
+        # By block: the job's step that its next update belongs to, by the servers' last answers.
+        self._next_steps = dict.fromkeys(self._blocks, 0)
         self._sum_number = -1  # of the last sum
         self._storing: list[Token] = []  # first values that were sent and not answered yet
         self._num_stored = 0  # first values that were sent so far
@@ -420,14 +422,9 @@ class Client:
         """Bytes received so far, with the weights that were read from shared memory."""
         return self._io.bytes_received
 
-    @property
-    def reconnects(self) -> int:
-        """How often this worker has joined a server's successor."""
-        return self._io.reconnects
-
-    def updates(self) -> int:
-        """Return the updates of the least updated block, as far as this worker has heard."""
-        return min(self._position.versions.values(), default=0)
+    def job_step(self) -> int:
+        """Return the job's step that comes next in all blocks, as far as this worker has heard."""
+        return min(self._next_steps.values(), default=0)
 
     def live_workers(self) -> int:
         """Return how many workers live, by the first server's last word; 0 before its first."""
@@ -481,6 +478,7 @@ class Client:
         """Note the version of the weights that answered a push; return the push's result."""
         self._note_version(key, answered, version)
         header = answered.message.header
+        self._next_steps[key] = max(self._next_steps[key], header.step)
         return PushResult(header.staleness, bool(header.flags & wire.DROPPED))
 
     def _note_version(self, key: int, answered: Answered, version: int) -> None:

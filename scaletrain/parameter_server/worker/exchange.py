@@ -171,7 +171,7 @@ class ParameterServerExchange:
         client.step = self._job.done
         # Only in this mode is each update one step of the job.
         if self._settings.mode == "sync":
-            self._job.notice_lag(client.updates(), client.reconnects)
+            self._job.notice_lag(client.job_step())
         steps.begin(self._job.done)
         self._record = {
             "bytes_sent": client.bytes_sent - self._sent,
@@ -269,27 +269,19 @@ class _JobSteps:
     def __init__(self) -> None:
         self.done = 0
         self._missed = 0  # steps done without this rank, that it has not left out yet
-        # The job's steps minus the servers' updates. Servers lose updates when they begin again
-        # with a snapshot.
-        self._offset = 0
-        self._reconnects = 0  # that ``_offset`` takes into account
 
     def join(self, steps: int) -> None:
         """Begin where the job is, after ``steps`` steps, all of them without this rank."""
         self.done = steps
         self._missed = steps
 
-    def notice_lag(self, updates: int, reconnects: int) -> None:
+    def notice_lag(self, job_step: int) -> None:
         """Notice steps that the others did without this rank, as a spare worker lets them do.
 
         Args:
-            updates: of the least updated block, one for each step.
-            reconnects: joins of successors of servers so far.
+            job_step: the step that comes next in all blocks.
         """
-        if reconnects != self._reconnects:
-            self._reconnects = reconnects
-            self._offset = self.done - updates
-        ahead = max(0, updates + self._offset - self.done)
+        ahead = max(0, job_step - self.done)
         self._missed += ahead
         self.done += ahead
 

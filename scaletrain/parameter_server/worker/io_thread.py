@@ -68,7 +68,6 @@ class IoThread:
     Attributes:
         bytes_sent: headers, frames, and the gradients that were left in shared memory.
         bytes_received: the same for weights.
-        reconnects: servers that this worker has joined again, each time counted.
 
     The counters are written by this thread and read by the training thread.
     """
@@ -91,7 +90,6 @@ class IoThread:
         self._position = position
         self.bytes_sent = 0
         self.bytes_received = 0
-        self.reconnects = 0
         # Written by ``stop``, read by the thread.
         self._stopping = False
         self._poller = zmq.Poller()
@@ -291,7 +289,6 @@ class IoThread:
         ready = link.connect(deadline, self._position.step, reason, lambda: self._stopping)
         with self._position.lock:
             self._position.versions.update(ready.versions)
-        self.reconnects += 1
         if self._settings.backup_workers and self._requests.is_summing():
             self._requests.repeat(Token(Topic.PAUSE, link.index), Header(MessageKind.PAUSE))
         if link.index == 0:
