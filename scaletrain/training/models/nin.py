@@ -26,7 +26,8 @@ def model(
         classes: number of logits; each has a map of its own, whose mean it is.
         width: factor of all channels.
         channels: of an image.
-        small: the first convolution is 5 x 5 and keeps the resolution.
+        small: the first convolution is 5 x 5 and keeps the resolution, and no ReLU follows the last
+            layer: few and narrow maps would soon all end at 0, where they learn nothing.
         dropout: the part of the last block's inputs that is left out in training.
     """
     first = nn.Conv2d(channels, scaled(96, width), 11, stride=4)
@@ -42,10 +43,11 @@ def model(
         ),
         nn.MaxPool2d(3, 2, ceil_mode=True),
         nn.Dropout(dropout),
-        *_block(nn.Conv2d(scaled(384, width), scaled(1024, width), 3, padding=1), classes),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
     )
+    last_block = _block(nn.Conv2d(scaled(384, width), scaled(1024, width), 3, padding=1), classes)
+    if small:
+        del last_block[-1]
+    network.extend([*last_block, nn.AdaptiveAvgPool2d(1), nn.Flatten()])
     initialise(network)
     # As in Caffe's: from large logits, ReLU would leave most maps at 0 for good.
     last = [module for module in network if isinstance(module, nn.Conv2d)][-1]

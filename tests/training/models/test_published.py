@@ -102,8 +102,9 @@ def test_a_narrow_network_for_small_images_trains_all_its_weights(name: str, opt
     assert all(each.grad is not None and each.grad.any() for each in network.parameters())
 
 
-def test_small_squeezenet_does_not_end_its_maps_at_zero():
+@pytest.mark.parametrize("name", ["nin", "squeezenet"])
+def test_a_small_network_does_not_end_its_maps_at_zero(name: str):
     """Bug it catches: a ReLU behind the last layer, which kills few and narrow maps for good."""
     torch.manual_seed(0)
-    network = plugins.load("model", "squeezenet")(classes=7, channels=1, width=0.125, small=True)
+    network = plugins.load("model", name)(classes=7, channels=1, width=0.125, small=True)
     assert (network(torch.randn(30, 1, 16, 16)) < 0).any()
