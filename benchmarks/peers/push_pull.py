@@ -14,13 +14,11 @@ to the variables one after the other, and read them. Its row says so.
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,9 @@ from scaletrain.host import processes
 from scaletrain.launching.job import Program
 from scaletrain.parameter_server.protocol import placement
 from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.run.environment import environment
+from scaletrain.scaling.measure import intervals
+from scaletrain.scaling.show import results
 from scaletrain.units import plural
 
 HERE = Path(__file__).parent
@@ -144,9 +145,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "steps": options.steps,
         "times_s": times,
         "load_average": {"median": statistics.median(loads), "largest": max(loads)},
-        "cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
+        "environment": environment(),
     }
 
 
@@ -162,11 +161,11 @@ def page(result: dict[str, Any]) -> str:
         "# Push and pull beside peers",
         "",
         f"{result['workers']} workers push {result['mb']} MB each to one server and pull the new"
-        f" weights; all processes on one host of {result['cores']} cores. The median of"
-        f" {plural(repeats, 'run')} of {result['steps']} steps, in turns with all others.",
+        f" weights; all processes on one host. The median of {plural(repeats, 'run')} of"
+        f" {result['steps']} steps, in turns with all others; ratios with their 95 % intervals.",
         "",
-        f"Measured on {result['date']} at a load average of {load['median']:.1f} (at most"
-        f" {load['largest']:.1f}), which counts the benchmark's own processes.",
+        f"{results.measured_on(result['environment'])} The load average was {load['median']:.1f} (at"
+        f" most {load['largest']:.1f}), which counts the benchmark's own processes.",
         "",
         "| subject | ms a step | fastest to slowest | speed beside torch RPC |",
         "|---|---|---|---|",
@@ -178,11 +177,11 @@ def page(result: dict[str, Any]) -> str:
         median = medians[name]
         times = [1000 * step_s for step_s in result["times_s"][name]]
         base = BASES["TCP" if "TCP" in name or "gRPC" in name else "one host"]
-        ratio = f"{medians[base] / median:.2f}" if base in medians else ""
+        ratio = in_words(speed(result["times_s"], name, base)) if base in medians else ""
         span = f"{min(times):.0f} to {max(times):.0f}"
         lines.append(f"| {name} | {1000 * median:.0f} | {span} | {ratio} |")
-    is_busy = load["median"] > BUSY_LOAD * result["cores"]
-    lines += ["", *targets(medians, is_busy)]
+    is_busy = load["median"] > BUSY_LOAD * result["environment"]["cores"]
+    lines += ["", *targets(result["times_s"], is_busy)]
     if is_busy:
         lines += [
             "",
@@ -193,16 +192,36 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def targets(medians: dict[str, float], is_busy: bool) -> list[str]:
+def speed(times: dict[str, list[float]], name: str, base: str) -> intervals.Mean:
+    """Return how many times as fast a subject is as another one, by runs that took turns."""
+    return intervals.ratio(times[base], times[name])
+
+
+def in_words(ratio: intervals.Mean) -> str:
+    width = "" if ratio.ci95 is None else f" ± {ratio.ci95:.2f}"
+    return f"{ratio.value:.2f}{width}"
+
+
+def targets(times: dict[str, list[float]], is_busy: bool) -> list[str]:
     """Return a line for each target, and whether it was met; a busy machine cannot tell."""
     lines = []
+    base = BASES["TCP"]
     for name, factor in TARGETS.items():
-        if name in medians and BASES["TCP"] in medians:
-            ratio = medians[BASES["TCP"]] / medians[name]
-            outcome = "met" if ratio >= factor else "missed"
-            if is_busy:
-                outcome = "not judged, since the machine was busy"
-            lines.append(f"- {name}: at least {factor:g} times torch RPC over TCP: {outcome}.")
+        if not times.get(name) or not times.get(base):
+            continue
+        ratio = speed(times, name, base)
+        width = ratio.ci95 if ratio.ci95 is not None else float("inf")
+        outcome = "not decided by these runs"
+        if is_busy:
+            outcome = "not judged, since the machine was busy"
+        elif ratio.value - width >= factor:
+            outcome = "met"
+        elif ratio.value + width < factor:
+            outcome = "MISSED"
+        lines.append(
+            f"- {name}: at least {factor:g} times torch RPC over TCP: {outcome}"
+            f" ({in_words(ratio)})."
+        )
     return lines
 
 
@@ -213,7 +232,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=100, help="megabytes of gradients and of weights")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers-python", help="an interpreter with ray and tensorflow")
     parser.add_argument("--only", help="subjects whose names have one of these texts, with commas")
     parser.add_argument("--output", type=Path, help="a directory for peers.md and peers.json")
