@@ -10,6 +10,7 @@ What each host has is looked at by ``config.presence``.
 """
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,12 +49,7 @@ class IsFile:
         Raises:
             UserError: there is no such file.
         """
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(
-                f"{key}: {name!r} is not allowed (allowed: a file; there is no {path.absolute()})"
-            )
-        return path
+        return _existing(key, name, "file", Path.is_file)
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,16 @@ class IsFolder:
         Raises:
             UserError: there is no such folder.
         """
-        path = Path(name).expanduser()
-        if not path.is_dir():
-            raise UserError(
-                f"{key}: {name!r} is not allowed (allowed: a folder; there is no {path.absolute()})"
-            )
-        return path
+        return _existing(key, name, "folder", Path.is_dir)
+
+
+def _existing(key: str, name: str, kind: str, exists: Callable[[Path], bool]) -> Path:
+    path = Path(name).expanduser()
+    if not exists(path):
+        raise UserError(
+            f"{key}: {name!r} is not allowed (allowed: a {kind}; there is no {path.absolute()})"
+        )
+    return path
 
 
 def is_installed(package: str) -> bool:
