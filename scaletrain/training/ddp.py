@@ -70,7 +70,7 @@ class AllreduceExchange(Exchange):
         self._find_unused_parameters = find_unused_parameters
         self._device = setup.device
         # By model, in the order of ``attach``: the order of its gradients, once it is known.
-        self._gradients: list[GradientOrder] = []
+        self._gradients: list[Gradients] = []
         # Of the run before, in the same order.
         self._orders_before: list[list[int]] = []
         self._timeouts = setup.timeouts
@@ -78,19 +78,11 @@ class AllreduceExchange(Exchange):
         # By the module that ``attach`` returned: models in one training have an optimizer each.
         self._optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
         self._traced: set[nn.Module] = set()  # those whose buckets are spans
-        # When backward made its last gradient; None on CUDA, and once the wait after it is noted.
-        # Written by backward's thread.
-        self._last_gradient_at: float | None = None
         # Of all models since the last ``record``; None: not measured.
         self._waited_s: float | None = None
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Wrap the model in DDP."""
-        # On CUDA, hooks run when backward is enqueued, and tell nothing about its time.
-        if self._device.type == "cpu":
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(self._note_gradient)
         # The view saves a copy: gradients lie in the buckets that travel.
         wrapped = _OrderedDDP(
             model,
@@ -100,7 +92,10 @@ class AllreduceExchange(Exchange):
             gradient_as_bucket_view=True,
         )
         ddp_end.group_last(wrapped)
-        self._gradients.append(GradientOrder(model))
+        # On CUDA, hooks run when backward is enqueued, and tell nothing about its time.
+        timed = self._device.type == "cpu"
+        varies = self._find_unused_parameters
+        self._gradients.append(Gradients(model, timed=timed, varies=varies))
         self._optimizers[wrapped] = optimizer
         if spans.on():
             self.trace_buckets()
@@ -141,10 +136,11 @@ class AllreduceExchange(Exchange):
 
     def synchronise(self, model: nn.Module | None = None) -> None:
         """Note how long DDP's backward waited: it returns once all means are there."""
-        if self._last_gradient_at is not None:
-            waited_s = time.perf_counter() - self._last_gradient_at
-            self._waited_s = (self._waited_s or 0.0) + waited_s
-            self._last_gradient_at = None
+        for gradients in self._gradients:
+            if gradients.last_at is not None:
+                waited_s = time.perf_counter() - gradients.last_at
+                self._waited_s = (self._waited_s or 0.0) + waited_s
+                gradients.last_at = None
 
     def step(self, model: nn.Module | None = None) -> None:
         """Run the optimizer on gradients that are the mean over all ranks."""
@@ -205,46 +201,60 @@ class AllreduceExchange(Exchange):
         else:
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 
-    def _note_gradient(self, parameter: torch.Tensor) -> None:
-        # Each gradient overwrites the time of the one before, so the last one's remains.
-        self._last_gradient_at = time.perf_counter()
 
-
-class GradientOrder:
-    """Notes the order in which a model's gradients come in its first step.
+class Gradients:
+    """Notes the order of a model's gradients in its first step, and when the last one of a step comes.
 
     After the first step, DDP orders its buckets in this way, and with them the sums over more than
     two ranks. A resumed run needs the same order from its first step on; otherwise its last bits
     differ.
 
+    A hook costs some microseconds. Once the order is known, only the gradient that came last keeps
+    its own.
+
     Args:
         model: its trained parameters are numbered as they are registered.
+        timed: note times as well.
+        varies: the order may change from step to step.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, timed: bool, varies: bool):
         self.order: list[int] = []  # numbers of parameters, once it is known
-        # Of all passes of the step. Written by backward's thread.
+        # When the last gradient came; None: not measured. Whoever reads it sets it to None.
+        self.last_at: float | None = None
+        self._timed = timed
+        self._varies = varies
+        # Of all passes of the first step. Written by backward's thread.
         self._came: list[int] = []
+        self._is_first_step = True
         self._hooks: list[Any] = []
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._num_trained = len(trained)
         for number, parameter in enumerate(trained):
             note = functools.partial(self._note, number)
             self._hooks.append(parameter.register_post_accumulate_grad_hook(note))
 
     def end_step(self) -> None:
-        """Take the order of the step's last pass, in which all gradients travelled."""
+        """Take the order of the first step's last pass, in which all gradients travelled."""
         if not self._came:
             return
-        last = self._came[-self._num_trained :]
-        if len(set(last)) == self._num_trained:
+        num_trained = len(self._hooks)
+        last = self._came[-num_trained:]
+        if len(set(last)) == num_trained:
             self.order = last
         self._came = []
-        for hook in self._hooks:
-            hook.remove()
+        self._is_first_step = False
+        is_needed = [self._timed] * num_trained
+        if self.order and not self._varies:
+            is_needed = [self._timed and number == last[-1] for number in range(num_trained)]
+        for hook, stays in zip(self._hooks, is_needed, strict=True):
+            if not stays:
+                hook.remove()
 
     def _note(self, number: int, parameter: torch.Tensor) -> None:
-        self._came.append(number)
+        if self._is_first_step:
+            self._came.append(number)
+        if self._timed:
+            self.last_at = time.perf_counter()  # the next gradient overwrites it
 
 
 class _OrderedDDP(DistributedDataParallel):

@@ -212,7 +212,9 @@ class StepLoss:
 
     def add(self, loss: Loss) -> None:
         """Add the loss of one backward pass."""
-        self._total = self._total + loss.total.detach()
+        total = loss.total.detach()
+        is_first = isinstance(self._total, float)  # then there is nothing to add it to
+        self._total = total if is_first else self._total + total
         self._count = self._count + loss.count
         for name, total in loss.parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + total.detach()

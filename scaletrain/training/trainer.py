@@ -450,8 +450,9 @@ class Trainer:
                 step_loss.add(loss)
                 if self.device.type == "cpu" or is_last:  # reading it stalls a GPU's stream
                     self._check_finite(update, step_loss, passes)
-                total = loss.total * mean.weight()
-                self._precision.scaled(update.model, total).backward()
+                # Backward of ``total * weight``, without the product.
+                weight = torch.full_like(loss.total, mean.weight())
+                self._precision.scaled(update.model, loss.total).backward(weight)
                 clock.lap("backward")
         return step_loss
 

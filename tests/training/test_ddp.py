@@ -3,6 +3,7 @@
 What it averages: test_trainer.py, test_updates.py.
 """
 
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from scaletrain import plugins
 from scaletrain.errors import UserError
 from scaletrain.timeouts import Timeouts
+from scaletrain.training.ddp import Gradients
 from scaletrain.training.exchange import Setup
 from scaletrain.world import World
 from tests.ranks import run_ranks
@@ -32,6 +34,30 @@ def _join_twice(rank: int, size: int, folder: Path) -> int:
 @pytest.mark.slow
 def test_a_second_exchange_is_refused_and_the_first_goes_on(tmp_path: Path):
     assert run_ranks(_join_twice, 2, tmp_path) == [3, 3]
+
+
+@pytest.mark.parametrize("varies", [False, True])
+def test_the_last_gradient_is_timed_and_the_others_soon_cost_nothing(varies: bool):
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(5)))
+    calls: list[int] = []
+
+    class Counted(Gradients):
+        def _note(self, number: int, parameter: torch.Tensor) -> None:
+            calls.append(number)
+            super()._note(number, parameter)
+
+    gradients = Counted(model, timed=True, varies=varies)
+    for step in range(3):
+        calls.clear()
+        began = time.perf_counter()
+        model(torch.ones(2, 4)).sum().backward()
+        assert gradients.last_at is not None
+        assert began < gradients.last_at < time.perf_counter()
+        gradients.last_at = None
+        gradients.end_step()
+        assert len(calls) == (10 if varies or step == 0 else 1)
+        assert calls[-1] == gradients.order[-1]
+    assert sorted(gradients.order) == [*range(10)]
 
 
 def _two_models(rank: int, size: int, folder: Path) -> list[float]:

