@@ -203,11 +203,11 @@ class AllreduceExchange(Exchange):
 
 
 class Gradients:
-    """Notes the order of a model's gradients in its first step, and when the last one of a step comes.
+    """Notes the order of a model's gradients, and when the last one of a step comes.
 
-    After the first step, DDP orders its buckets in this way, and with them the sums over more than
-    two ranks. A resumed run needs the same order from its first step on; otherwise its last bits
-    differ.
+    The order is that of the first step. DDP orders its buckets in this way from then on, and with
+    them the sums over more than two ranks. A resumed run needs the same order from its first step
+    on; otherwise its last bits differ.
 
     A hook costs some microseconds. Once the order is known, only the gradient that came last keeps
     its own.
