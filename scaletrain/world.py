@@ -23,6 +23,26 @@ class World(NamedTuple):
     num_nodes: int = 1  # number of hosts
     launcher: str = "python"
 
+    def in_group(self, groups: int) -> "World":
+        """Return the place in this worker's group, if the ranks are split into so many.
+
+        >>> [World(rank, 4).in_group(2).rank for rank in range(4)]
+        [0, 1, 0, 1]
+
+        Args:
+            groups: of consecutive ranks, all of the same size.
+
+        Raises:
+            UserError: their number does not divide that of the workers.
+        """
+        if self.size % groups:
+            raise UserError(
+                f"exchange.groups: {groups} is not allowed for {self.size} workers (allowed: a"
+                " divisor of their number)"
+            )
+        size = self.size // groups
+        return self._replace(rank=self.rank % size, size=size)
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "World":
         """Return this process's place according to its environment.

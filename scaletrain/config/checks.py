@@ -99,6 +99,7 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
     _check_one_schedule(config, where)
     _check_length(config, where)
     _check_batch(config, where)
+    _check_groups(config, where)
     return config
 
 
@@ -233,6 +234,34 @@ def _check_batch(config: RunConfig, where: str) -> None:
             f" a worker has {smallest_share} of the batch_size of {config.batch_size}"
             f" (allowed: 1 to {smallest_share})"
         )
+
+
+def _check_groups(config: RunConfig, where: str) -> None:
+    """Raise ``UserError`` if the workers cannot train several models side by side."""
+    groups = config.groups
+    if groups == 1:
+        return
+    for key in ("workers", "batch_size"):
+        # In weak mode each worker has a whole batch_size to itself.
+        is_shared = key == "workers" or config.batch_mode == "strong"
+        if is_shared and getattr(config, key) % groups:
+            raise UserError(
+                f"{where}: exchange.groups: {groups} groups need equal parts of {key}:"
+                f" {getattr(config, key)} (allowed: a multiple of {groups})"
+            )
+    refused = {
+        "workload": (config.workload is not None, "model and data"),
+        "metrics": (bool(config.metrics), "the figures of the loss, since each model has its own"),
+        "bad_samples.skip": (config.leaves_out_samples, "0, since groups count for themselves"),
+        "nonfinite": (config.nonfinite == "roll_back", "stop, skip"),
+        "checkpoint.keep": (config.checkpoint.keep < 2, "2 or more, since groups save in turn"),
+    }
+    for key, (is_refused, allowed) in refused.items():
+        if is_refused:
+            raise UserError(
+                f"{where}: {key}: is not allowed beside exchange.groups: {groups}"
+                f" (allowed: {allowed})"
+            )
 
 
 def _loss_options(config: RunConfig, where: str) -> dict[str, Any]:

@@ -372,6 +372,11 @@ class RunConfig(Strict):
     """The file this came from. A person's modules are looked for beside it."""
 
     @property
+    def groups(self) -> int:
+        """The number of groups of workers that train a model of their own each."""
+        return int(self.exchange.options.get("groups", 1))
+
+    @property
     def leaves_out_samples(self) -> bool:
         """Whether samples that cannot be read are left out."""
         return self.bad_samples.skip > 0

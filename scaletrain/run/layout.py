@@ -99,6 +99,10 @@ class RunDir:
         """Return (step, path) of every checkpoint that exists, the oldest step first."""
         return self._numbered("step-*.safetensors")
 
+    def group(self, number: int) -> Path:
+        """Where a group of workers keeps the checkpoints of its model; group 0: here."""
+        return self.path / f"group-{number}" if number else self.path
+
     def best_checkpoint(self, step: int) -> Path:
         """The checkpoint with the best figure so far, reached after ``step`` steps."""
         return self.path / f"best-{step}.safetensors"

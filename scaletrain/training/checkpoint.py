@@ -280,11 +280,16 @@ def part_states(content: Content) -> dict[str, Any]:
     return {name: state_tree.rebuild(value, content.tensors) for name, value in parts}
 
 
-def load_latest(run_dir: Path, state: State) -> Loaded | None:
+def load_latest(run_dir: Path, state: State, up_to: int | None = None) -> Loaded | None:
     """Load the newest checkpoint that is whole into a model and its optimizer.
 
     The optimizer takes its state; the options of its groups stay as they are. Other parts are left
     as they are: their states are in the result.
+
+    Args:
+        run_dir: where checkpoints are.
+        state: takes it.
+        up_to: as for ``newest``.
 
     Returns:
         The loaded checkpoint, and newer ones that are damaged; None if there is no checkpoint.
@@ -292,7 +297,7 @@ def load_latest(run_dir: Path, state: State) -> Loaded | None:
     Raises:
         UserError: as ``newest``, or the newest whole one belongs to another model or optimizer.
     """
-    found = newest(run_dir)
+    found = newest(run_dir, up_to)
     if found is None:
         return None
     _put_into(state, found.content, found.path)

@@ -1,10 +1,10 @@
-"""Shared by the allreduce exchanges: DistributedDataParallel over the default process group."""
+"""Shared by the allreduce exchanges: DistributedDataParallel over a process group."""
 
 import contextlib
 import functools
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -18,8 +18,38 @@ from scaletrain.engine.backend import calls_of
 from scaletrain.engine.rendezvous import unsealed
 from scaletrain.errors import UserError
 from scaletrain.run import spans
-from scaletrain.training.exchange import Exchange, Setup, attached
+from scaletrain.training.exchange import Exchange, Setup, Sums, attached
 from scaletrain.world import World
+
+
+class ProcessGroupSums(Sums):
+    """Sums over a process group of torch.distributed.
+
+    Args:
+        world: this worker's place in the group.
+        device: on which sums are made.
+        process_group: of torch.distributed.
+    """
+
+    def __init__(self, world: World, device: torch.device, process_group: Any):
+        self.world = world
+        self._device = device
+        self._process_group = process_group
+
+    def begin_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin a sum that runs beside forward."""
+        total = values.to(self._device)
+        work = dist.all_reduce(total, group=self._process_group, async_op=True)
+
+        def finish() -> torch.Tensor:
+            work.wait()
+            return total.cpu()
+
+        return finish
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the ranks of a small CPU tensor."""
+        return self.begin_sum(values)()
 
 
 class AllreduceExchange(Exchange):
@@ -34,10 +64,12 @@ class AllreduceExchange(Exchange):
         backend: of torch.distributed: gloo, nccl or scaletrain.
         bucket_mb: size of DDP's gradient buckets in MiB.
         find_unused_parameters: let DDP look for parameters without a gradient after each forward.
+        groups: of consecutive ranks, each with a model and a process group of its own.
         options: of the backend.
 
     Raises:
-        UserError: there is a default process group already.
+        UserError: there is a default process group already, or the workers cannot be split into
+            so many groups.
     """
 
     def __init__(
@@ -48,8 +80,10 @@ class AllreduceExchange(Exchange):
         backend: str,
         bucket_mb: float,
         find_unused_parameters: bool = False,
+        groups: int = 1,
         options: Any = None,
     ):
+        place = world.in_group(groups)
         if dist.is_initialized():
             raise UserError(
                 "exchange: this process has a default process group already (allowed: one exchange a"
@@ -66,6 +100,23 @@ class AllreduceExchange(Exchange):
             pg_options=options,
         )
         self.world = world
+        self.groups = groups
+        self._sums = ProcessGroupSums(world, setup.device, dist.group.WORLD)
+        # Of the ranks whose gradients are averaged.
+        self.process_group: Any = dist.group.WORLD
+        if groups > 1:
+            # Every rank takes part in making every group.
+            for number in range(groups):
+                ranks = range(number * place.size, (number + 1) * place.size)
+                made = dist.new_group(
+                    ranks=[*ranks],
+                    timeout=setup.timeouts.first_collective,
+                    backend=backend,
+                    pg_options=options,
+                )
+                if world.rank in ranks:
+                    self.process_group = made
+        self._group = ProcessGroupSums(place, setup.device, self.process_group)
         self._bucket_mb = bucket_mb
         self._find_unused_parameters = find_unused_parameters
         self._device = setup.device
@@ -87,6 +138,7 @@ class AllreduceExchange(Exchange):
         wrapped = _OrderedDDP(
             model,
             self._order_before(),
+            process_group=self.process_group,
             bucket_cap_mb=self._bucket_mb,
             find_unused_parameters=self._find_unused_parameters,
             gradient_as_bucket_view=True,
@@ -126,7 +178,7 @@ class AllreduceExchange(Exchange):
             if wrapped not in self._traced:
                 self._traced.add(wrapped)
                 assert isinstance(wrapped, DistributedDataParallel)
-                wrapped.register_comm_hook(None, _traced_allreduce)
+                wrapped.register_comm_hook(self.process_group, _traced_allreduce)
 
     def accumulate(self, model: nn.Module | None = None) -> contextlib.AbstractContextManager[None]:
         """Return DDP's ``no_sync``."""
@@ -172,18 +224,26 @@ class AllreduceExchange(Exchange):
 
     def begin_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin a sum that runs beside forward."""
-        total = values.to(self._device)
-        work = dist.all_reduce(total, async_op=True)
-
-        def finish() -> torch.Tensor:
-            work.wait()
-            return total.cpu()
-
-        return finish
+        return self._sums.begin_sum(values)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks of a small CPU tensor."""
-        return self.begin_sum(values)()
+        return self._sums.sum(values)
+
+    @property
+    def group(self) -> Sums:
+        """This worker's end of sums over its group."""
+        return self if self.groups == 1 else self._group
+
+    def broadcast(self, tensors: Iterable[torch.Tensor], source: int) -> None:
+        """Overwrite tensors with those of a rank (collective over all groups).
+
+        Args:
+            tensors: on this worker's device, of the same shapes and dtypes on every rank.
+            source: the rank that keeps its own.
+        """
+        for tensor in tensors:
+            dist.broadcast(tensor, source)
 
     def close(self) -> None:
         """Meet the other ranks once more, then end the process group."""
@@ -194,12 +254,12 @@ class AllreduceExchange(Exchange):
 
     def _limit(self, timeout: timedelta) -> None:
         """Change the time that others may take from now on in collectives."""
-        group: Any = dist.group.WORLD
-        calls = calls_of(group)
-        if calls is not None:
-            calls.limit(timeout)
-        else:
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+        for group in {dist.group.WORLD, self.process_group}:
+            calls = calls_of(group)
+            if calls is not None:
+                calls.limit(timeout)
+            else:
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 class Gradients:
@@ -324,16 +384,21 @@ def _without_gradient(error: RuntimeError, names: list[str]) -> UserError:
 
 
 # DDP insists on the parameter's name ``bucket``, and on annotations that are not strings.
-def _traced_allreduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket as DDP does without a hook, and write it into the trace."""
+def _traced_allreduce(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average a bucket as DDP does without a hook, and write it into the trace.
+
+    Args:
+        state: the process group.
+        bucket: of gradients.
+    """
     began = time.time()
     index, buffer = bucket.index(), bucket.buffer()
     # Before the sum, which could overflow in half precision.
-    buffer.div_(dist.get_world_size())
+    buffer.div_(dist.get_world_size(state))
 
     def finish(future: torch.futures.Future) -> torch.Tensor:
         reduced = future.value()[0]
         spans.add("bucket", f"bucket {index}", began, bytes=buffer.nbytes)
         return reduced
 
-    return dist.all_reduce(buffer, async_op=True).get_future().then(finish)
+    return dist.all_reduce(buffer, group=state, async_op=True).get_future().then(finish)

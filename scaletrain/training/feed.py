@@ -228,8 +228,13 @@ def open_feed(config: RunConfig, world: World, data: Data, global_batch: int) ->
 
     Raises:
         UserError: the batch is larger than the training set, or the length of the run is given in
-            epochs of a stream.
+            epochs of a stream, or groups of workers would share one.
     """
+    if config.groups > 1 and is_stream(data.train):
+        raise UserError(
+            f"exchange.groups: {config.groups} groups cannot share a stream, which may end for one"
+            " of them before it ends for another (allowed: data with [index] and len())"
+        )
     kind = StreamFeed if is_stream(data.train) else IndexedFeed
     return kind(config, world, data, global_batch)
 

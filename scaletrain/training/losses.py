@@ -110,7 +110,8 @@ class GlobalMean:
 
     Args:
         workload: counts the samples or tokens of a batch.
-        exchange: carries the counts.
+        exchange: carries the counts. With groups, the means are over each group, and the
+            number of samples of a step is the same for all groups.
         batches: of this rank's backward passes, on the device.
         step_input: of this rank.
 
@@ -125,7 +126,8 @@ class GlobalMean:
         batches: Sequence[Batch],
         step_input: StepInput,
     ):
-        self._size = exchange.world.size
+        group = exchange.group
+        self._size = group.world.size
         self._weight: float | None = None  # once it is known
         self._finish: Callable[[], torch.Tensor] | None = None
         self._own: float = step_input.num_samples
@@ -145,12 +147,13 @@ class GlobalMean:
         if exchange.averages and (step_input.may_end or not is_known):
             facts = [self._own, not step_input.has_ended, self.left_out]
             began = time.perf_counter()
-            self._finish = exchange.begin_sum(torch.tensor(facts, dtype=torch.float64))
+            self._finish = group.begin_sum(torch.tensor(facts, dtype=torch.float64))
             self.wait_in_forward_s = time.perf_counter() - began
         elif step_input.has_ended:
             raise DataEnded
         elif is_known:
-            self._weight = self._size / step_input.global_batch  # type: ignore[operator]
+            # Each group has an equal part of the batch, as it has of the ranks.
+            self._weight = exchange.world.size / step_input.global_batch  # type: ignore[operator]
         else:
             self._weight = 1 / self._own if self._own else 0.0
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from scaletrain.config import RunConfig
 from scaletrain.errors import UserError
+from scaletrain.run.layout import RunDir
 from scaletrain.training import checkpoint, finite, weights, workload
 from scaletrain.training.batches import Batch, to_device
 from scaletrain.training.feed import open_feed
@@ -44,6 +45,8 @@ class Replay:
 def replay(config: RunConfig, run_dir: Path, step: int, rank: int) -> Replay:
     """Run forward and backward of a rank's step once, and update nothing.
 
+    Terms that callbacks add to the loss are left out.
+
     Args:
         config: of the run, resolved.
         run_dir: where its checkpoints are. The newest one up to this step gives the weights.
@@ -59,7 +62,8 @@ def replay(config: RunConfig, run_dir: Path, step: int, rank: int) -> Replay:
     config = config.model_copy(update={"loader_workers": 0, "compile": None})
     use_cuda = config.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if use_cuda else "cpu")
-    parts = workload.build(config, device)
+    group = rank // World(rank, config.workers).in_group(config.groups).size
+    parts = workload.build(config, device, group)
     parts.module = parts.model
     updates = parts.updates or [Update("model", parts.optimizer, parts.forward)]
     precision = Precision(config.precision, device, [update.model for update in updates])
@@ -69,7 +73,7 @@ def replay(config: RunConfig, run_dir: Path, step: int, rank: int) -> Replay:
     feed = open_feed(config, world, parts.data, config.batch_size * sharing)
     if step >= feed.num_steps:
         raise UserError(f"--step: {step} is not allowed (allowed: 0 to {feed.num_steps - 1})")
-    found = checkpoint.newest(run_dir, up_to=step)
+    found = checkpoint.newest(RunDir(run_dir).group(group), up_to=step)
     weights_of = None
     position: dict[str, Any] = {}
     if found:

@@ -69,6 +69,8 @@ def training_facts(
     values["epochs"] = config.epochs
     values["workers"] = config.workers
     values["exchange"] = exchange_label(config.exchange)
+    if config.exchange.options.get("groups", 1) > 1:
+        values["groups"] = config.exchange.options["groups"]
     # Values become what they will be when a file gives them back: tuples are lists there.
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain

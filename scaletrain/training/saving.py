@@ -2,6 +2,9 @@
 
 Rank 0 writes them, or another rank once rank 0 is lost (``Saving.lead``). A method that all ranks
 call together says so.
+
+Groups of workers with models of their own save each its own, by their first ranks and at the same
+steps. A run goes on from the newest step of which all of them have a checkpoint.
 """
 
 from collections.abc import Mapping
@@ -41,12 +44,15 @@ class Saving:
     ):
         checkpoint.check_saveable(state)  # before the ranks meet; ``begin`` knows all parts
         self._settings = settings
-        self._run_dir = run_dir
-        self._world = world
+        self._world = exchange.group.world
         self._exchange = exchange
+        self._group_dirs = [RunDir(run_dir).group(number) for number in range(exchange.groups)]
+        self._run_dir = self._group_dirs[world.rank // self._world.size]
+        if not self._world.rank:
+            self._run_dir.mkdir(exist_ok=True)
         self._state = state
         self._loaded: Loaded | None = None
-        self._leads = world.rank == 0  # whether this rank writes
+        self._leads = self._world.rank == 0  # whether this rank writes
         self._writer: CheckpointWriter | None = None  # from ``begin`` or ``lead`` on
         self._best: Best | None = None
         if settings.best:
@@ -62,7 +68,27 @@ class Saving:
         return self._loaded
 
     def _load(self) -> Loaded | None:
-        return checkpoint.load_latest(self._run_dir, self._state)
+        if self._exchange.groups == 1:
+            return checkpoint.load_latest(self._run_dir, self._state)
+        step = self._newest_of_all_groups()
+        return None if step is None else checkpoint.load_latest(self._run_dir, self._state, step)
+
+    def _newest_of_all_groups(self) -> int | None:
+        """Return the newest step of which every group has a whole checkpoint, if there is one.
+
+        Every rank looks into the same folders, so all of them go on from the same step.
+        """
+        up_to: int | None = None
+        while True:
+            steps = set()
+            for folder in self._group_dirs:
+                found = checkpoint.newest(folder, up_to)
+                if found is None:
+                    return None
+                steps.add(found.step)
+            up_to = min(steps)
+            if len(steps) == 1:
+                return up_to
 
     def add(self, name: str, part: Any) -> None:
         """Save a part's state from now on, if it has ``state_dict``, and restore it after ``load``.
@@ -140,14 +166,22 @@ class Saving:
         """Write a checkpoint of the steps done so far while training goes on, if this rank leads.
 
         While the one before is still being written, it is put off: waiting here for a slow disk
-        would let the other ranks' collectives time out.
+        would let the other ranks' collectives time out. With groups it is collective: all of them
+        put a checkpoint off, or none.
         """
-        if not self._writer or not self._leads or step == self._saved_step:
-            return
-        self._is_put_off = self._writer.is_writing()
-        if not self._is_put_off:
-            self._writer.save(step, self._state)
-            self._saved_step = step
+        is_writing = self._leads and self._writer is not None and self._writer.is_writing()
+        if self._exchange.groups > 1:
+            is_writing = bool(self._exchange.sum(torch.tensor([float(is_writing)])).item())
+        if self._writer and self._leads and step != self._saved_step:
+            self._is_put_off = is_writing
+            if not is_writing:
+                self._write(step)
+
+    def _write(self, step: int) -> None:
+        assert self._writer
+        self._writer.save(step, self._state)
+        self._is_put_off = False
+        self._saved_step = step
 
     def save_best(self, step: int, figures: Mapping[str, float | None]) -> None:
         """Also write a checkpoint, if this rank leads and these figures are the best so far.
@@ -166,8 +200,11 @@ class Saving:
         return self._best
 
     def save_put_off(self, step: int) -> None:
-        """Write the checkpoint that was put off, if there is one."""
-        if self._is_put_off:
+        """Write the checkpoint that was put off, if there is one.
+
+        Groups leave it to the next step that is due: here none of them knows of the others.
+        """
+        if self._is_put_off and self._exchange.groups == 1:
             self.save(step)
 
     def finish(self, step: int) -> None:
@@ -181,7 +218,7 @@ class Saving:
             if self._writer:
                 is_writing = self._writer.is_writing(patience_s=1.0)
                 if self._is_put_off and not is_writing:
-                    self.save(step)
+                    self._write(step)
                     is_writing = True
             progress.alive("writing a checkpoint")
             if not self._exchange.sum(torch.tensor([float(is_writing)])).item():

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from scaletrain.training.exchange import Exchange
+from scaletrain.training.exchange import Sums
 
 
 @torch.no_grad()
-def average(module: nn.Module, exchange: Exchange) -> None:
+def average(module: nn.Module, ranks: Sums) -> None:
     """Make the module's running statistics the mean of all ranks' (collective).
 
     Each rank updates them with its own samples; their mean is evaluated and saved. They are
@@ -15,7 +15,7 @@ def average(module: nn.Module, exchange: Exchange) -> None:
 
     Args:
         module: on the device, without the exchange's wrapper.
-        exchange: sums them.
+        ranks: those that train this model; sums them.
     """
     parameters = {name for name, _ in module.named_parameters()}
     buffers = []
@@ -29,7 +29,7 @@ def average(module: nn.Module, exchange: Exchange) -> None:
     flat = [buffer.detach().double().flatten().cpu() for buffer in buffers]
     # A one at the end counts the ranks: some exchanges go on without a dead one.
     own = torch.cat([*flat, torch.ones(1, dtype=torch.float64)])
-    total = exchange.sum(own)
+    total = ranks.sum(own)
     means = (total[:-1] / total[-1]).split([buffer.numel() for buffer in buffers])
     for buffer, mean in zip(buffers, means, strict=True):
         buffer.copy_(mean.view(buffer.shape))

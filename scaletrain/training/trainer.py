@@ -91,7 +91,8 @@ class Trainer:
         self._precision = Precision(
             config.precision, device, [update.model for update in self._updates]
         )
-        test = EvaluationFeed(config, world, workload.data)
+        # Each group evaluates its model on the whole test set: figures are means over the groups.
+        test = EvaluationFeed(config, exchange.group.world, workload.data)
         self.num_test_samples = test.num_samples
         self._evaluation = Evaluation(workload, exchange, test, device, self._precision.autocast)
         facts = training_facts(
@@ -333,9 +334,17 @@ class Trainer:
         mode = f"{config.batch_size} a worker"
         if config.batch_mode == "strong":
             mode = "fixed global batch"
+        groups = []
+        if self.exchange.groups > 1:
+            size = self.exchange.group.world.size
+            groups.append(
+                f"groups: {self.exchange.groups} of {plural(size, 'worker')}, each with a model of"
+                f" its own and {self.global_batch // self.exchange.groups} samples a step"
+            )
         return [
             f"batch: {self.global_batch} samples a step = {plural(self.world.size, 'worker')} x"
             f" {each}{split} ({mode}, {config.batch_mode} scaling)",
+            *groups,
             *learning_rate.describe(
                 config.lr_schedule, self._base_lrs, self.global_batch, self.num_steps
             ),
@@ -346,7 +355,7 @@ class Trainer:
     def _attach(self) -> None:
         """Put the exchange under the model of each update (collective)."""
         if self.config.sync_batchnorm and self.exchange.averages:
-            batch_norm.share_statistics(self.module, self.exchange.sum)
+            batch_norm.share_statistics(self.module, self.exchange.group.sum)
         for update in self._updates:
             module = getattr(self.workload, update.model)
             self._modules[update.model] = module
@@ -374,7 +383,7 @@ class Trainer:
 
     def _meet(self) -> None:
         """Make the statistics that each rank has of its own the mean of all (collective)."""
-        statistics.average(self.module, self.exchange)
+        statistics.average(self.module, self.exchange.group)
         for callback in self._callbacks:
             callback.meet()
 
@@ -425,7 +434,8 @@ class Trainer:
         rates = []
         for group in self.workload.optimizer.param_groups:
             if schedule.scaling is not None:
-                group["lr"] *= learning_rate.scale(schedule.scaling, self.global_batch)
+                batch = self.global_batch // self.exchange.groups  # that a model learns from
+                group["lr"] *= learning_rate.scale(schedule.scaling, batch)
             rates.append(float(group["lr"]))
         check_min_lr(schedule, rates[0])
         return rates
@@ -597,6 +607,7 @@ class Trainer:
             "name": self.config.name,
             "workers": self.world.size,
             "exchange": exchange_label(self.config.exchange),
+            "groups": self.exchange.groups,
             "chosen": self.exchange.chosen(),
             "device": self.device.type,
             "launcher": self.world.launcher,

@@ -20,7 +20,7 @@ from scaletrain.errors import UserError
 from scaletrain.training import loss_function, metrics, optimizer, patterns
 from scaletrain.training.compiling import compile_in_place
 from scaletrain.training.joint_optimizer import JointOptimizer
-from scaletrain.training.randomness import seed_generators
+from scaletrain.training.randomness import seed_generators, seed_of
 from scaletrain.training.recompute import recompute
 from scaletrain.training.stream import is_stream
 
@@ -174,6 +174,10 @@ class Supervised(Workload):
         sums: the loss as (output, target) -> sum over the targets that are not ignored, if it is
             one of torch's that ignores targets.
         ignored: a target that counts for nothing.
+
+    Attributes:
+        terms: further parts of the training loss, by name, such as those of callbacks: (input,
+            output, target) -> sum over what ``count`` counts.
     """
 
     def __init__(
@@ -190,6 +194,7 @@ class Supervised(Workload):
         self._sums = sums
         self._ignored = ignored
         self._loss_weights: Sequence[float] = getattr(model, "loss_weights", ())
+        self.terms: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {}
         self._counts_samples = sums is None or _has_one_class_a_sample(data.train, ignored)
 
     @property
@@ -205,7 +210,16 @@ class Supervised(Workload):
     def forward(self, batch: Any) -> Loss:
         """Return the loss of a batch of (input, target)."""
         inputs, targets = _pair(batch)
-        return self._loss_of(self.model(inputs), targets)
+        output = self.model(inputs)
+        loss = self._loss_of(output, targets)
+        if not self.terms:
+            return loss
+        main = output[0] if isinstance(output, tuple) else output
+        parts = {"labels": loss.total, **loss.parts}
+        for name, term in self.terms.items():
+            parts[name] = term(inputs, _in_full_precision(main), targets)
+        total = loss.total + torch.stack([parts[name] for name in self.terms]).sum()
+        return Loss(total, loss.count, parts)
 
     def evaluate(self, batch: Any) -> dict[str, Mean]:
         """Return ``loss``, and ``accuracy`` if the targets are classes.
@@ -258,10 +272,15 @@ class Supervised(Workload):
         return (targets != self._ignored).sum()
 
 
-def build(config: RunConfig, device: torch.device) -> Workload:
+def build(config: RunConfig, device: torch.device, group: int = 0) -> Workload:
     """Build the job's parts. Seeds come first, so every rank starts from the same weights.
 
     A data set that is drawn at random is the same on every rank, too.
+
+    Args:
+        config: of the run.
+        device: where the model will lie.
+        group: of this worker. Each group's model begins with weights of its own.
 
     Raises:
         UserError: a name does not exist, the optimizer has no such option, or a factory returns
@@ -272,6 +291,9 @@ def build(config: RunConfig, device: torch.device) -> Workload:
     torch.manual_seed(seed)  # of all devices
     seed_generators(seed)  # also those of ``random`` and numpy
     workload = _users_own(config) if config.workload else _supervised(config)
+    if group:
+        torch.manual_seed(seed_of(config.seed, "group", group))
+        workload.model = _model(config)
     _check_data(workload.data)
     _freeze(workload.model, config.freeze)
     _check_trainable(workload.model)
@@ -363,14 +385,20 @@ def _channels_last(
     return pytree.tree_map(lay, (arguments, options))
 
 
-def _supervised(config: RunConfig) -> Supervised:
-    assert config.model is not None and config.data is not None
-    # The model comes first: no random number that the data draws may change its weights.
+def _model(config: RunConfig) -> nn.Module:
+    assert config.model is not None
     model = config.load("model")(**config.model.options)
     if not isinstance(model, nn.Module):
         raise UserError(
             f"model: {config.model.name} returned a {type(model).__name__}, not a torch.nn.Module"
         )
+    return model
+
+
+def _supervised(config: RunConfig) -> Supervised:
+    assert config.model is not None and config.data is not None
+    # The model comes first: no random number that the data draws may change its weights.
+    model = _model(config)
     datasets = config.load("data")(**config.data.options)
     if not isinstance(datasets, Data):
         is_pair = isinstance(datasets, tuple) and len(datasets) == 2

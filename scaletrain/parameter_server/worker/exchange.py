@@ -47,6 +47,7 @@ class ParameterServerExchange:
 
     # Servers may go on without a worker, and apply a gradient before others have theirs.
     averages = False
+    groups = 1
 
     def __init__(
         self,
@@ -70,6 +71,11 @@ class ParameterServerExchange:
         self._replica: Replica | None = None
         self._client: Client | None = None
         self._steps: GradientSteps | LocalSteps | None = None
+
+    @property
+    def group(self) -> "ParameterServerExchange":
+        """This worker's end of sums over its group: there is one."""
+        return self
 
     def _start_server(self) -> ServerBeside | None:
         """Start the server that runs beside this worker; return None if there is none."""

@@ -21,8 +21,8 @@ class Drift(Callback):
     """
 
     def __init__(self, trainer: "Trainer", every: int):
-        self._world = trainer.world
-        self._exchange = trainer.exchange
+        self._ranks = trainer.exchange.group  # those that train the same model
+        self._first_rank = trainer.world.rank - self._ranks.world.rank
         self._named = [*trainer.module.named_parameters()]
         self._every = every
 
@@ -34,19 +34,19 @@ class Drift(Callback):
         """
         if (record.step + 1) % self._every:
             return
-        rank, size = self._world.rank, self._world.size
+        rank, size = self._ranks.world.rank, self._ranks.world.size
         hashes = torch.zeros(size, len(self._named), dtype=torch.float64)
         for index, (_, parameter) in enumerate(self._named):
             hashes[rank, index] = _hash(parameter.detach())
-        hashes = self._exchange.sum(hashes.flatten()).view(size, -1)
+        hashes = self._ranks.sum(hashes.flatten()).view(size, -1)
         differs = (hashes != hashes[0]).any(0)
         if not differs.any():
             return
         first = int(differs.nonzero()[0])
-        others = (hashes[:, first] != hashes[0, first]).nonzero().flatten().tolist()
+        others = (hashes[:, first] != hashes[0, first]).nonzero().flatten() + self._first_rank
         raise TrainingError(
             f"step {record.step}: the weights have drifted apart: {self._named[first][0]} of rank"
-            f" {', '.join(map(str, others))} is not that of rank 0"
+            f" {', '.join(map(str, others.tolist()))} is not that of rank {self._first_rank}"
             f" ({int(differs.sum())} of {len(self._named)} parameters differ)"
         )
 

@@ -28,7 +28,7 @@ class Ema(Callback):
 
     def __init__(self, trainer: "Trainer", decay: float, every: int):
         self._module = trainer.module
-        self._exchange = trainer.exchange
+        self._ranks = trainer.exchange.group
         self._every = every
         self._averaged = AveragedModel(
             trainer.module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
@@ -42,7 +42,7 @@ class Ema(Callback):
 
     def meet(self) -> None:
         """Average the running statistics over the ranks."""
-        statistics.average(self._averaged.module, self._exchange)
+        statistics.average(self._averaged.module, self._ranks)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

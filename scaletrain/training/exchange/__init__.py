@@ -48,7 +48,31 @@ def attached(models: Mapping[nn.Module, Any], model: nn.Module | None) -> nn.Mod
     )
 
 
-class Exchange(Protocol):
+class Sums(Protocol):
+    """One worker's end of sums over some ranks.
+
+    Attributes:
+        world: this worker's place among these ranks.
+        averages: as of an ``Exchange``.
+    """
+
+    world: World
+    averages: bool = True
+
+    @abc.abstractmethod
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the ranks of a small CPU tensor, such as evaluation counts."""
+
+    def begin_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin a sum, and return the function that waits for it. Not where ``averages`` is False.
+
+        Between the two this rank may run forward, and nothing else that communicates.
+        """
+        total = self.sum(values)
+        return lambda: total
+
+
+class Exchange(Sums, Protocol):
     """One worker's end of the exchange.
 
     A protocol: an exchange may derive from it, for its defaults, or simply have its methods.
@@ -59,10 +83,16 @@ class Exchange(Protocol):
         world: this worker's place.
         averages: whether every step's gradient is the mean over all ranks. Then a rank may weigh
             its loss by the counts of all, and all see the same gradient before the update.
+        groups: the workers are split into so many groups of consecutive ranks. Each has a model of
+            its own, and gradients are the mean over a group's ranks.
     """
 
-    world: World
-    averages: bool = True
+    groups: int = 1
+
+    @property
+    def group(self) -> Sums:
+        """This worker's end of sums over its group: the exchange itself if there is one group."""
+        return self
 
     @abc.abstractmethod
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -115,18 +145,6 @@ class Exchange(Protocol):
         Args:
             model: as ``attach`` returned it; None: the only one.
         """
-
-    @abc.abstractmethod
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum over the ranks of a small CPU tensor, such as evaluation counts."""
-
-    def begin_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begin a sum, and return the function that waits for it. Not where ``averages`` is False.
-
-        Between the two this rank may run forward, and nothing else that communicates.
-        """
-        total = self.sum(values)
-        return lambda: total
 
     def accumulate(self, model: nn.Module | None = None) -> contextlib.AbstractContextManager[None]:
         """Return a context in which backward only adds to the gradients, and exchanges nothing.

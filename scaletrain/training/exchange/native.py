@@ -3,7 +3,7 @@
 from typing import Annotated
 
 import torch.distributed as dist
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
 from scaletrain.engine.accelerator import shared
 from scaletrain.engine.transport import Group
@@ -19,12 +19,14 @@ def exchange(
     *,
     bucket_mb: Annotated[float, Gt(0)] = 25.0,
     find_unused_parameters: bool = False,
+    groups: Annotated[int, Ge(1)] = 1,
 ) -> Exchange:
     """Return DDP over torch's own backend.
 
     Args:
         bucket_mb: size of a gradient bucket in MiB.
         find_unused_parameters: for models of which some parameters get no gradient in some steps.
+        groups: of consecutive ranks, each with a model of its own; see the callback codistil.
 
     Raises:
         UserError: workers share a GPU.
@@ -44,4 +46,5 @@ def exchange(
         backend=backend,
         bucket_mb=bucket_mb,
         find_unused_parameters=find_unused_parameters,
+        groups=groups,
     )
