@@ -19,11 +19,18 @@ from scaletrain.errors import UserError
 
 @dataclass(frozen=True)
 class Needs:
-    """What a plugin needs besides options of the right types."""
+    """What a plugin needs besides options of the right types.
+
+    ``config.presence`` looks for the package, and ``config.checks`` at everything else.
+    """
 
     package: str = ""  # a module that has to be installed
     fix: str = ""  # the command that installs it
     one_of: tuple[str, ...] = ()  # options, at least one of which has to be set
+    together: tuple[str, ...] = ()  # options, of which all have to be set or none
+    evaluations: bool = False  # there have to be some before the end of the run
+    own_weights: bool = False  # workers have to change their weights themselves
+    equal_replicas: bool = False  # all workers must have the same weights after each step
 
     def check_installed(self, who: str) -> None:
         """Raise ``UserError`` if the package is not installed here. Imports nothing.

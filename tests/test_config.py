@@ -43,6 +43,38 @@ def message(tree: dict, **settings) -> str:
             ["precision: 'fp16'", "parameter_server", "bf16"],
         ),
         (
+            {"callbacks": ["clip", "early_stop"]},
+            ["callbacks[0]: clip needs norm or value"],
+        ),
+        (
+            {"callbacks": ["ema", "early_stop"]},
+            ["callbacks[1]: early_stop looks at evaluations", "evaluate_every: 100"],
+        ),
+        (
+            {"callbacks": ["prune"], "exchange": "parameter_server"},
+            ["callbacks[0]: prune changes weights", "the servers'", "allowed: an exchange that"],
+        ),
+        (
+            {"callbacks": ["share_weights"], "exchange": "parameter_server"},
+            ["share_weights changes weights"],
+        ),
+        (
+            {"callbacks": ["max_norm"], "exchange": "parameter_server"},
+            ["max_norm changes weights"],
+        ),
+        (
+            {"callbacks": ["drift"], "exchange": "parameter_server"},
+            ["callbacks[0]: drift: the replicas of parameter_server may differ"],
+        ),
+        (
+            {"callbacks": ["drift"], "exchange": "none"},
+            ["callbacks[0]: drift: the replicas of none may differ"],
+        ),
+        (
+            {"data": {"name": "arrays", "inputs": "i", "targets": "t", "test_inputs": "i"}},
+            ["data.test_targets: is missing (give test_inputs and test_targets, or none)"],
+        ),
+        (
             {"sync_batchnorm": True, "exchange": "parameter_server"},
             ["sync_batchnorm: true", "parameter_server"],
         ),

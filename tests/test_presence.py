@@ -9,6 +9,7 @@ import pytest
 from scaletrain import config, plugins
 from scaletrain.config import presence
 from scaletrain.errors import UserError
+from scaletrain.needs import Needs
 
 JOB: dict[str, Any] = {"model": "mlp", "data": "digits", "batch_size": 8, "steps": 1}
 
@@ -26,6 +27,11 @@ def lack(tree: dict[str, Any]) -> str:
             "mnist1d",
             {"data": "mnist1d"},
             'data: mnist1d needs mnist1d (pip install "scaletrain[data]")',
+        ),
+        (
+            "horovod",
+            {"exchange": "horovod"},
+            "exchange: horovod needs horovod (build it with `make horovod`)",
         ),
         (
             "torchmetrics",
@@ -122,9 +128,21 @@ def test_every_plugin_that_needs_a_package_is_known():
             source = Path(plugins.__file__).parent / where.folder / f"{name}.py"
             if "Needs(" in source.read_text(encoding="utf-8"):
                 needed[name] = plugins.needs(kind, name)
-                assert needed[name].package or needed[name].one_of, name
+                assert needed[name] != Needs(), name
                 assert bool(needed[name].package) == bool(needed[name].fix), name
-    assert {"clip", "mnist1d", "wandb", "mlflow", "tensorboard", "prometheus"} <= set(needed)
+    assert {
+        "arrays",
+        "clip",
+        "drift",
+        "early_stop",
+        "horovod",
+        "prune",
+        "mnist1d",
+        "wandb",
+        "mlflow",
+        "tensorboard",
+        "prometheus",
+    } <= set(needed)
 
 
 def test_options_of_a_persons_own_factory_may_name_files(tmp_path: Path):

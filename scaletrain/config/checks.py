@@ -81,6 +81,7 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
             "callback", named.name, named.options, where, config.search_path, key
         )
         config.callbacks[index] = Named(name=named.name, **options)
+        _check_callback(named.name, config, f"{where}: {key}: {named.name}")
     config.loss = Named(name=config.loss.name, **_loss_options(config, where))
     _check_nonfinite(config, where)
     _check_precision(config, where)
@@ -143,6 +144,27 @@ def _check_workload(config: RunConfig, where: str) -> None:
         if key == "metrics":
             fix = f"{fix}; a workload keeps metrics in self.metrics, and updates them in evaluate"
         raise UserError(f"{where}: {key}: the workload {config.workload.name} has its own ({fix})")
+
+
+def _check_callback(name: str, config: RunConfig, who: str) -> None:
+    """Raise ``UserError`` if the run is not of the kind that a callback needs."""
+    needs = plugins.needs("callback", name)
+    exchange = config.exchange.name
+    if needs.evaluations and config.evaluate_every is None:
+        raise UserError(
+            f"{who} looks at evaluations, and there is none before the end"
+            " (such as evaluate_every: 100)"
+        )
+    if needs.own_weights and exchange == "parameter_server":
+        raise UserError(
+            f"{who} changes weights on every rank, and here they are the servers'"
+            " (allowed: an exchange that averages all workers' gradients)"
+        )
+    if needs.equal_replicas and exchange in ("none", "parameter_server"):
+        raise UserError(
+            f"{who}: the replicas of {exchange} may differ (allowed: an exchange that averages all"
+            " workers' gradients)"
+        )
 
 
 def _check_nonfinite(config: RunConfig, where: str) -> None:
@@ -409,11 +431,17 @@ def plugin_options(
     if schema is None:
         return chosen
     options = validate(schema, chosen, where, f"{place}.").model_dump()
-    one_of = plugins.needs(kind, name).one_of
-    if one_of and all(options[option] is None for option in one_of):
+    needs = plugins.needs(kind, name)
+    if needs.one_of and all(options[option] is None for option in needs.one_of):
         raise UserError(
-            f"{where}: {place}: {name} needs {' or '.join(one_of)} (such as"
-            f" {{name: {name}, {one_of[0]}: 1.0}})"
+            f"{where}: {place}: {name} needs {' or '.join(needs.one_of)} (such as"
+            f" {{name: {name}, {needs.one_of[0]}: 1.0}})"
+        )
+    missing = [option for option in needs.together if not options[option]]
+    if missing and len(missing) < len(needs.together):
+        raise UserError(
+            f"{where}: {place}.{missing[0]}: is missing"
+            f" (give {' and '.join(needs.together)}, or none)"
         )
     for option, value in options.items():
         # A plugin inside a plugin, such as the collective of `scheduled`.

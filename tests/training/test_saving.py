@@ -215,9 +215,3 @@ def test_all_ranks_stop_early_at_the_same_step_also_after_a_resume(tmp_path: Pat
         assert summary["steps"] == 6 and not summary["finished"]
     for summary in run_ranks(_stopping, 2, tree, interrupted, True):
         assert summary["steps"] == 8 and summary["stopped"] == told
-
-
-def test_stopping_early_needs_evaluations(tmp_path: Path):
-    tree = JOB | {"callbacks": ["early_stop"], "evaluate_every": None}
-    with pytest.raises(UserError, match="none before the end"):
-        jobs.train_rank(0, 1, tree, tmp_path)

@@ -7,13 +7,9 @@ callbacks, in the order in which they are called.
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from scaletrain.errors import UserError
 from scaletrain.run.records import StepRecord
-
-if TYPE_CHECKING:
-    from scaletrain.training.trainer import Trainer
 
 
 class Callback:
@@ -79,16 +75,3 @@ class Callback:
             summary: the run in numbers; None: an error ended it, and the other ranks may be gone.
                 Be quick then, because the error is reported afterwards.
         """
-
-
-def check_workers_own_weights(trainer: "Trainer", name: str) -> None:
-    """Refuse a callback that changes weights after a step where they are the servers'.
-
-    Raises:
-        UserError: the servers would go on with their own, without a word.
-    """
-    if trainer.config.exchange.name == "parameter_server":
-        raise UserError(
-            f"callbacks: {name} changes weights on every rank, and here they are the servers'"
-            " (allowed: an exchange that averages all workers' gradients)"
-        )

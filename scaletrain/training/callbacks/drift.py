@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from annotated_types import Ge
 
-from scaletrain.errors import TrainingError, UserError
+from scaletrain.errors import TrainingError
+from scaletrain.needs import Needs
 from scaletrain.run.records import StepRecord
 from scaletrain.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
+
+NEEDS = Needs(equal_replicas=True)
 
 
 class Drift(Callback):
@@ -63,13 +66,5 @@ def callback(trainer: "Trainer", *, every: Annotated[int, Ge(1)] = 100) -> Callb
 
     Args:
         every: steps between comparisons.
-
-    Raises:
-        UserError: the exchange lets replicas differ.
     """
-    if not trainer.exchange.averages:
-        raise UserError(
-            f"callbacks: drift: the replicas of {trainer.config.exchange.name} may differ (allowed:"
-            " an exchange that averages all ranks' gradients)"
-        )
     return Drift(trainer, every)

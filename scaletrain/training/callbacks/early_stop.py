@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from scaletrain.errors import UserError
+from scaletrain.needs import Needs
 from scaletrain.training.best import Best
 from scaletrain.training.callbacks import Callback
 from scaletrain.units import plural
 
 if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
+
+NEEDS = Needs(evaluations=True)
 
 
 class EarlyStop(Callback):
@@ -78,15 +80,10 @@ def callback(
         mode: which values are better; auto: lower ones if the figure's name has loss in it.
 
     Raises:
-        UserError: there is no such figure, or there are no evaluations before the end.
+        UserError: there is no such figure.
     """
-    evaluate_every = trainer.config.evaluate_every
-    if evaluate_every is None:
-        raise UserError(
-            "callbacks: early_stop looks at evaluations, and there is none before the end"
-            " (such as evaluate_every: 100)"
-        )
     best = Best(figure, mode, min_delta, "callbacks: early_stop: figure")
     if trainer.figure_names is not None:
         best.check(trainer.figure_names)
-    return EarlyStop(best, patience, evaluate_every)
+    assert trainer.config.evaluate_every is not None  # as ``NEEDS`` says
+    return EarlyStop(best, patience, trainer.config.evaluate_every)

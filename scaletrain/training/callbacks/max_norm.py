@@ -6,11 +6,14 @@ import torch
 from annotated_types import Gt
 from torch import Tensor, nn
 
+from scaletrain.needs import Needs
 from scaletrain.run.records import StepRecord
-from scaletrain.training.callbacks import Callback, check_workers_own_weights
+from scaletrain.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
+
+NEEDS = Needs(own_weights=True)
 
 
 class MaxNorm(Callback):
@@ -39,11 +42,7 @@ def callback(trainer: "Trainer", *, limit: Annotated[float, Gt(0)] = 3.0) -> Cal
 
     Args:
         limit: the largest Euclidean norm of the weights into a unit of a convolution or full layer.
-
-    Raises:
-        UserError: the weights are the parameter server's.
     """
-    check_workers_own_weights(trainer, "max_norm")
     weights: list[Tensor] = []
     for module in trainer.module.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

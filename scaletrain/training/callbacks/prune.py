@@ -7,12 +7,15 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from scaletrain.needs import Needs
 from scaletrain.run.records import StepRecord
-from scaletrain.training.callbacks import Callback, check_workers_own_weights
+from scaletrain.training.callbacks import Callback
 from scaletrain.training.layer_weights import by_layer, layer_weights
 
 if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
+
+NEEDS = Needs(own_weights=True)
 
 
 class Prune(Callback):
@@ -111,9 +114,5 @@ def callback(
         begin: steps before the first weights are pruned.
         end: steps after which no more are; up to then their number grows.
         every: steps between two choices.
-
-    Raises:
-        UserError: the weights are the parameter server's.
     """
-    check_workers_own_weights(trainer, "prune")
     return Prune(trainer, keep, layers, begin, end, every)

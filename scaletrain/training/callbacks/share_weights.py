@@ -9,12 +9,15 @@ from torch import Tensor
 
 from scaletrain import compression
 from scaletrain.compression.codebook import assign
+from scaletrain.needs import Needs
 from scaletrain.run.records import StepRecord
-from scaletrain.training.callbacks import Callback, check_workers_own_weights
+from scaletrain.training.callbacks import Callback
 from scaletrain.training.layer_weights import by_layer, layer_weights
 
 if TYPE_CHECKING:
     from scaletrain.training.trainer import Trainer
+
+NEEDS = Needs(own_weights=True)
 
 _PRUNED = -1  # in place of a cluster's number
 
@@ -118,9 +121,5 @@ def callback(
         values: distinct weights of each layer at most, besides zero; 32 need 5 bits each.
         layers: likewise, by patterns of names, such as {conv*: 256}.
         begin: steps before the weights are shared.
-
-    Raises:
-        UserError: the weights are the parameter server's.
     """
-    check_workers_own_weights(trainer, "share_weights")
     return ShareWeights(trainer, values, layers, begin)

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scaletrain.errors import UserError
-from scaletrain.needs import IsFile
+from scaletrain.needs import IsFile, Needs
 from scaletrain.training.data import held_out
+
+NEEDS = Needs(together=("test_inputs", "test_targets"))
 
 
 def data(
@@ -37,9 +39,6 @@ def data(
     Raises:
         UserError: a file does not exist or is no array of numbers, or two differ in their length.
     """
-    if bool(test_inputs) != bool(test_targets):
-        missing = "test_targets" if test_inputs else "test_inputs"
-        raise UserError(f"data.{missing}: is missing (give test_inputs and test_targets, or none)")
     train = _open("", inputs, targets, input_type)
     if not test_inputs:
         return held_out(train, len(train), test_share)

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from scaletrain.errors import UserError
+from scaletrain.needs import Needs
 from scaletrain.run import progress, spans
 from scaletrain.training.exchange import Exchange, Setup, attached
 from scaletrain.world import World
 
-_MISSING = "exchange: horovod is not there or does not load ({}); build it with `make horovod`"
+NEEDS = Needs(package="horovod", fix="build it with `make horovod`")
 # Horovod's rendezvous server, on rank 0. It must live as long as the process.
 _rendezvous_server: Any = None
 
@@ -54,7 +55,9 @@ class HorovodExchange(Exchange):
         try:
             import horovod.torch as hvd
         except ImportError as error:
-            raise UserError(_MISSING.format(error)) from None
+            raise UserError(
+                f"exchange: horovod does not load ({error}); build it with `make horovod`"
+            ) from None
         self.world = world
         self._hvd = hvd
         _initialise(hvd, world, setup, controller)

@@ -1,6 +1,5 @@
 """Tests of prune and share_weights against plain loops of torch, and of the export."""
 
-import types
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from scaletrain import compression, config, plugins
+from scaletrain import compression, config
 from scaletrain.errors import UserError
 from scaletrain.training import weights, workload
 from scaletrain.training.batches import GlobalBatches
@@ -172,7 +171,5 @@ def test_a_pattern_that_matches_no_weight_is_refused(name: str, tmp_path: Path):
 def test_weights_of_servers_are_refused(named: dict[str, Any], mode: str):
     """Bug it catches: zeros on the workers, and the servers' own weights in the next step."""
     job = JOB | {"exchange": {"name": "parameter_server", "mode": mode}}
-    trainer = types.SimpleNamespace(config=config.check(job))
-    options = {key: value for key, value in named.items() if key != "name"}
     with pytest.raises(UserError, match=f"{named['name']} changes weights .* the servers'"):
-        plugins.load("callback", named["name"])(trainer, **options)
+        config.check(job | {"callbacks": [named]})

@@ -47,9 +47,3 @@ def test_one_bit_of_one_rank_is_found_and_named(tmp_path: Path):
     told = r"step 3: the weights have drifted apart: 3\.weight of rank 2 is not that of rank 0"
     with pytest.raises(AssertionError, match=told):
         run_ranks(_harmed, 3, JOB, tmp_path)
-
-
-@pytest.mark.slow
-def test_replicas_that_may_differ_are_not_compared(tmp_path: Path):
-    with pytest.raises(AssertionError, match="the replicas of none may differ"):
-        run_ranks(jobs.train_rank, 1, JOB | {"exchange": "none"}, tmp_path)

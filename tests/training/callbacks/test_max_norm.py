@@ -1,14 +1,10 @@
 """Tests of training/callbacks/max_norm.py: N workers stay within the norm as one does."""
 
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from scaletrain import config
-from scaletrain.errors import UserError
-from scaletrain.training.callbacks import max_norm
 from tests.ranks import run_ranks
 from tests.training import jobs
 
@@ -39,9 +35,3 @@ def test_the_weights_of_every_unit_stay_within_the_norm_on_every_rank(tmp_path: 
                 rtol=1e-4,
                 atol=1e-6,
             )
-
-
-def test_weights_of_servers_are_refused():
-    trainer = types.SimpleNamespace(config=config.check(JOB | {"exchange": "parameter_server"}))
-    with pytest.raises(UserError, match="here they are the servers'"):
-        max_norm.callback(trainer)

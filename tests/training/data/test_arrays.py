@@ -51,8 +51,6 @@ def test_mistakes_are_told_in_one_line(inputs: str, tmp_path: Path):
         data(inputs=inputs, targets="nowhere")
     with pytest.raises(UserError, match=r"data.targets: .* has 19 rows, and .* has 20"):
         data(inputs=inputs, targets=saved(tmp_path / "few.npy", np.zeros(19)))
-    with pytest.raises(UserError, match=r"data.test_targets: is missing"):
-        data(inputs=inputs, targets=inputs, test_inputs=inputs)
     with pytest.raises(UserError, match=r"data.targets: .* cannot be read: .*numpy.save"):
         data(inputs=inputs, targets=saved(tmp_path / "words.npy", np.array([{}] * 20)))
     with pytest.raises(UserError, match=r"holds a <U1 array \(allowed: an array of numbers"):
