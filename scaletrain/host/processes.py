@@ -6,6 +6,8 @@ another process has noted would move with the clock.
 
 import contextlib
 import ctypes
+import functools
+import hashlib
 import os
 import signal
 import subprocess
@@ -34,6 +36,22 @@ def state(pid: int) -> str:
     """Return the state letter of a process ("R", "S", "T", "Z", ...); empty if there is none."""
     fields = stat_fields(pid)
     return fields[0] if fields else ""
+
+
+@functools.cache
+def machine() -> str:
+    """Return a short name for the processes that this one can see.
+
+    Two processes that get the same name mean the same process by the same id, whatever their hosts
+    are called: emulated hosts share the processes of a machine, containers do not. A machine that
+    starts again gets another name. Empty: the kernel does not tell.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        ids = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+    return hashlib.sha256(f"{boot} {ids}".encode()).hexdigest()[:16]
 
 
 def handles_signal(pid: int, number: int) -> bool:

@@ -61,6 +61,7 @@ class Kind(enum.StrEnum):
     LOSS = "loss"
     STOPPED = "stopped"
     DEAD = "dead"
+    SILENT = "silent"  # dead or stopped: it runs on another machine, which alone knows
 
 
 _PARTS = {
@@ -81,6 +82,7 @@ _ADVICE = {
     Kind.LOSS: "a look at its cable, port and queues: packets are sent again",
     Kind.STOPPED: "the process may be stopped, or hang",
     Kind.DEAD: "its log says more",
+    Kind.SILENT: "it may be dead, stopped or hang: look at its process on that host",
 }
 
 
@@ -142,7 +144,7 @@ class Culprit:
     def sentence(self) -> str:
         """Return one plain line: who, what, how much, how sure, when, and what to do."""
         advice = _ADVICE[self.kind]
-        if self.kind in (Kind.STOPPED, Kind.DEAD):
+        if self.kind in (Kind.STOPPED, Kind.DEAD, Kind.SILENT):
             detail = f": {self.detail}" if self.detail else ""
             return f"{self.who}: {self.kind}{detail} ({advice})"
         facts = f"{_ms(self.cost_s)} a step longer"
@@ -156,6 +158,11 @@ class Culprit:
     def to_json(self) -> dict[str, object]:
         """Return it as a report holds it."""
         return {**dataclasses.asdict(self), "kind": str(self.kind), "sentence": self.sentence()}
+
+
+def halted(kind: Kind, rank: int, host: str, detail: str) -> Culprit:
+    """Return a rank that does no more steps, for which the others wait without end."""
+    return Culprit(kind, (rank,), (host,), 0.0, 0.0, 0.0, 0.0, 0, 0, detail=detail)
 
 
 def find(ranks: Sequence[RankSteps]) -> list[Culprit]:

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from scaletrain.host.names import host_name
+from scaletrain.host.processes import machine, start_ticks, state
 from scaletrain.run import flight
 from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import failure_from_exception
@@ -51,7 +52,7 @@ FAILED = "failed"
 # A wait on a hot path reports itself once it has lasted this long. Shorter waits cost nothing.
 LONG_WAIT_S = 1.0
 
-_WIDTH = 768  # bytes of a progress file, so that each report overwrites the whole one before
+_WIDTH = 896  # bytes of a progress file, so that each report overwrites the whole one before
 _WEIGH_S = 2.0  # how often memory is asked for
 _SYNC_S = 2.0  # how often the file is brought to a folder that several hosts share
 
@@ -77,6 +78,21 @@ class Progress:
     kept_by: str = ""  # what may keep the process from ending; empty: nothing that is known
     memory_bytes: int | None = None  # resident, of this process alone
     device_memory_bytes: int | None = None  # of tensors, at most so far; None: no GPU is in use
+    machine: str = ""  # that the process id belongs to (``host.processes.machine``)
+    started: int | None = None  # when the process did, in clock ticks since the machine's boot
+
+    @property
+    def process_state(self) -> str | None:
+        """The letter of the process's state, as in ``/proc``; empty if it is gone.
+
+        None: it runs on another machine, which alone knows.
+        """
+        if not self.machine or self.machine != machine():
+            return None
+        letter = state(self.pid)
+        # Another process may have got its id since. A zombie keeps the id, and has no start.
+        is_same = letter == "Z" or self.started in (None, start_ticks(self.pid))
+        return letter if is_same else ""
 
     @property
     def ended(self) -> bool:
@@ -113,6 +129,8 @@ class Progress:
             "kept_by": self.kept_by[:120],
             "memory_bytes": self.memory_bytes,
             "device_memory_bytes": self.device_memory_bytes,
+            "machine": self.machine,
+            "started": self.started,
         }
 
 
@@ -139,7 +157,10 @@ class _Reporter:
     """
 
     def __init__(self, run_dir: RunDir, world: World):
-        self.progress = Progress(world.rank, os.getpid(), host_name())
+        pid = os.getpid()
+        self.progress = Progress(
+            world.rank, pid, host_name(), machine=machine(), started=start_ticks(pid)
+        )
         self.entered = ""  # the collective entered since the last sign of life of another kind
         # The waits inside ``waiting``. Any thread may add to it and remove from it.
         self.waits: list[str] = []

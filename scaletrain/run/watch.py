@@ -12,9 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scaletrain.host.names import host_name
-from scaletrain.host.processes import state as process_state
-from scaletrain.host.processes import variables
 from scaletrain.run import culprit, progress
 from scaletrain.run.culprit import Culprit, Kind, RankSteps
 from scaletrain.run.failure import Failure, FailureKind, read_failure
@@ -197,7 +194,8 @@ def culprits(files: RunDir, statuses: Sequence[RankStatus]) -> list[Culprit]:
         kind = _FAILED.get(failure.kind)
         if kind is None or failure.rank is None:
             return []
-        return [_ended(kind, failure.rank, failure.host, failure.message.partition("\n")[0])]
+        message = failure.message.partition("\n")[0]
+        return [culprit.halted(kind, failure.rank, failure.host, message)]
     stopped = _stopped(statuses)
     if stopped:
         return stopped
@@ -273,18 +271,18 @@ def _stopped(statuses: Sequence[RankStatus]) -> list[Culprit]:
     """Return the ranks that are dead, or else the one that others have waited for too long."""
     live = [status for status in statuses if status.report.reports_steps]
     live = [status for status in live if status.report.step is not None]
-    if len(live) < 2:
-        return []
     dead = []
     halted = []
     for status in live:
-        process = _process_state(status.report)
+        process = status.report.process_state
         if process is not None and process in _GONE:
-            dead.append(_ended(Kind.DEAD, status.report.rank, status.report.host, "it is gone"))
+            dead.append(_ended(Kind.DEAD, status, "it is gone"))
         if process in _STOPPED:
-            halted.append(_silent(status, "the process is stopped (SIGSTOP)"))
+            halted.append(_ended(Kind.STOPPED, status, "the process is stopped (SIGSTOP)"))
     if dead or halted:
         return dead or halted
+    if len(live) < 2:
+        return []
     usual_s = min((status.step_s for status in live if status.step_s), default=0.0)
     limit_s = max(_SILENT_S, _SILENT_STEPS * usual_s)
 
@@ -295,25 +293,15 @@ def _stopped(statuses: Sequence[RankStatus]) -> list[Culprit]:
     behind, *others = sorted(live, key=place)
     silent = min(status.silent_s for status in live) > limit_s / 2 and behind.silent_s > limit_s
     if silent and place(behind) < place(others[0]):
-        return [_silent(behind, f"no sign of life for {behind.silent_s:.0f} s")]
+        # From another machine a process that is dead looks like one that is stopped.
+        is_there = behind.report.process_state is not None
+        kind = Kind.STOPPED if is_there else Kind.SILENT
+        return [_ended(kind, behind, f"no sign of life for {behind.silent_s:.0f} s")]
     return []
 
 
-def _process_state(report: Progress) -> str | None:
-    """Return the state of a rank's process as in ``/proc``; None if it is not on this machine."""
-    is_here = report.host == host_name()
-    # The hosts of a rehearsal have names of their own, and share this machine's processes.
-    if not is_here and variables(report.pid).get("SCALETRAIN_HOST") != report.host:
-        return None
-    return process_state(report.pid)
-
-
-def _silent(status: RankStatus, detail: str) -> Culprit:
-    return _ended(Kind.STOPPED, status.report.rank, status.report.host, detail)
-
-
-def _ended(kind: Kind, rank: int, host: str, detail: str) -> Culprit:
-    return Culprit(kind, (rank,), (host,), 0.0, 0.0, 0.0, 0.0, 0, 0, detail=detail)
+def _ended(kind: Kind, status: RankStatus, detail: str) -> Culprit:
+    return culprit.halted(kind, status.report.rank, status.report.host, detail)
 
 
 def _mean(values: list[float]) -> float | None:

@@ -2,6 +2,11 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 from scaletrain.cli import cli
+from scaletrain.host import processes
 from scaletrain.run import progress, watch
 from scaletrain.run.atomic import write_json
+from scaletrain.run.culprit import Kind
 from scaletrain.run.failure import Failure, FailureKind
 from scaletrain.run.layout import RunDir
 from scaletrain.run.progress import Progress
@@ -44,8 +51,8 @@ def write_rank(
         )
     writer.close()
     fields = {"time": NOW, "step": steps, "doing": "step"} | report
-    sign = Progress(rank, 100 + rank, f"host{rank}", **fields)
-    files.progress(rank).write_text(json.dumps(sign.to_json()).ljust(767) + "\n")
+    sign = Progress(**{"rank": rank, "pid": 100 + rank, "host": f"host{rank}"} | fields)
+    files.progress(rank).write_text(json.dumps(sign.to_json()).ljust(895) + "\n")
 
 
 def top(run_dir: Path, *options: str) -> str:
@@ -176,3 +183,85 @@ def test_a_worker_reports_its_memory(tmp_path: Path):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         assert report.memory_bytes == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE"), rel=0.3)
         assert report.device_memory_bytes is None
+
+
+# Ranks that do no more steps
+
+LATER = NOW + 5  # when a silent rank is overdue
+
+
+def write_waiting_ranks(files: RunDir, **culprit: Any) -> None:
+    """Write the files of three ranks, two of which have entered a collective without the third."""
+    for rank in (0, 2):
+        write_rank(files, rank, 30, num_collectives=9, waiting_for="allreduce", machine="here")
+    write_rank(files, 1, 30, num_collectives=8, **culprit)
+
+
+def halted(files: RunDir) -> tuple[Kind, tuple[int, ...], str]:
+    [found] = watch.culprits(files, watch.ranks(files, LATER))
+    return found.kind, found.ranks, found.sentence()
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen]:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield child
+    child.kill()
+    child.wait()
+
+
+def of(process: subprocess.Popen) -> dict[str, Any]:
+    """Return the fields of a report that this process would write on an emulated host."""
+    started = processes.start_ticks(process.pid)
+    return {"pid": process.pid, "started": started, "machine": processes.machine()}
+
+
+def test_a_dead_rank_of_an_emulated_host_is_dead_at_once(tmp_path: Path, process: subprocess.Popen):
+    files = RunDir(tmp_path)
+    write_waiting_ranks(files, **of(process))
+    process.kill()
+    deadline = time.monotonic() + 10
+    while processes.state(process.pid) != "Z" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # First as a zombie, whose environment is empty, then without a trace.
+    for _ in range(2):
+        kind, ranks, sentence = halted(files)
+        assert (kind, ranks) == (Kind.DEAD, (1,)) and "rank 1 on host1: dead" in sentence
+        process.wait()
+
+
+def test_a_stopped_rank_of_an_emulated_host_is_stopped(tmp_path: Path, process: subprocess.Popen):
+    files = RunDir(tmp_path)
+    write_waiting_ranks(files, **of(process))
+    assert halted(files)[2].startswith("rank 1 on host1: stopped: no sign of life for 5 s")
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    assert halted(files)[2].startswith("rank 1 on host1: stopped: the process is stopped (SIGSTOP)")
+
+
+def test_another_process_with_the_id_of_a_dead_rank_is_not_taken_for_it(
+    tmp_path: Path, process: subprocess.Popen
+):
+    files = RunDir(tmp_path)
+    write_waiting_ranks(files, **of(process) | {"started": 1})
+    assert halted(files)[:2] == (Kind.DEAD, (1,))
+
+
+def test_a_silent_rank_on_another_machine_may_be_dead_or_stopped(tmp_path: Path):
+    files = RunDir(tmp_path)
+    write_waiting_ranks(files, machine="another one", pid=os.getpid())
+    kind, ranks, sentence = halted(files)
+    assert (kind, ranks) == (Kind.SILENT, (1,))
+    assert "silent: no sign of life for 5 s (it may be dead, stopped or hang" in sentence
+
+
+def test_the_last_rank_that_reports_is_named_dead_though_all_others_have_failed(
+    tmp_path: Path, process: subprocess.Popen
+):
+    files = RunDir(tmp_path)
+    write_waiting_ranks(files, **of(process))
+    for rank in (0, 2):
+        write_rank(files, rank, 30, doing=progress.FAILED)
+    process.kill()
+    process.wait()
+    assert halted(files)[:2] == (Kind.DEAD, (1,))
