@@ -6,7 +6,7 @@ tcp_info`` in ``linux/tcp.h``). It knows for how long data was on its way, and h
 receiver had no room. So the speed of a link is known without clocks that agree, and apart from the
 time for which its two ends waited for each other.
 
-Readers pair the two ends of a connection by their addresses (``culprit``).
+Readers pair the two ends of a connection by their addresses (``slow_links``).
 """
 
 import contextlib

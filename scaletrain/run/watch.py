@@ -12,13 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scaletrain.run import culprit, progress
-from scaletrain.run.culprit import Culprit, Kind, RankSteps
+from scaletrain.run import blame, culprit, progress
+from scaletrain.run.culprit import Culprit, Kind
 from scaletrain.run.failure import Failure, FailureKind, read_failure
 from scaletrain.run.layout import RunDir
 from scaletrain.run.links import LinkSample, last_links
 from scaletrain.run.progress import Progress
 from scaletrain.run.records import WARMUP_STEPS, StepRecord, last_records
+from scaletrain.run.slow_ranks import RankSteps
 
 _RECENT = 20  # steps that means are taken over
 # A rank counts as stopped after so long without a sign of life, and so many times its usual step.
@@ -177,7 +178,7 @@ def _slow_ranks(
         return {report.rank for report in live if report.num_steps == min(steps)}
     ranks = [_steps_of(files, report.rank, report.host, recent[report.rank]) for report in live]
     slow: set[int] = set()
-    for each in culprit.find(ranks):
+    for each in blame.find(ranks):
         slow.update(each.ranks)
     return slow
 
@@ -208,7 +209,7 @@ def culprits(files: RunDir, statuses: Sequence[RankStatus]) -> list[Culprit]:
             links = last_links(files.links(report.rank))
             ranks.append(_steps_of(files, report.rank, report.host, records, links))
     # What has begun a moment ago shows in fewer steps first.
-    return culprit.find(ranks) or culprit.find([each.newest(10) for each in ranks])
+    return blame.find(ranks) or blame.find([each.newest(10) for each in ranks])
 
 
 def culprits_of_run(files: RunDir) -> list[Culprit]:
@@ -238,7 +239,7 @@ def culprits_of(files: RunDir, ranks: Sequence[Sequence[StepRecord]]) -> list[Cu
         rank = records[0].rank
         links = last_links(files.links(rank), _MOST_BYTES // len(ranks))
         steps.append(_steps_of(files, rank, host_of(files, rank), records, links))
-    return culprit.find(steps)
+    return blame.find(steps)
 
 
 def host_of(files: RunDir, rank: int) -> str:

@@ -2,8 +2,9 @@
 
 import random
 
-from scaletrain.run.culprit import Kind, RankSteps
+from scaletrain.run.culprit import Kind
 from scaletrain.run.records import StepRecord
+from scaletrain.run.slow_ranks import RankSteps
 
 USUAL = {"input": 0.002, "forward": 0.010, "backward": 0.020, "optimizer": 0.003}
 

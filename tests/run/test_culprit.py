@@ -4,9 +4,11 @@ import random
 
 import pytest
 
-from scaletrain.run.culprit import Culprit, Kind, RankSteps, find
+from scaletrain.run.blame import find
+from scaletrain.run.culprit import Culprit, Kind
 from scaletrain.run.links import Connection, LinkSample
 from scaletrain.run.records import StepRecord
+from scaletrain.run.slow_ranks import RankSteps
 
 from .made_up import made_up
 
