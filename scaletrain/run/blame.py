@@ -9,11 +9,11 @@ times of steps (``slow_ranks``), slow links in what the kernel counts about each
 from collections.abc import Sequence
 
 from scaletrain.run.culprit import Culprit
-from scaletrain.run.slow_links import slow_links
+from scaletrain.run.slow_links import ServerLinks, slow_links
 from scaletrain.run.slow_ranks import RankSteps, StepTable, slow_ranks
 
 
-def find(ranks: Sequence[RankSteps]) -> list[Culprit]:
+def find(ranks: Sequence[RankSteps], servers: Sequence[ServerLinks] = ()) -> list[Culprit]:
     """Return who held up the others, the most expensive first; nothing if nobody did.
 
     Steps are compared by their numbers. Where ranks are not in step (asynchronous training), their
@@ -22,10 +22,11 @@ def find(ranks: Sequence[RankSteps]) -> list[Culprit]:
     Args:
         ranks: all ranks of a job, or those that are known. One alone has nobody to be compared
             with.
+        servers: its parameter servers.
     """
     if len(ranks) < 2:
         return []
     ranks = sorted(ranks, key=lambda each: each.rank)
     table = StepTable.of(ranks)
-    culprits = slow_ranks(table) + slow_links(ranks, table)
+    culprits = slow_ranks(table) + slow_links(ranks, servers, table)
     return sorted(culprits, key=lambda culprit: -culprit.total_s)

@@ -5,6 +5,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 
 class Kind(enum.StrEnum):
@@ -44,7 +45,7 @@ class Culprit:
 
     kind: Kind
     ranks: tuple[int, ...]  # empty: another rank each time, or all alike
-    hosts: tuple[str, ...]  # of these ranks
+    hosts: tuple[str, ...]  # of these ranks or servers
     cost_s: float  # seconds a step that the others wait
     low_s: float  # with the next one, an interval of the cost: 99.9 % for a rank that stays slow
     high_s: float
@@ -53,6 +54,7 @@ class Culprit:
     last_step: int
     rotates: bool = False  # another rank each time
     link: tuple[str, str] | None = None  # its two ends, such as ``rank 1 on h1``
+    servers: tuple[int, ...] = ()  # parameter servers, beside or instead of ranks
     detail: str = ""  # further facts in words, such as a link's speed
 
     @property
@@ -70,12 +72,21 @@ class Culprit:
         """The subject of a sentence, such as ``rank 1 on h1``."""
         if self.link is not None:
             return f"the link from {self.link[0]} to {self.link[1]}"
-        if not self.ranks:
+        if not self.ranks and not self.servers:
             return "another rank each time" if self.rotates else "all ranks"
-        numbers = ", ".join(map(str, self.ranks))
-        ranks = f"rank {numbers}" if len(self.ranks) == 1 else f"ranks {numbers}"
+        processes = []
+        if self.ranks:
+            processes.append(_numbered("rank", self.ranks))
+        if self.servers:
+            processes.append(_numbered("server", self.servers))
         on_hosts = ", ".join(host for host in self.hosts if host)
-        return f"{ranks} on {on_hosts}" if on_hosts else ranks
+        who = " and ".join(processes)
+        return f"{who} on {on_hosts}" if on_hosts else who
+
+    @property
+    def key(self) -> tuple[Kind, tuple[int, ...], tuple[int, ...], bool]:
+        """Equal for culprits that are the same one at different times."""
+        return self.kind, self.ranks, self.servers, self.rotates
 
     def sentence(self) -> str:
         """Return one plain line: who, what, how much, how sure, when, and what to do."""
@@ -102,6 +113,11 @@ def halted(kind: Kind, rank: int, host: str, detail: str) -> Culprit:
 
 
 # Words
+
+
+def _numbered(noun: str, numbers: Sequence[int]) -> str:
+    """Return numbers with their noun, such as ``ranks 1, 2``."""
+    return f"{noun if len(numbers) == 1 else f'{noun}s'} {', '.join(map(str, numbers))}"
 
 
 def _ms(seconds: float) -> str:

@@ -187,6 +187,14 @@ class RunDir:
         """Return the statistics files that exist, in the order of the servers."""
         return [path for _, path in self._numbered("server-*.json")]
 
+    def server_links(self, index: int) -> Path:
+        """The kernel's counts of one server's TCP connections, once a second (``run.links``)."""
+        return self.path / f"links-server-{index}.jsonl"
+
+    def all_server_links(self) -> list[tuple[int, Path]]:
+        """Return (index, path) of every such file that exists, in the order of the servers."""
+        return self._numbered("links-server-*.jsonl")
+
     def server_snapshot(self, index: int) -> Path:
         """Parameters and optimizer state of one server. Read by the server that replaces it."""
         return self.path / f"server-{index}.safetensors"

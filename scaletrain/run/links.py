@@ -1,10 +1,10 @@
-"""Links: what the kernel counts about each of a worker's TCP connections.
+"""Links: what the kernel counts about each of a process's TCP connections.
 
-A worker notes the counters of its connections once a second, in a file of its own
-(``RunDir.links``), one JSON object a line. Nobody is asked: the kernel counts anyway (``struct
-tcp_info`` in ``linux/tcp.h``). It knows for how long data was on its way, and how long of that the
-receiver had no room. So the speed of a link is known without clocks that agree, and apart from the
-time for which its two ends waited for each other.
+A worker or parameter server notes the counters of its connections once a second, in a file of its
+own (``RunDir.links``, ``RunDir.server_links``), one JSON object a line. Nobody is asked: the kernel
+counts anyway (``struct tcp_info`` in ``linux/tcp.h``). It knows for how long data was on its way,
+and how long of that the receiver had no room. So the speed of a link is known without clocks that
+agree, and apart from the time for which its two ends waited for each other.
 
 Readers pair the two ends of a connection by their addresses (``slow_links``).
 """
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from scaletrain.run.layout import RunDir
+from scaletrain.host.names import host_name
 
 SAMPLE_S = 1.0  # between two samples of a worker
 # Byte offsets in ``struct tcp_info``, which only ever grows at its end.
@@ -45,22 +45,22 @@ class Connection(NamedTuple):
 
 
 class LinkSample(NamedTuple):
-    """All connections of one worker at one moment."""
+    """All connections of one process at one moment."""
 
     time: float  # unix seconds
     connections: list[Connection]
+    host: str = ""  # that it runs on
 
 
 class LinkWriter:
     """Notes the counters of this process's TCP connections, at most once a second.
 
     Args:
-        run_dir: of the run.
-        rank: of the worker.
+        path: of its file; what an earlier job left there is removed.
     """
 
-    def __init__(self, run_dir: Path, rank: int):
-        self._path = RunDir(run_dir).links(rank)
+    def __init__(self, path: Path):
+        self._path = path
         self._path.unlink(missing_ok=True)
         self._file: TextIO | None = None  # opened with the first sample that has connections
         self._sampled_at = time.monotonic()
@@ -77,7 +77,7 @@ class LinkWriter:
         if self._file is None:
             # Line-buffered: readers follow the file while the worker trains.
             self._file = open(self._path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
-        line = {"time": time.time(), "connections": connections}
+        line = {"time": time.time(), "host": host_name(), "connections": connections}
         # A sample is not worth a step: on a full disk the worker trains on.
         with contextlib.suppress(OSError):
             self._file.write(json.dumps(line) + "\n")
@@ -89,7 +89,7 @@ class LinkWriter:
 
 
 def read_links(path: Path) -> list[LinkSample]:
-    """Return the samples of one worker; none if there is no file. A cut last line is left out."""
+    """Return the samples of one process; none if there is no file. A cut last line is left out."""
     samples = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as lines:
         for line in lines:
@@ -112,7 +112,7 @@ def last_links(path: Path, num_bytes: int = 32_768) -> list[LinkSample]:
 
 def _sample(value: dict[str, Any]) -> LinkSample:
     connections = [Connection(*fields) for fields in value["connections"]]
-    return LinkSample(value["time"], connections)
+    return LinkSample(value["time"], connections, value.get("host", ""))
 
 
 def _own_connections() -> Iterator[Connection]:

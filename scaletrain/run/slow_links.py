@@ -1,31 +1,107 @@
-"""Slow links: over which connections the kernel moved less, while it had data, than over others."""
+"""Slow links: over which connections the kernel moved less, while it had data, than over others.
+
+1. Connections between two processes make up a link. Where processes lie on several hosts, only
+   links between hosts count, and its ends are hosts: memory is faster than any network.
+2. A host is slow if everything that it sends and receives is slower than the links that do not
+   touch it. Those alone are a yardstick: in a tree, most links may end at the slow host.
+3. Else a link by itself is slow if it is slower than the median of the others.
+4. A link loses packets if many more of its segments were sent again than of the others'.
+"""
 
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from scaletrain.run.culprit import Culprit, Kind
-from scaletrain.run.links import Connection
+from scaletrain.run.links import Connection, LinkSample
 from scaletrain.run.slow_ranks import FEWEST, SHARE, RankSteps, StepTable
 
-_SLOW_LINK = 2.5  # times slower than the median link: fan-out alone makes links unequal
-_LINK_BYTES = 256 << 10  # moved in a window: less says nothing about a speed
+_SLOW = 2.5  # times slower than others: fan-out alone makes links unequal
+_LEAST_BYTES = 256 << 10  # moved in a window: less says nothing about a speed
 _RETRANSMITS = 5  # segments, and ...
 _LOSS_SHARE = 0.002  # ... this part of all: fewer are usual where queues are short
 _LOSS_FACTOR = 5  # times the median link's part
 
 
 @dataclasses.dataclass(frozen=True)
-class _Link:
-    """What moved from one rank to a peer between two samples."""
+class ServerLinks:
+    """What one parameter server wrote down."""
 
-    source: int  # rank
-    peer: str  # the other end: a rank's number, or a server's address
+    index: int
+    links: Sequence[LinkSample]
+
+
+def slow_links(
+    ranks: Sequence[RankSteps], servers: Sequence[ServerLinks], table: StepTable
+) -> list[Culprit]:
+    """Return the host or link that is slow or loses packets, if there is one.
+
+    Args:
+        ranks: all ranks of a job, or those that are known.
+        servers: its parameter servers, if it has any.
+        table: the steps of these ranks. Only what moved while they were done is looked at.
+    """
+    if len(table.steps) < FEWEST:
+        return []
+    began = min(each.records[0].time for each in ranks)
+    links = _comparable(_links(ranks, servers, began))
+    suspicion = _lossy(links) or _slow_host(links) or _slow_link(links)
+    if suspicion is None or suspicion.share < SHARE:
+        return []
+    cost_s = suspicion.share * statistics.fmean(step.step_s for step in table.steps)
+    ends = suspicion.ends
+    return [
+        Culprit(
+            kind=suspicion.kind,
+            ranks=tuple(sorted(end.rank for end in ends if end.rank is not None)),
+            servers=tuple(sorted(end.server for end in ends if end.server is not None)),
+            hosts=tuple(dict.fromkeys(end.host for end in ends)),
+            cost_s=cost_s,
+            low_s=cost_s,
+            high_s=cost_s,
+            step_s=table.median_step_s,
+            first_step=table.steps[0].number,
+            last_step=table.steps[-1].number,
+            link=suspicion.link,
+            detail=suspicion.detail,
+        )
+    ]
+
+
+# Links
+
+
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """A process at one end of links."""
+
+    name: str  # with its host; an address, if it is none of the job's known processes
+    host: str  # empty: not known
+    rank: int | None = None
+    server: int | None = None
+
+    @classmethod
+    def of_rank(cls, rank: int, host: str) -> "_End":
+        return cls(f"rank {rank} on {host}" if host else f"rank {rank}", host, rank=rank)
+
+    @classmethod
+    def of_server(cls, index: int, host: str) -> "_End":
+        return cls(f"server {index} on {host}" if host else f"server {index}", host, server=index)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Link:
+    """What moved from one process to another between two samples."""
+
+    source: _End
+    target: _End
     num_bytes: int
     busy_s: float
     segments: int
     retransmits: int
+    elapsed_s: float  # between the samples
+    between_hosts: bool = False  # and its ends count as hosts
 
     @property
     def bytes_per_s(self) -> float:
@@ -35,133 +111,203 @@ class _Link:
     def loss(self) -> float:
         return self.retransmits / self.segments if self.segments else 0.0
 
-
-def slow_links(ranks: Sequence[RankSteps], table: StepTable) -> list[Culprit]:
-    """Return the link that is slow or loses packets, if there is one."""
-    if len(table.steps) < FEWEST:
-        return []
-    began, ended = _span_s(ranks)
-    links = [link for link in _links(ranks) if link.num_bytes >= _LINK_BYTES]
-    num_steps = _steps_between(ranks, began, ended)
-    if len(links) < 2 or not num_steps:
-        return []
-    hosts = {str(each.rank): each.host for each in ranks}
-    lossy = [link for link in links if _is_lossy(link, links)]
-    slow = [link for link in links if _slowness(link, links) >= _SLOW_LINK]
-    kind, found = (Kind.LOSS, lossy) if lossy else (Kind.SLOW_LINK, slow)
-    if not found:
-        return []
-    usual = statistics.median(link.bytes_per_s for link in links)
-    worst = max(found, key=lambda link: link.loss if lossy else -link.bytes_per_s)
-    worst_cost_s = max(link.busy_s - link.num_bytes / usual for link in found) / num_steps
-    step_s = table.median_step_s
-    if worst_cost_s < SHARE * step_s:
-        return []
-    end = _common_end(found, links)
-    involved = [end] if end is not None else [str(worst.source), worst.peer]
-    culprits = [name for name in involved if name in hosts]
-    detail = f"{_rate(worst.bytes_per_s)} against {_rate(usual)} of the median link"
-    if lossy:
-        detail = f"{worst.loss:.1%} of its segments were sent again; {detail}"
-    return [
-        Culprit(
-            kind=kind,
-            ranks=tuple(int(name) for name in culprits),
-            hosts=tuple(dict.fromkeys(hosts[name] for name in culprits)),
-            cost_s=worst_cost_s,
-            low_s=worst_cost_s,
-            high_s=worst_cost_s,
-            step_s=step_s,
-            first_step=table.steps[0].number,
-            last_step=table.steps[-1].number,
-            link=None
-            if end is not None
-            else (_end(str(worst.source), hosts), _end(worst.peer, hosts)),
-            detail=detail,
-        )
-    ]
+    @property
+    def places(self) -> tuple[str, str]:
+        """Where it begins and where it ends: two hosts or, on one host, two processes."""
+        if self.between_hosts:
+            return self.source.host, self.target.host
+        return self.source.name, self.target.name
 
 
-def _is_lossy(link: _Link, links: Sequence[_Link]) -> bool:
-    if link.retransmits < _RETRANSMITS or link.loss < _LOSS_SHARE:
-        return False
-    others = [other.loss for other in links if other is not link]
-    return link.loss >= _LOSS_FACTOR * statistics.median_low(others)
+def _comparable(links: Sequence[_Link]) -> list[_Link]:
+    """Return the links that carry enough; of several hosts, those between them."""
+    carrying = [link for link in links if link.num_bytes >= _LEAST_BYTES]
+    between = []
+    for link in carrying:
+        hosts = {link.source.host, link.target.host}
+        if len(hosts) == 2 and "" not in hosts:
+            between.append(dataclasses.replace(link, between_hosts=True))
+    return between or carrying
 
 
-def _slowness(link: _Link, links: Sequence[_Link]) -> float:
-    """Return how many times as long as over the median of the other links a byte takes."""
-    others = [other.bytes_per_s for other in links if other is not link]
-    # The lower one: of two links, the slower one is not its own yardstick.
-    return statistics.median_low(others) / link.bytes_per_s
-
-
-def _common_end(found: Sequence[_Link], links: Sequence[_Link]) -> str | None:
-    """Return the one end that all links of some share, and all of whose links they are."""
-    ends = set.intersection(*[{str(link.source), link.peer} for link in found])
-    whole = []
-    for end in ends:
-        of_end = [link for link in links if end in (str(link.source), link.peer)]
-        if len(of_end) >= 2 and all(link in found for link in of_end):
-            whole.append(end)
-    return whole[0] if len(whole) == 1 else None
-
-
-def _end(name: str, hosts: Mapping[str, str]) -> str:
-    if name not in hosts:
-        return name
-    return f"rank {name} on {hosts[name]}" if hosts[name] else f"rank {name}"
-
-
-def _links(ranks: Sequence[RankSteps]) -> list[_Link]:
-    """Return what moved between each two ends, between the first and the last samples."""
-    owner = {}
+def _links(ranks: Sequence[RankSteps], servers: Sequence[ServerLinks], began: float) -> list[_Link]:
+    """Return what moved between each two processes of the job since a time."""
+    samples: dict[_End, Sequence[LinkSample]] = {}
     for each in ranks:
-        for sample in each.links:
+        samples[_End.of_rank(each.rank, each.host)] = each.links
+    for server in servers:
+        if server.links:
+            end = _End.of_server(server.index, server.links[-1].host)
+            samples[end] = server.links
+    owner: dict[str, _End] = {}
+    for end, of_end in samples.items():
+        for sample in of_end:
             for connection in sample.connections:
-                owner[connection.local] = str(each.rank)
+                owner[connection.local] = end
     links = []
-    for each in ranks:
-        if len(each.links) < 2:
+    for source, of_source in samples.items():
+        since = _since(of_source, began)
+        if len(since) < 2:
             continue
-        before = {(c.local, c.remote): c for c in each.links[0].connections}
-        by_peer: dict[str, list[tuple[Connection | None, Connection]]] = {}
-        for connection in each.links[-1].connections:
-            peer = owner.get(connection.remote, connection.remote)
-            if peer != str(each.rank):
-                earlier = before.get((connection.local, connection.remote))
-                by_peer.setdefault(peer, []).append((earlier, connection))
-        for peer, pairs in by_peer.items():
-            links.append(_moved(each.rank, peer, pairs))
+        earlier = {(c.local, c.remote): c for c in since[0].connections}
+        by_target: dict[_End, list[tuple[Connection | None, Connection]]] = {}
+        for connection in since[-1].connections:
+            target = owner.get(connection.remote) or _End(connection.remote, "")
+            # A server's file may be left from an earlier job, whose workers are not these.
+            if target != source and (source.server is None or target.rank is not None):
+                before = earlier.get((connection.local, connection.remote))
+                by_target.setdefault(target, []).append((before, connection))
+        elapsed_s = since[-1].time - since[0].time
+        for target, pairs in by_target.items():
+            links.append(_moved(source, target, pairs, elapsed_s))
     return links
 
 
-def _moved(source: int, peer: str, pairs: Sequence[tuple[Connection | None, Connection]]) -> _Link:
-    """Return what moved over the connections between two ends."""
+def _since(samples: Sequence[LinkSample], began: float) -> Sequence[LinkSample]:
+    """Return the samples since the last one before a time; two at least, if there are two."""
+    num_before = len([sample for sample in samples if sample.time <= began])
+    first = max(0, min(num_before - 1, len(samples) - 2))
+    return samples[first:]
+
+
+def _moved(
+    source: _End,
+    target: _End,
+    pairs: Sequence[tuple[Connection | None, Connection]],
+    elapsed_s: float,
+) -> _Link:
+    """Return what moved over the connections between two processes."""
     num_bytes, segments, retransmits = 0, 0, 0
     busy_s = 0.0
-    for earlier, connection in pairs:
-        num_bytes += connection.acked_bytes - (earlier.acked_bytes if earlier else 0)
-        segments += connection.segments - (earlier.segments if earlier else 0)
-        retransmits += connection.retransmits - (earlier.retransmits if earlier else 0)
+    for before, connection in pairs:
+        num_bytes += connection.acked_bytes - (before.acked_bytes if before else 0)
+        segments += connection.segments - (before.segments if before else 0)
+        retransmits += connection.retransmits - (before.retransmits if before else 0)
         # Several connections between two ends send at the same time.
-        busy_s = max(busy_s, connection.busy_s - (earlier.busy_s if earlier else 0.0))
-    return _Link(source, peer, num_bytes, busy_s, segments, retransmits)
+        busy_s = max(busy_s, connection.busy_s - (before.busy_s if before else 0.0))
+    return _Link(source, target, num_bytes, busy_s, segments, retransmits, elapsed_s)
 
 
-def _span_s(ranks: Sequence[RankSteps]) -> tuple[float, float]:
-    """Return the unix times of the first and the last sample, by each rank's own clock."""
-    firsts = [each.links[0].time for each in ranks if len(each.links) > 1]
-    lasts = [each.links[-1].time for each in ranks if len(each.links) > 1]
-    return (min(firsts), max(lasts)) if firsts else (0.0, 0.0)
+# Suspicions
 
 
-def _steps_between(ranks: Sequence[RankSteps], began: float, ended: float) -> int:
-    """Return how many steps the slowest rank did between two times."""
-    counts = []
-    for each in ranks:
-        counts.append(len([record for record in each.records if began < record.time <= ended]))
-    return min(counts)
+@dataclasses.dataclass(frozen=True)
+class _Suspicion:
+    """A host or link that may hold up the others."""
+
+    kind: Kind
+    ends: Sequence[_End]
+    share: float  # of the time: what the links took longer than at the usual speed
+    link: tuple[str, str] | None  # its two ends; None: a whole host
+    detail: str
+
+
+def _lossy(links: Sequence[_Link]) -> _Suspicion | None:
+    """Return the host or link that loses packets."""
+    lossy = [link for link in links if _loses(link, _without(link, links))]
+    if not lossy:
+        return None
+    worst = max(lossy, key=lambda link: link.loss)
+    usual = statistics.median(link.bytes_per_s for link in links)
+    detail = f"{worst.loss:.1%} of its segments were sent again; {_against(worst, usual)}"
+    return _suspicion(Kind.LOSS, lossy, worst, links, usual, detail)
+
+
+def _loses(link: _Link, others: Sequence[_Link]) -> bool:
+    if not others or link.retransmits < _RETRANSMITS or link.loss < _LOSS_SHARE:
+        return False
+    return link.loss >= _LOSS_FACTOR * statistics.median_low(other.loss for other in others)
+
+
+def _slow_host(links: Sequence[_Link]) -> _Suspicion | None:
+    """Return the host all of whose links are slow, by the links of the others."""
+    places = sorted({place for link in links for place in link.places})
+    for place in places:
+        own = [link for link in links if place in link.places]
+        others = [link for link in links if place not in link.places]
+        if len(own) < 2 or not others:
+            continue
+        usual = statistics.median_low(link.bytes_per_s for link in others)
+        sent = [link for link in own if link.places[0] == place]
+        received = [link for link in own if link.places[1] == place]
+        # Each link by itself, and the port that they share: that alone makes links slow, too.
+        rates = [link.bytes_per_s for link in own]
+        rates += [_port_rate(each) for each in (sent, received) if each]
+        if usual >= _SLOW * max(rates):
+            worst = min(own, key=lambda link: link.bytes_per_s)
+            ends = _ends_at(place, own)
+            return _Suspicion(
+                Kind.SLOW_LINK, ends, _lost_share(own, usual), None, _against(worst, usual)
+            )
+    return None
+
+
+def _port_rate(links: Sequence[_Link]) -> float:
+    """Return what moved through a port, in bytes a second, at most.
+
+    Links that share a port are slower for it. They may have been busy at the same time.
+    """
+    busy_s = max(link.busy_s for link in links)
+    num_bytes = sum(link.num_bytes for link in links)
+    return num_bytes / busy_s if busy_s else math.inf
+
+
+def _slow_link(links: Sequence[_Link]) -> _Suspicion | None:
+    """Return the slowest link that is slower than the median of the others."""
+    slow = []
+    for link in links:
+        others = [other.bytes_per_s for other in _without(link, links)]
+        # The lower one: of two links, the slower one is not its own yardstick.
+        if others and statistics.median_low(others) >= _SLOW * link.bytes_per_s:
+            slow.append(link)
+    if not slow:
+        return None
+    worst = min(slow, key=lambda link: link.bytes_per_s)
+    usual = statistics.median(link.bytes_per_s for link in links)
+    return _suspicion(Kind.SLOW_LINK, slow, worst, links, usual, _against(worst, usual))
+
+
+def _suspicion(
+    kind: Kind,
+    found: Sequence[_Link],
+    worst: _Link,
+    links: Sequence[_Link],
+    usual: float,
+    detail: str,
+) -> _Suspicion:
+    """Return the host whose links all are among those found, else the worst link."""
+    share = _lost_share(found, usual)
+    for place in worst.places:
+        own = [link for link in links if place in link.places]
+        is_whole = len(own) >= 2 and all(link in found for link in own)
+        if is_whole and all(place in link.places for link in found):
+            return _Suspicion(kind, _ends_at(place, own), share, None, detail)
+    ends = (worst.source, worst.target)
+    return _Suspicion(kind, ends, share, (worst.source.name, worst.target.name), detail)
+
+
+def _without(link: _Link, links: Sequence[_Link]) -> list[_Link]:
+    return [other for other in links if other is not link]
+
+
+def _ends_at(place: str, links: Sequence[_Link]) -> list[_End]:
+    """Return the processes of links that lie at a place."""
+    ends: dict[_End, None] = {}
+    for link in links:
+        for end, at in zip((link.source, link.target), link.places, strict=True):
+            if at == place:
+                ends[end] = None
+    return list(ends)
+
+
+def _lost_share(links: Sequence[_Link], usual: float) -> float:
+    """Return the part of the time that the worst link took longer than at the usual speed."""
+    lost = [(link.busy_s - link.num_bytes / usual) / link.elapsed_s for link in links]
+    return max(lost)
+
+
+def _against(link: _Link, usual: float) -> str:
+    return f"{_rate(link.bytes_per_s)} against {_rate(usual)} of the median link"
 
 
 def _rate(bytes_per_s: float) -> str:

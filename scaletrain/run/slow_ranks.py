@@ -261,7 +261,7 @@ def _merge(culprits: Iterable[Culprit]) -> list[Culprit]:
     """Return culprits of single windows, with those that go on in the next window as one."""
     merged: list[Culprit] = []
     for culprit in culprits:
-        before = next((each for each in reversed(merged) if _is_same(each, culprit)), None)
+        before = next((each for each in reversed(merged) if each.key == culprit.key), None)
         if before is None or culprit.first_step - before.last_step > WINDOW:
             merged.append(culprit)
             continue
@@ -278,7 +278,3 @@ def _merge(culprits: Iterable[Culprit]) -> list[Culprit]:
         )
         merged[merged.index(before)] = together
     return merged
-
-
-def _is_same(one: Culprit, other: Culprit) -> bool:
-    return (one.kind, one.ranks, one.rotates) == (other.kind, other.ranks, other.rotates)

@@ -19,6 +19,7 @@ from scaletrain.run.layout import RunDir
 from scaletrain.run.links import LinkSample, last_links
 from scaletrain.run.progress import Progress
 from scaletrain.run.records import WARMUP_STEPS, StepRecord, last_records
+from scaletrain.run.slow_links import ServerLinks
 from scaletrain.run.slow_ranks import RankSteps
 
 _RECENT = 20  # steps that means are taken over
@@ -208,8 +209,9 @@ def culprits(files: RunDir, statuses: Sequence[RankStatus]) -> list[Culprit]:
             records = [record for record in records if record.step >= WARMUP_STEPS]
             links = last_links(files.links(report.rank))
             ranks.append(_steps_of(files, report.rank, report.host, records, links))
+    servers = _servers(files)
     # What has begun a moment ago shows in fewer steps first.
-    return blame.find(ranks) or blame.find([each.newest(10) for each in ranks])
+    return blame.find(ranks, servers) or blame.find([each.newest(10) for each in ranks], servers)
 
 
 def culprits_of_run(files: RunDir) -> list[Culprit]:
@@ -239,7 +241,15 @@ def culprits_of(files: RunDir, ranks: Sequence[Sequence[StepRecord]]) -> list[Cu
         rank = records[0].rank
         links = last_links(files.links(rank), _MOST_BYTES // len(ranks))
         steps.append(_steps_of(files, rank, host_of(files, rank), records, links))
-    return blame.find(steps)
+    return blame.find(steps, _servers(files, _MOST_BYTES // len(ranks)))
+
+
+def _servers(files: RunDir, num_bytes: int = 32_768) -> list[ServerLinks]:
+    """Return what the parameter servers of a run wrote about their connections."""
+    servers = []
+    for index, path in files.all_server_links():
+        servers.append(ServerLinks(index, last_links(path, num_bytes)))
+    return servers
 
 
 def host_of(files: RunDir, rank: int) -> str:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scaletrain.run.layout import RunDir
 from scaletrain.run.links import LinkWriter
 
 
@@ -33,7 +34,7 @@ class VitalSigns:
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
-        self._links = LinkWriter(run_dir, rank)
+        self._links = LinkWriter(RunDir(run_dir).links(rank))
         # Seconds in collections since the last lap. Written by ``_note``, in whichever thread
         # collects, and emptied by ``lap``: a lost update costs one part's figure.
         self._collecting_s = 0.0

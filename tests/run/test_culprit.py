@@ -8,6 +8,7 @@ from scaletrain.run.blame import find
 from scaletrain.run.culprit import Culprit, Kind
 from scaletrain.run.links import Connection, LinkSample
 from scaletrain.run.records import StepRecord
+from scaletrain.run.slow_links import ServerLinks
 from scaletrain.run.slow_ranks import RankSteps
 
 from .made_up import made_up
@@ -128,45 +129,64 @@ def test_ranks_out_of_step_are_compared_by_their_newest_steps():
 # Links
 
 RATE = 25e6  # bytes a second of a usual link
+STEPS = 100
+STEP_BYTES = 1e6  # that cross each link
+Edge = tuple[int | str, int | str]  # ranks, or names of servers
+
+
+def samples_of(
+    source: int | str, edges: dict[Edge, float], retransmits: dict[Edge, int], host: str
+) -> list[LinkSample]:
+    """Return what a process notes of its connections, by its and the other's address."""
+
+    def address(end: int | str, edge: Edge) -> str:
+        return f"10.0.0.{end}:{edge}"
+
+    samples = []
+    for part in (0.0, 0.5, 1.0):
+        connections = []
+        for edge, speed in edges.items():
+            if source not in edge:
+                continue
+            target = edge[1] if edge[0] == source else edge[0]
+            local, remote = address(source, edge), address(target, edge)
+            num_bytes, busy_s, again = 1000, 0.01, 0
+            if edge[0] == source:
+                num_bytes = int(part * STEPS * STEP_BYTES)
+                busy_s = num_bytes / (speed * RATE)
+                again = int(part * retransmits.get(edge, 0))
+            segments = num_bytes // 1448
+            connections.append(Connection(local, remote, num_bytes, busy_s, segments, again))
+        samples.append(LinkSample(1e9 - 0.01 + part * STEPS * 0.05, connections, host))
+    return samples
 
 
 def with_links(
-    edges: dict[tuple[int, int], float], retransmits: dict[tuple[int, int], int] | None = None
+    edges: dict[Edge, float], retransmits: dict[Edge, int] | None = None, per_host: int = 1
 ) -> list[RankSteps]:
     """Return a run of which 1 MB a step crosses each edge, at the given multiple of RATE."""
-    size = 1 + max(max(edge) for edge in edges)
-    steps = 100
-    run = made_up(size, steps, seed=0)
+    size = 1 + max(end for edge in edges for end in edge if isinstance(end, int))
     linked = []
-    for rank in run:
-        samples = []
-        for part in (0.0, 0.5, 1.0):
-            connections = []
-            for (source, target), speed in edges.items():
-                if source != rank.rank:
-                    continue
-                num_bytes = int(part * steps * 1e6)
-                # Each end knows the connection by the two addresses, in its own order.
-                local, remote = (
-                    f"10.0.0.{end}:{40_000 + source * 100 + target}" for end in (source, target)
-                )
-                busy_s = num_bytes / (speed * RATE)
-                again = int(part * (retransmits or {}).get((source, target), 0))
-                connections.append(
-                    Connection(local, remote, num_bytes, busy_s, num_bytes // 1448, again)
-                )
-            for source, target in edges:
-                if target == rank.rank:
-                    remote, local = (
-                        f"10.0.0.{end}:{40_000 + source * 100 + target}" for end in (source, target)
-                    )
-                    connections.append(Connection(local, remote, 1000, 0.01, 10, 0))
-            samples.append(LinkSample(1e9 - 0.01 + part * steps * 0.05, connections))
-        linked.append(RankSteps(rank.rank, f"h{rank.rank}", rank.records, samples))
+    for rank in made_up(size, STEPS, seed=0):
+        host = f"h{rank.rank // per_host}"
+        links = samples_of(rank.rank, edges, retransmits or {}, host)
+        linked.append(RankSteps(rank.rank, host, rank.records, links))
     return linked
 
 
-def ring(size: int) -> dict[tuple[int, int], float]:
+def servers_of(
+    edges: dict[Edge, float], retransmits: dict[Edge, int] | None = None
+) -> list[ServerLinks]:
+    """Return what the servers at these edges note, each on a host of its own."""
+    names = sorted({end for edge in edges for end in edge if isinstance(end, str)})
+    servers = []
+    for index, name in enumerate(names):
+        links = samples_of(name, edges, retransmits or {}, f"s{index}")
+        servers.append(ServerLinks(index, links))
+    return servers
+
+
+def ring(size: int) -> dict[Edge, float]:
     return {(rank, (rank + 1) % size): 1.0 for rank in range(size)}
 
 
@@ -195,10 +215,104 @@ def test_lost_packets_are_told_from_a_slow_link():
 
 def test_a_tree_whose_root_shares_its_link_is_no_alarm():
     # Two children send to the root at once: each of these links gets half of the root's.
-    tree = {(1, 0): 0.5, (2, 0): 0.5, (3, 1): 1.0, (0, 1): 0.5, (0, 2): 0.5, (1, 3): 1.0}
+    tree: dict[Edge, float] = {
+        (1, 0): 0.5,
+        (2, 0): 0.5,
+        (3, 1): 1.0,
+        (0, 1): 0.5,
+        (0, 2): 0.5,
+        (1, 3): 1.0,
+    }
     assert find(with_links(tree)) == []
 
 
 def test_a_slow_link_that_carries_next_to_nothing_is_no_alarm():
     run = with_links(ring(4))
     assert find(run) == []
+
+
+BINARY_TREE = ((1, 0), (2, 0), (3, 2), (0, 1), (0, 2), (2, 3))
+
+
+@pytest.mark.parametrize("slow", range(4))
+def test_a_slow_host_is_named_in_a_tree_most_of_whose_links_end_at_it(slow: int):
+    edges: dict[Edge, float] = {edge: 0.08 if slow in edge else 1.0 for edge in BINARY_TREE}
+    culprit = the_only(find(with_links(edges)))
+    assert (culprit.kind, culprit.ranks, culprit.link) == (Kind.SLOW_LINK, (slow,), None)
+
+
+def test_a_port_that_many_links_share_is_no_slow_host():
+    # All that the root receives goes through its port: a quarter is left for each child.
+    tree: dict[Edge, float] = {}
+    for child in range(1, 5):
+        tree |= {(child, 0): 0.25, (0, child): 0.25, (child, child + 4): 1.0}
+    culprits = find(with_links(tree))
+    assert [culprit for culprit in culprits if culprit.link is None] == []
+
+
+def test_the_network_is_not_measured_by_connections_inside_a_host():
+    # Two ranks a host: half of the links stay inside, and are twenty times as fast.
+    edges = {edge: 1.0 if edge[0] % 2 else 20.0 for edge in ring(8)}
+    assert find(with_links(edges, per_host=2)) == []
+    edges |= dict.fromkeys(((1, 2), (3, 4)), 0.2)
+    culprit = the_only(find(with_links(edges, per_host=2)))
+    assert (culprit.ranks, culprit.hosts, culprit.link) == ((2, 3), ("h1",), None)
+    assert culprit.sentence().startswith("ranks 2, 3 on h1: slow link takes")
+
+
+def star(servers: tuple[str, ...]) -> dict[Edge, float]:
+    edges: dict[Edge, float] = {}
+    for server in servers:
+        for rank in range(4):
+            edges |= {(rank, server): 0.25, (server, rank): 0.25}
+    return edges
+
+
+def test_what_a_server_sends_to_a_rank_is_known_from_the_server():
+    edges, again = star(("a",)) | {("a", 2): 0.1}, {("a", 2): 2000}
+    culprit = the_only(find(with_links(edges, again), servers_of(edges, again)))
+    assert (culprit.kind, culprit.ranks, culprit.servers) == (Kind.LOSS, (2,), (0,))
+    assert culprit.link == ("server 0 on s0", "rank 2 on h2")
+    # Without its file nobody can know: the rank itself sends nothing again.
+    assert find(with_links(edges, again)) == []
+
+
+def test_a_slow_rank_and_a_slow_server_are_told_apart():
+    edges = star(("a", "b"))
+    of_rank = {edge: 0.02 if 3 in edge else speed for edge, speed in edges.items()}
+    culprit = the_only(find(with_links(of_rank), servers_of(of_rank)))
+    assert (culprit.ranks, culprit.servers, culprit.hosts) == ((3,), (), ("h3",))
+    of_server = {edge: 0.02 if "b" in edge else speed for edge, speed in edges.items()}
+    culprit = the_only(find(with_links(of_server), servers_of(of_server)))
+    assert (culprit.ranks, culprit.servers, culprit.hosts) == ((), (1,), ("s1",))
+    assert culprit.sentence().startswith("server 1 on s1: slow link takes")
+
+
+def test_the_file_of_an_earlier_job_s_server_says_nothing():
+    left = star(("a",)) | {("a", 2): 0.01}
+    older = [ServerLinks(0, samples_of("a", {("a", 7): 0.01, ("a", 8): 1.0}, {}, "s0"))]
+    assert len(find(with_links(left), servers_of(left))) == 1
+    assert find(with_links(ring(4)), older) == []
+
+
+def test_a_link_that_was_fast_for_long_is_judged_by_the_steps_that_are_looked_at():
+    fast = with_links(ring(4))
+    run = []
+    for rank in fast:
+        # Ten steps more, in which one link has a tenth of its speed.
+        samples = [*rank.links]
+        connections = []
+        for before in samples[-1].connections:
+            is_slow = rank.rank == 1 and before.acked_bytes > 1000
+            moved = int(10 * STEP_BYTES) if before.acked_bytes > 1000 else 0
+            busy_s = moved / RATE * (10 if is_slow else 1)
+            num_bytes = before.acked_bytes + moved
+            connections.append(
+                before._replace(acked_bytes=num_bytes, busy_s=before.busy_s + busy_s)
+            )
+        samples.append(LinkSample(samples[-1].time + 0.5, connections, rank.host))
+        later = made_up(4, STEPS + 10, seed=0)[rank.rank].records
+        run.append(RankSteps(rank.rank, rank.host, later, samples))
+    assert find(run) == [], "one fiftieth of what moved says nothing of the whole run"
+    culprit = the_only(find([each.newest(10) for each in run]))
+    assert culprit.link == ("rank 1 on h1", "rank 2 on h2")

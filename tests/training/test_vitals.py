@@ -111,7 +111,7 @@ def test_the_speed_of_a_link_is_known_apart_from_waits(tmp_path: Path, monkeypat
     reader = threading.Thread(target=drain)
     reader.start()
     near.sendall(b"first")
-    writer = LinkWriter(tmp_path, 3)
+    writer = LinkWriter(RunDir(tmp_path).links(3))
     writer.sample()
     near.sendall(bytes(2_000_000))  # half a second at this pace
     time.sleep(0.8)  # a wait for the peer, which is not the link's

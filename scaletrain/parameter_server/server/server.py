@@ -29,6 +29,7 @@ from scaletrain.parameter_server.server.sums import Sums
 from scaletrain.parameter_server.server.tally import Tally
 from scaletrain.run.atomic import write_json
 from scaletrain.run.layout import RunDir
+from scaletrain.run.links import LinkWriter
 from scaletrain.timeouts import Timeouts
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Server:
         self._endpoint = Endpoint(settings, run_dir, index, self)
         self._snapshots = Snapshots(settings, self.run_dir.server_snapshot(index))
         self._tally = Tally()
+        self._links = LinkWriter(self.run_dir.server_links(index))
         self._sums = Sums(settings.workers)
         # None until the first worker describes them, or a snapshot does.
         self._blocks: Blocks | None = None
@@ -83,9 +85,10 @@ class Server:
                 # 1. Handle messages until the next tick.
                 self._endpoint.serve(next_tick - time.monotonic())
                 now = time.monotonic()
-                # 2. Signs of life, silent and missing workers, snapshots.
+                # 2. Signs of life, silent and missing workers, snapshots, connections.
                 if now >= next_tick:
                     self._tick(now)
+                    self._links.sample()
                     next_tick = now + TICK_S
                 # 3. Statistics.
                 if now >= next_statistics:
@@ -99,6 +102,7 @@ class Server:
                 self._save_snapshot()
             self._write_statistics()
         finally:
+            self._links.close()
             self._endpoint.close(keep_keys=self._may_come_back())
 
     def stop(self, *_: Any) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scaletrain.run.culprit import Culprit, Kind
+from scaletrain.run.culprit import Culprit
 from scaletrain.scaling.measure.intervals import MANY, ONE_RUN, enough
 from scaletrain.units import plural
 
@@ -183,18 +183,13 @@ def culprit_of(repeats: Sequence[Sequence[Culprit]]) -> str | None:
     Args:
         repeats: the culprits of each repeat.
     """
-    seen: Counter[tuple[Kind, tuple[int, ...], bool]] = Counter()
+    seen: Counter[tuple[object, ...]] = Counter()
     for culprits in repeats:
         # Once a repeat: a fault may come and go.
-        seen.update({(each.kind, each.ranks, each.rotates) for each in culprits})
+        seen.update({each.key for each in culprits})
     for key, count in seen.most_common():
         if 2 * count > len(repeats):
-            same = [
-                each
-                for culprits in repeats
-                for each in culprits
-                if (each.kind, each.ranks, each.rotates) == key
-            ]
+            same = [each for culprits in repeats for each in culprits if each.key == key]
             worst = max(same, key=lambda each: each.total_s)
             times = "" if len(repeats) == 1 else f", in {count} of {len(repeats)} repeats"
             return f"{worst.sentence()}{times}"
