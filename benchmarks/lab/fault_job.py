@@ -51,7 +51,12 @@ class Survived(NamedTuple):
 
 
 def run(
-    settings: Settings, run_dir: Path, num_faults: int, kinds: tuple[str, ...], seed: int
+    settings: Settings,
+    run_dir: Path,
+    num_faults: int,
+    kinds: tuple[str, ...],
+    seed: int,
+    norm: float | None = None,
 ) -> list[Survived]:
     """Run one job, and do it ``num_faults`` faults; return those that were done.
 
@@ -63,10 +68,11 @@ def run(
         num_faults: how many, one after the other. A job that does not survive one ends with it.
         kinds: of ``KINDS``, drawn from.
         seed: of what is drawn.
+        norm: to which the servers clip gradients; None: any.
     """
     draw = random.Random(seed)
     faults: list[Survived] = []
-    with _started(settings, run_dir) as crew:
+    with _started(settings, run_dir, norm) as crew:
         for number in range(num_faults):
             longest_s = _LONGEST_PAUSE_S if number else _LONGEST_START_S
             time.sleep(draw.uniform(0.0, longest_s))
@@ -110,9 +116,10 @@ class _Board:
 class _Crew:
     """The processes of one job. Worker r is process r; server k is process workers + k."""
 
-    def __init__(self, settings: Settings, run_dir: Path):
+    def __init__(self, settings: Settings, run_dir: Path, norm: float | None):
         self._settings = settings
         self._run_dir = run_dir
+        self._norm = norm
         self._board = _Board(settings.workers)
         self._pids: dict[int, int] = {}  # of the processes that run
         self._number_of_log = 0
@@ -193,7 +200,10 @@ class _Crew:
     def _start(self, number: int) -> None:
         workers = self._settings.workers
         if number < workers:
-            self._fork(number, lambda: _work(self._settings, self._run_dir, number, self._board))
+            self._fork(
+                number,
+                lambda: _work(self._settings, self._run_dir, number, self._board, self._norm),
+            )
         else:
             index = number - workers
             self._fork(number, lambda: parameter_server.main(self._run_dir, index, self._settings))
@@ -240,15 +250,15 @@ class _Crew:
 
 
 @contextlib.contextmanager
-def _started(settings: Settings, run_dir: Path) -> Iterator[_Crew]:
-    crew = _Crew(settings, run_dir)
+def _started(settings: Settings, run_dir: Path, norm: float | None) -> Iterator[_Crew]:
+    crew = _Crew(settings, run_dir, norm)
     try:
         yield crew
     finally:
         crew.end()
 
 
-def _work(settings: Settings, run_dir: Path, rank: int, board: _Board) -> None:
+def _work(settings: Settings, run_dir: Path, rank: int, board: _Board, norm: float | None) -> None:
     """Train as one worker until the board's last step, and meet the others as a trainer does."""
     net = _model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
@@ -256,6 +266,8 @@ def _work(settings: Settings, run_dir: Path, rank: int, board: _Board) -> None:
     world = World(rank, settings.workers, rank, settings.workers, launcher="local")
     exchange = ParameterServerExchange(settings, world, run_dir, store)
     exchange.attach(net, optimizer)
+    if norm is not None:
+        exchange.clip(norm)
     step = exchange.skip(_NEVER)
     owes_meeting = exchange.owes_meeting()
     while step < board.last_step:

@@ -20,11 +20,15 @@ from scaletrain.scaling.show import results
 _FAULTS_OF_A_JOB = 8
 _ROUND_STEPS = 4
 _SNAPSHOT_UPDATES = 10
+_CLIPPED = "sync, clipped"  # jobs whose servers clip gradients; their names begin like this
 # A name for people, and the options. Without ``min_workers`` a job of mode sync needs all workers.
 MODES: dict[str, dict[str, Any]] = {
     "sync": {"workers": 2, "mode": "sync"},
     "sync, one may be lost": {"workers": 2, "mode": "sync", "min_workers": 1},
     "sync, a spare worker": {"workers": 3, "mode": "sync", "backup_workers": 1},
+    _CLIPPED: {"workers": 2, "mode": "sync"},
+    f"{_CLIPPED}, one may be lost": {"workers": 2, "mode": "sync", "min_workers": 1},
+    f"{_CLIPPED}, a spare worker": {"workers": 3, "mode": "sync", "backup_workers": 1},
     "async": {"workers": 2, "mode": "async"},
     "bounded": {"workers": 2, "mode": "bounded"},
     "local_sgd": {"workers": 2, "mode": "local_sgd", "local_steps": _ROUND_STEPS, "min_workers": 1},
@@ -70,11 +74,16 @@ class Cell:
         )
 
     @property
+    def norm(self) -> float | None:
+        """The norm to which servers clip the gradients; None: any."""
+        return 0.5 if self.mode.startswith(_CLIPPED) else None
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of faults that such a job has to survive."""
         from benchmarks.lab import fault_job
 
-        if self.mode == "sync":
+        if MODES[self.mode] == MODES["sync"]:
             return tuple(kind for kind in fault_job.KINDS if kind != "worker killed")
         return fault_job.KINDS
 
@@ -167,7 +176,9 @@ def _run(cell: Cell, seed: int) -> list[Fault]:
     from benchmarks.lab import fault_job
 
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        done = fault_job.run(cell.settings, Path(folder), _FAULTS_OF_A_JOB, cell.kinds, seed)
+        done = fault_job.run(
+            cell.settings, Path(folder), _FAULTS_OF_A_JOB, cell.kinds, seed, cell.norm
+        )
     faults = []
     for fault in done:
         faults.append(Fault(cell.mode, cell.wire, cell.servers, *fault))

@@ -173,15 +173,17 @@ class Fuzzer:
         count = rows * 8 if block.sparse else block.numel
         header = Header(
             kind,
-            Dtype.FLOAT64 if kind == MessageKind.SUM else Dtype.FLOAT32,
+            Dtype.FLOAT64 if kind in (MessageKind.SUM, MessageKind.SCALE) else Dtype.FLOAT32,
             key=block.key,
             rows=rows,
             step=choice.randrange(5),
             version=choice.randrange(3),
             session=0 if is_stranger else self._session,
-            count=count,
+            count=2 if kind == MessageKind.SCALE else count,
             lr=0.1,
         )
+        if kind in (MessageKind.PUSH, MessageKind.PUSH_ROWS) and choice.random() < 0.5:
+            header = header._replace(flags=wire.HELD)
         if choice.random() < 0.4:
             field = choice.choice(["flags", "key", "rank", "staleness", "rows"])
             header = header._replace(**{field: choice.choice(_NUMBERS) & 0xFFFF if field == "flags" else choice.choice(_NUMBERS)})  # fmt: skip
@@ -203,6 +205,10 @@ class Fuzzer:
                 choice.choice([0, 1, 5, 63, 64, -1, 1 << 62]) for _ in range(min(header.rows, 9))
             ]
             return np.array(numbers, np.int64).tobytes()
+        if header.kind == MessageKind.SCALE and choice.random() < 0.8:
+            return np.array(
+                [choice.choice([0.0, 0.5, 1.0]), choice.choice([0.1, np.inf])]
+            ).tobytes()
         num_bytes = header.count * wire.ITEM_BYTES[header.dtype]
         if header.flags & wire.SHARED or num_bytes > 1 << 16:
             return b""

@@ -8,6 +8,8 @@ starts a step only when all its blocks were answered.
 - ``Synchronous``: the mean of n gradients, then one update. With backup workers the first n of
   n + b gradients win, and later ones are dropped (Chen et al., Revisiting Distributed Synchronous
   SGD, 2016; TensorFlow, OSDI'16, section 4.4).
+  Gradients may be *held*: a block's update then waits for the factor that clips the gradient of
+  the whole model, which workers find once they know the norms of all blocks (``Scaling``).
 - ``Asynchronous``: every gradient is an update of its own (Dean et al., NIPS'12, section 4.1:
   Downpour SGD). With a ``bound`` no worker runs more steps ahead of the slowest one than that (Ho
   et al., NIPS'13: stale synchronous parallel).
@@ -22,14 +24,14 @@ A rule belongs to the server's only thread, so nothing here is locked.
 >>> for action in rule.push(key=0, rank=1, step=0, version=0):
 ...     print(action)
 AddGradient(key=0, rank=1)
-ApplyUpdate(key=0, num_gradients=2, version=1)
+ApplyUpdate(key=0, num_gradients=2, version=1, scaling=None)
 SendWeights(key=0, rank=0, staleness=0, dropped=False)
 SendWeights(key=0, rank=1, staleness=0, dropped=False)
 """
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -42,12 +44,40 @@ class AddGradient:
 
 
 @dataclass(frozen=True, slots=True)
+class Scaling:
+    """What becomes of the mean gradients of a step before their updates."""
+
+    step: int  # of the job
+    factor: float  # that they are multiplied by
+    limit: float  # the largest absolute value of an element afterwards
+
+
+@dataclass(frozen=True, slots=True)
+class TakeMean:
+    """Take the mean of the block's sum, and keep it for its update."""
+
+    key: int
+    num_gradients: int  # in the sum
+
+
+@dataclass(frozen=True, slots=True)
+class SendNorm:
+    """Send a worker the norm of the block's mean gradient."""
+
+    key: int
+    rank: int
+    step: int  # of the update
+    made: bool = False  # send the factor of the update instead, which has been made
+
+
+@dataclass(frozen=True, slots=True)
 class ApplyUpdate:
     """Update the block with the mean of its sum."""
 
     key: int
     num_gradients: int  # in the sum
     version: int  # of the block afterwards
+    scaling: Scaling | None = None  # of the mean before; None: nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +99,7 @@ class AbortJob:
     needed: int  # workers that an update takes
 
 
-Action = AddGradient | ApplyUpdate | SendWeights | AbortJob
+Action = AddGradient | TakeMean | SendNorm | ApplyUpdate | SendWeights | AbortJob
 
 
 @dataclass(frozen=True)
@@ -85,6 +115,7 @@ class RuleState:
     applied_steps: dict[int, int]  # by block: see ``Rule._applied_step``
     lost: frozenset[int]  # ranks
     left: frozenset[int]  # ranks
+    scaling: Scaling | None = None  # the last one
 
     def to_json(self) -> dict[str, Any]:
         """Return the state as JSON, whose keys are texts."""
@@ -97,6 +128,7 @@ class RuleState:
             "applied_steps": {str(key): step for key, step in self.applied_steps.items()},
             "lost": sorted(self.lost),
             "left": sorted(self.left),
+            "scaling": None if self.scaling is None else asdict(self.scaling),
         }
 
     @classmethod
@@ -111,6 +143,7 @@ class RuleState:
             applied_steps={int(key): step for key, step in value["applied_steps"].items()},
             lost=frozenset(value["lost"]),
             left=frozenset(value["left"]),
+            scaling=None if value["scaling"] is None else Scaling(**value["scaling"]),
         )
 
 
@@ -138,6 +171,8 @@ class Rule(abc.ABC):
         # By block: the latest step whose gradients are in an update; -1: none. Written by the rules
         # and restore. Steps and versions differ once a snapshot has taken updates back.
         self._applied_step = dict.fromkeys(keys, -1)
+        # The last one. Written by Synchronous.scale and restore, read by those who answer norms.
+        self.scaling: Scaling | None = None
 
     def join(
         self, rank: int, step: int | None = None, answered: Mapping[int, int] | None = None
@@ -184,6 +219,7 @@ class Rule(abc.ABC):
             applied_steps=dict(self._applied_step),
             lost=frozenset(self.lost),
             left=frozenset(self.left),
+            scaling=self.scaling,
         )
 
     def restore(self, state: RuleState) -> None:
@@ -193,6 +229,7 @@ class Rule(abc.ABC):
         self._applied_step = dict(state.applied_steps)
         self.lost = set(state.lost)
         self.left = set(state.left)
+        self.scaling = state.scaling
 
     def leave(self, rank: int) -> list[Action]:
         """Note that a worker is done."""
@@ -209,7 +246,9 @@ class Rule(abc.ABC):
         """
         return []
 
-    def push(self, key: int, rank: int, step: int, version: int) -> list[Action]:
+    def push(
+        self, key: int, rank: int, step: int, version: int, *, held: bool = False
+    ) -> list[Action]:
         """Take a gradient.
 
         Args:
@@ -217,6 +256,7 @@ class Rule(abc.ABC):
             rank: of the worker.
             step: the worker's step that made the gradient.
             version: of the weights that the gradient was computed from.
+            held: the update waits for ``Synchronous.scale``.
 
         Raises:
             KeyError: no such block, or this rank has not joined.
@@ -229,7 +269,8 @@ class Rule(abc.ABC):
             raise ValueError(f"version {version} of block {key} is not there yet (now {now})")
         last_step = self._last_step[key].get(rank, -1)
         self._last_step[key][rank] = max(step, last_step)
-        return self._push(key, rank, step, version, repeated=step <= last_step)
+        repeated = step <= last_step
+        return self._push(key, rank, step, version, repeated=repeated, held=held)
 
     def _remove(self, rank: int, absent: set[int]) -> list[Action]:
         """Move a live worker to the set of those that are lost or have left."""
@@ -253,7 +294,7 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def _push(
-        self, key: int, rank: int, step: int, version: int, *, repeated: bool
+        self, key: int, rank: int, step: int, version: int, *, repeated: bool, held: bool
     ) -> list[Action]:
         """Take a valid gradient; ``repeated``: it was taken before, and is sent again."""
 
@@ -272,6 +313,8 @@ class _Collection:
     # many updates older.
     late: dict[int, int] = field(default_factory=dict)
     step: int = -1  # the latest of its gradients' steps
+    is_held: bool = False  # the update waits for a scaling
+    is_closed: bool = False  # the mean is taken, and further gradients are late
 
     def forget(self, rank: int) -> None:
         """Note that a rank does not wait any more. Its gradient stays in the sum."""
@@ -301,6 +344,9 @@ class Synchronous(Rule):
         self._needed = self._most
         self._collections = {key: _Collection() for key in keys}
         self._paused: set[int] = set()  # live ranks that push nothing now; cleared when all have
+        # By block, then rank that waits for the norm of an update: its step. Filled by ask_norm,
+        # emptied by _answer_norms.
+        self._asking: dict[int, dict[int, int]] = {key: {} for key in keys}
 
     def pause(self, rank: int) -> list[Action]:
         """Note that a worker waits for all others and pushes nothing until they are there, too."""
@@ -311,6 +357,8 @@ class Synchronous(Rule):
         """Return the live workers that owe a gradient to an update for which others wait."""
         awaited: set[int] = set()
         for collection in self._collections.values():
+            if collection.is_closed:
+                continue
             if collection.waiting or collection.late:
                 awaited |= self.live - collection.contributors - collection.late.keys()
         return awaited
@@ -330,10 +378,62 @@ class Synchronous(Rule):
     def _joined(self, rank: int, begin: int) -> None:
         # The process is new. Nobody wants the weights that its former self waits for, and the
         # gradients that its former self pushed stay in the sum.
-        for collection in self._collections.values():
-            collection.forget(rank)
+        self._forget(rank)
         self._paused.discard(rank)
         self._needed = max(self._needed, min(self._most, self._num_expected()))
+
+    def _forget(self, rank: int) -> None:
+        """Note that a rank does not wait for anything any more."""
+        for key, collection in self._collections.items():
+            collection.forget(rank)
+            self._asking[key].pop(rank, None)
+
+    def ask_norm(self, key: int, rank: int, step: int) -> list[Action]:
+        """Note that a worker waits for the norm of the gradient of a block's update.
+
+        Args:
+            key: of the block.
+            rank: of the worker.
+            step: the worker's step whose gradients are held.
+        """
+        self._asking[key][rank] = step
+        return self._answer_norms(key)
+
+    def _answer_norms(self, key: int) -> list[Action]:
+        """Answer those whose update has its gradients, or is made already.
+
+        A server that began again with a snapshot may not know the factor of an update that was
+        made. Somebody else does and will tell it, unless all are asking.
+        """
+        asking = self._asking[key]
+        collection = self._collections[key]
+        all_are_asking = self.live <= asking.keys()
+        actions: list[Action] = []
+        for rank, step in sorted(asking.items()):
+            is_made = step <= self._applied_step[key]
+            is_known = self.scaling is not None and self.scaling.step >= step
+            if is_made and (is_known or all_are_asking):
+                actions.append(SendNorm(key, rank, self._applied_step[key], made=True))
+            elif not is_made and collection.is_closed:
+                actions.append(SendNorm(key, rank, collection.step))
+        for action in actions:
+            assert isinstance(action, SendNorm)
+            del asking[action.rank]
+        return actions
+
+    def scale(self, scaling: Scaling) -> list[Action]:
+        """Make the held updates of a step, those that are complete now and those that follow.
+
+        All workers know the same factor, and each of them tells it: the first one counts.
+        """
+        if self.scaling is not None and scaling.step <= self.scaling.step:
+            return []
+        self.scaling = scaling
+        actions: list[Action] = []
+        for key in self.version:
+            actions += self._complete(key)
+            actions += self._answer_norms(key)
+        return actions
 
     def settle(self) -> list[Action]:
         """Let workers go on that wait for an update which others have seen already.
@@ -346,10 +446,11 @@ class Synchronous(Rule):
                 if self._last_step[key].get(rank, -1) <= self._applied_step[key]:
                     collection.waiting.discard(rank)
                     actions.append(SendWeights(key, rank, dropped=True))
+            actions += self._answer_norms(key)
         return actions
 
     def _push(
-        self, key: int, rank: int, step: int, version: int, *, repeated: bool
+        self, key: int, rank: int, step: int, version: int, *, repeated: bool, held: bool
     ) -> list[Action]:
         collection = self._collections[key]
         if version < self.version[key]:
@@ -365,7 +466,11 @@ class Synchronous(Rule):
             # answer, or was a step behind the others.
             return [SendWeights(key, rank, dropped=not repeated)]
         actions: list[Action] = []
+        if collection.is_closed and rank not in collection.contributors:
+            collection.late[rank] = 0
+            return []
         collection.step = max(collection.step, step)
+        collection.is_held |= held
         if rank not in collection.contributors:
             collection.contributors.add(rank)
             actions.append(AddGradient(key, rank))
@@ -373,22 +478,46 @@ class Synchronous(Rule):
         return actions + self._complete(key)
 
     def _complete(self, key: int) -> list[Action]:
-        """Update the block and answer the workers if its gradients are complete."""
+        """Update the block and answer the workers if its gradients are complete.
+
+        If they are held, close the collection first. The update follows with its scaling.
+        """
         collection = self._collections[key]
+        actions: list[Action] = []
+        if not collection.is_closed:
+            if not self._has_enough(collection):
+                return self._release(key) if self._is_stuck(collection) else []
+            if collection.is_held:
+                collection.is_closed = True
+                actions.append(TakeMean(key, len(collection.contributors)))
+                actions += self._answer_norms(key)
+        scaling = self.scaling if collection.is_held else None
+        if collection.is_held and (scaling is None or scaling.step < collection.step):
+            return actions
+        self.version[key] += 1
+        # Gradients of a lagging worker alone are of an earlier step than the scaling.
+        self._applied_step[key] = max(collection.step, scaling.step if scaling else -1)
+        self._collections[key] = _Collection()
+        num_gradients = len(collection.contributors)
+        actions.append(ApplyUpdate(key, num_gradients, self.version[key], scaling))
+        actions += [SendWeights(key, rank) for rank in sorted(collection.waiting)]
+        return actions + _dropped(key, collection.late)
+
+    def _num_wanted(self) -> int:
+        """Return how many gradients an update takes now."""
         # Spare workers that came late would wait for ever for gradients of workers that are done,
         # or that wait for them elsewhere.
         absent = len(self._paused) + len(self.left)
-        needed = max(1, self._needed - absent)
-        if len(collection.contributors) < needed:
-            able = self.live - self._paused - collection.late.keys()
-            can_do_without = len(collection.contributors | able) >= needed
-            return [] if can_do_without else self._release(key)
-        self.version[key] += 1
-        self._applied_step[key] = collection.step
-        self._collections[key] = _Collection()
-        update = ApplyUpdate(key, len(collection.contributors), self.version[key])
-        answers = [SendWeights(key, rank) for rank in sorted(collection.waiting)]
-        return [update, *answers, *_dropped(key, collection.late)]
+        return max(1, self._needed - absent)
+
+    def _has_enough(self, collection: _Collection) -> bool:
+        """Return True if an update need not wait for more gradients."""
+        return len(collection.contributors) >= self._num_wanted()
+
+    def _is_stuck(self, collection: _Collection) -> bool:
+        """Return True if an update would wait for gradients of workers that were late for it."""
+        able = self.live - self._paused - collection.late.keys()
+        return len(collection.contributors | able) < self._num_wanted()
 
     def _release(self, key: int) -> list[Action]:
         """Answer those that were late with the weights as they are."""
@@ -402,12 +531,12 @@ class Synchronous(Rule):
         actions: list[Action] = []
         for key in self.version:
             actions += self._complete(key)
+            actions += self._answer_norms(key)
         return actions
 
     def _without(self, rank: int) -> list[Action]:
         self._paused.discard(rank)
-        for collection in self._collections.values():
-            collection.forget(rank)
+        self._forget(rank)
         if not self.live:
             return []
         expected = self._num_expected()
@@ -483,7 +612,7 @@ class Asynchronous(Rule):
             self._held[key].pop(rank, None)
 
     def _push(
-        self, key: int, rank: int, step: int, version: int, *, repeated: bool
+        self, key: int, rank: int, step: int, version: int, *, repeated: bool, held: bool
     ) -> list[Action]:
         staleness = self.version[key] - version
         actions: list[Action] = []

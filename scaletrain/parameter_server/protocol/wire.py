@@ -29,6 +29,8 @@ SUMS_OF_A_STEP = 1 << 14
 SHARED = 1  # flag: the tensor lies in shared memory, its frame is empty
 DROPPED = 2  # flag: this gradient came too late and was not used
 ABSENT = 4  # flag of PUSH_ROWS: the table has no gradient in this step
+HELD = 8  # flag of gradients: their update waits for SCALE
+MADE = 16  # flag of NORMS: that update is made, with the factor in the tensor
 
 
 class MessageKind(enum.IntEnum):
@@ -64,6 +66,11 @@ class MessageKind(enum.IntEnum):
     STATE = 26  # W: asks for the optimizer's state of a block, for a checkpoint
     STATES = 27  # S: names and shapes of its tensors, its numbers; PULL fetches the tensors
     SET_STATE = 28  # W: the same, from rank 0 with a checkpoint; tensors follow by INIT
+    # W: asks for the squared norm of the mean gradient of a block's update; answered by NORMS
+    NORM = 29
+    NORMS = 30  # S
+    SCALE = 31  # W: factor and limit for the mean gradients of a step; answered by SCALED
+    SCALED = 32  # S
 
 
 class Dtype(enum.IntEnum):
@@ -129,13 +136,18 @@ PAYLOADS: dict[MessageKind, tuple[Payload, ...]] = {
     MessageKind.STATE: (),
     MessageKind.STATES: (Payload.JSON,),
     MessageKind.SET_STATE: (Payload.JSON,),
+    MessageKind.NORM: (),
+    MessageKind.NORMS: (Payload.TENSOR,),
+    MessageKind.SCALE: (Payload.TENSOR,),
+    MessageKind.SCALED: (),
 }
 
 
 # The flags that a kind may have; all others have none.
 _FLAGS: dict[MessageKind, int] = {
-    MessageKind.PUSH: SHARED,
-    MessageKind.PUSH_ROWS: ABSENT,
+    MessageKind.PUSH: SHARED | HELD,
+    MessageKind.PUSH_ROWS: ABSENT | HELD,
+    MessageKind.NORMS: MADE,
     MessageKind.WEIGHTS: SHARED | DROPPED,
     MessageKind.APPLIED: DROPPED,
 }
@@ -156,7 +168,7 @@ class Header(NamedTuple):
 
     kind: MessageKind
     dtype: Dtype = Dtype.NONE
-    flags: int = 0  # SHARED, DROPPED, ABSENT
+    flags: int = 0  # SHARED, DROPPED, ABSENT, HELD, MADE
     key: int = 0  # block
     rank: int = 0  # of the worker
     # Of the answered gradient: updates between the weights it came from and its own update.
@@ -165,7 +177,7 @@ class Header(NamedTuple):
     # weights, i for the i-th tensor of the optimizer's state.
     rows: int = 0
     # Of the worker; in SUM and TOTAL: the number of the sum. In the answer to a gradient: the job's
-    # step that the block's next update belongs to.
+    # step that the block's next update belongs to. In NORMS: that of the update.
     step: int = 0
     # Answers: updates of the block's weights so far. Pushes: of the weights the gradient came from.
     version: int = 0

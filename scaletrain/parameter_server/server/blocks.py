@@ -17,7 +17,9 @@ from scaletrain.parameter_server.protocol.consistency import (
     AddGradient,
     ApplyUpdate,
     RuleState,
+    SendNorm,
     SendWeights,
+    TakeMean,
 )
 from scaletrain.parameter_server.protocol.memory import Slab
 from scaletrain.parameter_server.protocol.settings import Settings
@@ -30,7 +32,8 @@ from scaletrain.parameter_server.server.tally import Tally
 
 # The messages that are about one block.
 KINDS = {
-    MessageKind.PUSH, MessageKind.PUSH_ROWS, MessageKind.PULL, MessageKind.PULL_ROWS, MessageKind.INIT, MessageKind.STATE, MessageKind.SET_STATE
+    MessageKind.PUSH, MessageKind.PUSH_ROWS, MessageKind.NORM, MessageKind.PULL, MessageKind.PULL_ROWS,
+    MessageKind.INIT, MessageKind.STATE, MessageKind.SET_STATE,
 }  # fmt: skip
 
 _MAX_STEP = 1 << 48
@@ -138,13 +141,38 @@ class Blocks:
                 self._push(peer, block, message)
             case MessageKind.PUSH_ROWS:
                 self._push_rows(peer, block, message)
+            case MessageKind.NORM:
+                self._ask_norm(peer, message.header)
+
+    def scale(self, message: Message) -> None:
+        """Let the held updates of a step be made. Raises ``Refused``."""
+        header = message.header
+        if header.dtype != Dtype.FLOAT64 or header.count != 2 or header.step >= _MAX_STEP:
+            raise Refused("bad scaling")
+        factor, limit = np.frombuffer(message.payloads[0], np.float64).tolist()
+        # A factor that is not a number comes from gradients that are not: torch goes on with both.
+        if factor < 0 or factor > 1 or not limit > 0:
+            raise Refused("bad scaling")
+        rule = self._holding_rule()
+        self.perform(rule.scale(consistency.Scaling(header.step, factor, limit)))
+
+    def _holding_rule(self) -> consistency.Synchronous:
+        """Return the rule, which may hold updates back. Raises ``Refused`` if it never does."""
+        if not isinstance(self.rule, consistency.Synchronous):
+            raise Refused("every gradient is an update of its own here")
+        return self.rule
 
     def perform(self, actions: list[Action]) -> None:
         """Carry out the decisions of the rule, except ``AddGradient`` (see ``_contribute``)."""
         for action in actions:
             match action:
-                case ApplyUpdate(key, num_gradients, version):
-                    self.shard.apply(key, num_gradients, self._learning_rate[key], version)
+                case TakeMean(key, num_gradients):
+                    self.shard.take_mean(key, num_gradients)
+                case SendNorm():
+                    self._send_norm(action)
+                case ApplyUpdate(key, num_gradients, version, scaling):
+                    rate = self._learning_rate[key]
+                    self.shard.apply(key, num_gradients, rate, version, scaling)
                 case SendWeights():
                     self._answer(action)
                 case AbortJob():
@@ -329,12 +357,21 @@ class Blocks:
             raise Refused("bad version or learning rate")
         if header.step >= _MAX_STEP:
             raise Refused("bad step")
+        if header.flags & wire.HELD:
+            self._holding_rule()
+
+    def _ask_norm(self, peer: Peer, header: Header) -> None:
+        """Take a worker's question for the norm of a mean gradient. Raises ``Refused``."""
+        if header.step >= _MAX_STEP:
+            raise Refused("bad step")
+        self.perform(self._holding_rule().ask_norm(header.key, peer.rank, header.step))
 
     def _contribute(self, rank: int, header: Header, add: Callable[[], None]) -> None:
         """Let the rule decide on a gradient; ``add`` puts it into the block's sum."""
         self._tally.pushed(rank, header.key == self._first_key)
         # The rule may drop a gradient that comes too late: then ``add`` is never called.
-        for action in self.rule.push(header.key, rank, header.step, header.version):
+        held = bool(header.flags & wire.HELD)
+        for action in self.rule.push(header.key, rank, header.step, header.version, held=held):
             if isinstance(action, AddGradient):
                 self._learning_rate[header.key] = header.lr
                 add()
@@ -342,6 +379,24 @@ class Blocks:
                 self.perform([action])
 
     # Answers
+
+    def _send_norm(self, action: SendNorm) -> None:
+        """Tell a worker the squared norm of a mean gradient, or the factor that it had."""
+        if not action.made:
+            value = self.shard.squared_norm(action.key)
+        elif self.rule.scaling is None:
+            value = math.nan  # it went with the server before this one
+        else:
+            value = self.rule.scaling.factor
+        header = Header(
+            MessageKind.NORMS,
+            Dtype.FLOAT64,
+            flags=wire.MADE if action.made else 0,
+            key=action.key,
+            step=action.step,
+            count=1,
+        )
+        self._endpoint.tell(action.rank, header, np.array([value]))
 
     def _answer(self, action: SendWeights) -> None:
         """Answer a gradient with the block's weights, or say where they are."""

@@ -169,6 +169,7 @@ class Server:
             return
         if kind not in blocks.KINDS and kind not in (
             MessageKind.SUM,
+            MessageKind.SCALE,
             MessageKind.PAUSE,
             MessageKind.LEAVE,
         ):
@@ -179,6 +180,9 @@ class Server:
         match kind:
             case MessageKind.SUM:
                 self._add_up(owned, peer, message)
+            case MessageKind.SCALE:
+                owned.scale(message)
+                self._endpoint.answer(peer, Header(MessageKind.SCALED, step=message.header.step))
             case MessageKind.PAUSE:
                 owned.perform(owned.rule.pause(peer.rank))
                 self._endpoint.answer(peer, Header(MessageKind.PAUSED))

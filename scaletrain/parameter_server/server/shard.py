@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from scaletrain.parameter_server.protocol import optimizer as optimizers
 from scaletrain.parameter_server.protocol import sharding
+from scaletrain.parameter_server.protocol.consistency import Scaling
 from scaletrain.parameter_server.protocol.memory import SUPPORTED, Slab
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block, layout
@@ -131,6 +132,9 @@ class _OwnedBlock:
     sparse: dict[int, _SparseGradient] = field(default_factory=dict)  # by rank
     # Numbers of the pieces that no worker has a gradient of; None: there are no gradients yet.
     absent: set[int] | None = None
+    # The mean gradient of a held update, flat or sparse like the block; None while it is not taken.
+    # Written by take_mean, used up by apply.
+    mean: Tensor | None = None
 
     def note_absent(self, absent: Iterable[int]) -> None:
         """Note the pieces that one more worker has no gradient of."""
@@ -258,7 +262,31 @@ class Shard:
         owned.note_absent([0] if is_absent else [])
         owned.sparse[rank] = _SparseGradient(rows, values)
 
-    def apply(self, key: int, num_gradients: int, lr: float, version: int) -> None:
+    def take_mean(self, key: int, num_gradients: int) -> None:
+        """Use up the gradients of a block; keep their mean for the next ``apply``.
+
+        Args:
+            key: of the block.
+            num_gradients: in the sum.
+        """
+        owned = self._owned[key]
+        owned.mean = _mean(owned, num_gradients)
+
+    def squared_norm(self, key: int) -> float:
+        """Return the sum of squares of the mean that ``take_mean`` has kept."""
+        mean = self._owned[key].mean
+        assert mean is not None
+        values = mean._values() if mean.is_sparse else mean
+        return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+    def apply(
+        self,
+        key: int,
+        num_gradients: int,
+        lr: float,
+        version: int,
+        scaling: Scaling | None = None,
+    ) -> None:
         """Take one step of the block's optimizer with the mean of the gradients.
 
         Pieces that no worker has a gradient of are left alone.
@@ -268,11 +296,15 @@ class Shard:
             num_gradients: in the sum.
             lr: the workers' learning rate; ignored if a schedule sets the rate.
             version: of the block afterwards.
+            scaling: of the mean before the step.
         """
         owned = self._owned[key]
         if owned.schedule is None:
             owned.optimizer.param_groups[0]["lr"] = lr
-        gradient = _mean(owned, num_gradients)
+        gradient = _mean(owned, num_gradients) if owned.mean is None else owned.mean
+        owned.mean = None
+        if scaling is not None:
+            gradient = _scaled(gradient, scaling)
         absent = owned.absent or set()
         owned.absent = None
         self._mark(owned, 2 * version - 1)
@@ -376,6 +408,16 @@ def _mean(owned: _OwnedBlock, num_gradients: int) -> Tensor:
     if owned.block.sparse:
         return _mean_of_rows(owned, num_gradients)
     return owned.dense.take_mean(num_gradients)
+
+
+def _scaled(gradient: Tensor, scaling: Scaling) -> Tensor:
+    """Return a gradient multiplied and cut; it lies in a worker's memory, and stays as it is."""
+    if gradient.is_sparse:
+        values = _scaled(gradient._values(), scaling)
+        return torch.sparse_coo_tensor(
+            gradient._indices(), values, gradient.shape, is_coalesced=True, check_invariants=False
+        )
+    return (gradient * scaling.factor).clamp_(-scaling.limit, scaling.limit)
 
 
 def _mean_of_rows(owned: _OwnedBlock, num_gradients: int) -> Tensor:

@@ -21,7 +21,7 @@ from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.server.shard import ModelDescription, OptimizerState, Shard
 from scaletrain.run.atomic import partial_name, replacing
 
-_FORMAT = "scaletrain-parameter-server-3"
+_FORMAT = "scaletrain-parameter-server-4"
 
 
 @dataclass(frozen=True)

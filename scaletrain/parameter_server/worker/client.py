@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from scaletrain.parameter_server.protocol import codec, memory, wire
+from scaletrain.parameter_server.protocol.consistency import Scaling
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, MessageKind
-from scaletrain.parameter_server.worker.io_thread import IoThread, Position
+from scaletrain.parameter_server.worker.io_thread import IoThread, Position, scale_request
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.requests import (
     Answered,
@@ -36,6 +37,14 @@ class PushResult(NamedTuple):
 
     staleness: int  # updates between the weights it came from and its own update
     dropped: bool  # it came too late and was not used
+
+
+class HeldNorm(NamedTuple):
+    """A server's word on the held gradient of one block."""
+
+    step: int  # of its update
+    value: float  # the mean's sum of squares; if the update is made, its factor (NaN: unknown)
+    made: bool  # the update is made
 
 
 class Client:
@@ -93,6 +102,7 @@ class Client:
         self._position = Position(step=0, versions=dict.fromkeys(self._blocks, 0))
         # By block: the job's step that its next update belongs to, by the servers' last answers.
         self._next_steps = dict.fromkeys(self._blocks, 0)
+        self._flags = 0  # of every gradient; written by ``hold``
         self._sum_number = -1  # of the last sum
         self._storing: list[Token] = []  # first values that were sent and not answered yet
         self._num_stored = 0  # first values that were sent so far
@@ -260,10 +270,12 @@ class Client:
             count=len(values),
             rows=len(pieces),
             lr=lr,
+            flags=self._flags,
         )
         if self._link(key).shared:
             # Only the header travels: the server reads the gradient where it lies.
-            header = header._replace(flags=wire.SHARED, dtype=Dtype.FLOAT32)
+            flags = header.flags | wire.SHARED
+            header = header._replace(flags=flags, dtype=Dtype.FLOAT32)
             self._requests.ask(Token(Topic.UPDATE, key), header, [b"", pieces])
             return
         encoded = codec.encode(torch.from_numpy(values), self._dtype)
@@ -340,6 +352,42 @@ class Client:
             parts.append(codec.decode(message.payloads[0], message.header.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    # Held gradients
+
+    def hold(self) -> None:
+        """Let the updates of all gradients from now on wait for ``scale``. For good."""
+        self._flags = wire.HELD
+
+    def norms(self, step: int) -> list[HeldNorm]:
+        """Return the norm of each block's mean gradient, in the order of the blocks.
+
+        Waits until the servers have the gradients of enough workers.
+
+        Args:
+            step: the job's step that all gradients were pushed with.
+        """
+        tokens = []
+        for key in self._blocks:
+            header = Header(MessageKind.NORM, key=key, step=step)
+            tokens.append(self._requests.ask(Token(Topic.NORM, key), header, []))
+        norms = []
+        for token in tokens:
+            message = self._requests.wait(token).message
+            [value] = np.frombuffer(message.payloads[0], np.float64).tolist()
+            made = bool(message.header.flags & wire.MADE)
+            norms.append(HeldNorm(message.header.step, value, made))
+        return norms
+
+    def scale(self, scaling: Scaling) -> None:
+        """Let the servers make the updates of a step. Waits until they have heard it."""
+        tokens = []
+        for link in self._links:
+            token = Token(Topic.SCALE, link.index, scaling.step)
+            tokens.append(self._requests.ask(token, *scale_request(scaling)))
+        self._position.scaling = scaling
+        for token in tokens:
+            self._requests.wait(token)
+
     # Sparse gradients
 
     def push_rows(
@@ -367,7 +415,7 @@ class Client:
             self._dtype,
             key=key,
             step=step,
-            flags=wire.ABSENT if is_absent else 0,
+            flags=self._flags | (wire.ABSENT if is_absent else 0),
             rows=len(rows),
             count=payload.size,
             lr=lr,

@@ -20,6 +20,7 @@ from scaletrain.parameter_server.protocol import placement
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.worker.beside import ServerBeside
 from scaletrain.parameter_server.worker.client import Client, PushResult
+from scaletrain.parameter_server.worker.clipping import ClippedSteps
 from scaletrain.parameter_server.worker.gradients import GradientSteps
 from scaletrain.parameter_server.worker.local_steps import LocalSteps, Rounds
 from scaletrain.parameter_server.worker.replica import Replica
@@ -64,6 +65,7 @@ class ParameterServerExchange:
         self._job = _JobSteps()
         self._record: dict[str, float] = {}
         self._owes_meeting = False
+        self._is_clipping = False  # the servers are; see ``clip``
         # Bytes of the client up to the last step.
         self._sent = 0
         self._received = 0
@@ -144,18 +146,37 @@ class ParameterServerExchange:
 
         Raises:
             UserError: an update takes the mean of several workers' gradients, which none of them
-                has. Its norm is known once all blocks of all workers are there, and servers update
-                each block before.
+                has.
         """
         settings = self._settings
         if settings.mode == "sync" and settings.workers > 1:
             raise UserError(
                 "exchange.mode: sync takes the mean of all workers' gradients on the servers, where"
-                " it cannot be changed (allowed: async, bounded, local_sgd, post_local, or another"
-                " exchange)"
+                " workers cannot change it, and only clipping is done (allowed: async, bounded,"
+                " local_sgd, post_local, or another exchange)"
             )
         assert self._steps
         self._steps.hold()
+
+    def clip(self, norm: float | None = None, value: float | None = None) -> bool:
+        """Let the servers clip the mean gradient of every update, in mode ``sync``.
+
+        In the other modes each worker clips a gradient that is its own.
+
+        Raises:
+            UserError: they clip already.
+        """
+        if not isinstance(self._steps, GradientSteps) or self._settings.mode != "sync":
+            return False
+        if self._is_clipping:
+            raise UserError(
+                "exchange: the servers clip gradients already (allowed: clip once, with norm and"
+                " value together)"
+            )
+        assert self._client
+        self._is_clipping = True
+        self._steps.clip(ClippedSteps(self._client, norm, value))
+        return True
 
     def synchronise(self, model: nn.Module | None = None) -> None:
         """Do nothing: gradients have left for the servers by the end of backward."""

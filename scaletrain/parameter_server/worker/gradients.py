@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.worker.client import PushResult
+from scaletrain.parameter_server.worker.clipping import ClippedSteps
 from scaletrain.parameter_server.worker.replica import Replica
 
 
@@ -60,6 +61,7 @@ class GradientSteps:
         self._step = 0  # of the job, that the next gradients belong to
         self._accumulating = False
         self._holding = False  # all gradients leave at the end of a step
+        self._clipped: ClippedSteps | None = None  # the servers hold the updates back
         # The gradients that have left in this step, by the parameter's index. Written by ``_push``,
         # which backward's thread calls, too; emptied by ``begin``.
         self._pushed: dict[int, _Pushed] = {}
@@ -92,6 +94,10 @@ class GradientSteps:
         """Let all gradients leave at the end of a step, as they are then."""
         self._holding = True
 
+    def clip(self, clipped: ClippedSteps) -> None:
+        """Let the servers clip the mean gradient of each step."""
+        self._clipped = clipped
+
     def finish(self) -> list[PushResult]:
         """Wait for the new weights, after backward; return the results of all blocks.
 
@@ -107,6 +113,8 @@ class GradientSteps:
         for index, parameter in enumerate(self._replica.parameters):
             if index not in self._pushed:
                 self._push(index, parameter.grad)
+        if self._clipped is not None:
+            self._clipped.release(self._step)
         # The servers take the optimizer's step. Schedules warn of a step that was never taken.
         self._optimizer._opt_called = True  # type: ignore[attr-defined]
         return [self._replica.take(block) for block in reversed(self._replica.blocks)]

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import zmq
 
 from scaletrain.parameter_server.protocol import wire
+from scaletrain.parameter_server.protocol.consistency import Scaling
 from scaletrain.parameter_server.protocol.settings import SILENCE_S
-from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind
+from scaletrain.parameter_server.protocol.wire import Dtype, Header, Message, MessageKind
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.requests import (
     Answered,
@@ -38,6 +40,8 @@ _TOPICS = {
     MessageKind.PAUSED: Topic.PAUSE,
     MessageKind.LEFT: Topic.LEAVE,
     MessageKind.STATES: Topic.STATE,
+    MessageKind.NORMS: Topic.NORM,
+    MessageKind.SCALED: Topic.SCALE,
 }
 
 
@@ -52,6 +56,10 @@ class Position:
     """Updates in the weights that this worker has of each block, by key. The training thread writes
     them with each answer, the I/O thread after a lost connection: both hold the lock then. The I/O
     thread reads them without it as it sends, when no answer of that block is there to be noted."""
+
+    scaling: Scaling | None = None
+    """The last one that the servers were told. Written by the training thread once it has asked
+    them to, read by the I/O thread."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -182,7 +190,8 @@ class IoThread:
         link, number = self._route(token)
         if number in link.blocked:
             return False
-        if token.topic is Topic.UPDATE and not link.may_push(token):
+        is_held = bool(header.flags & wire.HELD)  # no weights come before all are pushed
+        if token.topic is Topic.UPDATE and not is_held and not link.may_push(token):
             return False
         # As late as this: a new connection has another session.
         header = header._replace(rank=self._identity.rank, session=link.sessions[number])
@@ -212,7 +221,7 @@ class IoThread:
         """
         if token.topic is Topic.SUM:
             return self._links[0], 0
-        if token.topic in (Topic.PAUSE, Topic.LEAVE):
+        if token.topic in (Topic.PAUSE, Topic.LEAVE, Topic.SCALE):
             return self._links[token.key], 0
         link = self._link_of[token.key]
         return link, token.key % len(link.sockets)
@@ -267,7 +276,7 @@ class IoThread:
         2. Join the successor, at the step where this worker is.
         3. Take the versions of its blocks: a snapshot may be older than the weights used so far.
         4. Send all open requests to it once more, and what it has to know beside them: that this
-           worker pauses, and its vector of the last sum.
+           worker pauses, the last scaling, and its vector of the last sum.
 
         Raises:
             PeerLost: no successor is to be expected.
@@ -290,11 +299,22 @@ class IoThread:
         with self._position.lock:
             self._position.versions.update(ready.versions)
         if self._settings.backup_workers and self._requests.is_summing():
-            self._requests.repeat(Token(Topic.PAUSE, link.index), Header(MessageKind.PAUSE))
+            self._requests.repeat(Token(Topic.PAUSE, link.index), Header(MessageKind.PAUSE), [])
+        scaling = self._position.scaling
+        if scaling is not None:
+            token = Token(Topic.SCALE, link.index, scaling.step)
+            self._requests.repeat(token, *scale_request(scaling))
         if link.index == 0:
             self._requests.repeat_last_sum()
         self._requests.send_again(lambda token: self._route(token)[0] is link)
         self._watch_sockets()
+
+
+def scale_request(scaling: Scaling) -> tuple[Header, list[Any]]:
+    """Return header and payloads of SCALE."""
+    payload = np.array([scaling.factor, scaling.limit])
+    header = Header(MessageKind.SCALE, Dtype.FLOAT64, step=scaling.step, count=len(payload))
+    return header, [payload]
 
 
 def _answered_token(link: ServerLink, header: Header) -> Token | None:
@@ -305,6 +325,8 @@ def _answered_token(link: ServerLink, header: Header) -> Token | None:
     match topic:
         case Topic.PAUSE | Topic.LEAVE:
             return Token(topic, link.index)
+        case Topic.SCALE:
+            return Token(topic, link.index, header.step)
         case Topic.SUM:
             return Token(topic, header.step)
         case Topic.STORE:

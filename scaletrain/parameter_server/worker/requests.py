@@ -38,14 +38,18 @@ class Topic(enum.Enum):
     PAUSE = enum.auto()
     LEAVE = enum.auto()
     STATE = enum.auto()  # description of a block's optimizer state
+    NORM = enum.auto()  # of a block's mean gradient
+    SCALE = enum.auto()  # of the mean gradients of a step
 
 
 class Token(NamedTuple):
     """The name of a request. Its answer has the same, and no two open requests share one."""
 
     topic: Topic
-    key: int  # the block; for SUM the number of the sum, for PAUSE and LEAVE the server
-    part: int = 0  # first element, where a block travels in parts; for STORE the request's number
+    key: int  # the block; for SUM the number of the sum, for PAUSE, LEAVE and SCALE the server
+    # First element, where a block travels in parts; for STORE the request's number, for SCALE the
+    # step.
+    part: int = 0
 
 
 class Answered(NamedTuple):
@@ -219,14 +223,14 @@ class Requests:
         with self._changed:
             return any(token.topic is Topic.SUM for token in self._open)
 
-    def repeat(self, token: Token, header: Header) -> None:
-        """Send a request without payloads once more, though it was answered (I/O thread).
+    def repeat(self, token: Token, header: Header, payloads: list[Any]) -> None:
+        """Send a request once more, though it was answered (I/O thread).
 
         A lost server took its effect along. Nobody waits for the second answer.
         """
         with self._changed:
             if token not in self._open:
-                self._repeat(token, _Request(header, []))
+                self._repeat(token, _Request(header, payloads))
 
     def repeat_last_sum(self) -> None:
         """Send the vector of the last sum that was answered once more (I/O thread).

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Gt
 from torch import nn
 
+from scaletrain.errors import UserError
 from scaletrain.needs import Needs
 from scaletrain.training.callbacks import Callback
 
@@ -18,7 +19,8 @@ class Clip(Callback):
     """Clips the gradients that the optimizer gets.
 
     They are averaged, so every rank clips alike and none communicates. Where each worker's gradient
-    is an update of its own (parameter server, asynchronous and local modes), each is clipped.
+    is an update of its own (parameter server, asynchronous and local modes), each is clipped. Where
+    only servers have the mean (mode sync), they clip it.
     """
 
     changes_gradients = True
@@ -47,5 +49,13 @@ def callback(
     Args:
         norm: the largest Euclidean norm of all gradients together.
         value: the largest absolute value of a gradient's element.
+
+    Raises:
+        UserError: servers clip, and a clip before this one has told them to.
     """
+    try:
+        if trainer.exchange.clip(norm, value):
+            return Callback()  # there is nothing left to do
+    except UserError as mistake:
+        raise UserError(f"callbacks: clip: {mistake}") from None
     return Clip(trainer.module, norm, value)

@@ -123,6 +123,23 @@ class Exchange(Sums, Protocol):
         """
         return
 
+    def clip(self, norm: float | None = None, value: float | None = None) -> bool:
+        """Clip the gradient of every update from now on, if no worker has it.
+
+        It is called at most once, after ``attach``.
+
+        Args:
+            norm: the largest Euclidean norm of all gradients together; None: any.
+            value: the largest absolute value of a gradient's element, afterwards; None: any.
+
+        Returns:
+            False if workers have the gradients of updates, and clip them before ``step``.
+
+        Raises:
+            UserError: it was called before.
+        """
+        return False
+
     def synchronise(self, model: nn.Module | None = None) -> None:
         """Wait until a model's gradients are those that ``step`` will use.
 
