@@ -5,10 +5,12 @@ Servers and workers are threads. ``benchmarks.lab faults`` kills processes at ra
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import zmq
 from torch import nn
 
 from scaletrain.parameter_server.protocol import wire
@@ -22,7 +24,7 @@ from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.server.server import Server
 from scaletrain.parameter_server.server.sums import Sums
 from scaletrain.parameter_server.worker.client import Client
-from scaletrain.parameter_server.worker.io_thread import IoThread
+from scaletrain.parameter_server.worker.io_thread import IoThread, Position
 from scaletrain.parameter_server.worker.requests import Answered, Requests, Token, Topic
 from tests.parameter_server import job
 
@@ -316,3 +318,25 @@ def test_a_request_that_is_sent_again_waits_in_the_queue_once():
     requests.answer(total, answer)
     assert not requests.is_open(total) and total not in requests._answers
     requests.close()
+
+
+def test_a_full_connection_is_used_again_after_another_server_was_lost():
+    """Bug it catches: the news that it has room was lost, and requests stayed with the worker."""
+    with zmq.Context() as context, context.socket(zmq.PAIR) as server:
+        port = server.bind_to_random_port("tcp://127.0.0.1")
+        with context.socket(zmq.PAIR) as socket:
+            socket.connect(f"tcp://127.0.0.1:{port}")
+            lost = SimpleNamespace(blocks=[], sockets=[], monitors=[], blocked=set())
+            full = SimpleNamespace(
+                blocks=[], sockets=[socket], monitors=[], blocked={0}, heard_at=time.monotonic()
+            )
+            settings = Settings(1, 20, servers=2)
+            requests = Requests()
+            thread = IoThread(
+                SimpleNamespace(settings=settings), [lost, full], requests, Position(0, {})
+            )
+            thread._watch_sockets()  # as after the loss
+            del thread._links[0]
+            thread._attend(dict(thread._poller.poll(5000)))
+            requests.close()
+        assert full.blocked == set()

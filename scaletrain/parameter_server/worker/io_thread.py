@@ -152,8 +152,14 @@ class IoThread:
         self._poller = zmq.Poller()
         self._poller.register(self._requests.wake, zmq.POLLIN)
         for link in self._links:
-            for socket in [*link.sockets, *link.monitors]:
-                self._poller.register(socket, zmq.POLLIN)
+            for monitor in link.monitors:
+                self._poller.register(monitor, zmq.POLLIN)
+            for number, socket in enumerate(link.sockets):
+                # Another server's loss must not hide that a full connection has room again.
+                has_to_wait = number in link.blocked
+                self._poller.register(
+                    socket, zmq.POLLIN | zmq.POLLOUT if has_to_wait else zmq.POLLIN
+                )
 
     def _attend(self, ready: dict[Any, int]) -> None:
         """Receive the messages that are there, and find out whether all servers live.
