@@ -94,6 +94,7 @@ results: setup horovod peers
 	$(BIN)/python -m benchmarks.lab firecaffe
 	$(BIN)/python -m benchmarks.lab overhead
 	$(BIN)/python -m benchmarks.lab start
+	$(BIN)/python -m benchmarks.lab binding
 	$(BIN)/python -m benchmarks.lab fsdp
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(MAKE) results-gpu; else echo "no CUDA device: the tables of GPUs stay as they are"; fi
 

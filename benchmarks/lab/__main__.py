@@ -5,6 +5,7 @@ import sys
 import click
 
 from benchmarks.lab import (
+    binding,
     cases,
     diagnosis,
     faults,
@@ -28,6 +29,7 @@ def lab() -> None:
     """
 
 
+lab.add_command(binding.command)
 lab.add_command(faults.command)
 lab.add_command(diagnosis.command)
 lab.add_command(cases.command)

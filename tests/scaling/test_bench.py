@@ -3,6 +3,7 @@
 The commands as people type them: real trainings, and a model timed layer by layer.
 """
 
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks.lab import firecaffe
+from benchmarks.lab import binding, firecaffe
 from scaletrain.cli import cli
 from scaletrain.cli.bench.model import time_layers
 from scaletrain.errors import UserError
@@ -302,3 +303,21 @@ def test_firecaffe_writes_its_page_from_what_was_measured(tmp_path):
         "firecaffe.html",
         "firecaffe_speedup.svg",
     }
+
+
+@pytest.mark.parametrize(
+    ("bound", "verdict"),
+    [(1.1, "faster when bound"), (0.9, "slower when bound"), (1.001, "not decided")],
+)
+def test_binding_pays_where_all_of_the_interval_says_so(
+    bound: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+):
+    speeds = itertools.count(1000)  # a machine that becomes a little faster with every run
+
+    def made_up(job: str, exchange: str, bind: bool) -> float:
+        return next(speeds) * (bound if bind else 1.0)
+
+    monkeypatch.setattr(binding, "_samples_per_s", made_up)
+    row = binding._measure("mlp", "ring", busy=1, repeats=6)
+    assert row.verdict == verdict
+    assert row.low < bound < row.high
