@@ -387,3 +387,25 @@ def test_optimizers_that_a_server_cannot_run_are_one_line(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             job.exchange(Settings(1), tmp_path, 0).attach(table, optimizer)
+
+
+@pytest.mark.parametrize(
+    "length", [0, 1, wire.MAX_SUM_VALUES, wire.MAX_SUM_VALUES + 1, 3 * wire.MAX_SUM_VALUES - 1]
+)
+def test_sums_may_be_longer_than_a_message(tmp_path, length):
+    """Bug it catches: metrics of many test samples that end the run in its first evaluation."""
+    settings = Settings(2, 20)
+
+    def joined_sum(rank):
+        joined = job.exchange(settings, tmp_path, rank)
+        net = job.model()
+        joined.attach(net, torch.optim.SGD(net.parameters(), **job.SGD))
+        values = 10.0**rank * torch.arange(length)
+        totals = [joined.sum(values), joined.sum(torch.tensor([1.0]))]
+        joined.close()
+        return totals
+
+    with job.servers(settings, tmp_path):
+        results = job.threads([lambda rank=rank: joined_sum(rank) for rank in range(2)])
+    for total, following in results:
+        assert torch.equal(total, 11.0 * torch.arange(length)) and following.item() == 2

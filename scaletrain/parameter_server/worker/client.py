@@ -478,18 +478,22 @@ class Client:
     def sum(self, values: np.ndarray, step: int = 0) -> np.ndarray:
         """Return the sum of a vector over all live workers. Every worker calls it.
 
-        Args:
-            values: float64, one dimension, at most ``wire.MAX_SUM_VALUES``.
-            step: of the job, which comes next for all of them; 0: they all begin together.
+        A long vector travels in parts, one after the other: a server keeps one of each worker.
 
-        Raises:
-            ValueError: too many values.
+        Args:
+            values: float64, one dimension, as many of every worker.
+            step: of the job, which comes next for all of them; 0: they all begin together.
         """
-        if len(values) > wire.MAX_SUM_VALUES:
-            raise ValueError(f"{len(values)} values to sum (at most {wire.MAX_SUM_VALUES})")
         if self.settings.backup_workers:
             # Workers that are behind go on without this worker's gradients.
             self._ask_all(Topic.PAUSE, MessageKind.PAUSE)
+        totals = []
+        for begin in range(0, max(len(values), 1), wire.MAX_SUM_VALUES):
+            totals.append(self._sum_part(values[begin : begin + wire.MAX_SUM_VALUES], step))
+        return np.concatenate(totals)
+
+    def _sum_part(self, values: np.ndarray, step: int) -> np.ndarray:
+        """Return the sum of at most ``wire.MAX_SUM_VALUES`` values."""
         number = max(self._sum_number + 1, step * wire.SUMS_OF_A_STEP)
         self._sum_number = number
         header = Header(MessageKind.SUM, Dtype.FLOAT64, step=number, count=len(values))

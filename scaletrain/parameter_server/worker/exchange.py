@@ -221,8 +221,7 @@ class ParameterServerExchange:
         """Return the sum of a small CPU tensor over the ranks that live."""
         assert self._client
         total = self._client.sum(values.double().numpy(), self._job.reached)
-        # A copy: the array lies in the received message, and is read-only.
-        return torch.from_numpy(total.copy()).to(values.dtype)
+        return torch.from_numpy(total).to(values.dtype)
 
     def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
         """Return the sum at once: workers of this exchange do not meet in every step."""
