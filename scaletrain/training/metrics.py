@@ -1,13 +1,15 @@
-"""Metrics of torchmetrics over the whole test set, joined over the ranks.
+"""Figures of the whole test set that are no means, joined over the ranks.
 
-A metric's states say themselves how they are joined: added, averaged, the largest, the smallest, or
-one after the other. Every rank then computes the same figures from them as one worker would have.
+Most are metrics of torchmetrics, whose states say themselves how they are joined: added, averaged,
+the largest, the smallest, or one after the other. Every rank then computes the same figures from
+them as one worker would have.
 """
 
+import abc
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,28 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
 _MODULES = ("torchmetrics", "torchmetrics.classification", "torchmetrics.regression")
+
+
+class Collected(abc.ABC):
+    """A figure of rows that all batches of the test set add, without torchmetrics.
+
+    A derived class names its states. Each is an attribute: a list of tensors (rows, ...), whose
+    rows of all ranks stand one after the other when ``compute`` is called.
+    """
+
+    STATES: ClassVar[tuple[str, ...]]
+
+    @abc.abstractmethod
+    def reset(self) -> None:
+        """Begin anew. Each state holds one tensor without rows, which tells shape and dtype."""
+
+    @abc.abstractmethod
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Add rows, with parameters that the derived class names."""
+
+    @abc.abstractmethod
+    def compute(self) -> float:
+        """Return the figure of all rows."""
 
 
 def build(config: RunConfig) -> "dict[str, Metric]":
@@ -65,13 +89,15 @@ def _torchmetrics_classes() -> "dict[str, type[Metric]]":
     return classes
 
 
-def prepare(metrics: "Mapping[str, Metric]", device: torch.device) -> None:
+def prepare(metrics: "Mapping[str, Metric | Collected]", device: torch.device) -> None:
     """Bring metrics to the device, and check that they can be joined.
 
     Raises:
         UserError: one is no metric, or has states without a rule for joining them.
     """
     for figure, metric in metrics.items():
+        if isinstance(metric, Collected):
+            continue
         parts = _parts(metric)
         if not parts:
             raise UserError(
@@ -85,14 +111,14 @@ def prepare(metrics: "Mapping[str, Metric]", device: torch.device) -> None:
                 _rule(figure, part, state)
 
 
-def reset(metrics: "Mapping[str, Metric]") -> None:
+def reset(metrics: "Mapping[str, Metric | Collected]") -> None:
     """Begin anew."""
     for metric in metrics.values():
         metric.reset()
 
 
 def joined(
-    metrics: "Mapping[str, Metric]", exchange: Exchange, has_samples: bool
+    metrics: "Mapping[str, Metric | Collected]", exchange: Exchange, has_samples: bool
 ) -> dict[str, float]:
     """Return the figures over all ranks (collective); none if no rank has samples.
 
@@ -101,11 +127,9 @@ def joined(
         exchange: adds states; those that are not added travel in a place of each rank's own.
         has_samples: False: this rank has shown its metrics one sample, for the shapes alone.
     """
-    states = []
+    states: list[_State] = []
     for figure, metric in metrics.items():
-        for part in _parts(metric):
-            for name in part._defaults:
-                states.append(_State(part, name, _rule(figure, part, name)))
+        states += _states(figure, metric)
     if not states:
         return {}
     # 1. How many rows each rank's states have, since those of a list differ.
@@ -141,7 +165,7 @@ class _State:
         rule: how the states of all ranks become one.
     """
 
-    def __init__(self, metric: "Metric", name: str, rule: str):
+    def __init__(self, metric: "Metric | Collected", name: str, rule: str):
         self._metric = metric
         self._name = name
         self._rule = rule
@@ -188,6 +212,16 @@ class _State:
         setattr(self._metric, self._name, [joined] if self._is_list else joined)
 
 
+def _states(figure: str, metric: "Metric | Collected") -> list[_State]:
+    if isinstance(metric, Collected):
+        return [_State(metric, name, "cat") for name in metric.STATES]
+    states = []
+    for part in _parts(metric):
+        for name in part._defaults:
+            states.append(_State(part, name, _rule(figure, part, name)))
+    return states
+
+
 def _rule(figure: str, metric: "Metric", state: str) -> str:
     """Return how a state is joined: sum, mean, max, min or cat.
 
@@ -229,6 +263,8 @@ def _named(figure: str, value: Any) -> dict[str, float]:
         for name, part in value.items():
             figures |= _named(f"{figure}_{name}", part)
         return figures
+    if isinstance(value, int | float):
+        return {figure: float(value)}
     if isinstance(value, Tensor) and value.numel() == 1:
         return {figure: value.item()}
     if isinstance(value, Tensor) and value.ndim == 1:

@@ -20,6 +20,7 @@ from scaletrain.errors import UserError
 from scaletrain.training import loss_function, metrics, optimizer, patterns
 from scaletrain.training.compiling import compile_in_place
 from scaletrain.training.joint_optimizer import JointOptimizer
+from scaletrain.training.metrics import Collected
 from scaletrain.training.randomness import seed_generators, seed_of
 from scaletrain.training.recompute import recompute
 from scaletrain.training.stream import is_stream
@@ -86,8 +87,8 @@ class Workload:
         data: training and test set.
         optimizer: over all of the model's parameters that are trained. Left out: the YAML's
             ``optimizer``.
-        metrics: torchmetrics by the names of their figures. ``evaluate`` updates them; the trainer
-            resets them, and joins them over all ranks.
+        metrics: torchmetrics, or ``metrics.Collected``, by the names of their figures. ``evaluate``
+            updates them; the trainer resets them, and joins them over all ranks.
         updates: for several models with an optimizer each, such as a GAN: the updates of a step, in
             their order. ``model``, ``optimizer`` and ``forward`` are then left out; ``model``
             becomes a ``ModuleDict`` of all, for checkpoints. While one is updated, the others are
@@ -115,7 +116,7 @@ class Workload:
     module: nn.Module
     data: Data
     optimizer: torch.optim.Optimizer
-    metrics: "Mapping[str, Metric]" = types.MappingProxyType({})
+    metrics: "Mapping[str, Metric | Collected]" = types.MappingProxyType({})
     updates: Sequence[Update] = ()
 
     def forward(self, batch: Any) -> Loss:

@@ -1,8 +1,10 @@
 """Jobs that the tests of training share, and the rank that trains one of them."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -84,6 +86,38 @@ def train_alone(
         before_step(parts.optimizer, step)
         parts.optimizer.step()
     return {name: value.detach() for name, value in parts.model.state_dict().items()}
+
+
+class Threads:
+    """Ranks that are threads, each with an exchange that sums."""
+
+    def __init__(self, size: int):
+        self._barrier = threading.Barrier(size, timeout=20)
+        self._values: list[Any] = [None] * size
+        self._size = size
+
+    def exchange(self, rank: int) -> Any:
+        def add(own: torch.Tensor) -> torch.Tensor:
+            self._values[rank] = own
+            self._barrier.wait()
+            total = torch.stack(self._values).sum(0)
+            self._barrier.wait()
+            return total
+
+        return SimpleNamespace(world=SimpleNamespace(rank=rank, size=self._size), sum=add)
+
+    def run(self, function: Callable[[int, Any], Any]) -> list[Any]:
+        results: list[Any] = [None] * self._size
+
+        def work(rank: int) -> None:
+            results[rank] = function(rank, self.exchange(rank))
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self._size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        return results
 
 
 class Sentences(Dataset):

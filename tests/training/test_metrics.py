@@ -1,10 +1,7 @@
 """Tests of training/metrics.py: N workers' figures are those of one worker with all samples."""
 
 import importlib.util
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,38 +30,6 @@ AUROC = {"name": "torchmetrics.classification:MulticlassAUROC", "num_classes": 4
 def needs_torchmetrics() -> None:
     there = importlib.util.find_spec("torchmetrics") is not None
     require("torchmetrics", there, 'pip install "scaletrain[metrics]"')
-
-
-class Threads:
-    """Ranks that are threads, each with an exchange that sums."""
-
-    def __init__(self, size: int):
-        self._barrier = threading.Barrier(size, timeout=20)
-        self._values: list[Any] = [None] * size
-        self._size = size
-
-    def exchange(self, rank: int) -> Any:
-        def add(own: torch.Tensor) -> torch.Tensor:
-            self._values[rank] = own
-            self._barrier.wait()
-            total = torch.stack(self._values).sum(0)
-            self._barrier.wait()
-            return total
-
-        return SimpleNamespace(world=SimpleNamespace(rank=rank, size=self._size), sum=add)
-
-    def run(self, function: Callable[[int, Any], Any]) -> list[Any]:
-        results: list[Any] = [None] * self._size
-
-        def work(rank: int) -> None:
-            results[rank] = function(rank, self.exchange(rank))
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self._size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-        return results
 
 
 def every_rule() -> dict[str, Any]:
@@ -124,14 +89,14 @@ def test_ranks_have_the_figures_of_one_worker(samples: int):
         )
         return first
 
-    [alone] = Threads(1).run(judge)
+    [alone] = jobs.Threads(1).run(judge)
     expected = every_rule()
     show(expected, outputs, targets)
     assert alone["range_least"] == pytest.approx(outputs[:, 0].min().item())
     assert alone["f1"] == pytest.approx(expected["f1"].compute().item())
     assert alone["error"] == pytest.approx(expected["error"].compute().item())
     assert alone["by_class_2"] == pytest.approx(expected["by_class"].compute()[2].item())
-    for together in Threads(4).run(judge):
+    for together in jobs.Threads(4).run(judge):
         assert together == pytest.approx(alone, rel=1e-5, nan_ok=True)
 
 
@@ -139,7 +104,7 @@ def test_no_test_samples_have_no_figures():
     def judge(rank: int, exchange: Any) -> dict[str, float]:
         return metrics.joined(every_rule(), exchange, False)
 
-    assert Threads(2).run(judge) == [{}, {}]
+    assert jobs.Threads(2).run(judge) == [{}, {}]
 
 
 @pytest.mark.slow
