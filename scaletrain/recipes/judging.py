@@ -57,12 +57,7 @@ def figures(run_dir: Path) -> dict[str, float]:
     times that this is smaller.
     """
     summary = json.loads(RunDir(run_dir).summary.read_text(encoding="utf-8"))
-    found = {}
-    for key, value in summary.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found[key] = float(value)
-    if "test_accuracy" in found:
-        found["test_error"] = 1 - found["test_accuracy"]
+    found = numbers(summary)
     size = model_bytes(run_dir)
     if size is not None:
         found["model_bytes"] = float(size)
@@ -74,6 +69,17 @@ def figures(run_dir: Path) -> dict[str, float]:
         found["compressed_bytes"] = float(compressed.stat().st_size)
         if size is not None:
             found["compression"] = size / compressed.stat().st_size
+    return found
+
+
+def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a summary or an evaluation, and ``test_error``."""
+    found = {}
+    for key, value in summary.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[key] = float(value)
+    if "test_accuracy" in found:
+        found["test_error"] = 1 - found["test_accuracy"]
     return found
 
 

@@ -14,7 +14,7 @@ from scaletrain.scaling.show import plots, results
 from scaletrain.scaling.show.text import number
 from scaletrain.units import duration, plural
 
-# The figures of each variant that the page shows, where a run has them.
+# The figures of each variant that the page shows beside those of the claims, where a run has them.
 SHOWN = ("test_error", "test_loss", "final_loss", "model_bytes", "wall_s")
 
 
@@ -38,7 +38,8 @@ def publish(result: Result, folder: Path) -> None:
         drawing = f"recipes/{key.replace(' ', '-').strip(')').replace('(', '')}.svg"
         path = folder / drawing
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, plots.image(_curves(curves)).decode("utf-8"))
+        image = plots.image(_curves(curves, result.curve_figure))
+        write_text(path, image.decode("utf-8"))
     entries[key] = _entry(result, drawing)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(sorted(entries.items())))
@@ -57,6 +58,7 @@ def _entry(result: Result, drawing: str) -> dict[str, Any]:
         "seeds": result.seeds,
         "settings": dict(request.settings),
         "verdicts": [verdict.to_json() for verdict in result.verdicts],
+        "figures": list(dict.fromkeys(verdict.claim.figure for verdict in result.verdicts)),
         "means": {variant: dict(figures) for variant, figures in result.means.items()},
         "seconds": result.seconds,
         "busy": result.busy,
@@ -106,23 +108,28 @@ def _section(name: str, entry: Mapping[str, Any]) -> list[str]:
         f"Source: {entry['source']} Command: `{command}`;"
         f" {plural(entry['seeds'], 'seed')}, {duration(entry['seconds'])}.",
         "",
-        *_means(entry["means"]),
+        *_means(entry["means"], entry.get("figures", [])),  # older results do not name them
     ]
     for verdict in entry["verdicts"]:
         if verdict["reason"]:
             lines += ["", f"Not judged: {verdict['says']}: {verdict['reason']}"]
     if entry["drawing"]:
-        lines += ["", f"![Test error against steps]({entry['drawing']})"]
+        lines += ["", f"![How the variants learn]({entry['drawing']})"]
     lines += ["", results.measured_on(entry["environment"])]
     if entry["busy"]:
         lines += ["", entry["busy"]]
     return lines
 
 
-def _means(means: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return a table of the variants' figures, means over seeds."""
+def _means(means: Mapping[str, Mapping[str, float]], claimed: Sequence[str]) -> list[str]:
+    """Return a table of the variants' figures, means over seeds.
+
+    Args:
+        means: of each variant.
+        claimed: the figures that claims are about.
+    """
     shown = []
-    for figure in SHOWN:
+    for figure in dict.fromkeys([*claimed, *SHOWN]):
         if any(figure in figures for figures in means.values()):
             shown.append(figure)
     lines = [f"| variant | {' | '.join(shown)} |", "|---" * (1 + len(shown)) + "|"]
@@ -148,19 +155,19 @@ def _anchor(heading: str) -> str:
     return kept.replace(" ", "-")
 
 
-def _curves(curves: Mapping[str, Sequence[Point]]) -> plots.Drawing:
-    """Draw each variant's test error against its steps."""
+def _curves(curves: Mapping[str, Sequence[Point]], figure: str) -> plots.Drawing:
+    """Draw each variant's figure against its steps."""
 
     def draw(axes: Axes) -> None:
         for index, (variant, points) in enumerate(curves.items()):
             axes.plot(
                 [point.step for point in points],
-                [point.test_error for point in points],
+                [point.value for point in points],
                 color=plots.SERIES[index % len(plots.SERIES)],
                 label=variant,
             )
         axes.set_xlabel("step")
-        axes.set_ylabel("test error")
+        axes.set_ylabel(figure.replace("_", " "))
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8.5)
 

@@ -51,10 +51,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """The test error of a variant after a step, as a mean over seeds."""
+    """A figure of a variant after a step, as a mean over seeds."""
 
     step: int
-    test_error: float
+    value: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Result:
     request: Request
     seeds: int
     verdicts: tuple[judging.Verdict, ...]
+    curve_figure: str  # test_error, or else the first claimed figure that evaluations have
     curves: Mapping[str, tuple[Point, ...]]  # by variant; empty where nothing is evaluated
     means: Mapping[str, judging.Figures]  # of each variant that has finished, over seeds
     seconds: float  # all trainings, with their start
@@ -178,31 +179,37 @@ def result(plan: Plan, seconds: float) -> Result:
     shares = []
     for training in plan.series:
         shares += machine.read(training.run_dir)
+    curves: dict[str, tuple[Point, ...]] = {}
+    for curve_figure in ["test_error", *(claim.figure for claim in claims)]:
+        curves = {name: _curve(dirs, curve_figure) for name, dirs in plan.run_dirs.items()}
+        if any(curves.values()):
+            break
     return Result(
         recipe=plan.recipe,
         request=plan.request,
         seeds=len(next(iter(plan.run_dirs.values()))),
         verdicts=tuple(judging.judge(claim, plan.run_dirs) for claim in claims),
-        curves={variant: _curve(dirs) for variant, dirs in plan.run_dirs.items()},
+        curve_figure=curve_figure,
+        curves=curves,
         means={variant: _means(dirs) for variant, dirs in plan.run_dirs.items()},
         seconds=seconds,
         busy=machine.sentence(shares),
     )
 
 
-def _curve(run_dirs: tuple[Path, ...]) -> tuple[Point, ...]:
-    """Return the mean test error over the seeds that have finished, by step."""
-    errors: dict[int, list[float]] = {}
+def _curve(run_dirs: tuple[Path, ...], figure: str) -> tuple[Point, ...]:
+    """Return a figure's mean over the seeds that have finished, by step."""
+    values: dict[int, list[float]] = {}
     for run_dir in run_dirs:
         path = RunDir(run_dir).evaluations
         if not path.exists():
             continue
         for line in path.read_text(encoding="utf-8").splitlines():
             evaluation = json.loads(line)
-            accuracy = evaluation.get("test_accuracy")
-            if accuracy is not None:
-                errors.setdefault(evaluation["step"], []).append(1 - accuracy)
-    return tuple(Point(step, sum(each) / len(each)) for step, each in sorted(errors.items()))
+            found = judging.numbers(evaluation)
+            if figure in found:
+                values.setdefault(evaluation["step"], []).append(found[figure])
+    return tuple(Point(step, sum(each) / len(each)) for step, each in sorted(values.items()))
 
 
 def _means(run_dirs: tuple[Path, ...]) -> dict[str, float]:

@@ -189,7 +189,7 @@ def test_the_page_keeps_other_recipes_and_names_misses(tmp_path: Path):
     runs = tmp_path / "runs"
     for seed in range(3):
         finished(runs / "wide" / str(seed), test_accuracy=0.5 + 0.1 * seed)
-        finished(runs / "narrow" / str(seed), test_accuracy=0.5 + 0.1 * seed)
+        finished(runs / "narrow" / str(seed), test_accuracy=0.5 + 0.1 * seed, test_found=0.25)
         evaluations = [{"step": step, "test_accuracy": 0.1 * step} for step in (1, 2)]
         text = "".join(json.dumps(each) + "\n" for each in evaluations)
         (runs / "wide" / str(seed) / "evaluations.jsonl").write_text(text)
@@ -197,9 +197,32 @@ def test_the_page_keeps_other_recipes_and_names_misses(tmp_path: Path):
     page.publish(running.result(running.plan(of, request, runs), 7.0), tmp_path / "results")
     tiny = running.Request(scale="tiny")
     of.claims.append(Claim(says="it learns", of="narrow", at_most=0.5, scales=["tiny"]))
+    of.claims.append(
+        Claim(says="it finds", figure="test_found", of="narrow", at_most=0.3, scales=["tiny"])
+    )
     page.publish(running.result(running.plan(of, tiny, runs), 1.0), tmp_path / "results")
     text = (tmp_path / "results" / "recipes.md").read_text()
     assert "| `test_error: wide / narrow <= 0.9` | 1.000 ± 0.000 | 3 | MISSED | 7 s |" in text
     assert "| it learns | `test_error: narrow <= 0.5` | 0.500 | 1 | met | 1 s |" in text
     assert "`scaletrain recipes run wide --workers 2 --set exchange=ring`" in text
+    assert "| variant | test_error | test_found |" in text, "what claims are about comes first"
     assert (tmp_path / "results" / "recipes" / "wide.svg").read_text().count("wide") >= 1
+
+
+def test_a_curve_is_that_of_a_claimed_figure_where_there_is_no_error(tmp_path: Path):
+    of = loaded(tmp_path)
+    runs = tmp_path / "runs"
+    for seed in range(3):
+        for variant in ("narrow", "wide"):
+            run_dir = finished(runs / variant / str(seed), test_ap50=0.5)
+            evaluations = [
+                {"step": step, "test_accuracy": None, "test_ap50": step * seed} for step in (1, 2)
+            ]
+            text = "".join(json.dumps(each) + "\n" for each in evaluations)
+            (run_dir / "evaluations.jsonl").write_text(text)
+    plan = running.plan(of, running.Request(), runs)
+    assert not any(running.result(plan, 1.0).curves.values()), "no claim is about it"
+    of.claims[0] = Claim(says="it finds", figure="test_ap50", of="wide", at_least=0.4)
+    result = running.result(plan, 1.0)
+    assert result.curve_figure == "test_ap50"
+    assert [(point.step, point.value) for point in result.curves["wide"]] == [(1, 1.0), (2, 2.0)]
