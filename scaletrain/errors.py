@@ -20,6 +20,13 @@ class TrainingError(UserError):
     exit_code = 1
 
 
+class Diverged(TrainingError):
+    """The loss, the gradients or the weights of a training are not finite any more.
+
+    It is a result of the training, too: recipes judge it.
+    """
+
+
 def unknown(what: str, value: str, allowed: Iterable[str]) -> UserError:
     """Return the error for a name that is not on a list; it shows the list and the nearest match.
 

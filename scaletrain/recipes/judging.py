@@ -48,16 +48,22 @@ class Verdict:
 
 
 def figures(run_dir: Path) -> dict[str, float]:
-    """Return the figures of a finished run that claims may name.
+    """Return the figures of a run that claims may name, once it has finished or diverged.
 
-    They are the numbers of its summary, ``test_error`` (1 - ``test_accuracy``), and
+    ``diverged`` is 1 for a run that ended since its loss, gradients or weights were not finite any
+    more, and 0 for any other. A diverged network is wrong about every sample: its ``test_error`` is
+    1, and it has no further figures.
+
+    The others are the numbers of its summary, ``test_error`` (1 - ``test_accuracy``), and
     ``model_bytes``: the size of the model's tensors, four bytes a parameter. Where the exchange
     counts them, ``sent_bytes`` are those that rank 0 sends in a step. With the callback
     ``compress`` they are also ``compressed_bytes``, the size of its file, and ``compression``, the
     times that this is smaller.
     """
+    if has_diverged(run_dir):
+        return {"diverged": 1.0, "test_accuracy": 0.0, "test_error": 1.0}
     summary = json.loads(RunDir(run_dir).summary.read_text(encoding="utf-8"))
-    found = numbers(summary)
+    found = {"diverged": 0.0, **numbers(summary)}
     size = model_bytes(run_dir)
     if size is not None:
         found["model_bytes"] = float(size)
@@ -81,6 +87,11 @@ def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     if "test_accuracy" in found:
         found["test_error"] = 1 - found["test_accuracy"]
     return found
+
+
+def has_diverged(run_dir: Path) -> bool:
+    """Return True if a run ended since its loss, gradients or weights were not finite."""
+    return not RunDir(run_dir).has_finished() and trainings.diverged(run_dir) is not None
 
 
 def judge(claim: Claim, run_dirs: Mapping[str, Sequence[Path]]) -> Verdict:
@@ -114,7 +125,7 @@ def judge(claim: Claim, run_dirs: Mapping[str, Sequence[Path]]) -> Verdict:
 
 def _fault(claim: Claim, run_dir: Path) -> str | None:
     """Return why a run cannot be judged; None if it can."""
-    if not RunDir(run_dir).has_finished():
+    if not RunDir(run_dir).has_finished() and not has_diverged(run_dir):
         return trainings.read_failure(run_dir) or "has not run"
     known = figures(run_dir)
     if claim.figure not in known:

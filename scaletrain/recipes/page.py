@@ -60,6 +60,7 @@ def _entry(result: Result, drawing: str) -> dict[str, Any]:
         "verdicts": [verdict.to_json() for verdict in result.verdicts],
         "figures": list(dict.fromkeys(verdict.claim.figure for verdict in result.verdicts)),
         "means": {variant: dict(figures) for variant, figures in result.means.items()},
+        "diverged": list(result.diverged),
         "seconds": result.seconds,
         "busy": result.busy,
         "drawing": drawing,
@@ -113,6 +114,9 @@ def _section(name: str, entry: Mapping[str, Any]) -> list[str]:
     for verdict in entry["verdicts"]:
         if verdict["reason"]:
             lines += ["", f"Not judged: {verdict['says']}: {verdict['reason']}"]
+    # Entries of earlier versions lack it.
+    for line in entry.get("diverged", []):
+        lines += ["", f"Diverged, so wrong about every sample (`test_error` 1): {line}"]
     if entry["drawing"]:
         lines += ["", f"![How the variants learn]({entry['drawing']})"]
     lines += ["", results.measured_on(entry["environment"])]

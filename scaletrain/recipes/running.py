@@ -67,7 +67,8 @@ class Result:
     verdicts: tuple[judging.Verdict, ...]
     curve_figure: str  # test_error, or else the first claimed figure that evaluations have
     curves: Mapping[str, tuple[Point, ...]]  # by variant; empty where nothing is evaluated
-    means: Mapping[str, judging.Figures]  # of each variant that has finished, over seeds
+    means: Mapping[str, judging.Figures]  # of each variant, over seeds that can be judged
+    diverged: tuple[str, ...]  # a line for each run that diverged
     seconds: float  # all trainings, with their start
     busy: str | None  # a sentence, if others used this machine meanwhile
 
@@ -192,6 +193,7 @@ def result(plan: Plan, seconds: float) -> Result:
         curve_figure=curve_figure,
         curves=curves,
         means={variant: _means(dirs) for variant, dirs in plan.run_dirs.items()},
+        diverged=_diverged(plan),
         seconds=seconds,
         busy=machine.sentence(shares),
     )
@@ -213,10 +215,20 @@ def _curve(run_dirs: tuple[Path, ...], figure: str) -> tuple[Point, ...]:
 
 
 def _means(run_dirs: tuple[Path, ...]) -> dict[str, float]:
-    """Return each figure's mean over the seeds that have finished."""
+    """Return each figure's mean over the seeds that have it."""
     values: dict[str, list[float]] = {}
     for run_dir in run_dirs:
-        if RunDir(run_dir).has_finished():
+        if RunDir(run_dir).has_finished() or judging.has_diverged(run_dir):
             for figure, value in judging.figures(run_dir).items():
                 values.setdefault(figure, []).append(value)
     return {figure: sum(each) / len(each) for figure, each in values.items()}
+
+
+def _diverged(plan: Plan) -> tuple[str, ...]:
+    """Return a line for each run that diverged."""
+    lines = []
+    for variant, run_dirs in plan.run_dirs.items():
+        for seed, run_dir in enumerate(run_dirs):
+            if judging.has_diverged(run_dir):
+                lines.append(f"{variant}, seed {seed}: {trainings.diverged(run_dir)}")
+    return tuple(lines)

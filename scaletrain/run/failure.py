@@ -17,7 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scaletrain.errors import UserError
+from scaletrain.errors import Diverged, UserError
 from scaletrain.host.names import host_name
 from scaletrain.run.layout import RunDir
 from scaletrain.world import World
@@ -33,6 +33,7 @@ class FailureKind(enum.StrEnum):
 
     EXCEPTION = "exception"  # it raised
     USER = "user"  # a person's mistake, told in one line without a traceback
+    DIVERGED = "diverged"  # its loss, gradients or weights are not finite any more
     SIGNAL = "signal"  # a signal ended it
     EXIT = "exit"  # it ended with a bad status and reported nothing
     CUT = "cut"  # the network between it and rank 0 is cut
@@ -92,9 +93,8 @@ def failure_from_exception(
     """
     failure = Failure(world.rank, host_name(), None, time.time(), FailureKind.EXCEPTION, "")
     if isinstance(error, UserError):
-        return failure._replace(
-            kind=FailureKind.USER, message=_one_line(str(error)), exit_code=error.exit_code
-        )
+        kind = FailureKind.DIVERGED if isinstance(error, Diverged) else FailureKind.USER
+        return failure._replace(kind=kind, message=_one_line(str(error)), exit_code=error.exit_code)
     failure = failure._replace(
         message=_one_line(f"{type(error).__name__}: {error}"),
         traceback=_traceback(error, runner_files),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from scaletrain.errors import TrainingError, UserError
+from scaletrain.errors import Diverged, UserError
 from scaletrain.run import progress
 from scaletrain.run.atomic import replacing
 from scaletrain.run.layout import RunDir
@@ -137,7 +137,7 @@ def check_saveable(state: State) -> None:
 
 
 def check_finite(step: int, model: nn.Module, run_dir: Path) -> None:
-    """Raise ``TrainingError`` that names the first parameter which holds nan or inf.
+    """Raise ``Diverged`` that names the first parameter which holds nan or inf.
 
     Parameters that are not trained and buffers may hold inf, as masks do.
     """
@@ -155,7 +155,7 @@ def check_finite(step: int, model: nn.Module, run_dir: Path) -> None:
         values = tensor.detach()
         is_bad = values.isnan().any() if _may_hold_inf(tensor) else ~values.isfinite().all()
         if is_bad:
-            raise TrainingError(
+            raise Diverged(
                 f"model: {plain_name(name)} holds nan or inf after step {step}: no checkpoint of"
                 f" it is written{_newest(run_dir)} (a lower optimizer.lr or a longer"
                 " lr_schedule.warmup_steps may help)"
@@ -197,7 +197,7 @@ def snapshot(
         buffers: see ``copy_to_cpu``.
 
     Raises:
-        TrainingError: weights are not finite.
+        Diverged: weights are not finite.
         UserError: an entry cannot be saved.
     """
     check_finite(step, state.model, run_dir)

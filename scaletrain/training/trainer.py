@@ -16,7 +16,7 @@ from scaletrain import plugins
 from scaletrain.config import RunConfig, exchange_label
 from scaletrain.config.checks import check_min_lr
 from scaletrain.config.schema import Named
-from scaletrain.errors import TrainingError, UserError
+from scaletrain.errors import Diverged, UserError
 from scaletrain.run.layout import RunDir
 from scaletrain.run.records import WARMUP_STEPS, RecordWriter, StepRecord, cut_lines, read_records
 from scaletrain.training import batch_norm, finite, learning_rate, optimizer, statistics
@@ -156,7 +156,7 @@ class Trainer:
         """Do one optimizer step: input, forward and backward (in passes), exchange, update.
 
         Raises:
-            TrainingError: a loss is not finite, or gradients have not been for many steps.
+            Diverged: a loss is not finite, or gradients have not been for many steps.
             DataEnded: no rank has a sample any more.
         """
         if self._vitals is None:  # here, since it counts for the thread that it is made on
@@ -500,7 +500,7 @@ class Trainer:
             group["lr"] = rate
 
     def _check_finite(self, update: Update, loss: StepLoss, passes: list[Batch]) -> None:
-        """Raise ``TrainingError`` if the loss so far is not finite, and that ends the run."""
+        """Raise ``Diverged`` if the loss so far is not finite, and that ends the run."""
         if self.config.nonfinite != "stop" or math.isfinite(loss.total):
             return
         reasons = []
@@ -511,7 +511,7 @@ class Trainer:
             for batch in passes:
                 reasons.append(finite.explain(self.workload, batch.content, batch.samples))
         found = next(filter(None, reasons), "every layer is finite, the loss alone is not")
-        raise TrainingError(
+        raise Diverged(
             f"step {self.next_step}, rank {self.world.rank}: the loss is {loss.total:g}: {found}"
             f" (scaletrain replay {self.run_dir} --step {self.next_step} --rank {self.world.rank}"
             " runs it once more; checkpoints are from before it; nonfinite: skip leaves such steps"
@@ -525,7 +525,7 @@ class Trainer:
         The gradient is the mean over all ranks, so all of them decide alike.
 
         Raises:
-            TrainingError: too many steps in a row were left out: the weights will not recover.
+            Diverged: too many steps in a row were left out: the weights will not recover.
         """
         is_finite = self._precision.unscale(update.model, update.optimizer)
         if is_finite and self.config.nonfinite != "stop":
@@ -535,7 +535,7 @@ class Trainer:
             return False
         self._left_out[update.model] += 1
         if self._left_out[update.model] == _MOST_LEFT_OUT:
-            raise TrainingError(
+            raise Diverged(
                 f"step {self.next_step}: the gradients of {_MOST_LEFT_OUT} steps in a row are not"
                 " finite (a smaller learning rate may help; nonfinite: stop says where it begins)"
             )

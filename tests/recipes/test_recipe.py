@@ -170,7 +170,10 @@ def test_a_run_that_failed_leaves_its_claims_unjudged(tmp_path: Path):
     assert not found.is_met and found.reason == "ours, seed 1: rank 0 at step 3: boom"
     claim = Claim(says="", figure="test_f1", of="ours", at_most=1.0)
     found = judging.judge(claim, {"ours": run_dirs["ours"][:1]})
-    assert "has no figure test_f1 (there are: test_accuracy, test_error, workers)" in found.reason
+    assert (
+        "has no figure test_f1 (there are: diverged, test_accuracy, test_error, workers)"
+        in found.reason
+    )
 
 
 def test_sent_bytes_are_a_mean_over_the_steps_that_count_them(tmp_path: Path):

@@ -20,6 +20,7 @@ from scaletrain.units import plural
 # ended.
 _STRENGTH = {
     FailureKind.USER: 0,
+    FailureKind.DIVERGED: 0,
     FailureKind.EXCEPTION: 0,
     FailureKind.SIGNAL: 0,
     FailureKind.EXIT: 0,
@@ -136,6 +137,7 @@ def choose(failures: Iterable[Failure]) -> Failure:
 _VERBS = {
     FailureKind.HANG: "hangs",
     FailureKind.USER: "stopped",
+    FailureKind.DIVERGED: "stopped",
     FailureKind.PEER: "lost another rank",
 }
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from scaletrain.host.forkserver import Forked
 from scaletrain.host.processes import telling_line
 from scaletrain.run.atomic import write_json
-from scaletrain.run.failure import FailureKind
+from scaletrain.run.failure import Failure, FailureKind
 from scaletrain.run.failure import read_failure as read_failure_file
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure import machine
@@ -100,6 +100,14 @@ def read_failure(directory: Path) -> str | None:
     return json.loads(path.read_text(encoding="utf-8"))["reason"]
 
 
+def diverged(directory: Path) -> str | None:
+    """Return when and why a training diverged; None if it has not run, or ended in another way."""
+    failure = _first_failure(directory)
+    if failure is None or failure.kind is not FailureKind.DIVERGED:
+        return None
+    return _described(failure)
+
+
 def _run(training: Training, starter: Starter) -> str:
     """Run one training and note how it ended. Return the same for people."""
     directory = training.run_dir
@@ -160,13 +168,23 @@ def _reason(directory: Path, log: Path, status: int) -> str:
 
     That is the earliest failure that is not the loss of a peer, else the command's output.
     """
-    failures = [read_failure_file(path) for _, path in RunDir(directory).all_failures()]
-    readable = [failure for failure in failures if failure is not None]
-    if readable:
-        # False sorts first: causes before consequences, then by time.
-        first = min(readable, key=lambda failure: (failure.kind in CONSEQUENCES, failure.time))
-        step = "" if first.step is None else f" at step {first.step}"
-        return f"rank {first.rank}{step}: {first.message}"
+    first = _first_failure(directory)
+    if first is not None:
+        return _described(first)
     text = log.read_text(encoding="utf-8", errors="replace")
     # Cut, since the reason becomes a cell of a table.
     return f"exit status {status}: {telling_line(text, 'it printed nothing')[:300]}"
+
+
+def _first_failure(directory: Path) -> Failure | None:
+    failures = [read_failure_file(path) for _, path in RunDir(directory).all_failures()]
+    readable = [failure for failure in failures if failure is not None]
+    if not readable:
+        return None
+    # False sorts first: causes before consequences, then by time.
+    return min(readable, key=lambda failure: (failure.kind in CONSEQUENCES, failure.time))
+
+
+def _described(failure: Failure) -> str:
+    step = "" if failure.step is None else f" at step {failure.step}"
+    return f"rank {failure.rank}{step}: {failure.message}"
