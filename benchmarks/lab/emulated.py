@@ -29,7 +29,9 @@ from scipy import optimize
 
 from scaletrain import plugins
 from scaletrain.collectives import cutting
-from scaletrain.scaling.predict.fit import Estimate, Timing, estimates_of
+from scaletrain.scaling.predict.calibration import Estimate
+from scaletrain.scaling.predict.fit import Timing
+from scaletrain.scaling.predict.search import estimates_of
 
 
 class EmulatedLinks(NamedTuple):

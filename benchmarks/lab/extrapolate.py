@@ -12,9 +12,8 @@ from benchmarks.lab import emulated
 from scaletrain.collectives.traffic import bytes_moved
 from scaletrain.scaling.model import Report, Row
 from scaletrain.scaling.predict import step_time
+from scaletrain.scaling.predict.calibration import Estimate, Fit
 from scaletrain.scaling.predict.fit import (
-    Estimate,
-    Fit,
     Timing,
     fit_exchanges,
     fit_report,

@@ -26,7 +26,7 @@ from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import Environment
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure.run import read_run
-from scaletrain.scaling.predict.fit import Estimate
+from scaletrain.scaling.predict.calibration import Estimate
 from scaletrain.scaling.predict.network import fabric_named
 from scaletrain.scaling.show import results
 from scaletrain.scaling.show.publish import read_report

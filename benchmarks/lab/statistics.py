@@ -19,7 +19,7 @@ from scaletrain.scaling.explain.compare import SMALL, CellChange
 from scaletrain.scaling.measure import intervals
 from scaletrain.scaling.measure.intervals import SESSION, Change, Mean
 from scaletrain.scaling.model import Repeat, Report, ReportHeader, Row
-from scaletrain.scaling.predict import fit
+from scaletrain.scaling.predict import calibration, fit
 from scaletrain.scaling.predict.network import Fabric
 from scaletrain.scaling.predict.step_time import ComputeCost, StepModel
 from scaletrain.scaling.show import results
@@ -104,8 +104,8 @@ def command(draws: int, jobs: int, out: Path) -> None:
         session=SESSION,
         scatter=SCATTER,
         small=SMALL,
-        model_error=fit.MODEL_ERROR,
-        decides=fit.DECIDES,
+        model_error=calibration.MODEL_ERROR,
+        decides=calibration.DECIDES,
         where=results.measured_on(environment()),
     )
     (out / "statistics.md").write_text(page, encoding="utf-8")
@@ -281,7 +281,9 @@ def calibrations(jobs: int) -> tuple[list[Fits], dict[str, dict[str, int]]]:
     return [_together(outcomes, workers) for workers in (8, 32)], figures
 
 
-def _outcome(fitted: fit.Fit, job: _Job, exchange: str, workers: int, later_s: float) -> _Outcome:
+def _outcome(
+    fitted: calibration.Fit, job: _Job, exchange: str, workers: int, later_s: float
+) -> _Outcome:
     def step_s(fabric: Fabric) -> float:
         model = StepModel(job.model.num_bytes, fitted.compute, fabric, fitted.overlap)
         return model.step_s(exchange, workers, SHARE)
@@ -290,7 +292,7 @@ def _outcome(fitted: fit.Fit, job: _Job, exchange: str, workers: int, later_s: f
     low_s, high_s = fitted.interval(step_s)
     return _Outcome(
         workers,
-        is_refused=most_s > fit.DECIDES * least_s,
+        is_refused=most_s > calibration.DECIDES * least_s,
         is_held=low_s <= later_s <= high_s,
         error=abs(step_s(fitted.fabric) / later_s - 1),
     )

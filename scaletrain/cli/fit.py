@@ -8,7 +8,7 @@ import click
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
-    from scaletrain.scaling.predict.fit import Estimate, Fit
+    from scaletrain.scaling.predict.calibration import Estimate, Fit
 
 
 @click.command()
@@ -43,6 +43,7 @@ def command(
     """
     from scaletrain.cli.simulate import model_bytes
     from scaletrain.scaling.predict import fit as fits
+    from scaletrain.scaling.predict.calibration import Calibration
     from scaletrain.scaling.show import publish
 
     if path.is_dir():
@@ -68,7 +69,7 @@ def command(
     fitted = fits.fit_report(report, num_bytes, overlap=not no_overlap, max_workers=max_workers)
     out = out or path.with_name("fit.json")
     # The job's size and batch go along: `simulate --fit` then needs no --model and no --batch.
-    fits.Calibration(fitted, num_bytes, rows[0].batch_size).write(out)
+    Calibration(fitted, num_bytes, rows[0].batch_size).write(out)
     _show(fitted)
     click.echo(f"written: {out}")
 

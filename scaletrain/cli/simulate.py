@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
-    from scaletrain.scaling.predict.fit import Calibration
+    from scaletrain.scaling.predict.calibration import Calibration
     from scaletrain.scaling.predict.layers import ModelTimes
     from scaletrain.scaling.predict.network import Fabric
     from scaletrain.scaling.predict.simulate import Point, SimulatedJob
@@ -216,7 +216,7 @@ def _list_networks() -> None:
 
 def _simulate(options: Options) -> None:
     from scaletrain.scaling.predict import simulate
-    from scaletrain.scaling.predict.fit import Calibration
+    from scaletrain.scaling.predict.calibration import Calibration
     from scaletrain.scaling.predict.layers import ModelTimes
     from scaletrain.scaling.predict.network import fabric_named
     from scaletrain.scaling.show import publish, simulation
@@ -310,7 +310,7 @@ def _check_decided(
         UserError: networks that explain the measurements equally well disagree about a step.
     """
     from scaletrain.scaling.predict import simulate
-    from scaletrain.scaling.predict.fit import DECIDES
+    from scaletrain.scaling.predict.calibration import DECIDES
 
     undecided = []
     for point in points:

@@ -11,6 +11,7 @@ from scaletrain.collectives.cost import Network
 from scaletrain.errors import UserError
 from scaletrain.scaling.model import Repeat, Report, ReportHeader, Row
 from scaletrain.scaling.predict import fit
+from scaletrain.scaling.predict.calibration import Calibration, Fit
 from scaletrain.scaling.predict.network import Fabric
 from scaletrain.scaling.predict.step_time import ComputeCost, StepModel
 
@@ -52,7 +53,7 @@ def test_a_latency_that_could_be_nothing_is_not_told():
     fitted = fit.fit_report(made, 1e5, overlap=False)
     assert "latency" not in fitted.unidentified
     assert fitted.latency_s.low < 20e-3 < fitted.latency_s.high
-    assert fit.Fit.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
+    assert Fit.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
 
 
 def test_steps_that_are_measured_later_lie_in_their_intervals():
@@ -77,7 +78,7 @@ def test_steps_that_are_measured_later_lie_in_their_intervals():
 def test_what_a_fit_leaves_open_is_refused_only_where_it_decides(tmp_path):
     made, _, _ = made_up(50e-6, 125e6, 4e6, 0.02, 1)
     fitted = fit.fit_report(made, 4e6, overlap=False)
-    fit.Calibration(fitted, num_bytes=4e6, batch_size=64).write(tmp_path / "fit.json")
+    Calibration(fitted, num_bytes=4e6, batch_size=64).write(tmp_path / "fit.json")
     common = ["simulate", "--fit", str(tmp_path / "fit.json"), "--mode", "weak", "--workers"]
     # A ring of 32 sends 62 messages one after the other: their latency decides.
     refused = CliRunner().invoke(cli, [*common, "2,4,32", "--strategy", "ring"])

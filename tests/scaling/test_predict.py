@@ -18,6 +18,7 @@ from scaletrain.collectives.traffic import bytes_moved
 from scaletrain.errors import UserError
 from scaletrain.scaling.model import Repeat, Report, ReportHeader, Row
 from scaletrain.scaling.predict import fit, simulate, step_time
+from scaletrain.scaling.predict.calibration import Calibration, Estimate, Fit
 from scaletrain.scaling.predict.layers import LayerTimes, ModelTimes
 from scaletrain.scaling.predict.network import (
     FABRICS,
@@ -318,13 +319,13 @@ def test_large_messages_do_not_tell_the_latency():
 
 
 def test_far_extrapolation_is_refused_unless_asked_for():
-    parameter = fit.Estimate(1.0, None, None)
-    made = fit.Fit(ComputeCost(0.01), parameter, parameter, True, [], max_workers=4)
+    parameter = Estimate(1.0, None, None)
+    made = Fit(ComputeCost(0.01), parameter, parameter, True, [], max_workers=4)
     made.check_reach(32, far=False)
     with pytest.raises(UserError, match="--far"):
         made.check_reach(33, far=False)
     made.check_reach(33, far=True)
-    assert fit.Fit.from_json(made.to_json()) == made
+    assert Fit.from_json(made.to_json()) == made
 
 
 def test_compute_is_a_line_over_batch_sizes():
@@ -515,14 +516,14 @@ def test_fit_finds_the_emulated_links_that_made_the_timings():
 
 
 def write_fit(path, latency, bandwidth):
-    made = fit.Fit(ComputeCost(0.001), latency, bandwidth, True, [], max_workers=4)
-    fit.Calibration(made, num_bytes=4e6, batch_size=64).write(path)
+    made = Fit(ComputeCost(0.001), latency, bandwidth, True, [], max_workers=4)
+    Calibration(made, num_bytes=4e6, batch_size=64).write(path)
     return str(path)
 
 
 def test_what_a_fit_does_not_tell_is_not_simulated_with(tmp_path):
     known, at_bound, wide = (
-        fit.Estimate(1e-4, 0.9e-4, 1.1e-4), fit.Estimate(1e12, None, None), fit.Estimate(1e9, 1e3, 1e15)
+        Estimate(1e-4, 0.9e-4, 1.1e-4), Estimate(1e12, None, None), Estimate(1e9, 1e3, 1e15)
     )  # fmt: skip
     assert known.is_identified and not at_bound.is_identified and not wide.is_identified
     for untold in (at_bound, wide):

@@ -29,7 +29,7 @@ from scaletrain.scaling.explain import headline, losses, report
 from scaletrain.scaling.measure import sweep
 from scaletrain.scaling.measure.run import read_run
 from scaletrain.scaling.model import Loss, Prediction, Repeat, Report, ReportHeader, Row
-from scaletrain.scaling.predict.fit import Estimate, Fit
+from scaletrain.scaling.predict.calibration import Estimate, Fit
 from scaletrain.scaling.predict.step_time import ComputeCost
 from scaletrain.scaling.show import plots, publish, render, results, table, text, trace
 

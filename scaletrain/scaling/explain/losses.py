@@ -11,7 +11,8 @@ from scaletrain.scaling.explain.limiter import Cause, Evidence, MeanStep, Steps
 from scaletrain.scaling.explain.measurements import Measurements, mean_part_s, rates, typical_runs
 from scaletrain.scaling.measure.intervals import typical
 from scaletrain.scaling.model import Cell, Loss, Row, Run
-from scaletrain.scaling.predict.fit import Fit, strategy_of
+from scaletrain.scaling.predict.calibration import Fit
+from scaletrain.scaling.predict.fit import strategy_of
 from scaletrain.scaling.predict.network import Fabric
 from scaletrain.scaling.predict.step_time import StepModel
 

@@ -15,7 +15,8 @@ from scaletrain.scaling.explain.rows import row_of
 from scaletrain.scaling.measure import machine, servers, sweep, trainings
 from scaletrain.scaling.measure.run import read_run
 from scaletrain.scaling.model import BatchPoint, Cell, Report, ReportHeader, Row
-from scaletrain.scaling.predict.fit import Fit, alike_but_for_exchange, best_fit, predictions
+from scaletrain.scaling.predict.calibration import Fit
+from scaletrain.scaling.predict.fit import alike_but_for_exchange, best_fit, predictions
 
 VERSION = 1  # of the format of report.json
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from scaletrain.errors import UserError
 from scaletrain.scaling.model import Report
 from scaletrain.scaling.predict import fit as fits
-from scaletrain.scaling.predict.fit import DECIDES, Fit
+from scaletrain.scaling.predict.calibration import DECIDES, FAR, Fit
 from scaletrain.scaling.predict.network import Fabric
 
 TOO_WIDE = 2.0  # times from end to end of an interval; a plan cannot rest on a wider one
@@ -60,10 +60,10 @@ class Extrapolation:
         batch_size = self.batch_size(workers)
         if workers > batch_size:
             raise UserError(f"{workers} workers cannot share a batch of {batch_size}")
-        farthest = fits.FAR * self._fit.max_workers
+        farthest = FAR * self._fit.max_workers
         if workers > farthest:
             raise UserError(
-                f"{workers} workers are more than {fits.FAR} times the {self._fit.max_workers} that"
+                f"{workers} workers are more than {FAR} times the {self._fit.max_workers} that"
                 " were measured"
             )
 

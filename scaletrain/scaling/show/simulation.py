@@ -10,7 +10,7 @@ from rich.table import Table
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 from scaletrain.scaling.predict import simulate, step_time
-from scaletrain.scaling.predict.fit import FAR
+from scaletrain.scaling.predict.calibration import FAR
 from scaletrain.scaling.predict.network import INCAST_S, INCAST_SENDERS
 from scaletrain.scaling.predict.simulate import Point, SimulatedJob
 from scaletrain.scaling.predict.step_time import Strategy
