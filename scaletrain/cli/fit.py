@@ -81,11 +81,27 @@ def _show(fitted: "Fit") -> None:
     click.echo(f"compute: {sample_ms:.4g} ms a sample + {step_ms:.4g} ms a step")
     click.echo(f"latency: {_in_words(fitted.latency_s, 'us', scale=1e6)}")
     click.echo(f"bandwidth: {_in_words(fitted.bandwidth_bytes_per_s, 'MB/s', scale=1e-6)}")
+    if fitted.workers_per_host > 1:
+        click.echo(
+            f"hosts: {fitted.workers_per_host} workers each; inside a host {_inside(fitted)}"
+        )
     for residual in fitted.residuals:
         click.echo(
             f"  {residual.exchange:<18} {residual.workers:>4} workers:"
             f" measured {1e3 * residual.measured_s:.2f} ms, residual {residual.error:+.1%}"
         )
+
+
+def _inside(fitted: "Fit") -> str:
+    """Return the rate between workers of a host in words."""
+    from scaletrain.scaling.predict.calibration import Estimate
+
+    bandwidths = []
+    for network in [fitted.fabric, *map(fitted.fabric_on, fitted.plausible)]:
+        bandwidths.append(network.local_link.bandwidth_bytes_per_s)
+    value, low, high = bandwidths[0], min(bandwidths), max(bandwidths)
+    # Nobody knows an upper end where no measured row lies on one host.
+    return _in_words(Estimate(value, low, high if high < 1e12 else None), "MB/s", scale=1e-6)
 
 
 def _in_words(estimate: "Estimate", unit: str, scale: float) -> str:

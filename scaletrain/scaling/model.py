@@ -666,6 +666,12 @@ class Report(_Fields):
         """Whether rows are of several configs or variants, so that a table has to name them."""
         return len({(row.config, str(row.variant)) for row in self.rows}) > 1
 
+    def hosts(self, row: Row) -> Counter[str]:
+        """Return how many workers of a row ran on each host; empty if that is not known."""
+        if self.header.launcher == "local":
+            return Counter({self.header.host or "": row.workers})
+        return Counter(rank.host for rank in row.ranks if rank.host)
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Return the report that ``to_json`` wrote.

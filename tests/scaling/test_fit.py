@@ -1,17 +1,20 @@
 """Tests of what ``scaling/predict/fit.py`` claims to know: made-up jobs, whose truth is known."""
 
+import dataclasses
 import json
 import math
 import random
 
+import pytest
 from click.testing import CliRunner
 
 from scaletrain.cli import cli
-from scaletrain.collectives.cost import Network
+from scaletrain.collectives.cost import Link, Network
 from scaletrain.errors import UserError
-from scaletrain.scaling.model import Repeat, Report, ReportHeader, Row
+from scaletrain.scaling.model import RankTimes, Repeat, Report, ReportHeader, Row
 from scaletrain.scaling.predict import fit
-from scaletrain.scaling.predict.calibration import Calibration, Fit
+from scaletrain.scaling.predict.calibration import DECIDES, Calibration, Fit
+from scaletrain.scaling.predict.extrapolate import Extrapolation
 from scaletrain.scaling.predict.network import Fabric
 from scaletrain.scaling.predict.step_time import ComputeCost, StepModel
 
@@ -89,3 +92,89 @@ def test_what_a_fit_leaves_open_is_refused_only_where_it_decides(tmp_path):
     assert done.exit_code == 0
     named = [*common, "32", "--strategy", "ring", "--network", "1gbit"]
     assert CliRunner().invoke(cli, named, catch_exceptions=False).exit_code == 0
+
+
+# Hosts with several workers
+
+PER_HOST = 4
+HOSTS = Fabric(
+    Network(1e-4, 1.2e8), "", workers_per_host=PER_HOST, local=Link(1e-5, 4e9), one_level=True
+)
+
+
+def of_hosts(counts, seed, error=0.01, num_bytes=2e7, fabric=HOSTS):
+    """Return a report of jobs that fill hosts of four workers, and their true model."""
+    draw = random.Random(seed)
+    true = StepModel(num_bytes, ComputeCost(1e-3, 0.0, 2e-3), fabric, False)
+    report, _, _ = made_up(1e-4, 1e9, num_bytes, 0.0, seed, counts=())
+    rows = [*report.rows]
+    for exchange in ("ring", "halving_doubling"):
+        for workers in counts:
+            step_s = true.step_s(exchange, workers, 64) * math.exp(draw.gauss(0, error))
+            ranks = []
+            for rank in range(workers):
+                host = f"h{rank // fabric.workers_per_host}"
+                ranks.append(RankTimes(rank, host, step_s, 0, 0, 0, 0, 0, 0, None))
+            row = Row("job", exchange, workers, 64 * workers, {}, step_s_mean=step_s,
+                      gradient_bytes=int(num_bytes), runs=(Repeat(1.0, step_s),), ranks=tuple(ranks))  # fmt: skip
+            rows.append(row)
+    rows[0] = dataclasses.replace(rows[0], gradient_bytes=int(num_bytes))
+    return dataclasses.replace(report, rows=tuple(rows)), true
+
+
+def forecast_s(fitted, num_bytes, exchange, workers):
+    """Return a predicted step, and the shortest and the longest that may be."""
+
+    def step_s(fabric):
+        return fit.step_model(fitted, num_bytes, fabric).step_s(exchange, workers, 64)
+
+    return step_s(fitted.fabric), *fitted.step_range(step_s)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hosts_with_several_workers_are_no_flat_network(seed: int):
+    report, true = of_hosts((2, 4, 8, 16), seed)
+    fitted = fit.fit_report(report, true.num_bytes, overlap=False)
+    assert fitted.workers_per_host == PER_HOST
+    assert fitted.local is not None
+    assert fitted.local.bandwidth_bytes_per_s == pytest.approx(4e9, rel=0.3)
+    assert fitted.bandwidth_bytes_per_s.value == pytest.approx(1.2e8, rel=0.1)
+    for exchange in ("ring", "halving_doubling", "two_level"):
+        truth_s = true.step_s(exchange, 64, 64)
+        predicted_s, low_s, high_s = forecast_s(fitted, true.num_bytes, exchange, 64)
+        assert predicted_s == pytest.approx(truth_s, rel=0.1)
+        assert low_s < 1.05 * truth_s and high_s > 0.95 * truth_s
+    # As if every worker had a port of its own, halving and doubling would be wrong by far.
+    flat = dataclasses.replace(
+        report, rows=tuple(dataclasses.replace(row, ranks=()) for row in report.rows)
+    )
+    blind = fit.fit_report(flat, true.num_bytes, overlap=False)
+    predicted_s, _, _ = forecast_s(blind, true.num_bytes, "halving_doubling", 64)
+    assert abs(predicted_s / true.step_s("halving_doubling", 64, 64) - 1) > 0.2
+    assert Fit.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
+
+
+def test_an_unknown_link_inside_hosts_is_refused_where_it_decides():
+    # No row lies on one host. Where the network is slow, what is inside decides nothing.
+    report, true = of_hosts((8, 16, 32), seed=1)
+    fitted = fit.fit_report(report, true.num_bytes, overlap=False)
+    predicted_s, low_s, high_s = forecast_s(fitted, true.num_bytes, "ring", 64)
+    assert high_s < DECIDES * low_s
+    assert predicted_s == pytest.approx(true.step_s("ring", 64, 64), rel=0.1)
+    # Four workers of one host exchange through that link alone.
+    _, low_s, high_s = forecast_s(fitted, true.num_bytes, "ring", PER_HOST)
+    assert high_s > DECIDES * low_s
+
+
+def test_workers_whose_hosts_nobody_knows_are_not_predicted():
+    report, _ = of_hosts((2, 4, 8, 16), seed=2)
+    other, _ = of_hosts((8,), 2, fabric=dataclasses.replace(HOSTS, workers_per_host=2))
+    mixed = dataclasses.replace(report, rows=(*report.rows, *other.rows[1:]))
+    with pytest.raises(UserError, match="hosts had 2 and 4 workers each"):
+        Extrapolation(mixed, "ring").forecast(32)
+
+
+def test_rows_of_one_host_alone_do_not_calibrate_a_network():
+    report, true = of_hosts((2, 4, 8, 16), seed=3)
+    with pytest.raises(UserError, match="lie on one host"):
+        fit.fit_report(report, true.num_bytes, max_workers=4)

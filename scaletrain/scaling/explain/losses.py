@@ -226,14 +226,15 @@ def _predicted_alternative(row: Row, fitted: Fit) -> str | None:
         model = StepModel(gradient_bytes, fitted.compute, fabric, fitted.overlap)
         return model.step_s(name, row.workers, share)
 
-    # ``two_level`` needs to know which workers share a host, which a row does not say.
-    collectives = [name for name in plugins.names("collective") if name != "two_level"]
+    collectives = list(plugins.names("collective"))
+    if fitted.workers_per_host == 1:
+        collectives.remove("two_level")  # every host has one worker, or all share one
     best = min(collectives, key=lambda name: predicted_s(name, fitted.fabric))
     if best == strategy:
         return None
     # Every network that explains the measurements has to agree, so the least gain counts. Only the
     # ratio is the model's: an error that both predictions share cancels.
-    networks = [fitted.fabric, *[Fabric(network, "") for network in fitted.plausible]]
+    networks = [fitted.fabric, *[fitted.fabric_on(network) for network in fitted.plausible]]
     gain = min(predicted_s(strategy, on) / predicted_s(best, on) for on in networks)
     if gain < WORTH:
         return None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
@@ -192,19 +191,12 @@ def _workers_per_node(reports: Sequence[Report]) -> int:
     most = 0
     for report in reports:
         for row in report.rows:
-            most = max([most, *_hosts(row, report).values()])
+            most = max([most, *report.hosts(row).values()])
     if not most:
         raise UserError(
             "--workers-per-node is missing: the reports do not say on which hosts workers ran"
         )
     return most
-
-
-def _hosts(row: Row, report: Report) -> Counter[str]:
-    """Return how many workers of a row ran on each host; empty if the report does not say."""
-    if report.header.launcher == "local":
-        return Counter({report.header.host or "": row.workers})
-    return Counter(rank.host for rank in row.ranks if rank.host)
 
 
 def _scaling(
@@ -301,7 +293,7 @@ class _Predicting:
         """
         row = self._largest
         nodes = -(-workers // self._per_node)
-        hosts = len(_hosts(row, self._report)) or -(-row.workers // self._per_node)
+        hosts = len(self._report.hosts(row)) or -(-row.workers // self._per_node)
         if nodes > 1 and hosts == 1:
             raise UserError(
                 "all workers that were measured shared one host, which tells nothing of the network"

@@ -7,11 +7,11 @@ refused (``Fit.step_range``).
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scaletrain.collectives.cost import Network
+from scaletrain.collectives.cost import Link, Network
 from scaletrain.errors import UserError
 from scaletrain.run.atomic import write_json
 from scaletrain.scaling.model import Prediction
@@ -76,6 +76,9 @@ class Fit(NamedTuple):
         max_workers: the largest number of workers in these measurements.
         plausible: networks that explain the measurements about as well (see ``FittedNetwork``).
         spread: how far from the model 95 % of the measured steps lie at most, as logarithms.
+        workers_per_host: of the measured hosts.
+        local: the link between workers of a host; None: as fast as the port. ``plausible`` networks
+            have their own.
     """
 
     compute: ComputeCost
@@ -86,11 +89,24 @@ class Fit(NamedTuple):
     max_workers: int
     plausible: tuple[Network, ...] = ()
     spread: float = NORMAL_975 * MODEL_ERROR
+    workers_per_host: int = 1
+    local: Link | None = None
 
     @property
     def fabric(self) -> Fabric:
         """The fitted network."""
-        return FittedNetwork(self.latency_s, self.bandwidth_bytes_per_s).fabric
+        network = Network(self.latency_s.value, self.bandwidth_bytes_per_s.value)
+        return self.fabric_on(network._replace(local=self.local))
+
+    def fabric_on(self, network: Network) -> Fabric:
+        """Return the measured hosts on a network, such as one that is plausible as well."""
+        return Fabric(
+            network._replace(local=None),
+            "fitted",
+            workers_per_host=self.workers_per_host,
+            local=network.local,
+            one_level=True,
+        )
 
     @property
     def unidentified(self) -> list[str]:
@@ -106,7 +122,7 @@ class Fit(NamedTuple):
             latency_s = assumed.latency_s
         if not self.bandwidth_bytes_per_s.is_identified:
             bandwidth = assumed.bandwidth_bytes_per_s
-        return Fabric(Network(latency_s, bandwidth), "fitted")
+        return self.fabric_on(Network(latency_s, bandwidth, local=self.local))
 
     def step_range(self, step_s: Callable[[Fabric], float]) -> tuple[float, float]:
         """Return the shortest and the longest step that the measurements leave possible.
@@ -116,7 +132,7 @@ class Fit(NamedTuple):
         """
         steps = [step_s(self.fabric)]
         for network in self.plausible:
-            steps.append(step_s(Fabric(network, "")))
+            steps.append(step_s(self.fabric_on(network)))
         return min(steps), max(steps)
 
     def interval(self, step_s: Callable[[Fabric], float]) -> tuple[float, float]:
@@ -157,8 +173,10 @@ class Fit(NamedTuple):
             "bandwidth_bytes_per_s": self.bandwidth_bytes_per_s._asdict(),
             "overlap": self.overlap,
             "max_workers": self.max_workers,
-            "plausible": [[at.latency_s, at.bandwidth_bytes_per_s] for at in self.plausible],
+            "plausible": [_figures(network) for network in self.plausible],
             "spread": self.spread,
+            "workers_per_host": self.workers_per_host,
+            "local": _link_figures(self.local),
             "residuals": [residual.to_json() for residual in self.residuals],
         }
 
@@ -176,9 +194,32 @@ class Fit(NamedTuple):
             overlap=value["overlap"],
             residuals=[Prediction.from_json(residual) for residual in value["residuals"]],
             max_workers=value["max_workers"],
-            plausible=tuple(Network(*figures) for figures in value.get("plausible", ())),
+            plausible=tuple(_network(figures) for figures in value.get("plausible", ())),
             spread=value.get("spread", NORMAL_975 * MODEL_ERROR),
+            workers_per_host=value.get("workers_per_host", 1),
+            local=_link(value.get("local", ())),
         )
+
+
+def _figures(network: Network) -> list[float]:
+    """Return latency and bandwidth, followed by those inside a host if they are its own."""
+    return [network.latency_s, network.bandwidth_bytes_per_s, *_link_figures(network.local)]
+
+
+def _link_figures(link: Link | None) -> list[float]:
+    return [] if link is None else [link.latency_s, link.bandwidth_bytes_per_s]
+
+
+def _network(figures: Sequence[float]) -> Network:
+    latency_s, bandwidth, *local = figures
+    return Network(latency_s, bandwidth, local=_link(local))
+
+
+def _link(figures: Sequence[float]) -> Link | None:
+    if not figures:
+        return None
+    latency_s, bandwidth = figures
+    return Link(latency_s, bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)

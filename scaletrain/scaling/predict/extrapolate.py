@@ -44,6 +44,7 @@ class Extrapolation:
         self._is_strong = report.header.mode == "strong"
         self._row = next(row for row in rows if row.exchange == exchange)
         self._fit = _fit(report, self._num_bytes)
+        self._workers_per_host = fits.workers_per_host(report)
 
     def batch_size(self, workers: int) -> int:
         """Return the batch of so many workers together."""
@@ -65,6 +66,12 @@ class Extrapolation:
             raise UserError(
                 f"{workers} workers are more than {FAR} times the {self._fit.max_workers} that"
                 " were measured"
+            )
+
+        if len(self._workers_per_host) > 1:
+            numbers = " and ".join(map(str, self._workers_per_host))
+            raise UserError(
+                f"hosts had {numbers} workers each, so nobody knows how {workers} would be placed"
             )
 
         def step_s(fabric: Fabric) -> float:

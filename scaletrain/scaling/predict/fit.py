@@ -2,6 +2,11 @@
 
 The network is fitted to the time that exchanges add (``search``). Residuals are kept, so that a
 reader can judge the fit.
+
+Where several workers share a host and some rows lie on several hosts, there are two levels: rows on
+one host tell the link between its workers, and the others tell the network. Without rows on one
+host, that link may be anything from as fast as a port to infinitely fast. Networks that fit with
+either are plausible, and where they disagree about a prediction it is refused.
 """
 
 import dataclasses
@@ -13,7 +18,7 @@ import numpy as np
 from scipy import optimize
 
 from scaletrain import plugins
-from scaletrain.collectives.cost import Network
+from scaletrain.collectives.cost import Link, Network
 from scaletrain.config.grammar import without_transport
 from scaletrain.errors import UserError
 from scaletrain.scaling.model import Prediction, Report, Row
@@ -25,6 +30,9 @@ from scaletrain.scaling.predict.step_time import ComputeCost, StepModel
 
 # What a server's process moves is part of the bandwidth that is fitted.
 _AS_MEASURED = Servers(bytes_per_s=math.inf)
+# Links inside hosts that are tried where no row tells: so many times as fast as the port, or ideal.
+_FASTER_INSIDE = (2, 4, 16)
+_IDEAL_LINK = Link(0.0, 1e15)
 
 
 class Timing(NamedTuple):
@@ -114,6 +122,12 @@ class _ExchangeStep(NamedTuple):
     strategy: str
     measured_s: float
     alone: ComputeCost | None  # of the same workers without an exchange; None: not measured
+    per_host: int = 1  # workers; 1 also where all rows lie on one host, which is one level
+
+    @property
+    def is_on_one_host(self) -> bool:
+        """True if it tells nothing of the network between hosts."""
+        return self.per_host >= self.row.workers
 
     def predicted_s(self, model: StepModel) -> float:
         """Return the step that a model predicts.
@@ -123,12 +137,27 @@ class _ExchangeStep(NamedTuple):
         """
         if self.alone is not None:
             model = dataclasses.replace(model, compute=self.alone)
+        fabric = dataclasses.replace(model.fabric, workers_per_host=self.per_host)
+        model = dataclasses.replace(model, fabric=fabric)
         workers = self.row.workers
         return model.step_s(self.strategy, workers, self.row.batch_size / workers)
 
 
-def _exchange_steps(rows: Sequence[Row], measured: Sequence[Row]) -> list[_ExchangeStep]:
+def workers_per_host(report: Report) -> list[int]:
+    """Return how many workers shared a host in rows on several hosts; [1] if there are none."""
+    numbers = set()
+    for row in _with_runs([*report.references, *report.rows]):
+        hosts = report.hosts(row)
+        if len(hosts) > 1:
+            numbers.add(max(hosts.values()))
+    return sorted(numbers) or [1]
+
+
+def _exchange_steps(
+    report: Report, rows: Sequence[Row], measured: Sequence[Row]
+) -> list[_ExchangeStep]:
     """Return the steps of ``rows`` that have a model; ``measured`` may hold their runs alone."""
+    has_two_levels = max(workers_per_host(report)) > 1
     alone = {}
     for row in measured:
         if row.exchange == "none":
@@ -140,7 +169,10 @@ def _exchange_steps(rows: Sequence[Row], measured: Sequence[Row]) -> list[_Excha
         strategy = strategy_of(row.exchange)
         if row.workers > 1 and strategy:
             measured_s = _figure(row.step_s_mean)
-            steps.append(_ExchangeStep(row, strategy, measured_s, alone.get(_job(row))))
+            per_host = 1
+            if has_two_levels:
+                per_host = max([1, *report.hosts(row).values()])
+            steps.append(_ExchangeStep(row, strategy, measured_s, alone.get(_job(row)), per_host))
     return steps
 
 
@@ -172,19 +204,14 @@ def fit_report(
     if max_workers is not None:
         used = [row for row in used if row.workers <= max_workers]
     compute = fit_compute([row for row in used if row.exchange == "none" and row.workers == 1])
-    steps = _exchange_steps(used, used)
+    steps = _exchange_steps(report, used, used)
     if not steps:
         raise UserError(
             "fit: no exchange between several workers in the report has a model"
             " (collectives, native, parameter_server)"
         )
-
-    def residuals(network: Network) -> list[float]:
-        model = StepModel(num_bytes, compute, Fabric(network, ""), overlap, servers=_AS_MEASURED)
-        # Logarithms of ratios: short steps weigh as much as long ones.
-        return [math.log(step.predicted_s(model) / step.measured_s) for step in steps]
-
-    network = best_network(residuals)
+    measured = _Measured(compute, num_bytes, overlap, steps)
+    network, local = measured.network()
     fitted = Fit(
         compute=compute,
         latency_s=network.latency_s,
@@ -193,14 +220,91 @@ def fit_report(
         residuals=[],
         max_workers=max(row.workers for row in used),
         plausible=network.plausible,
+        workers_per_host=workers_per_host(report)[-1],
+        local=local,
     )
     # Residuals are the finished fit's own predictions, so they come last.
     # The spread is part of their intervals, so it comes before them.
-    errors = np.array(residuals(fitted.fabric.network))
+    errors = np.array(measured.residuals(steps, fitted.fabric.network, local))
     # Latency and bandwidth have taken two.
     error = ModelError.of(errors, max(1, len(errors) - 2))
     fitted = fitted._replace(spread=error.quantile * error.deviation)
     return fitted._replace(residuals=_predicted(fitted, steps, num_bytes))
+
+
+class _Measured(NamedTuple):
+    """The steps that a network is fitted to, and what is known about their job."""
+
+    compute: ComputeCost
+    num_bytes: float
+    overlap: bool
+    steps: Sequence[_ExchangeStep]
+
+    def network(self) -> tuple[FittedNetwork, Link | None]:
+        """Return the network that explains the steps best, and the link inside its hosts.
+
+        The link is None where every worker has a host of its own, or it is as fast as the port.
+        """
+        if all(step.per_host == 1 for step in self.steps):
+            return self._fitted(self.steps, None), None
+        between = [step for step in self.steps if not step.is_on_one_host]
+        inside = [step for step in self.steps if step.is_on_one_host]
+        if not between:
+            raise UserError(
+                "fit: rows up to --max-workers lie on one host, which tells nothing of the network"
+                " between hosts (allowed: a larger --max-workers)"
+            )
+        if inside:
+            # Nothing leaves these hosts, so that what is fitted is the link inside.
+            link = self._fitted(inside, None)
+            networks = [link.fabric.network, *link.plausible]
+            links = [Link(at.latency_s, at.bandwidth_bytes_per_s) for at in networks]
+            return self._on_links(between, links)
+        port = self._fitted(between, _IDEAL_LINK).fabric.network
+        faster = []
+        for factor in _FASTER_INSIDE:
+            faster.append(Link(port.latency_s, factor * port.bandwidth_bytes_per_s))
+        return self._on_links(between, [None, *faster, _IDEAL_LINK])
+
+    def _on_links(
+        self, steps: Sequence[_ExchangeStep], links: Sequence[Link | None]
+    ) -> tuple[FittedNetwork, Link | None]:
+        """Return the best network, fitted to some steps, and the link of its hosts.
+
+        Links with which a network explains all steps hardly worse are plausible as well.
+        """
+        fits = [self._fitted(steps, link) for link in links]
+        errors = []
+        for fitted, link in zip(fits, links, strict=True):
+            errors.append(np.array(self.residuals(self.steps, fitted.fabric.network, link)))
+        sums = [float(np.square(each).sum()) for each in errors]
+        best = sums.index(min(sums))
+        model_error = ModelError.of(errors[best], max(1, len(self.steps) - 2))
+        limit = sums[best] + (model_error.quantile * model_error.deviation) ** 2
+        plausible: dict[Network, None] = {}
+        for fitted, link, total in zip(fits, links, sums, strict=True):
+            if total <= limit:
+                for network in fitted.plausible:
+                    plausible[network._replace(local=link)] = None
+        return fits[best]._replace(plausible=tuple(plausible)), links[best]
+
+    def residuals(
+        self, steps: Sequence[_ExchangeStep], network: Network, local: Link | None
+    ) -> list[float]:
+        """Return by which logarithms steps on a network are longer than measured.
+
+        Args:
+            steps: of these.
+            network: between hosts.
+            local: inside hosts; None: as fast as the network.
+        """
+        fabric = Fabric(network, "", local=local, one_level=True)
+        model = StepModel(self.num_bytes, self.compute, fabric, self.overlap, servers=_AS_MEASURED)
+        # Logarithms of ratios: short steps weigh as much as long ones.
+        return [math.log(step.predicted_s(model) / step.measured_s) for step in steps]
+
+    def _fitted(self, steps: Sequence[_ExchangeStep], local: Link | None) -> FittedNetwork:
+        return best_network(lambda network: self.residuals(steps, network, local))
 
 
 def best_fit(report: Report, num_bytes: float, max_workers: int | None = None) -> Fit:
@@ -229,7 +333,7 @@ def for_other_workers(fitted: Fit, report: Report, num_bytes: float) -> Fit:
     model = step_model(fitted, num_bytes, fitted.fabric)
     errors = []
     # Without runs of the workers alone, their computation is the model's.
-    for step in _exchange_steps(_with_runs(report.rows), []):
+    for step in _exchange_steps(report, _with_runs(report.rows), []):
         errors.append(math.log(step.predicted_s(model) / step.measured_s))
     error = ModelError.of(np.array(errors), max(1, len(errors) - 2))
     return fitted._replace(spread=max(fitted.spread, error.quantile * error.deviation))
@@ -253,7 +357,7 @@ def predictions(fitted: Fit, report: Report, num_bytes: float) -> list[Predictio
         num_bytes: size of the gradients.
     """
     measured = _with_runs([*report.references, *report.rows])
-    steps = _exchange_steps(_with_runs(report.rows), measured)
+    steps = _exchange_steps(report, _with_runs(report.rows), measured)
     return _predicted(fitted, steps, num_bytes)
 
 

@@ -44,6 +44,8 @@ class Fabric:
         workers_per_host: workers that share a host's port.
         local: the link between workers of a host; None: as fast as the port.
         drops_packets: it carries TCP, whose packets a full switch drops.
+        one_level: a collective runs over all workers, host by host, as our engine does; else it
+            runs between hosts, whose workers reduce inside first, as in NCCL and ``two_level``.
     """
 
     network: Network
@@ -51,6 +53,12 @@ class Fabric:
     workers_per_host: int = 1
     local: Link | None = None
     drops_packets: bool = False
+    one_level: bool = False
+
+    @property
+    def local_link(self) -> Link:
+        """The link between workers of a host."""
+        return self.local or Link(self.network.latency_s, self.network.bandwidth_bytes_per_s)
 
 
 def _ethernet(gbit: float, latency_s: float) -> Network:
@@ -180,7 +188,7 @@ def allreduce_s(
 
     Where several workers share a host, they reduce inside it (reduce-scatter and all-gather over
     the local link), and the collective runs between hosts, whose ports carry the message once. Both
-    go on side by side, in as many parts as are fastest.
+    go on side by side, in as many parts as are fastest. ``Fabric.one_level`` is the other case.
 
     Args:
         collective: an algorithm, such as ``ring``.
@@ -191,6 +199,8 @@ def allreduce_s(
     """
     if workers <= 1:
         return 0.0
+    if fabric.one_level and fabric.workers_per_host > 1:
+        return _one_level_s(collective, workers, num_bytes, fabric, segments)
     hosts, workers_inside = _hosts(workers, fabric)
     if hosts == 1:
         return _inside_host_s(workers_inside, num_bytes, fabric)
@@ -205,12 +215,32 @@ def allreduce_s(
     return min(choices)
 
 
+def _one_level_s(
+    collective: str, workers: int, num_bytes: float, fabric: Fabric, segments: int | None
+) -> float:
+    """Return the seconds of an allreduce whose schedule runs over all workers, host by host.
+
+    In each round, messages inside hosts and between them go on side by side: the slower ones count.
+    """
+    port, local = fabric.network, fabric.local_link
+    total_s = 0.0
+    # To the schedule, a host is a leaf: what leaves it goes through its port.
+    for load in _loads(collective, workers, fabric.workers_per_host, segments):
+        round_s = load.messages * local.latency_s
+        round_s += load.one_way * num_bytes / local.bandwidth_bytes_per_s
+        if load.uplink:
+            between_s = load.messages * port.latency_s
+            between_s += load.uplink * num_bytes / port.bandwidth_bytes_per_s
+            round_s = max(round_s, between_s)
+        total_s += load.repeats * round_s
+    return total_s
+
+
 def _inside_host_s(workers: int, num_bytes: float, fabric: Fabric) -> float:
     """Return the seconds of a ring's reduce-scatter and all-gather between a host's workers."""
     if workers <= 1:
         return 0.0
-    port = Link(fabric.network.latency_s, fabric.network.bandwidth_bytes_per_s)
-    link = fabric.local or port
+    link = fabric.local_link
     piece_s = num_bytes / workers / link.bandwidth_bytes_per_s
     # 2 (n - 1) rounds of a ring, in each of which a worker sends one n-th.
     return 2 * (workers - 1) * (link.latency_s + piece_s)
@@ -222,6 +252,8 @@ def _loads(
 ) -> tuple[cost.Load, ...]:
     """Return a schedule's loads. They do not depend on speeds: a fit makes each only once."""
     options = {} if segments is None else {"segments": segments}
+    if collective == "two_level" and hosts_per_leaf:
+        options["ranks_per_host"] = hosts_per_leaf  # as the engine does
     return tuple(cost.loads_by_name(collective, size, hosts_per_leaf, **options))
 
 
