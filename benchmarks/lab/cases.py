@@ -66,6 +66,7 @@ class Series:
         overlap: whether the exchange hides behind backward; None: the source does not say.
         servers: what the servers are like, if there are any.
         assumed: inputs that the source does not give.
+        assumed_between: those that matter only to points on several hosts.
         forward: the part of a pass behind which nothing hides.
     """
 
@@ -82,13 +83,17 @@ class Series:
     overlap: bool | None
     servers: Servers
     assumed: tuple[str, ...]
+    assumed_between: tuple[str, ...]
     forward: float
 
     def inputs(self, point: "Measured") -> str:
         """Return how much of a prediction's input is published."""
         if point.is_fitted:
             return "fitted"
-        return "assumed" if self.assumed else "known"
+        on_several_hosts = point.workers > self.fabric.workers_per_host
+        if self.assumed or (on_several_hosts and self.assumed_between):
+            return "assumed"
+        return "known"
 
     def share(self, workers: int) -> float:
         """Return the samples of one worker in a step."""
@@ -149,6 +154,7 @@ def _series(value: Mapping[str, Any], sources: Mapping[str, str]) -> Series:
             fed_by_host=value.get("fed_by_host", False),
         ),
         assumed=tuple(value.get("assumed", ())),
+        assumed_between=tuple(value.get("assumed_between", ())),
         forward=0.0 if value.get("hides_behind_forward") else USUAL_PROFILE.forward,
     )
 

@@ -666,8 +666,15 @@ def test_published_cases_keep_their_median_error():
     assert len(series) > 30 and len(left_out) > 3
     made = [case for one in series for case in cases.evaluate(one)]
     known, *_, predicted = cases.summaries(made)
-    assert known.count >= 40 and known.median < 0.04
+    assert known.count >= 35 and known.median < 0.04
     assert predicted.count >= 100 and predicted.median < 0.05
+    # What a source leaves open of the network does not matter inside one host.
+    container = [case for case in made if case.series.endswith("TensorFlow 1, batch 32, later")]
+    assert [(case.workers, case.inputs) for case in container] == [
+        (8, "known"),
+        (16, "assumed"),
+        (32, "assumed"),
+    ]
     # Nothing is fitted but what says so, and no point is left out.
     assert {case.inputs for case in made} == {"known", "assumed", "fitted"}
     assert len(made) == sum(len(one.points) for one in series)
