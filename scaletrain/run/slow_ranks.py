@@ -7,6 +7,7 @@
    busy machine do not matter.
 2. What the garbage collector and other processes took from each part is measured, too. It is
    compared by itself, and left out of the parts: noise of a busy machine is no work of a rank.
+   Cores are stolen from a rank if it loses twice as much as is usual at that time.
 3. A rank that is held up only now and then counts if it is the same rank again and again. If it is
    another rank each time, the slowness rotates, and no rank is to blame.
 
@@ -189,8 +190,13 @@ def _slow_rank(window: StepTable, place: int) -> Culprit | None:
         return None
     culprit = None
     for kind in window.steps[0].by_kind:
+        least_s = floor_s
+        if kind is Kind.STOLEN_CORES:
+            # On a busy machine, all ranks lose their cores for a while, and some more than others.
+            usual = [statistics.median_low(step.by_kind[kind]) for step in window.steps]
+            least_s = max(floor_s, statistics.median(usual))
         cost = _median([_excess(step.by_kind[kind], place) for step in window.steps])
-        if cost.low >= floor_s and (culprit is None or cost.value > culprit.cost_s):
+        if cost.low >= least_s and (culprit is None or cost.value > culprit.cost_s):
             culprit = window.culprit(kind, [place], cost)
     return culprit
 

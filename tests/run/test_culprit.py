@@ -103,6 +103,15 @@ def test_a_rank_that_makes_up_in_one_part_what_it_loses_in_another_holds_up_nobo
     assert find([run[0], RankSteps(1, "h0", faster)]) == []
 
 
+@pytest.mark.parametrize(("lost_s", "is_named"), [(0.05, False), (0.15, True)])
+def test_cores_that_all_ranks_lose_are_not_stolen_from_one(lost_s: float, is_named: bool):
+    # A machine with too many processes: everybody waits for a core, rank 0 longer than the others.
+    slow = dict.fromkeys(range(1, 4), (Kind.STOLEN_CORES, 0.03))
+    culprits = find(made_up(4, 40, seed=8, slow=slow | {0: (Kind.STOLEN_CORES, lost_s)}))
+    named = [(culprit.kind, culprit.ranks) for culprit in culprits]
+    assert named == ([(Kind.STOLEN_CORES, (0,))] if is_named else [])
+
+
 def test_hardly_any_alarm_in_clean_runs_with_much_noise():
     alarms = 0
     for seed in range(150):
