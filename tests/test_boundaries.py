@@ -137,6 +137,7 @@ FOREIGN_FORMATS = {
     "parameter_server/server/endpoint.py": "the reason before an error's text",
     "parameter_server/worker/link.py": "host:port",
     "rehearsal/links.py": "/proc/net/dev",
+    "training/data/vowels.py": "the dimensions of a time series in a .ts file",
     "run/environment.py": "/proc/cpuinfo",
     "launching/reach.py": "slots in host files of MPI",
 }
