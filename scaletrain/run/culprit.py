@@ -47,7 +47,8 @@ class Culprit:
     ranks: tuple[int, ...]  # empty: another rank each time, or all alike
     hosts: tuple[str, ...]  # of these ranks or servers
     cost_s: float  # seconds a step that the others wait
-    low_s: float  # with the next one, an interval of the cost: 99.9 % for a rank that stays slow
+    # An interval of the cost: 99.9 % for a rank that stays slow, else 95 %.
+    low_s: float
     high_s: float
     step_s: float  # of a median step in these steps
     first_step: int

@@ -9,13 +9,15 @@
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from scaletrain.run.culprit import Culprit, Kind
 from scaletrain.run.links import Connection, LinkSample
-from scaletrain.run.slow_ranks import FEWEST, SHARE, RankSteps, StepTable
+from scaletrain.run.slow_ranks import FEWEST, SHARE, Cost, RankSteps, StepTable, mean_cost
 
 _SLOW = 2.5  # times slower than others: fan-out alone makes links unequal
 _LEAST_BYTES = 256 << 10  # moved in a window: less says nothing about a speed
@@ -47,9 +49,9 @@ def slow_links(
     began = min(each.records[0].time for each in ranks)
     links = _comparable(_links(ranks, servers, began))
     suspicion = _lossy(links) or _slow_host(links) or _slow_link(links)
-    if suspicion is None or suspicion.share < SHARE:
+    if suspicion is None or suspicion.share.value < SHARE:
         return []
-    cost_s = suspicion.share * statistics.fmean(step.step_s for step in table.steps)
+    mean_step_s = statistics.fmean(step.step_s for step in table.steps)
     ends = suspicion.ends
     return [
         Culprit(
@@ -57,9 +59,9 @@ def slow_links(
             ranks=tuple(sorted(end.rank for end in ends if end.rank is not None)),
             servers=tuple(sorted(end.server for end in ends if end.server is not None)),
             hosts=tuple(dict.fromkeys(end.host for end in ends)),
-            cost_s=cost_s,
-            low_s=cost_s,
-            high_s=cost_s,
+            cost_s=suspicion.share.value * mean_step_s,
+            low_s=suspicion.share.low * mean_step_s,
+            high_s=suspicion.share.high * mean_step_s,
             step_s=table.median_step_s,
             first_step=table.steps[0].number,
             last_step=table.steps[-1].number,
@@ -90,18 +92,59 @@ class _End:
         return cls(f"server {index} on {host}" if host else f"server {index}", host, server=index)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Link:
-    """What moved from one process to another between two samples."""
+class _Moved(NamedTuple):
+    """What moved over the connections between two processes, between two samples."""
 
-    source: _End
-    target: _End
     num_bytes: int
     busy_s: float
     segments: int
     retransmits: int
-    elapsed_s: float  # between the samples
+    elapsed_s: float
+
+    @classmethod
+    def of(
+        cls, pairs: Sequence[tuple[Connection | None, Connection]], elapsed_s: float
+    ) -> "_Moved":
+        """Return what the counters say: earlier ones, if the connection was there, and later."""
+        num_bytes, segments, retransmits = 0, 0, 0
+        busy_s = 0.0
+        for before, connection in pairs:
+            num_bytes += connection.acked_bytes - (before.acked_bytes if before else 0)
+            segments += connection.segments - (before.segments if before else 0)
+            retransmits += connection.retransmits - (before.retransmits if before else 0)
+            # Several connections between two ends send at the same time.
+            busy_s = max(busy_s, connection.busy_s - (before.busy_s if before else 0.0))
+        return cls(num_bytes, busy_s, segments, retransmits, elapsed_s)
+
+    def lost_share(self, usual: float) -> float:
+        """Return the part of the time that it took longer than at the usual speed."""
+        return (self.busy_s - self.num_bytes / usual) / self.elapsed_s
+
+
+@dataclasses.dataclass(frozen=True)
+class _Link:
+    """What moved from one process to another."""
+
+    source: _End
+    target: _End
+    moved: Sequence[_Moved]  # from one sample to the next
     between_hosts: bool = False  # and its ends count as hosts
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.num_bytes for each in self.moved)
+
+    @property
+    def busy_s(self) -> float:
+        return sum(each.busy_s for each in self.moved)
+
+    @property
+    def segments(self) -> int:
+        return sum(each.segments for each in self.moved)
+
+    @property
+    def retransmits(self) -> int:
+        return sum(each.retransmits for each in self.moved)
 
     @property
     def bytes_per_s(self) -> float:
@@ -146,21 +189,29 @@ def _links(ranks: Sequence[RankSteps], servers: Sequence[ServerLinks], began: fl
                 owner[connection.local] = end
     links = []
     for source, of_source in samples.items():
-        since = _since(of_source, began)
-        if len(since) < 2:
-            continue
-        earlier = {(c.local, c.remote): c for c in since[0].connections}
-        by_target: dict[_End, list[tuple[Connection | None, Connection]]] = {}
-        for connection in since[-1].connections:
-            target = owner.get(connection.remote) or _End(connection.remote, "")
-            # A server's file may be left from an earlier job, whose workers are not these.
-            if target != source and (source.server is None or target.rank is not None):
-                before = earlier.get((connection.local, connection.remote))
-                by_target.setdefault(target, []).append((before, connection))
-        elapsed_s = since[-1].time - since[0].time
-        for target, pairs in by_target.items():
-            links.append(_moved(source, target, pairs, elapsed_s))
+        by_target: dict[_End, list[_Moved]] = {}
+        for earlier, later in itertools.pairwise(_since(of_source, began)):
+            for target, pairs in _pairs(earlier, later, owner).items():
+                # A server's file may be left from an earlier job, whose workers are not these.
+                if target != source and (source.server is None or target.rank is not None):
+                    moved = _Moved.of(pairs, later.time - earlier.time)
+                    by_target.setdefault(target, []).append(moved)
+        for target, moves in by_target.items():
+            links.append(_Link(source, target, moves))
     return links
+
+
+def _pairs(
+    earlier: LinkSample, later: LinkSample, owner: Mapping[str, _End]
+) -> dict[_End, list[tuple[Connection | None, Connection]]]:
+    """Return the counters of each connection at two samples, by the process at its other end."""
+    before = {(each.local, each.remote): each for each in earlier.connections}
+    by_target: dict[_End, list[tuple[Connection | None, Connection]]] = {}
+    for connection in later.connections:
+        target = owner.get(connection.remote) or _End(connection.remote, "")
+        pair = before.get((connection.local, connection.remote)), connection
+        by_target.setdefault(target, []).append(pair)
+    return by_target
 
 
 def _since(samples: Sequence[LinkSample], began: float) -> Sequence[LinkSample]:
@@ -168,24 +219,6 @@ def _since(samples: Sequence[LinkSample], began: float) -> Sequence[LinkSample]:
     num_before = len([sample for sample in samples if sample.time <= began])
     first = max(0, min(num_before - 1, len(samples) - 2))
     return samples[first:]
-
-
-def _moved(
-    source: _End,
-    target: _End,
-    pairs: Sequence[tuple[Connection | None, Connection]],
-    elapsed_s: float,
-) -> _Link:
-    """Return what moved over the connections between two processes."""
-    num_bytes, segments, retransmits = 0, 0, 0
-    busy_s = 0.0
-    for before, connection in pairs:
-        num_bytes += connection.acked_bytes - (before.acked_bytes if before else 0)
-        segments += connection.segments - (before.segments if before else 0)
-        retransmits += connection.retransmits - (before.retransmits if before else 0)
-        # Several connections between two ends send at the same time.
-        busy_s = max(busy_s, connection.busy_s - (before.busy_s if before else 0.0))
-    return _Link(source, target, num_bytes, busy_s, segments, retransmits, elapsed_s)
 
 
 # Suspicions
@@ -197,7 +230,7 @@ class _Suspicion:
 
     kind: Kind
     ends: Sequence[_End]
-    share: float  # of the time: what the links took longer than at the usual speed
+    share: Cost  # of the time: what the worst link took longer than at the usual speed
     link: tuple[str, str] | None  # its two ends; None: a whole host
     detail: str
 
@@ -300,10 +333,12 @@ def _ends_at(place: str, links: Sequence[_Link]) -> list[_End]:
     return list(ends)
 
 
-def _lost_share(links: Sequence[_Link], usual: float) -> float:
+def _lost_share(links: Sequence[_Link], usual: float) -> Cost:
     """Return the part of the time that the worst link took longer than at the usual speed."""
-    lost = [(link.busy_s - link.num_bytes / usual) / link.elapsed_s for link in links]
-    return max(lost)
+    costs = []
+    for link in links:
+        costs.append(mean_cost([each.lost_share(usual) for each in link.moved]))
+    return max(costs, key=lambda cost: cost.value)
 
 
 def _against(link: _Link, usual: float) -> str:

@@ -116,7 +116,7 @@ class StepTable:
     def median_step_s(self) -> float:
         return statistics.median(step.step_s for step in self.steps)
 
-    def culprit(self, kind: Kind, ranks: Sequence[int], cost: "_Cost") -> Culprit:
+    def culprit(self, kind: Kind, ranks: Sequence[int], cost: "Cost") -> Culprit:
         """Return the culprit of this window. ``ranks`` are places in this table."""
         return Culprit(
             kind=kind,
@@ -152,7 +152,7 @@ def _side_by_side(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cost:
+class Cost:
     """Seconds a step, with an interval."""
 
     value: float
@@ -215,7 +215,7 @@ def _stalls(window: StepTable) -> Culprit | None:
     if len(stalled) < _STALLS:
         return None
     costs = [_excess(step.own_s, place) for place, step in stalled]
-    cost = _mean([*costs, *[0.0] * (len(window.steps) - len(costs))])
+    cost = mean_cost([*costs, *[0.0] * (len(window.steps) - len(costs))])
     (most, count), *_ = Counter(place for place, _ in stalled).most_common(1)
     is_one_rank = count >= max(_STALLS, _SAME * len(stalled))
     kinds: Counter[Kind] = Counter()
@@ -241,7 +241,7 @@ def _excess(values: Sequence[float], place: int) -> float:
     return values[place] - statistics.median_low(others)
 
 
-def _median(values: Sequence[float]) -> _Cost:
+def _median(values: Sequence[float]) -> Cost:
     """Return the median, and an interval of it by order statistics (Conover, 1999, section 3.2)."""
     ordered = sorted(values)
     count = len(ordered)
@@ -254,13 +254,19 @@ def _median(values: Sequence[float]) -> _Cost:
             break
         below = next_below
         cut += 1
-    return _Cost(statistics.median(ordered), ordered[cut], ordered[-1 - cut])
+    return Cost(statistics.median(ordered), ordered[cut], ordered[-1 - cut])
 
 
-def _mean(values: Sequence[float]) -> _Cost:
+def mean_cost(values: Sequence[float]) -> Cost:
+    """Return the mean and its 95 % interval; of fewer than five values, the mean alone."""
     mean = statistics.fmean(values)
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-    return _Cost(mean, max(0.0, mean - half), mean + half)
+    freedom = len(values) - 1
+    if freedom < 4:
+        return Cost(mean, mean, mean)
+    # Student's quantile by Cornish and Fisher, to 2 % from four degrees of freedom on.
+    quantile = 1.96 + 2.372 / freedom + 2.824 / freedom**2
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return Cost(mean, max(0.0, mean - half), mean + half)
 
 
 def _merge(culprits: Iterable[Culprit]) -> list[Culprit]:

@@ -152,7 +152,8 @@ def samples_of(
         return f"10.0.0.{end}:{edge}"
 
     samples = []
-    for part in (0.0, 0.5, 1.0):
+    for tenth in range(11):
+        part = tenth / 10
         connections = []
         for edge, speed in edges.items():
             if source not in edge:
@@ -162,7 +163,8 @@ def samples_of(
             num_bytes, busy_s, again = 1000, 0.01, 0
             if edge[0] == source:
                 num_bytes = int(part * STEPS * STEP_BYTES)
-                busy_s = num_bytes / (speed * RATE)
+                # Every other sample, the link is a tenth slower than its mean.
+                busy_s = (num_bytes + (tenth % 2) * 0.01 * STEPS * STEP_BYTES) / (speed * RATE)
                 again = int(part * retransmits.get(edge, 0))
             segments = num_bytes // 1448
             connections.append(Connection(local, remote, num_bytes, busy_s, segments, again))
@@ -206,6 +208,9 @@ def test_a_host_at_a_quarter_of_the_bandwidth_is_named(slow: int):
     assert (culprit.kind, culprit.ranks, culprit.link) == (Kind.SLOW_LINK, (slow,), None)
     assert culprit.hosts == (f"h{slow}",) and culprit.cost_s == pytest.approx(0.12, rel=0.3)
     assert "50 Mbit/s against" in culprit.sentence()
+    # Ten samples: the interval is narrow, but not nothing.
+    assert 0.8 * culprit.cost_s < culprit.low_s < culprit.cost_s < culprit.high_s
+    assert f"({1e3 * culprit.low_s:.3g} to {1e3 * culprit.high_s:.3g})" in culprit.sentence()
 
 
 @pytest.mark.parametrize("edge", [(0, 1), (3, 0)])
