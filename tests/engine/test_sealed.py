@@ -13,6 +13,9 @@ from scaletrain.engine.rendezvous.sealed import SealedStore
 from scaletrain.engine.rendezvous.serve import serve_at
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.errors import UserError
+from scaletrain.launching.job import Job, Program
+from scaletrain.launching.launchers import local
+from scaletrain.launching.store import bind_store
 from scaletrain.run.job_key import job_key
 from scaletrain.training.stopping import Appointment
 from scaletrain.world import UNKNOWN, World
@@ -147,7 +150,7 @@ def _sum(rank: int, size: int, run_dir, port: int) -> list[float]:
 
 
 def test_on_one_host_the_store_listens_on_loopback_alone(tmp_path, monkeypatch):
-    """Whether rank 0 publishes its address, or a variable names it."""
+    """Whether rank 0 publishes its address, a variable names it, or our launcher binds it."""
     ports = []
 
     def publish() -> None:
@@ -165,6 +168,10 @@ def test_on_one_host_the_store_listens_on_loopback_alone(tmp_path, monkeypatch):
     assert len(ports) == 2
     for store in ports:
         assert _listening_addresses(store.port) == {"0100007F"}
+    job = Job((), 2, tmp_path, Program.TRAINING)
+    address = local.plan(job).store_address
+    with bind_store(address, 2, {}) as listening:
+        assert _listening_addresses(listening.getsockname()[1]) == {"0100007F"}
 
 
 def _listening_addresses(port: int) -> set[str]:
