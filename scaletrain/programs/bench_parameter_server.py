@@ -26,12 +26,15 @@ import zmq
 from scaletrain.engine.choice import Options
 from scaletrain.parameter_server.protocol import security, sharding
 from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.parameter_server.worker import calibration
 from scaletrain.parameter_server.worker.client import Client
 from scaletrain.run.layout import RunDir
+from scaletrain.world import World
 
 _WARMUP_STEPS = 2
 _TABLE_WIDTH = 256  # of the sparse table
 _TABLE_ROWS = 32  # that a sparse step reads and changes
+_BARE_BYTES = {False: 8 << 20, True: 1 << 20}  # of a bare message, by whether CURVE encrypts it
 _CHUNKS_AHEAD = 8  # that a bare socket sends before the first has come back
 
 
@@ -59,7 +62,11 @@ def null_steps(
     numel = max(1, int(total_bytes) // 4)
     shape = (numel // _TABLE_WIDTH, _TABLE_WIDTH) if is_sparse else (numel,)
     parameter = sharding.ParameterSpec(shape, sparse=is_sparse)
-    blocks = sharding.plan([parameter], settings.servers, settings.block_bytes)
+    world = World(int(rank), settings.workers, int(rank), settings.workers, launcher="local")
+    store = dist.FileStore(f"{run_dir}/store", settings.workers)
+    dense_bytes = 0 if is_sparse else 4 * numel
+    cut = calibration.agree(settings, Path(run_dir), world, store, dense_bytes)
+    blocks = sharding.plan([parameter], settings.servers, cut.block_bytes)
     momentum = 0.9 if mode == "momentum" else 0.0
     # A rate of 0 still does the whole update, and the weights stay finite for any number of steps.
     optimizer = {"name": "SGD", "groups": [{"lr": 0.0, "momentum": momentum}]}
@@ -85,7 +92,11 @@ def null_steps(
     # No worker leaves while another still exchanges.
     client.sum(np.zeros(1))
     client.close()
-    return {"step_s": _median_gap(ends[_WARMUP_STEPS:]), "server_cpu_s": cpu_s / int(steps)}
+    return {
+        "step_s": _median_gap(ends[_WARMUP_STEPS:]),
+        "server_cpu_s": cpu_s / int(steps),
+        "block_mb": cut.block_bytes / (1 << 20),
+    }
 
 
 class _DenseStep:
@@ -148,7 +159,7 @@ def bare(
 ) -> dict[str, float]:
     """Send so many bytes and get as many back, over one TCP connection of bare ZeroMQ sockets.
 
-    Messages are as large as the parameter server's blocks.
+    Messages are as large as suits the link.
 
     Args:
         side: ``echo`` serves; the other side measures.
@@ -164,14 +175,12 @@ def bare(
         _echo(socket, Path(address_file))
         return {}
     socket.connect(_wait_for_text(Path(address_file)))
-    # Made only for its block size, which depends on the encryption.
-    settings = Settings(workers=1, link="tcp", security="curve" if encrypted else "trusted_network")
     data = np.ones(int(total_bytes), np.uint8)
     target = np.empty(int(total_bytes), np.uint8)
     times = []
     for _ in range(int(steps) + _WARMUP_STEPS):
         began = time.perf_counter()
-        _there_and_back(socket, data, target, settings.block_bytes)
+        _there_and_back(socket, data, target, _BARE_BYTES[encrypted])
         times.append(time.perf_counter() - began)
     # One byte ends the echo. The linger gives it a second (1,000 ms) to leave.
     socket.send(b"x")

@@ -350,6 +350,7 @@ class Trainer:
             ),
             *optimizer.describe(config.optimizer, self.workload.optimizer),
             self._feed.describe(),
+            *self.exchange.describe(),
         ]
 
     def _attach(self) -> None:

@@ -5,12 +5,17 @@ encrypt.
 """
 
 import contextlib
+import json
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from scaletrain.host import processes
 from scaletrain.parameter_server.protocol import placement
 from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.parameter_server.worker.calibration import choose
 from scaletrain.rehearsal import Cluster
 from tests.parameter_server import job
 
@@ -82,3 +87,35 @@ def test_a_slow_link_is_waited_for(tmp_path):
         ]
         assert started[0].result()["digest"] == started[1].result()["digest"]
     assert job.statistics(tmp_path)["lost"] == []
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.parameter_server.worker.calibration import choose, measure
+import time
+settings, run_dir = Settings.from_json(sys.argv[1]), Path(sys.argv[2])
+measure(settings, run_dir, 0)
+began = time.monotonic()
+rate = measure(settings, run_dir, 0)
+print(json.dumps([rate, time.monotonic() - began]))
+"""
+
+
+def test_an_emulated_slow_link_is_found_to_be_slow(tmp_path: Path):
+    """100 Mbit/s carry 12.5 MB/s each way, so 6.25 MB/s there and back."""
+    settings = Settings(1, 20, hosts=2)
+    with Cluster(2, bandwidth="100Mbit") as cluster:
+        argv = cluster.command(1, placement.command(settings, tmp_path, 0))
+        server = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+        with processes.ended([server]):
+            command = [sys.executable, "-c", MEASURE, settings.to_json(), str(tmp_path)]
+            output = subprocess.run(
+                cluster.command(0, command), check=True, capture_output=True, text=True, timeout=50
+            ).stdout
+    rate, took_s = json.loads(output.splitlines()[-1])
+    # The shaper lets the first bytes pass faster.
+    assert 0.5 * 6.25e6 < 1 / rate < 2 * 6.25e6
+    assert took_s < 1
+    assert choose(30_000_000, rate).block_bytes <= 1 << 19

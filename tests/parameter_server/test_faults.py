@@ -285,6 +285,7 @@ def test_malformed_and_truncated_frames_change_nothing(tmp_path):
     def attack() -> int:
         net = job.model()
         replica = Replica(net, torch.optim.SGD(net.parameters(), **job.SGD), made)
+        replica.cut(made.block_bytes)
         identity = Identity.make(made, tmp_path, 2, replica.optimizer)
         link = ServerLink(identity, 0, replica.blocks)
         link.connect(time.monotonic() + 20, None)

@@ -84,8 +84,8 @@ class ParameterServerOptions:
     """Connections of each worker to each server. 0: four with ``curve``, else one."""
 
     block_mb: Annotated[float, Ge(0)] = 0.0
-    """Largest block of parameters, in MiB. 0: one with ``curve``, four in shared memory, else
-    eight (see ``Settings.block_bytes``)."""
+    """Largest block of parameters, in MiB. 0: chosen by a short measurement of the links, and four
+    in shared memory."""
 
     snapshot_updates: Annotated[int, Ge(1)] | None = None
     """Write a snapshot of each server every so many updates."""
@@ -164,21 +164,16 @@ class Settings(ParameterServerOptions):
 
     @property
     def block_bytes(self) -> int:
-        """Largest size of a block of parameters, in bytes.
+        """Largest size of a block of parameters, in bytes, unless it is measured.
 
-        CURVE encrypts a message as a whole before any of it leaves, and takes as long as the link:
-        smaller blocks overlap better.
-        Without encryption the server's work for each block, some 0.6 ms, speaks for large ones.
-        In shared memory large blocks fall out of the caches.
+        In shared memory large blocks fall out of the caches, and nothing travels.
         """
-        mebibytes = self.block_mb
-        if not mebibytes and self.cipher == "curve":
-            mebibytes = 1.0
-        elif not mebibytes and self.on_one_host:
-            mebibytes = 4.0
-        elif not mebibytes:
-            mebibytes = 8.0
-        return int(mebibytes * (1 << 20))
+        return int((self.block_mb or 4.0) * (1 << 20))
+
+    @property
+    def measures_blocks(self) -> bool:
+        """Whether the size of blocks follows from a measurement (``worker.calibration``)."""
+        return self.block_mb == 0 and not self.shared_memory
 
     @property
     def num_connections(self) -> int:

@@ -71,6 +71,8 @@ class MessageKind(enum.IntEnum):
     NORMS = 30  # S
     SCALE = 31  # W: factor and limit for the mean gradients of a step; answered by SCALED
     SCALED = 32  # S
+    PROBE = 33  # W: bytes that come back, before SETUP; answered by PROBED
+    PROBED = 34  # S
 
 
 class Dtype(enum.IntEnum):
@@ -140,6 +142,8 @@ PAYLOADS: dict[MessageKind, tuple[Payload, ...]] = {
     MessageKind.NORMS: (Payload.TENSOR,),
     MessageKind.SCALE: (Payload.TENSOR,),
     MessageKind.SCALED: (),
+    MessageKind.PROBE: (Payload.TENSOR,),
+    MessageKind.PROBED: (Payload.TENSOR,),
 }
 
 

@@ -160,6 +160,11 @@ class Server:
     def handle(self, peer: Peer, message: Message) -> None:
         """Handle a message of an admitted worker. Raises ``Refused``."""
         kind = message.header.kind
+        if kind == MessageKind.PROBE:
+            header = message.header
+            answer = Header(MessageKind.PROBED, header.dtype, count=header.count)
+            self._endpoint.answer(peer, answer, message.payloads[0])
+            return
         if self._aborted:
             payload = wire.to_json({"message": self._aborted})
             self._endpoint.answer(peer, Header(MessageKind.ABORT), payload)

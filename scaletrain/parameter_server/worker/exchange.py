@@ -14,10 +14,11 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from scaletrain.engine.rendezvous import sealed
+from scaletrain.engine.rendezvous.sealed import SealedStore, sealed
 from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol import placement
 from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.parameter_server.worker import calibration
 from scaletrain.parameter_server.worker.beside import ServerBeside
 from scaletrain.parameter_server.worker.client import Client, PushResult
 from scaletrain.parameter_server.worker.clipping import ClippedSteps
@@ -61,11 +62,15 @@ class ParameterServerExchange:
         self._settings = settings
         self._run_dir = run_dir
         self._store = store
+        configured = RunDir(run_dir).config.exists()
+        place = placement.resolve(settings, world.launcher, configured)
+        self._is_beside = place == placement.BESIDE
         self._server = self._start_server()
         self._job = _JobSteps()
         self._record: dict[str, float] = {}
         self._owes_meeting = False
         self._is_clipping = False  # the servers are; see ``clip``
+        self._cut: calibration.Cut | None = None  # made by ``attach``
         # Bytes of the client up to the last step.
         self._sent = 0
         self._received = 0
@@ -81,16 +86,14 @@ class ParameterServerExchange:
 
     def _start_server(self) -> ServerBeside | None:
         """Start the server that runs beside this worker; return None if there is none."""
-        configured = RunDir(self._run_dir).config.exists()
-        place = placement.resolve(self._settings, self.world.launcher, configured)
-        if place != placement.BESIDE or self.world.rank >= self._settings.servers:
+        if not self._is_beside or self.world.rank >= self._settings.servers:
             return None
         return ServerBeside(self._settings, self._run_dir, self.world.rank)
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Make every rank's weights equal the servers', and hook into ``model``'s backward.
 
-        1. Cut the model into blocks, as all other workers do.
+        1. Cut the model into blocks, as all other workers do. Rank 0 measures their size.
         2. Share everything that is not trained.
         3. Join the servers. If they have no weights, rank 0 sends its own, and the state of its
            optimizer, which may come from a checkpoint.
@@ -111,7 +114,12 @@ class ParameterServerExchange:
         settings = self._settings
         replica = Replica(model, optimizer, settings)
         self._replica = replica
-        self._share_untrained(model, replica)
+        shared = sealed(self._store, job_key(self._run_dir))
+        self._cut = calibration.agree(
+            settings, self._run_dir, self.world, shared, replica.dense_bytes, self._is_beside
+        )
+        replica.cut(self._cut.block_bytes)
+        self._share_untrained(model, replica, shared)
         client = Client(settings, self._run_dir, self.world.rank, replica.blocks, replica.optimizer)
         self._client = client
         replica.connect(client)
@@ -239,8 +247,12 @@ class ParameterServerExchange:
         return self._record
 
     def chosen(self) -> dict[str, Any]:
-        """Return nothing: no option of this exchange is chosen by measuring."""
-        return {}
+        """Return the size of blocks if it was measured, and the speed that it follows from."""
+        return self._cut.to_json() if self._cut and self._settings.measures_blocks else {}
+
+    def describe(self) -> list[str]:
+        """Return a line about the size of blocks, if it was measured."""
+        return [str(self._cut)] if self._cut and self._settings.measures_blocks else []
 
     def close(self) -> None:
         """Leave the servers in good order, and end the one beside this worker."""
@@ -255,7 +267,7 @@ class ParameterServerExchange:
         if self._server:
             self._server.close()
 
-    def _share_untrained(self, model: nn.Module, replica: Replica) -> None:
+    def _share_untrained(self, model: nn.Module, replica: Replica, shared: SealedStore) -> None:
         """Give rank 0's buffers and frozen parameters to everybody, through the job's store.
 
         They travel as bytes, so that every type stays as it is, in pieces that a store takes, and
@@ -264,7 +276,6 @@ class ParameterServerExchange:
         trained = {id(parameter) for parameter in replica.parameters}
         tensors = [*model.parameters(), *model.buffers()]
         untrained = [tensor.data for tensor in tensors if id(tensor) not in trained]
-        shared = sealed(self._store, job_key(self._run_dir))
         is_writer = self.world.rank == 0 and not shared.check([_ALL_SHARED])
         for number, tensor in enumerate(untrained):
             if tensor.numel() == 0:

@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 import zmq
@@ -16,12 +16,24 @@ from scaletrain.parameter_server.protocol.channel import Channel, Handshake, Sub
 from scaletrain.parameter_server.protocol.memory import SUPPORTED, Slab
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block, layout, to_json
-from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind, Refused
+from scaletrain.parameter_server.protocol.wire import (
+    Dtype,
+    Header,
+    Message,
+    MessageKind,
+    Refused,
+)
 from scaletrain.parameter_server.worker.requests import PeerLost, ServerError, Token
 from scaletrain.run.job_key import JobKey, job_key
 
 _LOOK_S = 0.1  # between two looks for another address, while no answer comes
+_PROBE_BYTES = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)  # one after the other
+_PROBE_ROUNDS = 2  # of each size; the faster one counts
+_PROBE_S = 0.02  # a link that is slower than this with some size need not try a larger one
 _ANSWER_S = 2.0  # the longest wait for one answer of a handshake, before all is tried again
+
+
+_T = TypeVar("_T")
 
 
 class Identity(NamedTuple):
@@ -135,13 +147,6 @@ class ServerLink:
     ) -> Ready:
         """Find the server, prove that this worker belongs to the job, and join.
 
-        1. Read the server's address from its file in the run directory.
-        2. Open all connections, each up to its session (``_open``).
-        3. Join over the first one (``_join``).
-
-        Whatever fails is tried again from step 1 until the deadline: the server may still be
-        starting, and a successor has another address.
-
         Args:
             deadline: ``time.monotonic`` of the end of all trying.
             step: of the job, if this worker was connected before. None: the server says where to
@@ -152,6 +157,73 @@ class ServerLink:
         Raises:
             ServerError: the server cannot be reached, refuses, lacks the job's key, or came back
                 without weights.
+        """
+        return self._reach(deadline, lambda: self._join(deadline, step), lost_because, is_stopping)
+
+    def measure(self, deadline: float, seconds: float) -> float | None:
+        """Send bytes to the server and back, without joining, and close all connections.
+
+        Messages grow until one takes ``_PROBE_S``, so that a fast link is measured with large ones
+        and a slow one is not kept busy.
+
+        Args:
+            deadline: ``time.monotonic`` of the end of all trying to reach the server.
+            seconds: that the measurement itself takes at most.
+
+        Returns:
+            Seconds that a byte takes there and back; None: no message came back in time.
+
+        Raises:
+            ServerError: the server cannot be reached, or refuses.
+        """
+        try:
+            rates = self._reach(deadline, lambda: self._probe(time.monotonic() + seconds))
+        finally:
+            self.disconnect()
+        return min(rates, default=None)
+
+    def _probe(self, deadline: float) -> list[float]:
+        """Return the seconds a byte of the largest messages that came back; none if none did."""
+        rates: list[float] = []
+        for num_bytes in _PROBE_BYTES:
+            header = Header(
+                MessageKind.PROBE,
+                Dtype.UINT8,
+                rank=self._identity.rank,
+                session=self.sessions[0],
+                count=num_bytes,
+            )
+            times = []
+            for _ in range(_PROBE_ROUNDS):
+                began = time.monotonic()
+                self.send(0, [header.pack(), bytes(num_bytes)])
+                if self._next(0, deadline) is None:
+                    return rates
+                times.append(time.monotonic() - began)
+            rates = [each / num_bytes for each in times]
+            if min(times) > _PROBE_S:
+                break
+        return rates
+
+    def _reach(
+        self,
+        deadline: float,
+        attempt: Callable[[], _T | None],
+        lost_because: str | None = None,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> _T:
+        """Open all connections to the server; return the result of ``attempt`` over them.
+
+        1. Read the server's address from its file in the run directory.
+        2. Open all connections, each up to its session (``_open``).
+        3. Call ``attempt``. None is a failure.
+
+        Whatever fails is tried again from step 1 until the deadline: the server may still be
+        starting, and a successor has another address.
+
+        Raises:
+            ServerError: the server cannot be reached, or does not hold the job's key; or by
+                ``attempt``.
         """
         self._trouble = "is not up (no address file)"
         while time.monotonic() < deadline and not is_stopping():
@@ -165,9 +237,9 @@ class ServerLink:
             self._trouble = "does not answer"
             self._attempts += 1
             if self._open_all(deadline):
-                ready = self._join(deadline, step)
-                if ready is not None:
-                    return ready
+                result = attempt()
+                if result is not None:
+                    return result
             self.disconnect()
             time.sleep(0.05)
         history = f"{lost_because}, and its successor " if lost_because else ""

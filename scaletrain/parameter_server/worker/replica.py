@@ -30,8 +30,8 @@ class BlockSlice(NamedTuple):
 class Replica:
     """The trained parameters of a model, seen as blocks.
 
-    Parameters that need no gradient are not part of it. In a step, ``push`` is called for every
-    parameter, then ``take`` for every block.
+    Parameters that need no gradient are not part of it. ``cut`` and ``connect`` come first. In a
+    step, ``push`` is called for every parameter, then ``take`` for every block.
 
     Args:
         model: its sparse embeddings become sparse tables.
@@ -70,25 +70,13 @@ class Replica:
             self.optimizer = optimizers.describe(optimizer)
             self.groups = [group_of[id(parameter)] for parameter in self.parameters]
 
-        specs = self._specs(model, settings)
-        whole_tensors = self.optimizer["name"] not in optimizers.ELEMENTWISE
-        self.blocks = sharding.plan(specs, settings.servers, settings.block_bytes, whole_tensors)
+        self._num_servers = settings.servers
+        self._parameter_specs = self._specs(model, settings)
+        # Set by ``cut``.
+        self.blocks: list[Block] = []
         self.dense: list[Block] = []
         self.tables: dict[int, list[Block]] = {}
-        for index, spec in enumerate(specs):
-            if spec.sparse:
-                self.tables[index] = []
-        for block in self.blocks:
-            if block.sparse:
-                self.tables[block.pieces[0].parameter].append(block)
-            else:
-                self.dense.append(block)
-        self._slices: list[list[BlockSlice]] = [[] for _ in self.parameters]
-        for block in self.blocks:
-            for number, (piece, in_block) in enumerate(places(block)):
-                in_parameter = slice(piece.start, piece.stop)
-                part = BlockSlice(block.key, number, in_parameter, in_block)
-                self._slices[piece.parameter].append(part)
+        self._slices: list[list[BlockSlice]] = []
 
         # Set by ``connect``.
         self._client: Client
@@ -104,6 +92,31 @@ class Replica:
         # Rows of each sparse table that were fetched in this step. Emptied by ``begin``, filled by
         # ``pull_rows``.
         self._fetched: dict[int, list[Tensor]] = {}
+
+    @property
+    def dense_bytes(self) -> int:
+        """Size of all parameters that are not sparse tables, as float32."""
+        return 4 * sum(spec.numel for spec in self._parameter_specs if not spec.sparse)
+
+    def cut(self, block_bytes: int) -> None:
+        """Cut the model into blocks of at most so many bytes, the same on all workers."""
+        specs = self._parameter_specs
+        whole_tensors = self.optimizer["name"] not in optimizers.ELEMENTWISE
+        self.blocks = sharding.plan(specs, self._num_servers, block_bytes, whole_tensors)
+        for index, spec in enumerate(specs):
+            if spec.sparse:
+                self.tables[index] = []
+        for block in self.blocks:
+            if block.sparse:
+                self.tables[block.pieces[0].parameter].append(block)
+            else:
+                self.dense.append(block)
+        self._slices = [[] for _ in self.parameters]
+        for block in self.blocks:
+            for number, (piece, in_block) in enumerate(places(block)):
+                in_parameter = slice(piece.start, piece.stop)
+                part = BlockSlice(block.key, number, in_parameter, in_block)
+                self._slices[piece.parameter].append(part)
 
     def _specs(self, model: nn.Module, settings: Settings) -> list[ParameterSpec]:
         """Return the facts that ``sharding`` needs. Raises ``UserError``."""

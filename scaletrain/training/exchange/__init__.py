@@ -202,5 +202,9 @@ class Exchange(Sums, Protocol):
         """Return the choices of ``auto``, for the summary. Local."""
         return {}
 
+    def describe(self) -> list[str]:
+        """Return lines for people about what was chosen before the first step. Local."""
+        return []
+
     def close(self) -> None:
         """Leave in good order: wait for work under way. Not called after a failure."""
