@@ -59,6 +59,8 @@ TITLES = {
     "sockets": "100 MB pushed and pulled, 1 worker, 1 server",
     "null": "Null steps (no compute), all workers together, beside TensorFlow's published figures",
     "memory": "Memory of a server with 8 workers, 100 MB of parameters, SGD with momentum",
+    "blocks": "Blocks of a chosen size and of fixed ones: push and pull of all parameters, 2 workers,"
+    " 1 server; the link of 100 Mbit/s is EMULATED",
     "tree": "FireCaffe: server and tree on EMULATED hosts (network namespaces), 1 Gbit/s links",
 }
 
@@ -81,7 +83,7 @@ Row = Mapping[str, Any]
 @click.command()
 @click.option(
     "--only",
-    type=click.Choice(["sockets", "null", "memory", "tree"]),
+    type=click.Choice(["sockets", "null", "memory", "blocks", "tree"]),
     multiple=True,
     help="Parts to measure [default: all].",
 )
@@ -136,6 +138,7 @@ def command(only: tuple[str, ...], output: Path | None, **values: Any) -> None:
         "sockets": _measure_sockets,
         "null": _measure_null_steps,
         "memory": _measure_memory,
+        "blocks": _measure_blocks,
         "tree": _measure_trees,
     }
     page = Page(output)
@@ -197,11 +200,16 @@ def merged(rows: Sequence[Row], new: Row) -> list[Row]:
     def subject(row: Row) -> tuple[Any, ...]:
         return tuple(row.get(key) for key in ("link", "step", "servers", "MB", "workers"))
 
-    def place(row: Row) -> tuple[int, int, int]:
+    def order(row: Row) -> int:
+        """Return the place of a part's row that has no step, servers and workers."""
+        links = [*_BLOCK_LINKS]
+        return links.index(row["link"]) if row.get("link") in links else -1
+
+    def place(row: Row) -> tuple[int, int, int, int]:
         step = -1
         if row.get("step") in NULL_STEPS:
             step = list(NULL_STEPS).index(row["step"])
-        return (step, row.get("servers", 0), row.get("workers", 0))
+        return (step, row.get("servers", 0), row.get("workers", 0), order(row))
 
     others = [row for row in rows if subject(row) != subject(new)]
     return sorted([*others, new], key=place)
@@ -370,6 +378,83 @@ def _measure_memory(options: Options) -> Iterator[Row]:
             "limit": 3.0,
             "met": own <= 3 * memory.owned_bytes,
         }
+
+
+class _BlockLink(NamedTuple):
+    """A link on which sizes of blocks are compared."""
+
+    settings: Mapping[str, Any]
+    num_bytes: int  # of the parameters
+    bandwidth: str | None = None  # of emulated hosts; None: this host
+
+
+_BLOCK_LINKS = {
+    "one host, shared memory": _BlockLink({}, 100 * MB),
+    "tcp, trusted_network": _BlockLink({"link": "tcp", "security": "trusted_network"}, 100 * MB),
+    "tcp, aes": _BlockLink({"link": "tcp"}, 100 * MB),
+    "100 Mbit/s, aes": _BlockLink({"hosts": 2}, 10 * MB, "100Mbit"),
+}
+_BLOCK_SIZES = (0.125, 0.5, 2.0, 8.0)  # MiB
+_BLOCK_WORKERS = 2
+
+
+def _measure_blocks(options: Options) -> Iterator[Row]:
+    """Measure each fixed size and the chosen one in turn, three times; medians."""
+    from scaletrain.rehearsal.cluster import Cluster
+
+    for name, link in _BLOCK_LINKS.items():
+        if link.bandwidth is None:
+            yield _block_row(name, link, options.steps, None)
+            continue
+        with Cluster(_BLOCK_WORKERS + 1, bandwidth=link.bandwidth) as cluster:
+            yield _block_row(name, link, max(3, options.steps // 3), cluster)
+
+
+def _block_row(name: str, link: _BlockLink, steps: int, cluster: "Cluster | None") -> Row:
+    times: dict[float, list[float]] = {size: [] for size in (0.0, *_BLOCK_SIZES)}
+    chosen = []
+    for _ in range(3):
+        for size, measured in times.items():
+            settings = {**link.settings, "block_mb": size}
+            result = _block_step(link.num_bytes, steps, settings, cluster)
+            measured.append(result["step_s"])
+            if size == 0:
+                chosen.append(result["block_mb"])
+    medians = {size: sorted(measured)[1] for size, measured in times.items()}
+    best = min(_BLOCK_SIZES, key=lambda size: medians[size])
+    row: dict[str, Any] = {
+        "emulated": cluster is not None,
+        "link": name,
+        "MB": link.num_bytes / MB,
+        "chosen_MiB": ", ".join(f"{size:g}" for size in sorted(set(chosen))),
+        "chosen_s": medians[0.0],
+    }
+    for size in _BLOCK_SIZES:
+        row[f"{size:g}_MiB_s"] = medians[size]
+    return row | {"best_MiB": best, "over_best": medians[0.0] / medians[best]}
+
+
+def _block_step(
+    num_bytes: int, steps: int, values: Mapping[str, Any], cluster: "Cluster | None"
+) -> dict[str, float]:
+    """Return the slowest worker's step, and the size of blocks. The server's host is the last."""
+    from scaletrain.parameter_server.protocol import placement
+    from scaletrain.parameter_server.protocol.settings import Settings
+
+    settings = Settings(_BLOCK_WORKERS, 120.0, **values)
+
+    def on_host(host: int, command: Sequence[str]) -> Sequence[str]:
+        return command if cluster is None else cluster.command(host, command)
+
+    with tempfile.TemporaryDirectory(prefix="scaletrain-") as folder:
+        argv = on_host(_BLOCK_WORKERS, placement.command(settings, Path(folder), 0))
+        server = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+        with processes.ended([server]):
+            commands = []
+            for rank in range(_BLOCK_WORKERS):
+                command = _null_command(folder, rank, settings, "dense", num_bytes, steps)
+                commands.append(on_host(rank, command))
+            return max(_run(commands), key=lambda result: result["step_s"])
 
 
 def _measure_trees(options: Options) -> Iterator[Row]:
