@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain.errors import UserError
-from scaletrain.parameter_server.protocol import sharding
+from scaletrain.parameter_server.protocol import sharding, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import ParameterSpec
 from scaletrain.parameter_server.server.shard import ModelDescription, Shard
@@ -215,6 +215,19 @@ def test_rows_that_were_not_fetched_are_noticed_in_the_first_step(tmp_path):
         joined.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
         with pytest.raises(UserError, match=r"embedding words\.weight when its"):
             net(torch.tensor([2, 7])).sum().backward()
+
+
+def test_more_rows_than_a_message_holds_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    net = nn.Embedding(10, 4, sparse=True)
+    with job.servers(Settings(1, 20), tmp_path):
+        joined = job.exchange(Settings(1, 20), tmp_path, 0)
+        joined.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 3 * 4 * 4)
+        net(torch.tensor([0, 1, 2]))
+        with pytest.raises(UserError, match="a step reads 4 rows of the sparse embedding weight"):
+            net(torch.tensor([0, 1, 2, 3]))
+        monkeypatch.undo()
+        joined.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float64])
