@@ -4,7 +4,8 @@
    links between hosts count, and its ends are hosts: memory is faster than any network.
 2. A host is slow if everything that it sends and receives is slower than the links that do not
    touch it. Those alone are a yardstick: in a tree, most links may end at the slow host.
-3. Else a link by itself is slow if it is slower than the median of the others.
+3. Else a link by itself is slow if it is slower than the median of the others, and so is all that
+   goes through its port: links that share a port wait for each other.
 4. A link loses packets if many more of its segments were sent again than of the others'.
 """
 
@@ -20,6 +21,7 @@ from scaletrain.run.links import Connection, LinkSample
 from scaletrain.run.slow_ranks import FEWEST, SHARE, Cost, RankSteps, StepTable, mean_cost
 
 _SLOW = 2.5  # times slower than others: fan-out alone makes links unequal
+_TIMES = 2  # between samples; less often, it may be the machine
 _LEAST_BYTES = 256 << 10  # moved in a window: less says nothing about a speed
 _RETRANSMITS = 5  # segments, and ...
 _LOSS_SHARE = 0.002  # ... this part of all: fewer are usual where queues are short
@@ -266,7 +268,7 @@ def _slow_host(links: Sequence[_Link]) -> _Suspicion | None:
         # Each link by itself, and the port that they share: that alone makes links slow, too.
         rates = [link.bytes_per_s for link in own]
         rates += [_port_rate(each) for each in (sent, received) if each]
-        if usual >= _SLOW * max(rates):
+        if usual >= _SLOW * max(rates) and all(_stays_slow(link, usual) for link in own):
             worst = min(own, key=lambda link: link.bytes_per_s)
             ends = _ends_at(place, own)
             return _Suspicion(
@@ -285,13 +287,32 @@ def _port_rate(links: Sequence[_Link]) -> float:
     return num_bytes / busy_s if busy_s else math.inf
 
 
+def _stays_slow(link: _Link, usual: float) -> bool:
+    """Return True if a link was slow from one sample to the next more than once.
+
+    A busy machine holds up a process for a moment.
+    """
+    times = 0
+    for each in link.moved:
+        times += each.num_bytes > 0 and each.num_bytes / usual * _SLOW <= each.busy_s
+    return times >= _TIMES
+
+
 def _slow_link(links: Sequence[_Link]) -> _Suspicion | None:
     """Return the slowest link that is slower than the median of the others."""
     slow = []
     for link in links:
         others = [other.bytes_per_s for other in _without(link, links)]
+        if not others:
+            continue
         # The lower one: of two links, the slower one is not its own yardstick.
-        if others and statistics.median_low(others) >= _SLOW * link.bytes_per_s:
+        usual = statistics.median_low(others)
+        source, target = link.places
+        sent = [other for other in links if other.places[0] == source]
+        received = [other for other in links if other.places[1] == target]
+        # One of two links that share a port may be last each time: then the port is not slow.
+        fastest = max(link.bytes_per_s, _port_rate(sent), _port_rate(received))
+        if usual >= _SLOW * fastest and _stays_slow(link, usual):
             slow.append(link)
     if not slow:
         return None

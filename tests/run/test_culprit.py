@@ -315,18 +315,40 @@ def test_a_link_that_was_fast_for_long_is_judged_by_the_steps_that_are_looked_at
     for rank in fast:
         # Ten steps more, in which one link has a tenth of its speed.
         samples = [*rank.links]
-        connections = []
-        for before in samples[-1].connections:
-            is_slow = rank.rank == 1 and before.acked_bytes > 1000
-            moved = int(10 * STEP_BYTES) if before.acked_bytes > 1000 else 0
-            busy_s = moved / RATE * (10 if is_slow else 1)
-            num_bytes = before.acked_bytes + moved
-            connections.append(
-                before._replace(acked_bytes=num_bytes, busy_s=before.busy_s + busy_s)
-            )
-        samples.append(LinkSample(samples[-1].time + 0.5, connections, rank.host))
+        for _ in range(2):
+            connections = []
+            for before in samples[-1].connections:
+                is_slow = rank.rank == 1 and before.acked_bytes > 1000
+                moved = int(5 * STEP_BYTES) if before.acked_bytes > 1000 else 0
+                busy_s = before.busy_s + moved / RATE * (10 if is_slow else 1)
+                num_bytes = before.acked_bytes + moved
+                connections.append(before._replace(acked_bytes=num_bytes, busy_s=busy_s))
+            samples.append(LinkSample(samples[-1].time + 0.25, connections, rank.host))
         later = made_up(4, STEPS + 10, seed=0)[rank.rank].records
         run.append(RankSteps(rank.rank, rank.host, later, samples))
     assert find(run) == [], "one fiftieth of what moved says nothing of the whole run"
     culprit = the_only(find([each.newest(10) for each in run]))
     assert culprit.link == ("rank 1 on h1", "rank 2 on h2")
+
+
+def test_the_last_of_two_that_share_a_port_each_time_is_no_slow_link():
+    # The root sends to two at once. What it sends to rank 2 waits for what it sends to rank 1.
+    tree = dict.fromkeys(BINARY_TREE, 1.0) | {(0, 2): 0.38}
+    assert find(with_links(tree)) == []
+    culprit = the_only(find(with_links(tree | {(0, 2): 0.1})))
+    assert culprit.link == ("rank 0 on h0", "rank 2 on h2")
+
+
+def test_a_link_that_is_slow_for_a_moment_is_no_alarm():
+    run = []
+    for rank in with_links(ring(4)):
+        samples = []
+        for number, sample in enumerate(rank.links):
+            # Between two samples, what rank 1 sent waited for two seconds.
+            held_up_s = 2.0 if rank.rank == 1 and number > 5 else 0.0
+            connections = []
+            for each in sample.connections:
+                connections.append(each._replace(busy_s=each.busy_s + held_up_s))
+            samples.append(LinkSample(sample.time, connections, sample.host))
+        run.append(RankSteps(rank.rank, rank.host, rank.records[55:75], samples[:8]))
+    assert find(run) == []
