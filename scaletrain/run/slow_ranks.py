@@ -7,7 +7,7 @@
    busy machine do not matter.
 2. What the garbage collector and other processes took from each part is measured, too. It is
    compared by itself, and left out of the parts: noise of a busy machine is no work of a rank.
-   Cores are stolen from a rank if it loses twice as much as is usual at that time.
+   Cores are stolen from a rank if it loses half as much again as is usual at that time.
 3. A rank that is held up only now and then counts if it is the same rank again and again. If it is
    another rank each time, the slowness rotates, and no rank is to blame.
 
@@ -31,6 +31,7 @@ FEWEST = 10  # steps: with fewer, one odd step could decide
 _LEAST_S = 2e-4  # a step: less than this is bookkeeping
 # One-sided error of the bounds of a median, for each rank, part and window. There are many of them.
 _ERROR = 0.0005
+_MORE_STOLEN = 0.5  # of the time without a core that is usual: less is a busy machine's noise
 # A rank is held up now and then if it takes this many times its usual time longer ...
 _STALL = 0.5
 _STALLS = 3  # ... in so many steps of a window, ...
@@ -194,7 +195,7 @@ def _slow_rank(window: StepTable, place: int) -> Culprit | None:
         if kind is Kind.STOLEN_CORES:
             # On a busy machine, all ranks lose their cores for a while, and some more than others.
             usual = [statistics.median_low(step.by_kind[kind]) for step in window.steps]
-            least_s = max(floor_s, statistics.median(usual))
+            least_s = max(floor_s, _MORE_STOLEN * statistics.median(usual))
         cost = _median([_excess(step.by_kind[kind], place) for step in window.steps])
         if cost.low >= least_s and (culprit is None or cost.value > culprit.cost_s):
             culprit = window.culprit(kind, [place], cost)

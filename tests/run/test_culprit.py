@@ -103,7 +103,7 @@ def test_a_rank_that_makes_up_in_one_part_what_it_loses_in_another_holds_up_nobo
     assert find([run[0], RankSteps(1, "h0", faster)]) == []
 
 
-@pytest.mark.parametrize(("lost_s", "is_named"), [(0.05, False), (0.15, True)])
+@pytest.mark.parametrize(("lost_s", "is_named"), [(0.04, False), (0.15, True)])
 def test_cores_that_all_ranks_lose_are_not_stolen_from_one(lost_s: float, is_named: bool):
     # A machine with too many processes: everybody waits for a core, rank 0 longer than the others.
     slow = dict.fromkeys(range(1, 4), (Kind.STOLEN_CORES, 0.03))
