@@ -237,11 +237,12 @@ def culprits_of(files: RunDir, ranks: Sequence[Sequence[StepRecord]]) -> list[Cu
         ranks: records of each rank, without warm-up; at least one each.
     """
     steps = []
+    num_bytes = _MOST_BYTES // max(len(ranks), 1)
     for records in ranks:
         rank = records[0].rank
-        links = last_links(files.links(rank), _MOST_BYTES // len(ranks))
+        links = last_links(files.links(rank), num_bytes)
         steps.append(_steps_of(files, rank, host_of(files, rank), records, links))
-    return blame.find(steps, _servers(files, _MOST_BYTES // len(ranks)))
+    return blame.find(steps, _servers(files, num_bytes))
 
 
 def _servers(files: RunDir, num_bytes: int = 32_768) -> list[ServerLinks]:
