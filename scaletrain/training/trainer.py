@@ -335,18 +335,19 @@ class Trainer:
         if config.batch_mode == "strong":
             mode = "fixed global batch"
         groups = []
+        learnt_from = self.global_batch // self.exchange.groups  # by each model
         if self.exchange.groups > 1:
             size = self.exchange.group.world.size
             groups.append(
                 f"groups: {self.exchange.groups} of {plural(size, 'worker')}, each with a model of"
-                f" its own and {self.global_batch // self.exchange.groups} samples a step"
+                f" its own and {learnt_from} samples a step"
             )
         return [
             f"batch: {self.global_batch} samples a step = {plural(self.world.size, 'worker')} x"
             f" {each}{split} ({mode}, {config.batch_mode} scaling)",
             *groups,
             *learning_rate.describe(
-                config.lr_schedule, self._base_lrs, self.global_batch, self.num_steps
+                config.lr_schedule, self._base_lrs, learnt_from, self.num_steps
             ),
             *optimizer.describe(config.optimizer, self.workload.optimizer),
             self._feed.describe(),

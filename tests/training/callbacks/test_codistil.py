@@ -144,6 +144,16 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(workers: int, tmp_path
         assert after["summary"]["test_loss"] == before["summary"]["test_loss"]
 
 
+def _rate(rank: int, size: int, tree: dict[str, Any], folder: Path) -> float:
+    return jobs.train_rank(rank, size, tree, folder)["records"][0].lr
+
+
+@pytest.mark.slow
+def test_a_rate_is_scaled_by_the_batch_that_a_model_learns_from(tmp_path: Path):
+    scaling = {"lr_schedule": {"name": "fixed", "scaling": {"rule": "linear", "base_batch": 32}}}
+    assert run_ranks(_rate, 2, JOB | scaling, tmp_path) == [0.2 * 8 / 32] * 2
+
+
 @pytest.mark.slow
 def test_groups_go_on_from_the_newest_step_that_all_have_saved(tmp_path: Path):
     tree = JOB | {"checkpoint": {"every_steps": 4, "keep": 3}}
