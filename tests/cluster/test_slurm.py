@@ -143,6 +143,19 @@ def test_inside_an_allocation(slurm: Slurm, alone: dict, tmp_path: Path):
     assert summary(tmp_path / "run")["final_loss"] == pytest.approx(alone["final_loss"], abs=1e-4)
 
 
+def test_doctor_compares_the_hosts_of_an_allocation(slurm: Slurm, tmp_path: Path):
+    """Bug it catches: hosts that are asked by ssh, or one alone, where srun reaches all of them."""
+    doctor = command("doctor", "--json", "--run-dir", str(tmp_path))
+    text = slurm.run("salloc", "-n", "2", "-N", "2", *doctor, timeout=90)
+    report = json.loads(text[text.index("{") :])
+    assert report["ok"], report
+    found = {check["name"]: check for check in report["checks"]}
+    assert found["torch"]["detail"].endswith("on all hosts")  # the hosts' checks come last
+    assert found["network"]["status"] == "ok"
+    assert found["shared directory"]["status"] == "ok"
+    assert not list(tmp_path.iterdir())
+
+
 def test_host_lists_are_read_as_scontrol_reads_them(slurm: Slurm):
     for text, hosts in LISTS.items():
         assert slurm.run("scontrol", "show", "hostnames", text).split() == hosts
