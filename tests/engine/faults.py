@@ -1,5 +1,5 @@
-"""Ranks that are killed, stopped or late at random moments: ``python -m tests.engine.faults SEED
-NUM AT_ONCE FOLDER``.
+"""Ranks that are killed, stopped, interrupted or late, or that abort, at random moments:
+``python -m tests.engine.faults SEED NUM AT_ONCE FOLDER``.
 
 One process with torch loaded forks the ranks of every injection, which is what makes hundreds of
 them affordable. Prints one line of JSON for each: what was done to whom, and how every rank
@@ -14,6 +14,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,13 +35,15 @@ HANG_S = 30.0  # a rank that has not ended by then hangs
 ROUNDS = (
     15  # what is to happen happens in one of the first; without a fatal fault, that many are run
 )
-KINDS = ("kill", "kill while joining", "stop", "late", "too late")
+KINDS = ("kill", "kill while joining", "stop", "interrupt", "abort", "late", "too late")
 WIRES = (
     ("shared_memory", NATIVE), ("shared_memory", "ring"), ("shared_memory", "tree"), ("shared_memory", "direct"),
     ("gloo", "ring"), ("gloo", "halving_doubling"), ("gloo", "double_tree"), ("gloo", NATIVE),
     ("mixed", "ring"),  # as if two ranks were a host
     ("backend, at once", "auto"), ("backend, async", "ring"),  # torch.distributed's process group, over shared memory
 )  # fmt: skip
+CAN_ABORT = WIRES[-2:]
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}
 
 
 def draw(seed: int, index: int) -> dict[str, Any]:
@@ -48,10 +51,12 @@ def draw(seed: int, index: int) -> dict[str, Any]:
     random.
     """
     dice = random.Random(f"{seed} {index}")
-    transport, collective = WIRES[index % len(WIRES)]
+    kind = KINDS[index % len(KINDS)]
+    wires = CAN_ABORT if kind == "abort" else WIRES
+    transport, collective = wires[index % len(wires)]
     size = dice.randint(2, 4)
     return {
-        "index": index, "kind": KINDS[index % len(KINDS)], "transport": transport, "collective": collective, "size": size,
+        "index": index, "kind": kind, "transport": transport, "collective": collective, "size": size,
         "victim": dice.randrange(size), "round": dice.randrange(ROUNDS), "delay_s": dice.uniform(0, 0.02), "count": dice.choice([1, 1000, 200_000]),
     }  # fmt: skip
 
@@ -72,11 +77,10 @@ def one_rank(case: dict[str, Any], rank: int, folder: Path) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         group = Group(dist.PrefixStore("group/", store), rank, size, timedelta(seconds=TIMEOUT_S))
-        allreduce = (
-            of_backend(group, case)
-            if case["transport"].startswith("backend")
-            else of_engine(group, case)
-        )
+        if case["transport"].startswith("backend"):
+            allreduce, abort = of_backend(group, case)
+        else:
+            allreduce = of_engine(group, case)
         tensor = torch.empty(case["count"])
         expected = float(size * (size + 1) // 2)
         for index in itertools.count() if kind != "late" else range(ROUNDS):
@@ -85,13 +89,16 @@ def one_rank(case: dict[str, Any], rank: int, folder: Path) -> str:
                     time.sleep(TIMEOUT_S / 4)
                 elif kind == "too late":
                     time.sleep(1.5 * TIMEOUT_S)
+                elif kind == "abort":
+                    threading.Timer(case["delay_s"], abort).start()
                 else:
-                    number = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
-                    after(case["delay_s"], number)  # in the midst of what follows
+                    after(case["delay_s"], SIGNALS[kind])  # in the midst of what follows
             tensor.fill_(rank + 1)
             allreduce(tensor)
             if not bool((tensor == expected).all()):
                 raise ArithmeticError(f"rank {rank}, round {index}: a wrong sum")
+    except KeyboardInterrupt:
+        return "interrupted"
     except (TimeoutError, ConnectionError) as error:
         return f"{type(error).__name__}: {error}"
     except RuntimeError as error:  # torch's type for every failure; ours stands in the message
@@ -117,20 +124,25 @@ def of_engine(group: Group, case: dict[str, Any]) -> Callable[[torch.Tensor], ob
     return Engine(group, case["collective"], case["transport"]).allreduce
 
 
-def of_backend(group: Group, case: dict[str, Any]) -> Callable[[torch.Tensor], object]:
+def of_backend(
+    group: Group, case: dict[str, Any]
+) -> tuple[Callable[[torch.Tensor], object], Callable[[], None]]:
     made = ProcessGroup(*group[:4], Options(case["collective"], "shared_memory"))
     options = dist.AllreduceOptions()
     options.asyncOp = "async" in case["transport"]
-    return lambda tensor: made.allreduce([tensor], options).wait()
+    return lambda tensor: made.allreduce([tensor], options).wait(), made.abort
 
 
 def after(delay_s: float, number: int) -> None:
     """Send this process a signal in a while, from another one: its own threads may be held up."""
     pid = os.getpid()
+    # Python drops what a handler raises while it forks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     if os.fork() == 0:
         time.sleep(delay_s)
         os.kill(pid, number)
         os._exit(0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
 
 
 def inject(case: dict[str, Any], folder: Path) -> dict[str, Any]:

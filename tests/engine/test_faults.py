@@ -1,4 +1,4 @@
-"""Tests the engine with ranks that fail: 200 injections at random moments (faults.py).
+"""Tests the engine with ranks that fail: 210 injections at random moments (faults.py).
 
 No rank hangs or gets a wrong sum, and a rank that fails names the peer that it waited for.
 """
@@ -14,7 +14,7 @@ import pytest
 
 from tests.engine import faults
 
-NUM, AT_ONCE = 200, 10
+NUM, AT_ONCE = 210, 6
 SEED = 20261123
 
 
@@ -37,6 +37,7 @@ def test_no_injection_hangs(tmp_path: Path):
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) == NUM
     assert all(n >= NUM // len(faults.KINDS) for n in Counter(r["kind"] for r in results).values())
+    num_own_ends = 0
     for result in results:
         survivors = [end for rank, end in enumerate(result["ends"]) if rank != result["victim"]]
         if result["kind"] == "late":
@@ -48,10 +49,15 @@ def test_no_injection_hangs(tmp_path: Path):
         assert all(end.startswith(("TimeoutError: ", "ConnectionError: ")) for end in survivors), (
             result
         )
+        victim = result["ends"][result["victim"]]
         if result["kind"] == "too late":
-            assert result["ends"][result["victim"]].startswith(
-                ("TimeoutError: ", "ConnectionError: ")
-            ), result
+            assert victim.startswith(("TimeoutError: ", "ConnectionError: ")), result
+        if result["kind"] in ("interrupt", "abort"):
+            own_end = victim == "interrupted" or "has ended the group (abort)" in victim
+            num_own_ends += own_end
+            if not own_end:  # on a busy machine the ranks may fail to meet before it
+                assert "timed out" in " ".join(result["ends"]), result
+                continue
         # gloo's own allreduce, and gloo where its group is made, do not say whom they waited for.
         joining, gloos = (
             result["kind"] == "kill while joining",
@@ -61,6 +67,7 @@ def test_no_injection_hangs(tmp_path: Path):
             (result["transport"], result["collective"]) != ("gloo", "native") or joining
         ):
             assert any(named(result["victim"], end) for end in survivors), result
+    assert num_own_ends > NUM // len(faults.KINDS)  # of twice as many
 
 
 def named(rank: int, message: str) -> bool:
@@ -68,8 +75,8 @@ def named(rank: int, message: str) -> bool:
 
 
 def test_injections_differ():
-    drawn = [faults.draw(SEED, index) for index in range(len(faults.WIRES) * len(faults.KINDS))]
+    drawn = [faults.draw(SEED, index) for index in range(NUM)]
     assert {case["kind"] for case in drawn} == set(faults.KINDS)
-    assert {(case["transport"], case["collective"], case["kind"]) for case in drawn} == {
-        (*wire, kind) for wire in faults.WIRES for kind in faults.KINDS
-    }
+    expected = {(*wire, kind) for wire in faults.WIRES for kind in faults.KINDS}
+    expected -= {(*wire, "abort") for wire in set(faults.WIRES) - set(faults.CAN_ABORT)}
+    assert {(case["transport"], case["collective"], case["kind"]) for case in drawn} == expected
