@@ -18,6 +18,8 @@ import click
 import yaml
 
 from benchmarks.lab import pages
+from scaletrain.errors import UserError
+from scaletrain.rehearsal.machine import PATH
 from scaletrain.rehearsal.scenario import Entrances
 from scaletrain.run import progress, watch
 from scaletrain.run.culprit import Culprit, Kind
@@ -111,6 +113,8 @@ def command(only: str, clean: int, again: bool, minutes: float, out: Path) -> No
     Example:
       python -m benchmarks.lab diagnosis --only backward
     """
+    if not shutil.which("iptables", path=PATH):
+        raise UserError("diagnosis: needs iptables, which loses packets (apt install iptables)")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "diagnosis.json"
     outcomes: dict[str, Outcome] = {}
