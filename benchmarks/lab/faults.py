@@ -132,9 +132,11 @@ def command(repeats: int, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "faults.json"
     header, faults = _earlier(path)
+    commit = environment()["commit"]
     # One job of each cell in turn: an interrupted command has tried all of them.
     for cell, number in _jobs(faults, repeats):
         faults += _run(cell, number)
+        header["commits"] = list(dict.fromkeys([*header["commits"], commit]))
         write_json(path, {"environment": header, "faults": [asdict(fault) for fault in faults]})
         _write_page(out, header, faults, repeats)
 
@@ -146,7 +148,7 @@ def _earlier(path: Path) -> tuple[Any, list[Fault]]:
         return value["environment"], [Fault(**fault) for fault in value["faults"]]
     header = environment()
     header["load_average"] = os.getloadavg()[1]
-    return header, []
+    return header | {"commits": []}, []
 
 
 def _jobs(faults: list[Fault], repeats: int) -> Iterator[tuple[Cell, int]]:
@@ -209,6 +211,7 @@ def _write_page(out: Path, header: Any, faults: list[Fault], repeats: int) -> No
         snapshot_updates=_SNAPSHOT_UPDATES,
         recovery_s=fault_job.RECOVERY_S,
         where=results.measured_on(header),
+        commits=header["commits"],
     )
     write_text(out / "faults.md", page)
 
