@@ -58,6 +58,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """
     session = config.stash.get(_SESSION, None)
     if session is not None:
+        config.get_terminal_writer().flush()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(int(session.exitstatus))
