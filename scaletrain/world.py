@@ -43,6 +43,10 @@ class World(NamedTuple):
         size = self.size // groups
         return self._replace(rank=self.rank % size, size=size)
 
+    def group_number(self, groups: int) -> int:
+        """Return the number of this worker's group, from 0; see ``in_group``."""
+        return self.rank // self.in_group(groups).size
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "World":
         """Return this process's place according to its environment.

@@ -156,8 +156,7 @@ def _build(config: RunConfig, world: World, setup: Setup, resume: bool) -> Train
     """
     # Before the model is built: its initialisation already computes.
     torch.set_num_threads(threads(config, world))
-    group = world.rank // world.in_group(config.groups).size
-    parts = workload.build(config, setup.device, group)
+    parts = workload.build(config, setup.device, world.group_number(config.groups))
     _check_same_data(parts, config, world, setup.store)
     exchange = config.load("exchange")(world, setup, **config.exchange.options)
     lines: list[str] = []

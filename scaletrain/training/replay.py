@@ -62,7 +62,7 @@ def replay(config: RunConfig, run_dir: Path, step: int, rank: int) -> Replay:
     config = config.model_copy(update={"loader_workers": 0, "compile": None})
     use_cuda = config.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if use_cuda else "cpu")
-    group = rank // World(rank, config.workers).in_group(config.groups).size
+    group = World(rank, config.workers).group_number(config.groups)
     parts = workload.build(config, device, group)
     parts.module = parts.model
     updates = parts.updates or [Update("model", parts.optimizer, parts.forward)]

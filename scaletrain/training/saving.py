@@ -47,7 +47,7 @@ class Saving:
         self._world = exchange.group.world
         self._exchange = exchange
         self._group_dirs = [RunDir(run_dir).group(number) for number in range(exchange.groups)]
-        self._run_dir = self._group_dirs[world.rank // self._world.size]
+        self._run_dir = self._group_dirs[world.group_number(exchange.groups)]
         if not self._world.rank:
             self._run_dir.mkdir(exist_ok=True)
         self._state = state

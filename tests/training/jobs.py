@@ -38,8 +38,7 @@ def train_rank(
     world = World(rank, size, rank, size)
     # Closed also by a job that is refused: other tests of this process join groups of their own.
     with contextlib.closing(run.load("exchange")(world, setup, **run.exchange.options)) as exchange:
-        group = rank // world.in_group(run.groups).size
-        parts = workload.build(run, setup.device, group)
+        parts = workload.build(run, setup.device, world.group_number(run.groups))
         trainer = Trainer(run, world, parts, exchange, setup.device, run_dir, resume)
         summary = trainer.fit(lambda record: None, lambda step: step == stop_at)
     state = {name: value.detach().numpy() for name, value in trainer.module.state_dict().items()}

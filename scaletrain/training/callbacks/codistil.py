@@ -56,7 +56,7 @@ class Codistil(Callback):
         self._burn_in = burn_in
         self._ignored = trainer.config.loss.options.get("ignore_index", IGNORED)
         self._group_size = exchange.group.world.size
-        own = trainer.world.rank // self._group_size
+        own = trainer.world.group_number(exchange.groups)
         # By group, of all others: their models as of the last exchange.
         self._teachers: dict[int, nn.Module] = {}
         for group in range(exchange.groups):
