@@ -303,11 +303,9 @@ class Gradients:
             self.order = last
         self._came = []
         self._is_first_step = False
-        is_needed = [self._timed] * num_trained
-        if self.order and not self._varies:
-            is_needed = [self._timed and number == last[-1] for number in range(num_trained)]
-        for hook, stays in zip(self._hooks, is_needed, strict=True):
-            if not stays:
+        any_may_be_last = self._varies or not self.order
+        for number, hook in enumerate(self._hooks):
+            if not self._timed or not (any_may_be_last or number == last[-1]):
                 hook.remove()
 
     def _note(self, number: int, parameter: torch.Tensor) -> None:

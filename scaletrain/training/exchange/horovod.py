@@ -55,9 +55,7 @@ class HorovodExchange(Exchange):
         try:
             import horovod.torch as hvd
         except ImportError as error:
-            raise UserError(
-                f"exchange: horovod does not load ({error}); build it with `make horovod`"
-            ) from None
+            raise UserError(f"exchange: horovod does not load ({error}); {NEEDS.fix}") from None
         self.world = world
         self._hvd = hvd
         _initialise(hvd, world, setup, controller)
