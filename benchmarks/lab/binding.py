@@ -14,13 +14,11 @@ from typing import NamedTuple
 import click
 import yaml
 
-from benchmarks.lab import pages
-from scaletrain.errors import UserError
+from benchmarks.lab import commands, pages
 from scaletrain.host import cores
 from scaletrain.run.environment import environment
 from scaletrain.run.layout import RunDir
 from scaletrain.scaling.measure import intervals
-from scaletrain.scaling.show import results
 
 COMMON = {
     "data": "digits",
@@ -61,13 +59,7 @@ class Row(NamedTuple):
 
 @click.command("binding")
 @click.option("--repeats", default=10, show_default=True, help="Pairs of runs, in turns.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("benchmarks/results"),
-    show_default=True,
-    help="Where binding.md and binding.json go.",
-)
+@pages.out_option("binding")
 def command(repeats: int, out: Path) -> None:
     """Train with a worker on each core, bound and free, alone and beside another process.
 
@@ -87,13 +79,8 @@ def command(repeats: int, out: Path) -> None:
                     f"{job}, {exchange}, beside {busy}: {row.gain:.3f}"
                     f" ({row.low:.3f} to {row.high:.3f})"
                 )
-    out.mkdir(parents=True, exist_ok=True)
     measured = {"environment": header, "rows": [row._asdict() for row in rows]}
-    (out / "binding.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    page = pages.markdown(
-        "binding.md", rows=rows, workers=cores.count(), where=results.measured_on(header)
-    )
-    (out / "binding.md").write_text(page, encoding="utf-8")
+    pages.publish(out, "binding", measured, rows=rows, workers=cores.count())
 
 
 def _measure(job: str, exchange: str, busy: int, repeats: int) -> Row:
@@ -128,11 +115,7 @@ def _samples_per_s(job: str, exchange: str, bind: bool) -> float:
         config.write_text(yaml.safe_dump(run), encoding="utf-8")
         train = [sys.executable, "-m", "scaletrain.cli", "train", str(config)]
         options = ["--workers", str(cores.count()), "--run-dir", str(run_dir.path)]
-        done = subprocess.run(
-            [*train, *options], capture_output=True, text=True, timeout=600, check=False
-        )
-        if done.returncode != 0:
-            raise UserError(f"{job}: {done.stderr.strip().splitlines()[-1]}")
+        commands.run([*train, *options], job, timeout_s=600)
         summary = json.loads(run_dir.summary.read_text(encoding="utf-8"))
         return float(summary["samples_per_s"])
 

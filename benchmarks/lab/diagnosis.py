@@ -97,13 +97,7 @@ class Outcome:
 @click.option("--clean", default=CLEAN_RUNS, show_default=True, help="Runs without a fault.")
 @click.option("--again", is_flag=True, help="Run cases that have a result, too.")
 @click.option("--minutes", default=60.0, show_default=True, help="Begin no case after that.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("benchmarks/results"),
-    show_default=True,
-    help="Where diagnosis.md and diagnosis.json go.",
-)
+@pages.out_option("diagnosis")
 def command(only: str, clean: int, again: bool, minutes: float, out: Path) -> None:
     """Inject ten kinds of fault, and see whether rank and kind are named live.
 

@@ -14,7 +14,7 @@ import click
 from benchmarks.lab import pages
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.run.atomic import write_json, write_text
-from scaletrain.run.environment import environment
+from scaletrain.run.environment import Environment, environment
 from scaletrain.scaling.show import results
 
 _FAULTS_OF_A_JOB = 8
@@ -131,24 +131,27 @@ def command(repeats: int, out: Path) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "faults.json"
-    header, faults = _earlier(path)
-    commit = environment()["commit"]
+    now = environment()
+    header, faults = _earlier(path, now)
     # One job of each cell in turn: an interrupted command has tried all of them.
     for cell, number in _jobs(faults, repeats):
         faults += _run(cell, number)
-        header["commits"] = list(dict.fromkeys([*header["commits"], commit]))
+        header["commits"] = list(dict.fromkeys([*header["commits"], now["commit"]]))
         write_json(path, {"environment": header, "faults": [asdict(fault) for fault in faults]})
         _write_page(out, header, faults, repeats)
 
 
-def _earlier(path: Path) -> tuple[Any, list[Fault]]:
-    """Return the header and the faults of an earlier run that was interrupted, or new ones."""
+def _earlier(path: Path, now: Environment) -> tuple[Any, list[Fault]]:
+    """Return the header and the faults of an earlier run that was interrupted, or new ones.
+
+    Args:
+        path: of the results.
+        now: the facts about the machine and the versions.
+    """
     if path.exists():
         value = json.loads(path.read_text(encoding="utf-8"))
         return value["environment"], [Fault(**fault) for fault in value["faults"]]
-    header = environment()
-    header["load_average"] = os.getloadavg()[1]
-    return header | {"commits": []}, []
+    return now | {"load_average": os.getloadavg()[1], "commits": []}, []
 
 
 def _jobs(faults: list[Fault], repeats: int) -> Iterator[tuple[Cell, int]]:

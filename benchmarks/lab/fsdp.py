@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -10,12 +9,10 @@ from typing import NamedTuple
 
 import click
 
-from benchmarks.lab import pages
+from benchmarks.lab import commands, pages
 from scaletrain.cli.options import numbers
-from scaletrain.errors import UserError
 from scaletrain.run.environment import environment
 from scaletrain.scaling.measure import intervals
-from scaletrain.scaling.show import results
 
 RANK = "benchmarks/suites/fsdp_rank.py"
 MODELS = ("perceptron", "transformer")  # of RANK
@@ -46,13 +43,7 @@ class Row(NamedTuple):
 @click.command("fsdp")
 @click.option("--workers", default="2,4", show_default=True, callback=numbers, help="Ranks.")
 @click.option("--blocks", default=20, show_default=True, help="Blocks of 4 steps, in turns.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("benchmarks/results"),
-    show_default=True,
-    help="Where fsdp.md and fsdp.json go.",
-)
+@pages.out_option("fsdp")
 def command(workers: tuple[int, ...], blocks: int, out: Path) -> None:
     """Time FSDP2's step over the backend scaletrain and over gloo, in turns.
 
@@ -69,20 +60,13 @@ def command(workers: tuple[int, ...], blocks: int, out: Path) -> None:
                 row = _measure(model, count, blocks, Path(folder) / f"{model}-{count}.json")
                 click.echo(f"{model}, {count}: {row.speed:.2f} ± {row.speed_ci95:.2f}")
                 rows.append(row)
-    out.mkdir(parents=True, exist_ok=True)
     measured = {"environment": header, "rows": [row._asdict() for row in rows]}
-    (out / "fsdp.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    page = pages.markdown("fsdp.md", rows=rows, target=TARGET, where=results.measured_on(header))
-    (out / "fsdp.md").write_text(page, encoding="utf-8")
+    pages.publish(out, "fsdp", measured, rows=rows, target=TARGET)
 
 
 def _measure(model: str, workers: int, blocks: int, out: Path) -> Row:
     launch = [sys.executable, "-m", "scaletrain.cli", "launch", "-n", str(workers), "--"]
-    done = subprocess.run(
-        [*launch, RANK, model, str(blocks), str(out)], capture_output=True, text=True, timeout=900
-    )
-    if done.returncode != 0:
-        raise UserError(f"{RANK}: {done.stderr.strip().splitlines()[-1]}")
+    commands.run([*launch, RANK, model, str(blocks), str(out)], RANK, timeout_s=900)
     times = json.loads(out.read_text(encoding="utf-8"))
     ours, gloo = times["scaletrain"], times["gloo"]
     speed = intervals.ratio(gloo, ours)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import NamedTuple
 import click
 import yaml
 
-from benchmarks.lab import pages
-from scaletrain.errors import UserError
+from benchmarks.lab import commands, pages
 from scaletrain.run.environment import environment
 from scaletrain.scaling.measure import intervals
-from scaletrain.scaling.show import results
 
 RANK = "benchmarks/suites/overhead_rank.py"
 BLOCK = 20  # steps, as in RANK
@@ -77,13 +74,7 @@ class Row(NamedTuple):
 
 @click.command("overhead")
 @click.option("--blocks", default=40, show_default=True, help="Pairs of blocks of 20 steps.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("benchmarks/results"),
-    show_default=True,
-    help="Where overhead.md and overhead.json go.",
-)
+@pages.out_option("overhead")
 def command(blocks: int, out: Path) -> None:
     """Time our step beside a bare DDP loop, in turns, on 1 and 2 workers.
 
@@ -103,26 +94,13 @@ def command(blocks: int, out: Path) -> None:
                 row = _measure(job, config, Path(folder) / f"out-{number}-{workers}", workers)
                 click.echo(f"{job}, {workers}: {row.extra_ms:.3f} ± {row.extra_ci95_ms:.3f} ms")
                 rows.append(row)
-    out.mkdir(parents=True, exist_ok=True)
     measured = {"environment": header, "rows": [row._asdict() for row in rows]}
-    (out / "overhead.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    page = pages.markdown(
-        "overhead.md",
-        rows=rows,
-        target=TARGET,
-        block=BLOCK,
-        where=results.measured_on(header),
-    )
-    (out / "overhead.md").write_text(page, encoding="utf-8")
+    pages.publish(out, "overhead", measured, rows=rows, target=TARGET, block=BLOCK)
 
 
 def _measure(job: str, config: Path, out: Path, workers: int) -> Row:
     launch = [sys.executable, "-m", "scaletrain.cli", "launch", "-n", str(workers), "--"]
-    done = subprocess.run(
-        [*launch, RANK, str(config), str(out)], capture_output=True, text=True, timeout=900
-    )
-    if done.returncode != 0:
-        raise UserError(f"{RANK}: {done.stderr.strip().splitlines()[-1]}")
+    commands.run([*launch, RANK, str(config), str(out)], RANK, timeout_s=900)
     measured = json.loads((out / "0.json").read_text(encoding="utf-8"))
     pairs = [*zip(measured["ours_s"], measured["bare_s"], strict=True)]
     extra = intervals.mean([1e3 * (ours - bare) for ours, bare in pairs])

@@ -1,10 +1,8 @@
 """How long workers take to their first step: ``benchmarks/results/start.md``."""
 
-import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,11 +11,10 @@ from typing import NamedTuple
 
 import click
 
-from benchmarks.lab import pages
+from benchmarks.lab import commands, pages
 from scaletrain.cli.options import numbers
 from scaletrain.errors import UserError
 from scaletrain.run.environment import environment
-from scaletrain.scaling.show import results
 
 RANK = "benchmarks/suites/start_rank.py"
 TARGET = 1.3  # times the start of one worker, for the most workers
@@ -50,13 +47,7 @@ class Row(NamedTuple):
     "--workers", default="1,2,4,8", show_default=True, callback=numbers, help="Worker counts."
 )
 @click.option("--repeats", default=5, show_default=True, help="Starts of each kind, interleaved.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("benchmarks/results"),
-    show_default=True,
-    help="Where start.md and start.json go.",
-)
+@pages.out_option("start")
 def command(workers: tuple[int, ...], repeats: int, out: Path) -> None:
     """Time from the command to the first step: warm, cold, and under torchrun.
 
@@ -79,18 +70,9 @@ def command(workers: tuple[int, ...], repeats: int, out: Path) -> None:
                     f" processor time {start.cpu_s:.1f} s"
                 )
     rows = _rows(starts, workers)
-    out.mkdir(parents=True, exist_ok=True)
     measured = {"environment": header, "starts": [start._asdict() for start in starts]}
-    (out / "start.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    page = pages.markdown(
-        "start.md",
-        rows=rows,
-        most=max(workers),
-        ratio=_ratio(rows, workers),
-        target=TARGET,
-        where=results.measured_on(header),
-    )
-    (out / "start.md").write_text(page, encoding="utf-8")
+    ratio = _ratio(rows, workers)
+    pages.publish(out, "start", measured, rows=rows, most=max(workers), ratio=ratio, target=TARGET)
 
 
 def _start(way: str, workers: int) -> Start:
@@ -99,14 +81,8 @@ def _start(way: str, workers: int) -> Start:
         out.mkdir()
         cpu_before_s = _cpu_s()
         began = time.time()
-        done = subprocess.run(
-            [*_command(way, workers, Path(folder) / "run"), RANK, str(out)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        if done.returncode != 0:
-            raise UserError(f"{RANK}: {done.stderr.strip().splitlines()[-1]}")
+        argv = [*_command(way, workers, Path(folder) / "run"), RANK, str(out)]
+        commands.run(argv, RANK, timeout_s=300)
         ended = [float(path.read_text(encoding="utf-8")) for path in out.iterdir()]
         if len(ended) != workers:
             raise UserError(f"{RANK}: {len(ended)} of {workers} ranks have made a step")

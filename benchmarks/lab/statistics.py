@@ -13,7 +13,6 @@ import click
 
 from benchmarks.lab import pages
 from scaletrain.collectives.cost import Network
-from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 from scaletrain.scaling.explain.compare import SMALL, CellChange
 from scaletrain.scaling.measure import intervals
@@ -22,7 +21,6 @@ from scaletrain.scaling.model import Repeat, Report, ReportHeader, Row
 from scaletrain.scaling.predict import calibration, fit
 from scaletrain.scaling.predict.network import Fabric
 from scaletrain.scaling.predict.step_time import ComputeCost, StepModel
-from scaletrain.scaling.show import results
 
 REPEATS = (3, 5, 10)
 SPEED = 100.0  # samples/s of an undisturbed repeat
@@ -72,19 +70,12 @@ class Fits:
 @click.command("statistics")
 @click.option("--draws", default=4000, show_default=True, help="Made-up samples of each case.")
 @click.option("--jobs", default=200, show_default=True, help="Made-up calibrations.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("benchmarks/results"),
-    show_default=True,
-    help="Where statistics.md and statistics.json go.",
-)
+@pages.out_option("statistics")
 def command(draws: int, jobs: int, out: Path) -> None:
     """Simulate coverage, false alarms, power and calibrations. Nothing is trained."""
     made = coverages(draws)
     verdicts = comparisons(draws)
     fits, figures = calibrations(jobs)
-    out.mkdir(parents=True, exist_ok=True)
     facts = {
         "coverage": [dataclasses.asdict(each) for each in made],
         "comparisons": [dataclasses.asdict(each) for each in verdicts],
@@ -92,9 +83,10 @@ def command(draws: int, jobs: int, out: Path) -> None:
         "figures": figures,
         "environment": environment(),
     }
-    write_json(out / "statistics.json", facts)
-    page = pages.markdown(
-        "statistics.md",
+    pages.publish(
+        out,
+        "statistics",
+        facts,
         coverages=made,
         verdicts=verdicts,
         fits=fits,
@@ -106,9 +98,7 @@ def command(draws: int, jobs: int, out: Path) -> None:
         small=SMALL,
         model_error=calibration.MODEL_ERROR,
         decides=calibration.DECIDES,
-        where=results.measured_on(environment()),
     )
-    (out / "statistics.md").write_text(page, encoding="utf-8")
     click.echo(f"written: {out / 'statistics.md'}")
 
 
