@@ -23,7 +23,7 @@ from scaletrain.engine.engine import runs_one_hop
 from scaletrain.engine.lane import Lane
 from scaletrain.engine.meeting import introduce, known_members
 from scaletrain.engine.operations import OPERATIONS, Operation, number_of
-from scaletrain.engine.rendezvous import unsealed
+from scaletrain.engine.rendezvous import for_nccl
 from scaletrain.engine.roll_call import RollCall
 from scaletrain.engine.transport import DTYPES, Group, nccl
 from scaletrain.engine.work import All, Forwarded
@@ -72,17 +72,17 @@ class GroupCalls:
         )
         place = store.get("place").decode()
         self._job_store = _without_prefixes(store)  # groups find the connection while one holds it
+        self._members = known_members(store, size)
+        hosts = [member.host for member in self._members]
         self.nccl: Any = None
         if torch.cuda.is_available() and dist.is_nccl_available():
-            # NCCL's threads look at their store until the end, when Python may be gone.
-            plain = dist.PrefixStore(f"{place}/nccl/", unsealed(self._job_store))
-            self.nccl = nccl.backend(Group(plain, rank, size, timeout))
-        self._members = known_members(store, size)
+            its_store = for_nccl(self._job_store, on_one_host=len(set(hosts)) == 1)
+            its_store = dist.PrefixStore(f"{place}/nccl/", its_store)
+            self.nccl = nccl.backend(Group(its_store, rank, size, timeout))
         # The group's own part of the store, over a connection that no script waits on.
         self._meeting = dist.PrefixStore(f"{place}/", _second(self._job_store))
         self._roll_call = RollCall(self._meeting, rank, size, timeout, place)
         self._place = one_hop_calls.Place(rank, size)
-        hosts = [member.host for member in self._members]
         self.runs_one_hop = runs_one_hop(hosts, options.transport)
         # What gloo may still be doing. The callers' threads write and read it.
         self._forwarded: WeakSet[Forwarded] = WeakSet()

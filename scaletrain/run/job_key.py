@@ -9,6 +9,7 @@ import contextlib
 import hmac
 import os
 import secrets
+import shutil
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -92,8 +93,18 @@ def job_key(run_dir: Path) -> JobKey:
 
 
 def forget(run_dir: Path) -> None:
-    """Remove the job's key: the next job in this directory makes its own."""
+    """Remove what is the job's alone: the next job in this directory makes its own."""
     RunDir(run_dir).job_key.unlink(missing_ok=True)
+    shutil.rmtree(RunDir(run_dir).private, ignore_errors=True)
+
+
+def private_directory(run_dir: Path) -> Path:
+    """Return the directory of the run that its owner alone can enter; make it if need be."""
+    directory = RunDir(run_dir).private
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # mkdir leaves the mode of a directory that exists as it is.
+    os.chmod(directory, 0o700)
+    return directory
 
 
 def _read(path: Path) -> JobKey:

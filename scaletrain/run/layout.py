@@ -205,9 +205,9 @@ class RunDir:
         return self.path / ".job.key"
 
     @property
-    def sockets(self) -> Path:
-        """The directory of Unix sockets, mode 0700."""
-        return self.path / ".sockets"
+    def private(self) -> Path:
+        """The directory of Unix sockets and of NCCL's store (``run.job_key``), mode 0700."""
+        return self.path / ".private"
 
     # Written for emulated clusters.
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain.engine import ddp_end
 from scaletrain.engine.backend import calls_of
-from scaletrain.engine.rendezvous import unsealed
+from scaletrain.engine.rendezvous import for_nccl
 from scaletrain.errors import UserError
 from scaletrain.run import spans
 from scaletrain.training.exchange import Exchange, Setup, Sums, attached
@@ -89,8 +89,9 @@ class AllreduceExchange(Exchange):
                 "exchange: this process has a default process group already (allowed: one exchange a"
                 " process, and no init_process_group beside it; close() ends an exchange)"
             )
-        # NCCL's threads look at their store until the end, when Python may be gone.
-        store = unsealed(setup.store) if backend == "nccl" else setup.store
+        store = setup.store
+        if backend == "nccl":
+            store = for_nccl(store, on_one_host=world.num_nodes == 1)
         dist.init_process_group(
             backend,
             store=store,

@@ -9,14 +9,17 @@ import torch
 import torch.distributed as dist
 
 from scaletrain.engine import rendezvous
+from scaletrain.engine.choice import NATIVE, Options
+from scaletrain.engine.group_calls import GroupCalls
 from scaletrain.engine.rendezvous.sealed import SealedStore
 from scaletrain.engine.rendezvous.serve import serve_at
 from scaletrain.engine.roll_call import RollCall
+from scaletrain.engine.transport import nccl
 from scaletrain.errors import UserError
 from scaletrain.launching.job import Job, Program
 from scaletrain.launching.launchers import local
 from scaletrain.launching.store import bind_store
-from scaletrain.run.job_key import job_key
+from scaletrain.run.job_key import forget, job_key
 from scaletrain.training.stopping import Appointment
 from scaletrain.world import UNKNOWN, World
 from tests.ranks import run_ranks
@@ -30,7 +33,7 @@ def stores(tmp_path) -> tuple[SealedStore, dist.TCPStore]:
     """Return the job's store, and a connection that another user of the host opens to it."""
     served = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     thief = dist.TCPStore("127.0.0.1", served.port, None, wait_for_workers=False)
-    return SealedStore(served, job_key(tmp_path)), thief
+    return SealedStore(served, tmp_path), thief
 
 
 def write(thief: dist.TCPStore, name: str, value: str | bytes) -> None:
@@ -80,7 +83,7 @@ def test_values_of_others_are_refused(stores, tmp_path, forge):
 
 def test_values_of_an_earlier_attempt_are_refused(tmp_path):
     shared = dist.HashStore()
-    first, second = (SealedStore(shared, job_key(tmp_path), scope) for scope in "12")
+    first, second = (SealedStore(shared, tmp_path, scope) for scope in "12")
     first.set("stop", "50")
     with pytest.raises(UserError, match=REFUSED):
         second.get("stop")
@@ -135,9 +138,41 @@ def test_gloo_meets_in_a_sealed_store(tmp_path):
             key.unseal(f"/{name}", served.get(name))
 
 
+def test_nccl_meets_where_others_cannot_go(tmp_path):
+    """A store of C++ alone stands in for NCCL: its values are in no store that others reach."""
+    served = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    assert run_ranks(_sum_beside_nccl, 3, tmp_path, served.port) == [0.0 + 1 + 2] * 3
+    assert not [name for name in served.list_keys() if "/nccl/" in name]
+    folder = tmp_path / ".private"
+    (file,) = folder.iterdir()
+    assert b"/nccl/" in file.read_bytes() and folder.stat().st_mode & 0o777 == 0o700
+    # The file's name is the only thing that the job's store decides.
+    store = SealedStore(served, tmp_path)
+    write(served, "file for nccl", "/tmp/of-others")
+    with pytest.raises(UserError, match=REFUSED):
+        rendezvous.for_nccl(store, on_one_host=True)
+    forget(tmp_path)
+    assert not folder.exists()
+
+
+def _sum_beside_nccl(rank: int, size: int, run_dir, port: int) -> float:
+    """Sum over the store that the backend hands to NCCL."""
+    handed = []
+    nccl.backend = lambda group: handed.append(group.store)
+    torch.cuda.is_available = dist.is_nccl_available = lambda: True
+    connection = dist.TCPStore("127.0.0.1", port, None, wait_for_workers=False, timeout=SOON)
+    store = rendezvous.sealed(connection, run_dir)
+    own = dist.PrefixStore("first/", store)
+    GroupCalls(own, rank, size, SOON, Options(NATIVE, "gloo")).shutdown()
+    group = dist.ProcessGroupGloo(handed[0], rank, size, SOON)
+    tensor = torch.tensor([float(rank)])
+    group.allreduce([tensor]).wait()
+    return tensor.item()
+
+
 def _sum(rank: int, size: int, run_dir, port: int) -> list[float]:
     connection = dist.TCPStore("127.0.0.1", port, None, wait_for_workers=False, timeout=SOON)
-    store = rendezvous.sealed(connection, job_key(run_dir))
+    store = rendezvous.sealed(connection, run_dir)
     dist.init_process_group("scaletrain", store=store, rank=rank, world_size=size, timeout=SOON)
     results = []
     for operation, value in ((dist.ReduceOp.SUM, rank), (dist.ReduceOp.PRODUCT, rank + 1)):

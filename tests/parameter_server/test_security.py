@@ -54,8 +54,8 @@ def test_keys_and_sockets_are_the_owners_alone(tmp_path):
         while placement.read_address(tmp_path, 0) is None:
             time.sleep(0.01)
         assert (tmp_path / ".job.key").stat().st_mode & 0o777 == 0o600
-        assert (tmp_path / ".sockets").stat().st_mode & 0o777 == 0o700
-        assert (tmp_path / ".sockets" / "server-0").stat().st_mode & 0o177 == 0
+        assert (tmp_path / ".private").stat().st_mode & 0o777 == 0o700
+        assert (tmp_path / ".private" / "server-0").stat().st_mode & 0o177 == 0
         key = job_key(tmp_path)
         (tmp_path / ".job.key").chmod(0o644)
         with pytest.raises(UserError, match="can be read by others"):

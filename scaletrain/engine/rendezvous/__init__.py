@@ -16,8 +16,8 @@ values are sealed by the job's key (``sealed``).
 >>> world = rendezvous.place(world, store)  # doctest: +SKIP
 """
 
-from scaletrain.engine.rendezvous.sealed import sealed, unsealed
+from scaletrain.engine.rendezvous.sealed import for_nccl, sealed
 from scaletrain.engine.rendezvous.serve import STORE_FD, address_of, serve
 from scaletrain.engine.rendezvous.store import connect, join, place
 
-__all__ = ["STORE_FD", "address_of", "connect", "join", "place", "sealed", "serve", "unsealed"]
+__all__ = ["STORE_FD", "address_of", "connect", "for_nccl", "join", "place", "sealed", "serve"]

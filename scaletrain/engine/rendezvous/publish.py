@@ -26,7 +26,6 @@ from scaletrain.host import addresses
 from scaletrain.host.addresses import InterfaceAddress
 from scaletrain.run import progress
 from scaletrain.run.atomic import write_json
-from scaletrain.run.job_key import JobKey, job_key
 from scaletrain.run.layout import RunDir
 from scaletrain.world import UNKNOWN, World
 
@@ -82,7 +81,7 @@ def publish(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
     served = serve_at("127.0.0.1" if world.local_size == world.size else "0.0.0.0", 0, timeout)
     nonce = secrets.token_hex(16)
     served.set(_NONCE, nonce)
-    store = sealed(served, job_key(run_dir), nonce)
+    store = sealed(served, run_dir, nonce)
     # The file comes last: whoever reads it finds a store that holds the nonce.
     write_json(path, _MeetingPoint(_job_name(world), offered, served.port, nonce)._asdict())
     reached = _wait_for_reached(store, world, timeout)
@@ -101,7 +100,7 @@ def publish(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
         )
     store.set(_ADDRESS, address)
     use_interface_of(address)
-    return sealed(dist.PrefixStore(_PREFIX, served), job_key(run_dir), nonce)
+    return sealed(dist.PrefixStore(_PREFIX, served), run_dir, nonce)
 
 
 def _wait_for_reached(store: dist.Store, world: World, timeout: timedelta) -> dict[int, list[str]]:
@@ -140,7 +139,7 @@ def find(run_dir: Path, world: World, timeout: timedelta) -> dist.Store:
         left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
         stores = _stores_at(point, left)
         if stores:
-            return _agree(stores, point, world, job_key(run_dir))
+            return _agree(stores, point, world, run_dir)
         seen = (
             f"{file_name}, but rank 0 answers at none of {', '.join(point.addresses)},"
             f" port {point.port}"
@@ -162,10 +161,10 @@ def _stores_at(point: _MeetingPoint, timeout: timedelta) -> dict[str, dist.TCPSt
 
 
 def _agree(
-    stores: dict[str, dist.TCPStore], point: _MeetingPoint, world: World, key: JobKey
+    stores: dict[str, dist.TCPStore], point: _MeetingPoint, world: World, run_dir: Path
 ) -> dist.Store:
     """Tell rank 0 where it was found, and return the store at the address that it takes."""
-    any_store = sealed(next(iter(stores.values())), key, point.nonce)
+    any_store = sealed(next(iter(stores.values())), run_dir, point.nonce)
     any_store.set(f"scaletrain/reached/{world.rank}", json.dumps([*stores]))
     try:
         address = any_store.get(_ADDRESS).decode()
@@ -174,7 +173,7 @@ def _agree(
     if not address:
         raise ConnectionError("no address of rank 0 is reached by every rank")
     use_interface_of(addresses.source_address(address, point.port))
-    return sealed(dist.PrefixStore(_PREFIX, stores[address]), key, point.nonce)
+    return sealed(dist.PrefixStore(_PREFIX, stores[address]), run_dir, point.nonce)
 
 
 def store_with_nonce(

@@ -6,12 +6,14 @@ value that is refused with an error or by removing one, and they can read; they 
 the job does.
 """
 
+import secrets
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from scaletrain.run.job_key import JobKey
+from scaletrain.run.job_key import job_key, private_directory
 
 # C++ keeps the C++ half of a store alive, and not its Python half. Every store that was made stays
 # here, as long as the process: a job has one or two.
@@ -26,21 +28,34 @@ class SealedStore(dist.Store):
 
     Args:
         store: holds the sealed values.
-        key: the job's.
+        run_dir: holds the job's key.
         scope: names this store, apart from others that the job had before.
     """
 
-    def __init__(self, store: dist.Store, key: JobKey, scope: str = ""):
+    def __init__(self, store: dist.Store, run_dir: Path, scope: str = ""):
         super().__init__()
         self._store: Any = store
-        self._key = key
+        self._run_dir = run_dir
+        self._key = job_key(run_dir)
         self._scope = scope
+        self._file: dist.Store | None = None
         _kept.append(self)
 
     @property
     def unsealed(self) -> dist.Store:
         """The store below, whose values anybody can change."""
         return self._store
+
+    def without_python(self, *, on_one_host: bool) -> dist.Store:
+        """Return a store for threads of C++ that outlive Python. See ``for_nccl``."""
+        if not on_one_host:
+            return self.unsealed
+        if self._file is None:
+            # The ranks agree on a name that no earlier job or attempt has used.
+            name = self.compare_set("file for nccl", "", secrets.token_hex(8)).decode()
+            path = private_directory(self._run_dir) / f"nccl-{name}"
+            self._file = dist.FileStore(str(path), -1)  # -1: others may still come to it
+        return self._file
 
     def _seal(self, name: str, value: str | bytes) -> bytes:
         raw = value.encode() if isinstance(value, str) else value
@@ -111,16 +126,27 @@ class SealedStore(dist.Store):
 
     def clone(self) -> "SealedStore":
         """Return the same store, over a connection of its own."""
-        return SealedStore(self._store.clone(), self._key, self._scope)
+        return SealedStore(self._store.clone(), self._run_dir, self._scope)
 
 
-def sealed(store: dist.Store, key: JobKey, scope: str = "") -> SealedStore:
+def sealed(store: dist.Store, run_dir: Path, scope: str = "") -> SealedStore:
     """Return the store under the job's key; one that is sealed already, as it is."""
     if isinstance(store, SealedStore):
         return store
-    return SealedStore(store, key, scope)
+    return SealedStore(store, run_dir, scope)
 
 
-def unsealed(store: dist.Store) -> dist.Store:
-    """Return the store below a sealed one; any other one as it is."""
-    return store.unsealed if isinstance(store, SealedStore) else store
+def for_nccl(store: dist.Store, *, on_one_host: bool) -> dist.Store:
+    """Return where NCCL's processes meet, in place of a sealed store. Every rank calls this.
+
+    NCCL's threads look into their store until the end of the process, when Python, which checks
+    the seals, may be gone. So they get one that is C++ alone: on one host a file that only the
+    job's owner can open; on several, whose network NCCL trusts anyway, the store below the seals.
+
+    Args:
+        store: the job's; one without seals is returned as it is.
+        on_one_host: all ranks of the group share a host. They say the same.
+    """
+    if isinstance(store, SealedStore):
+        return store.without_python(on_one_host=on_one_host)
+    return store

@@ -13,7 +13,6 @@ from scaletrain.errors import UserError
 from scaletrain.host import addresses
 from scaletrain.host.names import host_name
 from scaletrain.run import progress
-from scaletrain.run.job_key import job_key
 from scaletrain.world import UNKNOWN, World
 
 # Launchers under which somebody serves the store, and MASTER_ADDR and MASTER_PORT say where.
@@ -65,7 +64,7 @@ def connect(
         store = _connect_to(address, int(port), world, timeout)
         # One key may serve several jobs of torchrun in one directory: their values differ in this.
         scope = os.environ.get("TORCHELASTIC_RUN_ID", "")
-        return sealed(store, job_key(run_dir), scope) if is_private else store
+        return sealed(store, run_dir, scope) if is_private else store
     if world.size == 1:
         return dist.HashStore()
     if world.launcher == "environment":

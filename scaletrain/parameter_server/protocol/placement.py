@@ -1,13 +1,13 @@
 """Which server processes a job needs, where they run, and where they listen."""
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
 from scaletrain.config import RunConfig
 from scaletrain.launching.job import Companion, Program
 from scaletrain.parameter_server.protocol.settings import Settings, settings_from_options
+from scaletrain.run.job_key import private_directory
 from scaletrain.run.layout import RunDir
 
 BESIDE = "beside"  # server k is started by worker k
@@ -99,10 +99,8 @@ def socket_path(run_dir: Path, index: int) -> Path:
 
     The kernel limits the length of such a path. A deep run directory gets its sockets elsewhere.
     """
-    directory = RunDir(run_dir).sockets
-    if len(str(directory)) > _MAX_DIRECTORY:
+    if len(str(RunDir(run_dir).private)) > _MAX_DIRECTORY:
         directory = Path(tempfile.mkdtemp(prefix="scaletrain-"))
-    directory.mkdir(mode=0o700, exist_ok=True)
-    # mkdir leaves the mode of a directory that exists as it is.
-    os.chmod(directory, 0o700)
+    else:
+        directory = private_directory(run_dir)
     return directory / f"server-{index}"

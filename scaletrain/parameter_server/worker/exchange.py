@@ -25,7 +25,6 @@ from scaletrain.parameter_server.worker.clipping import ClippedSteps
 from scaletrain.parameter_server.worker.gradients import GradientSteps
 from scaletrain.parameter_server.worker.local_steps import LocalSteps, Rounds
 from scaletrain.parameter_server.worker.replica import Replica
-from scaletrain.run.job_key import job_key
 from scaletrain.run.layout import RunDir
 from scaletrain.world import World
 
@@ -114,7 +113,7 @@ class ParameterServerExchange:
         settings = self._settings
         replica = Replica(model, optimizer, settings)
         self._replica = replica
-        shared = sealed(self._store, job_key(self._run_dir))
+        shared = sealed(self._store, self._run_dir)
         self._cut = calibration.agree(
             settings, self._run_dir, self.world, shared, replica.dense_bytes, self._is_beside
         )
