@@ -13,6 +13,7 @@ from benchmarks.lab import (
     fsdp,
     overhead,
     prediction,
+    recipe_workers,
     start,
     statistics,
 )
@@ -37,6 +38,7 @@ lab.add_command(firecaffe.command)
 lab.add_command(fsdp.command)
 lab.add_command(overhead.command)
 lab.add_command(prediction.command)
+lab.add_command(recipe_workers.command)
 lab.add_command(start.command)
 lab.add_command(statistics.command)
 
