@@ -1,12 +1,13 @@
 """Tests engine/process_group.py and engine/lane.py: the calls of a backend, right and wrong."""
 
+import gc
 import os
 import signal
 import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -340,27 +341,77 @@ def test_first_allreduces_of_several_threads_share_a_lane(tmp_path: Path):
         assert sums == [[3.0] * 5] * 6
 
 
-def groups(rank: int, size: int, port: str) -> tuple[int, int, list[float]]:
+class Held(NamedTuple):
+    """What a process holds at a moment."""
+
+    descriptors: int
+    threads: int
+    mib: float  # of memory that is no file's
+
+    @classmethod
+    def now(cls) -> "Held":
+        gc.collect()
+        status = dict(
+            line.split(":") for line in Path("/proc/self/status").read_text().splitlines()
+        )
+        kib = sum(int(status[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+        return cls(len(os.listdir("/proc/self/fd")), int(status["Threads"]), kib / 1024)
+
+
+def groups(rank: int, size: int, port: str) -> tuple[Held, Held, list[float]]:
     join(rank, size, port)
 
-    def use() -> float:
+    def use(number: int) -> float:
         group = dist.new_group([0, 1])
-        tensor = torch.tensor([rank + 1.0])
+        tensor = torch.tensor([rank + 1.0 + number])
         dist.all_reduce(tensor, group=group)
-        dist.barrier()
+        dist.barrier(group)
         dist.destroy_process_group(group)
         return float(tensor)
 
-    use()
-    before = len(os.listdir("/proc/self/fd"))
-    sums = [use() for _ in range(12)]
-    return before, len(os.listdir("/proc/self/fd")), sums
+    sums = [use(number) for number in range(50)]
+    before = Held.now()
+    sums += [use(number) for number in range(50, 200)]
+    return before, Held.now(), sums
 
 
-def test_groups_that_are_destroyed_leave_no_descriptors(tmp_path: Path):
+def test_two_hundred_groups_leave_nothing(tmp_path: Path):
     for before, after, sums in run_ranks(groups, 2, str(tmp_path / "port")):
-        assert sums == [3.0] * 12
-        assert after <= before + 2
+        assert sums == [3.0 + 2 * number for number in range(200)]
+        assert after.descriptors <= before.descriptors + 2
+        assert after.threads <= before.threads + 2
+        assert after.mib < before.mib + 3  # 20 KiB a group
+
+
+def collectives(rank: int, size: int, port: str) -> tuple[Held, Held]:
+    join(rank, size, port)
+
+    def use(number: int) -> None:
+        dist.all_reduce(total := torch.full((1000,), rank + 1.0 + number))
+        gathered = torch.empty(2000)
+        dist.all_gather_into_tensor(gathered, torch.full((1000,), rank + 1.0))
+        dist.reduce_scatter_tensor(part := torch.empty(1000), gathered)
+        dist.broadcast(sent := torch.full((1000,), float(rank)), 1)
+        dist.all_to_all_single(turned := torch.empty(2), torch.tensor([rank, rank + 10.0]))
+        works = [dist.all_reduce(torch.ones(10), async_op=True) for _ in range(4)]
+        for work in works:
+            work.wait()
+        dist.barrier()
+        assert total[0] == 3 + 2 * number and part[-1] == 2 * (rank + 1) and sent[0] == 1
+        assert turned.tolist() == [10.0 * rank, 10.0 * rank + 1]
+
+    for number in range(200):
+        use(number)
+    before = Held.now()
+    for number in range(200, 1200):
+        use(number)
+    return before, Held.now()
+
+
+def test_ten_thousand_collectives_leave_nothing(tmp_path: Path):
+    for before, after in run_ranks(collectives, 2, str(tmp_path / "port")):
+        assert after.descriptors == before.descriptors and after.threads == before.threads
+        assert after.mib < before.mib + 3  # 300 bytes a collective
 
 
 def spellings(rank: int, size: int, port: str, backend: str) -> dict[str, Any]:
