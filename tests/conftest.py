@@ -2,11 +2,8 @@
 
 import os
 import signal
-import sys
 
 import pytest
-
-_SESSION = pytest.StashKey[pytest.Session]()
 
 
 def require(part: str, condition: bool, how: str) -> None:
@@ -42,23 +39,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return slow + 2 * cluster + ("containers" in item.nodeid)
 
     items.sort(key=cost)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    session.config.stash[_SESSION] = session
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the process here, with the status of the tests.
-
-    At an interpreter's end, what thousands of tests have left goes in any order, some of it while
-    threads of C++ still use it. A run in which every test had passed aborted there. How our own
-    programs end is tested in processes of their own.
-    """
-    session = config.stash.get(_SESSION, None)
-    if session is not None:
-        config.get_terminal_writer().flush()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(session.exitstatus))

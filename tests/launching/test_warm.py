@@ -3,6 +3,7 @@ Bug it catches: a worker that sees something of another one, or of the server th
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -178,12 +179,13 @@ def test_without_a_server_there_is_no_fork_and_forked_processes_live_on(server: 
 
 
 def test_descriptors_keep_their_numbers_and_streams_are_passed(server: Server, tmp_path: Path):
-    # One of them at a number that the server itself uses for something else.
     read, write = os.pipe()
-    low = os.dup2(write, 40)
-    code = "os.write(40, sys.stdin.read().encode()); print('err', file=sys.stderr); print('out')"
+    # A number that is free here: under it, this process might hold something of a library's.
+    high = fcntl.fcntl(write, fcntl.F_DUPFD, 400)
+    code = f"os.write({high}, sys.stdin.read().encode());"
+    code += "print('err', file=sys.stderr); print('out')"
     with open(tmp_path / "log", "wb") as log:
-        order = order_of(code, descriptors=(low,))
+        order = order_of(code, descriptors=(high,))
         process = server.fork(
             order, stdin=subprocess.PIPE, stdout=log.fileno(), stderr=subprocess.STDOUT
         )
@@ -192,7 +194,7 @@ def test_descriptors_keep_their_numbers_and_streams_are_passed(server: Server, t
     process.stdin.close()
     assert process.wait(10) == 0
     os.close(write)
-    os.close(low)
+    os.close(high)
     with open(read, "rb") as pipe:
         assert pipe.read() == b"through"
     assert sorted((tmp_path / "log").read_text().split()) == ["err", "out"]
