@@ -8,13 +8,15 @@ from typing import NamedTuple
 import click
 
 from benchmarks.lab import pages
+from scaletrain.errors import UserError
 from scaletrain.recipes import judging, recipe, running
 from scaletrain.recipes.recipe import Recipe
 from scaletrain.run.environment import environment
-from scaletrain.scaling.measure import intervals
+from scaletrain.scaling.measure import intervals, trainings
 
 ALONE = 1
 WORKERS = (2, 3)
+_TRAINING_S = 3600.0  # the limit of one; times are not measured, so others may compute beside it
 
 
 class Row(NamedTuple):
@@ -59,16 +61,21 @@ def command(seeds: int, only: tuple[str, ...], runs: Path, out: Path) -> None:
     """
     rows: list[Row] = []
     fixed: list[str] = []  # recipes whose variants set their workers themselves
+    plans: dict[str, dict[int, running.Plan]] = {}
     for name in only or recipe.names():
         shown = recipe.load(name)
         variant = first_variant(shown)
         if variant is None:
             fixed.append(name)
             continue
-        found = {}
+        plans[name] = {}
         for workers in (ALONE, *WORKERS):
-            found[workers] = _figures(shown, variant, workers, seeds, runs / name / str(workers))
-        rows += compare(name, variant, figure_of(shown), found)
+            plan = _plan(shown, variant, workers, seeds, runs / name / str(workers))
+            running.check_presence(plan)
+            plans[name][workers] = plan
+    for by_workers in plans.values():
+        found = {workers: _figures(plan) for workers, plan in by_workers.items()}
+        rows += compare(by_workers[ALONE].recipe, found)
     measured = {"environment": environment(), "rows": [row._asdict() for row in rows]}
     pages.publish(out, "recipe_workers", measured, rows=rows, fixed=fixed)
 
@@ -87,27 +94,37 @@ def figure_of(of: Recipe) -> str:
     return claimed[0]
 
 
-def _figures(
-    of: Recipe, variant: str, workers: int, seeds: int, out: Path
-) -> list[judging.Figures]:
-    """Train a variant with each seed, and return the figures of each."""
-    alone = of.model_copy(update={"variants": {variant: of.variants[variant]}, "claims": []})
-    plan = running.plan(alone, running.Request(workers=workers, seeds=seeds), out)
-    running.run(plan, click.echo)
-    return [judging.figures(run_dir) for run_dir in plan.run_dirs[variant]]
+def _plan(of: Recipe, variant: str, workers: int, seeds: int, out: Path) -> running.Plan:
+    """Return the trainings of one variant alone."""
+    alone = of.model_copy(update={"variants": {variant: of.variants[variant]}})
+    request = running.Request(workers=workers, seeds=seeds, timeout_s=_TRAINING_S)
+    return running.plan(alone, request, out)
 
 
-def compare(
-    name: str, variant: str, figure: str, found: Mapping[int, Sequence[judging.Figures]]
-) -> list[Row]:
+def _figures(plan: running.Plan) -> list[judging.Figures]:
+    """Train a plan's variant with each seed, and return the figures of each.
+
+    Raises:
+        UserError: a training failed.
+    """
+    running.train(plan, click.echo)
+    (run_dirs,) = plan.run_dirs.values()
+    for run_dir in run_dirs:
+        reason = trainings.read_failure(run_dir)
+        if reason:
+            raise UserError(f"{run_dir}: {reason}")
+    return [judging.figures(run_dir) for run_dir in run_dirs]
+
+
+def compare(of: Recipe, found: Mapping[int, Sequence[judging.Figures]]) -> list[Row]:
     """Return a row for each number of workers but one.
 
     Args:
-        name: of the recipe.
-        variant: its variant.
-        figure: which is compared.
+        of: the recipe, with one variant.
         found: the figures of each seed, by the number of workers.
     """
+    (variant,) = of.variants
+    figure = figure_of(of)
     values = {workers: [each[figure] for each in found[workers]] for workers in found}
     alone = intervals.mean(values[ALONE])
     rows = []
@@ -116,7 +133,7 @@ def compare(
         difference = intervals.mean([together - own for together, own in pairs])
         rows.append(
             Row(
-                recipe=name,
+                recipe=of.name,
                 variant=variant,
                 figure=figure,
                 seeds=alone.n,

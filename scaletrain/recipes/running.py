@@ -134,7 +134,12 @@ def _training(
 
 
 def run(plan: Plan, tell: Callable[[str], None]) -> Result:
-    """Train what is missing, and judge the claims.
+    """Train what is missing, and judge the claims. See ``train``."""
+    return result(plan, train(plan, tell))
+
+
+def train(plan: Plan, tell: Callable[[str], None]) -> float:
+    """Train what is missing, and return the seconds that all trainings have taken.
 
     Args:
         plan: the recipe's trainings.
@@ -155,7 +160,7 @@ def run(plan: Plan, tell: Callable[[str], None]) -> Result:
             trainings.run(missing, starter, tell, plan.out)
     finally:
         seconds = _add_seconds(plan.out, time.monotonic() - began)
-    return result(plan, seconds)
+    return seconds
 
 
 def _write(path: Path, text: str) -> None:

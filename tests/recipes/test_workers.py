@@ -28,6 +28,7 @@ def test_every_recipe_has_a_variant_to_compare_or_sets_its_workers():
 def test_seeds_are_compared_in_pairs(together: tuple[float, ...], verdict: str):
     alone = [{"test_error": value} for value in (0.30, 0.20, 0.25)]
     others = [{"test_error": value} for value in together]
-    rows = recipe_workers.compare("r", "v", "test_error", {1: alone, 2: alone, 3: others})
+    shown = recipe.load("dropout").model_copy(update={"variants": {"plain": {}}})
+    rows = recipe_workers.compare(shown, {1: alone, 2: alone, 3: others})
     assert [(row.workers, row.verdict) for row in rows] == [(2, "the same"), (3, verdict)]
     assert rows[1].difference == pytest.approx(sum(together) / 3 - 0.25)
