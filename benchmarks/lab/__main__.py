@@ -1,22 +1,15 @@
-"""The command of the lab, run from the repository's root: ``python -m benchmarks.lab --help``."""
+"""The command of the lab, run from the repository's root: ``python -m benchmarks.lab --help``.
 
+Each file here with a ``command`` is one of its commands.
+"""
+
+import importlib
+import pkgutil
 import sys
 
 import click
 
-from benchmarks.lab import (
-    binding,
-    cases,
-    diagnosis,
-    faults,
-    firecaffe,
-    fsdp,
-    overhead,
-    prediction,
-    recipe_workers,
-    start,
-    statistics,
-)
+from benchmarks import lab as folder
 from scaletrain.errors import UserError
 
 
@@ -30,21 +23,12 @@ def lab() -> None:
     """
 
 
-lab.add_command(binding.command)
-lab.add_command(faults.command)
-lab.add_command(diagnosis.command)
-lab.add_command(cases.command)
-lab.add_command(firecaffe.command)
-lab.add_command(fsdp.command)
-lab.add_command(overhead.command)
-lab.add_command(prediction.command)
-lab.add_command(recipe_workers.command)
-lab.add_command(start.command)
-lab.add_command(statistics.command)
-
-
 def main() -> None:
     """Run a command. A person's mistake ends in one line and status 2."""
+    for found in pkgutil.iter_modules(folder.__path__, "benchmarks.lab."):
+        command = getattr(importlib.import_module(found.name), "command", None)
+        if command is not None:
+            lab.add_command(command)
     try:
         lab(prog_name="python -m benchmarks.lab")
     except UserError as error:
