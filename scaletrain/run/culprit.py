@@ -50,7 +50,8 @@ class Culprit:
     # An interval of the cost: 99.9 % for a rank that stays slow, else 95 %.
     low_s: float
     high_s: float
-    step_s: float  # of a median step in these steps
+    # Of a median step in these steps; of a mean one where the cost is a mean, too.
+    step_s: float
     first_step: int
     last_step: int
     rotates: bool = False  # another rank each time
@@ -102,6 +103,11 @@ class Culprit:
         facts += f", {self.share:.0%} of a step, in steps {self.first_step:,} to {self.last_step:,}"
         detail = f"; {self.detail}" if self.detail else ""
         return f"{self.who}: {self.kind} takes {facts}{detail} ({advice})"
+
+    def remedy(self) -> str:
+        """Return one plain line: who, what to do, and what a step may gain."""
+        gain = f"without it, a step would be up to {self.share:.0%} shorter"
+        return f"{self.who}: {_ADVICE[self.kind]}; {gain}"
 
     def to_json(self) -> dict[str, object]:
         """Return it as a report holds it."""

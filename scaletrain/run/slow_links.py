@@ -53,7 +53,7 @@ def slow_links(
     suspicion = _lossy(links) or _slow_host(links) or _slow_link(links)
     if suspicion is None or suspicion.share.value < SHARE:
         return []
-    mean_step_s = statistics.fmean(step.step_s for step in table.steps)
+    mean_step_s = table.mean_step_s
     ends = suspicion.ends
     return [
         Culprit(
@@ -64,7 +64,7 @@ def slow_links(
             cost_s=suspicion.share.value * mean_step_s,
             low_s=suspicion.share.low * mean_step_s,
             high_s=suspicion.share.high * mean_step_s,
-            step_s=table.median_step_s,
+            step_s=mean_step_s,
             first_step=table.steps[0].number,
             last_step=table.steps[-1].number,
             link=suspicion.link,

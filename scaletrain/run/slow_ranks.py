@@ -117,6 +117,10 @@ class StepTable:
     def median_step_s(self) -> float:
         return statistics.median(step.step_s for step in self.steps)
 
+    @property
+    def mean_step_s(self) -> float:
+        return statistics.fmean(step.step_s for step in self.steps)
+
     def culprit(self, kind: Kind, ranks: Sequence[int], cost: "Cost") -> Culprit:
         """Return the culprit of this window. ``ranks`` are places in this table."""
         return Culprit(
@@ -224,14 +228,14 @@ def _stalls(window: StepTable) -> Culprit | None:
         kinds[max(step.by_kind, key=lambda each: _excess(step.by_kind[each], place))] += 1
     kind = kinds.most_common(1)[0][0]
     # Shares count against the mean: a step that stalls is far from the median.
-    mean_s = statistics.fmean(step.step_s for step in window.steps)
+    mean_s = window.mean_step_s
     if cost.low <= 0:
         return None
     if is_one_rank and cost.value >= SHARE * mean_s:
-        return window.culprit(kind, [most], cost)
+        return dataclasses.replace(window.culprit(kind, [most], cost), step_s=mean_s)
     rotates = len(stalled) >= _TURNS and count <= _MOST_OF_TURNS * len(stalled)
     if rotates and cost.value >= _ROTATING_SHARE * mean_s:
-        return dataclasses.replace(window.culprit(kind, [], cost), rotates=True)
+        return dataclasses.replace(window.culprit(kind, [], cost), step_s=mean_s, rotates=True)
     return None
 
 
@@ -259,15 +263,22 @@ def _median(values: Sequence[float]) -> Cost:
 
 
 def mean_cost(values: Sequence[float]) -> Cost:
-    """Return the mean and its 95 % interval; of fewer than five values, the mean alone."""
+    """Return the mean and its 95 % interval; of one value, that value alone."""
     mean = statistics.fmean(values)
     freedom = len(values) - 1
-    if freedom < 4:
+    if freedom < 1:
         return Cost(mean, mean, mean)
-    # Student's quantile by Cornish and Fisher, to 2 % from four degrees of freedom on.
-    quantile = 1.96 + 2.372 / freedom + 2.824 / freedom**2
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    half = _student(freedom) * statistics.stdev(values) / math.sqrt(len(values))
     return Cost(mean, max(0.0, mean - half), mean + half)
+
+
+def _student(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t distribution, to 2 %."""
+    few = {1: 12.706, 2: 4.303, 3: 3.182}
+    if freedom in few:
+        return few[freedom]
+    # The expansion of Cornish and Fisher.
+    return 1.96 + 2.372 / freedom + 2.824 / freedom**2
 
 
 def _merge(culprits: Iterable[Culprit]) -> list[Culprit]:

@@ -1,6 +1,7 @@
 """Made-up runs with a known culprit: kind, rank, host and link must be found, and nothing else."""
 
 import random
+import statistics
 
 import pytest
 
@@ -213,12 +214,58 @@ def test_a_host_at_a_quarter_of_the_bandwidth_is_named(slow: int):
     assert f"({1e3 * culprit.low_s:.3g} to {1e3 * culprit.high_s:.3g})" in culprit.sentence()
 
 
-@pytest.mark.parametrize("edge", [(0, 1), (3, 0)])
-def test_one_slow_link_is_named_by_its_two_ends(edge: tuple[int, int]):
-    culprit = the_only(find(with_links(ring(4) | {edge: 0.2})))
-    assert culprit.kind is Kind.SLOW_LINK and set(culprit.ranks) == set(edge)
-    assert culprit.link == tuple(f"rank {end} on h{end}" for end in edge)
-    assert culprit.sentence().startswith(f"the link from rank {edge[0]} on h{edge[0]} to rank")
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_each_slow_link_of_a_ring_is_named_by_its_two_ends(size: int):
+    for edge in ring(size):
+        culprit = the_only(find(with_links(ring(size) | {edge: 0.2})))
+        assert culprit.kind is Kind.SLOW_LINK and set(culprit.ranks) == set(edge)
+        assert culprit.link == tuple(f"rank {end} on h{end}" for end in edge)
+        assert culprit.sentence().startswith(f"the link from rank {edge[0]} on h{edge[0]} to rank")
+
+
+def test_each_slow_link_of_a_tree_and_of_a_server_is_named():
+    for edge in BINARY_TREE:
+        culprit = the_only(find(with_links(dict.fromkeys(BINARY_TREE, 1.0) | {edge: 0.1})))
+        assert culprit.link == tuple(f"rank {end} on h{end}" for end in edge)
+    for rank in range(4):
+        for edge in ((rank, "a"), ("a", rank)):
+            edges = star(("a",)) | {edge: 0.02}
+            culprit = the_only(find(with_links(edges), servers_of(edges)))
+            assert (culprit.ranks, culprit.servers) == ((rank,), (0,))
+            names = {"a": "server 0 on s0", rank: f"rank {rank} on h{rank}"}
+            assert culprit.link == tuple(names[end] for end in edge)
+
+
+def test_a_cost_of_few_samples_has_a_wide_interval_instead_of_none():
+    """As ``top`` sees it after a few seconds, in which a link was slow for a while."""
+    run = []
+    for rank in with_links(ring(4) | {(1, 2): 0.2}):
+        run.append(RankSteps(rank.rank, rank.host, rank.records, rank.links[:4]))
+    culprit = the_only(find(run))
+    whole = the_only(find(with_links(ring(4) | {(1, 2): 0.2})))
+    assert culprit.low_s < culprit.cost_s < culprit.high_s
+    assert culprit.high_s - culprit.low_s > 1.5 * (whole.high_s - whole.low_s)
+    assert f"({1e3 * culprit.low_s:.3g} to {1e3 * culprit.high_s:.3g})" in culprit.sentence()
+
+
+def test_a_mean_cost_is_a_part_of_a_mean_step():
+    """A fifth of the steps is long: against the others, it would cost more than a whole step."""
+    run = made_up(4, 60, seed=3, slow={1: (Kind.GARBAGE, 0.2)}, every=5)
+    mean_s = statistics.fmean(record.step_s for record in run[1].records)
+    stall = the_only(find(run))
+    assert stall.share == pytest.approx(0.2 / 5 / mean_s, rel=0.05)
+    linked = []
+    for rank, with_link in zip(run, with_links(ring(4) | {(1, 2): 0.2}), strict=True):
+        linked.append(RankSteps(rank.rank, with_link.host, rank.records, with_link.links))
+    slow_link = next(each for each in find(linked) if each.kind is Kind.SLOW_LINK)
+    assert slow_link.step_s == pytest.approx(mean_s, rel=0.05)
+
+
+def test_packets_lost_on_any_link_are_told_from_a_slow_one():
+    for edge in ring(4):
+        losing = the_only(find(with_links(ring(4) | {edge: 0.3}, {edge: 900})))
+        assert losing.kind is Kind.LOSS and set(losing.ranks) == set(edge)
+        assert losing.link == tuple(f"rank {end} on h{end}" for end in edge)
 
 
 def test_lost_packets_are_told_from_a_slow_link():
