@@ -450,6 +450,7 @@ class Row(_Fields):
     baseline: str | None = None  # what speedup is measured against, in words
     runs: tuple[Repeat, ...] = ()
     culprit: str | None = None  # who held up the others, and why, in words; None: nobody stood out
+    remedy: str | None = None  # what to do about the culprit, with the gain
     ranks: tuple[RankTimes, ...] = ()  # means over the repeats
 
     @property
@@ -511,7 +512,7 @@ class Loss(_Fields):
     lead_ci95: float | None  # of the seconds by which the largest cause leads the second
     limiter: str | None  # the cause that costs most; None: the measurements do not tell
     finding: str  # the same for people, or why none can be named
-    advice: str = ""  # what to change, with the gain; empty: nothing is known
+    advice: str = ""  # what to change, with the gain, or what to do first; empty: not known
 
     @property
     def sentence(self) -> str:

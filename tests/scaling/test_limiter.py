@@ -12,6 +12,10 @@ def sentence(causes, efficiency, alternative=None, **known):
     return limiters.sentence(Evidence(causes, efficiency, **known), alternative)
 
 
+def finding(causes, efficiency, **known):
+    return limiters.finding(Evidence(causes, efficiency, **known))
+
+
 def test_causes_are_told_apart_and_add_up():
     single = MeanStep(step_s=0.100, slowest_s=0.100, input_s=0.0, compute_s=0.096, update_s=0.004)
     small = MeanStep(step_s=0.030, slowest_s=0.030, input_s=0.0, compute_s=0.026, update_s=0.004)
@@ -87,7 +91,7 @@ def test_no_cause_is_named_where_the_interval_hides_the_loss(efficiency, ci95, w
         Cause("stolen cores", 0.04808),
         Cause("optimizer", 0.00582),
     ]
-    told = sentence(causes, efficiency, ci95=ci95)
+    told = finding(causes, efficiency, ci95=ci95)
     assert told.startswith(
         f"Too noisy {what}: efficiency {efficiency:.2f} ± {ci95:.2f} after 2 repeats."
     ) and re.search(
@@ -122,7 +126,7 @@ def test_no_cause_is_named_where_the_second_costs_about_as_much():
         Cause("stragglers", 0.0019),
         Cause("optimizer", 0.0005),
     ]
-    told = sentence(causes, 0.84)
+    told = finding(causes, 0.84)
     assert (
         told
         == "No cause stands out: stragglers (1.9 ms a step) and communication (1.53 ms) cost about the same."
@@ -154,3 +158,26 @@ def test_causes_that_do_not_add_up_say_so():
     assert "The causes add up to 90 % of the lost time." in sentence(causes, 0.5)
     whole = [Cause("communication", 0.09), Cause("input", 0.009), Cause("unexplained", 0.001)]
     assert "add up" not in sentence(whole, 0.5)
+
+
+def test_of_two_causes_that_cost_the_same_both_are_advised_on_with_their_gains():
+    causes = [Cause("small batch", 0.00064), Cause("communication", 0.00063)]
+    ideal_s = 0.79 * (0.00127 / 0.21)  # of a step that loses 1.27 ms, a fifth of it
+    told = limiters.advice(Evidence(causes, 0.79))
+    assert told.startswith("Either of two changes may help. For small batch: use a larger")
+    assert "For communication: send less" in told
+    first, second = (ideal_s / (ideal_s + 0.00127 - cause.seconds) for cause in causes)
+    assert f"{first:.2f} without the first loss, {second:.2f} without the second" in told
+    assert told.endswith("instead of 0.79.")
+
+
+@pytest.mark.parametrize(
+    ("causes", "efficiency", "ci95", "told"),
+    [
+        ([Cause("input", 0.01)], 0.80, 0.15, "Add repeats before changing"),
+        ([Cause("input", 0.01), Cause("unexplained", -0.008)], 0.9, 0.01, "Add repeats before"),
+        ([Cause("input", 0.0001)], 0.99, 0.02, "Nothing has to change: more workers may pay."),
+    ],
+)
+def test_there_is_always_something_to_do(causes, efficiency, ci95, told):
+    assert limiters.advice(Evidence(causes, efficiency, ci95)).startswith(told)

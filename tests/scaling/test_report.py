@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -18,18 +19,21 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from scaletrain import plugins
 from scaletrain.cli import cli
 from scaletrain.errors import UserError
 from scaletrain.rehearsal import Cluster
 from scaletrain.run.culprit import Kind
 from scaletrain.run.layout import RunDir
+from scaletrain.run.links import Connection, LinkSample
 from scaletrain.run.progress import Progress
 from scaletrain.run.records import RecordWriter
-from scaletrain.scaling.explain import headline, losses, report
+from scaletrain.scaling.explain import headline, limiter, losses, report
 from scaletrain.scaling.measure import sweep
 from scaletrain.scaling.measure.run import read_run
 from scaletrain.scaling.model import Loss, Prediction, Repeat, Report, ReportHeader, Row
 from scaletrain.scaling.predict.calibration import Estimate, Fit
+from scaletrain.scaling.predict.network import allreduce_s, fabric_named
 from scaletrain.scaling.predict.step_time import ComputeCost
 from scaletrain.scaling.show import plots, publish, render, results, table, text, trace
 
@@ -827,6 +831,11 @@ def test_a_slow_loader_is_named_with_its_rank_in_summary_table_and_per_rank_view
     [row] = made.rows
     assert "rank 1 on h0: input takes 28." in row.culprit
     assert f"ring on {workers} workers: {row.culprit}." in made.summary
+    slower_s = 0.0283 / row.step_s_mean  # the loader's part of a step
+    change = made.summary.splitlines()[2]
+    assert change.startswith("Change: Rank 1 on h0: more loader_workers, or data nearer to that")
+    told = re.search(r"without it, a step would be up to (\d+)% shorter\.$", change)
+    assert int(told.group(1)) == pytest.approx(100 * slower_s, abs=2)
     slow, other = row.ranks[1], row.ranks[0]
     assert (slow.rank, slow.host) == (1, "h0")
     assert slow.input_s == pytest.approx(0.030, rel=0.1)
@@ -834,9 +843,44 @@ def test_a_slow_loader_is_named_with_its_rank_in_summary_table_and_per_rank_view
     assert report.Report.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
-def cell(exchange, workers, speedup, ci95, **facts):
+def test_a_slow_host_is_named_in_the_lead_with_its_interval(tmp_path):
+    """Four emulated hosts in a ring, one at a quarter of the bandwidth of the others."""
+    directory, size, slow = tmp_path / "slow", 4, 2
+    write_run(directory, steps=[[0.1]] * size)
+    for each in made_up(size, 60, seed=0):
+        writer = RecordWriter(directory, each.rank)
+        for record in each.records:
+            writer.write(record)
+        writer.close()
+        host = f"host{each.rank}"
+        sign = Progress(each.rank, 1, host, doing="finished")
+        RunDir(directory).progress(each.rank).write_text(json.dumps(sign.to_json()))
+        lines = []
+        for number in range(6):
+            connections = []
+            for edge in ((each.rank - 1) % size, each.rank):
+                # A rank sends over the link that has its number.
+                ends = [f"10.0.0.{edge}:1", f"10.0.0.{(edge + 1) % size}:2"]
+                if edge != each.rank:
+                    ends.reverse()
+                speed = 25e6 / 4 if slow in (edge, (edge + 1) % size) else 25e6
+                num_bytes = number * 1_000_000 if edge == each.rank else 1000
+                seconds = num_bytes / speed * (1 + 0.05 * (number % 2))
+                connections.append(Connection(*ends, num_bytes, seconds, num_bytes // 1448, 0))
+            began = each.records[0].time
+            lines.append(LinkSample(began - 0.01 + 0.6 * number, connections, host)._asdict())
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        RunDir(directory).links(each.rank).write_text(text)
+    lead = dict(line.split(": ", 1) for line in report.of_runs([directory]).summary.splitlines())
+    assert "rank 2 on host2: slow link takes" in lead["Cause"]
+    assert re.search(r"ms a step longer \(\d[\d.]* to \d", lead["Cause"]), lead["Cause"]
+    assert lead["Change"].startswith("Rank 2 on host2: a look at its cable, port and neighbours")
+
+
+def cell(exchange, workers, speedup, ci95, scatter=0.001, **facts):
     """Return a row with a speed-up."""
-    runs = tuple(Repeat(100 * speedup * factor, 0.1) for factor in (0.999, 1.0, 1.001))
+    factors = (1 - scatter, 1.0, 1 + scatter)
+    runs = tuple(Repeat(100 * speedup * factor, 0.1) for factor in factors)
     return Row(
         "job", exchange, workers, 96, {}, samples_per_s=100 * speedup, speedup=speedup,
         speedup_ci95=ci95, efficiency=speedup / workers, baseline="1 worker, none", runs=runs,
@@ -877,6 +921,83 @@ def test_the_lead_speaks_of_several_workers_even_if_only_one_was_measured():
     missing = replace(failed, failures=())
     assert lead_of(alone, missing)["Result"] == "No run of ring on 2 workers has finished."
     assert lead_of(alone)["Result"].startswith("Fastest is ring on 1 worker")
+
+
+@pytest.mark.parametrize(
+    ("causes", "efficiency", "ci95"),
+    [
+        ({"input": 0.02}, 0.8, 0.01),
+        ({"input": 0.02, "communication": 0.0199}, 0.8, 0.01),
+        ({"input": 0.02}, 0.8, 0.19),
+        ({"input": 0.02, "unexplained": -0.015}, 0.8, 0.01),
+        ({"input": 0.0001}, 0.99, 0.01),
+        (None, 0.8, 0.01),
+    ],
+)
+def test_the_lead_has_four_lines_whatever_was_found(causes, efficiency, ci95):
+    """A cause, two that cost the same, noise, gains that cancel it, no loss, and no references."""
+    found = ()
+    if causes is not None:
+        evidence = limiter.Evidence(
+            [limiter.Cause(*each) for each in causes.items()], efficiency, ci95
+        )
+        loss = Loss(
+            "job", "ring", 2, {}, 3, 0.1, 0.1 - evidence.loss_s, evidence.loss_s, efficiency, ci95,
+            causes, None, None, limiter.finding(evidence), limiter.advice(evidence),
+        )  # fmt: skip
+        found = (loss,)
+    lead = lead_of(cell("none", 1, 1.0, None), cell("ring", 2, 2 * efficiency, ci95), found=found)
+    assert list(lead) == ["Result", "Cause", "Change", "How sure"]
+    assert all(len(line) > 20 for line in lead.values()), lead
+
+
+def test_the_winner_of_several_that_may_be_equal_was_lucky_and_the_lead_says_by_how_much():
+    scatter = 0.02
+    best, rival = cell("ring", 4, 3.0, 0.1, scatter), cell("tree", 4, 2.99, 0.1, scatter)
+    lead = lead_of(cell("none", 1, 1.0, None), best, rival)
+    # The larger of two normal values is 1 / sqrt(pi) deviations above their mean.
+    lucky = scatter / math.sqrt(3) / math.sqrt(math.pi)
+    assert "tree may be as fast." in lead["How sure"]
+    assert (
+        f"If all 2 are equally fast, the winner's figure is {lucky:.1%} too high by luck."
+        in lead["How sure"]
+    )
+    clear = lead_of(cell("none", 1, 1.0, None), best, cell("tree", 4, 2.0, 0.1, scatter))
+    assert "luck" not in clear["How sure"]
+
+
+def test_a_repeat_that_is_left_out_is_shown_wherever_the_figures_are(tmp_path):
+    runs = []
+    for number, step_s in enumerate([0.1, 0.101, 0.2, 0.0995, 0.1005]):
+        runs.append(write_run(tmp_path / str(number), steps=[[step_s] * 8] * 2))
+    runs.append(write_run(tmp_path / "alone", steps=[[0.2] * 8], samples=96))
+    made = report.of_runs(runs)
+    two = row(made, "ring", 2)
+    assert two.outliers == (3,) and two.samples_per_s == pytest.approx(96 / 0.1, rel=0.01)
+    told = "ring on 2: repeat 3 (-50%) of 5 left out of the means as outlying, by samples/s."
+    console = Console(width=200, record=True, file=io.StringIO())
+    table.show(made, console)
+    for page in (render.html(made), render.markdown(made), console.export_text()):
+        assert told in page
+    assert "1 outlying repeat left out." in made.summary
+    _, axes = drawn(plots.curves(made.rows, "speedup"))
+    crosses = [line for line in axes.get_lines() if line.get_marker() == "x"]
+    assert [list(line.get_ydata()) for line in crosses if len(line.get_xdata())] == [
+        [pytest.approx(two.speedup / 2, rel=0.01)]
+    ]
+
+
+@pytest.mark.parametrize("workers", [2, 4, 16])
+def test_busbw_is_what_the_network_carried_at_least(workers):
+    """A ring over a known network, behind which next to nothing is computed."""
+    fabric = fabric_named("1gbit")
+    exchange_s = allreduce_s("ring", workers, 1e8, fabric)
+    facts = {"gradient_bytes": 100_000_000, "backward_s": exchange_s + 0.001}
+    rate = cell("ring", workers, 1.5, 0.1, **facts).bus_bytes_per_s
+    assert rate == pytest.approx(fabric.network.bandwidth_bytes_per_s, rel=0.02)
+    assert rate < fabric.network.bandwidth_bytes_per_s
+    assert cell("none", workers, 1.5, 0.1, **facts).bus_bytes_per_s is None
+    assert cell("ring", 1, 1.0, None, **facts).bus_bytes_per_s is None
 
 
 class Tables(HTMLParser):
@@ -950,10 +1071,56 @@ def test_no_width_of_screen_hides_a_column(measured, tmp_path):
     assert found == [(str(width), "0") for width in WIDTHS], done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt install chromium")
+def test_no_column_is_cut_on_paper(measured, tmp_path):
+    """A page as wide as A4 between its margins, with the style of paper."""
+    made = replace(report.of_sweep(measured), loss_reached=0.5)
+    for number in range(len(made.rows)):
+        made = with_row(made, number, variant={"launcher.bandwidth": f"{number}Gbit"})
+    page = render.html(with_row(made, 0, target_s=12.25, target_s_ci95=3.5, target_runs=2))
+    page = page.replace("@media screen", "@media speech").replace("@media print", "@media all")
+    width = round((297 - 2 * 12) / 25.4 * 96)
+    script = """
+      onload = () => { const page = document.querySelector("iframe").contentDocument;
+        const wide = [...page.querySelectorAll("body *")]
+          .filter(part => part.getBoundingClientRect().right > page.documentElement.clientWidth + 1);
+        document.body.append(`[${page.querySelectorAll("td").length} cells, ${wide.length} cut]`); }
+    """
+    frame = f'<iframe width="{width}" height="900" srcdoc="{escape(page, quote=True)}"></iframe>'
+    harness = tmp_path / "harness.html"
+    harness.write_text(f"<!doctype html><body>{frame}<script>{script}</script>")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", harness.as_uri()],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    cells, cut = re.search(r"\[(\d+) cells, (\d+) cut\]", done.stdout).groups()
+    assert int(cells) > 60 and int(cut) == 0, done.stderr
+
+
 def test_an_exchange_has_one_colour_in_every_report():
     assert plots.colour_of("ring") == plots.colour_of("ring@gloo") != plots.colour_of("native")
     assert plots.colour_of("parameter_server:async") == plots.colour_of("parameter_server")
     assert plots.colour_of("package.mine:factory") in plots.SERIES
+    known = [*plugins.names("exchange"), *plugins.names("collective")]
+    colours = [plots.colour_of(name) for name in known]
+    assert len(set(colours)) == len(known), "two of them look alike"
+    # Of a simulation, too, wherever it stands among the strategies.
+    points = [
+        SimpleNamespace(strategy=name, workers=n, machines=n, speedup=0.9 * n, fast_speedup=n)
+        for name in ("server:4", "tree", "ring", "server", "server+3")
+        for n in (1, 4)
+    ]
+    _, axes = drawn(plots.simulation(points, None))
+    looks = {}
+    for line in axes.get_lines():
+        looks[line.get_label().split(" ")[0]] = (line.get_color(), line.get_marker())
+    assert looks["ring"][0] == plots.colour_of("ring")
+    assert looks["tree"][0] == plots.colour_of("tree")
+    servers = [looks[name] for name in ("server", "server:4", "server+3")]
+    assert {colour for colour, _ in servers} == {plots.colour_of("parameter_server")}
+    assert len(set(servers)) == 3, "they differ in their markers"
 
 
 def test_the_ranks_that_are_shown_wait_for_each_other(measured):
@@ -967,7 +1134,8 @@ def test_the_ranks_that_are_shown_wait_for_each_other(measured):
 def test_intervals_are_drawn_whole():
     axes = Figure().add_subplot()
     plots.curves([cell("ring", 1, 1.0, None), cell("ring", 2, 1.5, 3.0)], "speedup")(axes)
-    assert axes.get_ylim()[1] > 4.5
+    low, high = axes.get_ylim()
+    assert low < -1.5 and high > 4.5
 
 
 def test_a_prediction_plot_has_ticks_and_its_intervals():

@@ -29,10 +29,11 @@ def of(report: Report) -> str:
         lines = {"Result": _nothing(asked_for)}
     else:
         loss = _loss_of(best, rows, report.losses)
+        held_up = _held_up(best, report.rows)
         lines = {
             "Result": _result(best, rows),
-            "Cause": _cause(best, report.rows, loss),
-            "Change": _change(best, rows, loss),
+            "Cause": _cause(best, held_up, loss),
+            "Change": _change(best, held_up, loss),
         }
         lines["How sure"] = _certainty(best, rows, report)
     if report.header.emulated and report.header.emulation:
@@ -110,28 +111,44 @@ def _loss_of(best: Row, rows: Sequence[Row], losses: Sequence[Loss]) -> Loss | N
     return None
 
 
-def _cause(best: Row, rows: Sequence[Row], loss: Loss | None) -> str:
+def _held_up(best: Row, rows: Sequence[Row]) -> Row | None:
+    """Return the row whose culprit to name: the best, or the one of the most workers."""
+    rows = [row for row in rows if row.culprit is not None]
+    return max(rows, key=lambda row: (row is best, row.workers), default=None)
+
+
+def _cause(best: Row, held_up: Row | None, loss: Loss | None) -> str:
     """Return what limits the best row, and who held up the others there or on more workers."""
     finding = "" if loss is None else loss.finding
     culprit = ""
-    held_up = [row for row in rows if row.culprit is not None]
-    if held_up:
-        row = max(held_up, key=lambda row: (row is best, row.workers))
-        assert row.culprit is not None
-        if f"{capitalized(row.culprit)}." not in finding:
-            culprit = f"{_name(row)}: {row.culprit}."
-    if not finding and not culprit and best.workers > 1:
-        finding = "not known: the short references of --split were not measured."
+    if held_up is not None:
+        assert held_up.culprit is not None
+        if f"{capitalized(held_up.culprit)}." not in finding:
+            culprit = f"{_name(held_up)}: {held_up.culprit}."
+    if not finding and not culprit:
+        if best.workers == 1:
+            return "One worker exchanges nothing and waits for nobody."
+        return "Not known: the short references of --split were not measured."
     return " ".join(filter(None, [finding, culprit]))
 
 
-def _change(best: Row, rows: Sequence[Row], loss: Loss | None) -> str:
-    """Return what to change."""
-    if loss is not None and loss.advice:
-        return loss.advice
-    if best.speedup is not None and best.workers > 1 and best.speedup < 1:
-        return "Use one worker, or give each more work (a larger batch), until the cause is known."
-    return ""
+def _change(best: Row, held_up: Row | None, loss: Loss | None) -> str:
+    """Return what to change, or what to do before anything is changed."""
+    remedy = held_up.remedy if held_up is not None else None
+    sentences = []
+    if remedy:
+        sentences.append(f"{capitalized(remedy)}.")
+    # Advice on stragglers is to look for the one that is named already.
+    has_cause = loss is not None and loss.limiter not in (None, "stragglers")
+    if loss is not None and loss.advice and (has_cause or not remedy):
+        sentences.append(loss.advice)
+    elif not remedy and best.workers > 1:
+        sentences.append("Measure the references of --split before changing anything.")
+    if best.workers == 1:
+        sentences.append("Measure several numbers of workers, such as --workers 1,2,4.")
+    elif best.speedup is not None and best.speedup < 1 and not has_cause:
+        sentences.append("Until the cause is known, one worker is faster.")
+    return " ".join(sentences)
 
 
 def _certainty(best: Row, rows: Sequence[Row], report: Report) -> str:

@@ -1,6 +1,7 @@
 """Where the time went: a step's time beyond its ideal, split by cause, from records alone."""
 
 import dataclasses
+import enum
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -128,6 +129,23 @@ class Evidence:
         costs = [cause for cause in self.causes if cause.seconds > 0]
         return sorted(costs, key=lambda cause: -cause.seconds)
 
+    @property
+    def gained_s(self) -> float:
+        """Seconds a step by which some causes shorten the step."""
+        return -sum(cause.seconds for cause in self.causes if cause.seconds < 0)
+
+    @property
+    def lead_s(self) -> float:
+        """Seconds a step by which the largest of several causes leads the second."""
+        first, second, *_ = self.costs
+        return first.seconds - second.seconds
+
+    def efficiency_without(self, cause: Cause) -> float:
+        """Return the efficiency that is left to reach if a cause were gone."""
+        # The ideal step takes ``efficiency`` of the step, and the lost time the rest.
+        step_s = self.loss_s / (1 - self.efficiency)
+        return min(1.0, self.efficiency * step_s / (step_s - cause.seconds))
+
 
 def split(steps: Steps, loss_s: float | None = None) -> list[Cause]:
     """Return the loss as a sum of causes.
@@ -177,8 +195,15 @@ def split(steps: Steps, loss_s: float | None = None) -> list[Cause]:
     return [*causes, Cause("unexplained", loss_s - explained_s)]
 
 
-def culprit_of(repeats: Sequence[Sequence[Culprit]]) -> str | None:
-    """Return who held up the others in most repeats, in words; None if nobody did.
+class HeldUp(NamedTuple):
+    """Who held up the others, in words."""
+
+    culprit: str  # who, why, how much and how sure
+    remedy: str  # who, what to do, and the gain
+
+
+def culprit_of(repeats: Sequence[Sequence[Culprit]]) -> HeldUp | None:
+    """Return who held up the others in most repeats; None if nobody did.
 
     Args:
         repeats: the culprits of each repeat.
@@ -192,7 +217,7 @@ def culprit_of(repeats: Sequence[Sequence[Culprit]]) -> str | None:
             same = [each for culprits in repeats for each in culprits if each.key == key]
             worst = max(same, key=lambda each: each.total_s)
             times = "" if len(repeats) == 1 else f", in {count} of {len(repeats)} repeats"
-            return f"{worst.sentence()}{times}"
+            return HeldUp(f"{worst.sentence()}{times}", worst.remedy())
     return None
 
 
@@ -207,38 +232,61 @@ def limiter(causes: Sequence[Cause]) -> Cause | None:
     return worst if worst.seconds > 0 else None
 
 
+class Doubt(enum.Enum):
+    """Why no cause can be called the limiter, from the coarsest doubt to the finest."""
+
+    LOSS = enum.auto()  # whether anything is lost
+    GAINS = enum.auto()  # they cancel the losses: the rest is a difference of noises
+    ORDER = enum.auto()  # the two largest causes cost about the same
+    LEAD = enum.auto()  # noise hides which of the two costs more
+
+
+def doubt(evidence: Evidence) -> Doubt | None:
+    """Return why no cause can be called the limiter.
+
+    None if one can be called so, or if nothing is lost.
+    """
+    costs = evidence.costs
+    if not evidence.is_efficiency_known:
+        return Doubt.LOSS
+    if not costs or evidence.efficiency >= WELL:
+        return None
+    if evidence.gained_s > evidence.loss_s:
+        return Doubt.GAINS
+    # A single cause has no rival that it could be mistaken for.
+    if len(costs) < 2:
+        return None
+    if costs[0].seconds < CLEAR * costs[1].seconds:
+        return Doubt.ORDER
+    if evidence.lead_ci95 is not None and evidence.lead_s <= evidence.lead_ci95:
+        return Doubt.LEAD
+    return None
+
+
 def unidentified(evidence: Evidence) -> str | None:
     """Return in plain words why no cause can be called the limiter.
 
     None if one can be called so, or if nothing is lost.
     """
-    costs = evidence.costs
-    # From the coarsest doubt to the finest: whether anything is lost, whether gains cancel
-    # the losses, whether one cause leads.
-    if not evidence.is_efficiency_known:
+    why = doubt(evidence)
+    if why is None:
+        return None
+    if why is Doubt.LOSS:
         return _too_noisy(evidence)
-    if not costs or evidence.efficiency >= WELL:
-        return None
-    gained_s = -sum(cause.seconds for cause in evidence.causes if cause.seconds < 0)
-    if gained_s > evidence.loss_s:
-        # The rest is smaller than the parts that cancel: a difference of noises.
+    if why is Doubt.GAINS:
         return (
-            f"No cause can be named: losses of {_ms(evidence.loss_s + gained_s)} and gains of"
-            f" {_ms(gained_s)} a step nearly cancel. More repeats may help."
+            f"No cause can be named: losses of {_ms(evidence.loss_s + evidence.gained_s)} and gains"
+            f" of {_ms(evidence.gained_s)} a step nearly cancel. More repeats may help."
         )
-    # A single cause has no rival that it could be mistaken for.
-    if len(costs) < 2:
-        return None
-    lead_s = costs[0].seconds - costs[1].seconds
-    if costs[0].seconds < CLEAR * costs[1].seconds:
-        return f"No cause stands out: {_largest_two(costs)} cost about the same."
-    if evidence.lead_ci95 is not None and lead_s <= evidence.lead_ci95:
-        return (
-            f"Too noisy to say which costs more, {_largest_two(costs)}: their difference is known"
-            f" to ± {_ms(evidence.lead_ci95)}."
-            f" {_repeats_needed(evidence, evidence.lead_ci95, lead_s)}"
-        )
-    return None
+    two = _largest_two(evidence.costs)
+    if why is Doubt.ORDER:
+        return f"No cause stands out: {two} cost about the same."
+    assert evidence.lead_ci95 is not None
+    return (
+        f"Too noisy to say which costs more, {two}: their difference is known"
+        f" to ± {_ms(evidence.lead_ci95)}."
+        f" {_repeats_needed(evidence, evidence.lead_ci95, evidence.lead_s)}"
+    )
 
 
 def _too_noisy(evidence: Evidence) -> str:
@@ -281,19 +329,34 @@ def finding(evidence: Evidence) -> str:
 
 
 def advice(evidence: Evidence, alternative: str | None = None) -> str:
-    """Return what to change, with the gain; empty where no cause is named or nothing is lost."""
-    worst = limiter(evidence.causes)
-    if unidentified(evidence) is not None or worst is None or evidence.efficiency >= WELL:
-        return ""
+    """Return what to change, with the gain; or what to do before anything is changed."""
+    why = doubt(evidence)
+    if why in (Doubt.LOSS, Doubt.GAINS):
+        return "Add repeats before changing anything (a larger --repeats with the same --out)."
+    costs = evidence.costs
+    if not costs or evidence.efficiency >= WELL:
+        return "Nothing has to change: more workers may pay."
+    worst = costs[0]
+    if why is not None:
+        second = costs[1]
+        return (
+            f"Either of two changes may help. For {worst.name}: {_advice_on(worst)} For {second.name}:"
+            f" {_advice_on(second)} Efficiency would be {evidence.efficiency_without(worst):.2f}"
+            f" without the first loss, {evidence.efficiency_without(second):.2f} without the"
+            f" second, instead of {evidence.efficiency:.2f}."
+        )
     if alternative is not None:
         return alternative
-    # The ideal step takes ``efficiency`` of the step, and the lost time the rest.
-    step_s = evidence.loss_s / (1 - evidence.efficiency)
-    better = min(1.0, evidence.efficiency * step_s / (step_s - worst.seconds))
     return (
-        f"{WORDINGS[worst.name].advice} Without this loss, efficiency would be {better:.2f} instead"
-        f" of {evidence.efficiency:.2f}."
+        f"{WORDINGS[worst.name].advice} Without this loss, efficiency would be"
+        f" {evidence.efficiency_without(worst):.2f} instead of {evidence.efficiency:.2f}."
     )
+
+
+def _advice_on(cause: Cause) -> str:
+    """Return the advice on a cause as it goes on after a colon."""
+    text = WORDINGS[cause.name].advice
+    return text[:1].lower() + text[1:]
 
 
 def _verdict(evidence: Evidence) -> str:

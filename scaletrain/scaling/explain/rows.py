@@ -40,11 +40,11 @@ def row_of(cell: Cell, measurements: Measurements) -> Row:
     row = _with_learning(row, runs)
     row = _with_speedup(row, cell, measurements)
     row = _with_exposed_communication(row, cell, measurements)
+    row = _with_culprit(row, runs)
     return dataclasses.replace(
         row,
         emulation=_first(_emulation(run.summary) for run in runs),
         servers=_first(run.servers for run in runs),
-        culprit=limiter.culprit_of([run.culprits for run in runs]),
         ranks=_ranks_of(runs),
     )
 
@@ -184,6 +184,14 @@ def _with_exposed_communication(row: Row, cell: Cell, measurements: Measurements
     pairs = zip(measurements.runs(cell), alone, strict=False)
     exposed = typical([run.step_s - without.step_s for run, without in pairs])
     return dataclasses.replace(row, exposed_comm_s=exposed.value, exposed_comm_s_ci95=exposed.ci95)
+
+
+def _with_culprit(row: Row, runs: Sequence[Run]) -> Row:
+    """Add who held up the others, and what to do about it."""
+    held_up = limiter.culprit_of([run.culprits for run in runs])
+    if held_up is None:
+        return row
+    return dataclasses.replace(row, culprit=held_up.culprit, remedy=held_up.remedy)
 
 
 def _scarce(runs: Sequence[Run]) -> str:

@@ -6,7 +6,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import matplotlib
@@ -21,10 +21,10 @@ from scaletrain.scaling.predict.simulate import Point
 # Stand-ins for the page's colours: no plot has these exact values otherwise. In inline SVG, CSS
 # variables replace them, so that the page is light or dark.
 INK, PALE, PAPER = "#101112", "#b0b1b2", "#fdfcfb"
-SERIES = ("#2166ac", "#d6604d", "#1b8a5a", "#8856a7", "#b8860b", "#4d9fb8", "#a6456b", "#6b7a2f")
+SERIES = ("#2b74bd", "#d6604d", "#1b8a5a", "#8856a7", "#b8860b", "#4795ad", "#a6456b", "#6b7a2f")
 LOSSES = {
     "ideal": "#7f8c9b", "communication": "#d6604d", "stragglers": "#b8860b", "input": "#1b8a5a",
-    "optimizer": "#8856a7", "stolen cores": "#2166ac", "small batch": "#4d9fb8", "unexplained": "#b0b1b3",
+    "optimizer": "#8856a7", "stolen cores": "#2b74bd", "small batch": "#4795ad", "unexplained": "#b0b1b3",
 }  # fmt: skip
 STYLE: Any = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.edgecolor": PALE, "axes.labelcolor": INK,
@@ -32,12 +32,19 @@ STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": PAPER, "axes.facecolor": PAPER,
 }  # fmt: skip
 
-MARKERS = "os^vDPX*"  # of strategies beyond the colours
+MARKERS = "os^vDPX*"  # of lines that share a colour
 DODGE = 0.015  # of the axis' length, between the points that several lines have at one place
 THIN = 0.005  # of the largest ideal step: a thinner layer of a bar cannot be seen
 
-# Exchanges that every report has in the same colour; the others get one by their names.
-_COLOURED = ("native", "ring", "tree", "parameter_server", "none", "scheduled", "horovod")
+# Exchanges and collectives have the same colour in every report, each its own. A person's own
+# exchange gets one of SERIES by its name.
+_COLOURS = {
+    "native": SERIES[0], "ring": SERIES[1], "tree": SERIES[2], "parameter_server": SERIES[3],
+    "none": SERIES[4], "scheduled": SERIES[5], "horovod": SERIES[6], "halving_doubling": SERIES[7],
+    "direct": "#cf750e", "double_tree": "#5c971b", "pipelined_tree": "#0e8c8c",
+    "recursive_doubling": "#9c6b30", "star": "#6f78c4", "two_level": "#d6459b", "one_hop": "#7b8794",
+}  # fmt: skip
+_COLOURS["server"] = _COLOURS["parameter_server"]  # as ``simulate`` calls it
 
 Drawing = Callable[[Axes], None]
 
@@ -54,11 +61,29 @@ class Plot:
 def colour_of(exchange: str) -> str:
     """Return the colour of an exchange, which is the same in every report."""
     name = without_transport(exchange)
-    known = split_spec(name).name
-    if known in _COLOURED:
-        return SERIES[_COLOURED.index(known)]
+    # Without options, and without the backup workers of a server.
+    known = split_spec(name.partition("+")[0]).name
+    if known in _COLOURS:
+        return _COLOURS[known]
     # A sum over the name, since Python's own hash differs from process to process.
     return SERIES[zlib.crc32(name.encode()) % len(SERIES)]
+
+
+def looks(exchanges: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return the colour and the marker of each line, by its name.
+
+    Lines of one exchange, and those of exchanges that share a colour, differ in their markers.
+
+    Args:
+        exchanges: of each line, by its name.
+    """
+    same: Counter[str] = Counter()  # lines of each colour so far
+    found = {}
+    for name, exchange in exchanges.items():
+        colour = colour_of(exchange)
+        found[name] = (colour, MARKERS[same[colour] % len(MARKERS)])
+        same[colour] += 1
+    return found
 
 
 def of_report(report: Report) -> list[Plot]:
@@ -87,7 +112,11 @@ def _interest_of_ranks(row: Row) -> tuple[bool, bool, int]:
 
 
 def image(
-    draw: Drawing, form: str = "svg", size: tuple[float, float] = (6.0, 3.8), watermark: str = ""
+    draw: Drawing,
+    form: str = "svg",
+    size: tuple[float, float] = (6.0, 3.8),
+    watermark: str = "",
+    dots_per_inch: int = 160,
 ) -> bytes:
     """Return one plot as an image.
 
@@ -96,6 +125,7 @@ def image(
         form: svg or png.
         size: width and height in inches.
         watermark: is written above the plot: emulated figures say so on the figure itself.
+        dots_per_inch: of a PNG.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -106,7 +136,7 @@ def image(
         buffer = io.BytesIO()
         # Without a date, equal figures make equal files.
         metadata: dict[str, Any] = {"Date": None} if form == "svg" else {}
-        figure.savefig(buffer, format=form, dpi=160, metadata=metadata)
+        figure.savefig(buffer, format=form, dpi=dots_per_inch, metadata=metadata)
         return buffer.getvalue()
 
 
@@ -176,14 +206,11 @@ def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Dra
         for row in measured:
             lines.setdefault(_line_name(row, rows), []).append(row)
         length = max(workers[-1] - workers[0], 1) if workers else 1
-        same: Counter[str] = Counter()  # lines of each colour so far
-        for index, line in enumerate(lines.values()):
+        looks_of = looks({name: line[0].exchange for name, line in lines.items()})
+        for index, (name, line) in enumerate(lines.items()):
             aside = DODGE * length * (index - (len(lines) - 1) / 2)
             line.sort(key=lambda row: row.workers)
-            colour = colour_of(line[0].exchange)
-            # Variants of an exchange share its colour and differ in their marks.
-            marker = MARKERS[same[colour] % len(MARKERS)]
-            same[colour] += 1
+            colour, marker = looks_of[name]
             _curve(axes, line, value, aside=aside, colour=colour, marker=marker)
         if any(row.oversubscribed for row in measured):
             # No points, only an entry of the legend.
@@ -195,7 +222,9 @@ def curves(rows: Sequence[Row], figure: Literal["speedup", "efficiency"]) -> Dra
         axes.set_xticks(workers, list(map(str, workers)))
         # Whole intervals: a reader must see how wide they are.
         least_top = most if figure == "speedup" else 1.0
-        axes.set_ylim(0, 1.06 * max([least_top, *(value(row) + error(row) for row in measured)]))
+        top = max([least_top, *(value(row) + error(row) for row in measured)])
+        bottom = min([0.0, *(value(row) - error(row) for row in measured)])
+        axes.set_ylim(1.06 * bottom, 1.06 * top)
         legend(axes)
 
     def _curve(
@@ -316,10 +345,9 @@ def predicted(points: Sequence[Prediction]) -> Drawing:
         ends = [1000 * min(times) * 0.9, 1000 * max(times) * 1.1]
         axes.plot(ends, ends, "--", color=PALE, label="predicted = measured")
         exchanges = list(dict.fromkeys(point.exchange for point in points))
-        for exchange in exchanges:
-            colour = colour_of(exchange)
+        for exchange, (colour, marker) in looks({each: each for each in exchanges}).items():
             # The legend shows each colour once, whether its points are hollow or not.
-            axes.plot([], [], "o", color=colour, label=exchange)
+            axes.plot([], [], marker, color=colour, label=exchange)
             for in_fit in (False, True):
                 some = [p for p in points if p.exchange == exchange and p.in_fit is in_fit]
                 x = [1000 * point.measured_s for point in some]
@@ -327,7 +355,7 @@ def predicted(points: Sequence[Prediction]) -> Drawing:
                 for point in filter(_is_drawn, some):
                     interval = [1000 * (point.low_s or 0.0), 1000 * (point.high_s or 0.0)]
                     axes.plot([1000 * point.measured_s] * 2, interval, lw=1, color=colour)
-                axes.plot(x, y, "o", color=colour, mfc="none" if in_fit else colour)
+                axes.plot(x, y, marker, color=colour, mfc="none" if in_fit else colour)
         if any(point.in_fit for point in points):
             axes.plot([], [], "o", color=INK, mfc="none", label="hollow: residual of the fit")
         # Below a decade, linear axes have the better ticks.
@@ -423,13 +451,10 @@ def simulation(points: Sequence[Point], reach: int | None) -> Drawing:
         lines: dict[str, list[Point]] = {}
         for point in points:
             lines.setdefault(point.strategy, []).append(point)
-        for index, (strategy, line) in enumerate(lines.items()):
-            style: Any = {
-                "color": SERIES[index % len(SERIES)],
-                "lw": 1.6,
-                "marker": MARKERS[index // len(SERIES) % len(MARKERS)],
-                "ms": 3.5,
-            }
+        looks_of = looks({strategy: strategy for strategy in lines})
+        for strategy, line in lines.items():
+            colour, marker = looks_of[strategy]
+            style: Any = {"color": colour, "lw": 1.6, "marker": marker, "ms": 3.5}
             # Points come in the order of their workers, so the near ones are the first.
             near = [point for point in line if reach is None or point.workers <= reach]
             axes.fill_between(
