@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from scaletrain.scaling.explain.proposal import Request
     from scaletrain.scaling.model import Report
 
-FORMATS = ("html", "md")
+FORMATS = ("html", "md", "pdf")
 
 
 @click.command()
@@ -58,7 +58,9 @@ FORMATS = ("html", "md")
     type=click.Path(path_type=Path, file_okay=False),
     help="Where the page goes [default: the first DIR].",
 )
-@click.option("--format", "formats", default="html,md", show_default=True, help="Of html,md.")
+@click.option(
+    "--format", "formats", default="html,md,pdf", show_default=True, help="Of html,md,pdf."
+)
 def command(
     directories: tuple[Path, ...],
     samples: float,
@@ -102,6 +104,9 @@ def _write(directories: tuple[Path, ...], request: "Request", out: Path, formats
     if "html" in wanted:
         written.append(out / "proposal.html")
         written[-1].write_text(pages.html(made, again), encoding="utf-8")
+    if "pdf" in wanted:
+        written.append(out / "proposal.pdf")
+        written[-1].write_bytes(pages.pdf(made, again))
     if "md" in wanted:
         written.append(out / "proposal.md")
         written[-1].write_text(pages.markdown(made, again), encoding="utf-8")

@@ -6,9 +6,11 @@ import random
 import re
 import shutil
 import subprocess
+import zlib
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 from scaletrain.cli import cli
 from scaletrain.collectives.cost import Network
@@ -20,6 +22,7 @@ from scaletrain.scaling.measure import sweep
 from scaletrain.scaling.predict.network import Fabric
 from scaletrain.scaling.predict.step_time import ComputeCost, StepModel
 from scaletrain.scaling.show import proposal as pages
+from scaletrain.scaling.show import sheet
 
 from .runs import write_run
 
@@ -185,6 +188,16 @@ def test_workers_that_were_not_measured_are_predicted_with_an_interval_that_hold
     assert "These are more workers than pay (knee: 8)." in told
 
 
+def test_bands_are_drawn_whole(tmp_path):
+    """Three repeats that scatter by a fifth: the lower ends are far below the speed-ups."""
+    page = made(write_sweep(tmp_path, repeats=3, noise=0.2), exchange="ring")
+    lows = [point.speedup.low for point in page.scalings[0].points if point.speedup.low]
+    assert min(lows) < page.scalings[0].points[0].speedup.value / 2 or min(lows) < 0.5
+    axes = Figure().add_subplot()
+    pages.curves(page.scalings, "speedup")(axes)
+    assert axes.get_ylim()[0] < min(low for low in lows if low > 0)
+
+
 def test_what_the_fit_does_not_allow_is_refused_with_its_reason(tmp_path):
     strong = write_sweep(tmp_path)
     # Too far from what was measured.
@@ -243,6 +256,56 @@ def test_strong_and_weak_scaling_stand_on_one_page(tmp_path):
     assert weak_first.asked.batch_size == 2048
 
 
+JOINED = re.compile(r"ffi|ffl|ff|fi|fl|[\0-\x08]")  # letters that fonts join to one
+
+
+def text_of(pdf):
+    """Return the characters that are shown in a PDF, without those that fonts join."""
+    shown = []
+    for stream in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf, re.S):
+        try:
+            content = zlib.decompress(stream)
+        except zlib.error:
+            continue
+        for line in re.findall(rb"\[(.*?)\]\s*TJ|(\((?:\\.|[^\\)])*\))\s*Tj", content, re.S):
+            pieces = re.findall(rb"\(((?:\\.|[^\\)])*)\)", b"".join(line), re.S)
+            shown.append(re.sub(rb"\\(.)", rb"\1", b"".join(pieces)).decode("latin-1"))
+    return JOINED.sub("", " ".join(shown))
+
+
+def num_sheets(pdf):
+    return len(re.findall(rb"/Type /Page\b(?!s)", pdf))
+
+
+def test_the_page_is_one_sheet_of_pdf_without_a_browser(tmp_path):
+    strong, weak = write_sweep(tmp_path), write_sweep(tmp_path, mode="weak")
+    done = run(strong, weak, "--samples", "1e8", "--runs", "10", "--workers", "16",
+               "--exchange", "ring", "--out", tmp_path / "page")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "proposal.pdf" in done.output
+    pdf = (tmp_path / "page" / "proposal.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and num_sheets(pdf) == 1
+    shown = text_of(pdf)
+    text = (tmp_path / "page" / "proposal.md").read_text()
+    # Whatever stands on the other pages stands there, too; a long path may go over two lines.
+    words = re.sub(r"!\[.*?\]\(.*?\)|\|[-:|]+\n|[|*]|^#+ ", " ", text, flags=re.M).split()
+    whole = "".join(shown.split())
+    missing = [word for word in words if JOINED.sub("", word) not in whole]
+    assert not missing, missing
+    assert "(PREDICTED)" in whole and "Knee:" in whole
+    made_again = pages.pdf(made(strong, weak, workers=16, exchange="ring"), "scaletrain")
+    assert made_again == pages.pdf(made(strong, weak, workers=16, exchange="ring"), "scaletrain")
+
+
+def test_a_long_page_goes_on_on_another_sheet_and_no_word_is_wider_than_its_line():
+    words = [f"word{number}" for number in range(4000)]
+    paragraphs = [sheet.Paragraph(" ".join(words[i : i + 100])) for i in range(0, 4000, 100)]
+    pdf = sheet.pdf(paragraphs, "long")
+    assert num_sheets(pdf) > 1 and set(words) <= set(text_of(pdf).split())
+    for line in sheet.wrapped("a/very/long/path" * 30, 20.0, is_code=True):
+        assert sheet.measured(line, is_code=True) <= 20.0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt install chromium")
 def test_both_scalings_with_predictions_print_on_one_sheet(tmp_path):
@@ -256,7 +319,7 @@ def test_both_scalings_with_predictions_print_on_one_sheet(tmp_path):
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(rb"/Type /Page\b(?!s)", (tmp_path / "page.pdf").read_bytes())) == 1
+    assert num_sheets((tmp_path / "page.pdf").read_bytes()) == 1
 
 
 def test_mistakes_are_one_line_with_the_fix(tmp_path):
@@ -268,7 +331,7 @@ def test_mistakes_are_one_line_with_the_fix(tmp_path):
     for arguments, told in [
         ((strong, "--samples", "1", "--mode", "weak"), "weak scaling was not measured"),
         ((single, "--samples", "1"), "several numbers of workers, such as --workers 1,2,4"),
-        ((strong, "--samples", "1", "--format", "pdf"), "--format: 'pdf' is not known"),
+        ((strong, "--samples", "1", "--format", "doc"), "--format: 'doc' is not known"),
     ]:
         done = run(*arguments)
         assert isinstance(done.exception, UserError) and told in str(done.exception), done.output

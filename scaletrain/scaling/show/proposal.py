@@ -1,5 +1,6 @@
-"""A proposal as one page: HTML that prints on one sheet, or Markdown with two plots."""
+"""A proposal as one page: HTML that prints on one sheet, the sheet as PDF, or Markdown."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from scaletrain.scaling.explain import headline
 from scaletrain.scaling.explain.proposal import Interval, Point, Proposal, Scaling
 from scaletrain.scaling.measure.intervals import ONE_RUN
-from scaletrain.scaling.show import page_tables, plots, text
+from scaletrain.scaling.show import page_tables, plots, sheet, text
 from scaletrain.scaling.show.page_tables import Line, Table, Title
 from scaletrain.scaling.show.plots import Drawing, Plot
 from scaletrain.scaling.show.render import Figure, template
@@ -20,6 +21,16 @@ TITLES = (
     "workers", "nodes", "batch", "samples/s", "speed-up", "efficiency (95 %)", "one run takes",
     "node hours a run", "all runs",
 )  # fmt: skip
+DOTS_PER_INCH = 300  # of a plot on paper
+WARNING = "#a02010"
+EMULATED = (
+    "Emulated: real bytes moved between processes of one machine; these are no measurements of a"
+    " cluster."
+)
+ABOUT_KNEE = (
+    "The knee has the highest efficiency over the time of a step (Eager, Zahorjan, Lazowska 1989):"
+    " beyond it, twice the nodes are less than 1.41 times as fast."
+)
 # Strong scaling has round marks and a full line, weak scaling squares and dashes.
 LOOKS = {"strong": ("o", "-"), "weak": ("s", "--")}
 
@@ -39,6 +50,40 @@ def markdown(proposal: Proposal, command: str) -> str:
     return _page("proposal.md", proposal, command, plots=figures_of(proposal))
 
 
+def pdf(proposal: Proposal, command: str) -> bytes:
+    """Return the page as a PDF, on one sheet of A4 if it can be read there."""
+    heading_of = functools.partial(sheet.Paragraph, size=10.0, is_bold=True, before=6.0)
+    small = functools.partial(sheet.Paragraph, size=7.0)
+    first, *others = request(proposal)
+    blocks: list[sheet.Block] = [sheet.Paragraph(_title(proposal), size=14.0, is_bold=True)]
+    if _is_emulated(proposal):
+        blocks.append(sheet.Paragraph(EMULATED, is_bold=True, colour=WARNING))
+    blocks.append(sheet.Paragraph(first, size=9.0, is_bold=True, before=4.0))
+    blocks += map(sheet.Paragraph, others)
+    blocks.append(_pictures(proposal))
+    for scaling in proposal.scalings:
+        blocks.append(heading_of(heading(scaling)))
+        blocks.append(sheet.Grid(table(scaling, proposal)))
+        blocks.append(sheet.Paragraph(f"Knee: {scaling.knee.sentence}", before=3.0))
+    blocks.append(small(ABOUT_KNEE))
+    blocks.append(heading_of("Measured and predicted"))
+    blocks.append(sheet.Paragraph(proposal.scalings[0].predicted))
+    blocks += [small(note(scaling)) for scaling in proposal.scalings]
+    blocks += [sheet.Paragraph(doubt, is_bold=True, colour=WARNING) for doubt in doubts(proposal)]
+    blocks.append(heading_of("Environment"))
+    blocks += map(small, environments(proposal))
+    blocks.append(heading_of("How to reproduce"))
+    blocks += [small(line, is_code=True) for line in _commands(proposal, command)]
+    return sheet.pdf(blocks, _title(proposal))
+
+
+def _pictures(proposal: Proposal) -> sheet.Pictures:
+    mark = _watermark(proposal)
+    figures = figures_of(proposal)
+    images = [plots.image(each.draw, "png", SIZE, mark, DOTS_PER_INCH) for each in figures]
+    return sheet.Pictures(images, [each.title for each in figures])
+
+
 def images(proposal: Proposal) -> dict[str, bytes]:
     """Return the plots as SVG, by the names of their files."""
     mark = _watermark(proposal)
@@ -49,8 +94,8 @@ def images(proposal: Proposal) -> dict[str, bytes]:
 
 
 def _page(name: str, proposal: Proposal, command: str, **facts: object) -> str:
-    reports = [scaling.report for scaling in proposal.scalings]
     return template(name).render(
+        title=_title(proposal),
         proposal=proposal,
         request=request(proposal),
         scalings=proposal.scalings,
@@ -58,12 +103,33 @@ def _page(name: str, proposal: Proposal, command: str, **facts: object) -> str:
         note=note,
         table=table,
         tables=page_tables,
-        emulated=any(report.header.emulated for report in reports),
+        emulated=EMULATED if _is_emulated(proposal) else "",
+        about_knee=ABOUT_KNEE,
         doubts=doubts(proposal),
-        environments=list(dict.fromkeys(environment(scaling) for scaling in proposal.scalings)),
-        commands=[*(report.header.argv for report in reports if report.header.argv), command],
+        environments=environments(proposal),
+        commands=_commands(proposal, command),
         **facts,
     )
+
+
+def _title(proposal: Proposal) -> str:
+    title = f"Scaling and computing time of {proposal.config}"
+    return f"{title} (EMULATED)" if _is_emulated(proposal) else title
+
+
+def _is_emulated(proposal: Proposal) -> bool:
+    return any(scaling.report.header.emulated for scaling in proposal.scalings)
+
+
+def _commands(proposal: Proposal, command: str) -> list[str]:
+    """Return the commands that measured, and the one that made the page."""
+    measured = [scaling.report.header.argv for scaling in proposal.scalings]
+    return [*filter(None, measured), command]
+
+
+def environments(proposal: Proposal) -> list[str]:
+    """Return where the scalings were measured, each place once."""
+    return list(dict.fromkeys(environment(scaling) for scaling in proposal.scalings))
 
 
 def request(proposal: Proposal) -> list[str]:
@@ -210,9 +276,7 @@ def curves(scalings: Sequence[Scaling], figure: Literal["speedup", "efficiency"]
         axes.set_xscale("log", base=2)
         if figure == "speedup":
             axes.set_yscale("log", base=2)
-            # A band may reach zero, which has no place on this axis.
-            lowest = min(point.speedup.value for scaling in scalings for point in scaling.points)
-            axes.set_ylim(bottom=lowest / 2)
+            axes.set_ylim(bottom=_lowest(scalings) / 1.2)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         else:
             axes.set_ylim(bottom=0)
@@ -223,6 +287,20 @@ def curves(scalings: Sequence[Scaling], figure: Literal["speedup", "efficiency"]
         plots.legend(axes)
 
     return draw
+
+
+def _lowest(scalings: Sequence[Scaling]) -> float:
+    """Return the lowest end of all speed-ups' bands, so that none is cut.
+
+    A band that reaches zero has no end on a logarithmic axis: it is drawn to a sixteenth.
+    """
+    lowest = []
+    for scaling in scalings:
+        for point in scaling.points:
+            least = point.speedup.value / 16
+            low = point.speedup.value if point.speedup.low is None else point.speedup.low
+            lowest.append(max(least, low))
+    return min(lowest)
 
 
 def _curve(axes: Axes, scaling: Scaling, figure: str) -> None:
