@@ -7,11 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from scaletrain.collectives.cost import Link
 from scaletrain.run.atomic import write_json
 from scaletrain.run.environment import environment
 from scaletrain.scaling.predict import simulate, step_time
 from scaletrain.scaling.predict.calibration import FAR
-from scaletrain.scaling.predict.network import INCAST_S, INCAST_SENDERS
+from scaletrain.scaling.predict.network import INCAST_S, INCAST_SENDERS, LOCAL_LATENCY_S
 from scaletrain.scaling.predict.simulate import Point, SimulatedJob
 from scaletrain.scaling.predict.step_time import Strategy
 from scaletrain.scaling.show import plots
@@ -107,7 +108,7 @@ def _assumptions(job: SimulatedJob, points: Sequence[Point]) -> list[str]:
     if fabric.workers_per_host > 1:
         inside = "as fast as its port (ASSUMED; --local-bandwidth)"
         if fabric.local:
-            inside = f"{fabric.local.bandwidth_bytes_per_s / 1e9:,.1f} GB/s"
+            inside = _rate_inside(fabric.local)
         lines.append(f"hosts: {fabric.workers_per_host} workers each; inside a host {inside}")
     if job.stragglers is None or job.overlap is None:
         lines.append("a range: * and the price go by its first figure, with which to plan")
@@ -123,6 +124,11 @@ def _assumptions(job: SimulatedJob, points: Sequence[Point]) -> list[str]:
         )
     elif job.overlap:
         lines.append("all of the communication that can hide behind backward does (--overlap)")
+    if job.overlap is not False:
+        lines.append(
+            f"gradients leave in buckets of {step_time.BUCKET_BYTES / 2**20:.0f} MiB, the first of"
+            f" {step_time.FIRST_BUCKET_BYTES / 2**20:.0f}, as PyTorch's DDP sends them by default"
+        )
     if job.overlap is not False and job.profile == step_time.USUAL_PROFILE:
         lines.append(
             "ASSUMED: forward is a third of a pass, gradients come in proportion to their bytes"
@@ -133,10 +139,19 @@ def _assumptions(job: SimulatedJob, points: Sequence[Point]) -> list[str]:
     most_hosts = max(point.workers for point in points) / fabric.workers_per_host
     if job.overlap is None and fabric.drops_packets and most_hosts > INCAST_SENDERS:
         lines.append(
-            f"where more than {INCAST_SENDERS} hosts send to one port at once, TCP may time out"
-            f" once a step ({1e3 * INCAST_S:.0f} ms, in the first figure)"
+            f"where more than {INCAST_SENDERS} hosts (ASSUMED) send to one port at once, TCP may"
+            f" time out once a step, in the first figure: {1e3 * INCAST_S:.0f} ms, Linux's shortest"
+            " (Vasudevan et al., SIGCOMM 2009)"
         )
     return lines
+
+
+def _rate_inside(link: Link) -> str:
+    """Return the link between workers of a host in words."""
+    latency = f"{1e6 * link.latency_s:g} us a message"
+    if link.latency_s == LOCAL_LATENCY_S:
+        latency = f"{latency} (ASSUMED)"
+    return f"{link.bandwidth_bytes_per_s / 1e9:,.1f} GB/s, {latency}"
 
 
 def _about_servers(job: SimulatedJob) -> list[str]:
