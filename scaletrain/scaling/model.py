@@ -588,6 +588,13 @@ class Prediction(_Fields):
         """By which part the prediction is too long (positive) or too short (negative)."""
         return self.predicted_s / self.measured_s - 1
 
+    @property
+    def interval_s(self) -> tuple[float, float] | None:
+        """The interval, if it says something: it spans less than a decade."""
+        if self.low_s is None or self.high_s is None or self.high_s >= 10 * self.low_s:
+            return None
+        return self.low_s, self.high_s
+
 
 @dataclasses.dataclass(frozen=True)
 class ReportHeader(_Fields):

@@ -35,7 +35,16 @@ from scaletrain.scaling.model import Loss, Prediction, Repeat, Report, ReportHea
 from scaletrain.scaling.predict.calibration import Estimate, Fit
 from scaletrain.scaling.predict.network import allreduce_s, fabric_named
 from scaletrain.scaling.predict.step_time import ComputeCost
-from scaletrain.scaling.show import plots, publish, render, results, table, text, trace
+from scaletrain.scaling.show import (
+    page_tables,
+    plots,
+    publish,
+    render,
+    results,
+    table,
+    text,
+    trace,
+)
 
 from ..run.made_up import made_up
 from .runs import write_run
@@ -110,7 +119,7 @@ def test_rows_have_speed_intervals_and_exposed_communication(measured):
     assert ring.efficiency == pytest.approx(0.100 / 0.060 / 2, rel=1e-6)
     assert ring.exposed_comm_s == pytest.approx(0.005, rel=0.01)
     assert ring.step_s_p50 == pytest.approx(0.060, rel=0.01)
-    assert ring.baseline == "1 worker, none"
+    assert ring.baseline == "1 worker, no exchange"
     assert [(r.exchange, r.workers, r.batch_size) for r in made.references] == [("none", 1, 48)]
 
 
@@ -132,7 +141,7 @@ def test_the_summary_does_not_call_the_best_what_repeats_do_not_tell_apart(measu
     near = replace(slower, exchange="near", runs=scaled(best.runs, 0.999))
     far = replace(slower, exchange="far", runs=scaled(best.runs, 0.5))
     told = headline.of(replace(made, rows=(*made.rows, near, far)))
-    assert "near may be as fast." in told and "far" not in told
+    assert "Near may be as fast." in told and "far" not in told
 
 
 def test_the_summary_leads_with_the_best_and_names_the_most_workers_beside_it(measured):
@@ -155,7 +164,7 @@ def test_the_summary_leads_with_the_best_and_names_the_most_workers_beside_it(me
     )
     slightly_slower = [scaled([run], 1 - 0.01 * i)[0] for i, run in enumerate(best.runs)]
     same = replace(three, runs=tuple(slightly_slower))
-    assert "ring on 3 workers may be as fast." in headline.of(
+    assert "Ring on 3 workers may be as fast." in headline.of(
         replace(made, rows=(*made.rows, same))
     )
 
@@ -600,13 +609,10 @@ def test_the_page_on_paper(measured, tmp_path):
         (tmp_path / "page.html").as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
     made = (tmp_path / "page.pdf").read_bytes()
-    assert (
-        done.returncode == 0
-        and made.startswith(b"%PDF")
-        and made.count(b"/Type /Page\n") + made.count(b"/Type /Page ") <= 6
-    )
-    assert "@media print" in (tmp_path / "page.html").read_text()
+    assert made.startswith(b"%PDF")
+    assert 1 <= len(re.findall(rb"/Type /Page\b(?!s)", made)) <= 3
 
 
 def test_the_fewest_workers_count_as_ideal_only_where_there_are_more(tmp_path):
@@ -658,7 +664,7 @@ def test_the_short_run_of_one_worker_is_the_baseline_where_no_cell_is(tmp_path):
                 samples=share,
             )
     made = report.of_sweep(tmp_path / "out")
-    assert made.header.baseline == "1 worker, none (short runs)"
+    assert made.header.baseline == "1 worker, no exchange (short runs)"
     assert row(made, "ring", 2).speedup == pytest.approx(0.100 / 0.055, rel=1e-6)
     assert row(made, "tree", 4).speedup == pytest.approx(0.100 / 0.0375, rel=1e-6)
     # The table and the sentences below it tell the same efficiency.
@@ -923,6 +929,12 @@ def test_the_lead_speaks_of_several_workers_even_if_only_one_was_measured():
     assert lead_of(alone)["Result"].startswith("Fastest is ring on 1 worker")
 
 
+def test_the_lead_says_so_if_nobody_holds_up_the_others(measured):
+    assert report.of_sweep(measured).summary.count("No rank or link stands out as slow.") == 1
+    # Nobody has looked where no records are.
+    assert "stands out as slow" not in "".join(lead_of(cell("ring", 2, 1.5, 0.1)).values())
+
+
 @pytest.mark.parametrize(
     ("causes", "efficiency", "ci95"),
     [
@@ -957,9 +969,9 @@ def test_the_winner_of_several_that_may_be_equal_was_lucky_and_the_lead_says_by_
     lead = lead_of(cell("none", 1, 1.0, None), best, rival)
     # The larger of two normal values is 1 / sqrt(pi) deviations above their mean.
     lucky = scatter / math.sqrt(3) / math.sqrt(math.pi)
-    assert "tree may be as fast." in lead["How sure"]
+    assert "Tree may be as fast." in lead["How sure"]
     assert (
-        f"If all 2 are equally fast, the winner's figure is {lucky:.1%} too high by luck."
+        f"If both are equally fast, the winner's figure is {lucky:.1%} too high by luck."
         in lead["How sure"]
     )
     clear = lead_of(cell("none", 1, 1.0, None), best, cell("tree", 4, 2.0, 0.1, scatter))
@@ -1129,6 +1141,26 @@ def test_the_ranks_that_are_shown_wait_for_each_other(measured):
     (view,) = [plot for plot in plots.of_report(made) if plot.name == "ranks"]
     _, axes = drawn(view.draw)
     assert axes.get_xlabel() == "rank (ring on 2)"
+
+
+def test_the_ranks_that_are_shown_are_those_of_the_lead(measured):
+    made = report.of_sweep(measured)
+    slower = replace(row(made, "ring", 2), exchange="native", speedup=1.1)
+    made = replace(made, rows=(slower, *made.rows))
+    (view,) = [plot for plot in plots.of_report(made) if plot.name == "ranks"]
+    _, axes = drawn(view.draw)
+    assert axes.get_xlabel() == "rank (ring on 2)"
+
+
+def test_a_figure_that_rounds_to_nothing_has_no_sign():
+    assert text.number(-0.001) == "0.00" and text.number(-0.006) == "-0.01"
+
+
+def test_an_interval_of_decades_is_no_interval():
+    wide = Prediction("ring", 2, 0.05, 0.052, False, 0.0003, 95.0)
+    made = Report(1, ReportHeader(), "", (), predictions=(wide, replace(wide, high_s=0.0006)))
+    cells = [line.cells for line in page_tables.predicted(made).lines]
+    assert [each[-2] for each in cells] == ["not told", "0.30 to 0.60"]
 
 
 def test_intervals_are_drawn_whole():

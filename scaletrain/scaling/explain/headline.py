@@ -125,10 +125,12 @@ def _cause(best: Row, held_up: Row | None, loss: Loss | None) -> str:
         assert held_up.culprit is not None
         if f"{capitalized(held_up.culprit)}." not in finding:
             culprit = f"{_name(held_up)}: {held_up.culprit}."
-    if not finding and not culprit:
+    elif len(best.ranks) > 1:
+        culprit = "No rank or link stands out as slow."
+    if not finding and held_up is None:
+        finding = "Not known: the short references of --split were not measured."
         if best.workers == 1:
-            return "One worker exchanges nothing and waits for nobody."
-        return "Not known: the short references of --split were not measured."
+            finding = "One worker exchanges nothing and waits for nobody."
     return " ".join(filter(None, [finding, culprit]))
 
 
@@ -166,11 +168,11 @@ def _certainty(best: Row, rows: Sequence[Row], report: Report) -> str:
     equals = _maybe_equals(best, rows)
     if equals:
         names = " and ".join(row.exchange for row in equals)
-        sentences.append(f"{names} may be as fast.")
+        sentences.append(f"{capitalized(names)} may be as fast.")
         sentences += _luck([best, *equals])
     largest = max(_same_job(best, rows) or [best], key=lambda row: (row.workers, _speed(row)))
     if largest is not best and _may_be_as_fast(largest, best):
-        sentences.append(f"{_name(largest)} may be as fast.")
+        sentences.append(f"{capitalized(_name(largest))} may be as fast.")
     return " ".join(sentences)
 
 
@@ -231,8 +233,9 @@ def _luck(alike: Sequence[Row]) -> list[str]:
     part = luck([typical(row.rates) for row in alike])
     if part < LUCK_WORTH:
         return []
+    all_of_them = "both" if len(alike) == 2 else f"all {len(alike)}"
     return [
-        f"If all {len(alike)} are equally fast, the winner's figure is {part:.1%} too high by luck."
+        f"If {all_of_them} are equally fast, the winner's figure is {part:.1%} too high by luck."
     ]
 
 

@@ -170,7 +170,8 @@ def _baseline_in_words(baseline: Cell) -> str:
         # That the fewest workers scale ideally is an assumption, and the report says so.
         return f"1 worker ({baseline.workers} workers, {baseline.exchange}, taken as ideal)"
     short = " (short runs)" if baseline.reference else ""
-    return f"1 worker, {baseline.exchange}{short}"
+    exchange = "no exchange" if baseline.exchange == "none" else baseline.exchange
+    return f"1 worker, {exchange}{short}"
 
 
 def _with_exposed_communication(row: Row, cell: Cell, measurements: Measurements) -> Row:

@@ -145,8 +145,10 @@ def predicted(report: Report) -> Table:
     lines = []
     for point in report.predictions:
         interval = UNKNOWN
-        if point.low_s is not None:
-            interval = f"{ms(point.low_s)} to {ms(point.high_s)}"
+        if point.interval_s is not None:
+            interval = " to ".join(map(ms, point.interval_s))
+        elif point.low_s is not None:
+            interval = "not told"
         cells = [point.exchange, str(point.workers), ms(point.measured_s), ms(point.predicted_s)]
         cells += [f"{100 * point.error:+.1f} %", interval]
         cells.append("residual of the fit" if point.in_fit else "prediction")

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from scaletrain.config.grammar import split_spec, without_transport
+from scaletrain.scaling.explain import headline
 from scaletrain.scaling.model import Loss, Prediction, Report, Row
 from scaletrain.scaling.predict.simulate import Point
 
@@ -97,7 +98,8 @@ def of_report(report: Report) -> list[Plot]:
         plots.append(Plot("anatomy", "Anatomy of a step", anatomy(report.losses)))
     with_ranks = [row for row in rows if len(row.ranks) > 1]
     if with_ranks:
-        row = max(with_ranks, key=_interest_of_ranks)
+        best = headline.fastest(report)
+        row = max(with_ranks, key=lambda row: _interest_of_ranks(row, row is best))
         plots.append(Plot("ranks", "Each rank", each_rank(row)))
     if report.predictions:
         plots.append(Plot("predicted", "Predicted against measured", predicted(report.predictions)))
@@ -106,9 +108,12 @@ def of_report(report: Report) -> list[Plot]:
     return plots
 
 
-def _interest_of_ranks(row: Row) -> tuple[bool, bool, int]:
-    """Return what decides whose ranks are shown: a culprit, then waits for others, then workers."""
-    return row.culprit is not None, row.exchange != "none", row.workers
+def _interest_of_ranks(row: Row, is_best: bool) -> tuple[bool, bool, bool, int]:
+    """Return what decides whose ranks are shown.
+
+    A culprit comes first, then the row that the lead is about, then one whose ranks wait.
+    """
+    return row.culprit is not None, is_best, row.exchange != "none", row.workers
 
 
 def image(
@@ -338,10 +343,8 @@ def predicted(points: Sequence[Prediction]) -> Drawing:
     def draw(axes: Axes) -> None:
         times: list[float] = []
         for point in points:
-            times += [point.measured_s, point.predicted_s]
-            # An interval of decades says that nothing is known. It would hide all other points.
-            if _is_drawn(point):
-                times += [point.low_s or point.predicted_s, point.high_s or point.predicted_s]
+            # An interval of decades would hide all other points.
+            times += [point.measured_s, point.predicted_s, *(point.interval_s or ())]
         ends = [1000 * min(times) * 0.9, 1000 * max(times) * 1.1]
         axes.plot(ends, ends, "--", color=PALE, label="predicted = measured")
         exchanges = list(dict.fromkeys(point.exchange for point in points))
@@ -352,9 +355,11 @@ def predicted(points: Sequence[Prediction]) -> Drawing:
                 some = [p for p in points if p.exchange == exchange and p.in_fit is in_fit]
                 x = [1000 * point.measured_s for point in some]
                 y = [1000 * point.predicted_s for point in some]
-                for point in filter(_is_drawn, some):
-                    interval = [1000 * (point.low_s or 0.0), 1000 * (point.high_s or 0.0)]
-                    axes.plot([1000 * point.measured_s] * 2, interval, lw=1, color=colour)
+                for point in some:
+                    interval = [1000 * end for end in point.interval_s or ()]
+                    axes.plot(
+                        [1000 * point.measured_s] * len(interval), interval, lw=1, color=colour
+                    )
                 axes.plot(x, y, marker, color=colour, mfc="none" if in_fit else colour)
         if any(point.in_fit for point in points):
             axes.plot([], [], "o", color=INK, mfc="none", label="hollow: residual of the fit")
@@ -373,11 +378,6 @@ def predicted(points: Sequence[Prediction]) -> Drawing:
         legend(axes)
 
     return draw
-
-
-def _is_drawn(point: Prediction) -> bool:
-    """Return True if the interval of a prediction says something: it spans less than a decade."""
-    return point.low_s is not None and point.high_s is not None and point.high_s < 10 * point.low_s
 
 
 def each_rank(row: Row) -> Drawing:

@@ -62,6 +62,6 @@ def _losses(report: Report) -> Table:
     for column in ["workers", "lost", *names]:
         table.add_column(column, justify="right")
     for loss in report.losses:
-        causes = [f"{1000 * loss.causes[name]:.2f}" for name in names]
+        causes = [f"{1000 * loss.causes[name]:z.2f}" for name in names]
         table.add_row(loss.exchange, str(loss.workers), f"{1000 * loss.loss_s:.2f}", *causes)
     return table

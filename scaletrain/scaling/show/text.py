@@ -18,7 +18,8 @@ def number(value: float | None, form: str = ".2f", ci95: float | None = None) ->
     if value is None:
         return UNKNOWN
     interval = "" if ci95 is None else f" ± {ci95:{form}}"
-    return f"{value:{form}}{interval}"
+    # The z makes a zero of what would be shown as -0.00.
+    return f"{value:z{form}}{interval}"
 
 
 def ms(seconds: float | None, ci95: float | None = None) -> str:
