@@ -1,5 +1,7 @@
 """Tests engine/rendezvous/sealed.py: values that others write into the store change nothing."""
 
+import errno
+import fcntl
 import os
 import threading
 from datetime import timedelta
@@ -153,6 +155,18 @@ def test_nccl_meets_where_others_cannot_go(tmp_path):
         rendezvous.for_nccl(store, on_one_host=True)
     forget(tmp_path)
     assert not folder.exists()
+
+
+def test_nccl_meets_in_the_store_if_no_file_can_be_locked(stores, monkeypatch):
+    """Some network file systems refuse; the ranks share one, so all of them see the same."""
+
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    store, thief = stores
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    rendezvous.for_nccl(store, on_one_host=True).set("name", "value")
+    assert thief.get("name") == b"value"
 
 
 def _sum_beside_nccl(rank: int, size: int, run_dir, port: int) -> float:

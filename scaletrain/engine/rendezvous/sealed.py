@@ -6,6 +6,8 @@ value that is refused with an error or by removing one, and they can read; they 
 the job does.
 """
 
+import fcntl
+import os
 import secrets
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +56,8 @@ class SealedStore(dist.Store):
             # The ranks agree on a name that no earlier job or attempt has used.
             name = self.compare_set("file for nccl", "", secrets.token_hex(8)).decode()
             path = private_directory(self._run_dir) / f"nccl-{name}"
+            if not _can_lock(path):
+                return self.unsealed
             self._file = dist.FileStore(str(path), -1)  # -1: others may still come to it
         return self._file
 
@@ -129,6 +133,19 @@ class SealedStore(dist.Store):
         return SealedStore(self._store.clone(), self._run_dir, self._scope)
 
 
+def _can_lock(path: Path) -> bool:
+    """Return whether the file system locks files, as ``FileStore`` does: some network ones cannot.
+
+    Made here, the file is the owner's alone.
+    """
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600)) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        except OSError:
+            return False
+    return True
+
+
 def sealed(store: dist.Store, run_dir: Path, scope: str = "") -> SealedStore:
     """Return the store under the job's key; one that is sealed already, as it is."""
     if isinstance(store, SealedStore):
@@ -141,7 +158,8 @@ def for_nccl(store: dist.Store, *, on_one_host: bool) -> dist.Store:
 
     NCCL's threads look into their store until the end of the process, when Python, which checks
     the seals, may be gone. So they get one that is C++ alone: on one host a file that only the
-    job's owner can open; on several, whose network NCCL trusts anyway, the store below the seals.
+    job's owner can open. On several, whose network NCCL trusts anyway, or if the run directory's
+    file system cannot lock files, it is the store below the seals.
 
     Args:
         store: the job's; one without seals is returned as it is.
