@@ -3,7 +3,8 @@
 1. Connections between two processes make up a link. Where processes lie on several hosts, only
    links between hosts count, and its ends are hosts: memory is faster than any network.
 2. A host is slow if everything that it sends and receives is slower than the links that do not
-   touch it. Those alone are a yardstick: in a tree, most links may end at the slow host.
+   touch it. Those alone are a yardstick: in a tree, most links may end at the slow host. In a ring,
+   the link before them waits for the slow one, and is slower than the others as well.
 3. Else a link by itself is slow if it is slower than the median of the others, and so is all that
    goes through its port: links that share a port wait for each other.
 4. A link loses packets if many more of its segments were sent again than of the others'.
@@ -21,6 +22,7 @@ from scaletrain.run.links import Connection, LinkSample
 from scaletrain.run.slow_ranks import FEWEST, SHARE, Cost, RankSteps, StepTable, mean_cost
 
 _SLOW = 2.5  # times slower than others: fan-out alone makes links unequal
+_APART = 1.25  # times slower than each link that may only wait for it
 _TIMES = 2  # between samples; less often, it may be the machine
 _LEAST_BYTES = 256 << 10  # moved in a window: less says nothing about a speed
 _RETRANSMITS = 5  # segments, and ...
@@ -262,19 +264,31 @@ def _slow_host(links: Sequence[_Link]) -> _Suspicion | None:
         others = [link for link in links if place not in link.places]
         if len(own) < 2 or not others:
             continue
-        usual = statistics.median_low(link.bytes_per_s for link in others)
+        usual, slowest = _yardstick(others)
         sent = [link for link in own if link.places[0] == place]
         received = [link for link in own if link.places[1] == place]
         # Each link by itself, and the port that they share: that alone makes links slow, too.
         rates = [link.bytes_per_s for link in own]
         rates += [_port_rate(each) for each in (sent, received) if each]
-        if usual >= _SLOW * max(rates) and all(_stays_slow(link, usual) for link in own):
+        is_slow = usual >= _SLOW * max(rates) and slowest >= _APART * max(rates)
+        if is_slow and all(_stays_slow(link, usual) for link in own):
             worst = min(own, key=lambda link: link.bytes_per_s)
             ends = _ends_at(place, own)
             return _Suspicion(
                 Kind.SLOW_LINK, ends, _lost_share(own, usual), None, _against(worst, usual)
             )
     return None
+
+
+def _yardstick(links: Sequence[_Link]) -> tuple[float, float]:
+    """Return the usual speed of links, and that of the slowest that counts."""
+    rates = [link.bytes_per_s for link in links]
+    if all(link.between_hosts for link in links):
+        # One of two may wait for the slow host: the other one tells what is usual.
+        return statistics.median_high(rates), min(rates)
+    # Within a host, links are as fast as its cores have time. No single one is a yardstick.
+    usual = statistics.median_low(rates)
+    return usual, usual
 
 
 def _port_rate(links: Sequence[_Link]) -> float:

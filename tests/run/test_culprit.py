@@ -214,6 +214,17 @@ def test_a_host_at_a_quarter_of_the_bandwidth_is_named(slow: int):
     assert f"({1e3 * culprit.low_s:.3g} to {1e3 * culprit.high_s:.3g})" in culprit.sentence()
 
 
+@pytest.mark.parametrize("slow", range(4))
+def test_the_link_that_waits_for_a_slow_host_does_not_hide_it(slow: int):
+    """As measured between four emulated hosts of 100 Mbit/s, one of them at a quarter."""
+    edges = ring(4) | {(slow, (slow + 1) % 4): 0.24, ((slow - 1) % 4, slow): 0.24}
+    edges |= {((slow - 2) % 4, (slow - 1) % 4): 0.37, ((slow + 1) % 4, (slow + 2) % 4): 1.28}
+    culprit = the_only(find(with_links(edges)))
+    assert (culprit.kind, culprit.ranks, culprit.link) == (Kind.SLOW_LINK, (slow,), None)
+    # Within a host, one fast link is no yardstick: a busy core makes the others slow.
+    assert find(with_links(edges, per_host=4)) == []
+
+
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_each_slow_link_of_a_ring_is_named_by_its_two_ends(size: int):
     for edge in ring(size):

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks.lab import cases, emulated, extrapolate, published
 from scaletrain.cli import cli
+from scaletrain.cli.simulate import MOST_WORKERS
 from scaletrain.collectives.cost import Link, Network
 from scaletrain.collectives.traffic import bytes_moved
 from scaletrain.errors import UserError
@@ -315,6 +316,19 @@ def test_simulate_is_quick_at_4096_workers():
     best = min(simulate.fastest(points)[4096], key=lambda point: point.machines)
     assert best.strategy not in ("star", "server")
     assert all(p.cost_per_epoch > 0 and p.efficiency <= 1.0001 for p in points)
+
+
+@pytest.mark.slow
+def test_every_strategy_is_simulated_in_ten_seconds_at_32768_workers():
+    """Of processor time. ``python -m benchmarks.lab published`` tells that of all together."""
+    job = calm_job(
+        1e8, 32, ComputeCost(0.003), FABRICS["fat-tree-10gbit"], mode="weak", overlap=None
+    )
+    for name in simulate.strategies():
+        began = time.process_time()
+        (point,) = simulate.simulate(job, [MOST_WORKERS], [name])
+        assert time.process_time() - began < 10, name
+        assert point.step_s > 0.003
 
 
 def test_simulate_refuses_what_it_does_not_know():

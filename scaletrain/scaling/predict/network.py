@@ -289,12 +289,19 @@ def best_segments(collective: str, workers: int, num_bytes: float, fabric: Fabri
     return min((2**power for power in range(13)), key=seconds)
 
 
-def is_crowded(collective: str, workers: int, fabric: Fabric) -> bool:
-    """Return True if a round has so many senders to one port that TCP may time out."""
+def is_crowded(collective: str, workers: int, fabric: Fabric, segments: int | None = None) -> bool:
+    """Return True if a round has so many senders to one port that TCP may time out.
+
+    Args:
+        collective: an algorithm.
+        workers: all workers together.
+        fabric: the network.
+        segments: as for ``allreduce_s``, so that its loads are made only once.
+    """
     hosts, _ = _hosts(workers, fabric)
     if not fabric.drops_packets or hosts <= INCAST_SENDERS:
         return False
-    loads = _loads(collective, hosts, fabric.network.hosts_per_leaf, None)
+    loads = _loads(collective, hosts, fabric.network.hosts_per_leaf, segments)
     return max(load.messages for load in loads) > INCAST_SENDERS
 
 

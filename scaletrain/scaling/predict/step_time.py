@@ -220,7 +220,7 @@ def incast_s(strategy: Strategy, workers: int, fabric: Fabric) -> float:
     if strategy.has_servers:
         crowded = -(-workers // fabric.workers_per_host) > INCAST_SENDERS
     else:
-        crowded = is_crowded(strategy.name, workers, fabric)
+        crowded = is_crowded(strategy.name, workers, fabric, strategy.segments)
     return INCAST_S if crowded else 0.0
 
 
