@@ -389,6 +389,18 @@ def test_optimizers_that_a_server_cannot_run_are_one_line(tmp_path):
             job.exchange(Settings(1), tmp_path, 0).attach(table, optimizer)
 
 
+def test_an_update_that_fails_ends_the_job_with_its_reason_and_no_server(tmp_path):
+    """Bug it catches: torch raised in the server, and workers heard of a closed connection."""
+    settings = Settings(1, 20)
+    with job.servers(settings, tmp_path):
+        net = job.model()
+        joined = job.exchange(settings, tmp_path, 0)
+        joined.attach(net, torch.optim.SparseAdam(net.parameters()))
+        job.loss(net, 0, 0).backward()
+        with pytest.raises(ServerError, match="cannot make the update: RuntimeError: SparseAdam"):
+            joined.step()
+
+
 @pytest.mark.parametrize(
     "length", [0, 1, wire.MAX_SUM_VALUES, wire.MAX_SUM_VALUES + 1, 3 * wire.MAX_SUM_VALUES - 1]
 )

@@ -4,7 +4,6 @@ A description is JSON: ``{"name": "SGD", "groups": [{"lr": 0.1, "momentum": 0.9,
 """
 
 import inspect
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +27,8 @@ SPARSE = {"SGD", "Adagrad", "SparseAdam"}
 _LOCAL = ("params", "capturable", "foreach", "fused", "differentiable")
 
 _MAX_VALUES = 16  # in an option that is a list
+# Of options and rates. Updates compute in float32, which ends near 1e38: torch raises beyond it.
+_LARGEST = 1e20
 _NO_SCHEDULES = ("LRScheduler", "ReduceLROnPlateau")  # a base class; one that needs a metric
 
 
@@ -117,7 +118,7 @@ def build(
             options[key] = tuple(value)
     try:
         return kind(parameters, **options)
-    except TypeError as error:
+    except Exception as error:  # of any kind: torch looks at some options and trusts others
         raise ValueError(f"bad optimizer option: {error}") from None
 
 
@@ -184,9 +185,14 @@ def _is_plain(value: Any) -> bool:
     """Return True for a value, or a short list of values, that JSON can hold."""
     if isinstance(value, list | tuple):
         return len(value) <= _MAX_VALUES and all(_is_plain(item) for item in value)
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, bool | int | str)
+    if isinstance(value, int | float):
+        return is_number(value)
+    return value is None or isinstance(value, str)
+
+
+def is_number(value: float) -> bool:
+    """Return True for a number that an update can compute with."""
+    return abs(value) <= _LARGEST  # False for NaN; a number of JSON may be too large for a float
 
 
 def _is_subclass(kind: Any, base: type) -> bool:

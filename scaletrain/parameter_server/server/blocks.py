@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from scaletrain.parameter_server.protocol import codec, consistency, wire
+from scaletrain.parameter_server.protocol import optimizer as optimizers
 from scaletrain.parameter_server.protocol.consistency import (
     AbortJob,
     Action,
@@ -57,7 +58,7 @@ class Blocks:
         shard: the blocks' weights and optimizers.
         endpoint: sends the answers.
         tally: counts gradients and answers.
-        abort: called when training cannot go on.
+        abort: called with the reason when training cannot go on.
         keep_first: called when all first values are there, before anybody hears of it.
 
     Attributes:
@@ -72,7 +73,7 @@ class Blocks:
         shard: Shard,
         endpoint: Endpoint,
         tally: Tally,
-        abort: Callable[[AbortJob], None],
+        abort: Callable[[str], None],
         keep_first: Callable[[], None],
     ):
         self.shard = shard
@@ -172,11 +173,28 @@ class Blocks:
                     self._send_norm(action)
                 case ApplyUpdate(key, num_gradients, version, scaling):
                     rate = self._learning_rate[key]
-                    self.shard.apply(key, num_gradients, rate, version, scaling)
+                    try:
+                        self.shard.apply(key, num_gradients, rate, version, scaling)
+                    except Exception as error:  # of any kind: it is all in the workers' options
+                        self._abort(
+                            f"the optimizer cannot make the update: {type(error).__name__}: {error}"
+                        )
+                        return
                 case SendWeights():
                     self._answer(action)
                 case AbortJob():
-                    self._abort(action)
+                    self._abort(self._in_words(action))
+
+    def _in_words(self, action: AbortJob) -> str:
+        """Return why training cannot go on without a worker."""
+        # The rule aborts only on a loss, which the server has just noted.
+        reason = self._tally.lost[-1].reason
+        return (
+            f"worker rank {action.rank} was lost ({reason});"
+            f" {action.alive} of {self.rule.workers} workers are left"
+            f" and an update takes {action.needed}"
+            " (exchange.min_workers lets the job go on with fewer)"
+        )
 
     # First values, and values for checkpoints
 
@@ -353,7 +371,7 @@ class Blocks:
 
     def _check_push(self, header: Header) -> None:
         """Raise ``Refused`` unless version, learning rate and step of a gradient can be."""
-        if not math.isfinite(header.lr) or header.version > self.rule.version[header.key]:
+        if not optimizers.is_number(header.lr) or header.version > self.rule.version[header.key]:
             raise Refused("bad version or learning rate")
         if header.step >= _MAX_STEP:
             raise Refused("bad step")

@@ -140,8 +140,8 @@ def _piece_of(entry: Any, block: Block) -> Piece | None:
 
 def _is_number(value: Any) -> bool:
     """Return True for a finite number of a sensible size."""
-    # Not isinstance, which takes True for a number.
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < _MAX_NUMBER
+    # Not isinstance, which takes True for a number. NaN is not below anything.
+    return type(value) in (int, float) and abs(value) < _MAX_NUMBER
 
 
 def _is_shape(value: Any, most_elements: int) -> bool:

@@ -16,7 +16,6 @@ import numpy as np
 from scaletrain.errors import UserError
 from scaletrain.host import cores
 from scaletrain.parameter_server.protocol import wire
-from scaletrain.parameter_server.protocol.consistency import AbortJob
 from scaletrain.parameter_server.protocol.memory import Slab
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, Message, MessageKind, Refused
@@ -317,18 +316,11 @@ class Server:
             log.warning("server %d: worker rank %d was lost: %s", self.index, rank, reason)
         self._complete_sums(owned)
 
-    def _abort(self, action: AbortJob) -> None:
+    def _abort(self, reason: str) -> None:
         """Tell all workers that training cannot go on."""
         owned = self._blocks
         assert owned is not None  # its rule decides on this
-        # The rule aborts only on a loss, which ``_lose`` has just noted.
-        reason = self._tally.lost[-1].reason
-        self._aborted = (
-            f"worker rank {action.rank} was lost ({reason});"
-            f" {action.alive} of {self.settings.workers} workers are left"
-            f" and an update takes {action.needed}"
-            " (exchange.min_workers lets the job go on with fewer)"
-        )
+        self._aborted = reason
         log.error("server %d: %s", self.index, self._aborted)
         payload = wire.to_json({"message": self._aborted})
         for rank in list(owned.rule.live):
