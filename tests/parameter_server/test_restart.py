@@ -21,11 +21,12 @@ from scaletrain.parameter_server.protocol.consistency import (
     Synchronous,
 )
 from scaletrain.parameter_server.protocol.settings import Settings
+from scaletrain.parameter_server.server.endpoint import Endpoint
 from scaletrain.parameter_server.server.server import Server
 from scaletrain.parameter_server.server.sums import Sums
 from scaletrain.parameter_server.worker.client import Client
 from scaletrain.parameter_server.worker.io_thread import IoThread, Position
-from scaletrain.parameter_server.worker.requests import Answered, Requests, Token, Topic
+from scaletrain.parameter_server.worker.requests import Requests, Token, Topic
 from tests.parameter_server import job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -139,6 +140,63 @@ def test_weights_come_from_the_successor_of_a_server_that_died_in_mid_update(tmp
     assert killed
     for ours, expected in zip(weights, job.single(12, 1), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["dense", "rows"])
+def test_a_server_may_die_between_the_parts_of_its_answer(tmp_path, monkeypatch, kind):
+    """Bug it catches: a worker sends the rest of a gradient alone, which its successor refuses."""
+    monkeypatch.setattr(wire, "MAX_TENSOR_BYTES", 256)
+    settings = Settings(
+        1, 20, link="tcp", placement="dedicated", snapshot_updates=50, restart_servers=1
+    )
+    servers = [Server(settings, tmp_path, 0), Server(settings, tmp_path, 0)]
+    tell = Endpoint.tell
+    lost = []
+
+    def tell_half(endpoint, rank, header, payload=None) -> bool:
+        is_answer = header.kind in (wire.MessageKind.WEIGHTS, wire.MessageKind.APPLIED)
+        if is_answer and header.step == 5 and not lost and told and told[-1] == header.key:
+            lost.append(header.key)
+            time.sleep(0.3)  # the worker reads what was sent
+            servers[0].stop()
+        if is_answer:
+            told.append(header.key)
+        return not lost and tell(endpoint, rank, header, payload)
+
+    told: list[int] = []
+
+    def serve() -> None:
+        servers[0].serve()
+        monkeypatch.setattr(Endpoint, "tell", tell)
+        servers[1].serve()
+
+    def train(joined) -> dict:
+        with job.SEEDING:
+            torch.manual_seed(3)
+            net = nn.Sequential(nn.Embedding(60, 8, sparse=kind == "rows"), nn.Linear(8, 40))
+        # Adafactor looks at whole tensors, and Adagrad takes rows.
+        make = torch.optim.Adagrad if kind == "rows" else torch.optim.Adafactor
+        optimizer = make(net.parameters(), lr=0.1)
+        if joined is not None:
+            joined.attach(net, optimizer)
+        for step in range(10):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            net(torch.randint(0, 60, (30,), generator=generator)).square().mean().backward()
+            (optimizer if joined is None else joined).step()
+        state = {name: value.clone() for name, value in net.state_dict().items()}
+        if joined is not None:
+            joined.close()
+        return state
+
+    monkeypatch.setattr(Endpoint, "tell", tell_half)
+    serving = threading.Thread(target=serve, daemon=True)
+    serving.start()
+    [state] = job.threads([lambda: train(job.exchange(settings, tmp_path, 0))])
+    servers[1].stop()
+    serving.join(20)
+    assert len(lost) == 1
+    torch.testing.assert_close(state, train(None), rtol=1e-5, atol=1e-6)
 
 
 def test_a_successor_that_refuses_the_old_session_is_joined(tmp_path, monkeypatch):
@@ -308,10 +366,11 @@ def test_a_request_that_is_sent_again_waits_in_the_queue_once():
     assert sent == [token]
     # A sum that was answered goes to a successor once more; nobody waits for its answer.
     total = Token(Topic.SUM, 4)
-    answer = Answered(wire.Message(wire.Header(wire.MessageKind.TOTAL), ()), 1, None)
+    answer = wire.Message(wire.Header(wire.MessageKind.TOTAL), ())
     requests.ask(total, wire.Header(wire.MessageKind.SUM), [])
+    requests.send(send)
     requests.answer(total, answer)
-    assert requests.wait(total) is answer
+    assert requests.wait(total).message is answer
     requests.repeat_last_sum()
     requests.send(send)
     assert sent == [token, total, total]

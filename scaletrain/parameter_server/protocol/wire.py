@@ -19,7 +19,8 @@ MAGIC = b"SPS1"
 _LAYOUT = struct.Struct("<4sBBHIIIIQQQQQd")
 HEADER_BYTES = _LAYOUT.size
 MAX_MESSAGE_BYTES = 64 << 20  # larger ones end the connection before anything is stored
-MAX_TENSOR_BYTES = 32 << 20  # larger blocks (tensors that an optimizer needs whole) travel in parts
+# Larger ones travel in parts: blocks that are whole tensors, and many rows of a table.
+MAX_TENSOR_BYTES = 32 << 20
 MAX_JSON_BYTES = 8 << 20  # the table of blocks of a very large model
 MAX_SUM_VALUES = 4096
 # A sum's number is the step after which it is made, times this, plus its place among those of that
@@ -31,6 +32,7 @@ DROPPED = 2  # flag: this gradient came too late and was not used
 ABSENT = 4  # flag of PUSH_ROWS: the table has no gradient in this step
 HELD = 8  # flag of gradients: their update waits for SCALE
 MADE = 16  # flag of NORMS: that update is made, with the factor in the tensor
+MORE = 32  # flag of PUSH_ROWS: further rows of this gradient follow
 
 
 class MessageKind(enum.IntEnum):
@@ -49,7 +51,7 @@ class MessageKind(enum.IntEnum):
     # W: a block's gradient, maybe in shared memory, and the numbers of the pieces that have none in
     # this step (zeros stand for them); answered by WEIGHTS
     PUSH = 11
-    PUSH_ROWS = 12  # W: rows and values of a sparse gradient; answered by APPLIED
+    PUSH_ROWS = 12  # W: rows and values of (part of) a sparse gradient; answered by APPLIED
     APPLIED = 13  # S
     PULL_ROWS = 14  # W: asks for rows of a sparse table; answered by ROWS
     ROWS = 15  # S: the rows' weights
@@ -150,7 +152,7 @@ PAYLOADS: dict[MessageKind, tuple[Payload, ...]] = {
 # The flags that a kind may have; all others have none.
 _FLAGS: dict[MessageKind, int] = {
     MessageKind.PUSH: SHARED | HELD,
-    MessageKind.PUSH_ROWS: ABSENT | HELD,
+    MessageKind.PUSH_ROWS: ABSENT | HELD | MORE,
     MessageKind.NORMS: MADE,
     MessageKind.WEIGHTS: SHARED | DROPPED,
     MessageKind.APPLIED: DROPPED,
@@ -172,7 +174,7 @@ class Header(NamedTuple):
 
     kind: MessageKind
     dtype: Dtype = Dtype.NONE
-    flags: int = 0  # SHARED, DROPPED, ABSENT, HELD, MADE
+    flags: int = 0  # SHARED, DROPPED, ABSENT, HELD, MADE, MORE
     key: int = 0  # block
     rank: int = 0  # of the worker
     # Of the answered gradient: updates between the weights it came from and its own update.
@@ -186,7 +188,7 @@ class Header(NamedTuple):
     # Answers: updates of the block's weights so far. Pushes: of the weights the gradient came from.
     version: int = 0
     session: int = 0  # chosen by the server in WELCOME
-    offset: int = 0  # first element, in parts of blocks
+    offset: int = 0  # first element, in parts of blocks; first row, in parts of sparse gradients
     count: int = 0  # type: ignore[assignment]  # elements of the tensor payload
     lr: float = 0.0
 

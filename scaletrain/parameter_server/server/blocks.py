@@ -6,6 +6,7 @@ Gradients come in, ``consistency`` decides their use, and weights go out.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,13 @@ KINDS = {
 }  # fmt: skip
 
 _MAX_STEP = 1 << 48
+
+
+class _Rows(NamedTuple):
+    """Rows of a sparse gradient."""
+
+    numbers: torch.Tensor  # int64 (n)
+    values: torch.Tensor  # float32 (n, width)
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,13 @@ class Blocks:
         self._waiting_stores: list[tuple[Peer, Header]] = []
         self._waiting_pulls: list[tuple[Peer, Header]] = []
         self._first_key = min(keys, default=-1)  # its gradients mark the steps
-        # By (rank, block): large gradients of which parts are still to come. See _assemble.
+        # By (rank, block): gradients of which parts are still to come. Written by _assemble and
+        # _assemble_rows.
         self._partial: dict[tuple[int, int], torch.Tensor] = {}
+        self._partial_rows: dict[tuple[int, int], list[_Rows]] = {}
+        # By (rank, block): messages of a sparse gradient, each of which gets an answer. Written by
+        # _push_rows, read by _answer.
+        self._num_messages: dict[tuple[int, int], int] = {}
         # By block: the rate that came with its last gradient. Written by _contribute, read by
         # perform.
         self._learning_rate: dict[int, float] = {}
@@ -352,22 +365,49 @@ class Blocks:
         return self._partial.pop((rank, block.key))
 
     def _push_rows(self, peer: Peer, block: Block, message: Message) -> None:
-        """Take a sparse gradient."""
+        """Take a sparse gradient, or a part of one."""
         header = message.header
         self._check_push(header)
-        if not block.sparse or header.offset or header.dtype != self._dtype:
+        if not block.sparse or header.dtype != self._dtype:
             raise Refused("gradient does not have the block's shape")
         width = block.shape[1]
         if header.count != header.rows * width:
             raise Refused("gradient does not have the block's shape")
-        rows = _checked_numbers(message.payloads[0], block.shape[0])
+        numbers = _checked_numbers(message.payloads[0], block.shape[0])
         values = codec.decode(message.payloads[1], header.dtype).view(header.rows, width)
+        parts = self._assemble_rows(peer.rank, block, header, _Rows(numbers, values))
+        if header.flags & wire.MORE:
+            return
+        self._num_messages[peer.rank, block.key] = len(parts)
+        if len(parts) > 1:
+            numbers = torch.cat([part.numbers for part in parts])
+            values = torch.cat([part.values for part in parts])
         is_absent = bool(header.flags & wire.ABSENT)
         self._contribute(
             peer.rank,
             header,
-            lambda: self.shard.add_rows(block.key, peer.rank, rows, values, is_absent),
+            lambda: self.shard.add_rows(block.key, peer.rank, numbers, values, is_absent),
         )
+
+    def _assemble_rows(self, rank: int, block: Block, header: Header, part: _Rows) -> list[_Rows]:
+        """Append a part of a sparse gradient to those before it; return all of them.
+
+        Raises:
+            Refused: a part before it is missing, or they are more rows than the block has.
+        """
+        parts = self._partial_rows.pop((rank, block.key), [])
+        if header.offset == 0:
+            parts = []
+        num_before = sum(len(before.numbers) for before in parts)
+        is_one_of_several = bool(header.offset or header.flags & wire.MORE)
+        if header.offset != num_before or (is_one_of_several and not header.rows):
+            raise Refused("gradient does not have the block's shape")
+        if is_one_of_several and num_before + header.rows > block.shape[0]:
+            raise Refused("gradient does not have the block's shape")
+        parts.append(part)
+        if header.flags & wire.MORE:
+            self._partial_rows[rank, block.key] = parts
+        return parts
 
     def _check_push(self, header: Header) -> None:
         """Raise ``Refused`` unless version, learning rate and step of a gradient can be."""
@@ -430,7 +470,8 @@ class Blocks:
         )
         if block.sparse:
             # The worker pulls the rows that its next batch reads.
-            self._endpoint.tell(action.rank, header._replace(kind=MessageKind.APPLIED))
+            for _ in range(self._num_messages.get((action.rank, action.key), 1)):
+                self._endpoint.tell(action.rank, header._replace(kind=MessageKind.APPLIED))
         elif action.rank in self.slabs:
             flags = header.flags | wire.SHARED
             header = header._replace(flags=flags, dtype=Dtype.FLOAT32, count=block.numel)

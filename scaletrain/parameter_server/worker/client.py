@@ -21,6 +21,7 @@ from scaletrain.parameter_server.worker.io_thread import IoThread, Position, sca
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.requests import (
     Answered,
+    Part,
     Requests,
     ServerError,
     Token,
@@ -279,11 +280,12 @@ class Client:
             self._requests.ask(Token(Topic.UPDATE, key), header, [b"", pieces])
             return
         encoded = codec.encode(torch.from_numpy(values), self._dtype)
-        size = _elements_of_a_message()
+        size = wire.MAX_TENSOR_BYTES // 4
+        parts = []
         for offset in range(0, len(values), size):
             part = encoded[offset : offset + size]
-            part_header = header._replace(offset=offset, count=len(part))
-            self._requests.ask(Token(Topic.UPDATE, key, offset), part_header, [part, pieces])
+            parts.append(Part(header._replace(offset=offset, count=len(part)), [part, pieces]))
+        self._requests.ask_in_parts(Token(Topic.UPDATE, key), parts)
 
     def take(self, key: int, sink: Callable[[Tensor], None]) -> PushResult:
         """Wait for the answer to ``push``.
@@ -298,7 +300,7 @@ class Client:
         if header.flags & wire.SHARED:
             version = self._take_shared(key, answered, sink)
         else:
-            sink(self._take_parts(key, answered))
+            sink(_values(answered))
             version = header.version
         return self._finish_push(key, answered, version)
 
@@ -340,17 +342,6 @@ class Client:
         self.pull(key, write)
         sink(values)
         return self._position.versions[key]
-
-    def _take_parts(self, key: int, answered: Answered) -> Tensor:
-        """Return weights that came in messages, the first of which is ``answered``."""
-        message = answered.message
-        parts = [codec.decode(message.payloads[0], message.header.dtype)]
-        size = _elements_of_a_message()
-        # ``push`` has opened a request for each part, so each part of the answer has its own.
-        for offset in range(size, self._blocks[key].numel, size):
-            message = self._requests.wait(Token(Topic.UPDATE, key, offset)).message
-            parts.append(codec.decode(message.payloads[0], message.header.dtype))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     # Held gradients
 
@@ -409,19 +400,23 @@ class Client:
             values: float32, (n, width of the table).
             is_absent: the table has no gradient in this step; ``rows`` is empty.
         """
-        payload = codec.encode(values.reshape(-1).contiguous(), self._dtype)
-        header = Header(
-            MessageKind.PUSH_ROWS,
-            self._dtype,
-            key=key,
-            step=step,
-            flags=self._flags | (wire.ABSENT if is_absent else 0),
-            rows=len(rows),
-            count=payload.size,
-            lr=lr,
-        )
-        frames = [rows.contiguous().numpy(), payload]
-        self._requests.ask(Token(Topic.UPDATE, key), header, frames)
+        flags = self._flags | (wire.ABSENT if is_absent else 0)
+        header = Header(MessageKind.PUSH_ROWS, self._dtype, key=key, step=step, flags=flags, lr=lr)
+        size = self._rows_of_a_message(key)
+        parts = []
+        for offset in range(0, max(1, len(rows)), size):  # without rows there is a message, too
+            some_rows = rows[offset : offset + size].contiguous().numpy()
+            some_values = values[offset : offset + size].reshape(-1).contiguous()
+            payload = codec.encode(some_values, self._dtype)
+            is_last = offset + size >= len(rows)
+            part_header = header._replace(
+                flags=flags if is_last else flags | wire.MORE,
+                rows=len(some_rows),
+                offset=offset,
+                count=payload.size,
+            )
+            parts.append(Part(part_header, [some_rows, payload]))
+        self._requests.ask_in_parts(Token(Topic.UPDATE, key), parts)
 
     def take_rows(self, key: int) -> PushResult:
         """Wait until a sparse gradient has been used."""
@@ -435,16 +430,23 @@ class Client:
             key: the block.
             rows: row numbers within the block, int64, (n,).
         """
-        header = Header(MessageKind.PULL_ROWS, key=key, rows=len(rows))
-        self._requests.ask(Token(Topic.ROWS, key), header, [rows.contiguous().numpy()])
+        parts = []
+        for some_rows in rows.split(self._rows_of_a_message(key)):
+            header = Header(MessageKind.PULL_ROWS, key=key, rows=len(some_rows))
+            parts.append(Part(header, [some_rows.contiguous().numpy()]))
+        self._requests.ask_in_parts(Token(Topic.ROWS, key), parts)
 
     def rows(self, key: int) -> Tensor:
         """Wait for the rows asked for, float32, (n, width of the table)."""
         answered = self._requests.wait(Token(Topic.ROWS, key))
-        header = answered.message.header
-        self._note_version(key, answered, header.version)
-        values = codec.decode(answered.message.payloads[0], header.dtype)
-        return values.view(header.rows, -1)
+        # An update may come between the parts. The gradient is at most as stale as its oldest rows.
+        version = min(message.header.version for message in answered.messages)
+        self._note_version(key, answered, version)
+        return _values(answered).view(-1, self._blocks[key].shape[1])
+
+    def _rows_of_a_message(self, key: int) -> int:
+        """Return how many rows of a sparse table travel in one message at most."""
+        return max(1, wire.MAX_TENSOR_BYTES // (4 * self._blocks[key].shape[1]))
 
     # The job
 
@@ -541,6 +543,9 @@ class Client:
                 self._position.versions[key] = version
 
 
-def _elements_of_a_message() -> int:
-    """Return how many float32 elements of a block travel in one message at most."""
-    return wire.MAX_TENSOR_BYTES // 4
+def _values(answered: Answered) -> Tensor:
+    """Return the values in all messages of an answer, float32, one dimension, read-only."""
+    parts = []
+    for message in answered.messages:
+        parts.append(codec.decode(message.payloads[0], message.header.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -19,7 +19,6 @@ from scaletrain.parameter_server.protocol.settings import SILENCE_S
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, Message, MessageKind
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.requests import (
-    Answered,
     PeerLost,
     Requests,
     ServerError,
@@ -268,7 +267,7 @@ class IoThread:
             token = _answered_token(link, message.header)
             if token is not None:
                 link.under_way.discard(token)
-                asked = self._requests.answer(token, Answered(message, link.epoch, link.weights))
+                asked = self._requests.answer(token, message, link.epoch, link.weights)
                 if asked is not None and token.topic is Topic.UPDATE:
                     link.answered_steps[token.key] = asked.step
         return True
@@ -291,7 +290,7 @@ class IoThread:
         goodbye = Token(Topic.LEAVE, link.index)
         if self._requests.is_open(goodbye):
             left = Message(Header(MessageKind.LEFT), ())
-            self._requests.answer(goodbye, Answered(left, link.epoch, None))
+            self._requests.answer(goodbye, left)
             link.disconnect()
             # From now on its silence means nothing.
             link.heard_at = float("inf")
@@ -337,5 +336,7 @@ def _answered_token(link: ServerLink, header: Header) -> Token | None:
             return Token(topic, header.step)
         case Topic.STORE:
             return Token(topic, header.key, header.step)
-        case _:
+        case Topic.PART:
             return Token(topic, header.key, header.offset)
+        case _:
+            return Token(topic, header.key)

@@ -12,6 +12,7 @@ import heapq
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from scaletrain.parameter_server.protocol.memory import Slab
@@ -47,24 +48,40 @@ class Token(NamedTuple):
 
     topic: Topic
     key: int  # the block; for SUM the number of the sum, for PAUSE, LEAVE and SCALE the server
-    # First element, where a block travels in parts; for STORE the request's number, for SCALE the
-    # step.
+    # For PART the first element, for STORE the request's number, for SCALE the step.
     part: int = 0
 
 
 class Answered(NamedTuple):
     """An answer, and the connection it came over."""
 
-    message: Message
+    messages: list[Message]  # as many as the request had
     epoch: int  # connections made to this server so far
     weights: Slab | None  # the server's memory
 
+    @property
+    def message(self) -> Message:
+        """The answer to the first message of the request, which is the only one of most."""
+        return self.messages[0]
 
-class _Request(NamedTuple):
-    """An open request, as it is sent."""
+
+class Part(NamedTuple):
+    """One message of a request, as it is sent."""
 
     header: Header
     payloads: list[Any]  # frames: bytes or arrays
+
+
+@dataclass
+class _Request:
+    """An open request: one message, or several if it is too large for one.
+
+    The I/O thread alone changes it. After a lost connection another one takes its place.
+    """
+
+    parts: list[Part]
+    num_sent: int = 0  # of the parts
+    answers: list[Message] = field(default_factory=list)  # to the parts, in their order
 
 
 class _Entry(NamedTuple):
@@ -114,8 +131,16 @@ class Requests:
         Returns:
             ``token``, for ``wait``.
         """
+        return self.ask_in_parts(token, [Part(header, payloads)])
+
+    def ask_in_parts(self, token: Token, parts: list[Part]) -> Token:
+        """Open a request of several messages, each of which is answered by one.
+
+        After a lost connection all of them are sent again, also those that were answered: whoever
+        takes the place of the lost server has none.
+        """
         with self._changed:
-            self._open[token] = _Request(header, payloads)
+            self._open[token] = _Request(parts)
             self._enqueue(token)
         self.notify()
         return token
@@ -173,31 +198,49 @@ class Requests:
                 request = self._open.get(entry.token)
             if request is None:  # answered meanwhile
                 continue
-            if not try_send(entry.token, request.header, request.payloads):
-                delayed.append(entry)
+            for header, payloads in request.parts[request.num_sent :]:
+                if not try_send(entry.token, header, payloads):
+                    delayed.append(entry)
+                    break
+                request.num_sent += 1
         with self._changed:
             for entry in delayed:
                 heapq.heappush(self._queue, entry)
 
-    def answer(self, token: Token, answered: Answered) -> Header | None:
-        """Close a request (I/O thread); return the header that it was asked with.
+    def answer(
+        self, token: Token, message: Message, epoch: int = 0, weights: Slab | None = None
+    ) -> Header | None:
+        """Take an answer, and close its request if no other is missing (I/O thread).
 
-        An answer to a request that is not open is ignored, and nothing is returned. The request was
-        sent again after a lost connection, and this is its second answer.
+        An answer to a request that is not open is ignored. The request was sent again after a lost
+        connection, and this is its second answer.
+
+        Args:
+            token: of the request.
+            message: the answer to the first of its messages that has none.
+            epoch: connections made to this server so far.
+            weights: the server's memory.
+
+        Returns:
+            The header that the request was asked with, if it was closed.
         """
         with self._changed:
-            request = self._open.pop(token, None)
+            request = self._open.get(token)
             if request is None:
                 return None
+            request.answers.append(message)
+            if len(request.answers) < len(request.parts):
+                return None
+            del self._open[token]
             if token in self._repeated:
                 self._repeated.discard(token)
                 return None
             if token.topic is Topic.SUM:
                 self._last_sum = (token, request)
-            self._answers[token] = answered
+            self._answers[token] = Answered(request.answers, epoch, weights)
             if token == self._awaited:
                 self._changed.notify_all()
-        return request.header
+        return request.parts[0].header
 
     def is_open(self, token: Token) -> bool:
         """Return True if a request was asked and not answered yet."""
@@ -211,11 +254,9 @@ class Requests:
         """
         with self._changed:
             again = [token for token in self._open if is_meant(token)]
-            # Those that wait in the queue must not be sent twice: the second answer would be taken
-            # for the answer to the next request of the same name.
-            self._queue = [entry for entry in self._queue if entry.token not in again]
-            heapq.heapify(self._queue)
             for token in again:
+                # Some are in the queue already. The second time, there is nothing left to send.
+                self._open[token] = _Request(self._open[token].parts)
                 self._enqueue(token)
 
     def is_summing(self) -> bool:
@@ -230,7 +271,7 @@ class Requests:
         """
         with self._changed:
             if token not in self._open:
-                self._repeat(token, _Request(header, payloads))
+                self._repeat(token, [Part(header, payloads)])
 
     def repeat_last_sum(self) -> None:
         """Send the vector of the last sum that was answered once more (I/O thread).
@@ -239,11 +280,12 @@ class Requests:
         """
         with self._changed:
             if self._last_sum is not None:
-                self._repeat(*self._last_sum)
+                token, request = self._last_sum
+                self._repeat(token, request.parts)
 
-    def _repeat(self, token: Token, request: _Request) -> None:
+    def _repeat(self, token: Token, parts: list[Part]) -> None:
         """Open an answered request again. The caller holds the lock."""
-        self._open[token] = request
+        self._open[token] = _Request(parts)
         self._repeated.add(token)
         self._enqueue(token)
 
@@ -261,5 +303,5 @@ class Requests:
     def _enqueue(self, token: Token) -> None:
         """Queue an open request. The caller holds the lock."""
         self._arrivals += 1
-        key = self._open[token].header.key
+        key = self._open[token].parts[0].header.key
         heapq.heappush(self._queue, _Entry(key, self._arrivals, token))
