@@ -9,6 +9,7 @@ and so are a stranger that is admitted, weights that a stranger has changed, and
 """
 
 import argparse
+import itertools
 import json
 import random
 import tempfile
@@ -29,13 +30,19 @@ from scaletrain.parameter_server.server.server import Server
 from scaletrain.run.job_key import JobKey, job_key
 
 WORKERS = 3
+# Settings whose rules for gradients differ.
+MODES: dict[str, dict[str, Any]] = {
+    "sync": {"mode": "sync", "backup_workers": 1},
+    "bounded": {"mode": "bounded", "staleness": 1},
+}
 STRANGER = b"stranger"
 MEMBER = b"member"
 _MOST_BYTES = 256 << 20  # of growth; a server keeps what its workers may have under way
 _NUMBERS = (0, 1, 2, 7, 255, 1 << 15, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
 _LARGE = (1 << 48, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
+_ADAM = {"lr": 0.1, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.1, "amsgrad": True}
 _VALUES: tuple[Any, ...] = (
-    None, True, -1, 0, 1.5, 1 << 70, float("nan"), "", "x" * 5000, [], {}, [[]], [None], {"a": []}
+    None, True, -1, 0, 1.5, 1 << 70, 1 << 2000, 1e308, float("nan"), "", "x" * 5000, [], {}, [[]], [None], {"a": []}
 )  # fmt: skip
 
 
@@ -55,19 +62,21 @@ class Fuzzer:
     Args:
         seed: of all that is random.
         run_dir: for the job's key.
+        mode: of ``MODES``.
 
     Attributes:
         refused: messages that were refused, by the reason.
         taken: messages that were not.
     """
 
-    def __init__(self, seed: int, run_dir: Path):
+    def __init__(self, seed: int, run_dir: Path, mode: str):
         self.random = random.Random(seed)
         self.refused: Counter[str] = Counter()
         self.taken = 0
         settings = Settings(
-            WORKERS, link="tcp", security="aes", backup_workers=1, placement="dedicated"
+            WORKERS, link="tcp", security="aes", placement="dedicated", **MODES[mode]
         )
+        self._rows_before = 0  # that the worker has sent of a sparse gradient in parts
         self._server = Server(settings, run_dir, 0)
         self._endpoint = self._server._endpoint
         self._socket = Swallow()
@@ -85,6 +94,39 @@ class Fuzzer:
             "step": None,
         }
         self._session = self._join(job_key(run_dir))
+
+    def _set_up_anew(self) -> None:
+        """Let a mad worker be the first that describes its model, and make an update of it."""
+        self._server._blocks = None
+        setup = json.loads(json.dumps(self._setup))
+        options = dict(_ADAM)
+        setup["optimizer"] = {"name": "Adam", "groups": [options]}
+        if self.random.random() < 0.5:
+            setup = self._mutated(setup)
+        else:
+            options[self.random.choice(list(options))] = self.random.choice(_VALUES)
+        header = self._of_member(Header(MessageKind.SETUP))
+        try:
+            self._accept(MEMBER, [header, wire.to_json(setup)])
+            self.taken += 1
+            blocks = self._server._blocks.shard.blocks.values()
+            kinds = (MessageKind.INIT, MessageKind.PUSH)
+            for kind, block in itertools.product(kinds, blocks):
+                if kind == MessageKind.PUSH and block.sparse:
+                    continue
+                header = Header(kind, Dtype.FLOAT32, key=block.key, count=block.numel, lr=0.1)
+                frames = [self._of_member(header), bytes(4 * block.numel)]
+                if kind == MessageKind.PUSH:
+                    frames.append(b"")
+                self._accept(MEMBER, frames)
+        except Refused as refusal:
+            self.refused[str(refusal).partition(":")[0]] += 1
+        self._server._blocks = None
+        self._server._aborted = None
+        self._join(self._endpoint._key)
+
+    def _store(self) -> None:
+        """Send the first values, without which gradients are refused."""
         for block in self._blocks:
             header = Header(MessageKind.INIT, Dtype.FLOAT32, key=block.key, count=block.numel)
             self._accept(MEMBER, [self._of_member(header), bytes(4 * block.numel)])
@@ -113,12 +155,18 @@ class Fuzzer:
         self._endpoint.accept(route, wire.parse([memoryview(frame) for frame in frames]))
 
     def weights(self) -> torch.Tensor:
-        """Return a copy of all weights on the server."""
+        """Return a copy of all weights on the server, as bits: NaN is not equal to itself."""
         shard = self._server._blocks.shard
-        return torch.cat([shard.weights(block.key).reshape(-1) for block in self._blocks])
+        weights = [shard.weights(block.key).reshape(-1) for block in self._blocks]
+        return torch.cat(weights).view(torch.int32)
 
     def step(self) -> None:
         """Send one message. Raises whatever is a fault of the server."""
+        if self.random.random() < 0.005:
+            self._set_up_anew()
+        # Some hundred messages come before the first values do.
+        if not self._server._blocks.ready and self.random.random() < 0.01:
+            self._store()
         is_stranger = self.random.random() < 0.3
         route = STRANGER if is_stranger else MEMBER
         before = self.weights() if is_stranger else None
@@ -184,6 +232,8 @@ class Fuzzer:
         )
         if kind in (MessageKind.PUSH, MessageKind.PUSH_ROWS) and choice.random() < 0.5:
             header = header._replace(flags=wire.HELD)
+        if kind == MessageKind.PUSH_ROWS:
+            header = self._in_parts(header)
         if choice.random() < 0.4:
             field = choice.choice(["flags", "key", "rank", "staleness", "rows"])
             header = header._replace(**{field: choice.choice(_NUMBERS) & 0xFFFF if field == "flags" else choice.choice(_NUMBERS)})  # fmt: skip
@@ -194,6 +244,16 @@ class Fuzzer:
             header = header._replace(dtype=choice.choice(list(Dtype)))
         if choice.random() < 0.1:
             header = header._replace(lr=choice.choice([float("nan"), float("inf"), -1.0, 1e308]))
+        return header
+
+    def _in_parts(self, header: Header) -> Header:
+        """Return the header of a sparse gradient, or of a part of one, most often the next."""
+        if self.random.random() < 0.8:
+            header = header._replace(offset=self._rows_before)
+        self._rows_before = 0
+        if self.random.random() < 0.4:
+            self._rows_before = header.offset + header.rows
+            header = header._replace(flags=header.flags | wire.MORE)
         return header
 
     def _payload(self, content: wire.Payload, header: Header) -> bytes:
@@ -224,7 +284,7 @@ class Fuzzer:
             return {"proof": "0" * 64}
         if kind == MessageKind.SETUP:
             return json.loads(json.dumps(self._setup))
-        return {"tensors": [["momentum_buffer", [40, 10]]], "numbers": {"step": 1.0}}
+        return {"tensors": [["0.momentum_buffer", [250]]], "numbers": {"0.step": 1.0}}
 
     def _mutated(self, value: Any) -> Any:
         """Return JSON with something changed, most of the time."""
@@ -242,13 +302,15 @@ class Fuzzer:
         return value
 
 
-def fuzz(seed: int, run_dir: Path, frames: int = 0, seconds: float = 0.0) -> Fuzzer:
+def fuzz(
+    seed: int, run_dir: Path, frames: int = 0, seconds: float = 0.0, mode: str = "sync"
+) -> Fuzzer:
     """Send messages until there were so many, or so much time has passed.
 
     Raises:
         AssertionError: the server has a fault; the message names seed and number of the message.
     """
-    fuzzer = Fuzzer(seed, run_dir)
+    fuzzer = Fuzzer(seed, run_dir, mode)
     process = psutil.Process()
     before = process.memory_info().rss
     until = time.monotonic() + seconds
@@ -270,11 +332,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        fuzzer = fuzz(options.seed, Path(folder), seconds=options.seconds)
-    print(f"seed {options.seed}: {fuzzer.taken:,} taken, {sum(fuzzer.refused.values()):,} refused:")
-    for reason, count in fuzzer.refused.most_common():
-        print(f"{count:12,}  {reason}")
+    for mode in MODES:
+        with tempfile.TemporaryDirectory() as folder:
+            fuzzer = fuzz(
+                options.seed, Path(folder), seconds=options.seconds / len(MODES), mode=mode
+            )
+        num_refused = sum(fuzzer.refused.values())
+        print(f"{mode}, seed {options.seed}: {fuzzer.taken:,} taken, {num_refused:,} refused:")
+        for reason, count in fuzzer.refused.most_common():
+            print(f"{count:12,}  {reason}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from scaletrain.parameter_server.protocol import channel
 from scaletrain.parameter_server.protocol.channel import Channel, Handshake, Subject
 from scaletrain.parameter_server.protocol.wire import Refused
 from scaletrain.run.job_key import JobKey
-from tests.parameter_server.fuzz import fuzz
+from tests.parameter_server.fuzz import MODES, fuzz
 
 KEY = JobKey(bytes(range(32)))
 SUBJECT = Subject(server=0, rank=1, connection=2, incarnation=3)
@@ -129,9 +129,10 @@ def test_halves_that_give_no_secret_are_refused(public):
         Handshake().channel("server", KEY, SUBJECT, public)
 
 
-def test_ten_thousand_mutated_messages_are_taken_or_refused(tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_ten_thousand_mutated_messages_are_taken_or_refused(tmp_path, mode):
     """None ends the server, admits a stranger or lets one change weights: ``fuzz`` checks it."""
-    fuzzer = fuzz(seed=24, run_dir=tmp_path, frames=10_000)
+    fuzzer = fuzz(seed=24, run_dir=tmp_path, frames=10_000, mode=mode)
     # It reaches deep: most reasons to refuse a message have come up, and many were taken.
     assert len(fuzzer.refused) > 15 and fuzzer.taken > 500
 
