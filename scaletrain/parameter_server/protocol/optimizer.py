@@ -166,14 +166,22 @@ def _arguments(kind: Any) -> set[str]:
     return set(inspect.signature(kind).parameters).difference(_LOCAL)
 
 
+def plain(value: Any) -> Any:
+    """Return the value of an optimizer's option as a description has it: a tensor as a number."""
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return tuple(plain(item) for item in value)
+    return value
+
+
 def _plain_option(name: str, key: str, value: Any) -> Any:
-    """Return the value of an optimizer's option for a description; a tensor becomes a number.
+    """Return the value of an optimizer's option for a description.
 
     Raises:
         UserError: it is not a plain value.
     """
-    if isinstance(value, torch.Tensor):
-        return value.item()
+    value = plain(value)
     if not _is_plain(value):
         raise UserError(
             f"optimizer: option {key} of {name} is a {type(value).__name__}, not a plain value"

@@ -6,17 +6,20 @@ The modes ``sync``, ``async`` and ``bounded``; ``local_steps`` has the others.
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from scaletrain.errors import UserError
+from scaletrain.parameter_server.protocol import optimizer as optimizers
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.worker.client import PushResult
 from scaletrain.parameter_server.worker.clipping import ClippedSteps
+from scaletrain.parameter_server.worker.hooks import ModelHook
 from scaletrain.parameter_server.worker.replica import Replica
+from scaletrain.parameter_server.worker.tables import Tables
 
 
 class _Pushed(NamedTuple):
@@ -72,14 +75,21 @@ class GradientSteps:
         for index, parameter in enumerate(replica.parameters):
             hook = functools.partial(self._on_gradient, index)
             parameter.register_post_accumulate_grad_hook(hook)
-        if replica.tables:
-            self._watch_tables(model)
+        self._tables = Tables(replica, model) if replica.tables else None
+        # By group of the optimizer: the options that servers took over, which no gradient carries.
+        self._options = [_without_rate(group) for group in replica.optimizer["groups"]]
+        self._frozen = _frozen(model)
+        refuse = ModelHook(_refuse_loading)
+        self._hooks.append(model.register_load_state_dict_pre_hook(refuse))
+        self._hooks.append(optimizer.register_load_state_dict_pre_hook(refuse))
 
     def begin(self, step: int) -> None:
         """Expect the gradients of the job's step ``step``."""
         self._step = step
         self._replica.begin()
         self._pushed = {}
+        if self._tables:
+            self._tables.begin()
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -106,9 +116,12 @@ class GradientSteps:
 
         Raises:
             ValueError: the learning rate was changed after gradients had left with the old one.
-            UserError: a gradient was changed after it had left.
+            UserError: something was changed that the servers would not hear of: a gradient after it
+                had left, an option of the optimizer, or which parameters are trained.
         """
         self._check_rates()
+        self._check_options()
+        self._check_frozen()
         self._check_gradients()
         for index, parameter in enumerate(self._replica.parameters):
             if index not in self._pushed:
@@ -123,6 +136,8 @@ class GradientSteps:
         """Let the model and the optimizer go."""
         for hook in self._hooks:
             hook.remove()
+        if self._tables:
+            self._tables.close()
 
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
         """Push a gradient that backward has just completed (a hook of the parameter)."""
@@ -161,6 +176,28 @@ class GradientSteps:
                     "set the rate in the optimizer's groups before backward"
                 )
 
+    def _check_options(self) -> None:
+        """Raise ``UserError`` if an option other than the rate is not what the servers have."""
+        for number, options in enumerate(self._options):
+            group = self._optimizer.param_groups[number]
+            for name, value in options.items():
+                present = optimizers.plain(group[name])
+                if present != value:
+                    raise UserError(
+                        f"optimizer: {name} of group {number} was changed to {present}, and the"
+                        f" servers have {value} (allowed: schedules of the rate alone, such as"
+                        " OneCycleLR with cycle_momentum=False)"
+                    )
+
+    def _check_frozen(self) -> None:
+        """Raise ``UserError`` if a parameter is trained that the servers do not have."""
+        for name, parameter in self._frozen.items():
+            if parameter.requires_grad and parameter.grad is not None:
+                raise UserError(
+                    f"exchange: parameter {name} has a gradient, and needed none at attach: the"
+                    " servers do not have it (allowed: let it need one before attach)"
+                )
+
     def _check_gradients(self) -> None:
         """Raise ``UserError`` if a gradient is not the one that has left any more."""
         for index, pushed in self._pushed.items():
@@ -173,29 +210,21 @@ class GradientSteps:
                     " exchange.step())"
                 )
 
-    # Sparse embeddings
 
-    def _watch_tables(self, model: nn.Module) -> None:
-        """Fetch the rows that a sparse embedding is about to read, and all for a checkpoint."""
-        index_of = {id(self._replica.parameters[index]): index for index in self._replica.tables}
+def _refuse_loading(*_: object) -> None:
+    """Raise ``UserError``: weights and state are loaded here (a hook of model and optimizer)."""
+    raise UserError(
+        "exchange: load_state_dict after attach does not reach the servers, which have weights and"
+        " optimizer state (allowed: load_state_dict before attach)"
+    )
 
-        def fetch_rows(
-            module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
-        ) -> None:
-            numbers = inputs[0] if inputs else named["input"]
-            rows = numbers.detach().reshape(-1).cpu().unique()
-            self._replica.pull_rows(index_of[id(module.weight)], rows)
 
-        for module in model.modules():
-            if (
-                isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-                and id(module.weight) in index_of
-            ):
-                module.register_forward_pre_hook(fetch_rows, with_kwargs=True)
-        self._hooks.append(model.register_state_dict_pre_hook(self._pull_tables))
+def _without_rate(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a group that stay the same during training."""
+    return {name: value for name, value in options.items() if name != "lr"}
 
-    def _pull_tables(self, *_: object) -> None:
-        """Fetch all rows of all sparse tables (a hook of the model)."""
-        for blocks in self._replica.tables.values():
-            for block in blocks:
-                self._replica.pull(block)
+
+def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that need no gradient, by name."""
+    named = model.named_parameters()
+    return {name: parameter for name, parameter in named if not parameter.requires_grad}

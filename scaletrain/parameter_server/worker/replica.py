@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from scaletrain.errors import UserError
 from scaletrain.parameter_server.protocol import optimizer as optimizers
-from scaletrain.parameter_server.protocol import sharding, wire
+from scaletrain.parameter_server.protocol import sharding
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.sharding import Block, ParameterSpec, Piece, places
 from scaletrain.parameter_server.worker.client import Client, PushResult
@@ -219,23 +219,24 @@ class Replica:
         server counts one gradient of each worker and block.
 
         Raises:
-            UserError: the table is read in a way that does not fetch the rows, or too many of them.
+            UserError: the gradient has rows that were not fetched in this step.
         """
         if gradient is None:
             width = self.parameters[index].shape[1]
             rows = torch.empty(0, dtype=torch.int64)
             values = torch.empty(0, width)
         else:
-            if not gradient.is_sparse:
-                raise self._misread(index)
+            if not gradient.is_sparse:  # of ``F.embedding`` without ``sparse=True``
+                gradient = gradient.to_sparse(1)
             gradient = gradient.coalesce()  # sorts the rows, and adds up those that come twice
             rows = gradient.indices()[0].cpu()
             values = gradient.values().float().cpu()
             fetched = torch.cat([torch.empty(0, dtype=torch.int64), *self._fetched[index]])
-            # Rows that were read without being fetched are old ones.
             if not torch.isin(rows, fetched).all():
-                raise self._misread(index)
-            self._check_size(index, len(rows))
+                raise UserError(
+                    f"exchange: the gradient of the sparse embedding {self.names[index]} has rows"
+                    " that this step has not read (allowed: the gradient that backward makes)"
+                )
         for block in self.tables[index]:
             # Rows are sorted: those of a block lie side by side.
             bounds = torch.tensor([block.first_row, block.first_row + block.shape[0]])
@@ -243,24 +244,6 @@ class Replica:
             rows_in_block = rows[first:last] - block.first_row
             self._client.push_rows(
                 block.key, step, lr, rows_in_block, values[first:last], is_absent=gradient is None
-            )
-
-    def _misread(self, index: int) -> UserError:
-        """Return the error for a table that others than its own module read."""
-        return UserError(
-            f"exchange: parameter_server fetches rows of the sparse embedding {self.names[index]}"
-            " when its module is called, and it is read in another way (allowed: calls of its"
-            " module alone, or sparse=False)"
-        )
-
-    def _check_size(self, index: int, num_rows: int) -> None:
-        """Raise ``UserError`` if rows of a table are too many for a message."""
-        most = wire.MAX_MESSAGE_BYTES // max(8, 4 * self.parameters[index].shape[1])
-        if num_rows > most:
-            raise UserError(
-                f"exchange: a step reads {num_rows} rows of the sparse embedding"
-                f" {self.names[index]} (allowed under parameter_server: {most}; a smaller batch, or"
-                " sparse=False)"
             )
 
     # Weights
@@ -295,11 +278,7 @@ class Replica:
         Args:
             index: the table's parameter.
             rows: row numbers within the table, int64, (n,), sorted, each once.
-
-        Raises:
-            UserError: too many rows.
         """
-        self._check_size(index, len(rows))
         if torch.is_grad_enabled():  # else no gradient will come of them
             self._fetched[index].append(rows)
         # All questions leave before the first answer is waited for: the servers work at once.
