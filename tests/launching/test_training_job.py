@@ -179,3 +179,32 @@ def test_another_rank_saves_once_rank_0_is_lost(tmp_path: Path):
     assert "the job goes on with 2 of 3" in output
     assert summary(run_dir)["finished"] and summary(run_dir)["steps"] == 40
     assert (run_dir / "step-40.safetensors").exists()
+
+
+def test_a_server_that_is_killed_is_started_again(tmp_path: Path):
+    """By the launcher, from its snapshot, and over encrypted links."""
+    run_dir = tmp_path / "run"
+    options = {"link": "tcp", "security": "curve", "snapshot_updates": 1, "restart_servers": 1}
+    settings = [text for name in options for text in ("--set", f"exchange.{name}={options[name]}")]
+    process = started(run_dir, "--exchange", "parameter_server", *settings)
+    address = json.loads((run_dir / "server-0.address.json").read_text())
+    os.kill(address["pid"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "server 0" in output and "started again (1 of 1)" in output, output
+    assert summary(run_dir)["finished"] and summary(run_dir)["steps"] == 40
+    statistics = json.loads((run_dir / "server-0.json").read_text())
+    assert statistics["restored_at_update"] >= 1 and statistics["lost"] == []
+    assert gone(run_dir)
+
+
+def test_a_job_with_servers_goes_on_without_a_worker_that_is_stopped(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    process = started(run_dir, "--exchange", "parameter_server:async", "--set", "timeout_s=5")
+    os.kill(pid_of(run_dir, 1), signal.SIGSTOP)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "rank 1" in output and "it is ended" in output, output
+    assert "the job goes on with 2 of 3" in output, output
+    assert summary(run_dir)["finished"] and summary(run_dir)["steps"] == 40
+    assert (run_dir / "step-40.safetensors").exists()

@@ -172,9 +172,10 @@ def train_alone(settings: Settings, run_dir: Path, steps: int = 5) -> None:
         torch.testing.assert_close(weight, reference)
 
 
-def test_connections_that_say_nothing_shut_nobody_out(tmp_path):
+@pytest.mark.parametrize("security_option", ["aes", "curve"])
+def test_connections_that_say_nothing_shut_nobody_out(tmp_path, security_option):
     """700 of them against a limit of 256 descriptors, and new ones all the time."""
-    settings = Settings(1, 20, **OPTIONS)
+    settings = Settings(1, 20, security=security_option, **OPTIONS)
     with limited_server(settings, tmp_path, 256) as server, contextlib.ExitStack() as stack:
         port = port_of(tmp_path)
         for _ in range(700):
