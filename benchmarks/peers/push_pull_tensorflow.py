@@ -61,9 +61,12 @@ def main() -> None:
 
     @tf.function
     def step():
+        # Each block's gradient has a value of its own, which is known when the step runs: equal
+        # tensors would travel once, and constants could be made on the server.
+        value = tf.random.uniform([])
         total = tf.constant(0.0)
-        for variable, size in zip(variables, sizes, strict=True):
-            variable.assign_sub(tf.zeros([size]))
+        for number, (variable, size) in enumerate(zip(variables, sizes, strict=True)):
+            variable.assign_sub(tf.fill([size], value + number))
             total += tf.reduce_max(variable.read_value())
         return total
 
