@@ -4,6 +4,7 @@ import json
 import os
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,26 +117,31 @@ class Row:
 @click.command("faults")
 @click.option("--repeats", default=100, show_default=True, help="Faults to each kind of job.")
 @click.option(
+    "--each", default=0, show_default=True, help="Faults of each kind to each kind of job, too."
+)
+@click.option("--kind", "only", multiple=True, help="Do faults of this kind alone.")
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("benchmarks/results"),
     show_default=True,
     help="Where faults.md and faults.json go. What the second one holds is not done again.",
 )
-def command(repeats: int, out: Path) -> None:
+def command(repeats: int, each: int, only: tuple[str, ...], out: Path) -> None:
     """Kill, end and stop servers and workers at random moments, in every mode and over every wire.
 
     \b
-    Example:
+    Examples:
       python -m benchmarks.lab faults --repeats 8
+      python -m benchmarks.lab faults --each 100 --kind "server killed"
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "faults.json"
     now = environment()
     header, faults = _earlier(path, now)
     # One job of each cell in turn: an interrupted command has tried all of them.
-    for cell, number in _jobs(faults, repeats):
-        faults += _run(cell, number)
+    for cell, kinds in _jobs(faults, repeats, each, only):
+        faults += _run(cell, len(_of_cell(faults, cell)), kinds)
         header["commits"] = list(dict.fromkeys([*header["commits"], now["commit"]]))
         write_json(path, {"environment": header, "faults": [asdict(fault) for fault in faults]})
         _write_page(out, header, faults, repeats)
@@ -154,19 +160,32 @@ def _earlier(path: Path, now: Environment) -> tuple[Any, list[Fault]]:
     return now | {"load_average": os.getloadavg()[1], "commits": []}, []
 
 
-def _jobs(faults: list[Fault], repeats: int) -> Iterator[tuple[Cell, int]]:
-    """Yield jobs, each with its number among those of its cell, until all cells are done."""
+def _jobs(
+    faults: list[Fault], repeats: int, each: int, only: tuple[str, ...]
+) -> Iterator[tuple[Cell, tuple[str, ...]]]:
+    """Yield jobs, each with the kinds of faults that it still lacks, until all cells are done.
+
+    Args:
+        faults: those that were done; they grow as the jobs are run.
+        repeats: to each kind of job, of any kind.
+        each: of each kind.
+        only: kinds; none: all.
+    """
     cells = []
     for mode in MODES:
         for wire in WIRES:
             cells += [Cell(mode, wire, servers) for servers in SERVERS]
-    while True:
-        # ``faults`` grows as the jobs are run.
-        missing = [cell for cell in cells if len(_of_cell(faults, cell)) < repeats]
-        if not missing:
-            return
-        for cell in missing:
-            yield cell, len(_of_cell(faults, cell))
+    is_done = False
+    while not is_done:
+        is_done = True
+        for cell in cells:
+            of_cell = _of_cell(faults, cell)
+            kinds = tuple(kind for kind in cell.kinds if kind in only or not only)
+            counts = Counter(fault.kind for fault in of_cell)
+            rare = tuple(kind for kind in kinds if counts[kind] < each)
+            if rare or len(of_cell) < repeats:
+                is_done = False
+                yield cell, rare or kinds
 
 
 def _of_cell(faults: Iterable[Fault], cell: Cell) -> list[Fault]:
@@ -177,13 +196,11 @@ def _of_cell(faults: Iterable[Fault], cell: Cell) -> list[Fault]:
     ]
 
 
-def _run(cell: Cell, seed: int) -> list[Fault]:
+def _run(cell: Cell, seed: int, kinds: tuple[str, ...]) -> list[Fault]:
     from benchmarks.lab import fault_job
 
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        done = fault_job.run(
-            cell.settings, Path(folder), _FAULTS_OF_A_JOB, cell.kinds, seed, cell.norm
-        )
+        done = fault_job.run(cell.settings, Path(folder), _FAULTS_OF_A_JOB, kinds, seed, cell.norm)
     faults = []
     for fault in done:
         faults.append(Fault(cell.mode, cell.wire, cell.servers, *fault))
