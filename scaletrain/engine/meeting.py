@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from scaletrain.engine.transport import Group, Member
 from scaletrain.host.processes import start_ticks
+from scaletrain.host.stopwatch import Stopwatch
 from scaletrain.run import progress
 
 _LEAST_WAIT = timedelta(seconds=1)  # ranks have this long to come, however short the timeout is
@@ -95,21 +96,21 @@ def wait_for_keys(group: Group, keys: list[str], owners: Sequence[int]) -> None:
         TimeoutError: some keys are missing; names the ranks that should have set them.
         ConnectionError: one of these ranks has ended, the group was ended, or the store is gone.
     """
-    began = time.monotonic()
-    checked_at = began
+    stopwatch = Stopwatch()
+    checked_at_s = 0.0
     limit_s = max(group.timeout, _LEAST_WAIT).total_seconds()
     pause_s = _SHORTEST_PAUSE_S
     while not _are_set(group.store, keys):
         group.check_not_ended()
-        now = time.monotonic()
-        if now - began > limit_s:
+        waited_s = stopwatch.look()
+        if waited_s > limit_s:
             missing = ranks_in_words(map(group.name, _missing(group.store, keys, owners)))
             raise TimeoutError(
                 f"{missing} did not join the group:"
                 f" timed out after {group.timeout.total_seconds():g} s"
             )
-        if now - checked_at > _CHECK_ALIVE_S:
-            checked_at = now
+        if waited_s - checked_at_s > _CHECK_ALIVE_S:
+            checked_at_s = waited_s
             _check_alive(group, keys, owners)
         time.sleep(pause_s)
         pause_s = min(_PAUSE_GROWTH * pause_s, _LONGEST_PAUSE_S)

@@ -18,6 +18,7 @@ from scaletrain.engine.meeting import introduced, is_alive, lost, ranks_in_words
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
 from scaletrain.host import shared_memory
+from scaletrain.host.stopwatch import ABSENT_S
 
 # Words of 64 bits in a cache line. Each counter has a line for itself, so that no two ranks write
 # to the same line.
@@ -248,8 +249,12 @@ class Patience:
         else:
             time.sleep(self._sleep_s)
             self._sleep_s = min(_SLEEP_GROWTH * self._sleep_s, _LONGEST_SLEEP_S)
-        if now - self._checked_at > _CHECK_ALIVE_S:
+        since_check_s = now - self._checked_at
+        if since_check_s > _CHECK_ALIVE_S:
             self._checked_at = now
+            if since_check_s > ABSENT_S:
+                # This process was stopped, with the others if it was the whole job.
+                self._began += since_check_s
             segment.check_not_ended()
             self._check_alive()
             if now - self._began > segment.timeout_s:

@@ -99,6 +99,29 @@ def test_an_upload_that_a_finished_rank_left_gets_time(tmp_path: Path):
     assert "ended what was left" not in output, output
 
 
+def test_an_upload_has_its_time_after_a_pause_of_the_whole_job(tmp_path: Path):
+    body = """
+    import subprocess
+    here = os.environ["RUN_DIR"]
+    code = (
+        "import pathlib, time\\nfor i in range(15): time.sleep(0.1)\\n"
+        f"pathlib.Path({here + '/uploaded'!r}).touch()"
+    )
+    subprocess.Popen([sys.executable, "-c", code], env={}, start_new_session=True)
+    Path(here, f"ready-{rank}").touch()
+    """
+    launcher, job = started(tmp_path, body, workers=1, timeout_s=3.0)
+    time.sleep(0.5)
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    for process in family:
+        process.suspend()
+    time.sleep(5)
+    for process in family:
+        process.resume()
+    output, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 0 and (job.run_dir / "uploaded").exists(), output
+
+
 def test_an_interrupt_ends_the_wait_for_an_upload(tmp_path: Path):
     ready = 'Path(here, f"ready-{rank}").touch()'
     launcher, job = started(tmp_path, leaving(ready, ["own session"]), workers=1)
@@ -154,6 +177,27 @@ def in_a_container(*argv: str) -> subprocess.CompletedProcess[str]:
 def test_process_1_reaps_orphans_and_keeps_the_status(number: str, status: int):
     done = in_a_container(sys.executable, "-c", PROCESS_1, number)
     assert (done.stdout, done.returncode) == ("True 0\n", status), done.stderr
+
+
+WAITS_AS_PROCESS_1 = """
+import signal, sys
+from scaletrain.host import init
+init.stay_behind()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+print("up", flush=True)
+signal.pause()
+"""
+
+
+def test_process_1_passes_signals_on():
+    assert in_a_container("true").returncode == 0
+    argv = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", WAITS_AS_PROCESS_1]
+    container = subprocess.Popen(argv, env=clean(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert container.stdout and container.stdout.readline() == "up\n"
+    (first,) = psutil.Process(container.pid).children()
+    first.send_signal(signal.SIGTERM)
+    assert container.wait(20) == 5
+    container.stdout.close()
 
 
 def test_launching_works_as_process_1(tmp_path: Path):

@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from scaletrain.timeouts import Timeouts
 from tests.cluster.commands import (
     DIGITS,
     ROOT,
@@ -83,6 +85,26 @@ def test_a_stopped_worker_is_a_hang(tmp_path: Path):
     assert done.returncode == 0, said
     # A slow machine may stop it at its end, where it has entered all that the others have.
     assert "missing ranks: {1}" in said or (run_dir / "summary.json").exists(), said
+
+
+def test_a_job_that_is_stopped_as_a_whole_for_longer_than_all_its_limits_goes_on(tmp_path: Path):
+    """Bug it catches: ranks that waited for others blame the pause on them."""
+    run_dir = tmp_path / "run"
+    process = started(run_dir, "--set", "timeout_s=2", "--exchange", "ring")
+    late = psutil.Process(pid_of(run_dir, 2))
+    family = psutil.Process(process.pid).children(recursive=True)
+    waiting = [each for each in family if each not in (late, *late.children(recursive=True))]
+    late.suspend()
+    time.sleep(0.5)  # the others have come to where they need it, and wait
+    for each in waiting:
+        each.suspend()
+    time.sleep(Timeouts(2.0).collective_s + 2)
+    for each in waiting:  # they look first
+        each.resume()
+    time.sleep(0.3)
+    late.resume()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and summary(run_dir)["finished"], output
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path):

@@ -25,6 +25,7 @@ from scaletrain.engine.transport import (
 )
 from scaletrain.engine.transport.landing import Landing, Landings
 from scaletrain.errors import UserError
+from scaletrain.host.stopwatch import Stopwatch
 
 _YIELD_S = 200e-6  # for this long, the core is offered between looks at a request
 # Then the rank sleeps, longer and longer: one that waits must not take a core from one that
@@ -112,13 +113,13 @@ class Pause:
     """Pauses between looks at a request: offers the core, then sleeps, until the deadline."""
 
     def __init__(self, timeout_s: float):
-        self._began = time.monotonic()
+        self._stopwatch = Stopwatch()
         self._timeout_s = timeout_s
         self._sleep_s = _SHORTEST_SLEEP_S
 
     def __call__(self) -> bool:
         """Pause once. Return False when the time is over."""
-        waited_s = time.monotonic() - self._began
+        waited_s = self._stopwatch.look()
         if waited_s < _YIELD_S:
             os.sched_yield()
         else:

@@ -8,6 +8,7 @@ process, which then has the status that it reported.
 import signal
 import time
 
+from scaletrain.host.stopwatch import ABSENT_S
 from scaletrain.launching.job import Job
 from scaletrain.launching.supervision.processes import Process, Processes
 from scaletrain.run import progress
@@ -43,6 +44,8 @@ class LateEnds:
         now = time.monotonic()
         if now - self._looked_at < LOOK_S:
             return
+        if now - self._looked_at > ABSENT_S:
+            self._late_since.clear()  # the whole job was stopped: all limits start anew
         self._looked_at = now
         reports = {
             report.rank: report for report in progress.read_all(self._run_dir, self._workers)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from scaletrain.host.names import host_name
 from scaletrain.host.processes import handles_signal, state
+from scaletrain.host.stopwatch import ABSENT_S
 from scaletrain.launching.job import Program
 from scaletrain.launching.supervision.first_cause import listed_ranks, ranks_with_verb
 from scaletrain.run import progress
@@ -34,9 +35,6 @@ from scaletrain.timeouts import LOOK_S, STACKS_S
 
 HUNG_STATUS = 124  # the exit status of a job that hangs, as timeout(1) has it
 
-# After a gap this long between two looks the supervisor itself was stopped: with its workers, if a
-# batch system or a person stopped the job, or a lid was closed.
-_ABSENT_S = 3.0
 _GONE = ("", "Z", "X")  # states of a process that has ended
 _STOPPED = ("T", "t")  # states of a process that was stopped, by SIGSTOP or a debugger
 
@@ -101,7 +99,7 @@ class HangWatch:
         if self._looked_at is not None and since_look_s < LOOK_S:
             return False
         self._looked_at = now
-        if since_look_s > _ABSENT_S:
+        if since_look_s > ABSENT_S:
             # The supervisor was away itself: every rank's limit starts anew.
             self._last_reports.clear()
             self._slowest_since.clear()

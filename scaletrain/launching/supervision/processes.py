@@ -23,6 +23,7 @@ from scaletrain.host.descendants import Descendant
 from scaletrain.host.forkserver import Forked, Server
 from scaletrain.host.names import host_name
 from scaletrain.host.processes import dies_with_parent, kill_marked
+from scaletrain.host.stopwatch import Stopwatch
 from scaletrain.launching.job import Companion, Job
 from scaletrain.launching.plan import Command
 from scaletrain.launching.supervision import output, screen, warm
@@ -304,8 +305,9 @@ class Processes:
         for process in running:
             process.signal(signal.SIGCONT)  # a stopped process would not see the next one
             process.signal(signal.SIGTERM)
-        until = time.monotonic() + max([process.stop_s for process in running], default=0)
-        while time.monotonic() < until and _any_left(running):
+        limit_s = max([process.stop_s for process in running], default=0.0)
+        stopwatch = Stopwatch()
+        while stopwatch.look() < limit_s and _any_left(running):
             self.read(0.05)
         for process in running:
             if process.popen.poll() is None:

@@ -19,6 +19,7 @@ import time
 from scaletrain.host.forkserver import Server
 from scaletrain.host.names import host_name
 from scaletrain.host.processes import signal_name
+from scaletrain.host.stopwatch import Stopwatch
 from scaletrain.launching.job import STORE_FD, Companion, Job, Program
 from scaletrain.launching.plan import Command, LaunchPlan
 from scaletrain.launching.store import bind_store
@@ -196,7 +197,7 @@ class Supervisor:
 
     def _wait_for_left_behind(self) -> None:
         """Give processes that finished workers have left running time to end, as an upload may."""
-        began = time.monotonic()
+        stopwatch = Stopwatch()
         waited_s = 0.0
         is_told = False
         limit_s = self._timeouts.leftovers_s
@@ -212,7 +213,7 @@ class Supervisor:
                     f" {self._processes.describe(left)}: ended after {limit_s:g} s"
                 )
             self._processes.read(_TICK_S if is_told else 0.02)
-            waited_s = time.monotonic() - began
+            waited_s = stopwatch.look()
 
     def _answer_save_requests(self) -> None:
         """Let a training job write a checkpoint and go on, for each SIGUSR2.
@@ -382,8 +383,8 @@ class Supervisor:
         return cause
 
     def _wait_for_first_report(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not self._evidence.reports():
+        stopwatch = Stopwatch()
+        while stopwatch.look() < seconds and not self._evidence.reports():
             if self.signals or self._processes.orphaned or not self._processes.any_running():
                 return
             self._processes.read(_TICK_S)
@@ -462,8 +463,8 @@ class Supervisor:
                 "scaletrain: stopping in good order; a second signal ends it at once"
             )
         num_passed = 0
-        until = time.monotonic() + STOP_S
-        while time.monotonic() < until and self._processes.any_running():
+        stopwatch = Stopwatch()
+        while stopwatch.look() < STOP_S and self._processes.any_running():
             while num_passed < len(self.signals):
                 if self.signals[num_passed] != signal.SIGUSR2:  # a checkpoint comes anyway
                     self._pass_on(self.signals[num_passed])
@@ -474,7 +475,7 @@ class Supervisor:
             self._processes.read(_TICK_S)
             # A checkpoint takes its time. The limit counts only from a signal that ends the job.
             if number == signal.SIGUSR1 and num_ending == 0:
-                until = time.monotonic() + STOP_S
+                stopwatch = Stopwatch()
         self._processes.stop()
         left = leftovers.state_when_stopped(self.job)
         self._processes.say(f"scaletrain: stopped by {signal_name(number)}{left}")
