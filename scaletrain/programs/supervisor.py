@@ -9,7 +9,7 @@ import sys
 
 from scaletrain.errors import UserError
 from scaletrain.host.descendants import adopt_orphans
-from scaletrain.launching.supervision.supervise import ORDER, heed_signals
+from scaletrain.launching.supervision.supervise import heed_signals, order_of
 from scaletrain.launching.supervision.supervisor import Supervisor
 from scaletrain.run.progress import LAUNCH_MARK
 
@@ -18,7 +18,7 @@ def main() -> int:
     """Carry out the order; return the exit status."""
     if LAUNCH_MARK not in os.environ:
         raise UserError("this is started by scaletrain, not by hand")
-    plan, job, display, standard_input = ORDER.validate_json(_first_line(sys.stdin.fileno()))
+    plan, job, display, standard_input = order_of(_first_line(sys.stdin.fileno()))
     adopt_orphans()
     supervisor = Supervisor(plan, job, display, standard_input)
     heed_signals(lambda number, frame: supervisor.signals.append(number))

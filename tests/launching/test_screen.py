@@ -64,6 +64,26 @@ class TestShown:
         assert done.returncode == 0, done.stderr
 
     @pytest.mark.parametrize("workers", [1, 2])
+    def test_names_that_are_not_utf_8_reach_the_program(self, tmp_path: Path, workers: int):
+        """An argument, and the working directory with the run directory in it."""
+        folder = os.fsencode(tmp_path) + b"/l\xe4ufe"
+        os.mkdir(folder)
+        program = "import os, sys; os.write(1, os.fsencode(sys.argv[1] + os.getcwd()) + b'\\n')"
+        argv = [*command("launch", "-n", str(workers), "--"), sys.executable, "-c", program]
+        done = subprocess.run(
+            [*argv, b"caf\xe9"], cwd=folder, env=clean(), capture_output=True, timeout=40
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(b"caf\xe9" + folder + b"\n") == workers
+
+    def test_an_exception_whose_text_is_not_utf_8_is_shown(self, tmp_path: Path):
+        program = "import os; raise ValueError(os.fsdecode(b'caf\\xe9'))"
+        launcher = launch(tmp_path, 2, program)
+        _, errors = launcher.communicate(timeout=40)
+        assert launcher.returncode == 1 and b"ValueError: caf\\udce9" in errors, errors
+        assert b"supervisor" not in errors, errors
+
+    @pytest.mark.parametrize("workers", [1, 2])
     def test_a_prompt_and_a_progress_bar_are_shown_as_they_come(self, tmp_path: Path, workers: int):
         program = (
             "import sys, time; sys.stdout.write('10%\\r20%\\rName? '); time.sleep(4); print('end')"
@@ -125,6 +145,28 @@ class TestLost:
             launcher = launch(tmp_path, 1, "print('x' * 100); raise SystemExit(9)", stdout=full)
             _, errors = launcher.communicate(timeout=40)
         assert launcher.returncode == 9 and b"No space left on device; the job goes on" in errors
+
+    def test_a_full_disk_of_the_run_directory_does_not_hide_the_cause(self, tmp_path: Path):
+        run_dir = tmp_path / "run"
+        run_dir.mkdir()
+        mount = f"mount -t tmpfs -o size=1m tmpfs {run_dir}"
+        if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+            pytest.skip("needs the right to mount (root)")
+        program = (
+            "import os, sys\n"
+            f"file = os.open({str(run_dir / 'filler')!r}, os.O_CREAT | os.O_WRONLY)\n"
+            "try:\n"
+            "    while True: os.write(file, bytes(4096))\n"
+            "except OSError: sys.exit(9)\n"
+        )
+        argv = command("launch", "-n", "2", "--run-dir", str(run_dir), "--", sys.executable)
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *argv, "-c", program],
+            env=clean(), cwd=ROOT, capture_output=True, timeout=50,
+        )  # fmt: skip
+        assert done.returncode == 9, done.stderr
+        assert b"failure.json cannot be written: No space left on device" in done.stderr
+        assert b"ended with status 9" in done.stderr and b"supervisor.py" not in done.stderr
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_a_run_directory_that_is_gone_does_not_hide_the_cause(

@@ -7,6 +7,7 @@ closes; ``run`` adopts all processes that the supervisor had. Workers also die w
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -39,7 +40,8 @@ from scaletrain.world import without_place
 
 # The supervisor reads its order from standard input, as one line of JSON. The number is the
 # descriptor of the standard input that it gives to rank 0; -1: none.
-ORDER = pydantic.TypeAdapter(tuple[LaunchPlan, Job, Display, int])
+Order = tuple[LaunchPlan, Job, Display, int]
+_ORDER = pydantic.TypeAdapter(Order)
 # Signals that are passed on, SIGINT unless it is ignored. So is SIGHUP, as a SIGTERM, unless it is
 # ignored (nohup). SIGUSR2 asks for a checkpoint.
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -106,8 +108,8 @@ def run(
             with contextlib.suppress(BrokenPipeError):
                 # The files are written: their texts need not travel.
                 without_files = plan._replace(files=())
-                order = ORDER.dump_json((without_files, job, display, standard_input))
-                supervisor.stdin.write(order + b"\n")
+                order = (without_files, job, display, standard_input)
+                supervisor.stdin.write(line_of(order))
                 supervisor.stdin.flush()
             for kind, payload in screen.frames(supervisor.stdout):  # type: ignore[arg-type]
                 if kind == screen.STATUS:
@@ -143,11 +145,25 @@ def run(
     return 128 - status
 
 
+def line_of(order: Order) -> bytes:
+    """Return an order as a line of JSON. Names that are not UTF-8 survive."""
+    return json.dumps(_ORDER.dump_python(order, mode="json")).encode() + b"\n"
+
+
+def order_of(line: bytes) -> Order:
+    """Return the order in a line that ``line_of`` wrote.
+
+    Raises:
+        ValueError: the line is not whole.
+    """
+    return _ORDER.validate_python(json.loads(line))
+
+
 def _write_files(plan: LaunchPlan, job: Job) -> None:
     """Make the run directory, and write the plan's files."""
     for path, text in plan.files:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
     job.run_dir.mkdir(parents=True, exist_ok=True)
 
 
