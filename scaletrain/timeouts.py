@@ -20,6 +20,7 @@ PEERS_S = 2.0  # more time, if all that is known is that a peer was lost
 ANSWER_S = 2.0  # within this time, ranks whose collective has failed tell each other where they are
 MARGIN_S = 2.0  # from the end of a limit to the next: looking, asking for stacks, reporting
 FAILED_S = 5.0  # a failed worker's exit handlers may take this long: they send the last records
+ENDS_ITSELF_S = FAILED_S + MARGIN_S  # the same where no supervisor of ours ends it
 LAUNCHER_S = 8.0  # within this time another launcher ends after one of its workers has failed
 COMPANION_STOP_S = 5.0  # from SIGTERM to SIGKILL, for servers and the store
 STOP_S = 30.0  # after Ctrl-C or SIGTERM, time for workers to write a checkpoint and end

@@ -68,7 +68,7 @@ def test_torch_takes_every_limit(limits: Timeouts):
 
 
 def test_the_limits_that_nobody_sets_are_in_order():
-    assert timeouts.FAILED_S < timeouts.LAUNCHER_S < timeouts.STOP_S
+    assert timeouts.FAILED_S < timeouts.ENDS_ITSELF_S < timeouts.LAUNCHER_S < timeouts.STOP_S
     assert timeouts.GRACE_S < timeouts.PEERS_S
     assert VERDICT_S < timeouts.MARGIN_S
 

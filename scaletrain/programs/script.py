@@ -37,7 +37,7 @@ def main(run_dir: Path, words: list[str]) -> None:
     world = World.from_env()
     hook = _ExceptHook()
     try:
-        with progress.reporting(run_dir, world, _RUNNER_FILES):
+        with progress.ending(), progress.reporting(run_dir, world, _RUNNER_FILES):
             # Inside `reporting`, so that the mistake is shown once and not by every rank.
             if not words[0].startswith("-") and not os.path.exists(words[0]):
                 raise UserError(f"{words[0]}: there is no such file")

@@ -382,7 +382,9 @@ def _emulation(files: RunDir, config: RunConfig) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(Path(sys.argv[1]), "--resume" in sys.argv[2:]))
+        with progress.ending():
+            status = main(Path(sys.argv[1]), "--resume" in sys.argv[2:])
+        sys.exit(status)
     except UserError as mistake:
         # The worker could not report it: the mistake is in the variables that say which rank it is.
         print(f"scaletrain: error: {mistake}", file=sys.stderr)

@@ -31,7 +31,8 @@ from scaletrain.run import flight
 from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import failure_from_exception
 from scaletrain.run.layout import RunDir
-from scaletrain.world import World
+from scaletrain.timeouts import ENDS_ITSELF_S
+from scaletrain.world import OWN_LAUNCHERS, World
 
 # Set by batch scripts, which show the first cause themselves when their workers have ended.
 SUPERVISED = "SCALETRAIN_SUPERVISED"
@@ -294,6 +295,37 @@ def reporting(
             reporter.close()
             _reporter = None
             faulthandler.unregister(STACKS_SIGNAL)
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """End this process soon after the body has failed, whatever keeps it.
+
+    Python waits for threads, child processes and exit handlers. Our own launchers' supervisor ends
+    a failed worker that they keep. Another launcher, such as srun, would wait for it for ever.
+
+    A status above 128 says that a signal stopped the worker: it may end in its own time.
+    """
+    pid = os.getpid()
+    try:
+        yield
+    except SystemExit as end:
+        status = _exit_status(end)
+        is_ours = os.environ.get("SCALETRAIN_LAUNCHER") in OWN_LAUNCHERS
+        # A child that the body has forked ends as it likes.
+        if 0 < status < 128 and not is_ours and os.getpid() == pid:
+            threading.Thread(target=_end_soon, args=(status,), daemon=True).start()
+        raise
+
+
+def _end_soon(status: int) -> None:
+    time.sleep(ENDS_ITSELF_S)
+    keeper = _kept_by() or "an exit handler, perhaps"
+    line = f"scaletrain: this rank has failed but runs on ({keeper}): it ends itself\n"
+    # Past Python's streams, whose locks a stuck thread may hold.
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode(errors="backslashreplace"))
+    os._exit(status)
 
 
 def _exit_status(end: SystemExit) -> int:

@@ -2,11 +2,14 @@
 catches: a job that waits for ever while its traceback lies in a file.
 """
 
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from scaletrain.launching.job import script_job
+from tests.cluster.commands import clean
 from tests.launching.test_supervise import carry_out, cause, job_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
@@ -96,3 +99,29 @@ def test_a_launcher_that_does_not_end_after_its_workers_is_ended(tmp_path: Path)
     launcher = worker._replace(name="starter", argv=("sh", "-c", script), rank=None)
     status, output = carry_out(plan._replace(commands=(launcher,)), job)
     assert status == 0 and "starter runs on after all its workers have finished" in output, output
+
+
+def test_a_launcher_that_starts_workers_again_is_left_alone(tmp_path: Path):
+    plan, job = job_of(tmp_path, "report(1)", workers=1, timeout_s=1.0)
+    worker = plan.commands[0]
+    script = f"{worker.argv[0]} {worker.argv[1]}; sleep 4"
+    launcher = worker._replace(
+        name="starter", argv=("sh", "-c", script), rank=None, restarts_workers=True
+    )
+    began = time.monotonic()
+    assert carry_out(plan._replace(commands=(launcher,)), job) == (0, "")
+    assert time.monotonic() - began > 4
+
+
+@pytest.mark.parametrize("keeper", ["thread", "queue", "exit handler"])
+def test_a_failed_rank_of_another_launcher_ends_itself(tmp_path: Path, keeper: str):
+    """Such as srun, which would wait for it for ever. Nobody of ours looks after it there."""
+    script = tmp_path / "keeps.py"
+    script.write_text(f"import sys, time\n{KEEPERS[keeper]}\nsys.exit(9)\n")
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run(
+        script_job([str(script)], 1, tmp_path / "run").argv,
+        env=clean(place), capture_output=True, text=True, timeout=40,
+    )  # fmt: skip
+    assert done.returncode == 9, done.stderr
+    assert f"this rank has failed but runs on ({NAMES[keeper]}): it ends itself" in done.stderr
