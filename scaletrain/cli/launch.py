@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from scaletrain import plugins
-from scaletrain.cli.options import directory_name, new_directory, output_options
+from scaletrain.cli.options import (
+    check_shared,
+    directory_name,
+    new_directory,
+    output_options,
+)
 from scaletrain.errors import UserError
 from scaletrain.timeouts import LONGEST_S
 
@@ -116,8 +121,7 @@ def command(
     from scaletrain.run import claim
 
     chosen = dict(config.parse_setting(text) for text in settings)
-    if bind:
-        chosen["bind"] = bind == "cores"
+    chosen |= _binding(bind, launcher)
     options = config.plugin_options("launcher", launcher, chosen)
     if threads not in (None, "auto") and not re.fullmatch(r"[1-9]\d{0,4}", str(threads)):
         raise UserError(f"--threads: {threads!r} is not allowed (allowed: a whole number, auto)")
@@ -140,6 +144,7 @@ def command(
         click.echo(str(plan))
         return
     check_start(plan)
+    check_shared(run_dir, plan.is_part)
     if job.program is Program.SCRIPT and not plan.in_containers:
         script = job.command[0]
         if not script.startswith("-") and not Path(script).exists():
@@ -154,3 +159,25 @@ def command(
         for line in [f"run directory: {directory}", *plan.explain]:
             screen.say(line, error=True)
         sys.exit(supervise.run(plan, job, claim=descriptor, display=display))
+
+
+def _binding(bind: str | None, launcher: str) -> dict[str, bool]:
+    """Return the launcher's option for ``--bind``.
+
+    Raises:
+        UserError: the launcher cannot bind its workers.
+    """
+    binding = []
+    for name in plugins.names("launcher"):
+        options = plugins.options("launcher", name)
+        if options is not None and "bind" in options.model_fields:
+            binding.append(name)
+    cannot = launcher in plugins.names("launcher") and launcher not in binding
+    if bind is None or (cannot and bind == "none"):
+        return {}
+    if cannot:
+        raise UserError(
+            f"--bind: {bind!r} is not allowed with {launcher}, which does not place its workers on"
+            f" cores (allowed with: {', '.join(binding)})"
+        )
+    return {"bind": bind == "cores"}

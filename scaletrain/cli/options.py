@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from scaletrain.errors import UserError
+
 Plan = TypeVar("Plan")
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -49,6 +51,20 @@ def numbers(context: click.Context, parameter: click.Parameter, text: str) -> tu
     if min(values) < 1:
         raise click.BadParameter(f"{text!r}: numbers start at 1")
     return values
+
+
+def check_shared(run_dir: Path | None, is_part: bool) -> None:
+    """Raise UserError if the hosts of a job have no run directory in common.
+
+    Args:
+        run_dir: that a person gave; None: each host would make up a name of its own.
+        is_part: other hosts start their parts of the job, with the same command.
+    """
+    if is_part and run_dir is None:
+        raise UserError(
+            "--run-dir: is missing; the hosts of a job have one in common (allowed: a directory"
+            " that all of them see)"
+        )
 
 
 def directory_name(stem: str) -> Path:

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from scaletrain import plugins
-from scaletrain.cli.options import directory_name, new_directory, output_options
+from scaletrain.cli.options import (
+    check_shared,
+    directory_name,
+    new_directory,
+    output_options,
+)
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,6 +95,7 @@ def command(
     from scaletrain.run.layout import RunDir
 
     check_start(plan)
+    check_shared(run_dir, plan.is_part)
     if plan.is_local:
         presence.check(run, f"{path}: ", begins=not (resume and RunDir(directory).checkpoints()))
     display = Display(log_format, show)

@@ -17,6 +17,7 @@ from scaletrain.launching.plan import LaunchPlan, check_start
 from scaletrain.run.atomic import write_json
 
 LAUNCH = Path(__file__).parents[2] / "launch"
+DIGITS = Path(__file__).parents[2] / "examples" / "digits.yaml"
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -350,10 +351,35 @@ def test_binding_is_asked_for_by_the_command(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(mpirun, "_version", lambda command: "mpirun (Open MPI) 5.0.11")
         output = CliRunner().invoke(cli, argv).output
         assert words in output, output
-    refused = CliRunner().invoke(
-        cli, ["launch", "--launcher", "torchrun", "--bind", "cores", "train.py"]
+        if launcher != "local":
+            assert any("kept on" in line for line in output.splitlines() if line.startswith("#"))
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "horovodrun", "kubernetes", "rehearsal"])
+def test_binding_is_refused_where_a_launcher_does_not_place_its_workers(launcher: str):
+    argv = ["launch", "--dry-run", "--launcher", launcher, "--bind"]
+    refused = CliRunner().invoke(cli, [*argv, "cores", "train.py"])
+    assert str(refused.exception) == (
+        f"--bind: 'cores' is not allowed with {launcher}, which does not place its workers on cores"
+        " (allowed with: local, mpirun, slurm)"
     )
-    assert "bind" in str(refused.exception)
+    none = CliRunner().invoke(cli, [*argv, "none", "train.py"])
+    assert "--bind" not in str(none.exception)
+
+
+@pytest.mark.parametrize("command", [["launch", "train.py"], ["train", str(DIGITS)]])
+def test_the_hosts_of_a_job_need_a_directory_in_common(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Bug it catches: each host makes up a name, and all wait for each other in vain."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").touch()
+    key = "" if command[0] == "launch" else "launcher."
+    options = ["--launcher", "torchrun", "--workers", "2"]
+    options += ["--set", f"{key}nodes=2", "--set", f"{key}endpoint=h0:29400"]
+    refused = CliRunner().invoke(cli, [command[0], *options, command[1]])
+    assert str(refused.exception).startswith("--run-dir: is missing; the hosts of a job")
+    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
 
 
 def test_script_jobs():

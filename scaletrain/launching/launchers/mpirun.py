@@ -90,6 +90,8 @@ def plan(
             f"{command} was not found here: this plan is for Open MPI"
             " (launcher.mpi=mpich: for MPICH)"
         )
+    if bind:
+        explain.append(f"each worker is kept on {plural(threads, 'core')} of its own")
     if elsewhere:
         explain.append(SHARE_RUN_DIR)
     # On SIGINT, mpirun kills its workers. It passes SIGUSR1 on, and they write a checkpoint.

@@ -315,7 +315,7 @@ def _plan_inside(
         *_contained(options, job.argv, job.run_dir),
     )
     srun = Command("srun", argv, environment(job.variables(threads)), labels=_LABELS, stop_s=15.0)
-    explain = (_explain(job, threads), f"inside allocation {inside}: srun, no new job")
+    explain = (_explain(options, job), f"inside allocation {inside}: srun, no new job")
     return LaunchPlan((srun,), explain=explain, in_containers=bool(options.container))
 
 
@@ -323,7 +323,7 @@ def _plan_batch(allocation: Allocation, options: SlurmOptions, job: Job) -> Laun
     """Plan a batch script and the command that submits it."""
     path = RunDir(job.run_dir).batch_script
     files = ((path, _batch_script(allocation, options, job)),)
-    explain = [_explain(job, _threads(options, job))]
+    explain = [_explain(options, job)]
     # On the command line, which overrules a site's SBATCH_EXPORT. The script holds no values, since
     # others may read it.
     export = ["--export=ALL"] if options.environment else []
@@ -346,9 +346,11 @@ def _threads(options: SlurmOptions, job: Job) -> int:
     return options.cpus_per_task or job.threads or 1
 
 
-def _explain(job: Job, threads: int) -> str:
+def _explain(options: SlurmOptions, job: Job) -> str:
+    threads = _threads(options, job)
     each = "1 core and thread" if threads == 1 else f"{threads} cores and threads"
-    return f"{plural(job.workers, 'worker')}, {each} each"
+    bound = ", each kept on its own cores" if options.bind else ""
+    return f"{plural(job.workers, 'worker')}, {each} each{bound}"
 
 
 def _srun(allocation: Allocation, options: SlurmOptions, run_dir: Path) -> list[str]:
