@@ -4,6 +4,7 @@ no torch.
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -191,6 +192,28 @@ def test_the_traceback_of_a_host_whose_clock_is_behind_is_shown(tmp_path: Path):
     """
     status, output = carry_out(*job_of(tmp_path, body, workers=2))
     assert status == 1 and "ValueError: the cause" in output, output
+
+
+def test_a_killed_rank_is_named_though_the_clock_of_another_host_is_behind(tmp_path: Path):
+    """Bug it catches: all failures of that host seem to come first, also the consequences."""
+    body = """
+    report(1)
+    if rank == 1:
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    now = time.time
+    time.time = lambda: now() - 100
+    report(2)
+    time.sleep(2.5)
+    raise ConnectionResetError("lost rank 1")
+    """
+    plan, job = job_of(tmp_path, body, workers=2)
+    worker = shlex.join(plan.commands[0].argv)
+    script = f"SCALETRAIN_HOST=other RANK=0 {worker} & RANK=1 {worker}; wait $!; exit 1"
+    launcher = plan.commands[0]._replace(name="starter", argv=("sh", "-c", script), rank=None)
+    status, output = carry_out(plan._replace(commands=(launcher,)), job)
+    assert status == 137 and cause(job)["rank"] == 1, output
+    assert "lost rank 1" not in output
 
 
 def test_a_slow_worker_that_reports_is_no_hang(tmp_path: Path):

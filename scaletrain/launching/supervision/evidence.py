@@ -13,6 +13,7 @@ from scaletrain.run.failure import Failure, FailureKind, read_failure
 from scaletrain.run.layout import RunDir
 from scaletrain.run.progress import Progress
 
+_CLOCKS_S = 5.0  # a report is seen within this time, if the clocks of both hosts agree
 _NOTICED_S = 0.1  # the end of another launcher's worker is noticed this late, at most
 
 
@@ -35,12 +36,25 @@ class Evidence:
         # Workers that another launcher started on this host: their process ids are watched, since
         # that launcher does not say in which order they ended.
         self._watched_pids: set[int] = set()
+        # When a report was first seen, in unix seconds of our clock, by its rank and its own time.
+        self._seen_at: dict[tuple[int | None, float], float] = {}
         # Those of them that ended without a report, by (rank, pid).
         self._silent_ends: dict[tuple[int, int], Failure] = {}
 
     def reports(self) -> list[Failure]:
         """Return the failures that workers have reported."""
-        return first_cause.reported(self._run_dir, self._workers, self._launch)
+        reports = first_cause.reported(self._run_dir, self._workers, self._launch)
+        return [self._by_our_clock(report) for report in reports]
+
+    def _by_our_clock(self, report: Failure) -> Failure:
+        """Return a report with the time when we saw it, if the clock of its host is far from ours.
+
+        Otherwise the failures of that host would all come before those of other hosts, or after.
+        """
+        seen_at = self._seen_at.setdefault((report.rank, report.time), time.time())
+        if abs(seen_at - report.time) <= _CLOCKS_S:
+            return report
+        return report._replace(time=seen_at)
 
     def all(self) -> list[Failure]:
         """Return every failure that is known."""
