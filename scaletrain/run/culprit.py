@@ -34,7 +34,6 @@ _ADVICE = {
     Kind.SLOW_LINK: "a look at its cable, port and neighbours, or an exchange that sends less",
     Kind.LOSS: "a look at its cable, port and queues: packets are sent again",
     Kind.STOPPED: "the process may be stopped, or hang",
-    Kind.DEAD: "its log says more",
     Kind.SILENT: "it may be dead, stopped or hang: look at its process on that host",
 }
 
@@ -58,6 +57,7 @@ class Culprit:
     link: tuple[str, str] | None = None  # its two ends, such as ``rank 1 on h1``
     servers: tuple[int, ...] = ()  # parameter servers, beside or instead of ranks
     detail: str = ""  # further facts in words, such as a link's speed
+    last_words: str = ""  # where a dead rank's last words are; empty: it left none
 
     @property
     def share(self) -> float:
@@ -92,10 +92,11 @@ class Culprit:
 
     def sentence(self) -> str:
         """Return one plain line: who, what, how much, how sure, when, and what to do."""
-        advice = _ADVICE[self.kind]
+        advice = _ADVICE.get(self.kind, self.last_words)
         if self.kind in (Kind.STOPPED, Kind.DEAD, Kind.SILENT):
             detail = f": {self.detail}" if self.detail else ""
-            return f"{self.who}: {self.kind}{detail} ({advice})"
+            remark = f" ({advice})" if advice else ""
+            return f"{self.who}: {self.kind}{detail}{remark}"
         facts = f"{_ms(self.cost_s)} a step longer"
         if self.high_s > self.low_s:
             facts += f" ({_number(self.low_s)} to {_number(self.high_s)})"
@@ -114,9 +115,11 @@ class Culprit:
         return {**dataclasses.asdict(self), "kind": str(self.kind), "sentence": self.sentence()}
 
 
-def halted(kind: Kind, rank: int, host: str, detail: str) -> Culprit:
+def halted(kind: Kind, rank: int, host: str, detail: str, last_words: str = "") -> Culprit:
     """Return a rank that does no more steps, for which the others wait without end."""
-    return Culprit(kind, (rank,), (host,), 0.0, 0.0, 0.0, 0.0, 0, 0, detail=detail)
+    return Culprit(
+        kind, (rank,), (host,), 0.0, 0.0, 0.0, 0.0, 0, 0, detail=detail, last_words=last_words
+    )
 
 
 # Words

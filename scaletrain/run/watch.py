@@ -6,6 +6,7 @@ run may be starting, training, over or killed.
 """
 
 import contextlib
+import dataclasses
 import json
 import signal
 import time
@@ -197,8 +198,9 @@ def culprits(files: RunDir, statuses: Sequence[RankStatus]) -> list[Culprit]:
         if kind is None or failure.rank is None:
             return []
         message = failure.message.partition("\n")[0]
-        return [culprit.halted(kind, failure.rank, failure.host, message)]
-    stopped = _stopped(statuses)
+        last_words = _last_words(files, failure.rank) if kind is Kind.DEAD else ""
+        return [culprit.halted(kind, failure.rank, failure.host, message, last_words)]
+    stopped = _stopped(files, statuses)
     if stopped:
         return stopped
     ranks = []
@@ -279,7 +281,7 @@ def _steps_of(
     return RankSteps(rank, host, records, links, knows_backward=measures or on_cpu)
 
 
-def _stopped(statuses: Sequence[RankStatus]) -> list[Culprit]:
+def _stopped(files: RunDir, statuses: Sequence[RankStatus]) -> list[Culprit]:
     """Return the ranks that are dead, or else the one that others have waited for too long."""
     live = [status for status in statuses if status.report.reports_steps]
     live = [status for status in live if status.report.step is not None]
@@ -288,7 +290,9 @@ def _stopped(statuses: Sequence[RankStatus]) -> list[Culprit]:
     for status in live:
         process = status.report.process_state
         if process is not None and process in _GONE:
-            dead.append(_ended(Kind.DEAD, status, "it is gone"))
+            found = _ended(Kind.DEAD, status, "it is gone")
+            last_words = _last_words(files, status.report.rank)
+            dead.append(dataclasses.replace(found, last_words=last_words))
         if process in _STOPPED:
             halted.append(_ended(Kind.STOPPED, status, "the process is stopped (SIGSTOP)"))
     if dead or halted:
@@ -314,6 +318,17 @@ def _stopped(statuses: Sequence[RankStatus]) -> list[Culprit]:
 
 def _ended(kind: Kind, status: RankStatus, detail: str) -> Culprit:
     return culprit.halted(kind, status.report.rank, status.report.host, detail)
+
+
+def _last_words(files: RunDir, rank: int) -> str:
+    """Return where a rank's last words are; empty if it left none, as after SIGKILL."""
+    failure = read_failure(files.failure(rank))
+    if failure is not None and failure.traceback:
+        return f"its traceback is in {files.failure(rank).name}"
+    log = files.rank_log(rank)
+    if log.exists() and log.stat().st_size:
+        return f"its last output is in {log.relative_to(files.path)}"
+    return ""
 
 
 def _mean(values: list[float]) -> float | None:

@@ -265,3 +265,26 @@ def test_the_last_rank_that_reports_is_named_dead_though_all_others_have_failed(
     process.kill()
     process.wait()
     assert halted(files)[:2] == (Kind.DEAD, (1,))
+
+
+@pytest.mark.parametrize("has_output", [False, True])
+def test_a_dead_rank_has_last_words_only_if_it_left_some(tmp_path: Path, has_output: bool):
+    """Bug it catches: "its log says more" of a rank that SIGKILL ended in silence."""
+    files = RunDir(tmp_path)
+    write_rank(files, 0, 30)
+    write_rank(files, 1, 30)
+    killed = Failure(1, "host1", 30, NOW, FailureKind.SIGNAL, "was ended by SIGKILL")
+    write_json(files.first_cause, killed._asdict())
+    files.rank_log(1).parent.mkdir()
+    files.rank_log(1).write_text("step 30\n" if has_output else "")
+    last_words = " (its last output is in logs/rank-1.log)" if has_output else ""
+    assert halted(files)[2] == f"rank 1 on host1: dead: was ended by SIGKILL{last_words}"
+
+
+def test_the_traceback_of_a_dead_rank_is_its_last_words(tmp_path: Path):
+    files = RunDir(tmp_path)
+    write_rank(files, 1, 30)
+    raised = Failure(1, "host1", 30, NOW, FailureKind.EXCEPTION, "ValueError: x", "Traceback ...")
+    for path in (files.failure(1), files.first_cause):
+        write_json(path, raised._asdict())
+    assert halted(files)[2].endswith("ValueError: x (its traceback is in failure-1.json)")
