@@ -50,21 +50,31 @@ exec env -i PATH="$PATH" HOME="$HOME" sh -c "$*"
 """
 
 
-def test_chosen_variables_arrive_on_another_host(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("openmpi4", "[--mca, plm_rsh_agent, AGENT]"),
+        ("mpich", "[-launcher, ssh, -launcher-exec, AGENT]"),
+    ],
+)
+def test_chosen_variables_arrive_on_another_host(kind: str, arguments: str, tmp_path: Path):
     agent = tmp_path / "agent"
     agent.write_text(AGENT)
     agent.chmod(0o755)
     value = 'it\'s, "quoted";\nin two lines'
-    code = "import os; print([os.environ.get(n) for n in ('CHOSEN', 'PYTHONPATH', 'OTHER')])"
+    names = ("CHOSEN", "PYTHONPATH", "SCALETRAIN_COLLECTIVE", "OTHER")
+    code = f"import os; print([os.environ.get(n) for n in {names}])"
     done = scaletrain(
-        "launch", "-n", "1", *by("openmpi4")[:2], "--set", f"command={mpirun('openmpi4')}",
-        "--set", "hosts=127.0.0.2:1", "--set", f"arguments=[--mca, plm_rsh_agent, {agent}]",
+        "launch", "-n", "1", *by(kind)[:2], "--set", f"command={mpirun(kind)}",
+        "--set", "hosts=127.0.0.2:1", "--set", f"arguments={arguments.replace('AGENT', str(agent))}",
         "--set", "environment=[CHOSEN]", "--run-dir", str(tmp_path / "run"),
         "--", "/usr/bin/env", sys.executable, "-c", code,
-        env=clean(ALLOW_ROOT) | {"CHOSEN": value, "PYTHONPATH": "/a b", "OTHER": "x"},
+        env=clean(ALLOW_ROOT)
+        | {"CHOSEN": value, "PYTHONPATH": "/a b", "SCALETRAIN_COLLECTIVE": "ring", "OTHER": "x"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert str([value, "/a b", None]) in done.stdout, done.stdout
+    other = "x" if kind == "mpich" else None  # MPICH passes all variables on
+    assert str([value, "/a b", "ring", other]) in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("kind", ["openmpi4", "mpich"])

@@ -8,6 +8,7 @@ import pytest
 
 from scaletrain.launching.job import Program
 from scaletrain.programs.follow_slurm import JobRecord
+from tests.cluster.commands import ROOT
 
 LINE = (
     "JobId=7 JobName=x JobState={state} Reason={reason} Restarts=0 ExitCode={code} NodeList=n[0-1]"
@@ -163,3 +164,17 @@ def test_each_task_of_an_array_is_followed(tmp_path: Path):
     assert done.returncode == 130, done.stdout + done.stderr
     assert "job 7_0: COMPLETED on n0" in done.stdout
     assert "job 7: 1 of 2 tasks ended well" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "status"),
+    [("CANCELLED", "0:15", 130), ("TIMEOUT", "0:15", 124), ("OUT_OF_MEMORY", "0:125", 137)],
+)
+def test_the_command_ends_with_the_documented_status(
+    tmp_path: Path, state: str, code: str, status: int
+):
+    done = follow(tmp_path, [RUNNING, LINE.format(state=state, reason="None", code=code)])
+    assert done.returncode == status, done.stdout + done.stderr
+    page = (ROOT / "docs" / "launchers" / "slurm.md").read_text(encoding="utf-8")
+    documented = page.partition("Exit statuses: ")[2].partition("\n")[0]
+    assert str(status) in documented

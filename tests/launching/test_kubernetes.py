@@ -386,6 +386,23 @@ def test_a_job_is_followed_to_its_end(tmp_path: Path):
     assert all(call.startswith("--namespace=lab ") for call in stage.calls())
 
 
+@pytest.mark.parametrize(
+    ("reason", "pods", "status"),
+    [
+        ("DeadlineExceeded", [pod_json(0, "Running"), pod_json(1, "Running")], 124),
+        ("FailedIndexes", [pod_json(0, "Failed", 137, reason="OOMKilled")], 137),
+        ("PodFailurePolicy", [pod_json(0, "Failed", 2)], 2),
+    ],
+)
+def test_the_command_ends_with_the_documented_status(
+    tmp_path: Path, reason: str, pods: list[dict], status: int
+):
+    stage = Stage(tmp_path, [RUNNING, (job_json("Failed", reason), pods)])
+    assert stage.run()[0] == status
+    page = DIGITS.parents[1] / "docs" / "launchers" / "kubernetes.md"
+    assert str(status) in page.read_text(encoding="utf-8")
+
+
 def test_an_earlier_attempts_failure_is_not_the_cause(tmp_path: Path):
     again = {"batch.kubernetes.io/job-index-failure-count": "1"}
     pods = [

@@ -2,6 +2,7 @@
 because the shell ignores SIGCHLD or a worker handles SIGTERM.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scaletrain.launching.job import Program
 from tests.cluster.commands import ROOT, clean, command
 from tests.launching.test_supervise import carry_out, gone_within, job_of, started
 
@@ -73,15 +75,16 @@ def test_workers_start_with_the_usual_signals(tmp_path: Path, before: str):
     assert done.stdout.count("[] set()") == 2, done.stdout + done.stderr
 
 
-def test_a_background_job_does_not_end_by_ctrl_c(tmp_path: Path):
+@pytest.mark.parametrize("ignored", ["INT", "HUP"])
+def test_a_background_job_ends_neither_by_ctrl_c_nor_under_nohup(tmp_path: Path, ignored: str):
     argv = [*LAUNCH, str(tmp_path / "run"), "--", "sh", "-c", "sleep 3; echo through"]
     launcher = subprocess.Popen(
-        ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *argv],
+        ["sh", "-c", f"trap '' {ignored}; exec \"$@\"", "sh", *argv],
         env=clean(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     for _ in range(20):
         time.sleep(0.1)
-        launcher.send_signal(signal.SIGINT)
+        launcher.send_signal(signal.Signals[f"SIG{ignored}"])
     output, _ = launcher.communicate(timeout=30)
     assert launcher.returncode == 0 and output.count("through") == 2, output
 
@@ -109,6 +112,21 @@ def test_a_stopped_job_is_no_success_even_if_its_workers_say_so(
     output, _ = launcher.communicate(timeout=20)
     assert launcher.returncode == status and f"stopped by {number.name}" in output
     assert gone_within(job, 1)
+
+
+def test_a_training_run_that_had_finished_when_it_was_stopped_is_a_success(tmp_path: Path):
+    body = f"""
+    ended = []
+    signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
+    report(1)
+    Path(os.environ["RUN_DIR"], "summary.json").write_text('{{"finished": true}}')
+    os.kill({os.getpid()}, signal.SIGTERM)
+    while not ended:
+        time.sleep(0.01)
+    """
+    plan, job = job_of(tmp_path, body, workers=1)
+    status, output = carry_out(plan, job._replace(program=Program.TRAINING))
+    assert status == 0 and "stopped by SIGTERM, when it had finished" in output, output
 
 
 GOES_ON_AFTER_A_SIGNAL = """

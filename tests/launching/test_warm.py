@@ -282,3 +282,47 @@ def test_after_an_import_that_starts_a_thread_all_start_cold(tmp_path: Path):
     )  # fmt: skip
     assert sorted(done.stdout.splitlines()) == ["[rank 0] False", "[rank 1] False"], done.stderr
     assert "start cold: an import has started threads (--cold" in done.stderr
+
+
+ISOLATED = """
+import os, resource, signal, sys, time, torch
+from pathlib import Path
+here, rank = Path(sys.argv[1]), os.environ["RANK"]
+
+def wait_for(name):
+    while not (here / name).exists():
+        time.sleep(0.02)
+
+assert "torch._dynamo" in sys.modules, "this worker is cold"
+if rank == "0":
+    torch.zeros = None
+    torch.nn.Linear.mark = 1
+    torch.default_generator.manual_seed(7)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + (1 << 28)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    (here / "changed").touch()
+    wait_for("seen")
+    os.kill(os.getpid(), 9)
+wait_for("changed")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+block = torch.zeros(1 << 29, dtype=torch.uint8).fill_(1)
+seen = [hasattr(torch.nn.Linear, "mark"), torch.initial_seed() == 7, block[-1].item()]
+(here / "seen").touch()
+time.sleep(0.5)
+print("seen", seen, flush=True)
+time.sleep(60)
+"""
+
+
+def test_memory_and_the_end_of_one_warm_worker_are_its_own(tmp_path: Path):
+    """One changes torch, limits its memory and is killed; the other notices nothing."""
+    (tmp_path / "isolated.py").write_text(ISOLATED)
+    done = subprocess.run(
+        command("launch", "-n", "2", "--run-dir", str(tmp_path / "run"), "--",
+                str(tmp_path / "isolated.py"), str(tmp_path)),
+        env=clean(), cwd=ROOT, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 137, done.stdout + done.stderr
+    assert "rank 0 on" in done.stderr and "was ended by SIGKILL" in done.stderr
+    assert "[rank 1] seen [False, False, 1]" in done.stdout, done.stdout

@@ -75,7 +75,7 @@ class KubernetesOptions(NamedTuple):
     time_limit_min: Annotated[int, Ge(1)] | None = None
     """The job's time limit; by default it has none."""
 
-    grace_s: Annotated[int, Ge(1)] = 90
+    grace_s: Annotated[int, Ge(30)] = 90
     """From SIGTERM to SIGKILL: the time for a checkpoint when a pod is moved or the job deleted."""
 
     ttl_s: Annotated[int, Ge(0)] = 86400
