@@ -60,7 +60,8 @@ class Recorder:
         num_bytes = _HEADER_BYTES + _SLOTS * _SLOT.size
         descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
         try:
-            os.ftruncate(descriptor, num_bytes)
+            # A file with holes would end the process (SIGBUS) where the disk has no room for one.
+            os.posix_fallocate(descriptor, 0, num_bytes)
             self._ring = mmap.mmap(descriptor, num_bytes)
         finally:
             os.close(descriptor)

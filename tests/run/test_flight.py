@@ -12,6 +12,7 @@ import pytest
 from scaletrain.run import flight
 from scaletrain.run.flight import Recorder
 from scaletrain.run.layout import RunDir
+from tests.conftest import require
 
 
 def record(files: RunDir, rank: int, size: int, calls: list[tuple[str, int, str]], last: bool):
@@ -105,3 +106,24 @@ def test_a_call_takes_microseconds(tmp_path: Path):
 @pytest.fixture(autouse=True)
 def _off():
     assert flight.recorder is None
+
+
+# Of a directory with 32 KiB of room, which only this process and its children see.
+SMALL = 'mount -t tmpfs -o size=32k none "$0" && exec "$@" "$0"'
+
+
+def test_without_room_for_the_ring_nothing_is_recorded(tmp_path: Path):
+    """A file with holes would be mapped, and end the process (SIGBUS) at a later write."""
+    small = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SMALL, str(tmp_path)]
+    can = subprocess.run([*small, "true"], capture_output=True, check=False)
+    require("namespaces", can.returncode == 0, "namespaces of users and mounts")
+    code = (
+        "import sys; from pathlib import Path;"
+        "from scaletrain.run import flight; from scaletrain.run.layout import RunDir;"
+        "recorded = flight.recorded(RunDir(Path(sys.argv[1])), 0, 2); recorded.__enter__();"
+        "print([flight.recorder.began(0, 'allreduce', number, 1, 'int8') for number in range(512)]"
+        " if flight.recorder else 'nothing is recorded')"
+    )
+    argv = [*small, sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "nothing is recorded\n"), done.stderr
