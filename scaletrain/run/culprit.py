@@ -37,6 +37,14 @@ _ADVICE = {
     Kind.SILENT: "it may be dead, stopped or hang: look at its process on that host",
 }
 
+# What else than a part of the step does with time: the verb, and the comparative.
+_WORDS = {
+    Kind.STOLEN_CORES: ("cost", "more"),
+    Kind.GARBAGE: ("costs", "more"),
+    Kind.SLOW_LINK: ("costs", "more"),
+    Kind.LOSS: ("costs", "more"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Culprit:
@@ -97,17 +105,19 @@ class Culprit:
             detail = f": {self.detail}" if self.detail else ""
             remark = f" ({advice})" if advice else ""
             return f"{self.who}: {self.kind}{detail}{remark}"
-        facts = f"{_ms(self.cost_s)} a step longer"
+        verb, more = _WORDS.get(self.kind, ("takes", "longer"))
+        facts = f"{verb} {_ms(self.cost_s)} a step {more}"
         if self.high_s > self.low_s:
             facts += f" ({_number(self.low_s)} to {_number(self.high_s)})"
         facts += " than on the others"
         facts += f", {self.share:.0%} of a step, in steps {self.first_step:,} to {self.last_step:,}"
         detail = f"; {self.detail}" if self.detail else ""
-        return f"{self.who}: {self.kind} takes {facts}{detail} ({advice})"
+        return f"{self.who}: {self.kind} {facts}{detail} ({advice})"
 
     def remedy(self) -> str:
-        """Return one plain line: who, what to do, and what a step may gain."""
-        gain = f"without it, a step would be up to {self.share:.0%} shorter"
+        """Return one plain line: who, what to do, and what its steps may gain."""
+        steps = f"steps {self.first_step:,} to {self.last_step:,}"
+        gain = f"without it, {steps} would be up to {self.share:.0%} shorter"
         return f"{self.who}: {_ADVICE[self.kind]}; {gain}"
 
     def to_json(self) -> dict[str, object]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from scaletrain.errors import TrainingError
 from scaletrain.run.atomic import write_text
 from scaletrain.run.layout import RunDir
 
@@ -109,10 +110,17 @@ class RecordWriter:
         )
 
     def write(self, record: StepRecord) -> None:
-        """Append one record."""
+        """Append one record.
+
+        Raises:
+            TrainingError: there is no room for it, and so for no checkpoint.
+        """
         # ``dataclasses.asdict`` would copy every value deeply, which takes longer than writing.
         value = dict(zip(_FIELDS, _values(record), strict=True))
-        self._file.write(json.dumps(value) + "\n")
+        try:
+            self._file.write(json.dumps(value) + "\n")
+        except OSError as error:
+            raise TrainingError(f"{self._file.name}: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the file."""

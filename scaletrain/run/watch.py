@@ -30,6 +30,7 @@ _SILENT_STEPS = 20
 _GONE = ("", "Z", "X")  # states of a process that has ended
 _STOPPED = ("T", "t")
 # What is read of a run's records at its end, of all ranks together: half a second of work.
+_LEAST_SHARE = 0.01  # of the time of a run, that is told at its end
 _MOST_BYTES = 16 << 20
 _FEWEST_BYTES = 64 << 10  # of each rank
 # Failures of a rank itself, and what they make it.
@@ -234,6 +235,8 @@ def culprits_of_run(files: RunDir) -> list[Culprit]:
 def culprits_of(files: RunDir, ranks: Sequence[Sequence[StepRecord]]) -> list[Culprit]:
     """Return who held up the others in these steps of a run; the worst first.
 
+    What cost less than a hundredth of all their time is left out: it is no matter of the run.
+
     Args:
         files: of the run.
         ranks: records of each rank, without warm-up; at least one each.
@@ -244,7 +247,9 @@ def culprits_of(files: RunDir, ranks: Sequence[Sequence[StepRecord]]) -> list[Cu
         rank = records[0].rank
         links = last_links(files.links(rank), num_bytes)
         steps.append(_steps_of(files, rank, host_of(files, rank), records, links))
-    return blame.find(steps, _servers(files, num_bytes))
+    total_s = max((sum(record.step_s for record in records) for records in ranks), default=0.0)
+    found = blame.find(steps, _servers(files, num_bytes))
+    return [culprit for culprit in found if culprit.total_s >= _LEAST_SHARE * total_s]
 
 
 def _servers(files: RunDir, num_bytes: int = 32_768) -> list[ServerLinks]:

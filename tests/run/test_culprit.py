@@ -329,7 +329,7 @@ def test_the_network_is_not_measured_by_connections_inside_a_host():
     edges |= dict.fromkeys(((1, 2), (3, 4)), 0.2)
     culprit = the_only(find(with_links(edges, per_host=2)))
     assert (culprit.ranks, culprit.hosts, culprit.link) == ((2, 3), ("h1",), None)
-    assert culprit.sentence().startswith("ranks 2, 3 on h1: slow link takes")
+    assert culprit.sentence().startswith("ranks 2, 3 on h1: slow link costs")
 
 
 def star(servers: tuple[str, ...]) -> dict[Edge, float]:
@@ -357,7 +357,7 @@ def test_a_slow_rank_and_a_slow_server_are_told_apart():
     of_server = {edge: 0.02 if "b" in edge else speed for edge, speed in edges.items()}
     culprit = the_only(find(with_links(of_server), servers_of(of_server)))
     assert (culprit.ranks, culprit.servers, culprit.hosts) == ((), (1,), ("s1",))
-    assert culprit.sentence().startswith("server 1 on s1: slow link takes")
+    assert culprit.sentence().startswith("server 1 on s1: slow link costs")
 
 
 def test_the_file_of_an_earlier_job_s_server_says_nothing():

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from scaletrain.cli import cli
+from scaletrain.errors import TrainingError
 from scaletrain.host import processes
 from scaletrain.run import progress, watch
 from scaletrain.run.atomic import write_json
@@ -23,6 +24,7 @@ from scaletrain.run.layout import RunDir
 from scaletrain.run.progress import Progress
 from scaletrain.run.records import RecordWriter, StepRecord
 from scaletrain.world import World
+from tests.run.made_up import made_up
 
 NOW = 1_700_000_000.0
 
@@ -288,3 +290,20 @@ def test_the_traceback_of_a_dead_rank_is_its_last_words(tmp_path: Path):
     for path in (files.failure(1), files.first_cause):
         write_json(path, raised._asdict())
     assert halted(files)[2].endswith("ValueError: x (its traceback is in failure-1.json)")
+
+
+@pytest.mark.parametrize(("since", "told"), [(400, True), (1180, False)])
+def test_what_cost_a_run_less_than_a_hundredth_is_not_told_at_its_end(
+    tmp_path: Path, since: int, told: bool
+):
+    ranks = made_up(2, 1200, seed=1, slow={1: (Kind.FORWARD, 0.01)}, since=since)
+    found = watch.culprits_of(RunDir(tmp_path), [each.records for each in ranks])
+    assert [culprit.ranks for culprit in found] == [(1,)] * told
+
+
+def test_a_record_without_room_says_where(tmp_path: Path):
+    files = RunDir(tmp_path)
+    files.records(0).symlink_to("/dev/full")
+    [rank] = made_up(1, 1, seed=0)
+    with pytest.raises(TrainingError, match=r"rank-0\.jsonl: No space left on device"):
+        RecordWriter(tmp_path, 0).write(rank.records[0])

@@ -840,7 +840,7 @@ def test_a_slow_loader_is_named_with_its_rank_in_summary_table_and_per_rank_view
     slower_s = 0.0283 / row.step_s_mean  # the loader's part of a step
     change = made.summary.splitlines()[2]
     assert change.startswith("Change: Rank 1 on h0: more loader_workers, or data nearer to that")
-    told = re.search(r"without it, a step would be up to (\d+)% shorter\.$", change)
+    told = re.search(r"without it, steps [\d,]+ to [\d,]+ would be up to (\d+)% shorter\.$", change)
     assert int(told.group(1)) == pytest.approx(100 * slower_s, abs=2)
     slow, other = row.ranks[1], row.ranks[0]
     assert (slow.rank, slow.host) == (1, "h0")
@@ -878,8 +878,8 @@ def test_a_slow_host_is_named_in_the_lead_with_its_interval(tmp_path):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         RunDir(directory).links(each.rank).write_text(text)
     lead = dict(line.split(": ", 1) for line in report.of_runs([directory]).summary.splitlines())
-    assert "rank 2 on host2: slow link takes" in lead["Cause"]
-    assert re.search(r"ms a step longer \(\d[\d.]* to \d", lead["Cause"]), lead["Cause"]
+    assert "rank 2 on host2: slow link costs" in lead["Cause"]
+    assert re.search(r"ms a step more \(\d[\d.]* to \d", lead["Cause"]), lead["Cause"]
     assert lead["Change"].startswith("Rank 2 on host2: a look at its cable, port and neighbours")
 
 
