@@ -27,14 +27,20 @@ class Diverged(TrainingError):
     """
 
 
-def unknown(what: str, value: str, allowed: Iterable[str]) -> UserError:
+def unknown(what: str, value: str, allowed: Iterable[str], meant: str | None = None) -> UserError:
     """Return the error for a name that is not on a list; it shows the list and the nearest match.
+
+    Args:
+        what: the beginning of the line.
+        value: the name.
+        allowed: the list.
+        meant: what the person probably means; None: the nearest on the list.
 
     >>> print(unknown("exchange", "rong", ["ring", "tree"]))
     exchange: 'rong' is not known; did you mean 'ring'? (allowed: ring, tree)
     """
     choices = sorted(allowed)
-    hint = did_you_mean(value, choices)
+    hint = f"; did you mean {meant!r}?" if meant else did_you_mean(value, choices)
     listed = ", ".join(choices) or "nothing"
     return UserError(f"{what}: {value!r} is not known{hint} (allowed: {listed})")
 

@@ -34,6 +34,12 @@ def message(tree: dict, **settings) -> str:
     ("settings", "words"),
     [
         ({"batch_sise": 3}, ["batch_sise", "did you mean 'batch_size'"]),
+        ({"learning_rate": 0.1}, ["learning_rate", "did you mean 'optimizer.lr'"]),
+        ({"num_workers": 2}, ["num_workers", "did you mean 'loader_workers'"]),
+        (
+            {"optimizer": {"name": "sgd", "learning_rate": 0.1}},
+            ["optimizer.learning_rate", "did you mean 'optimizer.lr'"],
+        ),
         ({"batch_size": "many"}, ["batch_size", "'many'", "integer"]),
         ({"workers": 0}, ["workers", "0", "greater than or equal to 1"]),
         ({"workers": 33}, ["workers", "33", "batch_size of 32", "1 to 32"]),

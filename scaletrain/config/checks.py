@@ -517,6 +517,23 @@ def validate(schema: type[Model], tree: dict[str, Any], where: str, prefix: str 
         raise _mistake(worst, schema, where, prefix) from None
 
 
+# What people write who come from other tools or look one level too high, and what it is here.
+_ELSEWHERE = {
+    "amp": "precision",
+    "gradient_accumulation_steps": "accumulate",
+    "learning_rate": "optimizer.lr",
+    "lr": "optimizer.lr",
+    "max_epochs": "epochs",
+    "max_steps": "steps",
+    "momentum": "optimizer.momentum",
+    "num_workers": "loader_workers",
+    "optimizer.learning_rate": "optimizer.lr",
+    "scheduler": "lr_schedule",
+    "weight_decay": "optimizer.weight_decay",
+    "world_size": "workers",
+}
+
+
 def _importance(error: ErrorDetails) -> tuple[bool, bool]:
     """Return a sort key: a misspelt key also leaves a key missing, which is not the news."""
     return error["type"] != "extra_forbidden", error["type"] == "missing"
@@ -531,7 +548,7 @@ def _mistake(error: ErrorDetails, schema: type[BaseModel], where: str, prefix: s
         inner = _schema_at(schema, location[:-1])
         # What the program sets itself, people do not.
         names = [name for name in inner.model_fields if name != "source"]
-        return unknown(f"{where}: key {key}", str(location[-1]), names)
+        return unknown(f"{where}: key {key}", str(location[-1]), names, _ELSEWHERE.get(key))
     if error["type"] == "missing":
         return UserError(f"{where}: {key}: is missing")
     if error["type"] == "model_type":
