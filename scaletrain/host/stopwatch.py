@@ -38,3 +38,18 @@ class Stopwatch:
         if gap_s <= ABSENT_S:
             self._waited_s += gap_s
         return self._waited_s
+
+    def absence(self) -> float:
+        """Look, and return the seconds for which this process was away; 0: it was not.
+
+        For waits whose beginnings are kept elsewhere: they begin so much later.
+
+        >>> times = iter([0.0, 0.5, 60.5, 61.0])
+        >>> stopwatch = Stopwatch(lambda: next(times))
+        >>> [stopwatch.absence() for _ in range(3)]
+        [0.0, 60.0, 0.0]
+        """
+        before, waited_s = self._looked_at, self._waited_s
+        if self.look() > waited_s:
+            return 0.0
+        return self._looked_at - before

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scaletrain.parameter_server.protocol.settings import SILENCE_S
 from scaletrain.timeouts import Timeouts
 from tests.cluster.commands import (
     DIGITS,
@@ -103,6 +104,20 @@ def test_a_job_that_is_stopped_as_a_whole_for_longer_than_all_its_limits_goes_on
         each.resume()
     time.sleep(0.3)
     late.resume()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and summary(run_dir)["finished"], output
+
+
+def test_servers_and_workers_that_are_stopped_together_go_on(tmp_path: Path):
+    """Bug it catches: each takes the pause for the other's silence."""
+    run_dir = tmp_path / "run"
+    process = started(run_dir, "--set", "timeout_s=2", "--exchange", "parameter_server")
+    family = psutil.Process(process.pid).children(recursive=True)
+    for each in family:
+        each.suspend()
+    time.sleep(SILENCE_S + 2)
+    for each in family:
+        each.resume()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and summary(run_dir)["finished"], output
 

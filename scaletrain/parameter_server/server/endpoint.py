@@ -479,6 +479,12 @@ class Endpoint:
                 self._peers[route].refused_since = f"given up: {reason}"
         worker.routes.clear()
 
+    def forgive(self, absent_s: float) -> None:
+        """Leave a time in which this process was stopped out of the silence of all workers."""
+        now = time.monotonic()
+        for worker in self._workers.values():
+            worker.last_heard = min(worker.last_heard + absent_s, now)
+
     def silent_s(self, rank: int) -> float:
         """Return the seconds since the last message of an admitted worker."""
         return time.monotonic() - self._workers[rank].last_heard

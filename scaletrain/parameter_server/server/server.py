@@ -15,6 +15,7 @@ import numpy as np
 
 from scaletrain.errors import UserError
 from scaletrain.host import cores
+from scaletrain.host.stopwatch import Stopwatch
 from scaletrain.parameter_server.protocol import wire
 from scaletrain.parameter_server.protocol.memory import Slab
 from scaletrain.parameter_server.protocol.settings import Settings
@@ -68,6 +69,7 @@ class Server:
         # The only state that others write: signal handlers and, in tests, other threads (stop).
         # Read by serve.
         self._stop = False
+        self._looks = Stopwatch()
 
     def serve(self, until_left: bool = False) -> None:
         """Serve until ``stop``, or with ``until_left`` until all workers have left.
@@ -84,6 +86,12 @@ class Server:
                 # 1. Handle messages until the next tick.
                 self._endpoint.serve(next_tick - time.monotonic())
                 now = time.monotonic()
+                absent_s = self._looks.absence()
+                if absent_s:
+                    # The workers were stopped with it, most likely.
+                    self._endpoint.forgive(absent_s)
+                    if self._expected_since is not None:
+                        self._expected_since += absent_s
                 # 2. Signs of life, silent and missing workers, snapshots, connections.
                 if now >= next_tick:
                     self._tick(now)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import zmq
 
+from scaletrain.host.stopwatch import Stopwatch
 from scaletrain.parameter_server.protocol import wire
 from scaletrain.parameter_server.protocol.consistency import Scaling
 from scaletrain.parameter_server.protocol.settings import SILENCE_S
@@ -99,6 +100,7 @@ class IoThread:
         self.bytes_received = 0
         # Written by ``stop``, read by the thread.
         self._stopping = False
+        self._turns = Stopwatch()  # the thread's own
         self._poller = zmq.Poller()
         self._thread = threading.Thread(target=self._run, name="parameter-server", daemon=True)
 
@@ -141,6 +143,10 @@ class IoThread:
         3. Send all requests that have room.
         """
         ready = dict(self._poller.poll(1000))
+        absent_s = self._turns.absence()
+        for link in self._links:
+            # Its servers were stopped with it, most likely.
+            link.heard_at = min(link.heard_at + absent_s, time.monotonic())
         if self._requests.wake in ready:
             self._requests.take_notice()
         self._attend(ready)
