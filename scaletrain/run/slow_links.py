@@ -55,6 +55,9 @@ def slow_links(
     suspicion = _lossy(links) or _slow_host(links) or _slow_link(links)
     if suspicion is None or suspicion.share.value < SHARE:
         return []
+    # Packets that were sent again are seen one by one. That a link is slow is an inference.
+    if suspicion.kind is Kind.SLOW_LINK and suspicion.share.low <= 0:
+        return []
     mean_step_s = table.mean_step_s
     ends = suspicion.ends
     return [

@@ -259,6 +259,23 @@ def test_a_cost_of_few_samples_has_a_wide_interval_instead_of_none():
     assert f"({1e3 * culprit.low_s:.3g} to {1e3 * culprit.high_s:.3g})" in culprit.sentence()
 
 
+@pytest.mark.parametrize("times", [2, 6])
+def test_a_link_is_not_called_slow_for_a_cost_that_may_be_nothing(times: int):
+    """A process that the machine held up twice: its link, too, moved little while it had data."""
+    run = with_links(ring(4))
+    samples = []
+    for number, sample in enumerate(run[1].links):
+        held_up_s = 6.5 / times * min(times, max(0, number - 3))
+        connections = []
+        for each in sample.connections:
+            is_sending = each.acked_bytes > 1000
+            connections.append(each._replace(busy_s=each.busy_s + is_sending * held_up_s))
+        samples.append(sample._replace(connections=connections))
+    run[1] = RankSteps(1, run[1].host, run[1].records, samples)
+    found = find(run)
+    assert [each.link for each in found] == [("rank 1 on h1", "rank 2 on h2")] * (times > 2)
+
+
 def test_a_mean_cost_is_a_part_of_a_mean_step():
     """A fifth of the steps is long: against the others, it would cost more than a whole step."""
     run = made_up(4, 60, seed=3, slow={1: (Kind.GARBAGE, 0.2)}, every=5)
