@@ -38,6 +38,7 @@ CLEAN_RUNS = 30
 LOOK_S = 0.4
 SLOWER_S = 0.04  # a step, of the faults that are a time
 LAUNCHERS = ("local", "rehearsal")
+_STOLEN = f": {Kind.STOLEN_CORES} "  # in the sentences that name them
 EXCHANGES = ("ring", "tree", "parameter_server")
 # Not what is only known of ranks on another machine: here, all processes are on this one.
 FAULT_KINDS = tuple(kind for kind in Kind if kind is not Kind.SILENT)
@@ -388,7 +389,7 @@ def page(header: Environment, outcomes: dict[str, Outcome], remark: str = "") ->
         stolen_alarms=[
             outcome
             for outcome in clean
-            if any("stolen cores takes" in alarm for alarm in outcome.early_alarms)
+            if any(_STOLEN in alarm for alarm in outcome.early_alarms)
         ],
         ended=len([outcome for outcome in faults if outcome.is_right_at_the_end is not None]),
         alarms=[outcome for outcome in clean if not outcome.is_right],
@@ -410,7 +411,7 @@ def page(header: Environment, outcomes: dict[str, Outcome], remark: str = "") ->
 def _names_stolen_cores(outcome: Outcome) -> bool:
     """Return True if a wrong answer was that cores are stolen, where more wanted them than are."""
     is_busy = outcome.load > (os.cpu_count() or 1)
-    return not outcome.is_right and is_busy and "stolen cores takes" in outcome.named
+    return not outcome.is_right and is_busy and _STOLEN in outcome.named
 
 
 def _cell(kind: str, launcher: str, exchange: str, faults: list[Outcome]) -> str:
