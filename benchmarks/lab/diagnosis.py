@@ -387,9 +387,7 @@ def page(header: Environment, outcomes: dict[str, Outcome], remark: str = "") ->
         commits=list(dict.fromkeys(outcome.commit for outcome in outcomes.values())),
         stolen=[outcome for outcome in faults if _names_stolen_cores(outcome)],
         stolen_alarms=[
-            outcome
-            for outcome in clean
-            if any(_STOLEN in alarm for alarm in outcome.early_alarms)
+            outcome for outcome in clean if any(_STOLEN in alarm for alarm in outcome.early_alarms)
         ],
         ended=len([outcome for outcome in faults if outcome.is_right_at_the_end is not None]),
         alarms=[outcome for outcome in clean if not outcome.is_right],
@@ -409,9 +407,13 @@ def page(header: Environment, outcomes: dict[str, Outcome], remark: str = "") ->
 
 
 def _names_stolen_cores(outcome: Outcome) -> bool:
-    """Return True if a wrong answer was that cores are stolen, where more wanted them than are."""
+    """Return True if cores were stolen by others than the fault, and were named for it.
+
+    More processes wanted the cores than there are.
+    """
     is_busy = outcome.load > (os.cpu_count() or 1)
-    return not outcome.is_right and is_busy and _STOLEN in outcome.named
+    is_injected = outcome.case.kind == Kind.STOLEN_CORES
+    return not outcome.is_right and is_busy and not is_injected and _STOLEN in outcome.named
 
 
 def _cell(kind: str, launcher: str, exchange: str, faults: list[Outcome]) -> str:
