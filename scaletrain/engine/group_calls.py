@@ -22,6 +22,7 @@ from scaletrain.engine.choice import AUTO, NATIVE, Options
 from scaletrain.engine.engine import runs_one_hop
 from scaletrain.engine.lane import Lane
 from scaletrain.engine.meeting import introduce, known_members
+from scaletrain.engine.messages import ANY, Messages
 from scaletrain.engine.operations import OPERATIONS, Operation, number_of
 from scaletrain.engine.rendezvous import for_nccl
 from scaletrain.engine.roll_call import RollCall
@@ -90,6 +91,7 @@ class GroupCalls:
         # holds _creating. None: left to NCCL.
         self._lanes: dict[str, Lane | None] = {}
         self._creating = threading.Lock()
+        self._messages: Messages | None = None  # likewise, at the first send or recv
         self._device_shared: bool | None = None  # None: the ranks have not been asked yet
 
     def allreduce(self, tensors: list[Tensor], options: Any) -> dist.Work:
@@ -171,6 +173,8 @@ class GroupCalls:
         for lane in self._lanes.values():
             if lane is not None:
                 lane.limit(timeout)
+        if self._messages is not None:
+            self._messages.limit(timeout)
 
     # In shared memory, collectives of CPU tensors take one hop. Everything else goes to gloo or
     # NCCL.
@@ -295,15 +299,57 @@ class GroupCalls:
 
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
         """Send a tensor to a rank, which calls ``recv``."""
-        return self._forward("send", tensors, peer, tag)
+        if not (self._is_peer(peer) and self._runs_message(tensors, tag)):
+            return self._forward("send", tensors, peer, tag)
+        return self._message("send", self._own_messages().send, tensors, peer, tag)
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
         """Receive a tensor from a rank, which calls ``send``."""
-        return self._forward("recv", tensors, peer, tag)
+        if not (self._is_peer(peer) and self._runs_message(tensors, tag)):
+            return self._forward("recv", tensors, peer, tag)
+        return self._message("recv", self._own_messages().receive, tensors, peer, tag)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> dist.Work:
         """Receive a tensor from any rank that calls ``send``."""
-        return self._forward("recv_anysource", tensors, tag)
+        if not self._runs_message(tensors, tag):
+            return self._forward("recv_anysource", tensors, tag)
+        return self._message("recv_anysource", self._own_messages().receive, tensors, ANY, tag)
+
+    def _is_peer(self, rank: int) -> bool:
+        """Return True if a rank is another one of this group. gloo refuses messages to others."""
+        return 0 <= rank < self.size and rank != self.rank
+
+    def _runs_message(self, tensors: list[Tensor], tag: int) -> bool:
+        """Return True if the engine sends or receives such a tensor.
+
+        Sender and receiver answer alike: of CPU tensors, it leaves to gloo only those that gloo
+        refuses.
+        """
+        if not self.runs_one_hop or len(tensors) != 1 or tag < 0:
+            return False
+        tensor = tensors[0]
+        return tensor.is_cpu and tensor.layout == torch.strided and tensor.is_contiguous()
+
+    def _own_messages(self) -> Messages:
+        """Return this rank's end of the messages. The first call creates it."""
+        if self._messages is None:
+            with self._creating:
+                if self._messages is None:
+                    self._messages = Messages(self._group("messages"))
+        return self._messages
+
+    def _message(
+        self,
+        name: str,
+        start: Callable[[Tensor, int, int], dist.Work],
+        tensors: list[Tensor],
+        peer: int,
+        tag: int,
+    ) -> dist.Work:
+        if torch.autograd._profiler_enabled():
+            with torch.profiler.record_function(f"scaletrain:{name}"):
+                return start(tensors[0], peer, tag)
+        return start(tensors[0], peer, tag)
 
     def _forward(self, method: str, *arguments: Any) -> dist.Work:
         """Call a method of gloo's or NCCL's backend itself.
@@ -362,6 +408,8 @@ class GroupCalls:
         for lane in self._lanes.values():
             if lane:
                 lane.close()
+        if self._messages is not None:
+            self._messages.close()
         for backend in self._backends():
             backend.shutdown()
         # gloo's threads let go of the last tensors under the interpreter's lock. If the interpreter
@@ -374,6 +422,8 @@ class GroupCalls:
         for lane in self._lanes.values():
             if lane:
                 lane.abort()
+        if self._messages is not None:
+            self._messages.abort()
         for backend in self._backends():
             backend.abort()
 

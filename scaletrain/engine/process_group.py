@@ -3,8 +3,9 @@
 >>> dist.init_process_group("scaletrain")  # doctest: +SKIP
 
 Dense allreduces run on our engine, on a thread of their own, so that they overlap with backward.
-Everything else (other collectives, sparse tensors, point-to-point) is forwarded to gloo, or to NCCL
-for CUDA tensors: nothing that they can do is lost.
+So do, among ranks of one host, the other collectives of CPU tensors, and send and recv. Everything
+else (sparse tensors, other wires) is forwarded to gloo, or to NCCL for CUDA tensors: nothing that
+they can do is lost.
 
 CUDA tensors: with ``auto`` and ``native``, NCCL's own allreduce runs. With an algorithm that was
 chosen, its schedule runs over NCCL's point-to-point messages. Where ranks share a GPU, which NCCL

@@ -13,6 +13,7 @@ import mmap
 import os
 import platform
 import time
+from typing import Protocol
 
 from scaletrain.engine.meeting import introduced, is_alive, lost, ranks_in_words, wait_for_keys
 from scaletrain.engine.transport import Group
@@ -59,6 +60,36 @@ class _Timespec(ctypes.Structure):
 
 
 _NAP = ctypes.byref(_Timespec(0, int(_NAP_S * 1e9)))
+
+
+def sleep_on(address: int, seen: int) -> None:
+    """Sleep until ``wake`` is called on a word, or until a few milliseconds have passed.
+
+    Args:
+        address: of a word of 64 bits in shared memory.
+        seen: the word's value as the caller saw it. If it has changed since, nobody sleeps.
+    """
+    expected = ctypes.c_uint32(seen & 0xFFFFFFFF)
+    _libc.syscall(_FUTEX, ctypes.c_void_p(address), _FUTEX_WAIT, expected, _NAP, None, 0)
+
+
+def wake(address: int) -> None:
+    """Wake everybody who sleeps on a word, in whichever process."""
+    _libc.syscall(_FUTEX, ctypes.c_void_p(address), _FUTEX_WAKE, _EVERYBODY, None, None, 0)
+
+
+def have_a_core_each(group: Group) -> bool:
+    """Return True if there are at least as many cores as ranks. The members must be known."""
+    # Each rank may be bound to a core of its own and sees that one only.
+    cores = {core for member in group.members for core in member.cores}
+    return len(cores) >= group.size
+
+
+def num_spins(group: Group) -> int:
+    """Return how often a rank looks at a word before it offers its core to others."""
+    # With fewer cores than ranks, spinning keeps the very rank from running that this one waits
+    # for: the core is offered at once.
+    return _SPINS if have_a_core_each(group) else 1
 
 
 class Segment:
@@ -110,12 +141,8 @@ class Segment:
         self._sleeps = [rank * self._words_per_rank for rank in range(self.size)]
         self._others_sleep = [*self._sleeps]
         del self._others_sleep[self.rank]
-        # Each rank may be bound to a core of its own and sees that one only.
-        cores = {core for member in group.members for core in member.cores}
-        self.a_core_each = len(cores) >= self.size
-        # With fewer cores than ranks, spinning keeps the very rank from running that this one waits
-        # for: the core is offered at once.
-        self._spins = _SPINS if self.a_core_each else 1
+        self.a_core_each = have_a_core_each(group)
+        self._spins = num_spins(group)
         # Until then, processes of others compute on this rank's core. Its thread alone uses it.
         self.neighbours_until = 0.0  # as ``time.monotonic``
 
@@ -133,8 +160,7 @@ class Segment:
         words[place] = value
         for other in self._others_sleep:
             if words[other]:
-                address = ctypes.c_void_p(self._address + _WORD_BYTES * place)
-                _libc.syscall(_FUTEX, address, _FUTEX_WAKE, _EVERYBODY, None, None, 0)
+                wake(self._address + _WORD_BYTES * place)
                 return
 
     def read(self, rank: int, counter: int) -> int:
@@ -172,9 +198,7 @@ class Segment:
         """
         flag = self._sleeps[self.rank]
         self.words[flag] = 1
-        address = ctypes.c_void_p(self._address + place)
-        expected = ctypes.c_uint32(seen & 0xFFFFFFFF)
-        _libc.syscall(_FUTEX, address, _FUTEX_WAIT, expected, _NAP, None, 0)
+        sleep_on(self._address + place, seen)
         self.words[flag] = 0
 
     def check_alive(self, rank: int) -> None:
@@ -201,26 +225,51 @@ class Segment:
             self._map.close()
 
 
+class Watched(Protocol):
+    """What a patient wait asks about the ranks and the memory (``Segment``)."""
+
+    timeout_s: float
+    neighbours_until: float
+
+    def sleep(self, place: int, seen: int) -> None:
+        """Sleep until a word is no longer ``seen``."""
+
+    def check_alive(self, rank: int) -> None:
+        """Raise ConnectionError if the rank's process has ended."""
+
+    def check_not_ended(self) -> None:
+        """Raise ConnectionError if this rank has ended the group."""
+
+    def late(self, ranks: tuple[int, ...]) -> TimeoutError:
+        """Return the error that says these ranks did not answer in time."""
+
+
 class Patience:
     """One long wait for other ranks: it costs little, and notices ranks that are gone or late.
 
-    Each ``pause`` is one of these, by how long the wait has lasted:
+    Each ``pause`` is one of these, by how long nothing has moved:
 
     1. In the first moments, offer the core and come back; unless others compute on it.
     2. After that, sleep: until the counter changes, or longer and longer.
-    3. Ten times a second, look whether the ranks' processes are alive and the time is over.
+
+    Ten times a second, it looks whether the ranks' processes are alive and the time is over.
 
     Args:
         ranks: the ranks of the segment that this rank waits for.
     """
 
-    def __init__(self, segment: Segment, ranks: tuple[int, ...]):
+    def __init__(self, segment: Watched, ranks: tuple[int, ...]):
         self._segment = segment
         self._ranks = ranks
         self._began = time.monotonic()
+        self._moved_at = self._began  # when anything moved
         self._checked_at = self._began  # when the ranks were last looked at
         self._sleep_s = _SHORTEST_SLEEP_S
         self._gone: ConnectionError | None = None
+
+    def moved(self) -> None:
+        """Note that something has moved, though not yet what this rank waits for."""
+        self._moved_at = time.monotonic()
 
     def pause(self, place: int = -1, seen: int = 0) -> None:
         """Pause once.
@@ -239,12 +288,11 @@ class Patience:
             raise self._gone
         now = time.monotonic()
         segment = self._segment
-        if now - self._began < _YIELD_S and now > segment.neighbours_until:
+        if now - self._moved_at < _YIELD_S and now > segment.neighbours_until:
             _sched_yield()
             if time.monotonic() - now > _NEIGHBOUR_S:
                 segment.neighbours_until = now + _BESIDE_NEIGHBOURS_S
-            return
-        if place >= 0:
+        elif place >= 0:
             segment.sleep(place, seen)
         else:
             time.sleep(self._sleep_s)

@@ -170,6 +170,29 @@ class _Scatter(Case):
         return self.part, self.mine(self.values(0))
 
 
+class _SendRecv(Case):
+    """Each rank sends to the next one while it receives from the one before."""
+
+    collective = "send_recv"
+
+    def __init__(self, group: Any, num_bytes: int, device: torch.device):
+        super().__init__(group, num_bytes, device)
+        self._received = torch.zeros_like(self.tensor)
+        self._before = (self.rank - 1) % self.size
+        after = (self.rank + 1) % self.size
+        self._pair = [
+            dist.P2POp(dist.isend, self.tensor, group=group, group_peer=after),
+            dist.P2POp(dist.irecv, self._received, group=group, group_peer=self._before),
+        ]
+
+    def run(self) -> None:
+        for work in dist.batch_isend_irecv(self._pair):
+            work.wait()
+
+    def outcome(self) -> tuple[Tensor, Tensor]:
+        return self._received, self.values(self._before)
+
+
 class _Barrier(Case):
     collective = "barrier"
 
@@ -241,6 +264,7 @@ CASES: dict[str, type[Case]] = {
         _AllToAll,
         _Gather,
         _Scatter,
+        _SendRecv,
         _Barrier,
         _FsdpStep,
     )

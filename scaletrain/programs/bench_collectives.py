@@ -127,7 +127,9 @@ def _algorithm(case: bench_cases.Case) -> str:
     calls = calls_of(case.group)
     assert calls is not None
     if case.collective != "all_reduce":
-        return "one hop" if calls.runs_one_hop and not case.tensor.is_cuda else "torch's"
+        if not calls.runs_one_hop or case.tensor.is_cuda:
+            return "torch's"
+        return "messages" if case.collective == "send_recv" else "one hop"
     # Of a single size there is a single choice.
     [choice] = calls.record(case.tensor.nbytes)["chosen"].values()
     algorithm = str(choice["collective"])

@@ -33,6 +33,7 @@ BUS_FACTORS: dict[str, Callable[[int], float]] = {
     "all_to_all": lambda size: (size - 1) / size,
     "gather": lambda size: (size - 1) / size,
     "scatter": lambda size: (size - 1) / size,
+    "send_recv": lambda size: 1.0,
     "barrier": lambda size: 0.0,
     # Two gathers of the weights, and a scatter of the gradients.
     "fsdp_step": lambda size: 3 * (size - 1) / size,
