@@ -167,13 +167,15 @@ def _binding(bind: str | None, launcher: str) -> dict[str, bool]:
     Raises:
         UserError: the launcher cannot bind its workers.
     """
+    if bind is None:
+        return {}
     binding = []
     for name in plugins.names("launcher"):
         options = plugins.options("launcher", name)
         if options is not None and "bind" in options.model_fields:
             binding.append(name)
     cannot = launcher in plugins.names("launcher") and launcher not in binding
-    if bind is None or (cannot and bind == "none"):
+    if cannot and bind == "none":
         return {}
     if cannot:
         raise UserError(

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -353,6 +354,20 @@ def test_binding_is_asked_for_by_the_command(monkeypatch: pytest.MonkeyPatch):
         assert words in output, output
         if launcher != "local":
             assert any("kept on" in line for line in output.splitlines() if line.startswith("#"))
+
+
+def test_without_binding_no_other_launcher_is_looked_at(monkeypatch: pytest.MonkeyPatch):
+    """Bug it catches: every launch reads the files of all launchers."""
+    asked = []
+    options = plugins.options
+
+    def noted(kind: str, name: str, *more: Any) -> Any:
+        asked.append(name)
+        return options(kind, name, *more)
+
+    monkeypatch.setattr(plugins, "options", noted)
+    done = CliRunner().invoke(cli, ["launch", "--dry-run", "train.py"])
+    assert (done.exit_code, {*asked}) == (0, {"local"}), done.output
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "horovodrun", "kubernetes", "rehearsal"])
