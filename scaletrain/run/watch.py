@@ -29,8 +29,8 @@ _SILENT_S = 2.0
 _SILENT_STEPS = 20
 _GONE = ("", "Z", "X")  # states of a process that has ended
 _STOPPED = ("T", "t")
-# What is read of a run's records at its end, of all ranks together: half a second of work.
 _LEAST_SHARE = 0.01  # of the time of a run, that is told at its end
+# What is read of a run's records at its end, of all ranks together: half a second of work.
 _MOST_BYTES = 16 << 20
 _FEWEST_BYTES = 64 << 10  # of each rank
 # Failures of a rank itself, and what they make it.
