@@ -1,6 +1,7 @@
 """Tests ``server/`` and ``worker/`` under faults: processes are killed, stopped and fed rubbish."""
 
 import itertools
+import math
 import random
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +21,10 @@ from scaletrain.parameter_server.protocol import placement, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, MessageKind
 from scaletrain.parameter_server.server.server import Server
+from scaletrain.parameter_server.worker.io_thread import IoThread, Position
 from scaletrain.parameter_server.worker.link import Identity, ServerLink
 from scaletrain.parameter_server.worker.replica import Replica
-from scaletrain.parameter_server.worker.requests import ServerError
+from scaletrain.parameter_server.worker.requests import Requests, ServerError
 from scaletrain.timeouts import Timeouts
 from tests.parameter_server import job
 
@@ -79,6 +82,26 @@ def test_a_stopped_worker_is_noticed_after_the_timeout(tmp_path):
         started[1].process.send_signal(signal.SIGSTOP)
         assert started[0].end(20) != 0
         assert "worker rank 1 was lost" in "\n".join(started[0].lines)
+
+
+def test_a_pause_leaves_a_server_that_has_said_goodbye_alone():
+    """Bug it catches: it counts as silent from the pause on, while others are still waited for."""
+    left = SimpleNamespace(blocks=[], sockets=[], monitors=[], blocked=set(), heard_at=math.inf)
+    silent = SimpleNamespace(
+        blocks=[], sockets=[], monitors=[], blocked=set(), heard_at=time.monotonic() - 100,
+    )  # fmt: skip
+    requests = Requests()
+    thread = IoThread(
+        SimpleNamespace(settings=Settings(1, 200)), [left, silent], requests, Position(0, {})
+    )
+    thread._watch_sockets()
+    for absent_s, silent_s in ((0.0, 100.0), (40.0, 60.0), (1e4, 0.0)):
+        thread._turns = SimpleNamespace(absence=lambda absent_s=absent_s: absent_s)
+        requests.notify()
+        thread._take_turn()
+        assert left.heard_at == math.inf
+        assert time.monotonic() - silent.heard_at == pytest.approx(silent_s, abs=5)
+    requests.close()
 
 
 @pytest.mark.parametrize("mode", ["async", "sync"])

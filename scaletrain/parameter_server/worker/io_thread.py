@@ -144,13 +144,22 @@ class IoThread:
         """
         ready = dict(self._poller.poll(1000))
         absent_s = self._turns.absence()
-        for link in self._links:
-            # Its servers were stopped with it, most likely.
-            link.heard_at = min(link.heard_at + absent_s, time.monotonic())
+        if absent_s:
+            self._forgive(absent_s)
         if self._requests.wake in ready:
             self._requests.take_notice()
         self._attend(ready)
         self._requests.send(self._try_send)
+
+    def _forgive(self, absent_s: float) -> None:
+        """Leave a time in which this process was stopped out of the silence of all servers.
+
+        They were stopped with it, most likely.
+        """
+        now = time.monotonic()
+        for link in self._links:
+            if link.heard_at < now:  # later than now: it has said goodbye
+                link.heard_at = min(link.heard_at + absent_s, now)
 
     def _watch_sockets(self) -> None:
         """Make a poller for the sockets that there are now."""
