@@ -26,6 +26,9 @@ COMPANION_STOP_S = 5.0  # from SIGTERM to SIGKILL, for servers and the store
 STOP_S = 30.0  # after Ctrl-C or SIGTERM, time for workers to write a checkpoint and end
 _START_S = 180.0  # importing, building a model and compiling it, where ``timeout_s`` is less
 LONGEST_S = 30 * 86_400.0  # a longer one is a slip of the keyboard
+# The limit of waits inside gloo and torch's store where our supervisor ends a job that hangs. Their
+# clocks go on while the whole job is stopped, and the supervisor's does not.
+WATCHED_S = 3 * LONGEST_S
 
 
 @dataclass(frozen=True)

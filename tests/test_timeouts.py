@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from scaletrain import plugins, timeouts
 from scaletrain.errors import UserError
+from scaletrain.run import progress
 from scaletrain.timeouts import LONGEST_S, Timeouts
 from scaletrain.training.exchange import Setup
 from scaletrain.world import World
@@ -65,6 +66,36 @@ def test_the_supervisor_waits_for_the_reports_of_failed_collectives(limits: Time
 def test_torch_takes_every_limit(limits: Timeouts):
     for limit in (limits.join, limits.collective, limits.first_collective):
         assert timedelta(0) < limit < timedelta(days=365)
+
+
+@given(ANY)
+def test_a_library_waits_longer_than_any_limit_of_ours_under_our_supervisor(limits: Timeouts):
+    assert limits.first_collective_s < timeouts.WATCHED_S < timedelta(days=365).total_seconds()
+
+
+LOCAL = World(rank=0, size=2, local_rank=0, local_size=2, launcher="local")
+
+
+@pytest.mark.parametrize(
+    ("world", "doing", "is_watched"),
+    [
+        (LOCAL, progress.STARTING, True),
+        (LOCAL, progress.SCRIPT, False),  # nobody notices if it hangs
+        (LOCAL._replace(launcher="torchrun"), progress.STARTING, False),
+        (LOCAL._replace(launcher="slurm"), progress.STARTING, False),
+        # Ranks have to notice that the network between their hosts is cut.
+        (LOCAL._replace(launcher="rehearsal", num_nodes=2), progress.STARTING, False),
+    ],
+)
+def test_a_library_keeps_our_limit_where_no_supervisor_of_ours_has_the_verdict(
+    world: World, doing: str, is_watched: bool, tmp_path: Path
+):
+    limit = timedelta(seconds=122)
+    assert progress.library_limit(limit) == limit  # outside a worker
+    with progress.reporting(tmp_path, world):
+        progress.alive(doing)
+        long = timedelta(seconds=timeouts.WATCHED_S)
+        assert progress.library_limit(limit) == (long if is_watched else limit)
 
 
 def test_the_limits_that_nobody_sets_are_in_order():

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from scaletrain.run import flight
 from scaletrain.run.atomic import write_json
 from scaletrain.run.failure import failure_from_exception
 from scaletrain.run.layout import RunDir
-from scaletrain.timeouts import ENDS_ITSELF_S
+from scaletrain.timeouts import ENDS_ITSELF_S, WATCHED_S
 from scaletrain.world import OWN_LAUNCHERS, World
 
 # Set by batch scripts, which show the first cause themselves when their workers have ended.
@@ -170,6 +171,8 @@ class _Reporter:
         )
         self._process = psutil.Process()
         self._weighed_at = -math.inf  # when memory was last asked for, on the monotonic clock
+        # On several hosts only the ranks themselves can tell that the network is cut.
+        self.is_supervised = world.launcher in OWN_LAUNCHERS and world.num_nodes == 1
         self._sync_s = float("inf") if world.num_nodes == 1 else _SYNC_S
         self._synced_at = time.monotonic()
 
@@ -391,6 +394,18 @@ def entering(collective: str, num_bytes: int | None = None) -> None:
         progress.collective = f"{collective}{size} #{progress.num_collectives}"
         _reporter.entered = collective
         _reporter.write()
+
+
+def library_limit(limit: timedelta) -> timedelta:
+    """Return the limit for a wait inside a library that a rank's own limit becomes.
+
+    Such a wait goes on counting while the whole job is stopped, and would end a healthy job. If our
+    supervisor ends this job should it hang, its verdict comes first: it names the rank, and leaves
+    pauses out. Elsewhere the limit is as it is.
+    """
+    if _reporter is None or not _reporter.is_supervised:
+        return limit
+    return timedelta(seconds=WATCHED_S) if _reporter.progress.reports_steps else limit
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from scaletrain.engine import ddp_end
 from scaletrain.engine.backend import calls_of
 from scaletrain.engine.rendezvous import for_nccl
 from scaletrain.errors import UserError
-from scaletrain.run import spans
+from scaletrain.run import progress, spans
 from scaletrain.training.exchange import Exchange, Setup, Sums, attached
 from scaletrain.world import World
 
@@ -90,6 +90,9 @@ class AllreduceExchange(Exchange):
                 " process, and no init_process_group beside it; close() ends an exchange)"
             )
         store = setup.store
+        limit = setup.timeouts.first_collective
+        if backend == "gloo":
+            limit = progress.library_limit(limit)
         if backend == "nccl":
             store = for_nccl(store, on_one_host=world.num_nodes == 1)
         dist.init_process_group(
@@ -97,7 +100,7 @@ class AllreduceExchange(Exchange):
             store=store,
             rank=world.rank,
             world_size=world.size,
-            timeout=setup.timeouts.first_collective,
+            timeout=limit,
             pg_options=options,
         )
         self.world = world
@@ -111,7 +114,7 @@ class AllreduceExchange(Exchange):
                 ranks = range(number * place.size, (number + 1) * place.size)
                 made = dist.new_group(
                     ranks=[*ranks],
-                    timeout=setup.timeouts.first_collective,
+                    timeout=limit,
                     backend=backend,
                     pg_options=options,
                 )
@@ -259,6 +262,8 @@ class AllreduceExchange(Exchange):
             calls = calls_of(group)
             if calls is not None:
                 calls.limit(timeout)
+            elif dist.get_backend(group) == "gloo":
+                dist.distributed_c10d._set_pg_timeout(progress.library_limit(timeout), group)
             else:
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
 

@@ -66,6 +66,18 @@ def test_kill_9_of_one_worker_of_three(options: tuple[str, ...], tmp_path: Path)
     assert gone(run_dir)
 
 
+def test_a_worker_that_is_stopped_under_gloo_is_a_hang_although_gloo_waits_on(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    process = started(run_dir, "--set", "timeout_s=3", "--exchange", "native")
+    began = time.monotonic()
+    os.kill(pid_of(run_dir, 1), signal.SIGSTOP)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - began < Timeouts(3.0).collective_s + 5
+    assert process.returncode == 124, output
+    assert "rank 1 on" in output and "hangs" in output and "SIGSTOP" in output, output
+    assert gone(run_dir)
+
+
 def test_a_stopped_worker_is_a_hang(tmp_path: Path):
     run_dir = tmp_path / "run"
     process = started(run_dir, "--set", "timeout_s=5", "--exchange", "ring")
@@ -88,10 +100,13 @@ def test_a_stopped_worker_is_a_hang(tmp_path: Path):
     assert "missing ranks: {1}" in said or (run_dir / "summary.json").exists(), said
 
 
-def test_a_job_that_is_stopped_as_a_whole_for_longer_than_all_its_limits_goes_on(tmp_path: Path):
+@pytest.mark.parametrize("exchange", ["ring", "native", "ring@gloo"])
+def test_a_job_that_is_stopped_as_a_whole_for_longer_than_all_its_limits_goes_on(
+    exchange: str, tmp_path: Path
+):
     """Bug it catches: ranks that waited for others blame the pause on them."""
     run_dir = tmp_path / "run"
-    process = started(run_dir, "--set", "timeout_s=2", "--exchange", "ring")
+    process = started(run_dir, "--set", "timeout_s=2", "--exchange", exchange)
     late = psutil.Process(pid_of(run_dir, 2))
     family = psutil.Process(process.pid).children(recursive=True)
     waiting = [each for each in family if each not in (late, *late.children(recursive=True))]

@@ -1,5 +1,6 @@
 """Joining the job's store, and finding out which ranks share a host."""
 
+import contextlib
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -12,12 +13,14 @@ from scaletrain.engine.rendezvous.serve import STORE_FD, serve, serve_at
 from scaletrain.errors import UserError
 from scaletrain.host import addresses
 from scaletrain.host.names import host_name
+from scaletrain.host.stopwatch import Stopwatch
 from scaletrain.run import progress
 from scaletrain.world import UNKNOWN, World
 
 # Launchers under which somebody serves the store, and MASTER_ADDR and MASTER_PORT say where.
 _WITH_STORE = ("local", "rehearsal", "torchrun", "environment")
 _MOST_SHOWN = 16  # ranks in an error message
+_LOOK_S = 1.0  # a wait at the store is interrupted after this time, for a look at the clock
 
 
 def join(world: World, run_dir: Path, timeout: timedelta, *, is_private: bool = True) -> dist.Store:
@@ -82,12 +85,13 @@ def _connect_to(address: str, port: int, world: World, timeout: timedelta) -> di
 
     Rank 0 serves it there, unless the launcher or an agent does.
     """
+    limit = progress.library_limit(timeout)
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     # Not waiting for workers here: ``_wait_for_all`` does, and names those that are missing.
     if world.rank == 0 and not served_by_agent:
-        store = serve_at(address, port, timeout)
+        store = serve_at(address, port, limit)
     else:
-        store = dist.TCPStore(address, port, None, timeout=timeout, wait_for_workers=False)
+        store = dist.TCPStore(address, port, None, timeout=limit, wait_for_workers=False)
     publish.use_interface_of(addresses.source_address(address, port))
     # Under an agent's store, keys of a failed attempt outlive it. They must not be taken for new.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -104,19 +108,34 @@ def _wait_for_all(world: World, store: dist.Store, timeout: timedelta) -> None:
     store.set(f"scaletrain/arrived/{world.rank}", host_name())
     keys = [f"scaletrain/arrived/{rank}" for rank in range(world.size)]
     try:
-        store.wait(keys, timeout)
-    except (RuntimeError, TimeoutError) as error:
-        try:
+        if not _are_set_in_time(store, keys, timeout):
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        except RuntimeError:
-            raise ConnectionError("rank 0, which serves the store, is gone") from error
-        names = ", ".join(str(rank) for rank in missing[:_MOST_SHOWN])
-        if len(missing) > _MOST_SHOWN:
-            names += ", ..."
-        raise TimeoutError(
-            f"after {timeout.total_seconds():.0f} s ranks {names} have not joined"
-        ) from error
+            names = ", ".join(str(rank) for rank in missing[:_MOST_SHOWN])
+            if len(missing) > _MOST_SHOWN:
+                names += ", ..."
+            raise TimeoutError(
+                f"after {timeout.total_seconds():.0f} s ranks {names} have not joined"
+            )
+    except RuntimeError as error:
+        raise ConnectionError("rank 0, which serves the store, is gone") from error
     progress.alive("joined")
+
+
+def _are_set_in_time(store: dist.Store, keys: list[str], timeout: timedelta) -> bool:
+    """Wait until all keys are in the store; return False if they are not in time.
+
+    Raises:
+        RuntimeError: the store is gone.
+    """
+    stopwatch = Stopwatch()
+    while not store.check(keys):
+        left_s = timeout.total_seconds() - stopwatch.look()
+        if left_s <= 0:
+            return False
+        look_s = min(_LOOK_S, max(0.01, left_s))  # torch takes 0 for no limit
+        with contextlib.suppress(RuntimeError, TimeoutError):  # the store is asked once more
+            store.wait(keys, timedelta(seconds=look_s))
+    return True
 
 
 @progress.waiting("the other workers")

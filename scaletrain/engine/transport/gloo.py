@@ -21,6 +21,7 @@ from scaletrain.engine.transport import (
     sends_go_first,
 )
 from scaletrain.engine.transport.landing import Landing, Landings
+from scaletrain.run.progress import library_limit
 
 _OPERATIONS: dict[Reduce, Any] = {
     torch.add: dist.ReduceOp.SUM, torch.mul: dist.ReduceOp.PRODUCT,
@@ -53,7 +54,8 @@ class Gloo:
     def __init__(self, group: Group):
         self.rank = group.rank
         self.size = group.size
-        self._timeout_s = group.timeout.total_seconds()
+        limit = library_limit(group.timeout)
+        self._timeout_s = limit.total_seconds()
         self._landings = Landings()
         self._tag = 0  # of all messages of the present call: messages of another never match
         # torch's stubs lack the methods of its backends.
@@ -62,7 +64,7 @@ class Gloo:
         # of them have to be here.
         values_of_all(group, "gloo", "")
         try:
-            self._gloo = dist.ProcessGroupGloo(group.store, group.rank, group.size, group.timeout)
+            self._gloo = dist.ProcessGroupGloo(group.store, group.rank, group.size, limit)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ConnectionError(
@@ -165,8 +167,9 @@ class Gloo:
 
     def limit(self, timeout: timedelta) -> None:
         """Change the group's timeout. See ``Transport.limit``."""
-        self._timeout_s = timeout.total_seconds()
-        self._gloo._set_default_timeout(timeout)
+        limit = library_limit(timeout)
+        self._timeout_s = limit.total_seconds()
+        self._gloo._set_default_timeout(limit)
 
     def close(self) -> None:
         """End gloo's threads and connections. Not collective."""
