@@ -1,5 +1,6 @@
 """Tests ``server/`` and ``worker/`` under faults: processes are killed, stopped and fed rubbish."""
 
+import contextlib
 import itertools
 import math
 import random
@@ -17,7 +18,7 @@ import pytest
 import torch
 import zmq
 
-from scaletrain.parameter_server.protocol import placement, wire
+from scaletrain.parameter_server.protocol import placement, tcp, wire
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Dtype, Header, MessageKind
 from scaletrain.parameter_server.server.server import Server
@@ -84,11 +85,67 @@ def test_a_stopped_worker_is_noticed_after_the_timeout(tmp_path):
         assert "worker rank 1 was lost" in "\n".join(started[0].lines)
 
 
+def test_a_server_that_is_stopped_long_before_its_workers_loses_none_of_them(tmp_path):
+    """Bug it catches: ZeroMQ's heartbeats, which a stopped process does not answer."""
+    made = Settings(2, 4, link="tcp", placement="dedicated")
+    with (
+        job.server_processes(made, tmp_path) as servers,
+        job.workers(made, tmp_path, 60, {0: 0.02, 1: 0.02}) as started,
+    ):
+        started[1].wait_for(5)
+        every = [servers[0], *(worker.process for worker in started)]
+        servers[0].send_signal(signal.SIGSTOP)
+        time.sleep(2 * made.unanswered_s)
+        for process in every[1:]:
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        for process in every:
+            process.send_signal(signal.SIGCONT)
+        assert [worker.end() for worker in started] == [0, 0], started[0].lines[-5:]
+    assert job.statistics(tmp_path)["lost"] == []
+
+
+def test_a_worker_that_is_stopped_while_nobody_needs_it_is_not_lost(tmp_path):
+    """Bug it catches: as above, from the server's side."""
+    made = Settings(2, 4, mode="async", link="tcp", placement="dedicated")
+    with (
+        job.server_processes(made, tmp_path),
+        job.workers(made, tmp_path, 400, {0: 0.03, 1: 0.0}) as started,
+    ):
+        started[1].wait_for(5)
+        started[1].process.send_signal(signal.SIGSTOP)
+        time.sleep(2 * made.unanswered_s)
+        started[1].process.send_signal(signal.SIGCONT)
+        assert [worker.end() for worker in started] == [0, 0], started[1].lines[-5:]
+    assert job.statistics(tmp_path)["lost"] == []
+
+
+def test_a_host_that_answers_is_not_taken_for_one_that_is_gone():
+    """It acknowledges what a process that is stopped will read later, or has no room for."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        sender = socket.create_connection(listening.getsockname())
+        receiver, _ = listening.accept()
+    with sender, receiver:
+        sender.sendall(b"x" * 1000)
+        sender.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sender.send(bytes(1 << 16))  # until nothing fits any more
+        time.sleep(1.5)
+        assert tcp.unanswered_s(sender.fileno()) < 1
+        assert tcp.bytes_received(receiver.fileno()) >= 1000
+    for end in socket.socketpair():
+        with end:
+            assert tcp.unanswered_s(end.fileno()) == tcp.bytes_received(end.fileno()) == 0
+    assert tcp.unanswered_s(1 << 20) == 0  # it is closed
+
+
 def test_a_pause_leaves_a_server_that_has_said_goodbye_alone():
     """Bug it catches: it counts as silent from the pause on, while others are still waited for."""
     left = SimpleNamespace(blocks=[], sockets=[], monitors=[], blocked=set(), heard_at=math.inf)
     silent = SimpleNamespace(
         blocks=[], sockets=[], monitors=[], blocked=set(), heard_at=time.monotonic() - 100,
+        unanswered_s=lambda: 0.0,
     )  # fmt: skip
     requests = Requests()
     thread = IoThread(

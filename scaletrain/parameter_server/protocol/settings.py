@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Lt
 from scaletrain.errors import UserError, unknown
 from scaletrain.host import cores
 
-SILENCE_S = 10.0  # a link without a sign of life for this long is cut
+SILENCE_S = 10.0  # a host that answers nothing for this long is gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +216,9 @@ class Settings(ParameterServerOptions):
         return max(1, min(self.num_connections, len(cores.usable())))
 
     @property
-    def heartbeat_ms(self) -> int:
-        """ZeroMQ cuts a connection that was silent for so many milliseconds."""
-        # The interval of heartbeats is a fourth of it, and an interval of 0 would switch them off.
-        return max(4, int(min(SILENCE_S, self.timeout_s) * 1000))
+    def unanswered_s(self) -> float:
+        """A connection is ended if the kernel at its other end answers nothing for so long."""
+        return min(SILENCE_S, self.timeout_s)
 
     @property
     def fewest_workers(self) -> int | None:

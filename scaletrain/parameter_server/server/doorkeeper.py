@@ -1,27 +1,26 @@
-"""The limits that hold before anybody has proved anything: descriptors, time and bytes.
+"""The limits of connections: of strangers, and of workers whose host is gone.
 
 ZeroMQ accepts every connection. One that says nothing holds a descriptor, and one whose message has
 no end holds memory, until ZeroMQ's own time limit ends it, if any. The doorkeeper knows each
 connection by its descriptor and ends those of strangers before they are too many or too loud. A
 worker that is hit in such a flood tries again (``worker.link``), and gets in.
+
+A worker's connection ends if its host does not answer, and stays if only its process is silent.
 """
 
 import contextlib
 import resource
-import socket
-import struct
 from collections.abc import Iterator
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from scaletrain.parameter_server.protocol import tcp
+
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 _MOST_STRANGERS = 128  # at the same time
 _STRANGER_BYTES = 1 << 16  # handshakes take less than 2 KiB
 _OWN_DESCRIPTORS = 64  # of Python, torch, ZeroMQ, files and shared memory
-# In the kernel's tcp_info: tcpi_bytes_received.
-_TCP_INFO_BYTES = 136
-_BYTES_RECEIVED = 128
 
 
 class Doorkeeper:
@@ -46,6 +45,7 @@ class Doorkeeper:
         self.news.connect(address)
         # By descriptor, the oldest first; a dict keeps their order.
         self._strangers: dict[int, None] = {}
+        self._workers: set[int] = set()  # descriptors of connections that were admitted
         # Workers whose arrival is still to be told: another thread of ZeroMQ tells it.
         self._admitted_early: set[int] = set()
         self._most = min(_MOST_STRANGERS, _spare_descriptors(connections))
@@ -59,6 +59,7 @@ class Doorkeeper:
     def admit(self, descriptor: int) -> None:
         """Note that a connection has proved that it is a worker's."""
         self._hear()
+        self._workers.add(descriptor)
         if self._strangers.pop(descriptor, None) is None:
             self._admitted_early.add(descriptor)
 
@@ -68,8 +69,16 @@ class Doorkeeper:
         for descriptor in list(self._too_many()):
             self._turn_away(descriptor)
         for descriptor in list(self._strangers):
-            if _bytes_received(descriptor) > _STRANGER_BYTES:
+            if tcp.bytes_received(descriptor) > _STRANGER_BYTES:
                 self._turn_away(descriptor)
+
+    def end_unanswered(self, limit_s: float) -> None:
+        """End connections to workers whose host has answered nothing for so many seconds."""
+        self._hear()
+        for descriptor in [*self._workers]:
+            if tcp.unanswered_s(descriptor) > limit_s:
+                self._workers.discard(descriptor)
+                tcp.end(descriptor)
 
     def close(self) -> None:
         """Stop listening to the socket, before it is closed."""
@@ -85,6 +94,7 @@ class Doorkeeper:
             self._strangers.pop(descriptor, None)
             if event["event"] != zmq.EVENT_ACCEPTED:
                 self._admitted_early.discard(descriptor)
+                self._workers.discard(descriptor)
             elif descriptor in self._admitted_early:
                 self._admitted_early.remove(descriptor)
             else:
@@ -99,30 +109,9 @@ class Doorkeeper:
             yield descriptor
 
     def _turn_away(self, descriptor: int) -> None:
-        """End a connection; ZeroMQ then closes its descriptor."""
         del self._strangers[descriptor]
         self.turned_away += 1
-        with contextlib.suppress(OSError), _borrowed(descriptor) as connection:
-            connection.shutdown(socket.SHUT_RDWR)
-
-
-@contextlib.contextmanager
-def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """Yield the socket of a descriptor that belongs to ZeroMQ. Raises ``OSError``."""
-    borrowed = socket.socket(fileno=descriptor)
-    try:
-        yield borrowed
-    finally:
-        borrowed.detach()
-
-
-def _bytes_received(descriptor: int) -> int:
-    """Return how much a peer has sent so far; 0 where the kernel does not say."""
-    with contextlib.suppress(OSError, struct.error), _borrowed(descriptor) as connection:
-        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        (received,) = struct.unpack_from("Q", info, _BYTES_RECEIVED)
-        return int(received)
-    return 0
+        tcp.end(descriptor)
 
 
 def _spare_descriptors(connections: int) -> int:

@@ -28,7 +28,7 @@ import zmq
 import zmq.utils.z85
 from zmq.auth.thread import ThreadAuthenticator
 
-from scaletrain.parameter_server.protocol import placement, security, wire
+from scaletrain.parameter_server.protocol import placement, security, tcp, wire
 from scaletrain.parameter_server.protocol.channel import Channel, Handshake, Subject
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.parameter_server.protocol.wire import Header, Message, MessageKind, Refused
@@ -182,8 +182,7 @@ class Endpoint:
                     path.parent.rmdir()
 
     def _set_options(self, socket: zmq.Socket) -> None:
-        """Set limits and heartbeats, before the socket is bound."""
-        heartbeat_ms = self._settings.heartbeat_ms
+        """Set limits, before the socket is bound."""
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         # A send to a closed connection is an error, not a silent loss.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -193,8 +192,7 @@ class Endpoint:
         socket.setsockopt(zmq.RCVHWM, 4)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, heartbeat_ms // 4)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, heartbeat_ms)
+        tcp.keep_alive(socket, self._settings.unanswered_s)
 
     def _bind(self, socket: zmq.Socket) -> list[str]:
         """Bind the socket; return the ZeroMQ addresses that workers may connect to."""
@@ -458,6 +456,10 @@ class Endpoint:
                 for number in numbers:
                     del worker.routes[number]
                 self._listener.worker_closed(rank)
+
+    def end_unanswered(self) -> None:
+        """End connections to hosts that are gone; ``ping`` then finds them closed."""
+        self._doorkeeper.end_unanswered(self._settings.unanswered_s)
 
     def ping(self, live: int) -> None:
         """Send a sign of life to all workers, with how many of them live.

@@ -92,8 +92,10 @@ class Server:
                     self._endpoint.forgive(absent_s)
                     if self._expected_since is not None:
                         self._expected_since += absent_s
-                # 2. Signs of life, silent and missing workers, snapshots, connections.
+                # 2. Hosts that are gone, signs of life, silent and missing workers, snapshots,
+                #    connections.
                 if now >= next_tick:
+                    self._endpoint.end_unanswered()
                     self._tick(now)
                     self._links.sample()
                     next_tick = now + TICK_S

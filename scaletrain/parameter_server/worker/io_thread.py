@@ -202,6 +202,11 @@ class IoThread:
             if silent_s > max(SILENCE_S, self._settings.timeout_s):
                 self._lost(link, f"gave no sign of life for {silent_s:.0f} s")
                 return
+            # A server that is stopped is silent, too, but its host answers.
+            limit_s = self._settings.unanswered_s
+            if silent_s > limit_s and link.unanswered_s() > limit_s:
+                self._lost(link, f"gave no sign of life for {silent_s:.0f} s, nor did its host")
+                return
 
     # Sending
 

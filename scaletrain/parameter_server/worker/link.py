@@ -11,7 +11,7 @@ import psutil
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from scaletrain.parameter_server.protocol import placement, security, wire
+from scaletrain.parameter_server.protocol import placement, security, tcp, wire
 from scaletrain.parameter_server.protocol.channel import Channel, Handshake, Subject
 from scaletrain.parameter_server.protocol.memory import SUPPORTED, Slab
 from scaletrain.parameter_server.protocol.settings import Settings
@@ -98,10 +98,12 @@ class ServerLink:
         monitors: for each socket, the one that tells of its end.
         sessions: for each socket, the number that the server gave it.
         channels: for each socket, its encryption; None: ZeroMQ's, or none.
+        descriptors: by the number of a socket, the kernel's of its connection.
         blocked: numbers of the connections whose queue is full.
         answered_steps: by block, the last step whose gradient was answered.
         under_way: pushes that were sent and not answered yet.
-        heard_at: time of the server's last sign of life (``time.monotonic``).
+        heard_at: time of the server's last sign of life (``time.monotonic``); infinite once it has
+            said goodbye.
         live_workers*: how many workers live, by the server's last sign of life.
     """
 
@@ -122,6 +124,7 @@ class ServerLink:
         self.monitors: list[zmq.Socket] = []
         self.sessions: list[int] = []
         self.channels: list[Channel | None] = []
+        self.descriptors: dict[int, int] = {}
         self.blocked: set[int] = set()
         self.answered_steps: dict[int, int] = {}
         self.under_way: set[Token] = set()
@@ -313,8 +316,7 @@ class ServerLink:
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, settings.heartbeat_ms // 4)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, settings.heartbeat_ms)
+        tcp.keep_alive(socket, settings.unanswered_s)
         return socket
 
     def _answer_challenge(
@@ -399,7 +401,9 @@ class ServerLink:
         while time.monotonic() < deadline:
             left_s = max(0.0, deadline - time.monotonic())
             if socket.poll(int(min(_LOOK_S, left_s) * 1000)):
-                message = self.parse(number, socket.recv_multipart(copy=False))
+                frames = socket.recv_multipart(copy=False)
+                self.descriptors[number] = int(frames[0].get(zmq.SRCFD))
+                message = self.parse(number, frames)
                 if message is not None:
                     return message
             elif placement.read_address(self._identity.run_dir, self.index) != self._address:
@@ -477,6 +481,10 @@ class ServerLink:
                     return True
         return False
 
+    def unanswered_s(self) -> float:
+        """Return for how long the server's host has left this one unanswered, in seconds."""
+        return max(map(tcp.unanswered_s, self.descriptors.values()), default=0.0)
+
     def disconnect(self) -> None:
         """Close all sockets at once; unsent messages are lost."""
         # 1. ZeroMQ tells a monitor of its end, and waits without limit (and with Python's lock) for
@@ -492,6 +500,7 @@ class ServerLink:
         self.monitors = []
         self.sessions = []
         self.channels = []
+        self.descriptors = {}
         self.blocked.clear()
         self.under_way.clear()
 
