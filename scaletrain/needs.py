@@ -76,6 +76,27 @@ class IsFolder:
         return _existing(key, name, "folder", Path.is_dir)
 
 
+@dataclass(frozen=True)
+class CountsSamples:
+    """Marks an option of a data set that tells how many samples there are for training.
+
+    The option is their number, or that of the samples that are left out ``of`` all for testing.
+    """
+
+    of: int = 0  # all samples; 0: the option is the number itself
+
+    def for_training(self, value: int) -> int:
+        """Return the number of samples for training.
+
+        >>> CountsSamples().for_training(100), CountsSamples(of=150).for_training(100)
+        (100, 50)
+
+        Args:
+            value: of the option.
+        """
+        return self.of - value if self.of else value
+
+
 def _existing(key: str, name: str, kind: str, exists: Callable[[Path], bool]) -> Path:
     path = Path(name).expanduser()
     if not exists(path):

@@ -16,15 +16,17 @@ import sys
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import annotated_types
 
 from scaletrain.errors import UserError, unknown
-from scaletrain.needs import IsFile, IsFolder, Needs, is_installed
+from scaletrain.needs import CountsSamples, IsFile, IsFolder, Needs, is_installed
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+_Mark = TypeVar("_Mark")
 
 _ROOT = Path(__file__).parent
 # The default of an option if only importing the module would tell it.
@@ -64,7 +66,7 @@ _TYPES = {
     "int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "tuple": tuple, "Any": Any,
     "Literal": Literal, "Annotated": Annotated, "None": None,
     "Ge": annotated_types.Ge, "Gt": annotated_types.Gt, "Le": annotated_types.Le, "Lt": annotated_types.Lt,
-    "IsFile": IsFile, "IsFolder": IsFolder,
+    "MinLen": annotated_types.MinLen, "IsFile": IsFile, "IsFolder": IsFolder, "CountsSamples": CountsSamples,
 }  # fmt: skip
 
 
@@ -162,26 +164,27 @@ def needs(kind: str, name: str) -> Needs:
     return Needs()
 
 
-def path_options(
-    kind: str, name: str, search_path: Path | None = None
-) -> dict[str, IsFile | IsFolder]:
-    """Return the options of a plugin that name files or folders, by their names.
+def marked_options(
+    kind: str, name: str, mark: type[_Mark], search_path: Path | None = None
+) -> dict[str, _Mark]:
+    """Return the options of a plugin whose type carries a mark, by their names, with their marks.
 
     Args:
         kind: of the plugin.
         name: of the plugin, or ``package.module:factory``.
+        mark: such as ``IsFile``.
         search_path: where a person's modules are looked for.
     """
     # Torch's own optimizers and losses are no plugins, and have no files.
     if ":" not in name and (kind not in KINDS or not exists(kind, name)):
         return {}
     schema = options(kind, name, search_path)
-    marked: dict[str, IsFile | IsFolder] = {}
+    marked: dict[str, _Mark] = {}
     if schema is not None:
         for option, field in schema.model_fields.items():
-            for mark in field.metadata:
-                if isinstance(mark, IsFile | IsFolder):
-                    marked[option] = mark
+            for each in field.metadata:
+                if isinstance(each, mark):
+                    marked[option] = each
     return marked
 
 

@@ -20,6 +20,17 @@ from scaletrain import plugins
 # file of torch's takes eight times as long as searching it.
 _FUNCTION = re.compile(r"^def ([a-z]\w*)\(((?:[^()]|\([^()]*\))*)\)", re.MULTILINE)
 
+# The ranges of numbers that optimizers take, by their parameters' names. torch itself looks at most
+# of them, in each worker.
+_SHARE = "Annotated[float, Ge(0), Lt(1)]"
+_RANGES = {
+    "lr": {"float": "Annotated[float, Ge(0)]"},
+    "weight_decay": {"float": "Annotated[float, Ge(0)]"},
+    "eps": {"float": "Annotated[float, Ge(0)]"},
+    "momentum": {"float": _SHARE},
+    "betas": {"tuple[float, float]": f"tuple[{_SHARE}, {_SHARE}]"},
+}
+
 # Parameters of a loss that say how its values are added up; the first two are torch's old names.
 _REDUCTIONS = ("size_average", "reduce", "reduction")
 
@@ -106,9 +117,19 @@ def optimizer_options(name: str) -> type[pydantic.BaseModel] | None:
             continue
         for method in node.body:
             if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-                without_tensors = _WithoutTensor().visit(method)
-                return plugins.signature(without_tensors, provided=2)  # self and params
+                bounded = _bounded(_WithoutTensor().visit(method))
+                return plugins.signature(bounded, provided=2)  # self and params
     return None
+
+
+def _bounded(method: ast.FunctionDef) -> ast.FunctionDef:
+    """Return a method with the ranges of its parameters in their annotations."""
+    for parameter in (*method.args.args, *method.args.kwonlyargs):
+        if parameter.annotation is not None:
+            ranges = _RANGES.get(parameter.arg, {})
+            text = ast.unparse(parameter.annotation)
+            parameter.annotation = ast.parse(ranges.get(text, text), mode="eval").body
+    return method
 
 
 class _WithoutTensor(ast.NodeTransformer):

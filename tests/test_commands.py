@@ -143,11 +143,12 @@ def test_two_models_learn_by_turns(tmp_path: Path):
 
 def test_a_mistake_that_only_a_worker_can_see_is_one_line(tmp_path: Path):
     done = scaletrain(
-        "train", DIGITS, "--workers", "2", "--set", "optimizer.lr=-1", "--run-dir", tmp_path / "run"
-    )
+        "train", DIGITS, "--workers", "2", "--run-dir", tmp_path / "run",
+        "--set", "optimizer.nesterov=true", "--set", "optimizer.momentum=0",
+    )  # fmt: skip
     assert done.returncode == 2
     assert "Traceback" not in done.stderr + done.stdout
-    assert done.stderr.count("Invalid learning rate: -1") == 1
+    assert done.stderr.count("Nesterov momentum requires a momentum") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nccl works here: tests/gpu")

@@ -21,6 +21,7 @@ from scaletrain.config.grammar import (
 )
 from scaletrain.config.schema import LrSchedule, Named, Optimizer, ParameterGroup, RunConfig
 from scaletrain.errors import UserError, did_you_mean, unknown
+from scaletrain.needs import CountsSamples
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -100,6 +101,7 @@ def check(tree: dict[str, Any], where: str = "config") -> RunConfig:
     _check_one_schedule(config, where)
     _check_length(config, where)
     _check_batch(config, where)
+    _check_samples(config, where)
     _check_groups(config, where)
     return config
 
@@ -256,6 +258,23 @@ def _check_batch(config: RunConfig, where: str) -> None:
             f" a worker has {smallest_share} of the batch_size of {config.batch_size}"
             f" (allowed: 1 to {smallest_share})"
         )
+
+
+def _check_samples(config: RunConfig, where: str) -> None:
+    """Raise ``UserError`` if a step needs more samples than there are, as far as options tell."""
+    if config.data is None:
+        return
+    marked = plugins.marked_options("data", config.data.name, CountsSamples, config.search_path)
+    is_strong = config.batch_mode == "strong"
+    sharing = 1 if is_strong else config.workers
+    for option, mark in marked.items():
+        num_samples = mark.for_training(config.data.options[option])
+        if config.batch_size * sharing > num_samples:
+            each = "" if is_strong else f" for each of {sharing} workers"
+            raise UserError(
+                f"{where}: batch_size: {config.batch_size}{each} is more than the {num_samples}"
+                f" training samples (allowed: 1 to {num_samples // sharing})"
+            )
 
 
 def _check_groups(config: RunConfig, where: str) -> None:
@@ -556,6 +575,11 @@ def _mistake(error: ErrorDetails, schema: type[BaseModel], where: str, prefix: s
         return UserError(
             f"{where}: {key}: {error['input']!r} is not allowed (allowed: a mapping with keys of"
             f" {keys})"
+        )
+    if error["type"] == "too_short":
+        return UserError(
+            f"{where}: {key}: {error['input']!r} is not allowed"
+            f" (allowed: at least {error['ctx']['min_length']} of them)"
         )
     # What is left of pydantic's sentence reads on after "allowed:".
     allowed = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")

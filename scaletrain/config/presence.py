@@ -11,7 +11,7 @@ from scaletrain import plugins
 from scaletrain.config.grammar import is_users_own
 from scaletrain.config.schema import Named, RunConfig
 from scaletrain.errors import UserError
-from scaletrain.needs import Needs
+from scaletrain.needs import IsFile, IsFolder, Needs
 from scaletrain.run.layout import RunDir
 
 TORCHMETRICS = Needs(package="torchmetrics", fix='pip install "scaletrain[metrics]"')
@@ -71,7 +71,10 @@ def _parts(config: RunConfig) -> Iterator[tuple[str, str, Named]]:
 
 def _check_paths(kind: str, place: str, named: Named, search_path: Path | None) -> None:
     """Raise ``UserError`` if an option names a file or a folder that does not exist."""
-    for option, mark in plugins.path_options(kind, named.name, search_path).items():
+    marked: dict[str, IsFile | IsFolder] = {}
+    marked |= plugins.marked_options(kind, named.name, IsFile, search_path)
+    marked |= plugins.marked_options(kind, named.name, IsFolder, search_path)
+    for option, mark in marked.items():
         name = named.options.get(option)
         if name:
             mark.check(f"{place}.{option}", name)

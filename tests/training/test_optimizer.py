@@ -266,14 +266,17 @@ def test_a_mistake_is_told_before_anything_starts(options: dict[str, Any], told:
             r"optimizer.groups\[1\].match: groups before it have all parameters",
         ),
         (
-            {"groups": [{"match": "bias", "weight_decay": -1}]},
-            r"optimizer.groups\[0\]: sgd: Invalid weight_decay value: -1",
+            {"groups": [{"match": "bias", "nesterov": True, "momentum": 0}]},
+            r"optimizer.groups\[0\]: sgd: Nesterov momentum requires a momentum",
         ),
         (
             {"name": OWN, "groups": [{"match": "bias", "decay": 1}]},
             r"optimizer.groups\[0\]: option that .*Signs has for all groups alike: 'decay'",
         ),
-        ({"name": "sgd", "lr": -1}, "optimizer: sgd: Invalid learning rate: -1"),
+        (
+            {"name": "sgd", "nesterov": True},
+            "optimizer: sgd: Nesterov momentum requires a momentum",
+        ),
         ({"name": OWN, "decay": -1}, "optimizer: .*Signs: negative decay -1"),
         ({"name": OWN, "decai": 1}, "option of .*Signs: 'decai' is not known.*'decay'"),
         ({"name": "tests.training.test_optimizer:build", "tree": 1}, "'tree' is not known"),

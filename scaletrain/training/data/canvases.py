@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from scaletrain.needs import CountsSamples
 from scaletrain.training.data import glyphs
 from scaletrain.training.randomness import seed_of
 from scaletrain.training.workload import Data
@@ -26,14 +27,14 @@ class Scene(NamedTuple):
 
 def data(
     *,
-    samples: Annotated[int, Ge(1)] = 2000,
+    samples: Annotated[int, Ge(1), CountsSamples()] = 2000,
     test_samples: Annotated[int, Ge(1)] = 400,
     size: Annotated[int, Ge(32)] = 64,
     classes: Annotated[int, Ge(1), Le(62)] = 10,
     most_glyphs: Annotated[int, Ge(1)] = 4,
     least_height: Annotated[int, Gt(7)] = 14,
     most_height: Annotated[int, Gt(7)] = 28,
-    noise: float = 0.05,
+    noise: Annotated[float, Ge(0)] = 0.05,
     seed: int = 0,
 ) -> Data:
     """Return (train, test) of ``Scene``, and how a batch is made: boxes and labels stay lists.

@@ -7,12 +7,18 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+from scaletrain.needs import CountsSamples
 
-def data(*, test_samples: int = 360, size: Annotated[int, Ge(8)] = 8) -> tuple[Dataset, Dataset]:
+
+def data(
+    *,
+    test_samples: Annotated[int, Ge(1), Lt(1797), CountsSamples(of=1797)] = 360,
+    size: Annotated[int, Ge(8)] = 8,
+) -> tuple[Dataset, Dataset]:
     """Return (train, test): images (1, size, size) float32, targets int64.
 
     Images have zero mean and unit variance over the training images. The split is a fixed

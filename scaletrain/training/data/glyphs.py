@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from scaletrain.errors import UserError, unknown
+from scaletrain.needs import CountsSamples
 from scaletrain.training.randomness import mixed_bits, seed_of
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -37,14 +38,14 @@ _MEAN, _STD = 0.07, 0.22
 
 def data(
     *,
-    samples: Annotated[int, Ge(1)] = 6200,
+    samples: Annotated[int, Ge(1), CountsSamples()] = 6200,
     test_samples: Annotated[int, Ge(1)] = 2480,
     size: Annotated[int, Ge(8)] = 24,
     classes: Annotated[int, Ge(2), Le(62)] = 62,
     test_fonts: list[str] = [],  # noqa: B006 (never changed)
-    shift: float = 0.08,
-    bend: float = 0.04,
-    noise: float = 0.1,
+    shift: Annotated[float, Ge(0)] = 0.08,
+    bend: Annotated[float, Ge(0)] = 0.04,
+    noise: Annotated[float, Ge(0)] = 0.1,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
     """Return (train, test): images (1, size, size) float32, targets int64.

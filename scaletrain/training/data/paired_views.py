@@ -8,6 +8,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from scaletrain.needs import CountsSamples
 from scaletrain.training.data import glyphs
 from scaletrain.training.randomness import seed_of
 
@@ -18,11 +19,11 @@ _OVERTONES = 4
 def data(
     *,
     views: Literal["halves", "tone"] = "halves",
-    samples: Annotated[int, Ge(1)] = 4000,
+    samples: Annotated[int, Ge(1), CountsSamples()] = 4000,
     test_samples: Annotated[int, Ge(1)] = 1000,
     size: Annotated[int, Ge(8)] = 16,
     classes: Annotated[int, Ge(2), Le(62)] = 10,
-    noise: float = 0.3,
+    noise: Annotated[float, Ge(0)] = 0.3,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
     """Return (train, test) of (first view, second view, target int64), views float32 vectors.

@@ -9,6 +9,8 @@ from annotated_types import Ge
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from scaletrain.needs import CountsSamples
+
 SYMBOLS = "BTSXVPE"
 # From each state of Reber's grammar: the symbols that may come, and the states they lead to.
 _GRAMMAR: tuple[dict[str, int], ...] = (
@@ -54,7 +56,7 @@ def stream(generator: random.Random) -> Iterator[Step]:
 
 def data(
     *,
-    streams: Annotated[int, Ge(1)] = 1000,
+    streams: Annotated[int, Ge(1), CountsSamples()] = 1000,
     length: Annotated[int, Ge(1)] = 200,
     test_streams: Annotated[int, Ge(1)] = 50,
     test_length: Annotated[int, Ge(1)] = 2000,

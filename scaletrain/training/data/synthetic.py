@@ -1,15 +1,20 @@
 """Random images of any shape, with labels from a fixed random linear teacher: for measuring."""
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch.utils.data import Dataset, TensorDataset
+
+from scaletrain.needs import CountsSamples
 
 
 def data(
     *,
-    samples: int = 4096,
-    shape: list[int] = [3, 32, 32],  # noqa: B006 (never changed)
-    classes: int = 10,
-    test_samples: int = 512,
+    samples: Annotated[int, Ge(1), CountsSamples()] = 4096,
+    shape: list[Annotated[int, Ge(1)]] = [3, 32, 32],  # noqa: B006 (never changed)
+    classes: Annotated[int, Ge(1)] = 10,
+    test_samples: Annotated[int, Ge(1)] = 512,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
     """Return (train, test): inputs float32 standard normal, targets int64.

@@ -1,5 +1,8 @@
 """A small convolutional network for 8 x 8 grey images (72 thousand parameters at width 16)."""
 
+from typing import Annotated
+
+from annotated_types import Ge
 from torch import Tensor, nn
 
 
@@ -31,7 +34,7 @@ class DigitsCNN(nn.Module):
         return self.classify(self.features(images))
 
 
-def model(*, width: int = 16, classes: int = 10) -> nn.Module:
+def model(*, width: Annotated[int, Ge(1)] = 16, classes: Annotated[int, Ge(1)] = 10) -> nn.Module:
     """Return the network.
 
     Args:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -48,10 +48,10 @@ class FasterRCNNOptions:
 
     classes: Annotated[int, Ge(1)] = 20
     channels: Annotated[int, Ge(1)] = 3
-    depths: tuple[int, ...] = (2, 2, 3, 3, 3)
-    widths: tuple[int, ...] = (64, 128, 256, 512, 512)
-    scales: tuple[float, ...] = (128.0, 256.0, 512.0)
-    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    depths: tuple[Annotated[int, Ge(1)], ...] = (2, 2, 3, 3, 3)
+    widths: tuple[Annotated[int, Ge(1)], ...] = (64, 128, 256, 512, 512)
+    scales: tuple[Annotated[float, Gt(0)], ...] = (128.0, 256.0, 512.0)
+    ratios: tuple[Annotated[float, Gt(0)], ...] = (0.5, 1.0, 2.0)
     hidden: Annotated[int, Ge(1)] = 4096
     pooled: Annotated[int, Ge(1)] = 7
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.5

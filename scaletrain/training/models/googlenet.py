@@ -3,7 +3,7 @@
 from typing import Annotated
 
 import torch
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from scaletrain.training.models import initialise, scaled
@@ -124,9 +124,9 @@ def _head(inputs: int, classes: int, width: float, small: bool) -> nn.Module:
 
 def model(
     *,
-    classes: int = 1000,
+    classes: Annotated[int, Ge(1)] = 1000,
     width: Annotated[float, Gt(0)] = 1.0,
-    channels: int = 3,
+    channels: Annotated[int, Ge(1)] = 3,
     small: bool = False,
     heads: bool = True,
 ) -> nn.Module:

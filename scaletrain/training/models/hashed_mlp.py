@@ -6,7 +6,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -56,7 +56,7 @@ def _hash(places: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 def model(
     *,
-    sizes: list[int] = [784, 1000, 10],  # noqa: B006 (never changed)
+    sizes: Annotated[list[Annotated[int, Ge(1)]], MinLen(2)] = [784, 1000, 10],  # noqa: B006 (never changed)
     smaller: Annotated[float, Ge(1)] = 8.0,
 ) -> nn.Module:
     """Return the network, with ReLU between layers.

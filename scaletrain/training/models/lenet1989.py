@@ -1,6 +1,9 @@
 """The first LeNet, for zip codes of 16 x 16 pixels (9,760 parameters): LeCun et al. 1989."""
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 _BACKGROUND = -1.0  # beyond the border, where the pixels would have been
@@ -59,7 +62,7 @@ def squash(sums: Tensor) -> Tensor:
     return 1.7159 * torch.tanh(2 / 3 * sums)
 
 
-def model(*, classes: int = 10) -> nn.Module:
+def model(*, classes: Annotated[int, Ge(1)] = 10) -> nn.Module:
     """Return the network.
 
     Args:

@@ -1,6 +1,9 @@
 """LeNet-5 for 32 x 32 grey images (60,000 parameters and a linear output): LeCun et al. 1998."""
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from scaletrain.training.models.lenet1989 import squash
@@ -56,7 +59,7 @@ class LeNet5(nn.Module):
         return self.output(squash(self.f6(features)))
 
 
-def model(*, classes: int = 10) -> nn.Module:
+def model(*, classes: Annotated[int, Ge(1)] = 10) -> nn.Module:
     """Return the network.
 
     Args:

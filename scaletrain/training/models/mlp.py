@@ -3,13 +3,13 @@
 from itertools import pairwise
 from typing import Annotated
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Lt, MinLen
 from torch import nn
 
 
 def model(
     *,
-    sizes: list[int] = [64, 128, 10],  # noqa: B006 (never changed)
+    sizes: Annotated[list[Annotated[int, Ge(1)]], MinLen(2)] = [64, 128, 10],  # noqa: B006 (never changed)
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
     input_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
 ) -> nn.Module:

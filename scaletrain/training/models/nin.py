@@ -10,9 +10,9 @@ from scaletrain.training.models import initialise, scaled
 
 def model(
     *,
-    classes: int = 1000,
+    classes: Annotated[int, Ge(1)] = 1000,
     width: Annotated[float, Gt(0)] = 1.0,
-    channels: int = 3,
+    channels: Annotated[int, Ge(1)] = 3,
     small: bool = False,
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.5,
 ) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from scaletrain.training.models import initialise, scaled
@@ -62,9 +62,9 @@ def _block(depth: int, inputs: int, width: int, stride: int) -> tuple[Residual, 
 def model(
     *,
     depth: Literal[18, 50] = 18,
-    classes: int = 1000,
+    classes: Annotated[int, Ge(1)] = 1000,
     width: Annotated[float, Gt(0)] = 1.0,
-    channels: int = 3,
+    channels: Annotated[int, Ge(1)] = 3,
     small: bool = False,
 ) -> nn.Module:
     """Return the network, (n, channels, side, side) float32 -> (n, classes) logits.

@@ -14,9 +14,9 @@ _WIDTHS = (64, 128, 256, 512, 512)
 def model(
     *,
     depth: Literal[16, 19] = 16,
-    classes: int = 1000,
+    classes: Annotated[int, Ge(1)] = 1000,
     width: Annotated[float, Gt(0)] = 1.0,
-    channels: int = 3,
+    channels: Annotated[int, Ge(1)] = 3,
     size: Annotated[int, Ge(32)] = 224,
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.5,
 ) -> nn.Module:

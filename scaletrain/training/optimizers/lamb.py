@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 
@@ -70,7 +70,7 @@ def optimizer(
     groups: Iterable[Any],
     *,
     lr: Annotated[float, Ge(0)] = 0.001,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.999),
     eps: Annotated[float, Ge(0)] = 1e-6,
     weight_decay: Annotated[float, Ge(0)] = 0.01,
     adaptive: bool = True,
