@@ -132,6 +132,13 @@ def _bounded(method: ast.FunctionDef) -> ast.FunctionDef:
     return method
 
 
+@cache
+def has_gpu_support() -> bool | None:
+    """Return True if the installed torch was built for GPUs, CUDA's or ROCm's."""
+    built = re.findall(r"^(?:cuda|hip)\b.*= (.*)$", _read("version.py") or "", re.MULTILINE)
+    return any(version != "None" for version in built) if built else None
+
+
 class _WithoutTensor(ast.NodeTransformer):
     """Turn ``float | Tensor`` into ``float``."""
 

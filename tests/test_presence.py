@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from scaletrain import config, plugins
+from scaletrain import config, plugins, torch_names
 from scaletrain.config import presence
 from scaletrain.errors import UserError
 from scaletrain.needs import Needs
@@ -118,6 +118,43 @@ def test_a_file_or_module_that_is_not_there(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").touch()
     assert lack(tree) == f"job.yaml: {told.replace('FOLDER', str(tmp_path))}"
+
+
+@pytest.mark.parametrize(
+    ("built", "visible", "files", "reason"),
+    [
+        (False, "0", ["here"], "this torch was built for CPUs"),
+        (True, "", ["here"], "CUDA_VISIBLE_DEVICES hides all GPUs"),
+        (True, "-1", ["here"], "CUDA_VISIBLE_DEVICES hides all GPUs"),
+        (None, "0", ["gone"], "this host has no GPU"),
+    ],
+)
+def test_a_gpu_that_is_not_there(
+    built: bool | None,
+    visible: str,
+    files: list[str],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    (tmp_path / "here").touch()
+    monkeypatch.setattr(torch_names, "has_gpu_support", lambda: built)
+    monkeypatch.setattr(presence, "_GPU_FILES", [tmp_path / name for name in files])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    told = f"job.yaml: device: 'cuda' is not allowed: {reason} (allowed here: cpu, auto)"
+    assert lack({"device": "cuda"}) == told
+    presence.check(config.check(JOB | {"device": "auto"}))
+    # Where nothing speaks against it, the worker has the last word.
+    monkeypatch.setattr(torch_names, "has_gpu_support", lambda: True)
+    monkeypatch.setattr(presence, "_GPU_FILES", [tmp_path / "here"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    presence.check(config.check(JOB | {"device": "cuda"}))
+
+
+def test_torchs_build_is_read_without_importing_it():
+    import torch
+
+    assert torch_names.has_gpu_support() == bool(torch.version.cuda or torch.version.hip)
 
 
 def test_every_plugin_that_needs_a_package_is_known():

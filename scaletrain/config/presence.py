@@ -4,15 +4,19 @@ Only a host on which workers run can tell. So ``scaletrain train`` looks if all 
 host, and rank 0 looks in any case, before it meets the others. Nothing is imported.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from scaletrain import plugins
+from scaletrain import plugins, torch_names
 from scaletrain.config.grammar import is_users_own
 from scaletrain.config.schema import Named, RunConfig
 from scaletrain.errors import UserError
 from scaletrain.needs import IsFile, IsFolder, Needs
 from scaletrain.run.layout import RunDir
+
+# A GPU has one of these files: of NVIDIA (also Jetson's), of Windows' subsystem, of AMD.
+_GPU_FILES = ("nvidiactl", "nvmap", "nvhost-ctrl", "dxg", "kfd")
 
 TORCHMETRICS = Needs(package="torchmetrics", fix='pip install "scaletrain[metrics]"')
 
@@ -37,8 +41,23 @@ def check(config: RunConfig, where: str = "", *, begins: bool = True) -> None:
             plugins.check_module(place, named.name, config.search_path)
         else:
             TORCHMETRICS.check_installed(f"{place}: {named.name}")
+    if config.device == "cuda":
+        _check_gpu(where)
     if begins and config.init_from is not None:
         check_weights(Path(config.init_from.path), where)
+
+
+def _check_gpu(where: str) -> None:
+    """Raise ``UserError`` if this host has no GPU for torch, by all signs. Loads no driver."""
+    reason = ""
+    if torch_names.has_gpu_support() is False:
+        reason = "this torch was built for CPUs"
+    elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        reason = "CUDA_VISIBLE_DEVICES hides all GPUs"
+    elif not any(Path("/dev", name).exists() for name in _GPU_FILES):
+        reason = "this host has no GPU"
+    if reason:
+        raise UserError(f"{where}device: 'cuda' is not allowed: {reason} (allowed here: cpu, auto)")
 
 
 def check_weights(path: Path, where: str = "") -> None:
