@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from scaletrain.launching.plan import LaunchPlan
 
 
+_USAGE = 2  # the status with which argparse, click and others refuse options
+
+
 # Our options end where the command begins: all later words belong to it, also without `--`.
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option(
@@ -158,7 +161,25 @@ def command(
         # Standard output belongs to the script.
         for line in [f"run directory: {directory}", *plan.explain]:
             screen.say(line, error=True)
-        sys.exit(supervise.run(plan, job, claim=descriptor, display=display))
+        status = supervise.run(plan, job, claim=descriptor, display=display)
+        if status == _USAGE:
+            misplaced = _own_options(argv)
+            if misplaced:
+                screen.say(
+                    f"scaletrain: {misplaced[0]} stands behind the command, and was passed on to it;"
+                    " options of launch stand before it",
+                    error=True,
+                )
+        sys.exit(status)
+
+
+def _own_options(argv: tuple[str, ...]) -> list[str]:
+    """Return the words of a person's command that are options of ``launch``, too."""
+    own = set()
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            own.update(parameter.opts)
+    return [word for word in argv[1:] if word.partition("=")[0] in own]
 
 
 def _binding(bind: str | None, launcher: str) -> dict[str, bool]:

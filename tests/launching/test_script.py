@@ -193,6 +193,27 @@ ENDS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--workers", "3"], "--workers stands behind the command, and was passed on to it"),
+        (["--workers=3"], "--workers=3 stands behind the command"),
+        (["--epochs", "3"], ""),  # nobody's
+    ],
+)
+def test_an_option_of_ours_behind_a_script_that_refuses_it_is_told(
+    words: list[str], hint: str, tmp_path: Path
+):
+    (tmp_path / "refuses.py").write_text(
+        "import argparse\nargparse.ArgumentParser().parse_args()\n"
+    )
+    launch = (*PYTHON, "-m", "scaletrain.cli", "launch", "--run-dir", "run")
+    done = run((*launch, "refuses.py", *words), tmp_path)
+    assert done.returncode == 2 and "unrecognized arguments" in done.stderr, done.stderr
+    assert hint in done.stderr and ("stands behind" in done.stderr) == bool(hint), done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", list(ENDS))
 def test_a_program_ends_as_under_plain_python(case: str, tmp_path: Path):
     body, status = ENDS[case]
