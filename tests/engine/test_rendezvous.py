@@ -6,6 +6,8 @@ These are a handed-over socket, an agent's store, or rank 0's file in the run di
 import json
 import os
 import socket
+import subprocess
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -117,6 +119,27 @@ def test_a_socket_that_was_bound_before(tmp_path: Path):
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def paused(rank: int, size: int, run_dir: Path, port: int) -> None:
+    """Rank 0 is stopped for longer than its limit while it waits; rank 1 comes after that."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if rank == 0:
+        stop = f"sleep 0.5; kill -STOP {os.getpid()}; sleep 5; kill -CONT {os.getpid()}"
+        subprocess.Popen(["sh", "-c", stop])
+    else:
+        time.sleep(6.5)
+    store = rendezvous.join(World(rank, size, launcher="local"), run_dir, timedelta(seconds=4))
+    store.add("done", 1)
+    while rank == 0 and store.add("done", 0) < size:
+        pass
+
+
+def test_a_pause_is_left_out_of_the_wait_for_all_ranks(tmp_path: Path):
+    """Bug it catches: torch's store counts it, and a healthy job ends as it starts."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    run_ranks(paused, 2, tmp_path, port, timeout_s=30)
 
 
 def test_nobody_told_where_rank_0_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

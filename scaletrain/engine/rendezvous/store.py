@@ -1,26 +1,25 @@
 """Joining the job's store, and finding out which ranks share a host."""
 
-import contextlib
 import os
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from scaletrain.engine.meeting import wait_for_keys
 from scaletrain.engine.rendezvous import publish
 from scaletrain.engine.rendezvous.sealed import sealed
 from scaletrain.engine.rendezvous.serve import STORE_FD, serve, serve_at
+from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
 from scaletrain.host import addresses
 from scaletrain.host.names import host_name
-from scaletrain.host.stopwatch import Stopwatch
 from scaletrain.run import progress
 from scaletrain.world import UNKNOWN, World
 
 # Launchers under which somebody serves the store, and MASTER_ADDR and MASTER_PORT say where.
 _WITH_STORE = ("local", "rehearsal", "torchrun", "environment")
 _MOST_SHOWN = 16  # ranks in an error message
-_LOOK_S = 1.0  # a wait at the store is interrupted after this time, for a look at the clock
 
 
 def join(world: World, run_dir: Path, timeout: timedelta, *, is_private: bool = True) -> dist.Store:
@@ -108,34 +107,18 @@ def _wait_for_all(world: World, store: dist.Store, timeout: timedelta) -> None:
     store.set(f"scaletrain/arrived/{world.rank}", host_name())
     keys = [f"scaletrain/arrived/{rank}" for rank in range(world.size)]
     try:
-        if not _are_set_in_time(store, keys, timeout):
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            names = ", ".join(str(rank) for rank in missing[:_MOST_SHOWN])
-            if len(missing) > _MOST_SHOWN:
-                names += ", ..."
-            raise TimeoutError(
-                f"after {timeout.total_seconds():.0f} s ranks {names} have not joined"
-            )
-    except RuntimeError as error:
+        wait_for_keys(Group(store, world.rank, world.size, timeout), keys, range(world.size))
+    except TimeoutError as error:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        names = ", ".join(str(rank) for rank in missing[:_MOST_SHOWN])
+        if len(missing) > _MOST_SHOWN:
+            names += ", ..."
+        raise TimeoutError(
+            f"after {timeout.total_seconds():.0f} s ranks {names} have not joined"
+        ) from error
+    except ConnectionError as error:
         raise ConnectionError("rank 0, which serves the store, is gone") from error
     progress.alive("joined")
-
-
-def _are_set_in_time(store: dist.Store, keys: list[str], timeout: timedelta) -> bool:
-    """Wait until all keys are in the store; return False if they are not in time.
-
-    Raises:
-        RuntimeError: the store is gone.
-    """
-    stopwatch = Stopwatch()
-    while not store.check(keys):
-        left_s = timeout.total_seconds() - stopwatch.look()
-        if left_s <= 0:
-            return False
-        look_s = min(_LOOK_S, max(0.01, left_s))  # torch takes 0 for no limit
-        with contextlib.suppress(RuntimeError, TimeoutError):  # the store is asked once more
-            store.wait(keys, timedelta(seconds=look_s))
-    return True
 
 
 @progress.waiting("the other workers")
