@@ -1,16 +1,18 @@
 """Tests of ``scaletrain proposal``, on sweeps that are made up from a model: the truth is known."""
 
+import io
 import json
 import math
 import random
 import re
 import shutil
 import subprocess
-import zlib
+from datetime import UTC, datetime
 
 import pytest
 from click.testing import CliRunner
 from matplotlib.figure import Figure
+from pypdf import PdfReader
 
 from scaletrain.cli import cli
 from scaletrain.collectives.cost import Network
@@ -28,6 +30,7 @@ from .runs import write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 BATCH = 4096
+TODAY = datetime(2026, 12, 1, tzinfo=UTC)
 NUM_BYTES = 4_000_000
 # A worker needs 0.2 ms a sample; 1 Gbit/s and 0.3 ms between hosts.
 TRUE = StepModel(NUM_BYTES, ComputeCost(2e-4, 0.0, 1e-3), Fabric(Network(3e-4, 125e6), ""), False)
@@ -62,6 +65,7 @@ def write_sweep(
     )
     out = tmp_path / mode
     sweep.claim(out, plan)
+    sweep.write_header(out, plan.header())
     for cell in plan.cells():
         for repeat in range(repeats):
             of_all = cell.batch_size if mode == "strong" else cell.batch_size * cell.workers
@@ -256,25 +260,13 @@ def test_strong_and_weak_scaling_stand_on_one_page(tmp_path):
     assert weak_first.asked.batch_size == 2048
 
 
-JOINED = re.compile(r"ffi|ffl|ff|fi|fl|[\0-\x08]")  # letters that fonts join to one
-
-
 def text_of(pdf):
-    """Return the characters that are shown in a PDF, without those that fonts join."""
-    shown = []
-    for stream in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf, re.S):
-        try:
-            content = zlib.decompress(stream)
-        except zlib.error:
-            continue
-        for line in re.findall(rb"\[(.*?)\]\s*TJ|(\((?:\\.|[^\\)])*\))\s*Tj", content, re.S):
-            pieces = re.findall(rb"\(((?:\\.|[^\\)])*)\)", b"".join(line), re.S)
-            shown.append(re.sub(rb"\\(.)", rb"\1", b"".join(pieces)).decode("latin-1"))
-    return JOINED.sub("", " ".join(shown))
+    """Return the characters that are shown in a PDF, as a search finds them."""
+    return "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(pdf)).pages)
 
 
 def num_sheets(pdf):
-    return len(re.findall(rb"/Type /Page\b(?!s)", pdf))
+    return len(PdfReader(io.BytesIO(pdf)).pages)
 
 
 def test_the_page_is_one_sheet_of_pdf_without_a_browser(tmp_path):
@@ -290,7 +282,7 @@ def test_the_page_is_one_sheet_of_pdf_without_a_browser(tmp_path):
     # Whatever stands on the other pages stands there, too; a long path may go over two lines.
     words = re.sub(r"!\[.*?\]\(.*?\)|\|[-:|]+\n|[|*]|^#+ ", " ", text, flags=re.M).split()
     whole = "".join(shown.split())
-    missing = [word for word in words if JOINED.sub("", word) not in whole]
+    missing = [word for word in words if word not in whole]
     assert not missing, missing
     assert "(PREDICTED)" in whole and "Knee:" in whole
     made_again = pages.pdf(made(strong, weak, workers=16, exchange="ring"), "scaletrain")
@@ -300,10 +292,13 @@ def test_the_page_is_one_sheet_of_pdf_without_a_browser(tmp_path):
 def test_a_long_page_goes_on_on_another_sheet_and_no_word_is_wider_than_its_line():
     words = [f"word{number}" for number in range(4000)]
     paragraphs = [sheet.Paragraph(" ".join(words[i : i + 100])) for i in range(0, 4000, 100)]
-    pdf = sheet.pdf(paragraphs, "long")
+    pdf = sheet.pdf(paragraphs, "long", TODAY)
     assert num_sheets(pdf) > 1 and set(words) <= set(text_of(pdf).split())
-    for line in sheet.wrapped("a/very/long/path" * 30, 20.0, is_code=True):
-        assert sheet.measured(line, is_code=True) <= 20.0
+    path = "a/very/long/path" * 30
+    lines = text_of(sheet.pdf([sheet.Paragraph(path, is_code=True)], "path", TODAY)).split()
+    assert "".join(lines) == path
+    # A character of DejaVu Sans Mono is 0.602 of its size wide, A4 is 595 points.
+    assert len(lines) > 3 and max(map(len, lines)) * 0.602 * 8.0 <= 595 - 2 * 31
 
 
 @pytest.mark.slow

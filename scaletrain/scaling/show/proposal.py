@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Literal
 
 from matplotlib.axes import Axes
@@ -74,7 +75,13 @@ def pdf(proposal: Proposal, command: str) -> bytes:
     blocks += map(small, environments(proposal))
     blocks.append(heading_of("How to reproduce"))
     blocks += [small(line, is_code=True) for line in _commands(proposal, command)]
-    return sheet.pdf(blocks, _title(proposal))
+    return sheet.pdf(blocks, _title(proposal), _created(proposal))
+
+
+def _created(proposal: Proposal) -> datetime:
+    """Return when the figures were measured; the beginning of time where no report says so."""
+    told = [scaling.report.header.created for scaling in proposal.scalings]
+    return datetime.fromisoformat(max(filter(None, told), default="1970-01-01T00:00:00Z"))
 
 
 def _pictures(proposal: Proposal) -> sheet.Pictures:
