@@ -50,7 +50,8 @@ def write_sweep(
     config = tmp_path / f"{mode}-config" / "job.yaml"
     config.parent.mkdir()
     batch_size = BATCH if mode == "strong" else BATCH // 8
-    config.write_text(f"model: mlp\ndata: digits\nbatch_size: {batch_size}\nsteps: 10\n")
+    data = "{name: synthetic, samples: 65536}"
+    config.write_text(f"model: mlp\ndata: {data}\nbatch_size: {batch_size}\nsteps: 10\n")
     plan = sweep.plan(
         sweep.Request(
             [config],
