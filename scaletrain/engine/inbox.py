@@ -15,7 +15,7 @@ from scaletrain.engine import segment
 from scaletrain.host import shared_memory
 
 NUM_SLOTS = 8  # of a peer: one is emptied while others are filled
-_LARGEST_SLOT_BYTES = 128 << 10
+_LARGEST_SLOT_BYTES = 256 << 10
 _SMALLEST_SLOT_BYTES = 4096
 _ALL_INBOXES_BYTES = 64 << 20  # with many ranks, slots get smaller to stay within this
 
@@ -33,8 +33,8 @@ _FILLED, _PID, _DESCRIPTOR, _RUNG = 0, 1, 2, 3
 _EMPTIED, _CREDIT = _LINE, _LINE + 1
 _HEADERS = 2 * _LINE  # of the slots
 _LINES_PER_PEER = 2 + NUM_SLOTS
-# A peer that waits for room has filled all slots. It is told when so many are left.
-_RING_AT = NUM_SLOTS // 2
+# A peer that sleeps until there is room has filled all slots. It is woken when so many are left.
+_WAKE_AT = NUM_SLOTS // 2
 
 
 class Entry(NamedTuple):
@@ -98,12 +98,12 @@ class Inbox(_Memory):
         return Entry(kind, message, tag, num_bytes, self._slot(peer, slot))
 
     def take(self, peer: int) -> bool:
-        """Give the slot of ``next_entry`` back. Return True if the peer may wait for some."""
+        """Give the slot of ``next_entry`` back. Return True if it is time to wake the peer."""
         words = self._words
         place = self._places[peer]
         emptied = words[place + _EMPTIED] + 1
         words[place + _EMPTIED] = emptied
-        return words[place + _FILLED] - emptied == _RING_AT
+        return words[place + _FILLED] - emptied == _WAKE_AT
 
     def give_credit(self, peer: int, num_bytes: int) -> None:
         """Note that the peer may send so many bytes more unasked."""
@@ -186,8 +186,8 @@ class Outbox(_Memory):
         words[mine + _FILLED] = filled + 1
         self.ring()
 
-    def ring(self) -> None:
-        """Ring the bell: the peer's threads that sleep look again.
+    def ring(self, wake: bool = True) -> None:
+        """Ring the bell: the peer's threads look again, those that sleep only if ``wake``.
 
         Several ranks may write the bell at once. Each number is written once, so that the bell
         differs from what a sleeper saw before, whichever of them stays.
@@ -196,7 +196,7 @@ class Outbox(_Memory):
         rung = words[self._mine + _RUNG] + 1
         words[self._mine + _RUNG] = rung
         words[_BELL] = rung * self._size + self._rank
-        if words[_SLEEPERS]:
+        if wake and words[_SLEEPERS]:
             segment.wake(self._address)
 
 

@@ -307,10 +307,10 @@ class Messages:
             else:
                 self._arrive(rank, peer, entry, mine)
             num_taken += 1
-            if mine.take(rank):
-                outbox = self._outbox(rank, peer)
-                if outbox is not None:
-                    outbox.ring()
+            is_time_to_wake = mine.take(rank)
+            outbox = self._outbox(rank, peer)
+            if outbox is not None:
+                outbox.ring(is_time_to_wake)
         return num_taken > 0
 
     def _arrive(self, rank: int, peer: _Peer, entry: Entry, mine: Inbox) -> None:

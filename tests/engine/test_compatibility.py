@@ -425,11 +425,14 @@ def _profiled(rank: int, size: int, backend: str, path: str) -> dict[str, Any]:
         dist.all_reduce(torch.ones(1000))
         dist.all_gather([torch.empty(2) for _ in range(size)], torch.ones(2))
         dist.barrier()
+        sent = dist.isend(torch.ones(2), 1 - rank)
+        dist.recv(torch.empty(2), 1 - rank)
+        sent.wait()
     names = {event.key for event in profile.key_averages()}
     dist.destroy_process_group()
     return {
         name: any(name in event for event in names)
-        for name in ("all_reduce", "all_gather", "barrier")
+        for name in ("all_reduce", "all_gather", "barrier", "send", "recv")
     }
 
 

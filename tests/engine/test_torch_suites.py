@@ -21,6 +21,7 @@ WANTED = (
     "test_reduce_sum",
     "test_scatter_checks",
     "test_send_recv_any_source",
+    "test_send_recv_with_tag_torch_profiler",
 )
 
 

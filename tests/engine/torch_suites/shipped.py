@@ -29,6 +29,7 @@ from scaletrain.engine import group_calls  # noqa: E402, F401 (once, instead of 
 
 # The tests look for events "gloo:all_reduce" in profiles. Ours have our name.
 distributed_test.PROFILING_SUPPORTED_BACKENDS.clear()
+distributed_test.SEND_RECV_PROFILING_SUPPORTED_BACKENDS.clear()
 
 
 class Shipped(distributed_test.TestDistBackend, distributed_test.DistributedTest._DistTestBase):
