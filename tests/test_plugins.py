@@ -7,11 +7,14 @@ beside the config.
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pydantic
 import pytest
+from annotated_types import Ge, Gt, Le, Lt
 
 from scaletrain import config, plugins
 from scaletrain.errors import UserError
@@ -131,3 +134,32 @@ def test_a_broken_file_is_named_and_leaves_other_verbs_alone(tmp_path: Path):
     listed = run("bench", "--help")
     assert listed.returncode == 2
     assert listed.stderr == f"scaletrain: error: {broken}:2: invalid syntax\n"
+
+
+def _unbounded(annotation: Any, metadata: Sequence[Any] = ()) -> bool:
+    """Whether a type lets any number through."""
+    if get_origin(annotation) is Annotated:
+        inner, *marks = get_args(annotation)
+        return _unbounded(inner, marks)
+    if annotation in (int, float):
+        return not any(isinstance(mark, Ge | Gt | Le | Lt) for mark in metadata)
+    if get_origin(annotation) is Literal:
+        return False
+    return any(_unbounded(part) for part in get_args(annotation))
+
+
+# Any number will do.
+FREE = {("image_folder", "mean"), ("image_folder", "std")}
+
+
+@pytest.mark.parametrize("kind", ["model", "data", "optimizer", "callback", "exchange"])
+def test_every_number_that_an_option_takes_has_a_range(kind: str):
+    """Bug it catches: a value out of range ends the workers, with a traceback of torch's."""
+    free = []
+    for name in plugins.names(kind):
+        schema = plugins.options(kind, name)
+        assert schema is not None
+        for option, field in schema.model_fields.items():
+            if option != "seed" and _unbounded(field.annotation, field.metadata):
+                free.append((name, option))
+    assert {*free} <= FREE

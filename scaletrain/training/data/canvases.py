@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from scaletrain.errors import UserError
 from scaletrain.needs import CountsSamples
 from scaletrain.training.data import glyphs
 from scaletrain.training.randomness import seed_of
@@ -52,7 +53,15 @@ def data(
         most_height: likewise.
         noise: standard deviation of the pixels' noise; ink is 1.
         seed: of all samples.
+
+    Raises:
+        UserError: no height lies between the least and the most.
     """
+    if least_height > most_height:
+        raise UserError(
+            f"data.least_height: {least_height} is not allowed"
+            f" (allowed: 8 to {most_height}, data.most_height)"
+        )
     fonts = tuple(name for name in glyphs.FONTS if name not in glyphs.HELD_OUT)
     heights = range(least_height, most_height + 1)
     look = Look(size, classes, most_glyphs, heights, noise)

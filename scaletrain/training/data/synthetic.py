@@ -3,7 +3,7 @@
 from typing import Annotated
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 from torch.utils.data import Dataset, TensorDataset
 
 from scaletrain.needs import CountsSamples
@@ -12,7 +12,7 @@ from scaletrain.needs import CountsSamples
 def data(
     *,
     samples: Annotated[int, Ge(1), CountsSamples()] = 4096,
-    shape: list[Annotated[int, Ge(1)]] = [3, 32, 32],  # noqa: B006 (never changed)
+    shape: Annotated[list[Annotated[int, Ge(1)]], MinLen(1)] = [3, 32, 32],  # noqa: B006 (never changed)
     classes: Annotated[int, Ge(1)] = 10,
     test_samples: Annotated[int, Ge(1)] = 512,
     seed: int = 0,

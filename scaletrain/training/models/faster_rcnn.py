@@ -4,10 +4,11 @@ import dataclasses
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Lt, MinLen
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scaletrain.errors import UserError
 from scaletrain.training.boxes import anchors, clipped, distinct, moved, offsets, overlaps
 from scaletrain.training.models import initialise
 
@@ -48,10 +49,10 @@ class FasterRCNNOptions:
 
     classes: Annotated[int, Ge(1)] = 20
     channels: Annotated[int, Ge(1)] = 3
-    depths: tuple[Annotated[int, Ge(1)], ...] = (2, 2, 3, 3, 3)
-    widths: tuple[Annotated[int, Ge(1)], ...] = (64, 128, 256, 512, 512)
-    scales: tuple[Annotated[float, Gt(0)], ...] = (128.0, 256.0, 512.0)
-    ratios: tuple[Annotated[float, Gt(0)], ...] = (0.5, 1.0, 2.0)
+    depths: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (2, 2, 3, 3, 3)
+    widths: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)] = (64, 128, 256, 512, 512)
+    scales: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1)] = (128.0, 256.0, 512.0)
+    ratios: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1)] = (0.5, 1.0, 2.0)
     hidden: Annotated[int, Ge(1)] = 4096
     pooled: Annotated[int, Ge(1)] = 7
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.5
@@ -410,5 +411,14 @@ def model(**options: object) -> nn.Module:
 
     Args:
         options: the fields of ``OPTIONS``.
+
+    Raises:
+        UserError: depths and widths are not of the same blocks.
     """
-    return FasterRCNN(FasterRCNNOptions(**options))  # type: ignore[arg-type]
+    chosen = FasterRCNNOptions(**options)  # type: ignore[arg-type]
+    if len(chosen.widths) != len(chosen.depths):
+        raise UserError(
+            f"model.widths: {[*chosen.widths]} is not allowed"
+            f" (allowed: {len(chosen.depths)} of them, as of model.depths)"
+        )
+    return FasterRCNN(chosen)

@@ -126,3 +126,8 @@ def test_mnist1d_leaves_the_generators_alone():
     assert train.tensors[0].shape == (80, 40, 1) and test.tensors[1].shape == (20,)
     again, _ = mnist1d.data(samples=100)
     assert torch.equal(train.tensors[0], again.tensors[0])
+
+
+def test_heights_of_which_none_is_allowed_are_one_line():
+    with pytest.raises(UserError, match=r"data.least_height: 30 is not allowed \(allowed: 8 to 20"):
+        canvases.data(samples=1, test_samples=1, least_height=30, most_height=20)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from scaletrain.errors import UserError
 from scaletrain.recipes import recipe
 from scaletrain.training import boxes
 from scaletrain.training.models import faster_rcnn
@@ -242,3 +243,9 @@ def test_windows_are_all_anchors_and_need_no_proposals():
     assert names == {"features", "detector"}
     windows = model(batch()[0]).proposals
     assert windows.boxes.shape == (4, 8 * 10 * 4, 4) and windows.are_used.all()
+
+
+def test_blocks_without_a_width_are_one_line():
+    told = r"model.widths: \[4\] is not allowed \(allowed: 2 of them, as of model.depths\)"
+    with pytest.raises(UserError, match=told):
+        faster_rcnn.model(**SMALL | {"depths": (1, 1), "widths": (4,)})
