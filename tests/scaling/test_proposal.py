@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from datetime import UTC, datetime
 
 import pytest
@@ -23,8 +24,8 @@ from scaletrain.scaling.explain import proposal, report
 from scaletrain.scaling.measure import sweep
 from scaletrain.scaling.predict.network import Fabric
 from scaletrain.scaling.predict.step_time import ComputeCost, StepModel
+from scaletrain.scaling.show import page_tables, sheet
 from scaletrain.scaling.show import proposal as pages
-from scaletrain.scaling.show import sheet
 
 from .runs import write_run
 
@@ -300,6 +301,28 @@ def test_a_long_page_goes_on_on_another_sheet_and_no_word_is_wider_than_its_line
     assert "".join(lines) == path
     # A character of DejaVu Sans Mono is 0.602 of its size wide, A4 is 595 points.
     assert len(lines) > 3 and max(map(len, lines)) * 0.602 * 8.0 <= 595 - 2 * 31
+
+
+def test_no_heading_is_left_alone_at_the_foot_of_a_sheet():
+    blocks = []
+    for number in range(100):
+        titles = page_tables.Title("two words"), page_tables.Title("word")
+        lines = [page_tables.Line((f"first{number}.", "1"))] * 2
+        blocks += [sheet.Paragraph("text")] * (number % 7)
+        blocks.append(sheet.Paragraph(f"heading{number}.", size=10.0, is_bold=True, before=6.0))
+        blocks.append(sheet.Grid(page_tables.Table(titles, tuple(lines))))
+    sheets = PdfReader(io.BytesIO(sheet.pdf(blocks, "headings", TODAY))).pages
+    texts = [page.extract_text() for page in sheets]
+    assert len(texts) > 4
+    for number in range(100):
+        [text] = [text for text in texts if f"heading{number}." in text]
+        assert f"first{number}." in text, number
+
+
+def test_what_lays_out_sheets_is_imported_for_them_only():
+    """It takes half a second."""
+    code = "import sys, scaletrain.scaling.show.proposal; sys.exit('fpdf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 @pytest.mark.slow

@@ -9,13 +9,14 @@ import io
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
-from fpdf import FPDF
-from fpdf.fonts import FontFace
-from PIL import Image
 
 from scaletrain.scaling.show.page_tables import Table
+
+if TYPE_CHECKING:
+    from fpdf import FPDF
 
 _MARGIN = 31.0  # all lengths are in points
 _SCALES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)  # that are tried, until all is on one sheet
@@ -84,8 +85,10 @@ def pdf(blocks: Sequence[Block], title: str, created: datetime) -> bytes:
     return bytes(document.output())
 
 
-def _document(title: str, created: datetime) -> FPDF:
+def _document(title: str, created: datetime) -> "FPDF":
     """Return an empty sheet. Fonts are embedded, so that text can be searched and copied."""
+    from fpdf import FPDF  # it takes half a second, and other formats do not need it
+
     document = FPDF(unit="pt", format="A4")
     document.set_creation_date(created)
     document.set_title(title)
@@ -101,12 +104,12 @@ def _document(title: str, created: datetime) -> FPDF:
     return document
 
 
-def _paragraph(document: FPDF, block: Paragraph, scale: float) -> None:
+def _paragraph(document: "FPDF", block: Paragraph, scale: float) -> None:
     size = scale * block.size
     document.set_font("code" if block.is_code else "text", "B" if block.is_bold else "", size)
     document.set_text_color(block.colour)
-    # A heading stays with what follows: it is not the last line of a sheet.
-    if document.will_page_break(4 * size):
+    # A heading stays with what follows: the head of a table and its first line are 4 sizes high.
+    if document.will_page_break(6 * size):
         document.add_page()
     else:
         document.ln(scale * block.before)
@@ -114,24 +117,23 @@ def _paragraph(document: FPDF, block: Paragraph, scale: float) -> None:
     document.set_text_color(0)
 
 
-def _pictures(document: FPDF, block: Pictures, scale: float) -> None:
-    size = scale * block.size
-    count = len(block.images)
-    document.set_font("text", "B", size)
-    width = scale * (document.epw - (count - 1) * _GAP) / count
-    sizes = [Image.open(io.BytesIO(image)).size for image in block.images]
-    height = max(width * high / wide for wide, high in sizes)
-    if document.will_page_break(height + 2 * size):
-        document.add_page()
-    top = document.y + 0.5 * size
-    for number, image in enumerate(block.images):
-        left = document.l_margin + number * (width + _GAP)
-        document.text(left, top + size, block.titles[number])
-        document.image(io.BytesIO(image), x=left, y=top + 1.4 * size, w=width)
-    document.set_y(top + 1.4 * size + height)
+def _pictures(document: "FPDF", block: Pictures, scale: float) -> None:
+    document.set_font("text", "", scale * block.size)
+    with document.table(
+        [block.titles],
+        align="LEFT",
+        borders_layout="NONE",
+        gutter_width=_GAP,
+        line_height=1.8 * document.font_size,
+        text_align="LEFT",
+        width=scale * document.epw,
+    ) as table:
+        row = table.row()
+        for image in block.images:
+            row.cell(img=io.BytesIO(image), img_fill_width=True)
 
 
-def _grid(document: FPDF, block: Grid, scale: float) -> None:
+def _grid(document: "FPDF", block: Grid, scale: float) -> None:
     size = scale * block.size
     table = block.table
     document.set_font("text", "", size)
@@ -146,7 +148,6 @@ def _grid(document: FPDF, block: Grid, scale: float) -> None:
         [[title.text for title in table.titles], *(line.cells for line in table.lines)],
         borders_layout="HORIZONTAL_LINES",
         col_widths=widths,
-        headings_style=FontFace(emphasis="BOLD"),
         line_height=_LEADING * document.font_size,
         text_align=["LEFT" if title.is_left else "RIGHT" for title in table.titles],
         v_align="BOTTOM",
