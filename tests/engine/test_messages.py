@@ -1,5 +1,6 @@
 """Tests engine/messages.py and engine/inbox.py: send and recv in shared memory, beside gloo's."""
 
+import errno
 import itertools
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scaletrain.engine import inbox
 from scaletrain.engine.backend import calls_of
 from scaletrain.engine.choice import Options
 from tests.engine.test_calls import Held, error_of
@@ -536,6 +538,72 @@ def test_a_death_ends_what_waits_for_the_dead(tmp_path: Path):
         assert message.startswith(f"ConnectionError: {words}"), message
         assert message.endswith("is lost: it has ended"), message
     assert found == {"last": True, "any": 2, "soon": True}
+
+
+def killed_amidst(_: int, __: int, path: str, victim: int) -> str:
+    """Fork a sender and a receiver of 25 MiB, of which one kills itself when it has moved some."""
+    pids = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                ours, _ = join(rank, 2, path, 60)
+                dist.barrier(ours)
+                if rank == victim:
+                    method = "take" if rank == 1 else "put"
+                    owner = inbox.Inbox if rank == 1 else inbox.Outbox
+                    calls = itertools.count()
+                    move = getattr(owner, method)
+
+                    def die_at_last(*arguments: Any, calls: Any = calls, move: Any = move) -> Any:
+                        if next(calls) == 20:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        return move(*arguments)
+
+                    setattr(owner, method, die_at_last)
+                tensor = torch.zeros(LARGE)
+                call = dist.send if rank == 0 else dist.recv
+                error = error_of(lambda: call(tensor, 1 - rank, ours))
+                Path(f"{path}.error").write_text(error)
+            finally:
+                os._exit(0)
+        pids.append(pid)
+    os.waitpid(pids[victim], 0)
+    deadline = time.monotonic() + 20
+    while not os.waitpid(pids[1 - victim], os.WNOHANG)[0]:
+        if time.monotonic() > deadline:
+            os.kill(pids[1 - victim], signal.SIGKILL)
+        time.sleep(0.01)
+    return Path(f"{path}.error").read_text()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_death_amidst_a_message_ends_it(tmp_path: Path, victim: int):
+    (error,) = run_ranks(killed_amidst, 1, str(tmp_path / "store"), victim)
+    call = ["recv from rank 0", "send to rank 1"][victim]
+    assert error.startswith(f"ConnectionError: {call} (tag 0): peer rank {victim} (process ")
+    assert error.endswith("is lost: it has ended")
+
+
+def no_room(rank: int, size: int, path: str) -> str:
+    ours, _ = join(rank, size, path)
+    if rank == 1:
+        inbox.create = _no_room
+        return error_of(lambda: dist.recv(torch.zeros(3), 0, ours))
+    return error_of(lambda: dist.send(torch.ones(3), 1, ours))
+
+
+def _no_room(size: int) -> Any:
+    raise OSError(errno.ENOSPC, "no room")
+
+
+def test_both_ranks_say_where_there_is_no_memory(tmp_path: Path):
+    first, second = run_ranks(no_room, 2, str(tmp_path / "store"))
+    words = "no room for 4,"
+    assert f"send to rank 1 (tag 0): {words}" in first
+    assert f"recv from rank 0 (tag 0): {words}" in second
+    for error in (first, second):
+        assert "bytes of shared memory for messages to rank 1; use gloo" in error
 
 
 def ends(rank: int, size: int, path: str, how: str) -> tuple[str, str, float]:
