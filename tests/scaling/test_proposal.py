@@ -5,7 +5,6 @@ import json
 import math
 import random
 import re
-import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -27,9 +26,9 @@ from scaletrain.scaling.predict.step_time import ComputeCost, StepModel
 from scaletrain.scaling.show import page_tables, sheet
 from scaletrain.scaling.show import proposal as pages
 
+from .browser import browse, needs_browser
 from .runs import write_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 BATCH = 4096
 TODAY = datetime(2026, 12, 1, tzinfo=UTC)
 NUM_BYTES = 4_000_000
@@ -326,18 +325,13 @@ def test_what_lays_out_sheets_is_imported_for_them_only():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt install chromium")
+@needs_browser
 def test_both_scalings_with_predictions_print_on_one_sheet(tmp_path):
     strong, weak = write_sweep(tmp_path), write_sweep(tmp_path, mode="weak")
     page = made(strong, weak, workers=16, exchange="ring")
     # Commands as long as real ones.
     (tmp_path / "page.html").write_text(pages.html(page, "scaletrain proposal " + "word " * 60))
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'p'}",
-        f"--print-to-pdf={tmp_path / 'page.pdf'}", (tmp_path / "page.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+    browse(tmp_path / "page.html", f"--print-to-pdf={tmp_path / 'page.pdf'}")
     assert num_sheets((tmp_path / "page.pdf").read_bytes()) == 1
 
 

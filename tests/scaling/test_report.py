@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from html import escape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -47,6 +46,7 @@ from scaletrain.scaling.show import (
 )
 
 from ..run.made_up import made_up
+from .browser import browse, dom_with_frames, needs_browser
 from .runs import write_run
 
 # What each cell of a made-up sweep takes: 100 ms alone, 55 ms of work for half, 5 ms of
@@ -541,26 +541,15 @@ def test_a_page_of_results_keeps_what_people_wrote(tmp_path):
     assert page.read_text() == f"Before.\n\n{results.BEGIN}\ntwo\n{results.END}\nAfter.\n"
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt install chromium")
+@needs_browser
 @pytest.mark.parametrize(
     "look", [["--window-size=390,900"], ["--window-size=1200,900", "--force-dark-mode"]]
 )
 def test_the_page_in_a_browser(measured, tmp_path, look):
-    page = measured / "report.html"
+    page = tmp_path / "report.html"
     page.write_text(render.html(report.of_sweep(measured)))
     log = tmp_path / "net.json"
-    browser = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        *look,
-    ]
     quiet = [
         "--disable-background-networking",
         "--disable-component-update",
@@ -573,10 +562,8 @@ def test_the_page_in_a_browser(measured, tmp_path, look):
         "--enable-logging=stderr",
         "--v=0",
     ]
-    done = subprocess.run(
-        [*browser, *quiet, *shot, page.as_uri()], capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0 and (tmp_path / "shot.png").stat().st_size > 20_000, done.stderr
+    done = browse(page, *look, *quiet, *shot)
+    assert (tmp_path / "shot.png").stat().st_size > 20_000, done.stderr
     assert "CONSOLE" not in done.stderr
     asked = set(re.findall(r'"url":"([^"]+)"', log.read_text()))
     hosts = {
@@ -591,25 +578,11 @@ def test_the_page_in_a_browser(measured, tmp_path, look):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt install chromium")
+@needs_browser
 def test_the_page_on_paper(measured, tmp_path):
     """Light whatever the screen's theme is, and no figure is cut in two."""
     (tmp_path / "page.html").write_text(render.html(report.of_sweep(measured)))
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--force-dark-mode",
-    ]
-    command = [
-        CHROMIUM,
-        *flags,
-        f"--print-to-pdf={tmp_path / 'page.pdf'}",
-        (tmp_path / "page.html").as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+    browse(tmp_path / "page.html", "--force-dark-mode", f"--print-to-pdf={tmp_path / 'page.pdf'}")
     made = (tmp_path / "page.pdf").read_bytes()
     assert made.startswith(b"%PDF")
     assert 1 <= len(re.findall(rb"/Type /Page\b(?!s)", made)) <= 3
@@ -1058,13 +1031,9 @@ WIDTHS = (390, 800, 1100, 1400)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt install chromium")
+@needs_browser
 def test_no_width_of_screen_hides_a_column(measured, tmp_path):
     """Nothing is wider than its frame, from a phone to a desktop."""
-    page = escape(render.html(report.of_sweep(measured)), quote=True)
-    frames = "".join(
-        f'<iframe width="{width}" height="900" srcdoc="{page}"></iframe>' for width in WIDTHS
-    )
     script = """
       onload = () => { for (const frame of document.querySelectorAll("iframe")) {
         const page = frame.contentDocument;
@@ -1072,19 +1041,14 @@ def test_no_width_of_screen_hides_a_column(measured, tmp_path):
           .filter(part => part.scrollWidth > part.clientWidth).length;
         document.body.append(`[${frame.width}: ${cut} cut]`); } }
     """
-    harness = tmp_path / "harness.html"
-    harness.write_text(f"<!doctype html><body>{frames}<script>{script}</script>")
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", harness.as_uri()],
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    found = re.findall(r"\[(\d+): (\d+) cut\]", done.stdout)
-    assert found == [(str(width), "0") for width in WIDTHS], done.stderr
+    page = render.html(report.of_sweep(measured))
+    shown = dom_with_frames(tmp_path, page, WIDTHS, script)
+    found = re.findall(r"\[(\d+): (\d+) cut\]", shown)
+    assert found == [(str(width), "0") for width in WIDTHS]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt install chromium")
+@needs_browser
 def test_no_column_is_cut_on_paper(measured, tmp_path):
     """A page as wide as A4 between its margins, with the style of paper."""
     made = replace(report.of_sweep(measured), loss_reached=0.5)
@@ -1099,16 +1063,9 @@ def test_no_column_is_cut_on_paper(measured, tmp_path):
           .filter(part => part.getBoundingClientRect().right > page.documentElement.clientWidth + 1);
         document.body.append(`[${page.querySelectorAll("td").length} cells, ${wide.length} cut]`); }
     """
-    frame = f'<iframe width="{width}" height="900" srcdoc="{escape(page, quote=True)}"></iframe>'
-    harness = tmp_path / "harness.html"
-    harness.write_text(f"<!doctype html><body>{frame}<script>{script}</script>")
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", harness.as_uri()],
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    cells, cut = re.search(r"\[(\d+) cells, (\d+) cut\]", done.stdout).groups()
-    assert int(cells) > 60 and int(cut) == 0, done.stderr
+    shown = dom_with_frames(tmp_path, page, [width], script)
+    cells, cut = re.search(r"\[(\d+) cells, (\d+) cut\]", shown).groups()
+    assert int(cells) > 60 and int(cut) == 0
 
 
 def test_an_exchange_has_one_colour_in_every_report():
