@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -287,6 +287,34 @@ def test_the_page_is_one_file_that_asks_for_nothing(measured):
     assert page.count("<svg") >= 3 and "var(--ink)" in page and "prefers-color-scheme: dark" in page
     identifiers = re.findall(r'\bid="([^"]+)"', page)
     assert len(identifiers) == len(set(identifiers))
+
+
+def test_the_environment_is_told_in_words_and_no_fact_is_left_out():
+    """Each field of the header but those that have another place on the page."""
+    elsewhere = {"emulation", "config", "argv"}
+    values = {
+        "cores": 41, "memory_bytes": 43 * 2**30, "versions": {"torch": "44.5"}, "repeats": 47,
+        "threads_per_worker": 53, "bound_to_cores": True, "settings": ("steps=59",),
+        "vary": {"model.width": [61, 67]}, "created": "2026-11-28T19:08:01Z",
+        "load_average": 71.5, "runs_planned": 73, "runs_missing": 79, "used_by_others": 0.83,
+        "emulated": False, "devices": ("H200",), "reference_samples": (89.0, 97.0),
+    }  # fmt: skip
+    names = {field.name for field in fields(ReportHeader)} - elsewhere
+    values |= {name: f"<{name}>" for name in names - set(values)}
+    told = text.environment(ReportHeader(**values))
+    assert not [name for name in told if "_" in name or name[0].islower()]
+    whole = " ".join(f"{name}: {fact}." for name, fact in told.items())
+    for words in (
+        *(value for value in values.values() if str(value).startswith("<")),
+        "Cores: 41.", "Memory: 43.0 GiB.", "torch 44.5", "47 repeats", "Threads a worker: 53.",
+        "kept on cores: yes.", "steps=59", "model.width: 61, 67.", "2026-11-28 19:08:01 UTC",
+        "71.5", "Runs: 73, ", "79 missing", "used 83% of the cores. <busy>", "Emulated: no.", "H200",
+        "89, 97",
+    ):  # fmt: skip
+        assert words in whole
+    page = render.html(Report(1, ReportHeader(memory_bytes=2**34), "No run.", ()))
+    assert "<dt>Memory</dt><dd>16.0 GiB</dd></dl>" in page and "memory_bytes" not in page
+    assert "None" not in page[page.index("<h2>Environment") :]
 
 
 def test_every_format_is_written(measured):

@@ -36,7 +36,7 @@ def html(report: Report) -> str:
         figures.append(Figure(plot.name, plot.title, svg))
     return template("report.html").render(
         report=report,
-        facts=report.header.to_json(),
+        environment=text.environment(report.header),
         tables=page_tables,
         figures=figures,
     )

@@ -1,10 +1,11 @@
 """Figures and remarks of a report as text, for the terminal and for pages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from scaletrain.scaling.explain import headline
 from scaletrain.scaling.measure.intervals import ONE_RUN
-from scaletrain.scaling.model import Prediction, Report, Row
+from scaletrain.scaling.model import Prediction, Report, ReportHeader, Row
+from scaletrain.units import plural
 
 UNKNOWN = "–"  # in pages, where a figure is not known
 
@@ -111,3 +112,73 @@ def calibration(points: Sequence[Prediction]) -> str:
         f"{basis} {tested} of {len(points)} were left out of the calibration: those are"
         " predictions, the others residuals."
     )
+
+
+def environment(header: ReportHeader) -> dict[str, str]:
+    """Return where and how a report was measured, by the names that people read.
+
+    The command, the config files and what was emulated have places of their own.
+
+    >>> environment(ReportHeader(cores=2, memory_bytes=2**34, bound_to_cores=True))
+    {'Cores': '2', 'Memory': '16.0 GiB', 'Workers kept on cores': 'yes'}
+    """
+    versions = [f"{name} {version}" for name, version in header.versions.items() if version]
+    varied = [f"{key}: {', '.join(map(str, each))}" for key, each in (header.vary or {}).items()]
+    facts = {
+        "Host": header.host,
+        "Operating system": header.os,
+        "Processor": header.processor,
+        "Cores": header.cores,
+        "Memory": _gibibytes(header.memory_bytes),
+        "GPUs": _joined(header.devices),
+        "Python": header.python,
+        "Packages": _joined(versions),
+        "Commit": header.commit,
+        "Measured": (header.created or "").replace("T", " ").replace("Z", " UTC"),
+        "Note": header.note,
+        "Scaling": header.mode,
+        "Speed-up over": header.baseline,
+        "Runs": _runs(header),
+        "Launcher": header.launcher,
+        "Threads a worker": header.threads_per_worker,
+        "Workers kept on cores": _yes_or_no(header.bound_to_cores),
+        "Set for all runs": _joined(header.settings),
+        "Varied": "; ".join(varied),
+        "Took turns with": header.turns,
+        "Runs of": header.source,
+        "Load at the start": number(header.load_average, ".1f"),
+        "Other processes": _used_by_others(header),
+        "Emulated": _yes_or_no(header.emulated),
+        "Samples of the references": _joined(header.reference_samples, ",.0f"),
+        "Predictions calibrated on": header.calibrated_on,
+    }
+    return {name: str(fact) for name, fact in facts.items() if fact not in (None, "", UNKNOWN)}
+
+
+def _joined(facts: Iterable[str | float] | None, form: str = "") -> str:
+    return ", ".join(format(fact, form) for fact in facts or ())
+
+
+def _yes_or_no(fact: bool | None) -> str | None:
+    if fact is None:
+        return None
+    return "yes" if fact else "no"
+
+
+def _gibibytes(num_bytes: int | None) -> str | None:
+    return None if num_bytes is None else f"{num_bytes / 2**30:.1f} GiB"
+
+
+def _runs(header: ReportHeader) -> str | None:
+    """Return how many runs were asked for, and how many of them are missing."""
+    if header.runs_planned is None:
+        return f"{plural(header.repeats, 'repeat')} of each cell" if header.repeats else None
+    missing = f", {header.runs_missing} missing" if header.runs_missing else ""
+    return f"{header.runs_planned}, {plural(header.repeats, 'repeat')} of each cell{missing}"
+
+
+def _used_by_others(header: ReportHeader) -> str | None:
+    if header.used_by_others is None:
+        return None
+    share = f"used {header.used_by_others:.0%} of the cores"
+    return f"{share}. {header.busy}" if header.busy else share
