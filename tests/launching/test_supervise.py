@@ -216,6 +216,23 @@ def test_a_killed_rank_is_named_though_the_clock_of_another_host_is_behind(tmp_p
     assert "lost rank 1" not in output
 
 
+def test_reports_that_are_read_late_keep_their_order(tmp_path: Path):
+    """Bug it catches: all seem to come when somebody looks at last, and the lowest rank first."""
+    body = """
+    report(1)
+    time.sleep(0 if rank == 1 else 1)
+    raise ValueError(f"of rank {rank}")
+    """
+    plan, job = job_of(tmp_path, body, workers=2)
+    worker = shlex.join(plan.commands[0].argv)
+    script = f"RANK=0 {worker} & RANK=1 {worker}; wait; sleep 7; exit 1"
+    launcher = plan.commands[0]._replace(
+        name="starter", argv=("sh", "-c", script), rank=None, restarts_workers=True
+    )
+    status, output = carry_out(plan._replace(commands=(launcher,)), job)
+    assert status == 1 and cause(job)["rank"] == 1, output
+
+
 def test_a_slow_worker_that_reports_is_no_hang(tmp_path: Path):
     body = """
     for i in range(8):

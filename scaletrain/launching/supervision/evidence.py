@@ -36,25 +36,29 @@ class Evidence:
         # Workers that another launcher started on this host: their process ids are watched, since
         # that launcher does not say in which order they ended.
         self._watched_pids: set[int] = set()
-        # When a report was first seen, in unix seconds of our clock, by its rank and its own time.
-        self._seen_at: dict[tuple[int | None, float], float] = {}
+        # When a report came, in unix seconds by our clock, by its rank and its own time.
+        self._came_at: dict[tuple[int | None, float], float] = {}
+        self._looked_at = time.monotonic()  # for reports
         # Those of them that ended without a report, by (rank, pid).
         self._silent_ends: dict[tuple[int, int], Failure] = {}
 
     def reports(self) -> list[Failure]:
-        """Return the failures that workers have reported."""
-        reports = first_cause.reported(self._run_dir, self._workers, self._launch)
-        return [self._by_our_clock(report) for report in reports]
+        """Return the failures that workers have reported.
 
-    def _by_our_clock(self, report: Failure) -> Failure:
-        """Return a report with the time when we saw it, if the clock of its host is far from ours.
-
-        Otherwise the failures of that host would all come before those of other hosts, or after.
+        A report whose host's clock is far from ours has the time when it came. Otherwise the
+        failures of that host would all lie before those of other hosts, or after.
         """
-        seen_at = self._seen_at.setdefault((report.rank, report.time), time.time())
-        if abs(seen_at - report.time) <= _CLOCKS_S:
-            return report
-        return report._replace(time=seen_at)
+        now = time.monotonic()
+        since_look_s, self._looked_at = now - self._looked_at, now
+        reports = []
+        for report in first_cause.reported(self._run_dir, self._workers, self._launch):
+            # What came while nobody looked may be as old as it says.
+            time_seen = time.time() if since_look_s <= _CLOCKS_S else report.time
+            came_at = self._came_at.setdefault((report.rank, report.time), time_seen)
+            if abs(came_at - report.time) > _CLOCKS_S:
+                report = report._replace(time=came_at)
+            reports.append(report)
+        return reports
 
     def all(self) -> list[Failure]:
         """Return every failure that is known."""
