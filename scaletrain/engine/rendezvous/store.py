@@ -19,6 +19,7 @@ from scaletrain.world import UNKNOWN, World
 
 # Launchers under which somebody serves the store, and MASTER_ADDR and MASTER_PORT say where.
 _WITH_STORE = ("local", "rehearsal", "torchrun", "environment")
+_ALL_ARRIVED = "scaletrain/all arrived"
 _MOST_SHOWN = 16  # ranks in an error message
 
 
@@ -106,19 +107,34 @@ def _wait_for_all(world: World, store: dist.Store, timeout: timedelta) -> None:
     progress.alive("joining")
     store.set(f"scaletrain/arrived/{world.rank}", host_name())
     keys = [f"scaletrain/arrived/{rank}" for rank in range(world.size)]
+    group = Group(store, world.rank, world.size, timeout)
     try:
-        wait_for_keys(Group(store, world.rank, world.size, timeout), keys, range(world.size))
+        # Rank 0 looks for all, and the others for its word: N ranks would ask for N keys each.
+        if world.rank == 0:
+            wait_for_keys(group, keys, range(world.size))
+            store.set(_ALL_ARRIVED, "")
+        else:
+            wait_for_keys(group, [_ALL_ARRIVED], [0])
     except TimeoutError as error:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        names = ", ".join(str(rank) for rank in missing[:_MOST_SHOWN])
-        if len(missing) > _MOST_SHOWN:
-            names += ", ..."
         raise TimeoutError(
-            f"after {timeout.total_seconds():.0f} s ranks {names} have not joined"
+            f"after {timeout.total_seconds():.0f} s {_missing_in_words(store, keys)} have not joined"
         ) from error
     except ConnectionError as error:
-        raise ConnectionError("rank 0, which serves the store, is gone") from error
+        raise _gone() from error
     progress.alive("joined")
+
+
+def _missing_in_words(store: dist.Store, keys: list[str]) -> str:
+    try:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+    except RuntimeError as error:
+        raise _gone() from error
+    names = ", ".join(str(rank) for rank in missing[:_MOST_SHOWN])
+    return f"ranks {names}, ..." if len(missing) > _MOST_SHOWN else f"ranks {names}"
+
+
+def _gone() -> ConnectionError:
+    return ConnectionError("rank 0, which serves the store, is gone")
 
 
 @progress.waiting("the other workers")
