@@ -181,3 +181,10 @@ def test_of_two_causes_that_cost_the_same_both_are_advised_on_with_their_gains()
 )
 def test_there_is_always_something_to_do(causes, efficiency, ci95, told):
     assert limiters.advice(Evidence(causes, efficiency, ci95)).startswith(told)
+
+
+def test_without_a_cause_that_costs_more_than_the_whole_loss_nothing_is_lost():
+    causes = [Cause("input", 0.011), Cause("communication", -0.005)]
+    evidence = Evidence(causes, 0.4)
+    assert evidence.loss_s == pytest.approx(0.006)  # of a step of 10 ms
+    assert evidence.efficiency_without(causes[0]) == 1.0

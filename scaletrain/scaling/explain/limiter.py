@@ -144,7 +144,9 @@ class Evidence:
         """Return the efficiency that is left to reach if a cause were gone."""
         # The ideal step takes ``efficiency`` of the step, and the lost time the rest.
         step_s = self.loss_s / (1 - self.efficiency)
-        return min(1.0, self.efficiency * step_s / (step_s - cause.seconds))
+        ideal_s = self.efficiency * step_s
+        # Where other causes are gains, one may cost more than the whole loss.
+        return ideal_s / max(ideal_s, step_s - cause.seconds)
 
 
 def split(steps: Steps, loss_s: float | None = None) -> list[Cause]:
