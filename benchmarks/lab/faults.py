@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from benchmarks.lab import pages
+from scaletrain.errors import unknown
 from scaletrain.parameter_server.protocol.settings import Settings
 from scaletrain.run.atomic import write_json, write_text
 from scaletrain.run.environment import Environment, environment
@@ -135,6 +136,11 @@ def command(repeats: int, each: int, only: tuple[str, ...], out: Path) -> None:
       python -m benchmarks.lab faults --repeats 8
       python -m benchmarks.lab faults --each 100 --kind "server killed"
     """
+    from benchmarks.lab import fault_job
+
+    for kind in only:
+        if kind not in fault_job.KINDS:
+            raise unknown("--kind", kind, fault_job.KINDS)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "faults.json"
     now = environment()
@@ -181,6 +187,8 @@ def _jobs(
         for cell in cells:
             of_cell = _of_cell(faults, cell)
             kinds = tuple(kind for kind in cell.kinds if kind in only or not only)
+            if not kinds:
+                continue
             counts = Counter(fault.kind for fault in of_cell)
             rare = tuple(kind for kind in kinds if counts[kind] < each)
             if rare or len(of_cell) < repeats:
