@@ -48,7 +48,7 @@ SHOWN_BY = {
         "run/test_claim.py::test_a_live_job_keeps_its_directory",
         "run/test_claim.py::test_the_hosts_of_one_job_share_a_directory",
     ),
-    "the hosts of a job are not told": (
+    "a job on several hosts is started without": (
         "launching/test_plans.py::test_the_hosts_of_a_job_need_a_directory_in_common",
     ),
     "the whole job is stopped": (

@@ -42,7 +42,8 @@ class Table(nn.Parameter):
         """Call one of torch's functions with a table.
 
         Raises:
-            UserError: it would read rows that were not fetched, or change them.
+            UserError: a gradient would go through rows that were not fetched, or it would change
+                rows. Other reads without a gradient are not noticed.
         """
         named = kwargs or {}
         if func in _READERS:

@@ -148,7 +148,7 @@ def predicted(report: Report) -> Table:
         if point.interval_s is not None:
             interval = " to ".join(map(ms, point.interval_s))
         elif point.low_s is not None:
-            interval = "not told"
+            interval = "too wide to say"
         cells = [point.exchange, str(point.workers), ms(point.measured_s), ms(point.predicted_s)]
         cells += [f"{100 * point.error:+.1f} %", interval]
         cells.append("residual of the fit" if point.in_fit else "prediction")
