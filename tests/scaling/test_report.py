@@ -1145,7 +1145,7 @@ def test_an_interval_of_decades_is_no_interval():
     wide = Prediction("ring", 2, 0.05, 0.052, False, 0.0003, 95.0)
     made = Report(1, ReportHeader(), "", (), predictions=(wide, replace(wide, high_s=0.0006)))
     cells = [line.cells for line in page_tables.predicted(made).lines]
-    assert [each[-2] for each in cells] == ["not told", "0.30 to 0.60"]
+    assert [each[-2] for each in cells] == ["too wide to say", "0.30 to 0.60"]
 
 
 def test_intervals_are_drawn_whole():
