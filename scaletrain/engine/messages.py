@@ -585,6 +585,7 @@ class Messages:
                 self._serve_alone()
             num_idle = 0 if self._open else num_idle + 1
             if num_idle == _STAY_AWAKE:
+                num_idle = 0
                 self._is_needed.clear()
                 # One may have come in between.
                 if self._open:

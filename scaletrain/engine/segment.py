@@ -264,12 +264,20 @@ class Patience:
         self._began = time.monotonic()
         self._moved_at = self._began  # when anything moved
         self._checked_at = self._began  # when the ranks were last looked at
+        self._seen_at = self._began  # when this wait last came by here
         self._sleep_s = _SHORTEST_SLEEP_S
         self._gone: ConnectionError | None = None
 
     def moved(self) -> None:
-        """Note that something has moved, though not yet what this rank waits for."""
+        """Note that something has moved, though not yet what this rank waits for.
+
+        Raises:
+            TimeoutError, ConnectionError: as ``pause``.
+        """
+        if self._gone:
+            raise self._gone
         self._moved_at = time.monotonic()
+        self._look(self._moved_at)
 
     def pause(self, place: int = -1, seen: int = 0) -> None:
         """Pause once.
@@ -297,16 +305,20 @@ class Patience:
         else:
             time.sleep(self._sleep_s)
             self._sleep_s = min(_SLEEP_GROWTH * self._sleep_s, _LONGEST_SLEEP_S)
-        since_check_s = now - self._checked_at
-        if since_check_s > _CHECK_ALIVE_S:
+        self._look(now)
+
+    def _look(self, now: float) -> None:
+        """Look whether the ranks live and the time is over, if that was not done just now."""
+        if now - self._seen_at > ABSENT_S:
+            # This process was stopped, with the others if it was the whole job.
+            self._began += now - self._seen_at
+        self._seen_at = now
+        if now - self._checked_at > _CHECK_ALIVE_S:
             self._checked_at = now
-            if since_check_s > ABSENT_S:
-                # This process was stopped, with the others if it was the whole job.
-                self._began += since_check_s
-            segment.check_not_ended()
+            self._segment.check_not_ended()
             self._check_alive()
-            if now - self._began > segment.timeout_s:
-                raise segment.late(self._ranks)
+            if now - self._began > self._segment.timeout_s:
+                raise self._segment.late(self._ranks)
 
     def _check_alive(self) -> None:
         try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from scaletrain.engine import inbox
 from scaletrain.engine.backend import calls_of
 from scaletrain.engine.choice import Options
+from scaletrain.engine.segment import Patience
 from tests.engine.test_calls import Held, error_of
 from tests.ranks import run_ranks
 
@@ -743,3 +744,53 @@ def test_thousands_of_messages_leave_nothing(tmp_path: Path):
     for before, after in run_ranks(many, 2, str(tmp_path / "store")):
         assert after.descriptors == before.descriptors and after.threads == before.threads
         assert after.mib < before.mib + 2
+
+
+def resting(rank: int, size: int, path: str) -> list[bool]:
+    """Return whether the thread still looks for messages half a second after each use."""
+    ours, _ = join(rank, size, path)
+    looks = []
+    for number in range(3):
+        into = torch.zeros(100)
+        dist.barrier(ours)
+        work = dist.irecv(into, 1 - rank, ours, tag=number)
+        dist.send(numbered(rank, 100), 1 - rank, ours, tag=number)
+        work.wait()
+        time.sleep(0.5)
+        looks.append(calls_of(ours)._own_messages()._is_needed.is_set())
+    return looks
+
+
+def test_the_thread_rests_when_there_is_nothing_to_move(tmp_path: Path):
+    """Bug it catches: after its first rest, it looks 500 times a second for ever."""
+    assert run_ranks(resting, 2, str(tmp_path / "store")) == [[False] * 3] * 2
+
+
+class _Awaited:
+    """Ranks that live, and are late."""
+
+    timeout_s = 0.3
+    neighbours_until = 0.0
+    num_looks = 0
+
+    def sleep(self, place: int, seen: int) -> None:
+        raise AssertionError("nothing to sleep for")
+
+    def check_alive(self, rank: int) -> None:
+        self.num_looks += 1
+
+    def check_not_ended(self) -> None:
+        pass
+
+    def late(self, ranks: tuple[int, ...]) -> TimeoutError:
+        return TimeoutError(f"{ranks} are late")
+
+
+def test_a_wait_ends_in_time_though_other_messages_move():
+    awaited = _Awaited()
+    patience = Patience(awaited, (3,))
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="are late"):
+        while time.monotonic() - began < 5:
+            patience.moved()
+    assert 0.3 < time.monotonic() - began < 2 and awaited.num_looks >= 2
