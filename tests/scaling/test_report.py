@@ -918,6 +918,17 @@ def test_the_lead_is_of_several_workers_and_says_what_limits_who_and_what_to_do(
     assert lead["How sure"].startswith("The speed-up is known to ± 2% (95 %, 3 repeats).")
 
 
+def test_the_lead_names_no_fastest_if_repeats_tell_nobody_from_one_worker():
+    noisy = lead_of(cell("ring", 2, 1.2, 0.5), cell("tree", 4, 1.1, 0.6))
+    assert noisy["Result"].startswith("Too noisy to name a fastest: none is surely faster than")
+    assert "ring on 2 workers" in noisy["Result"] and "Fastest is" not in noisy["Result"]
+    slower = lead_of(cell("ring", 2, 0.9, 0.5))
+    assert "Too noisy" in slower["Result"] and "slower than one" not in slower["Result"]
+    told = lead_of(cell("ring", 2, 1.2, 0.5), cell("tree", 4, 1.1, 0.05))
+    assert "Fastest is ring" in told["Result"]
+    assert "Fastest is ring" in lead_of(cell("ring", 2, 1.2, 0.1))["Result"]
+
+
 def test_the_lead_speaks_of_several_workers_even_if_only_one_was_measured():
     """What was asked for has failed: the speed of one worker is no answer to it."""
     failed = Row("job", "ring", 2, 96, {}, failures=("rank 1: no memory",))

@@ -80,6 +80,8 @@ def _result(best: Row, rows: Sequence[Row]) -> str:
     lead = "Fastest is"
     if best.workers > 1 and best.speedup < 1:
         lead = "More workers are slower than one. The fastest of them,"
+    if not _is_told(best, rows):
+        lead = f"Too noisy to name a fastest: none is surely faster than {best.baseline}. The highest mean,"
     crowded = f"; {best.oversubscribed}" if best.oversubscribed else ""
     verb = ":" if lead == "Fastest is" else ", reaches"
     sentences = [
@@ -95,6 +97,21 @@ def _result(best: Row, rows: Sequence[Row]) -> str:
             f" (efficiency {largest.efficiency:.2f}{crowded})."
         )
     return " ".join(sentences)
+
+
+def _is_told(best: Row, rows: Sequence[Row]) -> bool:
+    """Return False if the best row's speed-up may be 1, and no other's is above it for sure."""
+    if best.workers < 2 or best.speedup is None or best.speedup_ci95 is None:
+        return True
+    if abs(best.speedup - 1) > best.speedup_ci95:
+        return True
+    return any(map(_is_surely_faster_than_one, _same_job(best, rows)))
+
+
+def _is_surely_faster_than_one(row: Row) -> bool:
+    if row.speedup is None or row.speedup_ci95 is None:
+        return False
+    return row.speedup - row.speedup_ci95 > 1
 
 
 def _same_job(best: Row, rows: Sequence[Row]) -> list[Row]:
@@ -148,9 +165,13 @@ def _change(best: Row, held_up: Row | None, loss: Loss | None) -> str:
         sentences.append("Measure the references of --split before changing anything.")
     if best.workers == 1:
         sentences.append("Measure several numbers of workers, such as --workers 1,2,4.")
-    elif best.speedup is not None and best.speedup < 1 and not has_cause:
+    elif _is_slower_than_one(best) and not has_cause:
         sentences.append("Until the cause is known, one worker is faster.")
     return " ".join(sentences)
+
+
+def _is_slower_than_one(row: Row) -> bool:
+    return row.speedup is not None and row.speedup + (row.speedup_ci95 or 0.0) < 1
 
 
 def _certainty(best: Row, rows: Sequence[Row], report: Report) -> str:
