@@ -40,6 +40,10 @@ def message(tree: dict, **settings) -> str:
             {"optimizer": {"name": "sgd", "learning_rate": 0.1}},
             ["optimizer.learning_rate", "did you mean 'optimizer.lr'"],
         ),
+        (
+            {"data": {"name": "synthetic", "samples": 2}, "batch_mode": "weak", "workers": 3},
+            ["workers: 3, each with", "more than the 2 training samples (allowed: 1 to 2)"],
+        ),
         ({"batch_size": "many"}, ["batch_size", "'many'", "integer"]),
         ({"workers": 0}, ["workers", "0", "greater than or equal to 1"]),
         ({"workers": 33}, ["workers", "33", "batch_size of 32", "1 to 32"]),

@@ -269,6 +269,11 @@ def _check_samples(config: RunConfig, where: str) -> None:
     sharing = 1 if is_strong else config.workers
     for option, mark in marked.items():
         num_samples = mark.for_training(config.data.options[option])
+        if sharing > num_samples:
+            raise UserError(
+                f"{where}: workers: {config.workers}, each with a batch of its own, are more than"
+                f" the {num_samples} training samples (allowed: 1 to {num_samples})"
+            )
         if config.batch_size * sharing > num_samples:
             each = "" if is_strong else f" for each of {sharing} workers"
             raise UserError(
