@@ -26,7 +26,7 @@ test: setup
 # The tests of the backend and of the exchanges under another torch, in a virtual environment of its
 # own: make test-torch TORCH=2.14.1 (5.5 GB). TESTS says which.
 TORCH ?= 2.14.1
-TESTS ?= tests/engine/test_torch_backend.py tests/engine/test_calls.py tests/engine/test_compatibility.py tests/training/test_ddp.py tests/training/test_updates.py
+TESTS ?= tests/engine/test_torch_backend.py tests/engine/test_calls.py tests/engine/test_messages.py tests/engine/test_compatibility.py tests/training/test_ddp.py tests/training/test_updates.py
 test-torch: .venv-$(TORCH)/.ready
 	.venv-$(TORCH)/bin/python -m pytest $(TESTS)
 
