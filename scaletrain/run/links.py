@@ -2,7 +2,7 @@
 
 A worker or parameter server notes the counters of its connections once a second, in a file of its
 own (``RunDir.links``, ``RunDir.server_links``), one JSON object a line. Nobody is asked: the kernel
-counts anyway (``struct tcp_info`` in ``linux/tcp.h``). It knows for how long data was on its way,
+counts anyway (``tcp_info``). It knows for how long data was on its way,
 and how long of that the receiver had no room. So the speed of a link is known without clocks that
 agree, and apart from the time for which its two ends waited for each other.
 
@@ -15,21 +15,15 @@ import json
 import os
 import re
 import socket
-import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from scaletrain.host import tcp_info
 from scaletrain.host.names import host_name
 
 SAMPLE_S = 1.0  # between two samples of a worker
-# Byte offsets in ``struct tcp_info``, which only ever grows at its end.
-_RETRANSMITS = 100  # u32, segments that were sent again
-_BYTES_ACKED = 120  # u64
-_SEGMENTS = 156  # u32, segments with data that were sent, those sent again included
-_BUSY = 168  # two u64, microseconds: data on its way; of that, the receiver had no room
-_NEEDED = 184
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
@@ -129,19 +123,23 @@ def _own_connections() -> Iterator[Connection]:
 
 def _counters(descriptor: int) -> Connection | None:
     """Return the counters of a socket; None if it is no TCP connection."""
-    # A copy of the descriptor, so that closing it leaves the owner's open.
-    with socket.socket(fileno=os.dup(descriptor)) as copy:
-        if copy.family not in (socket.AF_INET, socket.AF_INET6) or copy.type != socket.SOCK_STREAM:
+    with tcp_info.borrowed(descriptor) as connection:
+        is_ip = connection.family in (socket.AF_INET, socket.AF_INET6)
+        if not is_ip or connection.type != socket.SOCK_STREAM:
             return None
-        remote = copy.getpeername()
-        local = copy.getsockname()
-        info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    if len(info) < _NEEDED:  # a kernel before 4.19
+        remote = connection.getpeername()
+        local = connection.getsockname()
+        counters = tcp_info.counters(
+            connection,
+            tcp_info.ACKED_BYTES,
+            tcp_info.BUSY_US,
+            tcp_info.NO_ROOM_US,
+            tcp_info.SEGMENTS,
+            tcp_info.RETRANSMITS,
+        )
+    if counters is None:  # a kernel before 4.19
         return None
-    (retransmits,) = struct.unpack_from("=I", info, _RETRANSMITS)
-    (acked_bytes,) = struct.unpack_from("=Q", info, _BYTES_ACKED)
-    (segments,) = struct.unpack_from("=I", info, _SEGMENTS)
-    busy_us, no_room_us = struct.unpack_from("=QQ", info, _BUSY)
+    acked_bytes, busy_us, no_room_us, segments, retransmits = counters
     return Connection(
         local=_address(local),
         remote=_address(remote),

@@ -7,18 +7,11 @@ the process, so they would cut both connections.
 
 import contextlib
 import socket
-import struct
-from collections.abc import Iterator
 
 import zmq
 
-# In the kernel's tcp_info: tcpi_probes, tcpi_unacked, tcpi_last_data_recv and tcpi_last_ack_recv
-# (milliseconds), tcpi_bytes_received.
-_INFO_BYTES = 136
-_PROBES = 3
-_UNACKED = 24
-_LAST_RECEIVED = 52
-_BYTES_RECEIVED = 128
+from scaletrain.host import tcp_info
+
 # One alone may be on its way: the answer to a probe takes a moment.
 _FEWEST_PROBES = 2
 
@@ -42,46 +35,36 @@ def unanswered_s(descriptor: int) -> float:
 
     0 if nothing waits for an answer, or where the kernel does not say, as of a Unix socket.
     """
-    info = _info(descriptor)
-    if info is None:
+    counters = _counters(
+        descriptor,
+        tcp_info.UNACKED,
+        tcp_info.PROBES,
+        tcp_info.RECEIVED_AGO_MS,
+        tcp_info.ANSWERED_AGO_MS,
+    )
+    if counters is None:
         return 0.0
-    (unacked,) = struct.unpack_from("I", info, _UNACKED)
-    if not unacked and info[_PROBES] < _FEWEST_PROBES:
+    unacked, probes, data_ms, answer_ms = counters
+    if not unacked and probes < _FEWEST_PROBES:
         return 0.0
     # The kernel notes no acknowledgement that arrives with data and tells nothing new.
-    data_ms, answer_ms = struct.unpack_from("II", info, _LAST_RECEIVED)
     return min(data_ms, answer_ms) / 1000
 
 
 def bytes_received(descriptor: int) -> int:
     """Return how much a peer has sent so far; 0 where the kernel does not say."""
-    info = _info(descriptor)
-    if info is None:
-        return 0
-    (received,) = struct.unpack_from("Q", info, _BYTES_RECEIVED)
-    return int(received)
+    counters = _counters(descriptor, tcp_info.RECEIVED_BYTES)
+    return 0 if counters is None else counters[0]
 
 
 def end(descriptor: int) -> None:
     """End a connection of ZeroMQ's; ZeroMQ then closes its descriptor."""
-    with contextlib.suppress(OSError), _borrowed(descriptor) as connection:
+    with contextlib.suppress(OSError), tcp_info.borrowed(descriptor) as connection:
         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _info(descriptor: int) -> bytes | None:
-    """Return the kernel's tcp_info; None where there is none."""
-    with contextlib.suppress(OSError), _borrowed(descriptor) as connection:
-        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-        if len(info) == _INFO_BYTES:
-            return info
+def _counters(descriptor: int, *fields: tcp_info.Field) -> tuple[int, ...] | None:
+    """Return the kernel's counters of a connection; None where there are none."""
+    with contextlib.suppress(OSError), tcp_info.borrowed(descriptor) as connection:
+        return tcp_info.counters(connection, *fields)
     return None
-
-
-@contextlib.contextmanager
-def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """Yield the socket of a descriptor that belongs to ZeroMQ. Raises ``OSError``."""
-    borrowed = socket.socket(fileno=descriptor)
-    try:
-        yield borrowed
-    finally:
-        borrowed.detach()
