@@ -19,7 +19,7 @@ from scaletrain.engine.meeting import introduced, is_alive, lost, ranks_in_words
 from scaletrain.engine.transport import Group
 from scaletrain.errors import UserError
 from scaletrain.host import shared_memory
-from scaletrain.host.stopwatch import ABSENT_S
+from scaletrain.host.stopwatch import Stopwatch
 
 # Words of 64 bits in a cache line. Each counter has a line for itself, so that no two ranks write
 # to the same line.
@@ -261,10 +261,9 @@ class Patience:
     def __init__(self, segment: Watched, ranks: tuple[int, ...]):
         self._segment = segment
         self._ranks = ranks
-        self._began = time.monotonic()
-        self._moved_at = self._began  # when anything moved
-        self._checked_at = self._began  # when the ranks were last looked at
-        self._seen_at = self._began  # when this wait last came by here
+        self._stopwatch = Stopwatch()  # of the wait, without pauses of the whole job
+        self._moved_at = time.monotonic()  # when anything moved
+        self._checked_s = 0.0  # when the ranks were last looked at, since the wait began
         self._sleep_s = _SHORTEST_SLEEP_S
         self._gone: ConnectionError | None = None
 
@@ -277,7 +276,7 @@ class Patience:
         if self._gone:
             raise self._gone
         self._moved_at = time.monotonic()
-        self._look(self._moved_at)
+        self._look()
 
     def pause(self, place: int = -1, seen: int = 0) -> None:
         """Pause once.
@@ -305,19 +304,16 @@ class Patience:
         else:
             time.sleep(self._sleep_s)
             self._sleep_s = min(_SLEEP_GROWTH * self._sleep_s, _LONGEST_SLEEP_S)
-        self._look(now)
+        self._look()
 
-    def _look(self, now: float) -> None:
+    def _look(self) -> None:
         """Look whether the ranks live and the time is over, if that was not done just now."""
-        if now - self._seen_at > ABSENT_S:
-            # This process was stopped, with the others if it was the whole job.
-            self._began += now - self._seen_at
-        self._seen_at = now
-        if now - self._checked_at > _CHECK_ALIVE_S:
-            self._checked_at = now
+        waited_s = self._stopwatch.look()
+        if waited_s - self._checked_s > _CHECK_ALIVE_S:
+            self._checked_s = waited_s
             self._segment.check_not_ended()
             self._check_alive()
-            if now - self._began > self._segment.timeout_s:
+            if waited_s > self._segment.timeout_s:
                 raise self._segment.late(self._ranks)
 
     def _check_alive(self) -> None:
