@@ -156,6 +156,7 @@ class Messages:
 
     Attributes:
         group: the same; ``abort`` ends it.
+        others: all of its ranks but this one.
         timeout_s: of waits without a limit of their own.
     """
 
@@ -163,6 +164,7 @@ class Messages:
         # Set by ``abort``, read by the threads that wait.
         self._ended = threading.Event()
         self.group = group._replace(ended=self._ended)
+        self.others = tuple(rank for rank in range(group.size) if rank != group.rank)
         self.timeout_s = group.timeout.total_seconds()
         self.neighbours_until = 0.0  # see ``Segment``; threads that wait write and read it
         self._spins = num_spins(group)
@@ -170,7 +172,7 @@ class Messages:
         self._lock = threading.Lock()
         self._inbox: Inbox | None = None  # created at the first message
         self._handle: Handle | None = None
-        self._peers = {rank: _Peer() for rank in range(group.size) if rank != group.rank}
+        self._peers = {rank: _Peer() for rank in self.others}
         self._open: set[_Transfer] = set()
         # By tag: receives without a message in the order of the calls, and the other way round.
         self._receives: dict[int, list[_Receive]] = {}
@@ -612,15 +614,14 @@ class Messages:
             with self._lock:
                 self._fail(ConnectionError("this rank has ended the group (abort)"))
             return
-        peers = [rank for rank in range(self.group.size) if rank != self.group.rank]
-        gone = [rank for rank in peers if not is_alive(self.group, rank)]
+        gone = tuple(rank for rank in self.others if not is_alive(self.group, rank))
         if not gone:
             return
         self.move()  # their last messages may be here
         with self._lock:
             for rank in gone:
                 self._lose(rank, lost(self.group, rank))
-            if gone == peers:
+            if gone == self.others:
                 self._lose(ANY, lost(self.group, gone[0]))
 
     # The group
@@ -669,9 +670,8 @@ class _Watch:
 
     def ranks(self) -> tuple[int, ...]:
         """Return the ranks that may end the wait."""
-        if self._transfer.peer != ANY:
-            return (self._transfer.peer,)
-        return tuple(rank for rank in range(self._group.size) if rank != self._group.rank)
+        peer = self._transfer.peer
+        return self._messages.others if peer == ANY else (peer,)
 
     def sleep(self, place: int, seen: int) -> None:
         """Sleep until a peer has done anything, or until a few milliseconds have passed."""
