@@ -104,7 +104,7 @@ def wait_for_keys(group: Group, keys: list[str], owners: Sequence[int]) -> None:
         group.check_not_ended()
         waited_s = stopwatch.look()
         if waited_s > limit_s:
-            missing = ranks_in_words(map(group.name, _missing(group.store, keys, owners)))
+            missing = ranks_in_words(map(group.name, owners_of_missing(group.store, keys, owners)))
             raise TimeoutError(
                 f"{missing} did not join the group:"
                 f" timed out after {group.timeout.total_seconds():g} s"
@@ -123,7 +123,7 @@ def _check_alive(group: Group, keys: list[str], owners: Sequence[int]) -> None:
     here = group.members[group.rank].host
     ended = [r for r in set(owners) if group.members[r].host == here and not is_alive(group, r)]
     # Its last act may have been to set the key, so the keys are looked at once more.
-    missing = set(_missing(group.store, keys, owners)) if ended else set()
+    missing = set(owners_of_missing(group.store, keys, owners)) if ended else set()
     for rank in ended:
         if rank in missing:
             raise lost(group, rank)
@@ -148,8 +148,12 @@ def _are_set(store: dist.Store, keys: list[str]) -> bool:
         raise ConnectionError("the store where the ranks meet is gone") from error
 
 
-def _missing(store: dist.Store, keys: list[str], owners: Sequence[int]) -> list[int]:
-    """Return the ranks that own the keys that the store lacks."""
+def owners_of_missing(store: dist.Store, keys: list[str], owners: Sequence[int]) -> list[int]:
+    """Return the ranks that own the keys that the store lacks.
+
+    Raises:
+        ConnectionError: the store is gone.
+    """
     return [rank for key, rank in zip(keys, owners, strict=True) if not _are_set(store, [key])]
 
 

@@ -403,9 +403,10 @@ def library_limit(limit: timedelta) -> timedelta:
     supervisor ends this job should it hang, its verdict comes first: it names the rank, and leaves
     pauses out. Elsewhere the limit is as it is.
     """
-    if _reporter is None or not _reporter.is_supervised:
+    reporter = _reporter
+    if reporter is None or not (reporter.is_supervised and reporter.progress.reports_steps):
         return limit
-    return timedelta(seconds=WATCHED_S) if _reporter.progress.reports_steps else limit
+    return timedelta(seconds=WATCHED_S)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -357,22 +358,31 @@ class Held(NamedTuple):
         kib = sum(int(status[name].split()[0]) for name in ("RssAnon", "RssShmem"))
         return cls(len(os.listdir("/proc/self/fd")), int(status["Threads"]), kib / 1024)
 
+    @classmethod
+    def around(cls, use: Callable[[int], None], warm_up: int, total: int) -> tuple["Held", "Held"]:
+        """Use something again and again; return what is held after the warm-up and at the end."""
+        for number in range(warm_up):
+            use(number)
+        before = cls.now()
+        for number in range(warm_up, total):
+            use(number)
+        return before, cls.now()
+
 
 def groups(rank: int, size: int, port: str) -> tuple[Held, Held, list[float]]:
     join(rank, size, port)
 
-    def use(number: int) -> float:
+    sums: list[float] = []
+
+    def use(number: int) -> None:
         group = dist.new_group([0, 1])
         tensor = torch.tensor([rank + 1.0 + number])
         dist.all_reduce(tensor, group=group)
         dist.barrier(group)
         dist.destroy_process_group(group)
-        return float(tensor)
+        sums.append(float(tensor))
 
-    sums = [use(number) for number in range(50)]
-    before = Held.now()
-    sums += [use(number) for number in range(50, 200)]
-    return before, Held.now(), sums
+    return *Held.around(use, 50, 200), sums
 
 
 def test_two_hundred_groups_leave_nothing(tmp_path: Path):
@@ -400,12 +410,7 @@ def collectives(rank: int, size: int, port: str) -> tuple[Held, Held]:
         assert total[0] == 3 + 2 * number and part[-1] == 2 * (rank + 1) and sent[0] == 1
         assert turned.tolist() == [10.0 * rank, 10.0 * rank + 1]
 
-    for number in range(200):
-        use(number)
-    before = Held.now()
-    for number in range(200, 1200):
-        use(number)
-    return before, Held.now()
+    return Held.around(use, 200, 1200)
 
 
 def test_ten_thousand_collectives_leave_nothing(tmp_path: Path):

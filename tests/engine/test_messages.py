@@ -732,12 +732,7 @@ def many(rank: int, size: int, path: str) -> tuple[Held, Held]:
             work.wait()
         assert torch.equal(into, numbered(1 - rank + number, 100))
 
-    for number in range(500):
-        use(number)
-    before = Held.now()
-    for number in range(500, 5000):
-        use(number)
-    return before, Held.now()
+    return Held.around(use, 500, 5000)
 
 
 def test_thousands_of_messages_leave_nothing(tmp_path: Path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from scaletrain.engine.meeting import wait_for_keys
+from scaletrain.engine.meeting import owners_of_missing, wait_for_keys
 from scaletrain.engine.rendezvous import publish
 from scaletrain.engine.rendezvous.sealed import sealed
 from scaletrain.engine.rendezvous.serve import STORE_FD, serve, serve_at
@@ -105,36 +105,31 @@ def _wait_for_all(world: World, store: dist.Store, timeout: timedelta) -> None:
     torch would say "wait timeout after 60000 ms". This names the ranks that are missing.
     """
     progress.alive("joining")
-    store.set(f"scaletrain/arrived/{world.rank}", host_name())
-    keys = [f"scaletrain/arrived/{rank}" for rank in range(world.size)]
-    group = Group(store, world.rank, world.size, timeout)
     try:
-        # Rank 0 looks for all, and the others for its word: N ranks would ask for N keys each.
-        if world.rank == 0:
-            wait_for_keys(group, keys, range(world.size))
-            store.set(_ALL_ARRIVED, "")
-        else:
-            wait_for_keys(group, [_ALL_ARRIVED], [0])
-    except TimeoutError as error:
-        raise TimeoutError(
-            f"after {timeout.total_seconds():.0f} s {_missing_in_words(store, keys)} have not joined"
-        ) from error
+        _meet(Group(store, world.rank, world.size, timeout))
     except ConnectionError as error:
-        raise _gone() from error
+        raise ConnectionError("rank 0, which serves the store, is gone") from error
     progress.alive("joined")
 
 
-def _missing_in_words(store: dist.Store, keys: list[str]) -> str:
+def _meet(group: Group) -> None:
+    group.store.set(f"scaletrain/arrived/{group.rank}", host_name())
+    keys = [f"scaletrain/arrived/{rank}" for rank in range(group.size)]
     try:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-    except RuntimeError as error:
-        raise _gone() from error
-    names = ", ".join(str(rank) for rank in missing[:_MOST_SHOWN])
-    return f"ranks {names}, ..." if len(missing) > _MOST_SHOWN else f"ranks {names}"
-
-
-def _gone() -> ConnectionError:
-    return ConnectionError("rank 0, which serves the store, is gone")
+        # Rank 0 looks for all, and the others for its word: N ranks would ask for N keys each.
+        if group.rank == 0:
+            wait_for_keys(group, keys, range(group.size))
+            group.store.set(_ALL_ARRIVED, "")
+        else:
+            wait_for_keys(group, [_ALL_ARRIVED], [0])
+    except TimeoutError as error:
+        missing = owners_of_missing(group.store, keys, range(group.size))
+        names = ", ".join(map(str, missing[:_MOST_SHOWN]))
+        if len(missing) > _MOST_SHOWN:
+            names += ", ..."
+        raise TimeoutError(
+            f"after {group.timeout.total_seconds():.0f} s ranks {names} have not joined"
+        ) from error
 
 
 @progress.waiting("the other workers")
